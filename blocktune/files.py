@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, then renamed into it."""
+"""Atomic files: written to a temporary file in the same folder, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path of the same suffix; what is written there replaces ``path``.
+    """Yields a temporary path with the same suffix. The file written there replaces ``path``.
 
-    If the block fails, ``path`` is as before and nothing is left behind. Several processes may
-    write the same path at once: the last rename wins. Missing folders are created. A link stays
-    one, and its file is replaced; a device or pipe, which a rename would remove, is written to.
+    If the block fails, ``path`` does not change and nothing is left behind. If several processes
+    write the same path at once, the last rename wins. Missing folders are created. For a link, its
+    target is replaced. A device or pipe, which a rename would remove, is written to directly.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a folder is refused by who opens it
+    if path.exists() and not path.is_file():  # opening a folder will raise in the block
         yield path
         return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -43,21 +43,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text, whole or not at all."""
+    """Writes UTF-8 text atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def replace_json(path: str | Path, record: Any) -> None:
-    """Writes indented JSON, whole or not at all; NaN is refused, since JSON has none."""
+    """Writes indented JSON atomically. Raises ValueError for NaN, which JSON does not have."""
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
     replace_text(path, text + "\n")
 
 
 def move_folder(source: str | Path, target: str | Path) -> None:
-    """Renames a finished folder to ``target``, which is never half old and half new.
+    """Renames a finished folder to ``target``, which never holds a mix of old and new files.
 
-    A folder of that name is moved aside first, and removed at the end.
+    An existing folder of that name is moved aside first, and removed at the end.
     """
     source, target = Path(source), Path(target)
     old = target.with_name(f".{target.name}-{os.getpid()}.old")
@@ -69,7 +69,7 @@ def move_folder(source: str | Path, target: str | Path) -> None:
 
 
 def move_entries(source: str | Path, target: str | Path, last: str) -> None:
-    """Moves a folder's entries one by one, the file ``last`` at the end, and removes the folder."""
+    """Moves a folder's entries one by one, the file ``last`` last, and removes the folder."""
     source, target = Path(source), Path(target)
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == last):
@@ -81,11 +81,11 @@ def move_entries(source: str | Path, target: str | Path, last: str) -> None:
 
 
 def whole_lines(path: str | Path) -> list[str]:
-    """Lines of a UTF-8 file without their ends; none if there is no file, or it is a device.
+    """Lines of a UTF-8 file without line ends; [] if it does not exist or is a device.
 
-    A last line that a stopped process left half-written is not among them. ValueError: not UTF-8.
+    An incomplete last line, left by a stopped process, is dropped. ValueError: not UTF-8.
     """
-    if not Path(path).is_file():  # /dev/full would be read without end
+    if not Path(path).is_file():  # reading /dev/full would never end
         return []
     text = Path(path).read_bytes()
     try:
@@ -95,13 +95,13 @@ def whole_lines(path: str | Path) -> list[str]:
 
 
 def truncate_lines(path: str | Path, count: int) -> None:
-    """Cuts a file behind its first ``count`` lines, in place: a lock on it stays."""
+    """Truncates a file after its first ``count`` lines, in place, so that a lock on it stays."""
     if Path(path).is_file():
         os.truncate(path, sum(len(line.encode()) + 1 for line in whole_lines(path)[:count]))
 
 
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Adds lines to a file, on disk before it returns; or writes them to a pipe or device."""
+    """Appends lines to a file and syncs it to disk; or writes them to a pipe or device."""
     with open(path, "a", encoding="utf-8") as out:
         out.writelines(line + "\n" for line in lines)
         out.flush()
@@ -111,12 +111,12 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Holds ``path``, created if missing, until the end; ValueError if another process holds it."""
-    import fcntl  # POSIX only; nothing else here is
+    """Locks ``path`` (created if missing) in the block. ValueError if another process holds it."""
+    import fcntl  # POSIX only, unlike the rest of this module
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_char_device() or path.is_fifo():  # which all may write to
+    if path.is_char_device() or path.is_fifo():  # several processes may write to it
         yield
         return
     with path.open("a") as file:
@@ -129,20 +129,20 @@ def locked(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def resumed(path: str | Path) -> Iterator[list[str]]:
-    """Holds a log of JSON lines as `locked` does; yields its whole lines, behind which it is cut.
+    """Locks a JSON Lines log as `locked` does, and yields its whole lines. The rest is cut off.
 
-    ValueError if it ends with what no stopped writer left: the file is none of ours.
+    Raises ValueError if the rest cannot be an interrupted line of JSON: a foreign file.
     """
     with locked(path):
         lines = whole_lines(path)
         if Path(path).is_file() and not _is_torn(Path(path).read_bytes().rpartition(b"\n")[2]):
-            raise ValueError(f"'{path}' is no log of this command; name another file or remove it")
+            raise ValueError(f"'{path}' is no log of this command; use another file or remove it")
         truncate_lines(path, len(lines))
         yield lines
 
 
 def _is_torn(end: bytes) -> bool:
-    """Whether it may be what was written of a line of JSON, or nothing."""
+    """Whether the end of a file may be an interrupted line of JSON, or is empty."""
     try:
         json.loads(end)
     except ValueError:
@@ -151,7 +151,7 @@ def _is_torn(end: bytes) -> bool:
 
 
 def sync(path: str | Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk."""
+    """Waits until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -159,7 +159,7 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
-@functools.cache  # reading it changes it for a moment, for all threads
+@functools.cache  # reading the umask changes it for a moment, for all threads
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

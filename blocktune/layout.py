@@ -1,6 +1,6 @@
-"""What each row of a forward pass is, and which rows it may see.
+"""The rows of a forward pass, and the rule that decides which rows each one may see.
 
-Masks, training, caches and serving take visibility from this file and never decide it themselves.
+All masks, in training, caching and serving, are made by the rule in this module.
 A forward pass has one *row* for each token that is computed. A recomputed token has two rows: the
 original, which its own chunk saw, and the fresh one, which supersedes it for later rows.
 """
@@ -18,13 +18,13 @@ GLOBAL = -1
 NO_CHUNK = -1
 """``chunk`` of a row that belongs to no chunk."""
 NO_ROW = -1
-"""``supersedes`` of a row that replaces none."""
+"""``supersedes`` of a row that replaces no other row."""
 FOREVER = 1 << 30
-"""``until`` of a row that lives in every layer."""
+"""``until`` of a row that exists in every layer."""
 
 
 class Kind(IntEnum):
-    """What a row is. Visibility depends on PAD and BLANK only; the others are for counting."""
+    """The kind of a row. Visibility depends on PAD and BLANK only; the others are for counting."""
 
     PAD = 0
     PREFIX = 1
@@ -38,36 +38,36 @@ class Kind(IntEnum):
     """A learned token that opens or closes its chunk, encoded and cached with it."""
 
 
-# Plain ints: in a compiled mask a comparison with an enum member is silently wrong.
+# Plain ints, because in a compiled mask a comparison with an enum member is silently wrong.
 _PAD, _BLANK = int(Kind.PAD), int(Kind.BLANK)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Facts of each row; every field is an int64 tensor of the same shape.
+    """Attributes of rows. Every field is an int64 tensor of the same shape.
 
     The shape is ``(B, S)`` in a `Layout`; masks are built from two views that broadcast,
-    ``(..., R, 1)`` against ``(..., 1, N)``. The original and the fresh row of a token share their
-    order. A group is a chunk by default, several under block dropout. Rows that end early let
+    ``(..., R, 1)`` against ``(..., 1, N)``. The original and the fresh row of a token have the same
+    order. A group is one chunk, or several chunks with block dropout. Rows that end early let
     CacheBlend recompute all tokens in its first layers and few in the others.
     """
 
     kind: Tensor  # a `Kind`
-    chunk: Tensor  # index of its chunk in the prompt, or `NO_CHUNK`; a link has that before it
-    offset: Tensor  # index of the token in its piece (chunk, prefix, query); of links: the slot
+    chunk: Tensor  # index of its chunk in the prompt, or `NO_CHUNK`; for a link: of its chunk
+    offset: Tensor  # index of the token in its piece (chunk, prefix, query); for a link: its slot
     position: Tensor  # for RoPE; may repeat (parallel placement) or jump
-    order: Tensor  # place in the causal order, in tokens; windows are measured in it
+    order: Tensor  # index in the causal order, in tokens; windows are measured in it
     group: Tensor  # `GLOBAL` rows see all rows before them, others only their own group
-    sample: Tensor  # which packed prompt it belongs to
-    supersedes: Tensor  # original that it replaces for later global rows, or `NO_ROW`
-    until: Tensor  # first layer (0-based) at which it no longer exists, or `FOREVER`
+    sample: Tensor  # index of its prompt in a packed row
+    supersedes: Tensor  # index of the original that it replaces for later global rows, or `NO_ROW`
+    until: Tensor  # first layer (0-based) in which it no longer exists, or `FOREVER`
 
     def map(self, function) -> Rows:
         """Applies ``function`` to every field."""
         return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
 
     def concat(self, other: Rows) -> Rows:
-        """These rows, then ``other``'s, along the last axis."""
+        """Concatenates these rows and ``other`` along the last axis."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return Rows(**{name: torch.cat((left, right), dim=-1) for name, left, right in pairs})
 
@@ -92,22 +92,22 @@ class Layout(Rows):
 
     @property
     def batch_size(self) -> int:
-        """Number of prompts or packed rows of prompts, B."""
+        """Number of batch entries, B: prompts, or packs of prompts."""
         return self.kind.shape[0]
 
     @property
     def num_rows(self) -> int:
-        """Rows per batch entry, S; with fresh rows more than there are tokens."""
+        """Number of rows per batch entry, S: at least one per token, plus fresh rows."""
         return self.kind.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where the fields live."""
+        """Device of the fields."""
         return self.kind.device
 
     @property
     def is_pad(self) -> Tensor:
-        """Rows that hold nothing, ``(B, S)`` bool."""
+        """Padding rows, ``(B, S)`` bool."""
         return self.kind == Kind.PAD
 
     @property
@@ -122,28 +122,28 @@ class Layout(Rows):
 
     @property
     def is_encoded(self) -> Tensor:
-        """Rows in a chunk's cache: its tokens and what wraps them, ``(B, S)`` bool."""
+        """Rows in a chunk's cache: its tokens, headers and trailers, ``(B, S)`` bool."""
         return ((self.kind == Kind.CHUNK) | (self.kind == Kind.WRAP)) & ~self.is_fresh
 
     @property
     def written(self) -> Tensor | None:
-        """Rows computed while their chunk is encoded alone, its blanks too, ``(B, S)`` bool.
+        """Rows that encode chunks, including blanks, ``(B, S)`` bool.
 
-        None if there are no such rows: full attention.
+        None if there are no such rows, as in full attention.
         """
         rows = (self.group != GLOBAL) & ~self.is_pad
         return rows if bool(rows.any()) else None
 
     @property
     def endings(self) -> tuple[int, ...]:
-        """Layers at which some row ends, ascending; see `LayerRule.first_alike`."""
+        """Layers in which some rows no longer exist, ascending; see `LayerRule.first_alike`."""
         return tuple(self.until[self.until != FOREVER].unique().tolist())
 
     @property
     def superseded_until(self) -> Tensor:
-        """First layer at which each row is visible to global rows again, ``(B, S)``.
+        """First layer in which no fresh row supersedes the row (any more), ``(B, S)``.
 
-        0 where nothing supersedes the row; `FOREVER` where a fresh row does so in all layers.
+        0 if no row supersedes it; `FOREVER` if a fresh row does so in all layers.
         """
         result = torch.zeros_like(self.supersedes)
         target = torch.where(self.is_fresh, self.supersedes, 0)
@@ -151,11 +151,11 @@ class Layout(Rows):
         return result.scatter_reduce(1, target, life, "amax")
 
     def to(self, device: torch.device | str) -> Layout:
-        """Moves every field."""
+        """Moves all fields to a device."""
         return self.map(lambda field: field.to(device))
 
     def pack(self) -> Tensor:
-        """One tensor ``(B, S, fields)`` for collators and process boundaries; see `unpack`."""
+        """Stacks the fields as ``(B, S, fields)``, for collators and other processes."""
         return torch.stack([getattr(self, f.name) for f in fields(self)], dim=-1)
 
     @classmethod
@@ -164,42 +164,42 @@ class Layout(Rows):
         return cls(*packed.unbind(-1))
 
     def rows(self) -> Rows:
-        """The same fields without the check of shapes, for indexing and broadcasting."""
+        """The same fields without the check of shapes, so that they can be indexed."""
         return Rows(**{f.name: getattr(self, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """The part of the rule that depends on the layer."""
+    """The part of the visibility rule that depends on the layer."""
 
     layer: int = 0  # 0-based; only rows with ``until > layer`` exist
     window: int | None = None  # a row sees itself and ``window - 1`` before it, by ``order``
 
     def first_alike(self, endings: tuple[int, ...]) -> LayerRule:
-        """The rule of the first layer with the same rows, for layers that can share a mask.
+        """The rule of the first layer with the same rows, so that layers can share a mask.
 
-        ``endings`` are those of the `Layout`.
+        ``endings`` is `Layout.endings`.
         """
         return replace(self, layer=max((end for end in endings if end <= self.layer), default=0))
 
 
 FIRST_LAYER = LayerRule()
-"""Layer 0 without a window; the rule of every layer if no row ends and there is no window."""
+"""Layer 0 without a window. It applies to all layers if no row ends and there is no window."""
 
 
 def visible(
     query: Rows, key: Rows, superseded_until: Tensor, rule: LayerRule = FIRST_LAYER
 ) -> Tensor:
-    """The one rule of visibility: every mask is made by this function.
+    """The visibility rule, by which every mask is made.
 
     Args:
-        query: Facts of the seeing rows, each field broadcastable, e.g. ``(B, R, 1)``.
-        key: Facts of the seen rows, e.g. ``(B, 1, N)``.
-        superseded_until: `Layout.superseded_until` of the seen rows, like ``key``'s fields.
+        query: Query rows, each field broadcastable, e.g. ``(B, R, 1)``.
+        key: Key rows, e.g. ``(B, 1, N)``.
+        superseded_until: `Layout.superseded_until` of the key rows, shaped like ``key``.
         rule: The layer's part of the rule.
 
     Returns:
-        Bool, the broadcast shape: True where the query row sees the key row. Pads and rows that
+        Bool, the broadcast shape: True where the query row sees the key row. Padding and rows that
         have ended see nothing; an execution must keep their output finite.
 
     Source: Block-Attention arXiv:2409.15355 and KVLink arXiv:2502.16002 (documents see only

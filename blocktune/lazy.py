@@ -1,7 +1,7 @@
-"""Public names of a package, imported on first use.
+"""Imports the public names of a package on first use.
 
-So importing a package costs nothing until a name is needed, and one light module of it
-(``blocktune.prompt.layout_spec``) can be imported without torch.
+So importing a package is cheap, and light modules in it (``blocktune.prompt.layout_spec``) can be
+imported without torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Makes a package's ``__getattr__``, ``__dir__`` and ``__all__``.
 
-    ``homes`` are the public names of each module, with spaces between, by the module's dotted name.
-    No name may be that of a module of the package: once imported, the module would hide it.
+    ``homes`` maps a module's dotted name to its public names, separated by spaces. A name must not
+    be that of a module in the package: once imported, the module would hide it.
     """
     home_of = {name: module for module, names in homes.items() for name in names.split()}
 

@@ -1,8 +1,8 @@
-"""Learned tokens: links beside a chunk, which see every earlier chunk, and what wraps a chunk.
+"""Learned tokens: links next to a chunk, which see all earlier chunks, headers and trailers.
 
-By default they are in a table of their own. Their ids are *virtual*, ``vocab_size + slot``, and two
-hooks on the input embedding look them up, so the vocabulary, the tokenizer and the tied output head
-do not change. `add_link_tokens` makes them real tokens instead.
+By default they have a separate table. Their ids are *virtual*, ``vocab_size + slot``, and two hooks
+on the input embedding look them up, so the vocabulary, the tokenizer and the tied output head do
+not change. `add_link_tokens` makes them real tokens instead.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from blocktune.models.sharded import gathered, whole_shape
 
 LINKS_FILE = "links.safetensors"
 LINKS_MODULE = "blocktune_links"
-"""Name of the table as a module of the model, so that it is trained, moved and synchronised."""
+"""Name of the table as a submodule of the model, so that it is trained, moved and synchronised."""
 NOISE = 0.1
-"""Spread of new link rows around the mean embedding, in standard deviations of an embedding."""
+"""Noise of new rows around the mean embedding, in standard deviations of the embeddings."""
 
 
 class LinkTable(nn.Module):
-    """Embeddings of learned tokens: ``weight`` is ``(num_links, hidden)``, as the embedding's.
+    """Embeddings of learned tokens; ``weight`` is ``(num_links, hidden)``.
 
-    The order of the rows is that of `LayoutSpec`: links, headers, trailers; there is at least one.
-    For a model that scales embeddings inside its lookup (Gemma 3) the rows are scaled already; a
-    model that scales after the lookup (Gemma 2, Granite) scales these rows too.
+    The rows are in the order of `LayoutSpec`: links, headers, trailers. There is at least one.
+    If a model scales embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it
+    scales them after the lookup (Gemma 2, Granite), it scales these rows, too.
     """
 
     def __init__(self, num_links: int, hidden: int, dtype: torch.dtype = torch.float32):
@@ -43,13 +43,13 @@ class LinkTable(nn.Module):
 
     @classmethod
     def of(cls, weight: Tensor) -> LinkTable:
-        """A table with a copy of these rows ``(num_links, hidden)``."""
+        """Makes a table with a copy of ``weight``, ``(num_links, hidden)``."""
         table = cls(*weight.shape, dtype=weight.dtype)
         table.weight.data.copy_(weight)
         return table
 
     def forward(self, slots: Tensor) -> Tensor:
-        """Rows of ``slots``, any shape of int64; returns ``(*slots.shape, hidden)``."""
+        """Looks up ``slots``, int64 of any shape. Returns ``(*slots.shape, hidden)``."""
         return F.embedding(slots, self.weight)
 
 
@@ -59,7 +59,7 @@ def link_base(model: PreTrainedModel) -> int:
 
 
 def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
-    """Makes a float32 table on the model's device, not installed: rows near the mean embedding."""
+    """Makes a float32 table on the model's device, with rows near the mean embedding."""
     embedding = model.get_input_embeddings()
     mean, std = _moments(embedding, link_base(model))
     generator = torch.Generator().manual_seed(seed)
@@ -68,15 +68,15 @@ def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTabl
 
 
 def install_links(model: PreTrainedModel, table: LinkTable) -> None:
-    """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``; nothing else changes.
+    """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``.
 
-    Install links after PEFT has wrapped the model, since PEFT replaces embeddings that it trains.
+    Install links after PEFT has wrapped the model, because PEFT replaces embeddings that it trains.
     The table becomes a submodule of the base, so DDP, ZeRO and ``.to()`` handle it like any other
     weight.
 
     Raises:
         ValueError: If links are installed already, the width differs, or the model has a second
-            table over the same ids (Gemma 3n), which cannot look up virtual ids.
+            embedding table for the same ids (Gemma 3n), which cannot look up virtual ids.
     """
     base = _base(model)
     _check_model(base, table)
@@ -93,7 +93,7 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     def look_up(module, args, output):
         ids = seen.pop()
         is_link = ids >= first
-        # torch.where keeps the table in the graph of every batch: DDP needs all gradients.
+        # torch.where keeps the table in every batch's graph, because DDP needs all gradients.
         rows = table(torch.where(is_link, ids - first, 0)).to(output.dtype)
         return torch.where(is_link.unsqueeze(-1), rows, output)
 
@@ -102,7 +102,7 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
 
 
 def installed_links(model: nn.Module) -> LinkTable | None:
-    """The table that `install_links` put into ``model``, or None."""
+    """The table that was installed by `install_links`, or None."""
     return getattr(_base(model), LINKS_MODULE, None)
 
 
@@ -111,7 +111,7 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def save_links(table: LinkTable, folder: str | Path) -> Path:
-    """Writes ``links.safetensors`` into ``folder``, whole or not at all."""
+    """Writes ``links.safetensors`` into ``folder`` atomically. Returns its path."""
     path = Path(folder) / LINKS_FILE
     with replacing(path) as temporary:
         save_file({"weight": table.weight.detach().cpu().contiguous()}, temporary)
@@ -119,7 +119,7 @@ def save_links(table: LinkTable, folder: str | Path) -> Path:
 
 
 def load_links(folder: str | Path) -> LinkTable:
-    """Reads `save_links`' file; ValueError if there is none, or it holds something else."""
+    """Reads the file of `save_links`. Raises ValueError if it is missing or invalid."""
     path = Path(folder) / LINKS_FILE
     if not path.is_file():
         raise ValueError(f"no {LINKS_FILE} in {folder}; its adapter was trained with link tokens")
@@ -138,14 +138,14 @@ def add_link_tokens(
     seed: int = 0,
     rows: Tensor | None = None,
 ) -> range:
-    """Adds real tokens ``<|link_0|>`` ... instead of a table, before PEFT wraps the base.
+    """Adds real tokens ``<|link_0|>`` ... instead of a table. Call it before PEFT wraps the base.
 
-    Deterministic, so that a loader makes the same rows that training started from: those of
+    It is deterministic, so that a loader makes the same rows that training started from: those of
     `new_links` for ``seed``, or the ``rows`` ``(num_links, hidden)`` of a trained table. The base
     is resized if its embedding has no room. Train the rows with PEFT's ``trainable_token_indices``
     and save with ``save_embedding_layers=False``.
 
-    Returns contiguous ids (else raises ValueError); the first is the prompt's ``link_base``.
+    Returns the ids; the first is the prompt's ``link_base``. ValueError: they are not contiguous.
     """
     tokens = [AddedToken(f"<|link_{slot}|>", special=True) for slot in range(num_links)]
     tokenizer.add_tokens(tokens, special_tokens=True)
@@ -159,9 +159,9 @@ def add_link_tokens(
             head = model.get_output_embeddings().weight.data.float().mean(0)
         model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
         with gathered(model.get_output_embeddings().weight, write=True):
-            model.get_output_embeddings().weight.data[old:] = head  # an average row, never trained
+            model.get_output_embeddings().weight.data[old:] = head  # the mean row, never trained
     weight = model.get_input_embeddings().weight
-    # Rows are stored as the lookup reads them, before any scaling inside it (Gemma 3).
+    # Undo the scaling that the lookup of some models applies (Gemma 3).
     scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
     with gathered(weight, write=True):
         weight.data[ids[0] : ids[-1] + 1] = (rows / scale).to(weight)
@@ -170,7 +170,7 @@ def add_link_tokens(
 
 @torch.no_grad()
 def _moments(embedding: nn.Module, vocab_size: int) -> tuple[Tensor, float]:
-    """Mean row and overall standard deviation of the lookup's output, in float32."""
+    """Mean row and overall standard deviation of the looked-up embeddings, in float32."""
     total, square = 0.0, 0.0
     with gathered(embedding.weight):
         for ids in torch.arange(vocab_size, device=embedding.weight.device).split(8192):

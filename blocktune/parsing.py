@@ -1,6 +1,6 @@
-"""Mappings into frozen dataclasses, strictly: from YAML, JSON or option strings.
+"""Strict parsing of YAML, JSON or option strings into frozen dataclasses.
 
-Whatever does not fit is reported in one line: where it is, what was wanted and what came.
+Errors are reported in one line: where the value is, what was wanted and what was found.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Spec = TypeVar("Spec")
 
 
 class Wanted(NamedTuple):
-    """What a field may hold."""
+    """The accepted values of a field."""
 
-    types: Any  # of a decoded value, for `isinstance`
-    what: str  # as an error calls them
-    read: Callable[[str], Any]  # reads an option string
-    text: str = ""  # as an error calls such a string; ``what`` without "or null" unless given
-    items: Any = None  # of a list, the types of its entries
+    types: Any  # types of a decoded value, for `isinstance`
+    what: str  # description of the type, for errors
+    read: Callable[[str], Any]  # parses an option string
+    text: str = ""  # description of such a string, for errors; default: ``what`` without "or null"
+    items: Any = None  # types of the entries of a list
 
 
 def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
@@ -38,7 +38,7 @@ def _range(text: str) -> int | tuple[int, int]:
     return (int(low), int(high)) if dash else int(low)
 
 
-WANTED = {  # by the annotation of a field; fields of other types are read by their owners before
+WANTED = {  # by the annotation of a field; values of other types are passed through unchecked
     "str": Wanted(str, "text", str),
     "str | None": Wanted(str | None, "text or null", str),
     "int": Wanted(int, "a whole number", int),
@@ -70,7 +70,7 @@ WANTED = {  # by the annotation of a field; fields of other types are read by th
 
 
 RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}
-"""Keys of earlier versions and what they are called now. Files with the old keys still load."""
+"""Keys of earlier versions and their current names. Files with the old keys still load."""
 
 logger = logging.getLogger("blocktune")
 _reported: set[str] = set()
@@ -79,9 +79,8 @@ _reported: set[str] = set()
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
     """Replaces keys of earlier versions by their current names; see `RENAMED`.
 
-    A key among the ``known`` ones is kept. The first use of each old key in a process is logged in
-    one line, which ``where`` opens. Raises ValueError if the record has an old key and its current
-    name.
+    A key among the ``known`` ones is kept. The first use of each old key in a process is logged,
+    after ``where``. Raises ValueError if the record has both an old key and its current name.
     """
     current: dict[str, Any] = {}
     for key, value in record.items():
@@ -97,7 +96,7 @@ def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error, not the last one's value."""
+    """YAML loader that rejects duplicate keys, instead of keeping the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         places: dict[str, yaml.Mark] = {}
@@ -110,9 +109,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Decodes YAML or JSON; ``where`` (the file's name) opens every ValueError.
+    """Decodes YAML or JSON. ``where`` is the file's name, for errors.
 
-    Raises ValueError, with line and column, if it is not YAML or gives a key twice.
+    Raises ValueError, with line and column, if it is not YAML or has a duplicate key.
     """
     try:
         return yaml.load(text, _Loader)
@@ -121,16 +120,16 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = " ".join((error.problem or str(error)).split())
         raise ValueError(f"{where}: not YAML: {place}{problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # such as a date with a 13th month
+    except (yaml.YAMLError, ValueError) as error:  # e.g. a date with a 13th month
         raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ValueError(f"{where}: nests lists or mappings too deeply") from None
 
 
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:
-    """Reads a YAML file; ``what`` it should be and a ``hint`` where to look are for the error.
+    """Reads a YAML file. ``what`` it describes and a ``hint`` for the user go into the error.
 
-    Raises FileNotFoundError if there is none, else as `parse_yaml`.
+    Raises FileNotFoundError if the file does not exist, else as `parse_yaml` does.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -142,31 +141,31 @@ def load_yaml(path: str | Path, what: str, hint: str) -> Any:
 
 
 def load_json(path: str | Path) -> Any:
-    """Decodes a file of JSON; a ValueError names one that is none."""
+    """Decodes a JSON file. Raises ValueError, with its name, if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); damaged, or of another program") from None
+        raise ValueError(f"{path}: not JSON ({error}); damaged, or from another program") from None
 
 
 def load_spec(path: str | Path, what: str, hint: str, parse: Callable[[Any, str], Spec]) -> Spec:
-    """Reads what a YAML file describes, like `load_yaml`; ``parse`` gets its content and name."""
+    """Reads a YAML file like `load_yaml`, and passes its content and name to ``parse``."""
     return parse(load_yaml(path, what, hint), str(path))
 
 
 def read(spec: type[Spec], record: Any, where: str) -> Spec:
     """Builds ``spec`` from a mapping (decoded YAML or JSON) whose keys are its fields.
 
-    Fields of a type that `WANTED` does not know are taken as they are. Raises ValueError, opened by
-    ``where``, if a key is unknown or missing, or a value is not of its type.
+    Fields whose type is not in `WANTED` are not checked. Raises ValueError, starting with
+    ``where``, if a key is unknown or missing, or a value has the wrong type.
     """
     record = _known(spec, record, where)
     values = {f.name: _value(f, record[f.name], where) for f in fields(spec) if f.name in record}
-    return _made(spec, values, where)
+    return _construct(spec, values, where)
 
 
 def build_strict(spec: type[Spec], record: Any, what: str) -> Spec:
-    """Like `read`, for a ``spec`` that checks its own values; ``what`` names it in errors."""
+    """Like `read`, for a ``spec`` that checks its values itself; ``what`` names it in errors."""
     return spec(**_known(spec, record, what))
 
 
@@ -185,18 +184,18 @@ def build_config(
     names: Mapping[str, str] | None = None,
     **given: Any,
 ) -> Spec:
-    """Builds ``spec`` from option strings by field, each read as the field's type says.
+    """Builds ``spec`` from option strings, each parsed by the type of its field.
 
-    ``names`` are options that are called otherwise than their fields, and these fields; ``given``
-    are fields that are no options. ``where`` (``worlds:test``) opens every error: ValueError if an
-    option is unknown or cannot be read.
+    ``names`` maps options to fields with other names; ``given`` are values of fields that are not
+    options. Raises ValueError, starting with ``where`` (such as ``worlds:test``), if an option is
+    unknown or cannot be parsed.
     """
-    called = {field: option for option, field in (names or {}).items()}
-    known = {called.get(f.name, f.name): f for f in fields(spec) if f.name not in given}
+    option_of = {field: option for option, field in (names or {}).items()}
+    known = {option_of.get(f.name, f.name): f for f in fields(spec) if f.name not in given}
     if unknown := options.keys() - known.keys():
         raise ValueError(f"unknown option '{min(unknown)}' of '{where}'; known: {', '.join(known)}")
     values = {known[key].name: _option(known[key], key, options[key], where) for key in options}
-    return _made(spec, values | given, where)
+    return _construct(spec, values | given, where)
 
 
 def _option(field: Field, key: str, text: str, where: str) -> Any:
@@ -208,7 +207,7 @@ def _option(field: Field, key: str, text: str, where: str) -> Any:
         raise ValueError(f"{where}: '{key}' must be {what}, got '{text}'") from None
 
 
-def _made(spec: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
+def _construct(spec: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
     needed = [f.name for f in fields(spec) if f.default is f.default_factory is MISSING]
     if missing := [name for name in needed if name not in values]:
         known = ", ".join(field.name for field in fields(spec))
@@ -229,31 +228,31 @@ def _value(field: Field, value: Any, where: str) -> Any:
 
 
 def _annotation(field: Field) -> str:
-    """A field's type as it is written, also where annotations are evaluated."""
+    """A field's type as source text, also if annotations are evaluated."""
     return field.type if isinstance(field.type, str) else formatannotation(field.type)
 
 
 def _is(value: Any, types: Any) -> bool:
-    """`isinstance`, but true and false are no numbers."""
+    """`isinstance`, except that booleans are not numbers."""
     return isinstance(value, types) and (types is bool or not isinstance(value, bool))
 
 
 def mapping(record: Any, where: str) -> Mapping:
-    """``record`` if it is a mapping; else raises ValueError."""
+    """Returns ``record`` if it is a mapping, else raises ValueError."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: must be a mapping of keys to values, got {record!r:.60}")
     return record
 
 
 def entries(record: Any, where: str) -> list:
-    """``record`` if it is a list that is not empty; else raises ValueError."""
+    """Returns ``record`` if it is a non-empty list, else raises ValueError."""
     if not isinstance(record, list) or not record:
         raise ValueError(f"{where}: must be a list with at least one entry, got {record!r:.60}")
     return record
 
 
 def refuse_doubles(what: str, names: list[str], fix: str) -> None:
-    """Raises ValueError for the most frequent of names that are given twice, with the fix."""
+    """Raises ValueError, with the ``fix``, if a name occurs more than once."""
     for name, count in Counter(names).most_common(1):
         if count > 1:
             raise ValueError(f"{what} '{name}' is given {count} times; {fix}")

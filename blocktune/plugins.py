@@ -1,8 +1,8 @@
-"""Modules that add a method, a selector or a reshape when they are imported.
+"""Loads plug-ins: modules that register methods, selectors or reshapes when they are imported.
 
-A plug-in is found by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin
-FILE|MODULE``, or by the variable ``BLOCKTUNE_PLUGINS`` (several with the path separator between),
-which child processes inherit. The modules of `blocktune.extras` come with the package.
+A plug-in is named by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin
+FILE|MODULE``, or by the environment variable ``BLOCKTUNE_PLUGINS`` (a list with path separators),
+which child processes inherit. The plug-ins in `blocktune.extras` are part of the package.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ _loaded: set[str] = set()
 
 
 def add(plugin: str) -> None:
-    """Names a plug-in for this process and those it starts; it is imported when first needed.
+    """Adds a plug-in (a Python file or dotted module name) for this process and its children.
 
-    Raises ValueError if it names a Python file, not the dotted name of a module, that does not
-    exist.
+    It is imported when first needed. Raises ValueError if it is a file that does not exist.
     """
     if _is_file(plugin):
         if not Path(plugin).is_file():
             raise ValueError(f"no plug-in at '{plugin}'; give a Python file or a module's name")
         plugin = str(Path(plugin).resolve())  # a child process may start elsewhere
-    if plugin not in (known := _named()):
-        os.environ[VARIABLE] = os.pathsep.join([*known, plugin])
+    if plugin not in (plugins := _named()):
+        os.environ[VARIABLE] = os.pathsep.join([*plugins, plugin])
 
 
 def _named() -> list[str]:
@@ -43,13 +42,13 @@ def _named() -> list[str]:
 
 
 def load_all() -> None:
-    """Imports the plug-ins of the package, of entry points and those that are named, each once.
+    """Imports all plug-ins once: those of the package, of entry points and of `VARIABLE`.
 
-    Raises ValueError if one cannot be imported: which, and why.
+    Raises ValueError, with its name and the reason, if one cannot be imported.
     """
     for plugin in [*_installed(tuple(sys.path)), *_named()]:
         if plugin not in _loaded:
-            _loaded.add(plugin)  # before the import: the plug-in may ask a table itself
+            _loaded.add(plugin)  # before the import, because the plug-in may use a registry
             try:
                 _import_file(Path(plugin)) if _is_file(plugin) else importlib.import_module(plugin)
             except Exception as error:
@@ -60,21 +59,21 @@ def load_all() -> None:
 
 @functools.cache
 def _installed(path: tuple[str, ...]) -> list[str]:
-    """Modules of `EXTRAS` and of entry points; reading these takes milliseconds, so only once."""
+    """Modules of `EXTRAS` and entry points; memoised, because reading these takes milliseconds."""
     extras = pkgutil.iter_modules(importlib.import_module(EXTRAS).__path__, f"{EXTRAS}.")
     entries = metadata.entry_points(group=GROUP)
     return [*(module.name for module in extras), *(entry.module for entry in entries)]
 
 
 def _import_file(path: Path) -> None:
-    """Imports a file under a name made of its path, so that two ``methods.py`` do not collide."""
+    """Imports a file under a name made from its path, so that equal file names do not collide."""
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     name = f"blocktune_plugin_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not path.is_file():
         raise ValueError("there is no such Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
     except BaseException:

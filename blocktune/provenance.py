@@ -1,4 +1,4 @@
-"""What a result or an adapter needs to be believed and repeated: command, commit, versions."""
+"""Records how a result or an adapter was made: command, commit, versions, hardware."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import torch
 
 PACKAGES = "torch transformers tokenizers numpy peft trl accelerate datasets deepspeed bitsandbytes"
 MASK = "HIDDEN"
-"""Replaces a secret."""
+"""Placeholder for a secret."""
 _TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTALL)
-# Options may be abbreviated (--hub_tok), so a token of the Hub is also known by its own look.
+# Options may be abbreviated (--hub_tok), so tokens of the Hub are also recognised by their form.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _ABSOLUTE = re.compile(r"(?<![\w/.])/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
 
 
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
-    """Describes this process; its program's folder and all tokens are left out, to be published.
+    """Describes this process for publication, without the program's folder and secret tokens.
 
-    ``command`` is what the user typed, by default ``sys.argv`` with the bare program name.
+    ``command`` is the command line, by default ``sys.argv`` with the bare program name.
     """
-    typed = [*_program(), *sys.argv[1:]] if command is None else command
+    words = [*_program(), *sys.argv[1:]] if command is None else command
     return {
-        "command": shlex.join(without_secrets(typed)),
+        "command": shlex.join(without_secrets(words)),
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(),
@@ -39,29 +39,29 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
 
 
 def without_secrets(words: list[str]) -> list[str]:
-    """A command's words with `MASK` for ``hf_...`` and the values of options named ``...token``."""
-    kept: list[str] = []
+    """Replaces ``hf_...`` and values of options named ``...token`` in a command by `MASK`."""
+    masked: list[str] = []
     for word in words:
-        option = _TOKEN_OPTION.fullmatch(kept[-1]) if kept else None
-        if option and "=" not in kept[-1] and not word.startswith("--"):
-            kept.append(MASK)
+        option = _TOKEN_OPTION.fullmatch(masked[-1]) if masked else None
+        if option and "=" not in masked[-1] and not word.startswith("--"):
+            masked.append(MASK)
         elif (own := _TOKEN_OPTION.fullmatch(word)) and "=" in word:
-            kept.append(f"{own[1]}={MASK}")
+            masked.append(f"{own[1]}={MASK}")
         else:
-            kept.append(without_tokens(word))
-    return kept
+            masked.append(without_tokens(word))
+    return masked
 
 
 def without_tokens(text: str) -> str:
-    """Text with `MASK` for whatever looks like a token of the Hugging Face Hub."""
+    """Replaces everything that looks like a token of the Hugging Face Hub by `MASK`."""
     return _TOKEN.sub(MASK, text)
 
 
 def public(value: Any) -> Any:
-    """Provenance without this machine's folders and without tokens of the Hub.
+    """Removes folders of this machine and tokens of the Hub from provenance.
 
-    Of an absolute path the last name stays. Adapters trained before commands were recorded
-    without their secrets may hold one.
+    Absolute paths are replaced by their last name. Tokens occur in adapters from versions that
+    recorded them.
     """
     if isinstance(value, dict):
         return {
@@ -76,7 +76,7 @@ def public(value: Any) -> Any:
 def _bare(command: str) -> str:
     try:
         words = shlex.split(command)
-    except ValueError:  # no command line: a quote is left open
+    except ValueError:  # not a command line: a quote is not closed
         words = command.split()
     return shlex.join(without_secrets(words))
 
@@ -87,8 +87,8 @@ def _program() -> list[str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with ``+changes`` if tracked files differ; None if there is none."""
-    # A package installed inside someone else's checkout is not that checkout's commit.
+    """The checkout's commit, with ``+changes`` if tracked files differ; None without a checkout."""
+    # Ignore a foreign checkout that the package is merely installed in.
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     head = _git("rev-parse", "HEAD")
     if head is None or tracked is None:
@@ -97,20 +97,20 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, blocktune and the packages that decide numbers."""
+    """Versions of Python, blocktune and the packages that affect results."""
     import blocktune
 
-    found = {"python": platform.python_version(), "blocktune": blocktune.__version__}
+    result = {"python": platform.python_version(), "blocktune": blocktune.__version__}
     for name in PACKAGES.split():
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, threads torch uses, and GPUs."""
+    """Processor, cores available to this process, torch's threads, and GPUs."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -131,7 +131,7 @@ def _processor() -> str:
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()

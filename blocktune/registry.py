@@ -1,7 +1,7 @@
 """Registries of methods, selectors, reshapes and chunkers, and checks of their parameters.
 
-An entry is a frozen dataclass under its published name; its fields are its parameters.
-A registry finds the modules of its package, and those of plug-ins.
+An entry is a frozen dataclass, registered under its published name; its fields are its parameters.
+A registry imports the modules of its package, and plug-ins, to find entries.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Entry = TypeVar("Entry", bound=type)
 
 
 class Registry:
-    """Classes by name; ``what`` says in errors what an entry is: ``reuse method``.
+    """Classes by name. ``what`` describes an entry in errors, e.g. ``reuse method``.
 
-    The modules of ``package`` are imported to find entries; plug-ins come after them.
+    The modules of ``package`` are imported to find entries, then the plug-ins.
     """
 
     def __init__(self, what: str, package: str):
@@ -35,18 +35,18 @@ class Registry:
     def register(self, name: str) -> Callable[[Entry], Entry]:
         """Registers a class under its published name, and makes it a frozen dataclass.
 
-        Raises ValueError if another class has the name.
+        Raises ValueError if the name is taken by another class.
         """
 
         def enter(cls: Entry) -> Entry:
             new = f"{cls.__module__}.{cls.__qualname__}"
             other = self._entries.get(name, cls)
             old = f"{other.__module__}.{other.__qualname__}"
-            if old != new:  # a module that is imported again may replace its own entry
+            if old != new:  # a module that is reloaded may replace its own entry
                 raise ValueError(
                     f"{self.what} '{name}' of {new} is already taken by {old}; choose another name"
                 )
-            if "__dataclass_fields__" not in vars(cls):  # it may already be one
+            if "__dataclass_fields__" not in vars(cls):  # not a dataclass yet
                 cls = dataclass(frozen=True)(cls)
             self._entries[name] = cls
             return cls
@@ -54,7 +54,7 @@ class Registry:
         return enter
 
     def table(self) -> Mapping[str, type]:
-        """All entries by name; ValueError if a plug-in cannot be loaded."""
+        """All entries by name. Raises ValueError if a plug-in cannot be loaded."""
         if not self._found:
             package = importlib.import_module(self.package)
             for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
@@ -68,7 +68,7 @@ class Registry:
         return sorted(self.table())
 
     def find(self, name: str) -> type:
-        """The class of a name; the ValueError for an unknown one lists all names."""
+        """The class with a name. The ValueError for an unknown name lists all names."""
         if name not in self.table():
             close = difflib.get_close_matches(name, self.table(), n=1)
             meant = f"did you mean '{close[0]}'? " if close else ""
@@ -77,7 +77,7 @@ class Registry:
         return self._entries[name]
 
     def build(self, name: str, **parameters: Any) -> Any:
-        """Makes an entry; ValueError if a name is unknown or a value is out of range."""
+        """Builds an entry. Raises ValueError if a name is unknown or a value is out of range."""
         cls = self.find(name)
         known = [field.name for field in fields(cls)]
         parameters = current_keys(parameters, known, f"{self.what} '{name}'")
@@ -87,7 +87,7 @@ class Registry:
         return cls(**parameters)
 
     def name_of(self, entry: Any) -> str:
-        """The name that an instance's class is registered under, else the class's own."""
+        """The registered name of an instance's class, or else the class's own name."""
         own = type(entry)
         return next((name for name, cls in self._entries.items() if cls is own), own.__name__)
 

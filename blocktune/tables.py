@@ -1,4 +1,4 @@
-"""Numbers and tables, written one way for terminal, Markdown and HTML."""
+"""Formats numbers and tables for terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 ABSENT = "-"
 WORDS = 18
-"""Narrowest width to which a column of words is folded."""
+"""Smallest width to which a column of words is folded."""
 FORMS: dict[str, Callable[[float], str]] = {
     "score": lambda value: f"{100 * value:.1f}",
     "points": lambda value: f"{100 * value:+.1f}",
@@ -25,16 +25,16 @@ FORMS: dict[str, Callable[[float], str]] = {
         f"{value / 2**20:.0f} MiB" if value < 2**30 else f"{value / 2**30:.1f} GiB"
     ),
 }
-"""How a number is written, by the kind of number it is."""
+"""Formats of numbers, by the kind of quantity."""
 
 
 def written(form: str, value: float | None) -> str:
-    """A number as text, in a form of `FORMS`; a dash for None."""
+    """Formats a number by a name in `FORMS`; None becomes a dash."""
     return ABSENT if value is None else FORMS[form](value)
 
 
 def with_interval(form: str, mean: float | None, ends: Sequence[float] | None) -> str:
-    """A number with its interval in brackets: ``12.5 (2.5 to 22.5)``."""
+    """A number with its confidence interval: ``12.5 (2.5 to 22.5)``."""
     if mean is None or ends is None:
         return written(form, mean)
     low, high = (written(form, end) for end in ends)
@@ -42,29 +42,29 @@ def with_interval(form: str, mean: float | None, ends: Sequence[float] | None) -
 
 
 def with_half(mean: float, ends: Sequence[float], digits: int = 0) -> str:
-    """A score in % with half the width of its interval: ``97.0 ±4``."""
+    """A score in % with half the width of its confidence interval: ``97.0 ±4``."""
     low, high = ends
     return f"{written('score', mean)} ±{50 * (high - low):.{digits}f}"
 
 
 class Table(NamedTuple):
-    """Headings and rows of cells; the first cell of a row names it."""
+    """A table: headings, and rows whose first cell is the row's name."""
 
-    headings: Sequence[str]  # a line break shortens a column in the terminal
-    rows: Sequence[Sequence[str]]  # the cells' text
-    title: str = ""  # above it in the terminal
-    note: str = ""  # below it
-    left: Sequence[str] = ()  # columns of words, which may take several lines; others are numbers
+    headings: Sequence[str]  # a line break narrows the column in the terminal
+    rows: Sequence[Sequence[str]]  # text of the cells
+    title: str = ""  # above the table in the terminal
+    note: str = ""  # below the table
+    left: Sequence[str] = ()  # headings of columns with words, which may be folded
 
     def markdown(self, *, right: bool = False) -> str:
-        """The table as Markdown; columns but the first are set right if ``right``."""
+        """The table as Markdown. If ``right``, all columns but the first are right-aligned."""
         rows = [self._words(), *self.rows]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         lines.insert(1, "|---" + ("|---:" if right else "|---") * (len(self.headings) - 1) + "|")
         return "\n".join(lines)
 
     def show(self, console: Console | None = None) -> None:
-        """Prints it; columns that do not fit beside the others follow below, none is cut."""
+        """Prints the table. Columns that do not fit follow in further tables below."""
         from rich.console import Console
 
         console = console or Console()
@@ -74,7 +74,7 @@ class Table(NamedTuple):
             console.print(self.note, style="dim", markup=False, highlight=False)
 
     def _blocks(self, console: Console) -> list[RichTable]:
-        """Tables of as many columns as the console has room for, each with the first column."""
+        """Splits the columns into tables that fit the console, each with the first column."""
         blocks, start = [], 1
         while start < len(self.headings):
             for stop in range(len(self.headings), start, -1):
@@ -91,11 +91,11 @@ class Table(NamedTuple):
         return blocks
 
     def _widths(self, columns: Sequence[int]) -> dict[int, int]:
-        """Characters that each column needs."""
+        """Number of characters that each column needs."""
         return {index: max(map(len, self._lines(index))) for index in columns}
 
     def _least(self, index: int) -> int:
-        """Characters that a column can be folded to."""
+        """Smallest number of characters that a column can be folded to."""
         lines = self._lines(index)
         natural = max(map(len, lines))
         if index == 0 or self.headings[index] not in self.left:
@@ -124,7 +124,7 @@ class Table(NamedTuple):
             name = self.headings[index]
             left = index == 0 or name in self.left
             table.add_column(
-                Text(name),  # as all that is shown: names may hold brackets
+                Text(name),  # not a string: brackets in names would be read as markup
                 justify="left" if left else "right",
                 vertical="top" if self.left else "bottom",
                 width=width,
@@ -135,5 +135,5 @@ class Table(NamedTuple):
         return table
 
     def _words(self) -> list[str]:
-        """Headings in one line each."""
+        """Headings without line breaks."""
         return [name.replace("-\n", "-").replace("\n", " ") for name in self.headings]

@@ -1,4 +1,4 @@
-"""Small random models with a tokenizer, to check and to time methods on."""
+"""Small random models with a tokenizer, for checking and timing methods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAINED = {
     Weights.LINKS: LayoutSpec(num_links=2),
     Weights.WRAPS: LayoutSpec(num_headers=2, num_trailers=1),
 }
-"""The layout of the adapter that `small_engine` pretends to have, by weights."""
+"""Layout of the simulated adapter of `small_engine`, by weights."""
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -35,12 +35,12 @@ TINY = {
 
 
 def small_engine(weights: Weights = Weights.ANY, *, bare: bool = False, seed: int = 0) -> Engine:
-    """An engine over a random Llama of seven layers, as if it were trained for ``weights``.
+    """An engine with a random Llama of seven layers, as if it were trained for ``weights``.
 
-    If ``bare``, there is no BOS and no instruction: prompts start with a chunk.
+    If ``bare``, there is no BOS and no instruction, so that prompts start with a chunk.
     """
     tokenizer = byte_tokenizer(bos=not bare)
-    # At the usual 0.02, a wrong mask cell moves logits by less than rounding.
+    # With the usual 0.02, a wrong mask would change logits by less than rounding does.
     model = random_llama(len(tokenizer), seed=seed, initializer_range=0.2, **TINY)
     words, info = (BARE if bare else WORDS), None
     if (trained := TRAINED[weights]) is not None:
@@ -53,14 +53,14 @@ def small_engine(weights: Weights = Weights.ANY, *, bare: bool = False, seed: in
 
 
 def random_llama(vocab_size: int, *, seed: int = 0, **config) -> LlamaForCausalLM:
-    """A Llama with random weights; ``config`` is `LlamaConfig`'s."""
+    """A Llama with random weights; ``config`` are fields of `LlamaConfig`."""
     torch.manual_seed(seed)
     ids = {"bos_token_id": None, "eos_token_id": vocab_size - 1, "pad_token_id": None}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **ids, **config)).eval()
 
 
 def byte_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
-    """One token per byte, no chat template; with or without a BOS."""
+    """A tokenizer with one token per byte and no chat template, with or without a BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
     backend = Tokenizer(models.BPE(vocabulary, merges=[]))

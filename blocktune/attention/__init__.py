@@ -1,4 +1,4 @@
-"""One rule of visibility, its executions, and how stock models are told to use them."""
+"""Attention by a layout: several executions of one visibility rule, attached to stock models."""
 
 from blocktune.lazy import exports
 

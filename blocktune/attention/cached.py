@@ -13,11 +13,11 @@ from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
 
 ROW_BLOCK = 128
-"""Computed rows are few and far apart: a block of them spans many columns after its first row."""
+"""Rows per block. It is small because computed rows are far apart: a block spans many columns."""
 
 
 class Reshaping(Protocol):
-    """What changes scores before softmax: `ReshapedAttention` of `blocktune.methods`."""
+    """Changes attention scores before softmax; see `ReshapedAttention` in `blocktune.methods`."""
 
     def attend(
         self,
@@ -29,19 +29,19 @@ class Reshaping(Protocol):
         rule: LayerRule,
         params: AttentionParams,
     ) -> Tensor | None:
-        """Attends the rows that were written into ``columns`` ``(B, R)``, -1 for padding.
+        """Attends rows that were written into ``columns`` ``(B, R)``, -1 for padding.
 
-        Returns ``(B, H, R, D)``, or None where a layer's scores are left unchanged.
+        Returns ``(B, H, R, D)``, or None for a layer whose scores are not changed.
         """
 
 
 class CachePlan:
-    """The rule in serving: some rows are computed, the keys of the others are in the cache.
+    """The plan for serving: some rows are computed, the keys of the others are in the cache.
 
-    A fresh row overwrites the column of its original before any row attends, so the columns always
-    hold what a global row may see; order, window and padding are left to the rule. The plan counts
-    what it executes: ``executed`` are the layers whose attention ran by it, ``context_rows``
-    ``(B,)`` the rows of chunk tokens among its ``query`` rows ``(B, R)``.
+    A fresh row overwrites the column of its original before any row attends. So global rows may see
+    all columns, and the rule applies only order, window and padding. The plan records what it
+    executes: ``executed`` lists the layers that ran by it, ``context_rows`` ``(B,)`` counts the
+    rows of chunk tokens among its ``query`` rows ``(B, R)``.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class CachePlan:
         columns: Tensor | None = None,
         kept_cells: int = KEPT_CELLS,
     ):
-        """Prepares rows ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, by order.
+        """Prepares rows ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, both by order.
 
-        ``reshaping`` (one for all plans of a batch) is how they see reused keys. ``columns`` ``(B,
-        R)`` are those that the rows were written into, -1 for padding; None: each row's order.
+        ``reshaping`` (one for all plans of a batch) changes scores of reused keys. ``columns``
+        ``(B, R)`` are those that the rows are written into, -1 for padding; None: a row's order.
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
@@ -70,7 +70,7 @@ class CachePlan:
         self._tails = find_tails(query, key)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`; rows that have ended are not computed, whatever the layer."""
+        """Implements `Plan.attend`. The caller has left out rows that end before this layer."""
         self.executed.append(rule.layer)
         self._windows.append(rule.window)
         if self._reshaping is not None:
@@ -84,21 +84,21 @@ class CachePlan:
         return self._band.attend(query, key, value, rule, params).transpose(1, 2)
 
     def num_rows(self) -> Tensor:
-        """Computed rows of each prompt, ``(B,)`` on the CPU."""
+        """Number of computed rows of each prompt, ``(B,)`` on the CPU."""
         return (self.query.kind != Kind.PAD).sum(1).cpu()
 
     def forget(self) -> None:
-        """Drops the masks; from now on the plan is only asked for counts."""
+        """Drops the masks. Afterwards only the counts can be used."""
         self._band.forget()
 
     def pairs(self) -> list[Tensor]:
-        """Scores made in each of the `executed` layers, masked ones included, ``(B,)`` each."""
+        """Number of scores computed in each `executed` layer, including masked ones, ``(B,)``."""
         return [self._pairs(window) for window in self._windows]
 
     def _pairs(self, window: int | None) -> Tensor:
-        made = self._band.pairs(window)
-        if made is not None:
-            return made
+        pairs = self._band.pairs(window)
+        if pairs is not None:
+            return pairs
         rows, columns = self.num_rows(), (self._band.key.kind != Kind.PAD).sum(1).cpu()
         return torch.where(rows == 1, columns, columns * (columns + 1) // 2)
 
@@ -106,7 +106,7 @@ class CachePlan:
 class Tail(NamedTuple):
     """Prompts whose computed ``rows`` are the last of their ``columns``: causal, without a mask.
 
-    Both are without padding.
+    Neither slice includes padding.
     """
 
     prompts: slice
@@ -114,18 +114,18 @@ class Tail(NamedTuple):
     columns: slice
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-        """Attends these prompts of a batch; ``(prompts, H, R, D)``, zeros in padding rows."""
+        """Attends these prompts. Returns ``(prompts, H, R, D)``, with zeros in padding rows."""
         keys, values = (states[self.prompts, :, self.columns] for states in (key, value))
         out = tail_attention(query[self.prompts, :, self.rows], keys, values, params)
         return F.pad(out, (0, 0, self.rows.start, 0))
 
 
 def find_tails(query: Rows, key: Rows) -> list[Tail]:
-    """Tails that cover the whole batch, or none if a prompt computes other rows than its last.
+    """Tails that cover the whole batch; [] if a prompt computes other rows than its last ones.
 
-    Computed rows ``(B, R)`` have padding before them, columns ``(B, N)`` after them. Few rows after
-    many columns are left to a mask, which is small: a causal kernel would need as many padding
-    rows. A single row needs neither.
+    Computed rows ``(B, R)`` have padding before them, columns ``(B, N)`` after them. For few rows
+    after many columns the result is [], too: their mask is small, while a causal kernel would need
+    many padding rows. A single row needs neither.
     """
     rows = (query.kind != Kind.PAD).sum(1)
     columns = (key.kind != Kind.PAD).sum(1)
@@ -146,5 +146,5 @@ def _is_tail(query: Rows, key: Rows, tail: Tail) -> bool:
     count = tail.rows.stop - tail.rows.start
     order = key.order[tail.prompts, tail.columns][:, -count:]
     dense = (key.kind[tail.prompts, tail.columns] != Kind.PAD).all()
-    dense &= (query.group[tail.prompts, tail.rows] == GLOBAL).all()  # else a row sees less
+    dense &= (query.group[tail.prompts, tail.rows] == GLOBAL).all()  # others see only their group
     return bool(dense) and count > 0 and torch.equal(query.order[tail.prompts, tail.rows], order)

@@ -1,8 +1,8 @@
-"""The rule as a FlexAttention ``BlockMask``, built from block summaries.
+"""The visibility rule as a FlexAttention ``BlockMask``, built from block summaries.
 
 PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here each block of 128 rows is
-summarised by the ranges of its fields, and the summaries decide which pairs of blocks the kernel
-visits, on (N / 128) ** 2 cells. The kernel then applies the exact rule inside them.
+summarised by the ranges of its fields, and (N / 128) ** 2 comparisons of summaries select the pairs
+of blocks that the kernel visits. The kernel then applies the exact rule inside them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 128
 
 
 class _Range(NamedTuple):
-    """Smallest and largest value of a field in each block, ``(B, blocks)``, without pads."""
+    """Smallest and largest value of a field in each block without padding, ``(B, blocks)``."""
 
     low: Tensor
     high: Tensor
@@ -36,16 +36,16 @@ class _Range(NamedTuple):
 
 def _range(field: Tensor, keep: Tensor) -> _Range:
     pad = -field.shape[1] % BLOCK
-    huge = 1 << 40  # beyond any order, far from overflow, and exact as the float that pad takes
+    huge = 1 << 40  # above any order, far from overflow, and exact as a float, which F.pad takes
     low = F.pad(field.masked_fill(~keep, huge), (0, pad), value=huge)
     high = F.pad(field.masked_fill(~keep, -huge), (0, pad), value=-huge)
     return _Range(low.unflatten(1, (-1, BLOCK)).amin(-1), high.unflatten(1, (-1, BLOCK)).amax(-1))
 
 
 def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
-    """Pairs of 128-row blocks that may hold a visible cell, ``(B, ceil(S / 128), ...)`` bool.
+    """Pairs of 128-row blocks that may contain a visible cell, bool ``(B, blocks, blocks)``.
 
-    Never False where a cell is visible; the exact rule decides inside a block.
+    It may be True for a pair without a visible cell, but never False for one with such a cell.
     """
     alive = ~layout.is_pad & (layout.until > rule.layer)
     local = alive & (layout.group != GLOBAL)
@@ -60,7 +60,7 @@ def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
 
 
 def flex_block_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> BlockMask:
-    """The rule as a ``BlockMask`` of 128 x 128 blocks, with the exact rule as its ``mask_mod``."""
+    """Makes a ``BlockMask`` of 128 x 128 blocks, with the exact rule as its ``mask_mod``."""
     rows, superseded = layout.rows(), layout.superseded_until
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -86,16 +86,16 @@ def _compiled():
 
 
 class FlexPlan:
-    """Attention by FlexAttention: one kernel over the visible blocks, on CUDA or (forward) CPUs."""
+    """FlexAttention: one kernel over the visible blocks, on CUDA, or on CPUs (forward only)."""
 
     def __init__(self, layout: Layout):
-        """Keeps ``layout``; a block mask is built once for all layers with the same rule."""
+        """Prepares for ``layout``. Layers with the same rule share a block mask."""
         self.layout, self.written = layout, layout.written
         self._endings = layout.endings
         self._masks: dict[LayerRule, BlockMask] = {}
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`; refuses attention dropout, and gradients on a CPU."""
+        """Implements `Plan.attend`. ValueError for attention dropout, or gradients on a CPU."""
         check_rows(self.layout.kind.shape, query, key)
         if params.dropout:
             raise ValueError(
@@ -117,7 +117,7 @@ class FlexPlan:
             enable_gqa=query.shape[1] != key.shape[1],
             return_aux=AuxRequest(lse=params.sinks is not None),
         )
-        if params.sinks is not None:  # a share of the denominator goes to the sink
+        if params.sinks is not None:  # add the sink to the softmax denominator
             sinks = params.sinks.float()[:, None]
             out = out * torch.sigmoid(aux.lse - sinks)[..., None].to(out.dtype)
         return out.transpose(1, 2)

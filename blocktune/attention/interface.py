@@ -1,9 +1,9 @@
-"""How a stock transformers model is told to attend by a layout.
+"""Makes stock transformers models attend by a layout.
 
-`attach` registers an attention function through transformers' own interface and adds one forward
-pre-hook to the decoder. A forward that carries a ``layout`` (or a prepared ``plan``) attends by it;
-one without is the stock model. No model code is forked or patched, and importing this module
-changes nothing.
+`attach` registers an attention function through transformers' own interface and adds forward hooks
+to the decoder and its layers. A forward pass with a ``layout`` (or a prepared ``plan``) attends by
+it; without one, the model works as before. No model code is forked or patched, and importing this
+module has no effect.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from blocktune.attention.split import SplitPlan
 from blocktune.layout import LayerRule, Layout
 
 NAME = "blocktune_"
-"""Prefix of the attention implementations' names in transformers; the model's own one follows."""
+"""Name prefix of the registered attention implementations, before that of the stock one."""
 STOCK = ("sdpa", "eager")
-"""The models' own implementations, which forwards without a layout can keep."""
+"""Supported stock implementations, which run if a forward pass has no layout."""
 OWN_ATTENTION = (
-    "{} computes attention in code of its own, which no mask of blocktune's reaches; use a decoder "
+    "{} computes attention in its own code, to which blocktune's masks do not apply; use a decoder "
     "that attends by transformers' attention interface"
 )
 _HANDLE = "_blocktune_attached"
-_ENTERED: ContextVar[Plan | None] = ContextVar("plan of the layer that was entered", default=None)
-"""For layers that do not hand their attention what they were given (StableLM, Nemotron)."""
+_ENTERED: ContextVar[Plan | None] = ContextVar("plan of the current layer", default=None)
+"""For layers that do not pass their keyword arguments on to attention (StableLM, Nemotron)."""
 
 
 class Plan(Protocol):
     """An execution of the visibility rule, prepared once per batch and used by all layers.
 
-    One over a layout has its `Layout.written` as ``written``; one around another has that as
-    ``plan``.
+    A plan made from a layout has the attribute ``written`` (`Layout.written`). A plan that wraps
+    another one has that as its attribute ``plan``.
     """
 
     def attend(
@@ -58,15 +58,15 @@ class Plan(Protocol):
     ) -> Tensor:
         """Attends ``query`` ``(B, H, R, D)`` over ``key`` and ``value`` ``(B, K, N, D)``.
 
-        ``rule`` is the layer's part of the rule. Returns ``(B, R, H, D)``, as transformers wants
-        it.
+        ``rule`` is the layer's part of the visibility rule. Returns ``(B, R, H, D)``, as
+        transformers expects.
         """
 
 
 def written_rows(plan: Plan | None) -> Tensor | None:
-    """Which rows of a pass are those of chunks being encoded (`Layout.written`); None: no row.
+    """Mask of the rows of a pass that encode chunks (`Layout.written`); None if there are none.
 
-    Plans over a cache have none: serving computes all other rows at answering time.
+    Plans over a cache have none, because serving encodes chunks in separate passes.
     """
     while (inner := getattr(plan, "plan", None)) is not None:
         plan = inner
@@ -80,7 +80,7 @@ def make_plan(execution: str, layout: Layout) -> Plan:
     """Prepares an execution of ``layout`` ``(B, S)``, on the model's device.
 
     ``split`` runs forward and backward on CPU and CUDA, ``flex`` on CUDA (on a CPU only forward);
-    ``dense`` is the N x N oracle. Raises ValueError if the execution is unknown.
+    ``dense`` is the N x N reference. Raises ValueError if the execution is unknown.
     """
     return _execution(execution)(layout)
 
@@ -90,23 +90,23 @@ def planned_forward(
 ) -> Any:
     """Runs an attached model on ``ids`` at ``positions``, both ``(B, R)``, by a plan.
 
-    Their keys and values go into the ``cache``, if there is one.
+    The keys and values go into the ``cache``, if there is one.
     """
     states = {"past_key_values": cache, "use_cache": cache is not None}
     return model(ids, position_ids=positions, plan=plan, **states, **options)
 
 
 def attach(model: PreTrainedModel, execution: str = "split") -> None:
-    """Lets forwards of ``model`` (or of the base model under a PEFT wrapper) attend by a layout.
+    """Lets ``model`` (or the base model in a PEFT wrapper) attend by a layout.
 
-    A forward that gets ``layout=`` ``(B, S, fields)`` (see `Layout.pack`) attends by it and takes
-    its positions from it. One that gets ``plan=`` attends by that plan, at the ``position_ids`` it
-    is given. All others are those of the stock model. The model gets a copy of its configuration,
-    so that another model made from the same one is not switched with it. `detach` undoes it.
+    A forward pass with ``layout=`` ``(B, S, fields)`` (see `Layout.pack`) attends by it and takes
+    its positions from it. A pass with ``plan=`` attends by that plan, at the ``position_ids`` that
+    it gets. All other passes run the stock model. The model gets a copy of its configuration, so
+    that other models with the same configuration object do not change. `detach` undoes it.
 
     Args:
-        model: A decoder of transformers.
-        execution: How layouts are attended, see `make_plan`.
+        model: A transformers decoder.
+        execution: The execution for layouts, see `make_plan`.
 
     Raises:
         ValueError: If the model cannot switch its attention implementation, or its own is not
@@ -138,25 +138,25 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
 
 
 def can_switch(cls: type[PreTrainedModel]) -> bool:
-    """Whether transformers can switch the attention of a class; True where it does not tell."""
+    """Whether transformers can switch the attention of a class; True if that is unknown."""
     return getattr(cls, "_can_set_attn_implementation", lambda: True)()
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Gives ``model`` back its own attention; does nothing to a model that is not attached."""
+    """Restores the stock attention of ``model``; does nothing if it is not attached."""
     if is_attached(model):
         _remove_hooks(decoder_of(model))
         model.set_attn_implementation(_stock(model))
 
 
 def is_attached(model: PreTrainedModel) -> bool:
-    """Whether `attach` was called on this model, and not undone."""
+    """Whether the model is attached, see `attach`."""
     return hasattr(decoder_of(model), _HANDLE)
 
 
 @contextmanager
 def block_attention(model: PreTrainedModel, execution: str = "split") -> Iterator[PreTrainedModel]:
-    """The model attached within the block; after it the model is as before."""
+    """Attaches the model inside the block, and restores it afterwards."""
     was_attached = is_attached(model)
     attach(model, execution)
     try:
@@ -183,12 +183,12 @@ def _leave(*_: Any) -> None:
 
 
 def _enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A layer's pre-hook, also when gradient checkpointing runs it again."""
+    """Forward pre-hook of a layer; gradient checkpointing calls it again in backward."""
     _ENTERED.set(kwargs.get("plan"))
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The part of the model that makes masks and runs the layers."""
+    """The submodule that makes masks and runs the layers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder()
     return decoder if isinstance(decoder, PreTrainedModel) else base.base_model
@@ -199,7 +199,7 @@ def _stock(model: PreTrainedModel) -> str:
 
 
 def _own_config(model: nn.Module) -> None:
-    """Copies the configurations that the model's parts hold; shared ones stay shared inside."""
+    """Copies the configurations of all modules. Modules that share one still share the copy."""
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = vars(module).get("config")
@@ -210,7 +210,7 @@ def _own_config(model: nn.Module) -> None:
 def _read_layout(
     execution: str, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """The pre-hook: turns ``layout`` into a plan and positions, and keeps stock masks away."""
+    """Forward pre-hook: turns ``layout`` into a plan and positions, and disables stock masks."""
     packed, plan = kwargs.pop("layout", None), kwargs.get("plan")
     if packed is None and plan is None:
         return None
@@ -229,17 +229,17 @@ def _read_layout(
                 f"layout has {tuple(layout.kind.shape)} rows, the input has "
                 f"{tuple(rows.shape[:2])}; pass the layout of exactly these tokens"
             )
-        if mask is not None and mask.shape == layout.kind.shape:  # padding, which the layout has
+        if mask is not None and mask.shape == layout.kind.shape:  # a padding mask is redundant
             mask = None if torch.equal(mask.bool(), ~layout.is_pad) else mask
         kwargs |= {"plan": make_plan(execution, layout), "position_ids": layout.position}
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
     if mask is not None:
         raise ValueError(
-            f"a plan and an attention mask {tuple(mask.shape)} were given; the plan's layout holds "
-            "all visibility (padding too): leave attention_mask out"
+            f"a plan and an attention mask {tuple(mask.shape)} were given; the plan's layout "
+            "defines all visibility (padding too): leave attention_mask out"
         )
-    # Transformers passes four-dimensional masks through unchanged, and makes none itself.
+    # Transformers passes four-dimensional masks on unchanged, instead of making its own.
     return args, kwargs | {"attention_mask": torch.empty(0, 0, 0, 0)}
 
 
@@ -254,7 +254,7 @@ def _attend(
     plan: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The registered attention function: by the plan, or as the stock model."""
+    """The registered attention function: attends by the plan, or by the stock function."""
     plan = _ENTERED.get() if plan is None else plan
     if plan is None:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(stock, _eager(module))
@@ -271,12 +271,12 @@ def _attend(
         sinks=kwargs.get("s_aux"),
     )
     rule = LayerRule(layer=module.layer_idx, window=kwargs.get("sliding_window"))
-    # Some models view the result, as the stock functions make it.
+    # Contiguous, like the result of stock functions, because some models call view() on it.
     return plan.attend(query, key, value, rule, params).contiguous(), None
 
 
 def _eager(module: nn.Module) -> Callable | None:
-    """The eager attention of the file that the module comes from."""
+    """The eager attention function of the file that defines the module's class."""
     files = (sys.modules[base.__module__] for base in type(module).__mro__)
-    found = (getattr(file, "eager_attention_forward", None) for file in files)
-    return next((function for function in found if function is not None), None)
+    functions = (getattr(file, "eager_attention_forward", None) for file in files)
+    return next((function for function in functions if function is not None), None)

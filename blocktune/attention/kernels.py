@@ -1,6 +1,6 @@
-"""Attention over given tensors: a causal square, or any rows under any mask.
+"""Attention kernels over plain tensors: causal, or any rows under any mask.
 
-The only place that calls a kernel. All functions apply soft-capping and attention sinks, which
+Only this module calls kernels. All functions apply soft-capping and attention sinks, which
 PyTorch's fused kernel lacks, and share K/V heads among query heads without copying K/V.
 """
 
@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Mask = Tensor | Callable[[], Tensor] | None
-"""A mask, or a function that makes it where it is used, and again in backward: it is not kept."""
+"""A mask, or a function that makes it in forward and again in backward, so that it is not kept."""
 
 
 class AttentionParams(NamedTuple):
-    """What a layer of a model passes to attention besides q, k and v."""
+    """Parameters that a layer passes to attention besides q, k and v."""
 
     scaling: float  # factor on the scores, usually ``D ** -0.5``
-    softcap: float | None = None  # gemma 2's bound: ``softcap * tanh(score / softcap)``
+    softcap: float | None = None  # Gemma 2's bound: ``softcap * tanh(score / softcap)``
     dropout: float = 0.0  # probability of dropping an attention weight; 0 in evaluation
-    sinks: Tensor | None = None  # GPT-OSS's, ``(H,)``: a logit of each head that has no value
+    sinks: Tensor | None = None  # GPT-OSS, ``(H,)``: an extra logit per head, without a value
 
     @property
     def is_plain(self) -> bool:
-        """Whether PyTorch's fused kernel can attend so."""
+        """Whether PyTorch's fused kernel supports these parameters."""
         return self.softcap is None and self.sinks is None
 
 
@@ -44,9 +44,9 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """`masked_attention` where row ``i`` attends to rows ``0..i``; nothing of size N x N is kept.
+    """`masked_attention` where row ``i`` attends to rows ``0..i``, without tensors of N x N.
 
-    Where soft-capping or sinks need the scores, they are made for one block of rows at a time.
+    If soft-capping or sinks need the scores, these are computed for one block of rows at a time.
     """
     if params.is_plain:
         if query.is_cuda and query.dtype == torch.float32:
@@ -69,9 +69,9 @@ def _causal_mask(start: int, stop: int, device: torch.device) -> Tensor:
 
 
 def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """The last ``R`` of ``N`` rows attend causally; shapes as in `masked_attention`.
+    """Causal attention of the last ``R`` of ``N`` rows; shapes as in `masked_attention`.
 
-    Several rows get padding before them, since PyTorch aligns the first row with the first key.
+    Several rows get padding in front, because PyTorch aligns the first row with the first key.
     """
     rows, missing = query.shape[2], key.shape[2] - query.shape[2]
     if rows == 1:
@@ -81,20 +81,20 @@ def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionP
 
 
 ROW_BLOCK = 512
-"""Rows attended at a time where a mask is needed; bounds the memory in use."""
+"""Rows per block where a mask is needed; it bounds the memory in use."""
 
 
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, params: AttentionParams
 ) -> Tensor:
-    """Rows ``(G, H, R, D)`` attend to the keys ``(G, K, N, D)`` that ``mask`` shows them.
+    """Attention of rows ``(G, H, R, D)`` to the keys ``(G, K, N, D)`` visible under ``mask``.
 
     The mask is broadcastable to ``(G, 1, R, N)``: bool, True where visible, or (without
-    soft-capping and sinks) additive in the dtype of ``query``, best in `masks.mask_form`. Every row
-    must have a visible key. None: all rows see all keys.
+    soft-capping and sinks) additive in the dtype of ``query``, ideally of the form `mask_form`.
+    Every row must have a visible key. None: all rows see all keys.
     """
     has_gradient = any(states.requires_grad for states in (query, key, value))
-    # Scores made here would be kept for backward as well: rows x keys x heads.
+    # Checkpoint, or autograd would keep the scores for backward: rows x keys x heads.
     if has_gradient and torch.is_grad_enabled() and (callable(mask) or not params.is_plain):
         options = {"use_reentrant": False, "preserve_rng_state": params.dropout > 0}
         return checkpoint(_by_kernel, query, key, value, mask, params, **options)
@@ -123,10 +123,10 @@ def folded_attention(
 ) -> Tensor:
     """The fused kernel under a mask, with the query heads of one K/V head stacked as rows.
 
-    On CUDA no fused kernel takes both a mask and fewer K/V heads than query heads: with
-    ``enable_gqa`` PyTorch falls back to one that copies K/V for every query head and keeps all
-    scores. Arguments and result are those of `masked_attention`, without soft-capping and sinks;
-    the rows of the mask may be folded already, ``(G, 1, H / K * R, N)``.
+    On CUDA no fused kernel supports both a mask and fewer K/V heads than query heads: with
+    ``enable_gqa`` PyTorch falls back to a kernel that copies K/V for every query head and keeps
+    all scores. Arguments and result are those of `masked_attention`, without soft-capping and
+    sinks. The mask may have folded rows already, ``(G, 1, H / K * R, N)``.
     """
     groups, heads, rows, dim = query.shape
     shared = heads // key.shape[1]
@@ -141,9 +141,9 @@ def folded_attention(
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """Attention in float32 with capped scores and sinks; K/V heads are broadcast, not copied."""
+    """Attention in float32 with soft-capping and sinks; K/V heads are broadcast, not copied."""
     scores = plain_scores(query, key, mask, params)
-    # A row that sees nothing (padding) would be NaN; no row reads it, so zeros are fine.
+    # A row that sees no key (padding) would be NaN. Its output is never used, so it may be 0.
     weights = attention_weights(scores, params).masked_fill(scores == float("-inf"), 0.0)
     return weighted_values(F.dropout(weights, params.dropout), value).to(query.dtype)
 
@@ -165,7 +165,7 @@ def plain_scores(
 
 
 def attention_weights(scores: Tensor, params: AttentionParams) -> Tensor:
-    """The softmax over ``(G, H, R, N)``; with sinks, the keys' weights add up to less than 1."""
+    """Softmax of scores ``(G, H, R, N)``. With sinks, the weights of a row sum to less than 1."""
     if params.sinks is None:
         return torch.softmax(scores, dim=-1)
     sinks = params.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

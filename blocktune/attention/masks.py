@@ -1,4 +1,4 @@
-"""Masks by the rule: of a block of rows at a time, kept for all layers, or dense, for reference."""
+"""Masks made by the visibility rule: in blocks of rows, or dense as a reference."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from blocktune.attention.kernels import (
 from blocktune.layout import FIRST_LAYER, LayerRule, Layout, Rows, visible
 
 KEPT_CELLS = 1 << 24
-"""Mask elements that a plan keeps for all its layers (64 MiB in float32). Beyond that, every layer
-makes its masks again, a block of rows at a time, in forward and in backward."""
+"""Most mask elements that a plan keeps for all its layers (64 MiB in float32). Beyond that, every
+layer makes its masks again, a block of rows at a time, in forward and in backward."""
 
 
 @dataclass
 class MaskRoom:
-    """How many mask elements (``cells``) a plan may still keep."""
+    """Number of mask elements (``cells``) that a plan may still keep."""
 
     cells: int = KEPT_CELLS
 
     def take(self, cells: int) -> bool:
-        """Whether ``cells`` more elements may be kept; if so, they are counted."""
+        """Reserves room for ``cells`` more elements. Returns False if there is not enough."""
         fits = cells <= self.cells
         self.cells -= cells if fits else 0
         return fits
 
 
 class MaskForm(NamedTuple):
-    """The form of a mask that a kernel takes without a copy, which autograd would keep per layer.
+    """Memory format of a mask that a kernel takes without copying it in every layer.
 
     ``dtype`` is bool, or that of the scores for an additive mask. Rows are repeated ``copies``
-    times, for query heads folded into rows, each at a multiple of ``align`` elements.
+    times, for query heads folded into rows. Each row starts at a multiple of ``align`` elements.
     """
 
     dtype: torch.dtype
@@ -51,11 +51,11 @@ class MaskForm(NamedTuple):
 
 
 SEEN = MaskForm(torch.bool)
-"""The mask as the rule gives it, for code that makes the scores itself."""
+"""Plain bool mask, for code that computes the scores itself."""
 
 
 def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:
-    """The form for `masked_attention`, ``query`` ``(G, H, R, D)`` over ``key`` ``(G, K, N, D)``."""
+    """The form for `masked_attention` of ``query`` ``(G, H, R, D)`` to ``key`` ``(G, K, N, D)``."""
     if not params.is_plain:
         return SEEN
     if not query.is_cuda:
@@ -65,7 +65,7 @@ def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:
 
 
 def formed(seen: Tensor, form: MaskForm) -> Tensor:
-    """Brings a bool mask ``(G, 1, R, N)``, True where visible, to ``(G, 1, copies * R, N)``."""
+    """Converts a bool mask ``(G, 1, R, N)``, True where visible, to ``(G, 1, copies * R, N)``."""
     if form == SEEN:
         return seen
     groups, _, rows, keys = seen.shape
@@ -76,14 +76,14 @@ def formed(seen: Tensor, form: MaskForm) -> Tensor:
 
 
 class Span(NamedTuple):
-    """Adjacent rows, and the keys that any of them may see."""
+    """Adjacent rows, and a range of keys that includes all they may see."""
 
     rows: slice
     keys: slice
 
     @property
     def num_keys(self) -> int:
-        """Keys that each of the rows is scored against."""
+        """Number of keys that each row is scored against."""
         return self.keys.stop - self.keys.start
 
 
@@ -97,16 +97,16 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class RowBand:
-    """Query rows and the keys they may see, both sorted by order.
+    """Masked attention in blocks of query rows. Query rows and keys are sorted by order.
 
-    A block of rows is scored against the keys up to its last row only (and, under a window, from
-    the first key in reach), so neither mask nor work covers keys that no row sees. Masks are made
-    once per rule and kept while there is room; the others are made block by block in each layer,
-    and again in its backward.
+    A block is scored only against the keys up to its last row (and, with a window, from the first
+    key in reach), so no work is done for keys that no row sees. Masks are made once per rule and
+    kept while there is room. Otherwise they are made block by block in each layer, and again in
+    its backward.
     """
 
-    query: Rows  # facts of the query rows, ``(G, R)``
-    key: Rows  # facts of the keys, ``(G, N)``
+    query: Rows  # the query rows, ``(G, R)``
+    key: Rows  # the rows of the keys, ``(G, N)``
     superseded_until: Tensor  # `Layout.superseded_until` of the keys, ``(G, N)``
     query_exists: Tensor
     key_exists: Tensor
@@ -118,7 +118,7 @@ class RowBand:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
-        """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
+        """Attends ``query`` ``(G, H, R, D)`` to ``(G, K, N, D)``. Returns ``(G, H, R, D)``."""
         outs = []
         for (rows, keys), mask in self._masked(rule, mask_form(query, key, params)):
             states = query[:, :, rows], key[:, :, keys], value[:, :, keys]
@@ -126,23 +126,23 @@ class RowBand:
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
     def blocks(self, rule: LayerRule) -> Iterator[Block]:
-        """Blocks with bool masks; all of them together hold rows x keys elements."""
+        """Yields blocks with bool masks. Together they have up to rows x keys elements."""
         for span, mask in self._masked(rule, SEEN):
             yield Block(*span, mask() if callable(mask) else mask)
 
     def forget(self) -> None:
-        """Drops the masks of a band that will not attend again."""
+        """Drops the masks once attention is done."""
         self._masks.clear()
 
     def pairs(self, window: int | None) -> Tensor | None:
-        """Scores that one layer makes, ``(G,)``; None if no layer of this window used blocks."""
+        """Number of scores in a layer, ``(G,)``; None if no layer with this window used blocks."""
         if window not in self._spans:
             return None
         spans = self._spans[window]
         return sum(self.query_exists[:, s.rows].sum(1) * s.num_keys for s in spans)
 
     def spans(self, window: int | None) -> list[Span]:
-        """Blocks of rows with the keys they may see in layers of this window; found once."""
+        """Blocks of rows with their ranges of keys, for layers with this window; memoised."""
         if window not in self._spans:
             count, step = self.query.kind.shape[1], self.row_block
             rows = (slice(a, min(a + step, count)) for a in range(0, count, step))
@@ -161,13 +161,13 @@ class RowBand:
         return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
 
     def _masked(self, rule: LayerRule, form: MaskForm) -> Iterator[tuple[Span, Mask]]:
-        """Blocks with masks, or with what makes these, if there was no room at first for all."""
+        """Yields blocks with their masks, or functions that make these if they do not fit."""
         spans = self.spans(rule.window)
         make = [partial(self._mask, span, rule, form) for span in spans]
         if (rule, form) not in self._masks:
             cells = sum((s.rows.stop - s.rows.start) * s.num_keys for s in spans)
             fits = self.room.take(cells * len(self.query.kind) * form.copies)
-            self._masks[rule, form] = [one() for one in make] if fits else None
+            self._masks[rule, form] = [make_mask() for make_mask in make] if fits else None
         return zip(spans, self._masks[rule, form] or make, strict=True)
 
     def _mask(self, span: Span, rule: LayerRule, form: MaskForm) -> Tensor:
@@ -179,18 +179,18 @@ class RowBand:
             rule,
         )
         mask = mask & self.query_exists[:, rows, None] & self.key_exists[:, None, keys]
-        # Rows that see nothing (padding, ended rows) get one key: a kernel may return NaN for
-        # an empty row, and their output is never read.
+        # Rows that see nothing (padding, ended rows) get one key, because kernels may return NaN
+        # for an empty row. Their output is never used.
         mask[..., 0] |= ~mask.any(-1)
         return formed(mask[:, None], form)
 
 
 def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
-    """Visibility of every row of a layout ``(B, S)`` for every row.
+    """The dense mask of a layout ``(B, S)``.
 
     Returns bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
-    models take it as a 4-D ``attention_mask`` with ``sdpa``; for ``eager`` it must be made
-    additive, since a bool mask is silently added there.
+    models accept it as a 4-D ``attention_mask`` with ``sdpa``. For ``eager`` it must be converted
+    to an additive mask, because a bool mask would silently be added.
     """
     query = layout.rows().map(lambda field: field[:, None, :, None])
     key = layout.rows().map(lambda field: field[:, None, None, :])
@@ -198,10 +198,10 @@ def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
 
 
 class DensePlan:
-    """The reference for tests and small inputs: attention by the dense mask, in float32."""
+    """Reference for tests and small inputs: attention with a dense mask, in float32."""
 
     def __init__(self, layout: Layout):
-        """Keeps ``layout``; a mask is made for each layer and not kept."""
+        """Prepares for ``layout``. Each layer makes its mask again."""
         self.layout, self.written = layout, layout.written
 
     def attend(self, query, key, value, rule, params) -> Tensor:

@@ -1,4 +1,4 @@
-"""Split attention: all chunks as one batch, then the global rows over everything before them."""
+"""Split attention: all chunks as one batch, then global rows over everything before them."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, LayerRule, Layout
 
 NARROW_BLOCK = 64
-"""Rows attended at a time on a CPU where many rows share few keys; see `_stack`."""
+"""Rows per block on a CPU where many rows share few keys; see `_stack`."""
 
 
 class RowSegment(NamedTuple):
     """Rows that attend together, as indices into the flattened ``B * S`` rows, by order."""
 
-    query: list[int]  # the seeing rows
-    key: list[int]  # the rows they may see
+    query: list[int]  # the query rows
+    key: list[int]  # rows that they may see
     own: bool  # whether the keys are the query rows themselves
     causal: bool  # whether each row sees exactly the segment's rows up to itself
 
 
 def find_segments(layout: Layout) -> list[RowSegment]:
-    """Splits the rows into causal segments and global rows over everything.
+    """Splits rows into causal segments, and segments of global rows over the whole prompt.
 
     Each group (a chunk with its blanks) is causal. So are the global rows before the first chunk:
-    the prefix, or a whole prompt in full attention. The other global rows of a prompt see what the
-    rule shows them among all rows of the prompt that are not blanks. Every row of the layout (on
-    the CPU) but the padding is a query exactly once.
+    the prefix, or a whole prompt in full attention. The keys of a prompt's other global rows are
+    all rows of the prompt except blanks; the rule selects among them. Every row of the layout (on
+    the CPU) except padding is a query exactly once.
     """
     segments = []
     for rows in _rows_by_sample(layout).values():
         groups = defaultdict(list)
         for row in rows:
             groups[row.group].append(row)
-        spread = groups.pop(GLOBAL, [])
-        segments += [_own(group) for group in groups.values()]
+        global_rows = groups.pop(GLOBAL, [])
+        segments += [_self_segment(group) for group in groups.values()]
         start = min((row.order for row in rows if row.special or row.group != GLOBAL), default=None)
-        lead = [row for row in spread if start is None or row.order < start]
-        tail = spread[len(lead) :]
+        lead = [row for row in global_rows if start is None or row.order < start]
+        tail = global_rows[len(lead) :]
         if lead:
-            segments.append(_own(lead))
+            segments.append(_self_segment(lead))
         if tail:
             keys = _index([row for row in rows if not row.blank])
             segments.append(RowSegment(_index(tail), keys or _index(tail), own=False, causal=False))
@@ -65,12 +65,12 @@ class _Row(NamedTuple):
 
     @property
     def special(self) -> bool:
-        """Whether global rows after this one may not see it in every layer."""
+        """Whether later global rows do not see this one in some layer."""
         return self.fresh or self.ends or self.blank
 
 
 def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
-    """The rows of each prompt, in causal order, originals before their fresh rows."""
+    """Rows of each prompt in causal order, each original before its fresh row."""
     fields = ("kind", "sample", "order", "group", "supersedes", "until")
     columns = [getattr(layout, name).flatten().tolist() for name in fields]
     samples = defaultdict(list)
@@ -83,8 +83,8 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
     return {sample: sorted(rows) for sample, rows in samples.items()}
 
 
-def _own(rows: list[_Row]) -> RowSegment:
-    """Rows that see only themselves; causal unless some end early or share an order."""
+def _self_segment(rows: list[_Row]) -> RowSegment:
+    """Segment of rows that see only each other; causal unless some end early or share an order."""
     in_order = all(a.order < b.order for a, b in pairwise(rows))
     causal = in_order and not any(row.ends for row in rows)
     return RowSegment(_index(rows), _index(rows), own=True, causal=causal)
@@ -96,10 +96,10 @@ def _index(rows: list[_Row]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Segments of similar length, stacked; indices are into the flattened ``B * S`` rows.
+    """Stacked segments of similar length. Indices are into the flattened ``B * S`` rows.
 
-    Lists are padded on the right with -1. Padding is never seen by a real row and its output is
-    dropped, so it holds zeros and gets no gradient.
+    Indices are padded on the right with -1. No real row sees padding and its output is dropped, so
+    it holds zeros and gets no gradient.
     """
 
     query: Tensor  # (G, R)
@@ -112,7 +112,7 @@ class _Bucket:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
-        """Stacked queries ``(G * R, heads, D)`` over ``(G * N, heads, D)``; shaped as queries."""
+        """Attends queries ``(G * R, heads, D)`` to ``(G * N, heads, D)``; result like queries."""
         query = query.unflatten(0, self.query.shape).transpose(1, 2)
         key, value = (x.unflatten(0, self.key.shape).transpose(1, 2) for x in (key, value))
         if self.causal and (rule.window is None or rule.window > self.span):
@@ -123,12 +123,12 @@ class _Bucket:
 
 
 class SplitPlan:
-    """Attention by segments; exact, differentiable, on any device."""
+    """Attention by segments. It is exact and differentiable, on any device."""
 
     def __init__(self, layout: Layout, kept_cells: int = KEPT_CELLS):
         """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them.
 
-        ``kept_cells`` is the most mask elements to keep. Raises ValueError if all rows are padding.
+        At most ``kept_cells`` mask elements are kept. ValueError: all rows are padding.
         """
         self.shape, self.written = layout.kind.shape, layout.written
         self._endings = layout.endings
@@ -142,15 +142,15 @@ class SplitPlan:
         buckets = [_stack(bucket, layout, room) for bucket in _by_length(segments)]
         self._own = [bucket for bucket in buckets if bucket.own]
         self._wide = [bucket for bucket in buckets if not bucket.own]
-        # Each row is the query of one segment, and a key in its own segment and in one wide one.
+        # Each row is a query in one segment, and a key in at most one own and one wide segment.
         self._queries = _row_map([b.query for b in self._own + self._wide], layout)
         self._own_keys = _row_map([b.key for b in self._own], layout)
         self._wide_keys = _row_map([b.key for b in self._wide], layout)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`; the query rows and the keys are the layout's rows."""
+        """Implements `Plan.attend`. The query rows and the keys are the layout's rows."""
         check_rows(self.shape, query, key)
-        rule = rule.first_alike(self._endings)  # one mask for all layers with these rows
+        rule = rule.first_alike(self._endings)  # layers with the same rows share a mask
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         buckets = self._own + self._wide
         queries = _cut(*move_rows(q, self._queries), [bucket.query for bucket in buckets])
@@ -163,14 +163,14 @@ class SplitPlan:
         return out.unflatten(0, self.shape)
 
     def _stacked_keys(self, rows: Tensor) -> list[Tensor]:
-        """The keys or values ``(B * S, K, D)`` of each bucket."""
+        """Gathers each bucket's keys or values from ``(B * S, K, D)``."""
         wide, own = move_rows(rows, self._wide_keys, self._own_keys)
         parts = _cut(own, [bucket.key for bucket in self._own])
         return parts + _cut(wide, [bucket.key for bucket in self._wide])
 
 
 def _cut(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
-    """Rows of each part, one after the other; a single part needs no copy in backward."""
+    """Splits rows into parts. A single part is returned as is, to save a copy in backward."""
     return [rows] if len(parts) == 1 else list(rows.split([part.numel() for part in parts]))
 
 
@@ -201,9 +201,9 @@ def _stack(segments: list[RowSegment], layout: Layout, room: MaskRoom) -> _Bucke
     query = _pad([segment.query for segment in segments]).to(layout.device)
     key = _pad([segment.key for segment in segments]).to(layout.device)
     flat = layout.rows().map(lambda field: field.flatten())
-    # In a conversation of many turns, early rows need not pay for late keys. On a GPU narrow blocks
-    # are too small to fill it, and where rows are few against their keys there is less to save than
-    # the gradient of the keys costs for each block.
+    # Narrow blocks save work: early rows (of early turns) are not scored against late keys. But on
+    # a GPU narrow blocks are inefficient, and for few rows over many keys, the gradient of the keys
+    # costs more per block than is saved.
     narrow = query.device.type == "cpu" and 4 * query.shape[1] > key.shape[1]
     band = RowBand(
         query=flat.map(lambda field: field[query]),
@@ -226,14 +226,14 @@ def _pad(rows: list[list[int]]) -> Tensor:
 
 
 class RowMap:
-    """Where each target row comes from; a source row goes to one place at most.
+    """Gathers rows so that each source row goes to at most one target row.
 
-    So the gradient is a gather as well. Autograd's gradient of ``index_select`` has to add, since
-    it cannot know this, and took longer than attention itself.
+    So the gradient is a gather, too. Autograd's gradient of ``index_select`` cannot assume this and
+    accumulates instead, which took longer than attention itself.
     """
 
     def __init__(self, source: Tensor, num_sources: int):
-        """Takes the source row of each target row, ``(T,)`` int64, negative for a row of zeros."""
+        """``source`` ``(T,)`` int64 is each target's source row, or negative for a row of zeros."""
         self._source = source
         self._num_sources = num_sources
         self._index = source.clamp(min=0)
@@ -244,14 +244,14 @@ class RowMap:
 
     @cached_property
     def back(self) -> RowMap:
-        """The inverse map, with zeros for the source rows that were not moved."""
+        """The inverse map, with zeros for source rows that are not used."""
         real = (self._source >= 0).nonzero().squeeze(1)
         source = torch.full((self._num_sources,), -1, device=self._source.device)
         source[self._source[real]] = real
         return RowMap(source, len(self._source))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``; a view if they are contiguous."""
+        """Gathers ``(T, ...)`` from ``rows`` ``(sources, ...)``; a view if they are adjacent."""
         if self._is_run:
             return rows.narrow(0, self._start, len(self._source))
         moved = rows.index_select(0, self._index)
@@ -266,7 +266,7 @@ class RowMap:
 
 
 def move_rows(rows: Tensor, *maps: RowMap) -> tuple[Tensor, ...]:
-    """Moves the same ``rows`` ``(sources, ...)`` by each map, differentiably."""
+    """Gathers ``rows`` ``(sources, ...)`` by each map, differentiably."""
     return _Move.apply(rows, *maps)
 
 

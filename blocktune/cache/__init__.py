@@ -1,4 +1,4 @@
-"""Everything that is kept between requests or passes: chunks, exact prefixes, prompts."""
+"""Caches that outlive a request or a forward pass: chunks, exact prefixes, prompts."""
 
 from blocktune.lazy import exports
 

@@ -1,6 +1,6 @@
-"""Files of chunks by their keys, wherever they are kept: what a folder and a remote have in common.
+"""Chunk files addressed by key: the interface that a local folder and a remote store share.
 
-No torch: listing needs no model.
+This module does not import torch, because listing a store needs no model.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from blocktune.cache.config import Row
 
 MANIFESTS = "manifests"
 SECRET, SECRET_FILE = "BLOCKTUNE_STORE_KEY", "BLOCKTUNE_STORE_KEY_FILE"
-"""Environment variables with the key that signs entries, or the path of a file that holds it."""
+"""Environment variables that hold the signing key, or the path of a file with it."""
 LEAST_SECRET = 16
 MOST_HEADER = 64 << 20
 FIRST_READ = 1 << 16
-"""Bytes in which most headers fit."""
+"""Bytes of the first read of a file; most headers fit."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class Blob:
-    """A file in memory, or its beginning; times are seconds of the epoch."""
+    """The content of a file, or its first bytes, in memory. Times are seconds since the epoch."""
 
-    identity: tuple | None = None  # changes when the file does: hash it once for each
-    changed = 0.0  # when it last did
+    identity: tuple | None = None  # differs whenever the file has changed; None: unknown
+    changed = 0.0  # time of the last change
 
     def __init__(self, data: bytes, size: int | None = None, used: float = 0.0):
-        """``size`` is that of the whole file, which was last ``used`` or written then."""
+        """Wraps ``data``. ``size`` is that of the whole file, ``used`` its last use or write."""
         self.data: memoryview | None = memoryview(data)
         self.size, self.used = len(data) if size is None else size, used
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
-        """Fills some buffers, one after the other, from byte ``start``; bytes read."""
+        """Fills the buffers in order, from byte ``start`` on. Returns the number of bytes read."""
         done = 0
         for buffer in buffers:
             part = self.data[start + done : start + done + len(buffer)]
@@ -48,25 +48,25 @@ class Blob:
         return done
 
     def content(self, most: int | None = None) -> bytes:
-        """All of it, or the first bytes."""
+        """The whole file, or its first ``most`` bytes."""
         data = bytearray(self.size if most is None else min(most, self.size))
         return bytes(data[: self.read_into([memoryview(data)], 0)])
 
 
 def is_key(text: str) -> bool:
-    """Whether a text is 64 hex digits."""
+    """Whether ``text`` is a key: 64 lower-case hex digits."""
     return _KEY.fullmatch(text) is not None
 
 
 def relative_path(key: str) -> str:
-    """Where a chunk is stored below its folder: two levels keep each folder short."""
+    """Path of a chunk's file relative to the store. Two levels of folders keep each one small."""
     if not is_key(key):
         raise ValueError(f"a chunk key is 64 hex digits, see `chunk_key`; got {key!r}")
     return f"{key[:2]}/{key[2:4]}/{key}.safetensors"
 
 
 def secret_from_environment() -> bytes | None:
-    """The key that signs entries: `SECRET`, or the content of the file `SECRET_FILE`; or None."""
+    """The signing key from `SECRET` or from the file that `SECRET_FILE` names; None if unset."""
     text, path = os.environ.get(SECRET), os.environ.get(SECRET_FILE)
     if text is None and path is None:
         return None
@@ -77,15 +77,15 @@ def secret_from_environment() -> bytes | None:
 
 
 class Blobs(ABC):
-    """The files of a store, by names such as ``ab/cd/KEY.safetensors``.
+    """The files of a store, under names such as ``ab/cd/KEY.safetensors``.
 
-    ``OSError`` is raised wherever the place cannot be reached.
+    Every method raises ``OSError`` if the folder or server cannot be reached.
     """
 
     place: str  # folder or URL, for messages
 
     def __init__(self, secret: bytes | None = None):
-        """With a ``secret`` that signs what is written, and must have signed the rest; or none."""
+        """If there is a ``secret``, it signs files that are written and verifies those read."""
         self.secret = secret
         if secret is not None and len(secret) < LEAST_SECRET:
             raise ValueError(
@@ -103,29 +103,29 @@ class Blobs(ABC):
 
     @abstractmethod
     def _remove(self, name: str) -> None:
-        """Removes a file that was there a moment ago."""
+        """Removes a file that was found a moment ago."""
 
     @abstractmethod
     def listing(self) -> Iterable[tuple[str, int, float]]:
-        """Key, size and date of last use of every file, found by listing the place."""
+        """Lists the files. Yields each one's key, size in bytes and time of last use."""
 
     @abstractmethod
     def _manifests(self) -> Iterable[str]:
-        """Names of all manifests, without their ending."""
+        """Names of all manifests, without the suffix."""
 
     def open(self, key: str, most: int | None = None) -> Blob:
-        """The file of ``key``, of which only the first ``most`` bytes are wanted.
+        """Opens the file of ``key``; with ``most``, only its first ``most`` bytes.
 
-        FileNotFoundError, or ValueError if something else is there.
+        Raises FileNotFoundError, or ValueError if something other than a plain file is there.
         """
         return self._open(relative_path(key), most)
 
     def write(self, key: str, data: bytes) -> None:
-        """Writes a file, whole or not at all; the last of several writers stays."""
+        """Writes a file atomically. If several processes write the same key, the last one wins."""
         self._write(relative_path(key), data)
 
     def remove(self, key: str) -> bool:
-        """Removes the file of ``key``; whether there was one of ours."""
+        """Removes the file of ``key``. Returns whether the store had one."""
         try:
             self.open(key, 0)
         except (FileNotFoundError, ValueError):
@@ -134,7 +134,7 @@ class Blobs(ABC):
         return True
 
     def has(self, key: str) -> bool:
-        """Whether there is a file of ``key``; not verified."""
+        """Whether there is a file of ``key``. Its content is not verified."""
         try:
             self.open(key, 0)
         except (OSError, ValueError):
@@ -142,23 +142,23 @@ class Blobs(ABC):
         return True
 
     def keys(self) -> Iterator[str]:
-        """Keys of all files, in order."""
+        """Keys of all files, sorted."""
         return (key for key, _, _ in self.listing())
 
     def name(self, key: str) -> str:
-        """Where the file of ``key`` is, for messages."""
+        """Full name of the file of ``key``, for messages."""
         return f"{self.place}/{relative_path(key)}"
 
     def touch(self, key: str) -> None:
-        """Notes that the file of ``key`` was used, where the place has a date for that."""
+        """Updates the time of last use of ``key``, if the storage records one."""
         return
 
     def clean(self) -> int:
-        """Removes what stopped writers left, where they leave anything; how many files."""
+        """Removes files that interrupted writers left behind. Returns how many."""
         return 0
 
     def facts(self, key: str) -> tuple[dict[str, str], Row]:
-        """A file's header and what an index says of it, not verified; raises as `open` does."""
+        """A file's header and its row for the index, both unverified. Raises as `open` does."""
         file = self.open(key, FIRST_READ)
         data = file.content(FIRST_READ)
         end = 8 + int.from_bytes(data[:8], "little")
@@ -175,34 +175,34 @@ class Blobs(ABC):
             raise ValueError("its header is not that of a chunk") from None
 
     def sign(self, record: Mapping[str, Any]) -> str:
-        """HMAC-SHA-256 of plain JSON values under the store's key, in hex; needs a key."""
+        """Hex HMAC-SHA-256 of a record of JSON values. Needs a signing key."""
         text = json.dumps(record, sort_keys=True).encode()
         return hmac.new(self.secret, text, hashlib.sha256).hexdigest()
 
     def require_signed(self, record: Mapping[str, Any], signature: str | None) -> None:
-        """With a key, ValueError unless it signed the record; without one, accepts all."""
+        """Raises ValueError if the store has a signing key that did not sign the record."""
         if self.secret is None:
             return
         if not hmac.compare_digest(str(signature or "").encode(), self.sign(record).encode()):
             raise ValueError("it is not signed with the key of this store")
 
     def fingerprints(self) -> list[str]:
-        """Models that have a manifest."""
+        """Fingerprints of the models that have a manifest, sorted."""
         return sorted(filter(is_key, self._manifests()))
 
     def write_manifest(self, record: Mapping[str, Any]) -> None:
-        """Writes the manifest of a model, see `blocktune.cache.fingerprint`; raises as `write`."""
+        """Writes a model's manifest (see `blocktune.cache.fingerprint`). Raises as `write` does."""
         signed = {} if self.secret is None else {"signature": self.sign(record)}
         text = json.dumps(dict(record) | signed, indent=1, ensure_ascii=False) + "\n"
         self._write(_manifest(record["fingerprint"]), text.encode())
 
     def manifest(self, fingerprint: str) -> dict[str, Any] | None:
-        """The manifest of a model, or None; ValueError if it is damaged, or not signed."""
+        """A model's manifest, or None. Raises ValueError if it is damaged or not signed."""
         name = _manifest(fingerprint)
         try:
             record = json.loads(self._open(name, None).content())
             if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
-                raise ValueError(f"not that of {fingerprint[:12]}")
+                raise ValueError(f"it does not describe model {fingerprint[:12]}")
         except FileNotFoundError:
             return None
         except ValueError as error:

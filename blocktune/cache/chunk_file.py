@@ -1,4 +1,4 @@
-"""One entry in one safetensors file: written whole or not at all, verified when read."""
+"""The safetensors file of one entry: how it is packed, and how it is verified when read."""
 
 from __future__ import annotations
 
@@ -35,52 +35,52 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Of a safetensors header."""
+"""Dtype names in a safetensors header."""
 _ALL = "*"
 SETTLED_S = 2.0
-"""A file that changed this recently may change again without another date."""
+"""Seconds. A file that changed more recently may change again within the clock's resolution."""
 PAGE = 4096
 Share = tuple[int, int]
-"""A tensor parallel rank, and how many there are."""
+"""A tensor-parallel rank and the number of ranks."""
 _BY_HEAD = ("key.", "value.")
-"""Tensors whose first axis is heads."""
+"""Name prefixes of tensors whose first axis is the kv heads."""
 
 
 class Expired(FileNotFoundError):
-    """The time of an entry is over."""
+    """The entry has outlived its time to live."""
 
 
 class ChunkFile:
     """An open file of a store. Header and token ids are verified at once, tensors when read.
 
-    xxh3 finds damage; a store with a key also needs what nobody can forge: SHA-256 sums under its
-    signature. Both are compared once for each state of a file and process.
+    xxh3 checksums find damage. A store with a signing key also checks signed SHA-256 sums, which
+    nobody can forge. Each process verifies a file once, and again only after the file changed.
     """
 
     def __init__(self, blobs: Blobs, key: str, kind: type[Entry] | None = None):
-        """Opens the entry of ``key``; without a ``kind`` only `verify` can use it.
+        """Opens the entry of ``key``. Without a ``kind`` only `verify` can be used.
 
-        FileNotFoundError: there is none; `Expired`: its time is over. ValueError: it is not what
-        `pack_chunk` made for this key, or not signed. OSError: the place cannot be reached.
+        Raises FileNotFoundError, `Expired`, ValueError if `pack_chunk` did not make the file for
+        this key or it is not signed, and OSError if the storage cannot be reached.
         """
         self.key, self.kind, self._blob = key, kind, blobs.open(key)
-        self._prove, self._data = blobs.secret is not None, None
+        self._is_signed, self._data = blobs.secret is not None, None
         settled = self._blob.identity is not None and time.time() - self._blob.changed >= SETTLED_S
         state = key, blobs.secret, self._blob.identity
-        self._proven, known = (_proven(state), _known(state)) if settled else (set(), {})
-        fresh = {} if known else self._read_header(blobs)
-        vars(self).update(known or fresh)
-        named = (self._header["format"], self._header["kind"], self._header["key"])
-        if named != (FORMAT, named[1] if kind is None else kind.kind, key):
+        self._verified, memo = (_verified_of(state), _header_of(state)) if settled else (set(), {})
+        fresh = {} if memo else self._read_header(blobs)
+        vars(self).update(memo or fresh)
+        identity = (self._header["format"], self._header["kind"], self._header["key"])
+        if identity != (FORMAT, identity[1] if kind is None else kind.kind, key):
             raise ValueError("its header names another chunk or cache format")
         if 0 < float(self._header.get("expires", 0)) <= time.time():
             raise Expired(key)
         if fresh:
             fresh["token_ids"] = self.token_ids = self.read("token_ids")
-            known.update(fresh)
+            memo.update(fresh)
 
     def _read_header(self, blobs: Blobs) -> dict[str, Any]:
-        """What the header says, verified: attributes of a file of this state."""
+        """Reads and verifies the header. Returns the attributes that it sets."""
         with _readable():
             self._start = 0
             length = int.from_bytes(self._fetch(0, 8).numpy().tobytes(), "little")
@@ -90,31 +90,31 @@ class ChunkFile:
             tensors = json.loads(self._fetch(-length, 0).numpy().tobytes())
             header = dict(tensors.pop("__metadata__"))
             checksum, signature = (header.pop(n, None) for n in ("checksum", "signature"))
-            known = {"_tensors": tensors, "_header": header, "_start": self._start}
-            known["_sums"] = dict(json.loads(header["checksums"]))
-            known["_heads"] = {} if blobs.secret else json.loads(header.get("heads", "{}"))
-            known["_sha256"] = dict(json.loads(header.get("sha256", "{}")))
-            known |= {"fingerprint": header["fingerprint"], "codec": header.get("codec", "as-is")}
+            attrs = {"_tensors": tensors, "_header": header, "_start": self._start}
+            attrs["_sums"] = dict(json.loads(header["checksums"]))
+            attrs["_heads"] = {} if blobs.secret else json.loads(header.get("heads", "{}"))
+            attrs["_sha256"] = dict(json.loads(header.get("sha256", "{}")))
+            attrs |= {"fingerprint": header["fingerprint"], "codec": header.get("codec", "as-is")}
             header["format"], header["kind"], header["key"]
         if checksum != _digest(header):
             raise ValueError("its header does not match its checksum")
         blobs.require_signed(header, signature)
-        return known
+        return attrs
 
     def row(self) -> Row:
-        """What an index says of it."""
+        """The file's row in an index."""
         size, used = self._blob.size, self._blob.used
         return Row.of(self._header, len(self.token_ids), self.key, size, used)
 
     def content(self) -> bytes | None:
-        """The whole file, if it was fetched from a remote."""
+        """The whole file if it was fetched from a remote, else None."""
         return None if self._blob.data is None else bytes(self._blob.data)
 
     def read(self, name: str, share: Share | None = None) -> Tensor:
-        """One tensor, or a rank's heads of it, verified; ValueError if it is damaged."""
+        """Reads and verifies a tensor, or one rank's heads of it. Raises ValueError if damaged."""
         with _readable():
-            told = self._tensors[name]
-            (start, end), shape = told["data_offsets"], told["shape"]
+            info = self._tensors[name]
+            (start, end), shape = info["data_offsets"], info["shape"]
             share = share if name.startswith(_BY_HEAD) else None
             rows = slice(0, None) if share is None else heads_of(*share, shape[0])
             by_head = share is not None and name in self._heads
@@ -123,7 +123,7 @@ class ChunkFile:
                 start, end = start + rows.start * row, start + rows.stop * row
                 shape = [rows.stop - rows.start, *shape[1:]]
             raw = self._fetch(start, end) if self._data is None else self._data[start:end]
-            tensor = raw.view(DTYPES[told["dtype"]]).view(shape)
+            tensor = raw.view(DTYPES[info["dtype"]]).view(shape)
             if by_head:
                 if _head_sums(tensor) != self._heads[name][16 * rows.start : 16 * rows.stop]:
                     raise ValueError(f"'{name}' does not match its checksum")
@@ -132,10 +132,10 @@ class ChunkFile:
         return tensor if share is None else tensor[rows].clone()
 
     def read_into(self, outs: Mapping[str, Tensor]) -> None:
-        """Writes tensors, stored as they are and verified, over those named, ``(K, S, D)``.
+        """Reads and verifies uncompressed tensors ``(K, S, D)`` into ``outs``, by their names.
 
-        Those that lie side by side are read by one call. Each of the ``K`` parts must be
-        contiguous, in the CPU's memory; raises as `read` does.
+        Tensors that are adjacent in the file are read by one call. Each of an output's ``K`` parts
+        must be contiguous CPU memory. Raises as `read` does.
         """
         with _readable():
             spans = sorted((*self._tensors[name]["data_offsets"], name) for name in outs)
@@ -144,50 +144,50 @@ class ChunkFile:
                 parts = outs[name].view(torch.uint8).numpy()
                 parts = parts[None] if parts.flags.c_contiguous else parts
                 if parts.size != end - start or self._data is not None:
-                    raise ValueError("it is of another size")
+                    raise ValueError("it has another size than the output tensor")
                 first = first if buffers else start
                 buffers += [memoryview(part).cast("B") for part in parts]
                 if index + 1 == len(spans) or spans[index + 1][0] != end:
                     self._fill(buffers, first, end)
                     buffers = []
         for name, out in outs.items():
-            if not self._is_proven(name):
+            if not self._is_verified(name):
                 self._verify(name, out.contiguous())
 
     def entry(self, share: Share | None = None) -> Entry:
-        """All of it, verified, on the CPU; its tensors share their memory.
+        """Reads and verifies the whole entry, on the CPU. Its tensors share one buffer.
 
-        Of keys and values only a rank's heads, if it has a ``share``. Only they are read from a
-        folder, unless it is signed or the file is of before they had checksums of their own.
+        With a ``share``, keys and values hold only that rank's heads. Only these are read from a
+        folder, unless the store is signed or an older version wrote the file without head sums.
         """
         with _readable():
             if share is None:
                 self._data = self._fetch(0, self._blob.size - self._start)
             read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
-            made = self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
-        if self._sums.keys() <= self._proven:
-            self._proven.clear()
-            self._proven.add(_ALL)
-        return made
+            entry = self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
+        if self._sums.keys() <= self._verified:
+            self._verified.clear()
+            self._verified.add(_ALL)
+        return entry
 
     def like(self) -> Entry:
-        """An entry of its shapes and types, stored as they are, without its numbers."""
+        """An uncompressed entry's shapes and dtypes, as tensors that hold no data."""
 
         def empty(name: str) -> Tensor:
-            told = self._tensors[name]
-            return torch.empty((), dtype=DTYPES[told["dtype"]]).expand(told["shape"])
+            info = self._tensors[name]
+            return torch.empty((), dtype=DTYPES[info["dtype"]]).expand(info["shape"])
 
         with _readable():
             return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
 
     def verify(self, force: bool = True) -> None:
-        """Reads every tensor; without ``force`` only those not verified yet; raises as `read`."""
-        self._proven = set() if force else self._proven
+        """Reads every tensor; without ``force``, those not verified yet. Raises as `read` does."""
+        self._verified = set() if force else self._verified
         for name in self._sums:
-            if not self._is_proven(name):
+            if not self._is_verified(name):
                 self.read(name)
-        self._proven.clear()
-        self._proven.add(_ALL)
+        self._verified.clear()
+        self._verified.add(_ALL)
 
     def _fetch(self, start: int, end: int) -> Tensor:
         if not -self._start <= start <= end <= self._blob.size - self._start:
@@ -200,63 +200,63 @@ class ChunkFile:
         if self._blob.read_into(buffers, self._start + start) != end - start:
             raise ValueError("it is cut off")
 
-    def _is_proven(self, name: str) -> bool:
-        return name in self._proven or (_ALL in self._proven and name in self._sums)
+    def _is_verified(self, name: str) -> bool:
+        return name in self._verified or (_ALL in self._verified and name in self._sums)
 
     def _verify(self, name: str, tensor: Tensor) -> None:
-        if self._is_proven(name):
+        if self._is_verified(name):
             return
         if self._sums.get(name) != _checksum(xxhash.xxh3_128, name, tensor):
             raise ValueError(f"'{name}' does not match its checksum")
-        if self._prove and self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
+        if self._is_signed and self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
             raise ValueError(f"'{name}' does not match its signed checksum")
-        self._proven.add(name)
+        self._verified.add(name)
 
 
 @lru_cache(1 << 16)
-def _proven(state: tuple) -> set[str]:
-    """Tensors (or `_ALL`) that this process has verified, of a file in one state and its key."""
+def _verified_of(state: tuple) -> set[str]:
+    """Names of the tensors (or `_ALL`) that this process has verified of a file in one state."""
     return set()
 
 
 @lru_cache(1 << 10)
-def _known(state: tuple) -> dict[str, Any]:
-    """What it has verified of the header, and the token ids."""
+def _header_of(state: tuple) -> dict[str, Any]:
+    """Verified header and token ids of a file in one state; filled by `ChunkFile`."""
     return {}
 
 
 def heads_of(rank: int, size: int, num_heads: int) -> slice:
-    """The kv heads of one tensor parallel rank; several ranks share one if there are too few."""
+    """The kv heads of a tensor-parallel rank. Ranks share heads if there are fewer heads."""
     count = max(1, num_heads // size)
     start = rank * num_heads // size
     return slice(start, start + count)
 
 
 class FileKV(ChunkKV):
-    """A chunk whose layers are read from its ``file`` each time; ``like`` has no numbers.
+    """A chunk whose layers are read from its ``file`` at each access; ``like`` holds no data.
 
-    It is verified once, before: of a file that is damaged after that, `ValueError` comes late.
+    The file is verified once, beforehand. If it is damaged later, an access raises `ValueError`.
     """
 
     def __init__(self, file: ChunkFile):
         vars(self).update(vars(like := file.like()), file=file, like=like, num_bytes=like.num_bytes)
-        vars(self).update(keys=_Half(self, "key"), values=_Half(self, "value"))
+        vars(self).update(keys=_LayerTensors(self, "key"), values=_LayerTensors(self, "value"))
 
     @classmethod
     def read(cls, file: ChunkFile) -> ChunkKV:
-        """Of a verified file; the whole entry if it is coded."""
+        """Verifies a file and wraps it; a file stored with a codec is read whole."""
         if file.codec != "as-is":
             return file.entry()
         file.verify(force=False)
         return cls(file)
 
     def to(self, device: torch.device | str) -> FileKV:
-        """As it is: layers are read into the CPU's memory."""
+        """Returns itself: layers are read into CPU memory."""
         return self
 
 
 @dataclass(frozen=True)
-class _Half(Sequence):
+class _LayerTensors(Sequence):
     kv: FileKV
     name: str
 
@@ -270,9 +270,9 @@ class _Half(Sequence):
 def pack_chunk(
     blobs: Blobs, key: str, entry: Entry, about: About, codec: str, rope: RopeSpec | None
 ) -> bytes:
-    """The content of an entry's file, signed with the key of ``blobs``; see `encoded`.
+    """The content of an entry's file, signed with the key of ``blobs``. Raises as `encoded` does.
 
-    ``about`` is what an index of the place needs when it is made again.
+    ``about`` goes into the header, so that a lost index can be rebuilt from the files.
     """
     entry = entry.to("cpu").compact()
     facts, tensors = encoded(entry, codec, rope)
@@ -280,8 +280,8 @@ def pack_chunk(
     header = {"format": FORMAT, "kind": entry.kind, "key": key, "fingerprint": entry.fingerprint}
     header |= {"num_bytes": str(entry.num_bytes), "checksums": _sums(xxhash.xxh3_128, tensors)}
     header |= {name: str(fact) for name, fact in entry.facts().items()} | facts
-    told = {name: getattr(about, name) for name in ("document", "tenant", "seconds", "expires")}
-    header |= {name: str(value) for name, value in told.items() if value}
+    details = {name: getattr(about, name) for name in ("document", "tenant", "seconds", "expires")}
+    header |= {name: str(value) for name, value in details.items() if value}
     signed = {}
     if blobs.secret is None:
         by_head = {name: _head_sums(t) for name, t in tensors.items() if name.startswith(_BY_HEAD)}
@@ -290,8 +290,8 @@ def pack_chunk(
         header["sha256"] = _sums(hashlib.sha256, tensors)
         signed = {"signature": blobs.sign(header)}
     data = save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
-    # Spaces after the header, so that what follows the token ids opens a page: the system copies
-    # out of the page cache up to half as fast where it must shift bytes.
+    # Pad the header with spaces so that the first tensor after the token ids starts at a page:
+    # unaligned copies out of the page cache run at down to half the speed.
     length = int.from_bytes(data[:8], "little")
     spaces = -(8 + length + entry.token_ids.nbytes) % PAGE
     head = (length + spaces).to_bytes(8, "little"), data[8 : 8 + length], b" " * spaces
@@ -299,12 +299,12 @@ def pack_chunk(
 
 
 class _Unreadable(ValueError):
-    """Said once, however many calls it passes."""
+    """Marks an error that `_readable` has already wrapped."""
 
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """One kind of error for whatever a damaged file makes the libraries raise."""
+    """Turns whatever the libraries raise for a damaged file into one ValueError."""
     try:
         yield
     except _Unreadable:
@@ -319,9 +319,9 @@ def _sums(hasher, tensors: dict[str, Tensor]) -> str:
 
 
 def _head_sums(tensor: Tensor) -> str:
-    """16 hex digits for each head."""
-    heads = tensor.view(torch.uint8) if tensor.numel() else ()  # an empty one has no buffer
-    return "".join(xxhash.xxh3_64_hexdigest(memoryview(one.numpy()).cast("B")) for one in heads)
+    """Checksums of all heads in one string, 16 hex digits each."""
+    heads = tensor.view(torch.uint8) if tensor.numel() else ()  # an empty tensor has no buffer
+    return "".join(xxhash.xxh3_64_hexdigest(memoryview(head.numpy()).cast("B")) for head in heads)
 
 
 def _digest(header: dict[str, str]) -> str:

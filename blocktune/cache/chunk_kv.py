@@ -1,4 +1,4 @@
-"""What a store keeps of a chunk: keys and values, hidden states."""
+"""Entries of a store: a chunk's keys and values, or its hidden states."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from torch import Tensor
 from blocktune.cache.config import Tier
 
 Read = Callable[[str], Tensor]
-"""Gives the tensor of a name."""
+"""Returns the tensor with the given name."""
 Ids = Sequence[int] | Tensor
 """Token ids, ``(S,)``."""
 State = tuple[Tensor | None, ...]
-"""The recurrent state of one prompt at one depth, layer by layer."""
+"""Recurrent state of one prompt after some number of tokens, layer by layer."""
 
 
 class Entry(ABC):
     """One chunk's tensors of one kind. Tensors are shared: never write into them."""
 
-    kind: ClassVar[str]  # its name, part of the file's header
-    token_ids: Tensor  # what was encoded, ``(S,)`` int64
+    kind: ClassVar[str]  # name of the kind, in the file's header
+    token_ids: Tensor  # the encoded tokens, ``(S,)`` int64
     fingerprint: str  # hex digest of the model that encoded it, `model_fingerprint`
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors, without the token ids."""
+        """Yields names and tensors, without the token ids."""
 
     @abstractmethod
     def facts(self) -> dict[str, int]:
-        """What else it takes to `restore` the entry."""
+        """The numbers that `restore` needs besides the tensors."""
 
     @classmethod
     @abstractmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        """Inverse of `facts` and `tensors`; KeyError or ValueError if they make no entry."""
+        """Inverse of `facts` and `tensors`. Raises KeyError or ValueError if they do not fit."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens stored."""
+        """Number of stored tokens."""
         return self.token_ids.shape[0]
 
     @cached_property
     def num_bytes(self) -> int:
-        """Bytes of all tensors and the token ids: what it costs to hold or to read."""
+        """Size in bytes of all tensors and the token ids."""
         return sum(tensor.nbytes for _, tensor in self.tensors()) + self.token_ids.nbytes
 
     def matches(self, token_ids: Ids, fingerprint: str) -> bool:
         """Whether this is the state of exactly these tokens under exactly this model."""
         if fingerprint != self.fingerprint:
             return False
-        if token_ids is vars(self).get("_matched"):  # the same object: texts' ids are remembered
+        if token_ids is vars(self).get("_matched"):  # the same object: ids of a text are cached
             return True
         own = self.token_ids.cpu()
         if isinstance(token_ids, Tensor):
@@ -68,31 +68,31 @@ class Entry(ABC):
         return same
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the tensors; token ids stay where comparing is cheap, on the CPU."""
+        """Moves the tensors to a device. Token ids stay on the CPU, where comparing is cheap."""
         return self.map(lambda tensor: tensor.to(device))
 
     def compact(self) -> Self:
-        """Copies tensors that are views, so that holding a chunk never holds its batch."""
-        return self.map(own)
+        """Copies tensors that are views, so that a chunk does not keep its batch in memory."""
+        return self.map(compact)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """With other tensors in the place of its own."""
+        """A copy with ``function`` applied to every tensor."""
         tensors = dict(self.tensors())
-        ids = own(self.token_ids.cpu())
+        ids = compact(self.token_ids.cpu())
         return self.restore(self.facts(), lambda n: function(tensors[n]), ids, self.fingerprint)
 
 
 class Lookup(NamedTuple):
-    """What one look into the store found, and what it took."""
+    """The result of one lookup in the store, and its cost."""
 
-    kv: Entry | None  # None: encode it and `ChunkStore.put` it
+    kv: Entry | None  # None: a miss; encode the chunk and `ChunkStore.put` it
     tier: Tier  # where it was found
     bytes_read: int  # of keys, values and ids; 0 on a miss
-    lookup_s: float  # seconds spent finding out whether it is there
+    lookup_s: float  # seconds until the entry was located, or missed
     load_s: float  # seconds spent reading, verifying and moving it
 
 
-def own(tensor: Tensor) -> Tensor:
+def compact(tensor: Tensor) -> Tensor:
     """The tensor, copied if it is a view or not contiguous."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
@@ -106,9 +106,9 @@ _HEX = re.compile(r"[0-9a-f]+")
 class ChunkKV(Entry):
     """The attention state of one encoded chunk. Tensors are shared: never write into them.
 
-    Keys are ``(K, S, D)`` for each layer that stores any, RoPE applied at the positions
-    ``origin .. origin + S - 1``, from where relocation starts; layers may differ in ``K`` and
-    ``D``. Values likewise; their ``D`` may differ from the keys'.
+    Keys are ``(K, S, D)`` for each layer that stores any, with RoPE applied at the positions
+    ``origin .. origin + S - 1``; relocation starts from these. Values are ``(K, S, D)`` too, with
+    a ``D`` that may differ from the keys'. Layers may differ in ``K`` and ``D``.
     """
 
     kind: ClassVar[str] = "chunk"
@@ -152,7 +152,7 @@ class ChunkKV(Entry):
 
     @property
     def num_layers(self) -> int:
-        """Layers that store keys of their own."""
+        """Number of layers that store keys of their own."""
         return len(self.keys)
 
     @property
@@ -161,7 +161,7 @@ class ChunkKV(Entry):
         return self.keys[0].dtype
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Layer by layer, ``key.0``, ``value.0``, ``key.1`` and so on."""
+        """Yields ``key.0``, ``value.0``, ``key.1`` and so on, layer by layer."""
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             yield f"key.{layer}", key
             yield f"value.{layer}", value
@@ -183,23 +183,23 @@ class ChunkKV(Entry):
 
 @dataclass(frozen=True, eq=False)
 class ChunkStates(Entry):
-    """Hidden states of a chunk at the input of one layer, as the chunk alone made them.
+    """Hidden states of a chunk at the input of one layer, computed on the chunk alone.
 
-    From them that layer can be computed again for all tokens (DroidSpeak's E-cache,
-    arXiv:2411.02820). They take ``hidden`` numbers a token where keys and values take ``2 *
-    kv_heads * head_dim``, so only the layers that a method starts from are stored.
+    That layer can be recomputed from them for all tokens (DroidSpeak's E-cache, arXiv:2411.02820).
+    They take ``hidden`` numbers a token where keys and values take ``2 * kv_heads * head_dim``,
+    so only the layers that a method starts from are stored.
     """
 
     kind: ClassVar[str] = "states"
-    states: Tensor  # ``(S, hidden)``, before the layer's norm: free of positions
-    layer: int  # 0-based, that they enter
+    states: Tensor  # ``(S, hidden)``, before the layer's norm: independent of positions
+    layer: int  # 0-based index of the layer whose input they are
     token_ids: Tensor  # ``(S,)`` int64, without the blanks before it
     fingerprint: str
 
     def __post_init__(self):
         _check_ids(self.token_ids)
-        wanted = (self.states.ndim, len(self.states)) == (2, self.num_tokens)
-        if not wanted or not self.num_tokens or not self.states.dtype.is_floating_point:
+        fits = (self.states.ndim, len(self.states)) == (2, self.num_tokens)
+        if not fits or not self.num_tokens or not self.states.dtype.is_floating_point:
             raise ValueError(
                 f"states of a chunk of {self.num_tokens} tokens must be floating "
                 f"(tokens, hidden); got {tuple(self.states.shape)} {self.states.dtype}"

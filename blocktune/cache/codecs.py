@@ -1,8 +1,7 @@
-"""Codecs: keys and values in a file as they are, or with fewer bits.
+"""Codecs: how a file stores keys and values, unchanged or quantised.
 
-A codec turns one layer's keys and values into named tensors and back. What the store hands out
-after `round_trip` is what a file gives back later, so an answer does not depend on where a chunk
-was found.
+A codec turns one layer's keys and values into named tensors and back. The store passes each new
+entry through `round_trip`, so that an answer does not depend on where a chunk was found.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from blocktune.positions.relocation import relocate_keys
 
 FP8 = torch.float8_e4m3fn
 GROUP = {8: 64, 4: 32}
-"""Most numbers that share a scale and an offset, by bits."""
+"""Largest group of numbers that share a scale and an offset, by bits."""
 _HALF_LIMIT = 6e4
 _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 
@@ -28,9 +27,9 @@ _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 def encoded(
     entry: Entry, codec: str, rope: RopeSpec | None = None
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Facts for the header and tensors for the file, by one of `CODECS`.
+    """Encodes an entry by one of `CODECS`. Returns header fields and tensors for the file.
 
-    ``int8`` and ``int4`` need the model's ``rope``. Entries other than `ChunkKV` stay as they are.
+    ``int8`` and ``int4`` need the model's ``rope``. Entries other than `ChunkKV` stay unchanged.
     """
     if codec not in CODECS:
         raise ValueError(f"unknown codec '{codec}'; available: {', '.join(CODECS)}")
@@ -43,17 +42,17 @@ def encoded(
                 "int8 and int4 quantise keys before their rotation and need the model's "
                 "frequencies; open the store through an engine, or use fp8"
             )
-        # Where the values are what is rotated, keys are as they are.
-        kept = [one.inv_freq[: 0 if one.in_values else None] for one in rope.layers]
-        tensors = {f"rope.{layer}": f.float().cpu().clone() for layer, f in enumerate(kept)}
-        forms = [(one.start, one.interleaved) for one in rope.layers]
+        # Layers that rotate values instead have unrotated keys: they get no frequencies.
+        freqs = [spec.inv_freq[: 0 if spec.in_values else None] for spec in rope.layers]
+        tensors = {f"rope.{layer}": f.float().cpu().clone() for layer, f in enumerate(freqs)}
+        forms = [(spec.start, spec.interleaved) for spec in rope.layers]
     for layer, (key, value) in enumerate(zip(entry.keys, entry.values, strict=True)):
         if bits:
             form = LayerRope(tensors[f"rope.{layer}"], *forms[layer])
-            key = _turned(key, entry.origin, form, -1).transpose(1, 2)
+            key = _rotated(key, entry.origin, form, -1).transpose(1, 2)
         for name, tensor in ((f"key.{layer}", key), (f"value.{layer}", value)):
             parts = _pack(tensor, bits) if bits else _scale(tensor)
-            tensors |= {f"{name}.{part}": held.contiguous() for part, held in parts.items()}
+            tensors |= {f"{name}.{part}": packed.contiguous() for part, packed in parts.items()}
     dims = [(key.shape[2], value.shape[2]) for key, value in zip(entry.keys, entry.values)]  # noqa: B905
     dtype = str(entry.dtype).removeprefix("torch.")
     facts = {"codec": codec, "dtype": dtype, "dims": json.dumps(dims)}
@@ -61,12 +60,12 @@ def encoded(
 
 
 def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
-    """Reads decoded tensors, given how to ``read`` those of the file; raises as that does."""
+    """Wraps ``read``, which reads a file's tensors, to decode them. Raises as ``read`` does."""
     codec = header.get("codec", "as-is")
     if codec == "as-is":
         return read
     if codec not in CODECS:
-        raise ValueError(f"it is stored by the unknown codec '{codec}'")
+        raise ValueError(f"it is stored with the unknown codec '{codec}'")
     dtype = getattr(torch, header["dtype"])
     dims, bits = json.loads(header["dims"]), _BITS[codec]
 
@@ -80,13 +79,13 @@ def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
             return _unpack(parts, bits, dims[int(layer)][1]).to(dtype)
         key = _unpack(parts, bits, num_tokens).transpose(1, 2)
         form = LayerRope(read(f"rope.{layer}"), *json.loads(header["rope"])[int(layer)])
-        return _turned(key, int(header["origin"]), form, 1).to(dtype).contiguous()
+        return _rotated(key, int(header["origin"]), form, 1).to(dtype).contiguous()
 
     return decode
 
 
 def round_trip(entry: Entry, codec: str, rope: RopeSpec | None = None) -> Entry:
-    """The entry as a file of this codec gives it back."""
+    """The entry as it would be read back from a file with this codec."""
     facts, tensors = encoded(entry, codec, rope)
     if not facts:
         return entry
@@ -96,27 +95,27 @@ def round_trip(entry: Entry, codec: str, rope: RopeSpec | None = None) -> Entry:
 
 
 def _scale(tensor: Tensor) -> dict[str, Tensor]:
-    """Eight-bit floats with one scale per head, ``(K, 1, 1)``."""
+    """Quantises to 8-bit floats with one scale per head, ``(K, 1, 1)``."""
     top = tensor.float().abs().amax(dim=(1, 2), keepdim=True)
     scale = (top / torch.finfo(FP8).max).clamp_min(1e-12)
     return {"codes": (tensor.float() / scale).to(FP8), "scale": scale}
 
 
 def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
-    """Integers with a scale and an offset for each group along the last axis.
+    """Quantises to integers with a scale and an offset for each group along the last axis.
 
-    Source: KIVI, arXiv:2402.02750: keys by channel (here also before rotation, as KVQuant,
-    arXiv:2401.18079), values by token.
+    Source: KIVI, arXiv:2402.02750: keys per channel, values per token. Keys are quantised before
+    their rotation, as in KVQuant, arXiv:2401.18079.
     """
     length = tensor.shape[-1]
-    group = -(-length // -(-length // GROUP[bits]))  # equal groups: little is filled up
+    group = -(-length // -(-length // GROUP[bits]))  # groups of equal size need little padding
     group += group % 2
     last = tensor[..., -1:].expand(*tensor.shape[:-1], -length % group)
     groups = torch.cat((tensor, last), dim=-1).float().unflatten(-1, (-1, group))
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    held = torch.float16 if float(groups.abs().max()) < _HALF_LIMIT else torch.float32
-    low = low.to(held)
-    scale = ((high - low.float()) / (2**bits - 1)).clamp_min(6e-5).to(held)
+    dtype = torch.float16 if float(groups.abs().max()) < _HALF_LIMIT else torch.float32
+    low = low.to(dtype)
+    scale = ((high - low.float()) / (2**bits - 1)).clamp_min(6e-5).to(dtype)
     codes = ((groups - low.float()) / scale.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
     if bits == 4:
         codes = codes[..., ::2] | codes[..., 1::2] << 4
@@ -130,7 +129,7 @@ def _unpack(parts: Mapping[str, Tensor], bits: int, length: int) -> Tensor:
     return (codes * parts["scale"].float() + parts["low"].float()).flatten(-2)[..., :length]
 
 
-def _turned(keys: Tensor, origin: int, rope: LayerRope, sign: int) -> Tensor:
-    """Keys ``(K, S, D)`` without their rotation (-1), or with it (1)."""
+def _rotated(keys: Tensor, origin: int, rope: LayerRope, sign: int) -> Tensor:
+    """Removes (``sign`` -1) or applies (1) the rotation of keys ``(K, S, D)``."""
     positions = torch.arange(origin, origin + keys.shape[1], device=keys.device)[None]
     return relocate_keys(keys.float()[None], sign * positions, rope)[0]

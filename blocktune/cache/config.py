@@ -1,6 +1,6 @@
-"""What a store is told: place and limits, as one line of text; and what it tells: counters, traces.
+"""Configuration of a store (its ``--store`` text), its counters, and its trace of uses.
 
-No torch.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ POLICIES = {
     "fifo": "created",
     "gdsf": "clock + uses * seconds * 1e9 / size",
 }
-"""What an entry is worth, in SQL over its columns: the least leaves first, then the least used.
+"""Worth of an entry as SQL over its columns. The least is evicted first; ties: the oldest use.
 
-``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1);
-``clock`` is the worth of what left last when the entry was used, so that old fame fades.
+``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1).
+``clock`` is the worth of the last evicted entry at the time of use, so that old uses count less.
 """
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30
 Tier = Literal["memory", "cpu", "disk", "remote", "none"]
 _REMEMBERED = 1 << 16
-"""Keys whose last use a trace remembers."""
+"""Number of keys whose last use a trace remembers."""
 _SHOWN = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -37,20 +37,20 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class About:
-    """What is known of an entry beside its key and size."""
+    """Metadata of an entry, besides its key and size."""
 
     num_tokens: int = 0
     kind: str = ""
     fingerprint: str = ""  # of the model that made it
-    document: str = ""  # whose passage it is, as the user names it
-    tenant: str = ""  # whose it is; counts for quotas
-    seconds: float = 0.0  # that encoding it took: what a hit saves
-    expires: float | None = None  # when it counts as gone, in seconds of the epoch; None: never
+    document: str = ""  # document that the chunk comes from, as the user names it
+    tenant: str = ""  # owner, whose quota it counts against
+    seconds: float = 0.0  # time that encoding took: what a hit saves
+    expires: float | None = None  # end of its lifetime, seconds since the epoch; None: never
 
 
 @dataclass(frozen=True)
 class Row(About):
-    """An entry as the ledger has it; times are seconds of the epoch."""
+    """An entry's row in the ledger. Times are seconds since the epoch."""
 
     key: str = ""
     size: int = 0
@@ -63,7 +63,7 @@ class Row(About):
     def of(
         cls, header: Mapping[str, str], num_tokens: int, key: str, size: int, used: float
     ) -> Self:
-        """Of a file, by what its header says."""
+        """The row of a file, from its header."""
         try:
             seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
         except ValueError:
@@ -73,37 +73,37 @@ class Row(About):
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a text such as ``50GB``."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)b?", text.strip().lower())
-    if not found:
+    """Parses a size such as ``50GB`` into bytes."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)b?", text.strip().lower())
+    if not match:
         raise ValueError(f"a size is a number with kB, MB, GB or TB, got '{text}'")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of a text such as ``30d``."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([smhd]?)", text.strip().lower())
-    if not found:
+    """Parses a duration such as ``30d`` into seconds."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([smhd]?)", text.strip().lower())
+    if not match:
         raise ValueError(f"a time is a number with s, m, h or d, got '{text}'")
-    return float(found[1]) * _SECONDS[found[2]]
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """A store, its tiers and their limits in bytes; ValueError if a value is out of range."""
+    """Tiers of a store and their limits in bytes. Raises ValueError if a value is out of range."""
 
-    folder: Path | None = None  # of the files; None: none on disk
-    remote: str | None = None  # URL that machines share, see `open_remote`; None: none
-    memory: int = MEMORY  # on the model's device
-    cpu: int = 0  # of the host, for what leaves the device
-    disk: int | None = None  # of the folder; None: no limit
-    remote_bytes: int | None = None
-    policy: str | None = None  # one of `POLICIES`; None: as the folder was last opened with
-    quota: int | None = None  # of each tier that one tenant may hold
+    folder: Path | None = None  # holds the files; None: nothing on disk
+    remote: str | None = None  # URL that machines share, see `open_remote`; None: no remote
+    memory: int = MEMORY  # limit on the model's device
+    cpu: int = 0  # limit in host memory, for entries evicted from the device
+    disk: int | None = None  # limit of the folder; None: no limit
+    remote_bytes: int | None = None  # limit of the remote; None: no limit
+    policy: str | None = None  # one of `POLICIES`; None: the one the folder was last opened with
+    quota: int | None = None  # limit of one tenant in each tier
     ttl: float | None = None  # seconds after which a chunk is encoded again
     codec: str = "as-is"  # how files hold keys and values, one of `CODECS`
-    press: str | None = None  # ``NAME:RATIO`` of kvpress, which thins chunks before they are kept
-    trace: Path | None = None  # file that gets a JSON line for every look-up and write
+    press: str | None = None  # ``NAME:RATIO`` of kvpress, which prunes chunks before they are kept
+    trace: Path | None = None  # file that gets a JSON line for every lookup and write
 
     def __post_init__(self):
         if self.memory + self.cpu == 0 and self.place is None:
@@ -121,22 +121,22 @@ class StoreConfig:
 
     @property
     def place(self) -> str | None:
-        """The folder or else the URL, for messages."""
+        """The folder, or the URL if there is no folder, for messages."""
         return str(self.folder) if self.folder is not None else self.remote
 
     @classmethod
     def parse(cls, text: str | Path, **defaults) -> StoreConfig:
-        """Reads ``PLACE,name=value,...``: a folder or a URL, then budgets.
+        """Reads ``PLACE,name=value,...``: a folder or a URL, then limits.
 
-        Such as ``chunks/``, ``s3://bucket/chunks``, ``chunks/,disk=50GB,policy=gdsf`` or
+        Examples: ``chunks/``, ``s3://bucket/chunks``, ``chunks/,disk=50GB,policy=gdsf``,
         ``chunks/,cpu=8GB,remote=valkey://host:6379/0,codec=fp8,ttl=30d``. The place may be left
-        out: ``memory=2GB,codec=fp8``. A folder that exists is one, whatever its name.
+        out: ``memory=2GB,codec=fp8``. The name of an existing folder may contain commas and ``=``.
 
         Raises:
-            ValueError: If a name or value is wrong; says which there are.
+            ValueError: If a name or value is wrong; the message lists the valid ones.
         """
         known = {field.name for field in fields(cls)} - {"folder"}
-        if isinstance(text, Path) or (text and Path(text).is_dir()):  # Path("") is where we are
+        if isinstance(text, Path) or (text and Path(text).is_dir()):  # Path("") is the current one
             return cls(**defaults | {"folder": Path(text)})
         first, *rest = text.split(",")
         values = dict(defaults)
@@ -163,7 +163,7 @@ _READ |= {"ttl": parse_seconds, "trace": Path}
 
 
 def keep_latest(known: dict, key: Hashable, value: Any, most: int) -> None:
-    """Puts a value last, and drops the first ones of too many: clients may make up any number."""
+    """Sets ``known[key]`` and drops the oldest beyond ``most``: clients may send any number."""
     known.pop(key, None)
     known[key] = value
     while len(known) > most:
@@ -181,9 +181,9 @@ class TierStats:
     read_s: float = 0.0
     write_s: float = 0.0
     evictions: int = 0
-    expired: int = 0  # also misses
-    unwritten: int = 0  # that could not be kept
-    failures: int = 0  # requests that the tier did not answer
+    expired: int = 0  # entries past their lifetime; counted as misses, too
+    unwritten: int = 0  # entries that could not be stored
+    failures: int = 0  # requests that failed because the tier was out of reach
 
 
 @dataclass
@@ -191,27 +191,27 @@ class StoreStats:
     """Counters since the store was opened."""
 
     misses: int = 0
-    rejected: int = 0  # of them: damaged, forged, of other tokens or another model
-    first_rejected: str = ""  # why the first was
+    rejected: int = 0  # misses where an entry was damaged, forged or of other tokens or models
+    first_rejected: str = ""  # reason of the first rejection
     memory_bytes: int = 0
     tiers: dict[str, TierStats] = field(default_factory=dict)
 
     @property
     def files(self) -> TierStats:
-        """Counters of the folder and the remote, added up."""
-        held = (astuple(self.tiers[name]) for name in ("disk", "remote") if name in self.tiers)
-        return TierStats(*map(sum, zip(*held, strict=True)))
+        """Sum of the counters of the folder and the remote."""
+        counters = (astuple(self.tiers[name]) for name in ("disk", "remote") if name in self.tiers)
+        return TierStats(*map(sum, zip(*counters, strict=True)))
 
 
 class Tracer:
-    """Counts uses, and writes them to a file of JSON lines if it gets a path.
+    """Counts lookups. With a path, it also appends lookups and writes to a JSON Lines file.
 
     Lines: ``{"t", "op": "get" or "put", "key", "tokens", "bytes", "tier" or "seconds", ...}``, with
-    ``t`` in seconds of the epoch. Lines of several processes may share a file.
+    ``t`` in seconds since the epoch. Several processes may append to the same file.
     """
 
     def __init__(self, path: Path | None = None):
-        """Raises ValueError if the file cannot be written."""
+        """Opens the file. Raises ValueError if it cannot be written."""
         self._file: TextIO | None = None
         self._count, self._last = 0, OrderedDict()
         self._distances, self._lifetimes = Counter(), Counter()
@@ -222,7 +222,7 @@ class Tracer:
                 raise ValueError(f"cannot write the trace '{path}': {error.strerror}") from None
 
     def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
-        """Notes a look-up; ``tier`` is ``"none"`` for a miss, ``seconds`` what it took."""
+        """Records a lookup that took ``seconds``; ``tier`` is ``"none"`` for a miss."""
         self._count += 1
         now, last = time.monotonic(), self._last.pop(key, None)
         if last is not None:
@@ -231,20 +231,20 @@ class Tracer:
         self._last[key] = (self._count, last[1] if last else now)
         if len(self._last) > _REMEMBERED:
             self._last.popitem(last=False)
-        if self._file is not None:  # facts are made for it alone: look-ups are short
+        if self._file is not None:  # only then build the record: lookups must stay short
             facts = {"tokens": tokens, "bytes": num_bytes, "tier": tier, "load_s": seconds}
             self._write(op="get", key=key, **facts)
 
     def put(self, key: str, num_bytes: int, about: About) -> None:
-        """Notes a write."""
+        """Records a write."""
         facts = {"tokens": about.num_tokens, "bytes": num_bytes}
         self._write(op="put", key=key, **facts, seconds=about.seconds, tenant=about.tenant)
 
     def histograms(self) -> dict[str, dict[int, int]]:
-        """Counts by the upper ends of buckets, powers of two.
+        """Histograms with power-of-two buckets: counts by upper end.
 
-        ``reuse_distance``: look-ups between two of the same key; ``lifetime_s``: age of a key,
-        since it was first asked for, at each use.
+        ``reuse_distance``: number of lookups between two of the same key; ``lifetime_s``: seconds
+        from the first lookup of a key to each later one.
         """
         return {
             "reuse_distance": {2 ** (n + 1): c for n, c in sorted(self._distances.items())},

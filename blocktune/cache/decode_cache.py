@@ -22,11 +22,11 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class DecodeCache:
-    """How keys and values are held while an answer is decoded, after its prefill.
+    """How keys and values are stored while an answer is decoded, after its prefill.
 
     ``sliding`` keeps and sees the last ``window`` tokens; ``fp8`` has a scale for each layer and
-    batch; ``quanto`` and ``hqq`` (4 bits) need their packages; ``offloaded`` keeps all layers but
-    the one that computes on the CPU. Raises ValueError if the kind cannot be used here.
+    batch; ``quanto`` and ``hqq`` (4 bits) need their packages; ``offloaded`` keeps every layer on
+    the CPU except the one being computed. Raises ValueError if the kind cannot be used here.
     """
 
     kind: str
@@ -41,15 +41,15 @@ class DecodeCache:
     def __post_init__(self):
         if self.kind not in LAYERS or (self.kind == "sliding") != (self.window > 1):
             known = ", ".join(name.replace("sliding", "sliding:TOKENS") for name in LAYERS)
-            named = f"{self.kind}:{self.window}" if self.window else self.kind
-            raise ValueError(f"a decode cache is one of {known}; got '{named}'")
+            given = f"{self.kind}:{self.window}" if self.window else self.kind
+            raise ValueError(f"a decode cache is one of {known}; got '{given}'")
         if self.kind == "offloaded" and not torch.cuda.is_available():
             raise ValueError("decode cache 'offloaded' moves keys off a GPU, and there is none")
         layer = self.layer()
-        if self.kind == "quanto":  # compiles an extension at its first use: now, not in an answer
+        if self.kind == "quanto":  # compiles an extension at first use: do it now, not in a request
             try:
                 layer.update(torch.zeros(1, 1, 2, 64), torch.zeros(1, 1, 2, 64))
-            except Exception as error:  # of torch's, the compiler's or the linker's
+            except Exception as error:  # from torch, the compiler or the linker
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ValueError(
                     f"decode cache 'quanto' compiles an extension, which failed ({reason}); "
@@ -57,7 +57,7 @@ class DecodeCache:
                 ) from None
 
     def layer(self, *dims: int) -> CacheLayerMixin:
-        """An empty layer of transformers, for keys and values of heads of ``dims`` dimensions."""
+        """An empty transformers cache layer; ``dims`` are the head dims of keys and values."""
         grouped = self.kind in ("quanto", "hqq")
         options = {"q_group_size": math.gcd(64, *dims)} if grouped else {}
         try:
@@ -69,13 +69,13 @@ class DecodeCache:
 
 
 class DecodingCache(Cache):
-    """A `RowCache` after its prefill, on layers of transformers: columns are only appended."""
+    """A `RowCache` after its prefill, moved to transformers' cache layers. It can only append."""
 
     def __init__(self, how: DecodeCache, rows: RowCache, reshapes: bool):
-        """Copies layer by layer; the layers of ``rows`` are freed on the way.
+        """Copies layer by layer, and frees each layer of ``rows`` once it is copied.
 
-        Raises ValueError if a window would hide columns that a reshape changes, or there are
-        several prompts: it would end in the padding of one.
+        Raises ValueError for a window with a reshape, which changes columns that the window hides,
+        or with several prompts, where the window would end in the padding of one.
         """
         if how.window and (reshapes or rows.layers[0].batch_size > 1):
             raise ValueError(
@@ -90,19 +90,19 @@ class DecodingCache(Cache):
         self._bytes = [rows.bytes_per_column(index) for index in range(len(layers))]
         for index, layer in enumerate(layers):
             self.update(rows.layers[index].keys, rows.layers[index].values, index)
-            if how.window:  # views of the whole
+            if how.window:  # the layer holds views of the full tensors
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
             rows.layers[index] = layer
 
     @property
     def first_column(self) -> int:
-        """The first one that the next row sees."""
+        """First column that the next row sees."""
         return max(0, self.num_columns - self.window) if self.window else 0
 
     def append(self, count: int = 1) -> None:
-        """The next forward pass adds a column."""
+        """Counts the ``count`` columns that the next forward pass adds."""
         self.num_columns += count
 
     def bytes_per_column(self, layer: int) -> int:
-        """Of the prefill's cache."""
+        """Bytes of one token's keys and values in the prefill's cache."""
         return self._bytes[layer]

@@ -1,12 +1,12 @@
-"""Exact states of prompts: a type that only a full prefill makes.
+"""Exact states of prompts, which only a full prefill can produce.
 
-A chunk's relocated state is an approximation. Stored as the state of a prefix it would silently
-spoil every later answer with the same prefix, so exact states have a type of their own, `ExactKV`,
-which only `cut_exact` makes, from a cache that declares to be exact, and a file of that kind.
+A chunk's relocated state is an approximation. If it were stored as the state of a prefix, it would
+silently spoil every later answer with that prefix. So exact states have a type of their own,
+`ExactKV`. Only `cut_exact`, from a cache marked as exact, and files of that kind produce it.
 
-Keys and values can be cut at any token; a recurrent state cannot: what a later prompt shares up to
-depth ``d`` is computed again from the deepest checkpoint at or before ``d``. Which ``M`` depths to
-keep is decided by the depths up to which earlier prompts were shared.
+Keys and values can be cut at any token. A recurrent state cannot: a later prompt that shares ``d``
+tokens is recomputed from the deepest checkpoint at or before ``d``. The depths to keep are chosen
+from the depths up to which earlier prompts were shared.
 Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme of O(N M) steps.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from blocktune.cache.chunk_kv import Entry, Read, State, own
+from blocktune.cache.chunk_kv import Entry, Read, State, compact
 from blocktune.cache.row_cache import RowCache
 
 _FULL_PREFILL = object()
@@ -30,16 +30,16 @@ NO_IDS = torch.empty(0, dtype=torch.int64)
 
 @dataclass(frozen=True, eq=False)
 class ExactKV(Entry):
-    """The state of a run of a prompt's tokens, computed after exactly the tokens before it.
+    """State of a run of consecutive prompt tokens, computed after exactly the tokens before it.
 
-    ``states`` are of recurrent layers, at some depths (tokens before the state) from the end of
-    ``context`` to the end of the run: only there can a prompt be resumed. None: the model has no
-    recurrent layer, and resumes anywhere. A file keeps that at the end only.
+    ``states`` are recurrent states by depth (number of tokens before the state), at some depths
+    from the end of ``context`` to the end of the run; a prompt can resume only there. None: the
+    model has no recurrent layer and can resume anywhere. A file keeps the last state only.
     """
 
     kind: ClassVar[str] = "prefix"
     token_ids: Tensor  # the run, ``(S,)`` int64
-    context: Tensor  # the tokens before it, likewise
+    context: Tensor  # the tokens before the run, ``(C,)`` int64
     keys: tuple[Tensor, ...]  # of each layer that has any, ``(K, S, D)``, at their true positions
     values: tuple[Tensor, ...]
     fingerprint: str  # of the model that ran
@@ -54,17 +54,17 @@ class ExactKV(Entry):
 
     @property
     def end(self) -> int:
-        """Tokens up to the end of the run."""
+        """Number of tokens up to the end of the run."""
         return len(self.context) + len(self.token_ids)
 
     def cut(self, start: int, stop: int) -> ExactKV:
-        """The tokens ``start`` to ``stop`` of the run in new memory, without context and states."""
-        pair = (tuple(own(t[:, start:stop]) for t in kind) for kind in (self.keys, self.values))
-        ids, states = own(self.token_ids[start:stop]), None if self.states is None else {}
+        """Copies the tokens ``start`` to ``stop`` of the run, without context and states."""
+        pair = (tuple(compact(t[:, start:stop]) for t in kind) for kind in (self.keys, self.values))
+        ids, states = compact(self.token_ids[start:stop]), None if self.states is None else {}
         return ExactKV(ids, NO_IDS, *pair, self.fingerprint, states, proof=_FULL_PREFILL)
 
     def placed(self, context: Tensor, states: Mapping[int, State] | None) -> ExactKV:
-        """The same run, with what is said of the tokens before it and of recurrent states."""
+        """The same run with another context and other recurrent states."""
         return replace(self, context=context, states=states, proof=_FULL_PREFILL)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -77,41 +77,41 @@ class ExactKV(Entry):
                 yield f"state.{index}", state
 
     def facts(self) -> dict[str, int]:
-        """See `Entry.facts`; ``held`` has a bit for each state, -1: the model has none."""
+        """See `Entry.facts`. ``held`` has a bit for each state; -1: the model has no states."""
         last = (self.states or {}).get(self.end, ())
-        held = sum(1 << index for index, state in enumerate(last) if state is not None)
-        recurrent = {"num_states": len(last), "held": -1 if self.states is None else held}
+        bits = sum(1 << index for index, state in enumerate(last) if state is not None)
+        recurrent = {"num_states": len(last), "held": -1 if self.states is None else bits}
         return {"num_layers": len(self.keys)} | recurrent
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        layers, held = range(int(facts["num_layers"])), int(facts["held"])
+        layers, bits = range(int(facts["num_layers"])), int(facts["held"])
         pair = (tuple(read(f"{n}.{layer}") for layer in layers) for n in ("key", "value"))
         context, count = read("context"), int(facts["num_states"])
-        last = tuple(read(f"state.{i}") if held >> i & 1 else None for i in range(count))
+        last = tuple(read(f"state.{i}") if bits >> i & 1 else None for i in range(count))
         states = {len(context) + len(token_ids): last} if count else {}
-        states = None if held < 0 else states
+        states = None if bits < 0 else states
         return cls(token_ids, context, *pair, fingerprint, states, proof=_FULL_PREFILL)
 
 
 def state_bytes(state: State | None) -> int:
-    """Bytes of a recurrent state."""
+    """Size of a recurrent state in bytes."""
     return sum(tensor.nbytes for tensor in state or () if tensor is not None)
 
 
 def cut_exact(
     cache: Any,  # a `RowCache` or `PrefillCache` whose columns 0, 1, .. hold the tokens, in order
     prompt: int,  # index in the batch
-    token_ids: Sequence[int],  # of the prompt, from its first on
+    token_ids: Sequence[int],  # of the prompt, from its first token on
     fingerprint: str,  # of the model that ran
     *,
-    start: int = 0,  # tokens that are left out, since the tree has them
+    start: int = 0,  # number of first tokens to leave out, because the tree has them
     states: Mapping[int, State] | None = None,  # of recurrent layers, by depth
 ) -> ExactKV:
-    """Copies what the exact prefix cache may keep from the cache of a full prefill.
+    """Copies the cache of a full prefill for the exact prefix cache.
 
-    Raises ValueError if approximate states were ever loaded into the cache, or it was not declared
-    exact, or is shorter than the tokens.
+    Raises ValueError if the cache ever held approximate states, was not created as exact, or is
+    shorter than the tokens.
     """
     if not cache.exact:
         raise ValueError(
@@ -124,32 +124,32 @@ def cut_exact(
     span, ids = slice(start, len(token_ids)), torch.tensor(token_ids, dtype=torch.int64)
     keys = tuple(layer.keys[prompt, :, span].clone() for layer in layers)
     values = tuple(layer.values[prompt, :, span].clone() for layer in layers)
-    made = ids[span].clone(), ids[:start].clone(), keys, values, fingerprint, states
-    return ExactKV(*made, proof=_FULL_PREFILL)
+    run, context = ids[span].clone(), ids[:start].clone()
+    return ExactKV(run, context, keys, values, fingerprint, states, proof=_FULL_PREFILL)
 
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """The longest known prefix of a prompt."""
+    """The longest cached prefix of a prompt."""
 
-    parts: Sequence[tuple[ExactKV, int]]  # where it is: runs, and how many of their tokens
-    state: State | None  # of recurrent layers at this depth
-    overlap: int  # matching tokens in the tree; ``num_tokens`` of them have a state to resume from
-    disk_tokens: int  # those of ``num_tokens`` that were read from files
+    parts: Sequence[tuple[ExactKV, int]]  # consecutive runs, and how many tokens of each match
+    state: State | None  # of recurrent layers at the end of the prefix
+    overlap: int  # matching tokens in the tree; the first ``num_tokens`` of them can be resumed
+    disk_tokens: int  # how many of ``num_tokens`` were read from files
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose state is known: the prompt is computed from there on."""
+        """Number of cached tokens; the prompt is computed from there on."""
         return sum(count for _, count in self.parts)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are read to resume."""
+        """Number of bytes read to resume."""
         parts = ((e.num_bytes * count) // len(e.token_ids) for e, count in self.parts)
         return sum(parts) + state_bytes(self.state)
 
     def layers(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Keys and values of each layer that has any, run by run, ``(K, S, D)``."""
+        """Yields each layer's keys and values as lists of runs, ``(K, S, D)``."""
         for layer in range(len(self.parts[0][0].keys) if self.parts else 0):
             yield tuple(
                 [getattr(exact, kind)[layer][:, :count] for exact, count in self.parts]
@@ -157,7 +157,7 @@ class PrefixMatch:
             )
 
     def load(self, cache: RowCache, prompt: int) -> None:
-        """Puts the states into the first columns of one prompt of ``cache``, which stays exact."""
+        """Copies the states into the first columns of a prompt of ``cache``, which stays exact."""
         for layer, pair in enumerate(self.layers()):
             at = 0
             for states in zip(*pair, strict=True):
@@ -168,13 +168,13 @@ class PrefixMatch:
 
 
 def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...]:
-    """The rising depths, at most ``budget``, from which the fewest tokens are computed again.
+    """Chooses at most ``budget`` depths, in ascending order, that minimise recomputed tokens.
 
     ``weights`` say how often prompts were shared up to each depth (in tokens). Deterministic.
-    Only depths that occur are candidates: a checkpoint between two of them is never better than at
-    the next one. With the last checkpoint at depth ``i``, the cost up to depth ``j`` is a line in
-    the number of prompts before ``j`` whose slope is ``-i``; both only grow, so that the lowest
-    line of each ``j`` is found in constant time on average.
+    Only depths that occur are candidates: a checkpoint between two of them is never better than
+    one at the next. With the last checkpoint at depth ``i``, the cost up to depth ``j`` is a line
+    of slope ``-i`` in the number of prompts before ``j``. Both only grow, so the lowest line for
+    each ``j`` is found in constant amortised time (convex hull trick).
     """
     depths = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
     count = len(depths)
@@ -182,7 +182,7 @@ def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...
         return tuple(depths[: max(budget, 0)])
     before = [0, *accumulate(weights[depth] for depth in depths)]
     tokens = [0, *accumulate(weights[depth] * depth for depth in depths)]
-    cost, last = tokens, []  # cost[j] of the first j depths, without any checkpoint
+    cost, last = tokens, []  # cost[j]: of the first j depths, without any checkpoint
     for _ in range(budget):
         cost, chosen = _one_more(cost, depths, before, tokens)
         last.append(chosen)
@@ -196,9 +196,9 @@ def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...
 
 
 def _one_more(cost: list, depths: list, before: list, tokens: list) -> tuple[list, list]:
-    """Costs with one checkpoint more, and at which depth's index it is the last (None: nowhere)."""
-    lines: deque[tuple[int, int, int]] = deque()  # slope, intercept, index; falling slopes
-    made, chosen = [0], [None]
+    """Costs with one more checkpoint, and the index of its depth for each ``j`` (None: unused)."""
+    lines: deque[tuple[int, int, int]] = deque()  # slope, intercept, index; decreasing slopes
+    costs, chosen = [0], [None]
     for j in range(1, len(before)):
         i = j - 1
         slope = -depths[i]
@@ -210,13 +210,13 @@ def _one_more(cost: list, depths: list, before: list, tokens: list) -> tuple[lis
         while len(lines) > 1 and lines[1][0] * x + lines[1][1] <= lines[0][0] * x + lines[0][1]:
             lines.popleft()
         slope, intercept, index = lines[0]
-        made.append(tokens[j] + slope * x + intercept)
+        costs.append(tokens[j] + slope * x + intercept)
         chosen.append(index)
-    return made, chosen
+    return costs, chosen
 
 
 def _hidden(first: tuple, middle: tuple, last: tuple) -> bool:
-    """Whether the middle one of three lines of falling slope is nowhere the lowest."""
+    """Whether the middle of three lines with decreasing slopes is nowhere the lowest."""
     return (last[1] - first[1]) * (first[0] - middle[0]) <= (middle[1] - first[1]) * (
         first[0] - last[0]
     )

@@ -1,9 +1,9 @@
-"""Names of what is cached: a key that changes whenever the cached numbers would; and manifests.
+"""Keys of cached entries, which change whenever the cached numbers would; and manifests.
 
-Two digests. The *fingerprint* covers everything that all chunks of an engine share: model,
-weights, adapter, tokenizer, prompt format, dtype, RoPE. The *chunk key* adds the token ids and how
-they were encoded. No digest covers a path or a date, so the same model on two machines agrees.
-A *manifest* says in plain JSON what made the chunks of a model: another engine needs it to use
+There are two digests. The *fingerprint* covers everything that all chunks of an engine share:
+model, weights, adapter, tokenizer, prompt format, dtype, RoPE. The *chunk key* adds the token ids
+and how they were encoded. Neither covers a path or a date, so they are equal on all machines.
+A *manifest* describes in plain JSON what made the chunks of a model. Another engine needs it to use
 them. `Blobs.write_manifest` stores it.
 """
 
@@ -27,7 +27,7 @@ from blocktune.positions import RopeSpec
 
 MANIFEST_FORMAT = "blocktune manifest 1"
 CACHE_FORMAT = 2
-"""Version of what is stored and of how it is named; part of every fingerprint and file."""
+"""Version of the stored content and of its keys; part of every fingerprint."""
 
 _SAMPLES = 4096
 _VOLATILE = {
@@ -46,10 +46,10 @@ def model_fingerprint(
     prompt_format: Mapping,  # fields of the prompt format, e.g. ``dataclasses.asdict(format)``
     dtype: torch.dtype | None = None,  # that the model computes in; None: that of its parameters
 ) -> str:
-    """Digest, 64 hex digits, of all but the chunk itself that decides its keys and values.
+    """Digest, 64 hex digits, of all that decides a chunk's keys and values, except its tokens.
 
-    Compute it again after any change of the weights. ValueError if a weight is not in memory, or
-    the format is not plain JSON.
+    Compute it again after any change of the weights. Raises ValueError if a weight is not in
+    memory, or the format is not plain JSON.
     """
     return _digest(
         cache_format=CACHE_FORMAT,
@@ -65,8 +65,8 @@ def model_fingerprint(
 def chunk_key(fingerprint: str, token_ids: Ids, encoding: Mapping | None = None) -> str:
     """Digest, 64 hex digits, under which the encoded chunk of ``token_ids`` ``(S,)`` is stored.
 
-    ``encoding`` says how, in plain JSON values: blanks and their token, ids of a shared prefix, BOS
-    kept or dropped; empty: alone.
+    ``encoding`` describes in plain JSON values how it was encoded: blanks and their token, ids of
+    a shared prefix, BOS kept or dropped. Empty: the chunk alone.
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64).tolist()
     return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
@@ -74,12 +74,12 @@ def chunk_key(fingerprint: str, token_ids: Ids, encoding: Mapping | None = None)
 
 def key_after(fingerprint: str, token_ids: Ids, blanks: Sequence[int]) -> str:
     """`chunk_key` of a chunk that was encoded after ``blanks``, whose own states were dropped."""
-    encoding = {"ghosts": list(blanks)}  # the word in the keys of stores that exist
+    encoding = {"ghosts": list(blanks)}  # the name in the keys of existing stores
     return chunk_key(fingerprint, token_ids, encoding)
 
 
 def stored_key(fingerprint: str, ids: Ids, blanks: Sequence[int], scoped_prefix: bool) -> str:
-    """`key_after`, or the key of a prefix that a scoped adapter encodes unlike a chunk."""
+    """`key_after`; or the key of a prefix, if a scoped adapter encodes it unlike a chunk."""
     if scoped_prefix:
         return chunk_key(fingerprint, ids, {"prefix": True})
     return key_after(fingerprint, ids, blanks)
@@ -93,11 +93,11 @@ def states_key(chunk_key: str, layer: int) -> str:
 def weights_hash(model: nn.Module) -> str:
     """Digest of names, shapes, dtypes and contents of all parameters and buffers.
 
-    SHA-256 of 8 B parameters takes more than ten seconds, so of each tensor it takes 4,096 elements
-    at even strides and the wrapping sum of all its bytes as 64-bit integers. A change of any single
-    weight changes the sum, a reordering the sample, unless it moves only elements between samples:
-    not proof against an adversary, who could as well replace the cache. Quantised weights count
-    with their scales, adapters with their scaling and state.
+    SHA-256 of 8 B parameters takes more than ten seconds. So it covers, of each tensor, 4,096
+    elements at even strides and the wrapping sum of all bytes as 64-bit integers. A change of one
+    weight changes the sum; a reordering changes the sample, unless it moves unsampled elements.
+    An adversary could defeat it, but could also replace the cache. Quantised weights count with
+    their scales, adapters with their scaling and state.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):
@@ -124,16 +124,17 @@ def manifest(
     rope: RopeSpec,
     sample: ChunkKV,  # any chunk that the model encoded: it has shapes and the fingerprint
 ) -> dict[str, Any]:
-    """The manifest of a model as it runs, in plain JSON values.
+    """The manifest of a model, in plain JSON values.
 
-    ``fingerprint``; ``format`` and ``chunk_format``; ``base``, ``adapter`` (or None) and
-    ``tokenizer`` with names, revisions and digests; the adapter's ``scope`` (if it is ``encode``,
-    the plain base reads its chunks); ``prompt_format``; ``dtype``; ``layers``, those that store
-    keys, each with the shapes of ``key`` and ``value`` (kv heads, head dim); ``rope``:
-    ``frequencies``, lists of radians per position of the rotated dimensions' pairs, with the first
-    rotated dimension (``start``) and whether pairs are neighbours (``interleaved``) of each,
-    whether it is the values that are rotated (``in_values``), and ``layer``, the index into them
-    for each decoder layer. Keys are stored rotated, the chunk's first token at ``origin``.
+    Fields: ``fingerprint``; ``format`` and ``chunk_format``; ``base``, ``adapter`` (or None) and
+    ``tokenizer`` with names, revisions and digests; the adapter's ``scope`` (with ``encode``, the
+    plain base reads its chunks); ``prompt_format``; ``dtype``; ``layers``, those that store keys,
+    each with the shapes of ``key`` and ``value`` (kv heads, head dim); and ``rope``.
+
+    ``rope`` has one item per distinct rotation: ``frequencies``, radians per position for each
+    pair of rotated dimensions; ``start``, the first rotated dimension; ``interleaved``, whether
+    pairs are neighbours; ``in_values``, whether values are rotated. Its ``layer`` has each decoder
+    layer's index into these. Keys are stored rotated, the chunk's first token at ``origin``.
     """
     name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
     base = adapter.base_fingerprint if adapter else base_fingerprint(model)
@@ -225,21 +226,21 @@ def _named_adapter(folder: str | Path | None, scope: str) -> dict[str, Any] | No
     if folder is None:
         return None
     folder, name, revision = Path(folder), str(folder), None
-    for cached in (folder, *folder.parents):  # a repository in the cache of the Hub
+    for cached in (folder, *folder.parents):  # a repository in the Hub's local cache
         if cached.parent.name == "snapshots" and cached.parent.parent.name.startswith("models--"):
             name = cached.parent.parent.name.removeprefix("models--").replace("--", "/")
             revision = cached.name
-    known = {"name": name, "revision": revision, "scope": scope}
-    return known | {"fingerprint": adapter_fingerprint(folder)}
+    source = {"name": name, "revision": revision, "scope": scope}
+    return source | {"fingerprint": adapter_fingerprint(folder)}
 
 
 def _rope(rope: RopeSpec) -> dict[str, Any]:
-    layers = [(tuple(one.inv_freq.float().tolist()), *one[1:]) for one in rope.layers]
-    different = list(dict.fromkeys(layers))
+    layers = [(tuple(spec.inv_freq.float().tolist()), *spec[1:]) for spec in rope.layers]
+    distinct = list(dict.fromkeys(layers))
     return {
-        "frequencies": [list(one[0]) for one in different],
-        "start": [one[1] for one in different],
-        "interleaved": [one[2] for one in different],
-        "in_values": [one[3] for one in different],
-        "layer": [different.index(one) for one in layers],
+        "frequencies": [list(spec[0]) for spec in distinct],
+        "start": [spec[1] for spec in distinct],
+        "interleaved": [spec[2] for spec in distinct],
+        "in_values": [spec[3] for spec in distinct],
+        "layer": [distinct.index(spec) for spec in layers],
     }

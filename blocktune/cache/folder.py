@@ -1,7 +1,7 @@
-"""The folder of a store: which of its files are the store's, and how those are read and written.
+"""The folder of a store: which files belong to the store, and how they are read and written.
 
-A file is the store's if it is a plain file under a name of ours in real folders. Links are never
-followed, and nothing else is read, replaced or removed. No torch: listing needs no model.
+A file belongs to the store if it is a plain file under one of the store's names in real folders.
+Links are never followed, and no other file is read, replaced or removed. No torch is imported.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from blocktune.cache.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 from blocktune.files import sync
 
 WRITING = ".writing"
-"""Folder inside a store for unfinished files: the same file system, so renaming is atomic."""
+"""Folder inside a store for unfinished files. It is on the same file system: renames are atomic."""
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part")
 _ABANDONED_S = 3600
 _MOST_BUFFERS = 1024
-"""Of one call."""
+"""Buffers that one ``preadv`` call accepts."""
 _TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def chunk_path(folder: Path, key: str) -> Path:
-    """Where a folder has the file of ``key``; raises as `relative_path` does."""
+    """Path of the file of ``key`` in ``folder``. Raises as `relative_path` does."""
     return folder / relative_path(key)
 
 
 def is_taken(error: OSError) -> bool:
-    """Whether something foreign occupies one path; the disk as a whole can be written."""
+    """Whether a foreign file occupies the path, while the disk itself is writable."""
     return error.errno in _TAKEN
 
 
 class OpenFile(Blob):
-    """A plain file, by its descriptor: its path may become something else meanwhile."""
+    """A plain file, held by its descriptor: its path may be replaced in the meantime."""
 
     data = None
 
     def __init__(self, descriptor: int):
-        """Owns the descriptor."""
+        """Takes over the descriptor, and closes it in the end."""
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self.size = status.st_size
@@ -53,16 +53,16 @@ class OpenFile(Blob):
         self.changed, self.used = status.st_ctime, status.st_mtime
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
-        done, left = 0, [buffer for buffer in buffers if len(buffer)]
-        while left:
-            count = os.preadv(self._descriptor, left[:_MOST_BUFFERS], start + done)
+        done, remaining = 0, [buffer for buffer in buffers if len(buffer)]
+        while remaining:
+            count = os.preadv(self._descriptor, remaining[:_MOST_BUFFERS], start + done)
             if not count:
                 break
             done += count
-            while left and count >= len(left[0]):
-                count -= len(left.pop(0))
+            while remaining and count >= len(remaining[0]):
+                count -= len(remaining.pop(0))
             if count:
-                left[0] = left[0][count:]
+                remaining[0] = remaining[0][count:]
         return done
 
     def __del__(self):
@@ -73,20 +73,20 @@ class ChunkFolder(Blobs):
     """The files of a store in a folder, by their keys."""
 
     def __init__(self, path: str | Path, secret: bytes | None = None):
-        """Of the folder ``path``; ``secret`` as in `Blobs`."""
+        """Uses the folder ``path``; see `Blobs` for ``secret``."""
         super().__init__(secret)
         self.path, self.place = Path(path), str(path)
 
     def prepare(self) -> None:
-        """Makes the folder, checks that it can be written, removes unfinished files.
+        """Makes the folder, checks that it is writable, and removes unfinished files.
 
-        ValueError if something other than a folder is there, OSError if it cannot be written.
+        Raises ValueError if ``path`` is not a folder, OSError if it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(
-                f"cannot use '{self.path}' as a chunk store: {error.strerror}; name a folder"
+                f"cannot use '{self.path}' as a chunk store: {error.strerror}; give a folder"
             ) from None
         probe = self._unfinished("0" * 64)
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
@@ -94,10 +94,10 @@ class ChunkFolder(Blobs):
         self.clean()
 
     def clean(self) -> int:
-        """Removes what stopped writers left, nothing that a running one needs; how many files."""
+        """Removes files of interrupted writers, not those of running ones. Returns how many."""
         removed = 0
         for entry in self._entries(self.path / WRITING):
-            with suppress(OSError, ValueError):  # gone meanwhile, or another user's
+            with suppress(OSError, ValueError):  # just removed, or owned by another user
                 if entry.is_file(follow_symlinks=False):
                     age = time.time() - entry.stat(follow_symlinks=False).st_mtime
                     removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)
@@ -108,14 +108,14 @@ class ChunkFolder(Blobs):
             path = self._path(name)
         except FileExistsError as error:
             raise ValueError(error.strerror) from None
-        # Without O_NONBLOCK a pipe would wait for a writer.
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
         return OpenFile(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
 
     def _write(self, name: str, data: bytes) -> None:
-        """Writes a file so that readers see the old one, none, or the whole new one.
+        """Writes a file atomically: readers see the old file, none, or the whole new one.
 
-        Several processes may write the same one at once: the last one stays. If the disk refuses,
-        nothing is left behind; `is_taken` says whether something foreign is at the file's path.
+        If several processes write the same file, the last one wins. A failed write leaves nothing
+        behind; `is_taken` tells whether its cause is a foreign file at the path.
         """
         path, unfinished = self._path(name, make=True), self._unfinished(Path(name).stem)
         try:
@@ -152,18 +152,18 @@ class ChunkFolder(Blobs):
                             yield key, status.st_size, status.st_mtime
 
     def touch(self, key: str) -> None:
-        """Notes that the file of ``key`` was used, where the disk lets us: `Blob.used`."""
+        """Updates the modification time of the file of ``key`` (`Blob.used`), if permitted."""
         with suppress(OSError):
             os.utime(chunk_path(self.path, key), follow_symlinks=False)
 
     def _manifests(self) -> Iterator[str]:
-        return (one.name.removesuffix(".json") for one in self._entries(self.path / MANIFESTS))
+        return (file.name.removesuffix(".json") for file in self._entries(self.path / MANIFESTS))
 
     def _unfinished(self, stem: str) -> Path:
         return self._path(f"{WRITING}/.{stem}-{uuid.uuid4().hex}.part", make=True)
 
     def _path(self, name: str, make: bool = False) -> Path:
-        """Of a file in real folders: through a link, files of others would be touched."""
+        """The path of ``name``. No folder on it may be a link, which could lead anywhere."""
         *folders, last = name.split("/")
         path = self.path
         for folder in folders:
@@ -181,7 +181,7 @@ class ChunkFolder(Blobs):
         return [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False)]
 
     def _entries(self, path: Path) -> list[os.DirEntry]:
-        """In order of their names; none if ``path`` is not a real folder."""
+        """Lists a folder, sorted by name; empty if ``path`` is not a real folder."""
         try:
             if path != self.path and not stat.S_ISDIR(os.lstat(path).st_mode):
                 return []
@@ -191,11 +191,11 @@ class ChunkFolder(Blobs):
 
 
 def _plain(path: Path, flags: int) -> int:
-    """A descriptor of a plain file; ValueError for anything else."""
+    """Opens a plain file and returns its descriptor. Raises ValueError for anything else."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        # ENXIO: a socket, or a pipe without a reader.
+        # ENXIO: the path is a socket, or a pipe without a reader.
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
             raise ValueError("a link, folder or device is at its path") from None
         raise
@@ -206,17 +206,17 @@ def _plain(path: Path, flags: int) -> int:
 
 
 def _locked_new(path: Path):
-    """A new file, locked while its writer lives: `ChunkFolder.clean` leaves it alone."""
+    """Creates a file that is locked while its writer lives, so `ChunkFolder.clean` keeps it."""
     while True:
         file = path.open("xb")
         _lock(file.fileno(), fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # removed as abandoned between the two calls
+        file.close()  # `clean` removed it between the two calls: try again
 
 
 def _lock(descriptor: int, how: int) -> bool | None:
-    """Whether the lock was taken; None where the file system has none."""
+    """Whether the lock was acquired; None if the file system does not support locks."""
     try:
         fcntl.flock(descriptor, how)
     except BlockingIOError:
@@ -231,8 +231,8 @@ def _remove_unfinished(path: Path, old: bool) -> bool:
         return False
     descriptor = _plain(path, os.O_RDWR | os.O_NONBLOCK)
     try:
-        free = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        abandoned = old if free is None else free
+        acquired = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        abandoned = old if acquired is None else acquired
         if abandoned:
             path.unlink()
         return abandoned

@@ -1,7 +1,7 @@
-"""What a tier holds, what each entry is worth, and which must leave when the tier is full.
+"""The ledger of a tier: its entries, their worth, and which to evict when the tier is full.
 
-One table of SQLite: in memory for what a process holds, a file beside the chunks of a folder that
-several processes share. The chunks are elsewhere: a lost ledger loses none of them. No torch.
+It is an SQLite table: in memory for the entries of one process, or a file in the folder that
+several processes share. It holds no chunks, so losing it loses none. No torch is imported.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from blocktune.cache.config import POLICIES, About, Row
 
 INDEX = "index.sqlite"
-"""Name of the file in a folder."""
+"""File name of the ledger in a folder."""
 _FORMAT = 1
 _BUFFER_S = 1.0
-"""Seconds after which hits are written to the file, by a thread: no look-up waits for that."""
+"""Seconds after which a thread writes hits to the file, so that no lookup waits for it."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     key TEXT PRIMARY KEY, size INTEGER, num_tokens INTEGER, kind TEXT, fingerprint TEXT,
@@ -49,14 +49,13 @@ _VALUED = """
 CREATE TEMP TRIGGER valued AFTER INSERT ON entries BEGIN
     UPDATE entries SET worth = {0} WHERE key = new.key;
 END;
-CREATE TEMP TRIGGER valued_anew AFTER UPDATE OF uses ON entries BEGIN
+CREATE TEMP TRIGGER revalued AFTER UPDATE OF uses ON entries BEGIN
     UPDATE entries SET worth = {0} WHERE key = new.key;
 END;
 """
 
-
 _Use = tuple[int, float, Row | None]
-"""Hits of one entry, when the last was, and what to enter if it is new."""
+"""Number of hits of an entry, time of the last one, and the row to insert if it is new."""
 _USE = "UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = ? WHERE key = ?"
 _COLUMNS = tuple(field.name for field in fields(Row))
 _ADD = (
@@ -67,34 +66,34 @@ _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 
 
 class Ledger:
-    """Entries of one tier and their order of leaving. Several threads may use it.
+    """Entries of one tier and their order of eviction. It is thread-safe.
 
-    Every method raises ``sqlite3.Error`` if the file cannot be used, and ValueError comes of an
-    unknown policy.
+    Every method raises ``sqlite3.Error`` if the file cannot be used. An unknown policy raises
+    ValueError.
     """
 
     def __init__(
         self,
-        path: Path | None = None,  # in memory
+        path: Path | None = None,  # None: in memory
         *,
-        max_bytes: int | None = None,  # that the tier may hold
-        policy: str | None = None,  # one of `POLICIES`; that of the file, or ``lru``
-        quota: int | None = None,  # bytes that one tenant may hold
-        clock: Callable[[], float] = time.time,  # seconds of the epoch
+        max_bytes: int | None = None,  # limit of the tier; None: no limit
+        policy: str | None = None,  # one of `POLICIES`; None: that of the file, or ``lru``
+        quota: int | None = None,  # limit of one tenant in bytes
+        clock: Callable[[], float] = time.time,  # seconds since the epoch
     ):
         if policy is not None and policy not in POLICIES:
             raise ValueError(f"unknown policy '{policy}'; available: {', '.join(POLICIES)}")
         self.path, self.max_bytes, self.policy = path, max_bytes, policy
         self.quota, self._clock = quota, clock
-        self._lock, self._noting, self._now = threading.RLock(), threading.Lock(), 0.0
+        self._lock, self._uses_lock, self._last_time = threading.RLock(), threading.Lock(), 0.0
         self._uses: dict[str, _Use] = {}  # hits that are not written yet
-        self._writer = 0  # process in which a thread is to write them
+        self._writer = 0  # id of the process whose timer will write them; 0: none
         self._connect()
         weakref.finalize(self, _close, self._pid, self._database, self._uses)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """What is done inside is done whole or not at all, and by one process at a time."""
+        """Runs the block as one atomic transaction; only one process runs one at a time."""
         with self._lock:
             database = self._open()
             if database.in_transaction:
@@ -109,19 +108,19 @@ class Ledger:
                 raise
 
     def add(self, key: str, size: int, about: About) -> None:
-        """Enters an entry, or replaces it: pin and uses stay."""
+        """Inserts an entry, or replaces it and keeps its pin and its count of uses."""
         with self.transaction() as database:
             now = self.now()
-            found = database.execute("SELECT uses, pinned FROM entries WHERE key = ?", (key,))
-            uses, pinned = found.fetchone() or (0, 0)
+            cursor = database.execute("SELECT uses, pinned FROM entries WHERE key = ?", (key,))
+            uses, pinned = cursor.fetchone() or (0, 0)
             database.execute("DELETE FROM entries WHERE key = ?", (key,))
-            known = (getattr(about, field.name) for field in fields(About))
-            row = (*known, key, max(size, 1), now, now, uses + 1, pinned, self._faded())
+            metadata = (getattr(about, field.name) for field in fields(About))
+            row = (*metadata, key, max(size, 1), now, now, uses + 1, pinned, self._aging())
             database.execute(_ADD, row)
 
     def use(self, key: str, row: Row | None = None) -> None:
-        """Notes a hit, which is written later with others; ``row``: what to enter if it is new."""
-        with self._noting:
+        """Counts a hit, to be written later. ``row`` is inserted if ``key`` has no entry."""
+        with self._uses_lock:
             now = self.now()
             self._uses[key] = self._uses.get(key, (0,))[0] + 1, now, row
             start = self.path is not None and self._writer != os.getpid()
@@ -133,52 +132,52 @@ class Ledger:
             timer.start()
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Strikes entries."""
+        """Deletes entries."""
         keys = list(keys)
-        with self._noting:
+        with self._uses_lock:
             for key in keys:
                 self._uses.pop(key, None)
         with self.transaction() as database:
             database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
 
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
-        """Keys that must leave for ``size`` bytes, and those whose time is over; None: no room.
+        """Keys to evict so that ``size`` bytes fit, and expired keys; None if they cannot fit.
 
-        An entry of ``key`` that is there makes room itself. The worth of the last one becomes the
-        clock. Strike them with `remove` once they have left.
+        An entry that ``key`` already has counts as free space. The worth of the last key chosen
+        becomes the ``gdsf`` clock. Call `remove` once the entries have been evicted.
         """
         with self._lock:
             self.flush()
             database, now = self._open(), self.now()
-            over = database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
-            gone = dict(over)
+            expired = database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
+            evicted = dict(expired)
             old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
             old_size, old_tenant = old.fetchone() or (0, tenant)
-            for limit, whose in ((self.quota, tenant), (self.max_bytes, None)):
+            for limit, owner in ((self.quota, tenant), (self.max_bytes, None)):
                 if limit is None:
                     continue
-                there = self.size(whose) - (old_size if whose in (None, old_tenant) else 0)
-                need = there + size - limit - sum(gone.values() if whose is None else ())
-                if need > 0 and not self._choose(whose, need, key, gone):
+                used = self.size(owner) - (old_size if owner in (None, old_tenant) else 0)
+                need = used + size - limit - sum(evicted.values() if owner is None else ())
+                if need > 0 and not self._select(owner, need, key, evicted):
                     return None
-            return list(gone)
+            return list(evicted)
 
     def size(self, tenant: str | None = None) -> int:
-        """Bytes that are entered, of one tenant or of all."""
+        """Total size in bytes of the entries of one tenant, or of all."""
         find = "SELECT total(size) FROM totals WHERE tenant = coalesce(?, tenant)"
         with self._lock:
             return int(self._open().execute(find, (tenant,)).fetchone()[0])
 
     def row(self, key: str) -> Row | None:
-        """One entry, without hits that are not written yet."""
+        """The row of ``key``, or None. Hits that are not written yet are missing from it."""
         with self._lock:
-            found = self._open().execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
-        return found and Row(*found)
+            record = self._open().execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
+        return record and Row(*record)
 
     def rows(self, **wanted: str) -> Iterator[Row]:
-        """In order of their keys, those whose columns equal what is ``wanted``.
+        """Rows whose columns equal the ``wanted`` values, sorted by key.
 
-        ``start`` wants the first digits of the key.
+        ``start`` matches the first digits of the key.
         """
         start = wanted.pop("start", "")
         clauses = ["key >= ?", "key < ?", *(f"{name} = ?" for name in wanted if name in _COLUMNS)]
@@ -186,76 +185,77 @@ class Ledger:
         find, values = f"{_SELECT} WHERE {' AND '.join(clauses)} ORDER BY key", wanted.values()
         with self._lock:
             self.flush()
-            found = self._open().execute(find, (start, f"{start}~", *values)).fetchall()
-        return (Row(*record) for record in found)
+            records = self._open().execute(find, (start, f"{start}~", *values)).fetchall()
+        return (Row(*record) for record in records)
 
     def counts(self, column: str) -> dict[str, dict[str, int]]:
-        """``chunks``, ``tokens`` and ``bytes`` by the values of a column."""
+        """Total ``chunks``, ``tokens`` and ``bytes``, grouped by the values of ``column``."""
         assert column in _COLUMNS, column
         sums, names = "count(*), total(num_tokens), total(size)", ("chunks", "tokens", "bytes")
         with self._lock:
-            found = self._open().execute(f"SELECT {column}, {sums} FROM entries GROUP BY {column}")
-            return {name: dict(zip(names, map(int, own), strict=True)) for name, *own in found}
+            rows = self._open().execute(f"SELECT {column}, {sums} FROM entries GROUP BY {column}")
+            return {name: dict(zip(names, map(int, own), strict=True)) for name, *own in rows}
 
     def pin(self, keys: Iterable[str], pinned: bool = True) -> int:
-        """Entries that never leave for others, or may again; how many there were."""
+        """Pins entries, which are then never evicted, or unpins them. Returns how many exist."""
         with self.transaction() as database:
-            done = database.executemany(
+            cursor = database.executemany(
                 "UPDATE entries SET pinned = ? WHERE key = ?", [(int(pinned), key) for key in keys]
             )
-            return done.rowcount
+            return cursor.rowcount
 
     def flush(self) -> None:
-        """Writes the hits that were noted."""
-        with self._noting:
+        """Writes the hits counted since the last write."""
+        with self._uses_lock:
             uses = dict(self._uses)
             self._uses.clear()
         if uses:
             with self.transaction() as database:
-                _write_uses(database, uses, self._faded())
+                _write_uses(database, uses, self._aging())
 
     def clear(self) -> None:
-        """Strikes everything."""
-        with self._noting:
+        """Deletes all entries."""
+        with self._uses_lock:
             self._uses.clear()
         with self.transaction() as database:
             database.execute("DELETE FROM entries")
 
     def fill(self, rows: Iterable[Row]) -> None:
-        """Enters what was found by listing: times and uses as given, nothing else changes."""
+        """Inserts rows found by listing the files, unless their keys are there already."""
         with self.transaction() as database:
             database.executemany(_ADD, ((*astuple(row), 0.0) for row in rows))
 
     def now(self) -> float:
-        """The time, later than at every call before."""
-        self._now = max(self._clock(), self._now + 1e-6)
-        return self._now
+        """The current time, strictly increasing from call to call."""
+        self._last_time = max(self._clock(), self._last_time + 1e-6)
+        return self._last_time
 
-    def _choose(self, tenant: str | None, need: int, key: str, gone: dict[str, int]) -> bool:
+    def _select(self, tenant: str | None, need: int, key: str, evicted: dict[str, int]) -> bool:
+        """Adds keys of least worth to ``evicted`` until ``need`` bytes are free, if possible."""
         where, values = ("", ()) if tenant is None else ("tenant = ? AND ", (tenant,))
-        found = self._open().execute(
+        candidates = self._open().execute(
             f"SELECT key, size, worth FROM entries WHERE {where}pinned = 0 ORDER BY worth, used",
             values,
         )
         clock = None
-        for name, size, worth in found:
+        for name, size, worth in candidates:
             if need <= 0:
                 break
-            if name != key and name not in gone:
-                gone[name] = size
+            if name != key and name not in evicted:
+                evicted[name] = size
                 need, clock = need - size, worth
         if clock is not None and self.policy == "gdsf":
             with self.transaction() as database:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (clock,))
         return need <= 0
 
-    def _faded(self) -> float:
-        found = self._open().execute("SELECT value FROM meta WHERE name = 'clock'").fetchone()
-        return found[0] if found else 0.0
+    def _aging(self) -> float:
+        record = self._open().execute("SELECT value FROM meta WHERE name = 'clock'").fetchone()
+        return record[0] if record else 0.0
 
     def _open(self) -> sqlite3.Connection:
         if self.path is not None and self._pid != os.getpid():
-            self._connect()  # a connection must not be used by two processes
+            self._connect()  # after a fork: two processes must not share a connection
         return self._database
 
     def _connect(self) -> None:
@@ -266,22 +266,22 @@ class Ledger:
         )
         if self.path is not None:
             self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = OFF")  # it can be made again
+            self._database.execute("PRAGMA synchronous = OFF")  # it can be rebuilt from the files
         self._database.executescript(_SCHEMA)
         with self.transaction() as database:
-            known = dict(database.execute("SELECT name, value FROM meta"))
-            if known.get("format", _FORMAT) != _FORMAT:
-                raise sqlite3.DatabaseError(f"{where}: of another version")
+            meta = dict(database.execute("SELECT name, value FROM meta"))
+            if meta.get("format", _FORMAT) != _FORMAT:
+                raise sqlite3.DatabaseError(f"{where}: index of another version")
             database.execute("INSERT OR REPLACE INTO meta VALUES ('format', ?)", (_FORMAT,))
-            self.policy = self.policy or known.get("policy", "lru")
-            if known.get("policy") != self.policy:
+            self.policy = self.policy or meta.get("policy", "lru")
+            if meta.get("policy") != self.policy:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('policy', ?)", (self.policy,))
                 database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
         self._database.executescript(_VALUED.format(POLICIES[self.policy]))
 
 
 def _write(owner: weakref.ref[Ledger]) -> None:
-    """Writes the hits of a ledger that is still there; if that fails, dates of use are lost."""
+    """Writes the hits of a ledger that still exists. If that fails, only times of use are lost."""
     if (ledger := owner()) is not None:
         ledger._writer = 0
         with suppress(sqlite3.Error):
@@ -289,9 +289,9 @@ def _write(owner: weakref.ref[Ledger]) -> None:
 
 
 def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> None:
-    """Writes what is left when a ledger or its process ends."""
+    """Writes the remaining hits when a ledger or its process ends."""
     if pid == os.getpid():
-        with suppress(sqlite3.Error):  # only dates of use are lost
+        with suppress(sqlite3.Error):  # only times of use are lost
             _write_uses(database, uses, 0.0)
             database.close()
 

@@ -1,11 +1,11 @@
-"""Exact prefix caching: what the plain engines do, and the baseline that reuse is measured by.
+"""Exact prefix caching, as other engines do it: the baseline that chunk reuse is compared with.
 
-A radix tree over tokens, as SGLang's RadixAttention: an edge holds the state of a run of tokens,
-computed after exactly the tokens on the path to it, and is cut where a later prompt turns off it.
-Paths are locked while a request reads them; leaves that nobody reads leave first, the least
-recently used before the others. With a store of chunks that has a folder, they leave for files
-there, where later processes find them too. Recurrent layers have a state only at some depths,
-which `place_checkpoints` chooses. Only exact states may enter, see `exact`.
+A radix tree over tokens, as in SGLang's RadixAttention. A node holds the state of a run of tokens,
+computed after exactly the tokens on the path to it, and is split where a later prompt diverges.
+Paths are locked while a request reads them. Unlocked leaves are evicted, the least recently used
+first. If there is a chunk store with a folder, evicted runs are written to files there, which later
+processes find too. Recurrent layers have a state only at some depths, chosen by
+`place_checkpoints`. Only exact states may enter, see `exact`.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from blocktune.cache.fingerprint import chunk_key
 from blocktune.cache.store import ChunkStore
 
 _TENANTS = 1 << 16
-"""Name spaces whose files are listed once; of more, again."""
+"""Number of fingerprints remembered as listed; older ones are listed from the files again."""
 _HISTORY = 256
-"""Prompts whose shared depth is remembered, of each model and tenant."""
+"""Number of prompts whose shared depth is remembered, for each model and tenant."""
 
 
 @dataclass(eq=False)
 class _Node:
     parent: _Node | None = None
     ids: np.ndarray = field(default_factory=NO_IDS.numpy)
-    exact: ExactKV | None = None  # of the run, its context left out; None: in a file, or a root
+    exact: ExactKV | None = None  # the run, without its context; None: in a file only, or a root
     state: State | None = None  # of recurrent layers, at the end of the run
     children: dict[int, _Node] = field(default_factory=dict)  # by their first token
     locks: int = 0
     used: int = 0
-    key: str = ""  # of its file; it may be in memory as well
-    overlaps: deque[int] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # in roots
+    key: str = ""  # of its file, if any; the run may be in memory as well
+    overlaps: deque[int] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # roots only
 
     @property
     def num_bytes(self) -> int:
-        held = () if self.exact is None else (*self.exact.keys, *self.exact.values)
-        return sum(t.nbytes for t in held) + 8 * len(self.ids) + state_bytes(self.state)
+        states = () if self.exact is None else (*self.exact.keys, *self.exact.values)
+        return sum(t.nbytes for t in states) + 8 * len(self.ids) + state_bytes(self.state)
 
     @property
     def is_leaf(self) -> bool:
-        """Whether it may leave: nothing in memory or in use is below it."""
+        """Whether it can be evicted: it is in memory and unlocked, and no child is in memory."""
         children = self.children.values()
         return self.exact is not None and not self.locks and all(c.exact is None for c in children)
 
 
 class PrefixStats(NamedTuple):
-    """What the tree holds in memory and did, in tokens."""
+    """Content and counters of the tree; counts are of tokens unless said otherwise."""
 
     num_bytes: int
     num_tokens: int
@@ -67,45 +67,45 @@ class PrefixStats(NamedTuple):
     hit_tokens: int
     missed_tokens: int
     evictions: int
-    declined: int  # that no room was made for
+    declined: int  # tokens that were not added
     disk_tokens: int  # in files only
-    disk_hit_tokens: int  # of ``hit_tokens``, those that were read from there
+    disk_hit_tokens: int  # part of ``hit_tokens`` that was read from files
 
 
 class PrefixTree:
-    """Exact states of prompt prefixes in ``max_bytes``, the least recently used first out."""
+    """LRU cache of exact states of prompt prefixes, at most ``max_bytes`` in memory."""
 
     def __init__(
         self,
         max_bytes: int = 4 << 30,
-        checkpoints: int = 8,  # recurrent states kept along one prompt, at most
-        store: ChunkStore | None = None,  # its folder gets what leaves memory, else that is lost
+        checkpoints: int = 8,  # most recurrent states kept along one prompt
+        store: ChunkStore | None = None,  # its folder, if any, gets the runs evicted from memory
     ):
         if max_bytes <= 0:
             raise ValueError(f"a prefix cache needs memory; got {max_bytes} bytes")
         self.max_bytes, self.checkpoints = max_bytes, checkpoints
         self._store = None if store is None or store.folder is None else store
-        self._roots: dict[str, _Node] = {}  # by fingerprints: a tenant has its own
-        self._listed: dict[str, None] = {}  # whose files are in the tree
-        self._lists = self._store is not None
+        self._roots: dict[str, _Node] = {}  # by fingerprint, which differs between tenants
+        self._listed: dict[str, None] = {}  # fingerprints whose files are in the tree
+        self._lists_files = self._store is not None
         self._clock = itertools.count(1)
         self._mutex = threading.RLock()
         self._counts, self._bytes = Counter(), 0
 
     @contextmanager
     def match(self, fingerprint: str, token_ids: Sequence[int]) -> Iterator[PrefixMatch]:
-        """Finds a model's longest known prefix of a prompt, and locks it inside the block."""
+        """Finds a model's longest cached prefix of a prompt. It is locked inside the block."""
         ids = np.asarray(token_ids, dtype=np.int64)
         with self._mutex:
             root = self._root(fingerprint)
-            path, read = self._loaded(self._walk(root, ids), fingerprint)
+            path, from_files = self._loaded(self._walk(root, ids), fingerprint)
             last, overlap = path[-1][0] if path else None, sum(count for _, count in path)
             while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
                 path = path[:-1]
             parts = [(node.exact, count) for node, count in path]
-            from_disk = sum(count for node, count in path if node in read)
+            disk_tokens = sum(count for node, count in path if node in from_files)
             state = path[-1][0].state if path else None
-            match = PrefixMatch(parts, state, overlap, from_disk)
+            match = PrefixMatch(parts, state, overlap, disk_tokens)
             self._lock(last, 1)
             root.overlaps.append(overlap)
             self._counts["hit"] += match.num_tokens
@@ -121,8 +121,8 @@ class PrefixTree:
     ) -> tuple[int, ...]:
         """Depths at which to keep the recurrent states of a prompt of ``num_tokens`` tokens.
 
-        They cost later prompts the fewest tokens if these are shared as deep as the last ones were,
-        or up to one of ``ends``, where pieces of the prompt end.
+        They minimise the tokens that later prompts recompute, if these share as many tokens as the
+        recent ones did, or all tokens up to one of ``ends``, where pieces of the prompt end.
         """
         with self._mutex:
             root = self._roots.get(fingerprint, _Node())
@@ -130,11 +130,11 @@ class PrefixTree:
         return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
 
     def insert(self, exact: ExactKV) -> int:
-        """Adds a run of `cut_exact` behind the tokens that are known; these stay as they are.
+        """Adds a run from `cut_exact`. Tokens that are already in the tree stay unchanged.
 
         Returns:
-            Tokens added: fewer than are new if no room can be made (`PrefixStats.declined`), or
-            if what was before them has left.
+            Number of tokens added. New tokens are not added (`PrefixStats.declined`) if they do
+            not fit, or if the tokens before them have been evicted.
         """
         if not isinstance(exact, ExactKV):
             raise ValueError(
@@ -145,14 +145,14 @@ class PrefixTree:
         with self._mutex:
             root = self._roots[exact.fingerprint] = self._root(exact.fingerprint)
             path, _ = self._loaded(self._walk(root, ids), exact.fingerprint)
-            known = sum(count for _, count in path)
-            if known < len(exact.context):
-                self._counts["declined"] += len(ids) - known
+            matched = sum(count for _, count in path)
+            if matched < len(exact.context):
+                self._counts["declined"] += len(ids) - matched
                 return 0
             added = 0
-            if known < len(ids):
-                parent = self._cut(*path[-1]) if path else root
-                run = exact.cut(known - len(exact.context), len(exact.token_ids))
+            if matched < len(ids):
+                parent = self._split(*path[-1]) if path else root
+                run = exact.cut(matched - len(exact.context), len(exact.token_ids))
                 node = _Node(parent, run.token_ids.numpy(), run, used=next(self._clock))
                 if self._make_room(node.num_bytes, parent):
                     parent.children[int(node.ids[0])] = node
@@ -165,45 +165,45 @@ class PrefixTree:
             return added
 
     def clear(self) -> None:
-        """Forgets everything: files stay, but only other trees find them."""
+        """Empties the tree. Its files stay, but only other trees will find them."""
         with self._mutex:
-            self._roots, self._bytes, self._lists = {}, 0, False
+            self._roots, self._bytes, self._lists_files = {}, 0, False
 
     def stats(self) -> PrefixStats:
-        """Counters since the tree was made."""
+        """Content of the tree, and counters since it was created."""
         with self._mutex:
             nodes, counts = list(self._nodes()), self._counts
-            held = [node for node in nodes if node.exact is not None]
-            tokens = sum(len(node.ids) for node in held)
+            in_memory = [node for node in nodes if node.exact is not None]
+            tokens = sum(len(node.ids) for node in in_memory)
             return PrefixStats(
                 self._bytes,
                 tokens,
-                sum(node.state is not None for node in held),
+                sum(node.state is not None for node in in_memory),
                 *(counts[name] for name in ("hit", "missed", "evicted", "declined")),
                 sum(len(node.ids) for node in nodes) - tokens,
                 counts["disk"],
             )
 
     def _root(self, fingerprint: str) -> _Node:
-        """Of a name space, with what its files hold; one that is new stays out of the tree."""
+        """The root of a fingerprint, with the runs in files; an empty one is not registered."""
         root = self._roots.get(fingerprint) or _Node()
-        if self._lists and fingerprint not in self._listed:
+        if self._lists_files and fingerprint not in self._listed:
             keep_latest(self._listed, fingerprint, None, _TENANTS)
-            found = []
+            runs = []
             for file in self._store.files(ExactKV, fingerprint):
-                with suppress(ValueError):  # damaged: an answer without it
-                    found.append((file.read("context"), file.token_ids, file.key))
-            for context, ids, key in sorted(found, key=lambda one: (len(one[0]), len(one[1]))):
+                with suppress(ValueError):  # damaged: skip it
+                    runs.append((file.read("context"), file.token_ids, file.key))
+            for context, ids, key in sorted(runs, key=lambda run: (len(run[0]), len(run[1]))):
                 path = self._walk(root, torch.cat((context, ids)).numpy())
                 last, count = path[-1] if path else (root, 0)
-                # What turns off within another file's run, or is in it, is left out.
+                # Keep only runs that start exactly where another file's run ends.
                 if sum(count for _, count in path) == len(context) and count == len(last.ids):
                     last.children[int(ids[0])] = _Node(last, ids.numpy(), key=key)
                     self._roots[fingerprint] = root
         return root
 
     def _walk(self, root: _Node, ids: np.ndarray) -> list[tuple[_Node, int]]:
-        """The nodes along ``ids``, each with how many of its tokens are those."""
+        """The nodes along ``ids``, each with the number of its tokens that match."""
         node, at, path = root, 0, []
         while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
             count = _common(child.ids, ids[at:])
@@ -217,7 +217,7 @@ class PrefixTree:
     def _loaded(
         self, path: list[tuple[_Node, int]], fingerprint: str
     ) -> tuple[list[tuple[_Node, int]], set[_Node]]:
-        """The path as far as it is or can be got into memory, and what was read for that."""
+        """Loads a path into memory as far as possible. Returns that part and the nodes read."""
         read = set()
         for index, (node, _) in enumerate(path):
             if node.exact is None:
@@ -227,14 +227,14 @@ class PrefixTree:
         return path, read
 
     def _read(self, node: _Node, last: _Node, fingerprint: str) -> bool:
-        """Gets a run on the path to ``last`` from its file; one that is gone takes all below it."""
+        """Reads a run on the path to ``last``. If its file is gone, drops the node's subtree."""
         ids = torch.from_numpy(node.ids)
-        found = self._store.lookup(node.key, ids, fingerprint, ExactKV, keep=False).kv
-        if found is None:
+        exact = self._store.lookup(node.key, ids, fingerprint, ExactKV, keep=False).kv
+        if exact is None:
             del node.parent.children[int(node.ids[0])]
             return False
-        state = (found.states or {}).get(found.end)
-        bare = found.placed(NO_IDS, None if found.states is None else {})
+        state = (exact.states or {}).get(exact.end)
+        bare = exact.placed(NO_IDS, None if exact.states is None else {})
         if not self._make_room(bare.num_bytes + state_bytes(state), last):
             return False
         node.exact, node.state = bare, state
@@ -242,7 +242,7 @@ class PrefixTree:
         return True
 
     def _write(self, node: _Node) -> bool:
-        """Keeps a run in a file; whether it is there."""
+        """Writes a run to a file, unless it has one. Returns whether the file exists."""
         if self._store is None:
             return False
         if not node.key:
@@ -264,8 +264,8 @@ class PrefixTree:
             self._store.discard(node.key)
             node.key = ""
 
-    def _cut(self, node: _Node, at: int) -> _Node:
-        """The node that ends after ``at`` of a node's tokens, made by cutting it if need be."""
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Splits a node after ``at`` tokens, if it is longer. Returns the node that ends there."""
         if at == len(node.ids):
             return node
         self._forget_file(node)
@@ -279,15 +279,15 @@ class PrefixTree:
     def _keep_state(self, root: _Node, ids: np.ndarray, fingerprint: str, state: State) -> None:
         path, _ = self._loaded(self._walk(root, ids), fingerprint)
         if sum(count for _, count in path) < len(ids):
-            return  # its tokens found no room
-        node = self._cut(*path[-1])
+            return  # its tokens did not fit
+        node = self._split(*path[-1])
         if node.state is None and self._make_room(state_bytes(state), node):
             self._forget_file(node)
             node.state = state
             self._bytes += state_bytes(state)
 
     def _make_room(self, num_bytes: int, beside: _Node) -> bool:
-        """Whether bytes fit, once leaves have left; a node and all above it stay."""
+        """Evicts leaves until ``num_bytes`` fit, but not ``beside`` or a node above it."""
         if num_bytes > self.max_bytes or self._bytes + num_bytes <= self.max_bytes:
             return num_bytes <= self.max_bytes
         self._lock(beside, 1)
@@ -319,7 +319,7 @@ class PrefixTree:
                 yield node
 
     def _lock(self, node: _Node | None, count: int) -> None:
-        """Locks (or, by -1, unlocks) a node and all above it, which stay as long as it does."""
+        """Locks (``count`` 1) or unlocks (-1) a node and all nodes above it."""
         with self._mutex:
             while node is not None:
                 node.locks += count
@@ -327,7 +327,7 @@ class PrefixTree:
 
 
 def _common(left: np.ndarray, right: np.ndarray) -> int:
-    """How many tokens two runs share from their first on."""
+    """Length of the common prefix of two runs."""
     count = min(len(left), len(right))
     differ = np.flatnonzero(left[:count] != right[:count])
     return int(differ[0]) if len(differ) else count

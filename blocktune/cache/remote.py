@@ -1,6 +1,6 @@
-"""Chunks that machines share: a bucket or any other place that fsspec reaches, or Valkey (Redis).
+"""Remote stores that machines share: a bucket or any other fsspec URL, or Valkey (Redis).
 
-Files have the names that they have in a folder, so a synchronised copy of a folder is a remote.
+File names are the same as in a folder, so a synchronised copy of a folder is a valid remote.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from blocktune.cache.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 
-TIMEOUT_S = 2.0  # seconds that a remote may take to answer
+TIMEOUT_S = 2.0  # limit on one request to a remote
 VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
 
 
 def open_remote(url: str, secret: bytes | None = None) -> Blobs:
-    """The files at a URL; connects when they are used.
+    """Opens the store at a URL. It connects at the first use.
 
-    ``valkey://HOST:PORT/DB`` (with ``?prefix=NAME``; default ``blocktune``) or whatever fsspec
-    opens: ``s3://BUCKET/PREFIX``, ``gs://...``, ``file:///...``. ValueError if the URL is wrong,
-    or the package that opens it is missing.
+    The URL is ``valkey://HOST:PORT/DB`` (with ``?prefix=NAME``; default ``blocktune``) or one that
+    fsspec opens: ``s3://BUCKET/PREFIX``, ``gs://...``, ``file:///...``. Raises ValueError if the
+    URL is wrong or the package that opens it is missing.
     """
     scheme = urlsplit(url).scheme
     try:
@@ -35,18 +35,18 @@ def open_remote(url: str, secret: bytes | None = None) -> Blobs:
         ) from None
 
 
-def _reached(call: Callable, *args, **kwargs) -> Any:
-    """OSError for whatever a client raises; missing files stay FileNotFoundError."""
+def _call_client(call: Callable, *args, **kwargs) -> Any:
+    """Calls a client and turns its errors into OSError; FileNotFoundError stays."""
     try:
         return call(*args, **kwargs)
     except (OSError, ImportError):
         raise
-    except Exception as error:  # clients have error types of their own
+    except Exception as error:  # each client library has its own error types
         raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 class FsspecBlobs(Blobs):
-    """Files below a URL of fsspec; the credentials are those of its file system."""
+    """Files below an fsspec URL. Credentials come from the file system's usual configuration."""
 
     def __init__(self, url: str, secret: bytes | None):
         """See `open_remote`."""
@@ -62,8 +62,8 @@ class FsspecBlobs(Blobs):
             self._fs, self._root = fsspec.core.url_to_fs(url, **options)
         except ValueError as error:
             raise ValueError(
-                f"no store opens there ({error}); name a folder, valkey://HOST:PORT/DB or what "
-                "fsspec opens, such as s3://BUCKET/PREFIX"
+                f"cannot open a store there ({error}); give a folder, valkey://HOST:PORT/DB or a "
+                "URL that fsspec opens, such as s3://BUCKET/PREFIX"
             ) from None
         self._async = getattr(self._fs, "async_impl", False)
 
@@ -71,24 +71,24 @@ class FsspecBlobs(Blobs):
         path = self._path(name)
         if most is None:
             return Blob(self._call("cat_file", path))
-        size, used = _told(self._call("info", path))
+        size, used = _size_and_date(self._call("info", path))
         end = min(most, size)
         return Blob(self._call("cat_file", path, start=0, end=end) if end else b"", size, used)
 
     def _write(self, name: str, data: bytes) -> None:
         path = self._path(name)
         if not self._async:
-            _reached(self._fs.makedirs, self._fs._parent(path), exist_ok=True)
+            _call_client(self._fs.makedirs, self._fs._parent(path), exist_ok=True)
         self._call("pipe_file", path, data)
 
     def _remove(self, name: str) -> None:
         self._call("rm_file", self._path(name))
 
     def listing(self) -> list[tuple[str, int, float]]:
-        found = _reached(self._fs.find, self._root, detail=True)
-        names = ((PurePosixPath(name), info) for name, info in sorted(found.items()))
+        files = _call_client(self._fs.find, self._root, detail=True)
+        names = ((PurePosixPath(name), info) for name, info in sorted(files.items()))
         return [
-            (name.stem, *_told(info))
+            (name.stem, *_size_and_date(info))
             for name, info in names
             if name.suffix == ".safetensors"
             and is_key(name.stem)
@@ -97,7 +97,7 @@ class FsspecBlobs(Blobs):
 
     def _manifests(self) -> Iterable[str]:
         try:
-            names = _reached(self._fs.ls, self._path(MANIFESTS), detail=False)
+            names = _call_client(self._fs.ls, self._path(MANIFESTS), detail=False)
         except FileNotFoundError:
             return ()
         return (PurePosixPath(name).stem for name in names)
@@ -107,14 +107,14 @@ class FsspecBlobs(Blobs):
 
     def _call(self, name: str, *args, **kwargs) -> Any:
         if not self._async:
-            return _reached(getattr(self._fs, name), *args, **kwargs)
+            return _call_client(getattr(self._fs, name), *args, **kwargs)
         from fsspec.asyn import sync
 
         call = getattr(self._fs, f"_{name}")
-        return _reached(sync, self._fs.loop, call, *args, timeout=self._timeout_s, **kwargs)
+        return _call_client(sync, self._fs.loop, call, *args, timeout=self._timeout_s, **kwargs)
 
 
-def _told(info: dict[str, Any]) -> tuple[int, float]:
+def _size_and_date(info: dict[str, Any]) -> tuple[int, float]:
     date = next((info[n] for n in ("LastModified", "mtime", "updated") if n in info), 0.0)
     if isinstance(date, str):
         date = datetime.fromisoformat(date)
@@ -147,50 +147,50 @@ class ValkeyBlobs(Blobs):
     def _open(self, name: str, most: int | None) -> Blob:
         key = self._key(name)
         if most is None:
-            data = _reached(self._client.get, key)
+            data = _call_client(self._client.get, key)
             if data is None:
                 raise FileNotFoundError(key)
             return Blob(data)
-        data = _reached(self._client.getrange, key, 0, max(most, 1) - 1)
+        data = _call_client(self._client.getrange, key, 0, max(most, 1) - 1)
         if not data:
             raise FileNotFoundError(key)
-        size, idle = _reached(self._sizes, [key])[0]
+        size, idle = _call_client(self._sizes, [key])[0]
         return Blob(data, size, time.time() - idle)
 
     def _write(self, name: str, data: bytes) -> None:
-        _reached(self._client.set, self._key(name), data)
+        _call_client(self._client.set, self._key(name), data)
 
     def _remove(self, name: str) -> None:
-        _reached(self._client.delete, self._key(name))
+        _call_client(self._client.delete, self._key(name))
 
     def has(self, key: str) -> bool:
-        """See `Blobs.has`; it does not count as a use."""
+        """See `Blobs.has`. It does not count as a use."""
         try:
-            return bool(_reached(self._client.exists, self._key(relative_path(key))))
+            return bool(_call_client(self._client.exists, self._key(relative_path(key))))
         except OSError:
             return False
 
     def listing(self) -> list[tuple[str, int, float]]:
         now, keys = time.time(), sorted(filter(is_key, self._names("")))
-        told = _reached(self._sizes, [f"{self._prefix}:{key}" for key in keys])
-        return [(key, size, now - idle) for key, (size, idle) in zip(keys, told, strict=True)]
+        sizes = _call_client(self._sizes, [f"{self._prefix}:{key}" for key in keys])
+        return [(key, size, now - idle) for key, (size, idle) in zip(keys, sizes, strict=True)]
 
     def _manifests(self) -> Iterable[str]:
         return self._names("manifest:")
 
     def _names(self, kind: str) -> list[str]:
         start = f"{self._prefix}:{kind}"
-        found = _reached(lambda: list(self._client.scan_iter(f"{start}*", count=1000)))
-        return [name.decode(errors="replace").removeprefix(start) for name in set(found)]
+        names = _call_client(lambda: list(self._client.scan_iter(f"{start}*", count=1000)))
+        return [name.decode(errors="replace").removeprefix(start) for name in set(names)]
 
     def _sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
         pipe = self._client.pipeline(transaction=False)
         for name in names:
-            pipe.object("IDLETIME", name)  # first: to read the size is a use
+            pipe.object("IDLETIME", name)  # first, because reading the size counts as a use
             pipe.strlen(name)
-        found = pipe.execute(raise_on_error=False)
-        numbers = [one if isinstance(one, int) else 0 for one in found]
-        return list(zip(numbers[1::2], numbers[::2], strict=True))
+        replies = pipe.execute(raise_on_error=False)
+        numbers = [reply if isinstance(reply, int) else 0 for reply in replies]
+        return list(zip(numbers[1::2], numbers[::2], strict=True))  # bytes, idle seconds
 
     def _key(self, name: str) -> str:
         kind = "manifest:" if name.startswith(f"{MANIFESTS}/") else ""

@@ -1,4 +1,4 @@
-"""Whole answers, kept on a chunk store: for the same prompt, or for a similar question."""
+"""Response cache on a chunk store: whole answers, for the same prompt or a similar question."""
 
 from __future__ import annotations
 
@@ -16,61 +16,61 @@ from blocktune.cache.store import ChunkStore
 
 @dataclass(frozen=True)
 class ResponseCache:
-    """Answers of earlier requests, on the tiers and under the budgets of a store.
+    """Answers of earlier requests, kept in a store within its limits.
 
-    An answer is found only in its place: a hex digest of all that decides it but the question.
+    An answer is found only under its ``place``: a hex digest of all inputs but the question.
     """
 
     store: ChunkStore
-    threshold: float | None = None  # least similarity of another question; None: the same one only
+    threshold: float | None = None  # least similarity of another question; None: exact match only
     model: str = MODEL  # embeds the questions
 
     @classmethod
     def parse(cls, text: str, store: ChunkStore) -> ResponseCache:
         """Reads ``exact``, ``semantic:THRESHOLD`` or ``semantic:THRESHOLD:MODEL``.
 
-        Raises ValueError if the text is none of them, or there is no such model.
+        Raises ValueError if the text is none of these, or the model cannot be loaded.
         """
         if text == "exact":
             return cls(store)
         kind, _, rest = text.partition(":")
         share, _, model = rest.partition(":")
-        known = kind == "semantic" and share.replace(".", "", 1).isdigit()
-        if not known or not 0 < float(share) <= 1:
+        valid = kind == "semantic" and share.replace(".", "", 1).isdigit()
+        if not valid or not 0 < float(share) <= 1:
             raise ValueError(
                 "a response cache is 'exact' or 'semantic:THRESHOLD[:MODEL]' with a threshold in "
                 f"(0, 1], got '{text}'"
             )
-        made = cls(store, float(share), model or MODEL)
-        made.load()
-        return made
+        cache = cls(store, float(share), model or MODEL)
+        cache.load()
+        return cache
 
     def load(self) -> None:
-        """Loads the embedding model, if questions are compared; ValueError if there is none."""
+        """Loads the embedding model if there is a threshold. Raises ValueError if that fails."""
         if self.threshold is not None:
             Embedder.of(self.store, self.model)
 
     def find(self, place: str, query: Sequence[int], question: str) -> tuple[Any, float] | None:
-        """What was kept for a question's tokens, and 1.0; or for a similar text, and how similar.
+        """Looks up a question. Returns the cached JSON value and its similarity, or None.
 
-        Without a text (``question`` is empty) only the same tokens are found.
+        The same tokens have similarity 1.0. With an empty ``question``, only these are found.
         """
-        found, similarity = self._get(place, chunk_key(place, query), query), 1.0
-        if found is None and self.threshold is not None and question:
+        value, similarity = self._get(place, chunk_key(place, query), query), 1.0
+        if value is None and self.threshold is not None and question:
             for key, _, similarity in self._list(place).find(self._vector(question)):
                 if similarity >= self.threshold:
-                    found = self._get(place, key, ())
-        return None if found is None else (found, min(similarity, 1.0))
+                    value = self._get(place, key, ())
+        return None if value is None else (value, min(similarity, 1.0))
 
     def keep(
         self, place: str, query: Sequence[int], question: str, facts: Any, **about: Any
     ) -> None:
-        """Keeps plain JSON; ``about`` it as `ChunkStore.put` takes it."""
+        """Stores the JSON value ``facts``. ``about`` is passed on to `ChunkStore.put`."""
         data = (text_bytes(json.dumps(facts)).to(torch.uint8),)
         ids = torch.tensor(query, dtype=torch.int64)
         keep(self.store, chunk_key(place, query), Record(data, ids, place), **about)
         if self.threshold is not None and question:
-            # Found without knowing its question, so its place alone verifies it.
+            # It is found without knowing its question, so only its place verifies it.
             key, record = chunk_key(place, query, {"similar": True}), Record(data, ids[:0], place)
             if keep(self.store, key, record, **about):
                 self._list(place).add(key, len(query), self._vector(question))

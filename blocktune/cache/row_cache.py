@@ -1,4 +1,4 @@
-"""The cache of a batch of prompts, or of one, in a form that stock transformers models accept."""
+"""KV caches of prompts that stock transformers models accept as ``past_key_values``."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 from blocktune.cache.chunk_kv import State
 
 SKIP = -1
-"""Column of a padding row: its keys and values are not stored."""
+"""Column number of a padding row, whose keys and values are not stored."""
 
 Observer = Callable[[Tensor, Tensor], None]
-"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written; if it
-raises, the forward pass ends with the layer as it was."""
+"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written. If it
+raises, the forward pass stops and the layer stays unchanged."""
 
 
 class _Target(NamedTuple):
     """Where the rows of a forward pass go: ``row[i]`` of prompt ``batch[i]`` to ``column[i]``."""
 
-    columns: Tensor  # as selected, (B, R)
-    batch: Tensor  # of the P rows that are stored, (P,), as are row and column
+    columns: Tensor  # as passed to `RowCache.select`, (B, R)
+    batch: Tensor  # (P,) for the P rows that are not padding; row and column likewise
     row: Tensor
     column: Tensor
 
 
-def _settled(name: str) -> property:
-    """Keys or values, with zeros where nothing was written: masked columns must be finite."""
+def _zero_filled(name: str) -> property:
+    """Property that zeroes unwritten columns when read: masked columns must be finite."""
 
     def get(layer: _RowLayer) -> Tensor | None:
         if layer.unwritten is not None:
@@ -46,12 +46,12 @@ def _settled(name: str) -> property:
 
 
 class _RowLayer(CacheLayerMixin):
-    """One layer of a `RowCache`: keys and values ``(B, K, N, D)``, made at the first write."""
+    """One layer of a `RowCache`: keys and values ``(B, K, N, D)``, allocated at the first write."""
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
-    keys, values = _settled("_keys"), _settled("_values")
+    keys, values = _zero_filled("_keys"), _zero_filled("_values")
 
     def __init__(self, index: int, batch_size: int, num_columns: int, spare: int):
         super().__init__()
@@ -70,7 +70,7 @@ class _RowLayer(CacheLayerMixin):
             states.new_empty(self.batch_size, states.shape[1], columns, states.shape[3])
             for states in (key_states, value_states)
         )
-        # In NumPy: marks of tensors cost ten times as much.
+        # In NumPy: the same flags in a tensor cost ten times as much.
         self.unwritten = np.ones((self.batch_size, columns), bool)
         self.is_initialized = True
         self._show()
@@ -78,12 +78,12 @@ class _RowLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        # A pass's rows go into their columns; what comes back are views of all columns.
-        wanted = None if self.target is None else tuple(self.target.columns.shape)
-        if wanted != (key_states.shape[0], key_states.shape[2]):
+        # Writes the pass's rows into their columns, and returns views of all columns.
+        selected = None if self.target is None else tuple(self.target.columns.shape)
+        if selected != (key_states.shape[0], key_states.shape[2]):
             raise ValueError(
                 f"layer {self.index} computed {key_states.shape[2]} rows for "
-                f"{key_states.shape[0]} prompts, but columns were selected for {wanted}; "
+                f"{key_states.shape[0]} prompts, but columns were selected for {selected}; "
                 "call `RowCache.select` or `append` before every forward pass"
             )
         if not self.is_initialized:
@@ -100,7 +100,7 @@ class _RowLayer(CacheLayerMixin):
         self.values[batch, :, column] = value_states[batch, :, row]
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the selected columns, ``(B, K, R, D)``; arbitrary in padding."""
+        """Keys and values of the selected columns, ``(B, K, R, D)``; padding rows are arbitrary."""
         columns = self.target.columns.clamp(min=0)[:, None, :, None]
         return tuple(
             states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
@@ -113,7 +113,7 @@ class _RowLayer(CacheLayerMixin):
             return
         missing = self.num_columns - self.stores[0].shape[2]
         if missing > 0:
-            # By half as much again: decoding copies each column a bounded number of times.
+            # Grow by half: decoding then copies each column a bounded number of times.
             extra = missing + self.num_columns // 2
             self.stores = tuple(
                 torch.cat([s, s.new_zeros(*s.shape[:2], extra, s.shape[3])], dim=2)
@@ -122,10 +122,10 @@ class _RowLayer(CacheLayerMixin):
         self._show()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.num_columns, 0  # all are seen: a window lives in the mask
+        return self.num_columns, 0  # the mask covers all columns and handles windows itself
 
     def get_seq_length(self) -> int:
-        # Columns before the selected rows, if these are the last: what transformers asks.
+        # What transformers expects: the columns before the selected rows, if these are the last.
         selected = 0 if self.target is None else self.target.columns.shape[1]
         return self.num_columns - selected
 
@@ -140,18 +140,18 @@ class _RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """Keys and values of a batch of prompts, every column addressable, no layer truncated.
+    """Keys and values of a batch of prompts. Every column is addressable, no layer is truncated.
 
     A recomputed token overwrites the column of its original. Use: write cached states into
     `room`, `select` the columns of the rows to compute, run the model with
     ``past_key_values=cache`` and an explicit mask over all columns (or blocktune's attention
-    plan), `append` and run again for every decoded token.
+    plan), then `append` and run again for every decoded token.
 
-    An ``exact`` one is that of a full prefill: every row is computed after everything before it.
-    Only such a cache may feed the exact prefix cache; writing reused states ends it for good.
+    A cache is ``exact`` if it holds a full prefill: every row is computed after everything before
+    it. Only such a cache may feed the exact prefix cache. Writing reused states clears the flag.
     """
 
-    first_column = 0  # that later rows see
+    first_column = 0  # first column that later rows see
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class RowCache(Cache):
         batch_size: int,  # prompts, ``B``
         num_columns: int,  # of every layer, ``N``
         *,
-        spare: int = 0,  # more columns to allocate, e.g. the number of tokens to decode
+        spare: int = 0,  # extra columns to allocate, e.g. the number of tokens to decode
         exact: bool = False,
     ):
         layers = [_RowLayer(i, batch_size, num_columns, spare) for i in range(num_layers)]
@@ -168,20 +168,20 @@ class RowCache(Cache):
 
     @property
     def num_columns(self) -> int:
-        """Columns of every layer, ``N``."""
+        """Number of columns of every layer, ``N``."""
         return self.layers[0].num_columns
 
     def select(self, columns: Tensor, layers: Iterable[int] | None = None) -> None:
-        """Says where the rows of the following forward passes go, in some ``layers`` or in all.
+        """Sets where the rows of the next forward passes go, in the given ``layers`` or in all.
 
-        ``columns`` ``(B, R)`` int64 are each row's column, or `SKIP` for a padding row.
+        ``columns`` ``(B, R)`` int64 holds each row's column, or `SKIP` for a padding row.
         """
         target = self._target(columns)
         for layer in range(len(self)) if layers is None else layers:
             self.layers[layer].target = target
 
     def append(self, count: int = 1) -> Tensor:
-        """Adds columns ``(B, count)`` at the end of every prompt and selects them in all layers."""
+        """Adds and selects columns at the end of every prompt. Returns them, ``(B, count)``."""
         start = self.num_columns
         for layer in self.layers:
             layer.grow(count)
@@ -201,21 +201,20 @@ class RowCache(Cache):
         *,
         exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Views ``(K, columns, D)`` of one prompt's keys and values, to be written over at once.
+        """Views ``(K, columns, D)`` of a prompt's keys and values; the caller must fill them.
 
-        ``keys`` and ``values`` are any of the model's in that layer, ``(K, S, D)``: for shape and
-        dtype. ``exact`` says that the states come from a full prefill of the same prompt; else the
-        cache is not exact from now on.
+        ``keys`` and ``values`` ``(K, S, D)`` are examples of that layer's shape and dtype. The
+        cache stays exact only if the states come from a full prefill of the prompt (``exact``).
         """
-        self.exact, one = self.exact and exact, self.layers[layer]
-        if not one.is_initialized:
-            one.lazy_initialization(keys[None], values[None])
-        if one.unwritten is not None:
-            one.unwritten[prompt, columns] = False
-        return tuple(store[prompt, :, columns] for store in one.stores)
+        self.exact, target = self.exact and exact, self.layers[layer]
+        if not target.is_initialized:
+            target.lazy_initialization(keys[None], values[None])
+        if target.unwritten is not None:
+            target.unwritten[prompt, columns] = False
+        return tuple(store[prompt, :, columns] for store in target.stores)
 
     def bytes_per_column(self, layer: int) -> int:
-        """Bytes of one token's keys and values in a layer that holds any."""
+        """Bytes of one token's keys and values in a layer that stores them."""
         states = (self.layers[layer].keys, self.layers[layer].values)
         return sum(s.shape[1] * s.shape[3] * s.element_size() for s in states)
 
@@ -227,8 +226,8 @@ class RowCache(Cache):
                 f"got {tuple(columns.shape)} {columns.dtype}"
             )
         ordered = columns.sort(dim=1).values
-        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != SKIP)
-        if twice.any() or (columns < SKIP).any() or (columns >= self.num_columns).any():
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != SKIP)
+        if repeated.any() or (columns < SKIP).any() or (columns >= self.num_columns).any():
             raise ValueError(
                 f"columns must be in 0..{self.num_columns - 1} (or {SKIP} for padding), "
                 "each at most once in a prompt"
@@ -238,17 +237,17 @@ class RowCache(Cache):
 
 
 class PrefillCache(DynamicCache):
-    """Transformers' own cache, filled from the first token on or resumed from an exact prefix.
+    """Transformers' own cache, for one prompt of a model with recurrent layers.
 
-    For models with recurrent layers, one prompt each.
+    It is filled from the first token on, or resumed from an exact prefix.
     """
 
     exact = True  # tokens are computed in order, and only what a `PrefixMatch` holds is loaded
 
     def __init__(self, config):
-        """Takes the model's configuration."""
+        """Makes an empty cache for the model's ``config``."""
         super().__init__(config=config)
-        self.num_columns = 0  # tokens in it; whoever runs the model adds them
+        self.num_columns = 0  # number of tokens; the caller adds to it after each pass
 
     def state(self) -> State:
         """A copy of the recurrent state after the tokens so far."""
@@ -258,7 +257,7 @@ class PrefillCache(DynamicCache):
     def resume(
         self, num_tokens: int, layers: Iterable[tuple[list[Tensor], list[Tensor]]], state: State
     ) -> None:
-        """Fills the empty cache with a known prefix, as a `PrefixMatch` has it."""
+        """Fills the empty cache with a prefix, whose arguments come from a `PrefixMatch`."""
         with_keys = [layer for layer in self.layers if hasattr(layer, "keys")]
         for layer, (keys, values) in zip(with_keys, layers, strict=True):
             layer.update(torch.cat(keys, 1)[None], torch.cat(values, 1)[None])
@@ -269,7 +268,7 @@ class PrefillCache(DynamicCache):
         self.num_columns = num_tokens
 
     def key_bytes(self) -> int:
-        """Bytes of keys and values."""
+        """Size of keys and values in bytes."""
         kinds = (getattr(layer, kind, None) for layer in self.layers for kind in ("keys", "values"))
         return sum(tensor.nbytes for tensor in kinds if tensor is not None)
 
@@ -280,4 +279,4 @@ class PrefillCache(DynamicCache):
 
 def _put(update, state: Tensor | None, index: int) -> None:
     if state is not None:
-        update(state, index)  # copies it into memory of the cache's own
+        update(state, index)  # the cache copies it

@@ -1,6 +1,6 @@
-"""A store without its tensors: its index, its files, and what readers missed. No torch.
+"""A store without its tensors: its index, its files and its queue of misses. No torch is imported.
 
-`Shelf` is what `blocktune store` looks into, `StoreView` what another engine's processes see.
+`blocktune store` inspects stores by `Shelf`; processes of other engines read them by `StoreView`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from blocktune.cache.remote import open_remote
 from blocktune.files import replace_json
 
 WANTED = "wanted"
-"""Folder of a store with the chunks that readers did not find."""
+"""Folder inside a store that lists the chunks that readers missed."""
 _LOG = logging.getLogger(__name__)
 
 
 def open_places(config: StoreConfig, secret: bytes | None = None) -> list[Blobs]:
-    """The folder and the remote of a store that has them; the environment may have the secret."""
+    """Opens a store's folder and its remote, if any. The secret's default is the environment's."""
     secret = secret_from_environment() if secret is None else secret
-    found = [] if config.folder is None else [ChunkFolder(config.folder, secret)]
-    return found if config.remote is None else [*found, open_remote(config.remote, secret)]
+    places = [] if config.folder is None else [ChunkFolder(config.folder, secret)]
+    return places if config.remote is None else [*places, open_remote(config.remote, secret)]
 
 
 def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
-    """The index of a folder, made from its files if it is lost or damaged; None if it cannot be.
+    """Opens a folder's index; rebuilds it if lost or damaged. Returns None if that is impossible.
 
-    The ``budget`` is that of `Ledger`; without a ``policy`` the index keeps its own.
+    ``budget`` goes to `Ledger`. Without a ``policy``, the index keeps its own.
     """
     path = folder.path / INDEX
     for _ in range(3):
@@ -50,7 +50,7 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
             if fresh:
                 ledger.fill(found_rows(folder))
             return ledger
-        except sqlite3.OperationalError as error:  # read-only, or held too long
+        except sqlite3.OperationalError as error:  # read-only, or locked for too long
             if "locked" not in str(error):
                 return None
             time.sleep(0.1)
@@ -61,7 +61,7 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
 
 
 def found_rows(blobs: Blobs, keys: Iterable[str] | None = None) -> Iterator[Row]:
-    """Rows of all files or of some, from their headers; one that cannot be read has no model."""
+    """Index rows of all files, or of ``keys``, from their headers; blank for damaged files."""
     for key in blobs.keys() if keys is None else keys:
         try:
             yield blobs.facts(key)[1]
@@ -72,16 +72,16 @@ def found_rows(blobs: Blobs, keys: Iterable[str] | None = None) -> Iterator[Row]
 
 
 class Shelf:
-    """The files of one place and their index.
+    """The files of one folder or remote, and their index.
 
-    A folder has an index. That of a remote, or of a folder that has none and cannot be written, is
-    made from the headers of its files when it is asked.
+    A folder keeps its index in a file. For a remote, or a folder where that is impossible, the
+    index is built in memory from the headers of the files at the first use.
     """
 
     def __init__(self, blobs: Blobs):
-        """Of a place that is there."""
+        """Opens the index of ``blobs``, which must exist."""
         self.blobs = blobs
-        # Nothing is created in a folder that is not a store.
+        # Create nothing in a folder that is not a store.
         self._index = open_index(blobs) if self._is_store(blobs) else None
 
     @staticmethod
@@ -90,13 +90,13 @@ class Shelf:
 
     @classmethod
     def open(cls, place: str, make: bool = False) -> Self:
-        """Opens a place as ``--store`` names it; ``make`` makes a folder that is missing."""
+        """Opens a place as named by ``--store``; ``make`` creates a missing folder."""
         config = StoreConfig.parse(place)
         if config.place is None:
             raise ValueError(f"'{place}' names no folder and no URL")
         plain = StoreConfig(folder=config.folder, remote=None if config.folder else config.remote)
         if make and config != plain:
-            raise ValueError(f"'{place}': chunks are copied as they are; name the place alone")
+            raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
         blobs = open_places(config)[0]
         if config.folder is None:
             try:
@@ -111,7 +111,7 @@ class Shelf:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """What is known of the files."""
+        """The index of the files."""
         if self._index is not None:
             return self._index
         ledger = Ledger()
@@ -119,40 +119,40 @@ class Shelf:
         return ledger
 
     def rows(self, model: str = "", document: str = "", start: str = "") -> Iterator[Row]:
-        """Entries in order of their keys: of models and keys that start so, and of a document."""
+        """Entries sorted by key. ``model`` and ``start`` match prefixes of fingerprint and key."""
         wanted = {"document": document} if document else {}
         rows = self.ledger.rows(start=start, **wanted)
         return (row for row in rows if row.fingerprint.startswith(model))
 
     def names(self, fingerprint: str) -> tuple[str, str | None]:
-        """Base and adapter of a model, as its manifest names them."""
+        """Names of a model's base and adapter (or None), from its manifest."""
         try:
             record = self.blobs.manifest(fingerprint)
             return record["base"]["name"], record["adapter"] and record["adapter"]["name"]
-        except (OSError, ValueError, KeyError, TypeError):  # none, or unsound
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
             return "(no manifest)", None
 
     def mend(self) -> dict[str, int]:
-        """Makes the index agree with the files; how many entries it had too many, and too few.
+        """Repairs the index. Returns the number of entries without a file and of missing entries.
 
-        A full disk or a kill may leave either. ValueError: the index cannot be written.
+        Both may result from a full disk or a kill. Raises ValueError if the index is not writable.
         """
         if self._index is None:
             return {"without_file": 0, "not_indexed": 0}
         try:
-            known, there = {row.key for row in self._index.rows()}, set(self.blobs.keys())
-            # Another process enters a file in the index before it writes it.
-            gone = {key for key in known - there if not self.blobs.has(key)}
+            indexed, stored = {row.key for row in self._index.rows()}, set(self.blobs.keys())
+            # Check again: other processes add an entry to the index before they write its file.
+            gone = {key for key in indexed - stored if not self.blobs.has(key)}
             self._index.remove(gone)
-            self._index.fill(found_rows(self.blobs, sorted(there - known)))
+            self._index.fill(found_rows(self.blobs, sorted(stored - indexed)))
         except sqlite3.Error as error:
             raise ValueError(f"the index of '{self.blobs.place}': {error}") from None
-        return {"without_file": len(gone), "not_indexed": len(there - known)}
+        return {"without_file": len(gone), "not_indexed": len(stored - indexed)}
 
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
-        """Pins entries or lets them leave again; how many."""
+        """Pins or unpins entries. Returns how many of them exist."""
         if self._index is None:
-            raise ValueError(f"'{self.blobs.place}' has no index that could remember a pin")
+            raise ValueError(f"'{self.blobs.place}' has no index, which pins are stored in")
         try:
             return self._index.pin(keys, pinned)
         except sqlite3.OperationalError as error:
@@ -160,7 +160,7 @@ class Shelf:
 
 
 class Wanted(NamedTuple):
-    """A chunk to encode: its tokens, what they are encoded after, whether it is a scoped prefix."""
+    """A chunk to encode: its tokens, the blanks before it, whether it is a scoped prefix."""
 
     ids: tuple[int, ...]
     blanks: tuple[int, ...] = ()
@@ -168,33 +168,33 @@ class Wanted(NamedTuple):
 
 
 class MissQueue:
-    """Chunks that readers missed, for `blocktune encode --follow`; any process may add or take.
+    """Chunks that readers missed, for `blocktune encode --follow`. Any process may add or take.
 
-    One file a chunk in the store's folder, named by the chunk's key: the same chunk is wanted once.
+    The queue has one file per chunk in the store's folder, named by key: there are no duplicates.
     """
 
     def __init__(self, store: str | Path | None):
-        """Of the store at ``store``, whose folder the first `add` makes; None keeps nothing."""
+        """Uses the folder ``store``; the first `add` creates it. With None, the queue is empty."""
         self.folder = None if store is None else Path(store) / WANTED
 
     def add(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
-        """Asks for chunks of the model ``fingerprint``."""
-        for path, one in self._paths(fingerprint, chunks):
+        """Adds chunks of the model ``fingerprint``."""
+        for path, chunk in self._paths(fingerprint, chunks):
             if not path.exists():
-                replace_json(path, {"fingerprint": fingerprint, **one._asdict()})
+                replace_json(path, {"fingerprint": fingerprint, **chunk._asdict()})
 
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
-        """Wanted chunks of a model, at most ``most``; they stay until `done`."""
-        found: list[Wanted] = []
+        """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
+        chunks: list[Wanted] = []
         for path in sorted(self.folder.glob("*.json")):
-            with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or not ours
+            with suppress(OSError, ValueError, KeyError, TypeError):  # just removed, or foreign
                 record = json.loads(path.read_text())
                 if record["fingerprint"] == fingerprint:
                     ids, blanks = tuple(record["ids"]), tuple(record["blanks"])
-                    found.append(Wanted(ids, blanks, bool(record["prefix"])))
-            if len(found) == most:
+                    chunks.append(Wanted(ids, blanks, bool(record["prefix"])))
+            if len(chunks) == most:
                 break
-        return found
+        return chunks
 
     def done(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
         """Removes chunks from the queue, because they are stored or cannot be encoded."""
@@ -202,32 +202,32 @@ class MissQueue:
             path.unlink(missing_ok=True)
 
     def _paths(self, fingerprint: str, chunks: Iterable[Wanted]) -> Iterator[tuple[Path, Wanted]]:
-        from blocktune.cache.fingerprint import stored_key  # which takes torch
+        from blocktune.cache.fingerprint import stored_key  # imports torch
 
-        for one in chunks if self.folder is not None else ():
-            yield self.folder / f"{stored_key(fingerprint, *one)}.json", one
+        for chunk in chunks if self.folder is not None else ():
+            yield self.folder / f"{stored_key(fingerprint, *chunk)}.json", chunk
 
 
 class StoreView:
-    """The files of a store's folder and remote, without an index; nothing is written."""
+    """Read-only view of the files in a store's folder and remote, without an index."""
 
     def __init__(self, store: str | Path):
-        """Of a store as ``--store`` names it; its ``queue`` is of chunks to encode."""
+        """Opens a store as named by ``--store``; ``queue`` takes chunks to encode."""
         self.config = StoreConfig.parse(store, memory=0)
         self.place, self.queue = self.config.place, MissQueue(self.config.folder)
         self._blobs = open_places(self.config)
 
     def has(self, key: str) -> bool:
-        """Whether a chunk is somewhere; not verified."""
+        """Whether the folder or the remote has a chunk. It is not verified."""
         return any(blobs.has(key) for blobs in self._blobs)
 
     def manifest(self, fingerprint: str) -> dict[str, Any] | None:
-        """As `Blobs.manifest`, of the first place that has one."""
-        found = (blobs.manifest(fingerprint) for blobs in self._blobs)
-        return next((record for record in found if record is not None), None)
+        """The first manifest found in the folder or the remote, see `Blobs.manifest`."""
+        records = (blobs.manifest(fingerprint) for blobs in self._blobs)
+        return next((record for record in records if record is not None), None)
 
     def manifests(self) -> list[dict[str, Any]]:
-        """Of all models."""
+        """The manifests of all models."""
         names = {name for blobs in self._blobs for name in blobs.fingerprints()}
-        found = (self.manifest(name) for name in sorted(names))
-        return [record for record in found if record is not None]
+        records = (self.manifest(name) for name in sorted(names))
+        return [record for record in records if record is not None]

@@ -1,4 +1,4 @@
-"""Where encoded chunks are kept: memory of the device and the host, a folder, and a remote."""
+"""The chunk store: encoded chunks in device memory, host memory, a folder and a remote."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
 
 _LOG = logging.getLogger(__name__)
 _TENANTS, _NOTED = 1024, 64
-"""Tenants whose frequencies are known at a time, and that plug-ins have notes of. Each request
-tells its own again."""
+"""Number of tenants whose RoPE frequencies, and whose notes of plug-ins, are remembered. Each
+request sets those of its tenant again."""
 
 
 class ChunkStore:
-    """Keeps entries of chunks under their keys, for several threads; processes may share a folder.
+    """Thread-safe store of chunk entries by key. Several processes may share a folder.
 
-    A chunk's keys and values, the states that enter a layer and exact prefixes are entries of
-    their own kinds; all share the tiers. These are asked in the order device, host, folder,
-    remote. An entry is written to all of the last two, and to the device; what leaves the device
-    goes to the host. A hit moves up. Each tier has a budget, and the policy says what leaves it
-    first. The remote is written in the background.
+    Entries of all kinds (keys and values, hidden states, exact prefixes) share the tiers. A lookup
+    asks the tiers in the order device, host, folder, remote, and moves a hit up to the device. A
+    new entry is written to the device, the folder and the remote, to the latter in the background.
+    Entries evicted from the device go to the host. Each tier has a size limit, and the policy
+    decides what it evicts first.
 
-    What is found is compared with what is wanted (token ids and fingerprint) before it is handed
-    out. A file or entry that differs, or does not verify, is counted as ``rejected`` and answered
-    as a miss; the `put` that follows replaces it. The first is logged as a warning, the others at
-    level INFO. A tier that cannot be written or reached is left out. One warning says so, and what
-    could not be kept is counted as ``unwritten``.
+    Before an entry is returned, its token ids and fingerprint are compared with those wanted. An
+    entry that differs or does not verify is counted as ``rejected`` and treated as a miss; the
+    `put` that follows replaces it. The first one is logged as a warning, the others at level INFO.
+    A tier that cannot be reached or written is skipped, with one warning; entries that could not
+    be stored are counted as ``unwritten``.
 
-    Raises ValueError if there is nowhere to keep anything, the folder is none, or the key is too
-    short; with ``must_write`` also if the folder cannot be written.
+    Raises ValueError if there is neither memory nor a folder, the folder is not a folder, or the
+    signing key is too short; with ``must_write`` also if the folder cannot be written.
     """
 
     def __init__(
         self,
-        max_bytes: int = MEMORY,  # memory for chunks; 0 keeps none
+        max_bytes: int = MEMORY,  # memory for chunks; 0: keep none in memory
         folder: str | Path | None = None,  # gets every chunk that is put, one file each
         device: torch.device | str = "cpu",  # where chunks in memory live
         *,
@@ -65,10 +65,10 @@ class ChunkStore:
             config = StoreConfig(folder=place, memory=max_bytes)
         self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
-        self.notes: dict[Hashable, Any] = {}  # of plug-ins, until it is cleared
+        self.notes: dict[Hashable, Any] = {}  # plug-ins' data, until `clear`
         self.may_load = True  # whether a method may load any model, from folders and the Hub
         self._tenants_notes: dict[Hashable, Any] = {}
-        self.must_write, self.warn_rejected = must_write, True  # the first one; else level INFO
+        self.must_write, self.warn_rejected = must_write, True  # whether the first one is a warning
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
         self._shared_ropes: dict[str, RopeSpec] = {}
@@ -79,7 +79,7 @@ class ChunkStore:
 
     @classmethod
     def open(cls, text: str | Path, device: torch.device | str = "cpu", **options) -> Self:
-        """The store of a text such as ``chunks/,disk=50GB``, see `StoreConfig.parse`."""
+        """Opens a store from a text such as ``chunks/,disk=50GB``, see `StoreConfig.parse`."""
         return cls(device=device, config=StoreConfig.parse(text), **options)
 
     def get(
@@ -98,10 +98,10 @@ class ChunkStore:
         read: Callable[[ChunkFile], Entry] = ChunkFile.entry,
         keep: bool = True,
     ) -> Lookup:
-        """Looks for an entry of some tokens and model; says where it was and how long that took.
+        """Looks up an entry. Returns it with the tier where it was found and the time taken.
 
-        It is read from its file by ``read``, which raises what `ChunkFile.read` raises. ``keep``:
-        memory keeps it.
+        ``read`` reads it from its file, and raises as `ChunkFile.read` does. With ``keep``, it is
+        kept in memory.
         """
         started = time.perf_counter()
         rejected: set[str] = set()
@@ -116,7 +116,7 @@ class ChunkStore:
                     self._memories[0].ledger.use(key)
                     return self._hit(key, kv, tier, started, time.perf_counter())
                 tier.stats.misses += 1
-        found = time.perf_counter()
+        searched = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
         for tier in self._blobs:
             loaded = None
@@ -135,7 +135,7 @@ class ChunkStore:
             with self._lock:
                 if keep:
                     self._remember(key, kv, row)
-                return self._hit(key, kv, tier, started, found)
+                return self._hit(key, kv, tier, started, searched)
         with self._lock:
             self._stats.misses += 1
             seconds = time.perf_counter() - started
@@ -152,14 +152,14 @@ class ChunkStore:
         tenant: str = "",
         keep: bool = True,
     ) -> Entry:
-        """Keeps an entry, in the folder first, then (``keep``) in memory; replaces what was there.
+        """Stores an entry, in the folder first, then (``keep``) in memory. Replaces an older one.
 
-        It took ``seconds`` to encode: what the policy ``gdsf`` saves. It can be removed by the
-        name of its ``document``, and counts for the quota of its ``tenant``. ValueError: it is
-        larger than the memory and there is no folder, or the folder must be written and cannot.
+        It took ``seconds`` to encode, which the policy ``gdsf`` weighs. It can be removed by the
+        name of its ``document``, and counts against the quota of its ``tenant``. Raises ValueError
+        if it exceeds the memory and there is no folder, or ``must_write`` is set and writing fails.
 
         Returns:
-            The entry as the store will give it: with a codec, with fewer bits.
+            The entry as later lookups will return it: quantised, if the store has a codec.
         """
         most = max(tier.ledger.max_bytes for tier in self._memories)
         if not self._blobs and kv.num_bytes > most:
@@ -171,25 +171,25 @@ class ChunkStore:
             *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
             expires=None if self.config.ttl is None else time.time() + self.config.ttl,
         )
-        codec, ropes = self.config.codec, (self._ropes, self._shared_ropes)
-        rope = next((known[kv.fingerprint] for known in ropes if kv.fingerprint in known), None)
-        kept = kv if codec == "as-is" else round_trip(kv.to("cpu"), codec, rope)
-        kept = kept.to(self.device).compact()
+        codec = self.config.codec
+        rope = self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint)
+        stored = kv if codec == "as-is" else round_trip(kv.to("cpu"), codec, rope)
+        stored = stored.to(self.device).compact()
         for tier in self._blobs:
             tier.save(key, partial(pack_chunk, tier.blobs, key, kv, about, codec, rope), about)
         with self._lock:
-            self._tracer.put(key, kept.num_bytes, about)
+            self._tracer.put(key, stored.num_bytes, about)
             if keep:
-                self._remember(key, kept, about)
-        return kept
+                self._remember(key, stored, about)
+        return stored
 
     def flush(self) -> None:
-        """Waits until the remote has what was put, or refused it, and the index what was used."""
+        """Waits until all entries are written to the remote (or refused) and hits to the index."""
         for tier in self._blobs:
             tier.flush()
 
     def discard(self, key: str) -> None:
-        """Drops the entry of ``key``, if there is one, in every tier."""
+        """Removes the entry of ``key``, if any, from every tier."""
         with self._lock:
             for tier in self._memories:
                 tier.remove(key)
@@ -197,21 +197,21 @@ class ChunkStore:
             tier.remove(key)
 
     def pin(self, key: str, pinned: bool = True) -> bool:
-        """Keeps an entry from leaving for others, or lets it; whether a tier holds it."""
+        """Protects an entry from eviction, or stops that. Returns whether a tier holds it."""
         with self._lock:
             return sum(ledger.pin([key], pinned) for ledger in self._ledgers()) > 0
 
     def is_pinned(self, key: str) -> bool:
-        """Whether some tier holds an entry pinned."""
+        """Whether the entry is pinned in some tier."""
         with self._lock:
-            return any((row := one.row(key)) and row.pinned for one in self._ledgers())
+            return any((row := ledger.row(key)) and row.pinned for ledger in self._ledgers())
 
     def _ledgers(self) -> list[Ledger]:
-        found = (tier.ledger for tier in (*self._memories, *self._blobs))
-        return [ledger for ledger in found if ledger is not None]
+        ledgers = (tier.ledger for tier in (*self._memories, *self._blobs))
+        return [ledger for ledger in ledgers if ledger is not None]
 
     def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:
-        """The folder's files of one kind and model, as its index knows them; sound ones."""
+        """Opens the folder's files of one kind and model, by its index. Skips damaged ones."""
         for tier in self._blobs[: self.folder is not None]:
             for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint, tenant=""):
                 with suppress(OSError, ValueError):
@@ -220,9 +220,9 @@ class ChunkStore:
     def describe(
         self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None
     ) -> None:
-        """Writes a model's `manifest`, made if it is missing, into the folder and the remote.
+        """Writes the model's manifest to the folder and the remote, where it is missing.
 
-        Codecs quantise keys before their rotation, and so need the ``rope``.
+        Integer codecs need the ``rope``, because they quantise keys before their rotation.
         """
         if rope is not None:
             self._ropes[fingerprint] = rope
@@ -230,21 +230,21 @@ class ChunkStore:
             tier.describe(fingerprint, make)
 
     def share_rope(self, fingerprint: str, other: str) -> None:
-        """The frequencies of one fingerprint are also those of another, of a tenant now at work."""
+        """Uses the RoPE frequencies of ``fingerprint`` for ``other``, a tenant's fingerprint."""
         if (rope := self._ropes.get(fingerprint)) is not None:
             with self._lock:
                 keep_latest(self._shared_ropes, other, rope, _TENANTS)
 
     def note(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What a plug-in knows of one fingerprint, made if it is not there (any more)."""
+        """A plug-in's data for one tenant; calls ``make`` if there is none (any more)."""
         with self._lock:
-            made = self._tenants_notes.get(key)
-            made = make() if made is None else made
-            keep_latest(self._tenants_notes, key, made, _NOTED)
-            return made
+            note = self._tenants_notes.get(key)
+            note = make() if note is None else note
+            keep_latest(self._tenants_notes, key, note, _NOTED)
+            return note
 
     def clear(self) -> None:
-        """Empties the memory and the notes; a folder and a remote keep their files."""
+        """Empties the memory and the notes. Folder and remote keep their files."""
         with self._lock:
             self.notes.clear()
             self._tenants_notes.clear()
@@ -266,42 +266,42 @@ class ChunkStore:
             return self._tracer.histograms()
 
     def __contains__(self, key: str) -> bool:
-        """Whether there is an entry of ``key``; only `get` verifies it."""
+        """Whether there is an entry of ``key``. Only `get` verifies it."""
         with self._lock:
             if any(key in tier.entries for tier in self._memories):
                 return True
         return any(tier.blobs.has(key) for tier in self._blobs)
 
     def __len__(self) -> int:
-        """Chunks in any tier, each counted once."""
+        """Number of distinct entries in all tiers."""
         files = [key for tier in self._blobs for key in tier.blobs.keys()]  # noqa: SIM118
         with self._lock:
             return len({*files, *(key for tier in self._memories for key in tier.entries)})
 
     def held(self) -> dict[str, Entry]:
-        """Entries in memory, by their keys."""
+        """Entries in memory, by key."""
         with self._lock:
             return {key: kv for tier in self._memories for key, kv in tier.entries.items()}
 
-    def _hit(self, key: str, kv: Entry, tier, started: float, found: float) -> Lookup:
+    def _hit(self, key: str, kv: Entry, tier, started: float, searched: float) -> Lookup:
         now = time.perf_counter()
         tier.stats.hits += 1
         tier.stats.bytes_read += kv.num_bytes
         tier.stats.read_s += now - started
         self._tracer.looked_up(key, kv.num_tokens, tier.name, kv.num_bytes, now - started)
-        load_s = 0.0 if tier in self._memories else now - found
+        load_s = 0.0 if tier in self._memories else now - searched
         return Lookup(kv, tier.name, kv.num_bytes, now - started - load_s, load_s)
 
     def _accept(self, kv: Entry, key: str, token_ids, fingerprint, kind, rejected) -> bool:
         if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
             return True
-        what = "model" if kv.fingerprint != fingerprint else "tokens"
-        what = what if kv.kind == kind.kind else "kind of entry"
-        self._reject(f"{key[:12]}: it holds other {what} than wanted", rejected)
+        part = "model" if kv.fingerprint != fingerprint else "tokens"
+        part = part if kv.kind == kind.kind else "kind of entry"
+        self._reject(f"{key[:12]}: it holds other {part} than wanted", rejected)
         return False
 
     def _reject(self, reason: str, before: set[str]) -> None:
-        """Counts a look-up that met something unsound, once for all tiers."""
+        """Counts a lookup that found an invalid entry, once for all tiers, and logs the reason."""
         reason = reason.replace("\n", " ")
         with self._lock:
             self._stats.rejected += not before
@@ -309,13 +309,13 @@ class ChunkStore:
             self._stats.first_rejected = self._stats.first_rejected or reason
         before.add(reason)
         level = logging.WARNING if first else logging.INFO
-        more = "; more are counted, and named at level INFO" if first else ""
+        more = "; further ones are counted, and logged at level INFO" if first else ""
         _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
 
     def _remember(self, key: str, kv: Entry, about: About) -> None:
-        """Keeps an entry on the device; what leaves it goes to the host."""
-        left = self._memories[0].put(key, kv, about)
+        """Keeps an entry on the device, and moves the entries that it evicts to the host."""
+        evicted = self._memories[0].put(key, kv, about)
         for tier in self._memories[1:]:
             tier.remove(key)
-            for item in left:
+            for item in evicted:
                 tier.put(*item)

@@ -1,7 +1,7 @@
-"""The places of a store: memory of the device and of the host, a folder, a remote. One budget each.
+"""The tiers of a store: device memory, host memory, a folder, a remote. Each has its own limits.
 
-A tier that cannot be reached or written is left alone for a while: its entries are misses, and what
-cannot be kept is counted. One warning says so.
+A tier that cannot be reached or written is skipped for a while, with one warning: lookups miss
+there, and entries that cannot be written are counted.
 """
 
 from __future__ import annotations
@@ -27,68 +27,68 @@ from blocktune.cache.folder import ChunkFolder, is_taken
 from blocktune.cache.ledger import About, Ledger, Row
 from blocktune.cache.shelf import open_index
 
-RETRY_S = 10.0  # seconds after a failure in which a tier is left alone
+RETRY_S = 10.0  # seconds for which a tier is skipped after a failure
 REFRESH_S = 60.0
-"""Seconds after which a remote with a budget is listed again: other machines write there too."""
+"""Seconds after which a remote with a limit is listed again: other machines write there, too."""
 TOUCH_S = 86400.0
-"""Seconds after which a file that is used gets a new date, for when its index is lost."""
+"""Least seconds between two updates of a used file's time, which a lost index is rebuilt from."""
 _WAITING, _FINISH_S = 64, 10.0
-"""Files that may wait for a remote, and seconds that a process which ends gives them."""
+"""Most files that wait for a remote, and seconds that an ending process waits for them."""
 _LOG = logging.getLogger(__name__)
 
 
 class MemoryTier:
-    """Entries in the memory of a device; that of the host is pinned where there is a GPU."""
+    """Entries in device or host memory. Host memory is pinned if there is a GPU."""
 
     def __init__(self, name: str, device: torch.device, config: StoreConfig):
-        """``memory`` of the device or ``cpu``; the ``config`` has its budget."""
+        """Makes the tier ``memory`` (device) or ``cpu`` (host), with its limit in ``config``."""
         self.name, self.device = name, device
         most = getattr(config, name)
         self.ledger = Ledger(max_bytes=most, policy=config.policy, quota=config.quota)
         self.entries: dict[str, Entry] = {}
-        self._ends: dict[str, float] = {}
+        self._expiry: dict[str, float] = {}
         self.stats = TierStats()
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or None."""
-        if key in self._ends and self._ends[key] <= self.ledger.now():
+        if key in self._expiry and self._expiry[key] <= self.ledger.now():
             self.remove(key)
             self.stats.expired += 1
         return self.entries.get(key)
 
     def put(self, key: str, entry: Entry, about: About) -> list[tuple[str, Entry, About]]:
-        """Keeps an entry if it can; returns what had to leave, or the entry itself."""
+        """Keeps an entry. Returns the evicted ones, or the entry itself if it does not fit."""
         fits = entry.num_bytes <= self.ledger.max_bytes
-        doomed = self.ledger.leaving(entry.num_bytes, about.tenant, key) if fits else None
-        if doomed is None:
+        leaving = self.ledger.leaving(entry.num_bytes, about.tenant, key) if fits else None
+        if leaving is None:
             self.remove(key)
             return [(key, entry, about)]
-        held = (one for one in doomed if one in self.entries)
-        left = [(one, self.entries[one], self.ledger.row(one)) for one in held]
-        for one in doomed:
-            self.remove(one)
-        self.stats.evictions += len(left)
+        present = (old for old in leaving if old in self.entries)
+        evicted = [(old, self.entries[old], self.ledger.row(old)) for old in present]
+        for old in leaving:
+            self.remove(old)
+        self.stats.evictions += len(evicted)
         entry = entry.to(self.device)
         if self.device.type == "cpu" and torch.cuda.is_available():
             entry = entry.map(lambda tensor: tensor.pin_memory())
         self.entries[key] = entry
-        self._ends.pop(key, None)
+        self._expiry.pop(key, None)
         if about.expires is not None:
-            self._ends[key] = about.expires
+            self._expiry[key] = about.expires
         self.ledger.add(key, entry.num_bytes, about)
         self.stats.bytes_written += entry.num_bytes
-        return left
+        return evicted
 
     def remove(self, key: str) -> None:
-        """Drops the entry of ``key``, if there is one."""
-        self._ends.pop(key, None)
+        """Removes the entry of ``key``, if any."""
+        self._expiry.pop(key, None)
         if self.entries.pop(key, None) is not None:
             self.ledger.remove([key])
 
     def clear(self) -> None:
-        """Drops everything."""
+        """Removes all entries."""
         self.entries.clear()
-        self._ends.clear()
+        self._expiry.clear()
         self.ledger.clear()
 
 
@@ -96,15 +96,15 @@ class BlobTier:
     """Files of entries in a folder or a remote."""
 
     def __init__(self, blobs: Blobs, config: StoreConfig, must_write: bool = False):
-        """Makes the folder and opens its index; if it ``must_write``, a failing write raises."""
+        """Creates a folder and opens its index. With ``must_write``, a failed write raises."""
         self.blobs, self.must_write, self.stats = blobs, must_write, TierStats()
         self._is_folder = isinstance(blobs, ChunkFolder)
         self.name, most = "remote", config.remote_bytes
         if self._is_folder:
             self.name, most = "disk", config.disk
         self._budget = {"max_bytes": most, "policy": config.policy, "quota": config.quota}
-        self._lock, self._warned, self._listed = threading.Lock(), False, 0.0
-        self._next = {"read": 0.0, "write": 0.0, "index": 0.0}
+        self._lock, self._warned, self._next_listing = threading.Lock(), False, 0.0
+        self._retry_at = {"read": 0.0, "write": 0.0, "index": 0.0}
         self.ledger = None if self._is_folder else Ledger(**self._budget)
         self._queue = None if self._is_folder or must_write else _in_background(self)
         if self._is_folder:
@@ -114,16 +114,16 @@ class BlobTier:
                 self.failed(error, "write")
             self.ledger = open_index(blobs, **self._budget)
             if self.ledger is None and most is not None:
-                _LOG.warning("'%s': no index can be kept, so nothing is written", blobs.place)
+                _LOG.warning("'%s' has no index to limit its size: nothing is written", blobs.place)
 
     def load(
         self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Entry]
     ) -> tuple[Entry, Row, bytes | None] | None:
-        """An entry by ``read``, what is known of it, and the content of a remote's file.
+        """Loads an entry by ``read``. Returns it with its row and, from a remote, the file content.
 
-        None if there is none, or the tier does not answer; ValueError if the file is not sound.
+        Returns None if there is none or the tier is out of reach. ValueError: it is damaged.
         """
-        if time.monotonic() < self._next["read"]:
+        if time.monotonic() < self._retry_at["read"]:
             return None
         try:
             file = ChunkFile(self.blobs, key, kind)
@@ -138,68 +138,68 @@ class BlobTier:
         return None
 
     def used(self, row: Row) -> None:
-        """Notes a hit."""
+        """Counts a hit."""
         if time.time() - row.used > TOUCH_S:
             self.blobs.touch(row.key)
-        new = row if self._is_folder else None  # a remote is listed
-        self._noted(lambda ledger: ledger.use(row.key, new))
+        new = row if self._is_folder else None  # rows of a remote come from listing it
+        self._on_ledger(lambda ledger: ledger.use(row.key, new))
 
     def keys_where(self, **wanted: str) -> list[str]:
-        """Entries whose columns in the index equal what is ``wanted``."""
-        return self._noted(lambda ledger: [row.key for row in ledger.rows(**wanted)], [])
+        """Keys of the entries whose columns in the index equal the ``wanted`` values."""
+        return self._on_ledger(lambda ledger: [row.key for row in ledger.rows(**wanted)], [])
 
     def save(self, key: str, make: Callable[[], bytes], about: About) -> None:
-        """Keeps the file that ``make`` packs if place and budget allow; others leave for it.
+        """Writes the file that ``make`` packs, and evicts others if needed. It may not fit.
 
-        A remote is written later, by a thread, unless the store must write.
+        A remote is written later by a thread, unless the store must write.
         """
         if self._queue is None:
             self._save(key, make, about)
             return
         try:
             self._queue.put_nowait(partial(self._save, key, make, about))
-        except queue.Full:  # a slow remote must not hold up answers
+        except queue.Full:  # a slow remote must not delay answers
             self._count_unwritten()
 
     def flush(self) -> None:
-        """Waits until what was saved and used is written, or refused."""
+        """Waits until all files and hits are written, or refused."""
         if self._queue is not None:
             self._queue.join()
-        self._noted(lambda ledger: ledger.flush())
+        self._on_ledger(lambda ledger: ledger.flush())
 
     def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
-        if not self.must_write and time.monotonic() < self._next["write"]:
+        if not self.must_write and time.monotonic() < self._retry_at["write"]:
             self._count_unwritten()
             return
-        started, data, kept = time.perf_counter(), make(), False
+        started, data, written = time.perf_counter(), make(), False
         try:
             if self._make_room(len(data), key, about):
                 self.blobs.write(key, data)
-                kept = True
+                written = True
         except OSError as error:
-            self._noted(lambda ledger: ledger.remove([key]))
+            self._on_ledger(lambda ledger: ledger.remove([key]))
             self.failed(error, "write")
         finally:
             with self._lock:
-                self.stats.unwritten += not kept
-                self.stats.bytes_written += kept * len(data)
-                self.stats.write_s += kept * (time.perf_counter() - started)
+                self.stats.unwritten += not written
+                self.stats.bytes_written += written * len(data)
+                self.stats.write_s += written * (time.perf_counter() - started)
 
     def remove(self, key: str) -> bool:
-        """Removes the file of ``key``; whether there was one."""
+        """Removes the file of ``key``. Returns whether there was one."""
         try:
-            done = self.blobs.remove(key)
-            self._noted(lambda ledger: ledger.remove([key]))
-            return done
+            removed = self.blobs.remove(key)
+            self._on_ledger(lambda ledger: ledger.remove([key]))
+            return removed
         except OSError as error:
             self.failed(error, "write")
             return False
 
     def describe(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Writes a model's manifest unless there is one; ``make`` is called if it is missing."""
-        if time.monotonic() < self._next["write"]:
+        """Writes a model's manifest, from ``make``, unless there is one."""
+        if time.monotonic() < self._retry_at["write"]:
             return
-        with suppress(OSError, ValueError):  # damaged, or not signed: written again
+        with suppress(OSError, ValueError):  # damaged or not signed: write it again
             if self.blobs.manifest(fingerprint) is not None:
                 return
         try:
@@ -208,9 +208,9 @@ class BlobTier:
             self.failed(error, "write")
 
     def failed(self, error: OSError, what: str) -> None:
-        """Says once that the tier is out of reach, and leaves it alone for a while.
+        """Warns once that the tier is out of reach, and skips it for a while.
 
-        ValueError, if writing failed and the store must write.
+        Raises ValueError if writing failed and the store must write.
         """
         verb = "write to" if what == "write" else "read"
         reason = f"cannot {verb} the store '{self.blobs.place}': {error.strerror or error}"
@@ -219,51 +219,51 @@ class BlobTier:
         with self._lock:
             self.stats.failures += 1
             if not is_taken(error):
-                self._next[what] = time.monotonic() + RETRY_S
+                self._retry_at[what] = time.monotonic() + RETRY_S
             warned, self._warned = self._warned, True
         if not warned:
             lost = "a chunk is" if is_taken(error) else "new chunks are"
-            then = f"what it holds is used, {lost} not kept there"
+            then = f"its chunks are still used, but {lost} not stored there"
             then = then if what == "write" else "its chunks are encoded instead"
             _LOG.warning("%s; %s", reason.replace("\n", " "), then)
 
     def _make_room(self, size: int, key: str, about: About) -> bool:
         most = self._budget["max_bytes"]
-        if not self._is_folder and most is not None and time.monotonic() >= self._listed:
-            self._listed = time.monotonic() + REFRESH_S
+        if not self._is_folder and most is not None and time.monotonic() >= self._next_listing:
+            self._next_listing = time.monotonic() + REFRESH_S
             rows = list(self.blobs.listing())
-            gone = {row.key for row in self.ledger.rows()} - {key for key, _, _ in rows}
+            gone = {row.key for row in self.ledger.rows()} - {k for k, _, _ in rows}
             self.ledger.remove(gone)
             self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
-        unknown = [] if most is None else None  # a limit holds, or nothing is written
-        doomed = self._noted(lambda ledger: (self._admit(ledger, size, key, about),), (unknown,))[0]
+        default = [] if most is None else None  # without an index, only a tier without limit writes
+        leaving = self._on_ledger(partial(self._admit, size=size, key=key, about=about), default)
         with self._lock:
-            self.stats.evictions += len(doomed or ())
-        return doomed is not None
+            self.stats.evictions += len(leaving or ())
+        return leaving is not None
 
     def _admit(self, ledger: Ledger, size: int, key: str, about: About) -> list[str] | None:
-        """Removes what must leave and enters what comes: after a kill a row may lack its file."""
+        """Evicts files and inserts the new entry, which lacks its file if the process is killed."""
         with ledger.transaction():
-            doomed = ledger.leaving(size, about.tenant, key)
-            if doomed is not None:
-                for one in doomed:
-                    self.blobs.remove(one)
-                ledger.remove(doomed)
+            leaving = ledger.leaving(size, about.tenant, key)
+            if leaving is not None:
+                for old in leaving:
+                    self.blobs.remove(old)
+                ledger.remove(leaving)
                 ledger.add(key, size, about)
-            return doomed
+            return leaving
 
-    def _noted(self, act: Callable[[Ledger], object], otherwise: object = None):
-        """What the ledger says; an index that fails is left alone for a while, or made again."""
-        if self.ledger is None or time.monotonic() < self._next["index"]:
-            return otherwise
+    def _on_ledger(self, act: Callable[[Ledger], object], default: object = None):
+        """Calls ``act`` on the ledger. If that fails, skips it for a while, or rebuilds it."""
+        if self.ledger is None or time.monotonic() < self._retry_at["index"]:
+            return default
         try:
             return act(self.ledger)
         except sqlite3.Error as error:
             _LOG.info("index of '%s' not used: %s", self.blobs.place, error)
-            self._next["index"] = time.monotonic() + RETRY_S
+            self._retry_at["index"] = time.monotonic() + RETRY_S
             if not isinstance(error, sqlite3.OperationalError):  # damaged
                 self.ledger = open_index(self.blobs, **self._budget)
-            return otherwise
+            return default
 
     def _count_unwritten(self) -> None:
         with self._lock:
@@ -271,22 +271,22 @@ class BlobTier:
 
 
 def _in_background(tier: BlobTier) -> queue.Queue:
-    """A queue of files to save, worked off by a thread that ends with the tier or the process."""
-    waiting: queue.Queue = queue.Queue(_WAITING)
+    """A queue of files to save, with a thread that processes it until tier or process end."""
+    pending: queue.Queue = queue.Queue(_WAITING)
 
     def work() -> None:
-        while (save := waiting.get()) is not None:
+        while (save := pending.get()) is not None:
             save()
-            del save  # what waits keeps the tier alive, the thread does not
-            waiting.task_done()
+            del save  # queued calls keep the tier alive, this thread must not
+            pending.task_done()
 
     def finish() -> None:
         with suppress(queue.Full):
-            waiting.put(None, timeout=_FINISH_S)
+            pending.put(None, timeout=_FINISH_S)
             if threading.current_thread() is not thread:
                 thread.join(_FINISH_S)
 
     thread = threading.Thread(target=work, daemon=True, name="blocktune-remote")
     thread.start()
     weakref.finalize(tier, finish)
-    return waiting
+    return pending

@@ -1,4 +1,4 @@
-"""Serving: encode, assemble, prefill, decode, and say what it cost."""
+"""The serving engine: encode chunks, assemble caches, prefill, decode, and account the cost."""
 
 from blocktune.lazy import exports
 

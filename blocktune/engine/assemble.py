@@ -1,4 +1,4 @@
-"""From prompts to a cache that holds everything a method does not compute."""
+"""Fills a batch's KV cache with the cached states that a method does not recompute."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from blocktune.prompt import Batch, Pieces
 
 @dataclass
 class Assembled:
-    """A batch whose cache is filled as far as a method's caches go."""
+    """What was loaded into a batch's cache before computing. Lists have one item per prompt."""
 
-    cached: Tensor  # rows that need no computing, ``(B, S)`` bool
-    bytes_read: list[int]  # bytes put into the cache, per prompt
-    hits: list[int]  # chunks found, per prompt; ``misses`` were encoded first
+    cached: Tensor  # rows that need not be computed, ``(B, S)`` bool
+    bytes_read: list[int]  # bytes loaded into the cache
+    hits: list[int]  # number of chunks found; ``misses`` were encoded first
     misses: list[int]
-    prefix_tokens: list[int]  # tokens of an exact prefix found, per prompt
-    prefix_disk_tokens: list[int]  # those of them that were read from the store's folder
+    prefix_tokens: list[int]  # tokens of the exact prefix found
+    prefix_disk_tokens: list[int]  # how many of them were read from the store's folder
     states: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, N, hidden)
 
     @classmethod
@@ -41,7 +41,7 @@ class Assembled:
     def found_prefix(
         self, layout: Layout, index: int, pieces: Pieces, num_tokens: int, num_bytes: int, disk: int
     ) -> None:
-        """Notes the exact prefix of ``num_tokens`` tokens, ``disk`` of them from files."""
+        """Records an exact prefix of ``num_tokens`` tokens, ``disk`` of them read from files."""
         ends = [*accumulate(map(len, pieces.chunks), initial=len(pieces.prefix))][1:]
         self.cached[index] = ~layout.is_pad[index] & (layout.order[index] < num_tokens)
         self.bytes_read[index], self.prefix_tokens[index] = num_bytes, num_tokens
@@ -57,17 +57,17 @@ def from_chunks(
     found: Found | None = None,
     lazy: bool = True,
 ) -> Assembled:
-    """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
+    """Fills the cache with the prefix and the chunks, encoded alone and moved to their positions.
 
-    What they carried into ``layers`` is laid out beside it. ``found``: the chunks, if they were
-    looked up; else the ``loader`` or the store is asked. ``lazy``: chunks that no memory will hold
-    are read into their place at once; one that fails only then raises `DamagedChunk`.
+    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found`` are the
+    chunks, if they were looked up already. With ``lazy``, chunks that the store does not keep in
+    memory are read directly into the cache; a damaged file then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout
     if found is None:
-        together = [piece for prompt in served.wanted for piece in prompt]
-        found = state.encoder.find(together, watch, layers, loader, lazy=lazy)
+        pieces = [piece for prompt in served.wanted for piece in prompt]
+        found = state.encoder.find(pieces, watch, layers, loader, lazy=lazy)
     hits = found.hits
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
@@ -97,7 +97,7 @@ def from_chunks(
 
 
 def from_prefix(served: ServedBatch) -> Assembled:
-    """Fills the cache with the longest exact prefix that an earlier prompt left behind."""
+    """Fills the cache of each prompt with the longest exact prefix cached by earlier prompts."""
     result, state, watch = Assembled.empty(served.batch), served.state, served.watch
     tree = state.prefixes(served.method)
     for index, prompt in enumerate(served.pieces):
@@ -112,7 +112,7 @@ def from_prefix(served: ServedBatch) -> Assembled:
 
 
 def is_held(layout: Layout) -> Tensor:
-    """Rows that chunk caches hold; in a prompt of full attention there are none, ``(B, S)``."""
+    """Rows whose states are in chunk caches, ``(B, S)`` bool; none in a full-attention prompt."""
     return layout.is_encoded & (layout.group != GLOBAL)
 
 
@@ -126,9 +126,9 @@ def relocate(
 ) -> None:
     """Moves one prompt's pieces to ``positions`` ``(S,)`` and writes them into ``columns``."""
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
-    turns = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
+    rotations = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
     runs = _segments(kvs, columns)
-    waiting: list[list[_Part]] = [[] for _ in runs]
+    reads: list[list[_Read]] = [[] for _ in runs]
     blocks = _adjacent(runs)
     for layer, shapes in enumerate(runs[0].like(columns.device)):
         for span, members in blocks:
@@ -136,62 +136,63 @@ def relocate(
             for kind, whole in zip(("key", "value"), room, strict=True):
                 sizes = [runs[index].columns.stop - runs[index].columns.start for index in members]
                 for index, out in zip(members, whole.split(sizes, 1), strict=True):
-                    run, turn = runs[index], turns.of(kind, layer, runs[index].tokens, out.shape[2])
+                    run = runs[index]
+                    rotation = rotations.of(kind, layer, run.tokens, out.shape[2])
                     if run.is_file:
-                        waiting[index].append((f"{kind}.{layer}", out, turn))
-                    elif turn is None:
+                        reads[index].append((f"{kind}.{layer}", out, rotation))
+                    elif rotation is None:
                         out.copy_(run.states(kind, layer))
                     else:
-                        rotate_keys(run.states(kind, layer).to(out.device), turn, out)
-    spare: dict[torch.Size, Tensor] = {}  # new memory for each would take longer than reading
-    for run, parts in zip(runs, waiting, strict=True):
+                        rotate_keys(run.states(kind, layer).to(out.device), rotation, out)
+    buffers: dict[torch.Size, Tensor] = {}  # reused: allocating each would take longer than reading
+    for run, parts in zip(runs, reads, strict=True):
         try:
             if parts:
-                _read(run.kvs[0], parts, spare)
+                _read(run.kvs[0], parts, buffers)
         except ValueError as error:
             raise DamagedChunk(str(error)) from None
 
 
-_Part = tuple[str, Tensor, Rotation | None]
-"""The name of a tensor in a file, where it goes, and how it is rotated."""
+_Read = tuple[str, Tensor, Rotation | None]
+"""A tensor to read: its name in the file, the output, and how it is rotated."""
 
 
-def _read(kv: FileKV, parts: list[_Part], spare: dict[torch.Size, Tensor]) -> None:
-    """Reads what is not rotated into its place in one go, and the rest, one by one, by ``spare``.
+def _read(kv: FileKV, parts: list[_Read], buffers: dict[torch.Size, Tensor]) -> None:
+    """Reads tensors that are not rotated directly into their outputs, all at once.
 
-    What was just read is rotated while a core's cache has it.
+    The others are read one by one into ``buffers`` and rotated while they are in the CPU cache.
     """
-    kv.file.read_into({name: out for name, out, turn in parts if turn is None})
-    for name, out, turn in parts:
-        if turn is not None:
-            if out.shape not in spare:
-                spare[out.shape] = out.new_empty(out.shape)
-            kv.file.read_into({name: spare[out.shape]})
-            rotate_keys(spare[out.shape], turn, out)
+    kv.file.read_into({name: out for name, out, rotation in parts if rotation is None})
+    for name, out, rotation in parts:
+        if rotation is not None:
+            if out.shape not in buffers:
+                buffers[out.shape] = out.new_empty(out.shape)
+            kv.file.read_into({name: buffers[out.shape]})
+            rotate_keys(buffers[out.shape], rotation, out)
 
 
 class _Segment(NamedTuple):
-    """Adjacent pieces: their tokens among all cached ones, and their columns."""
+    """A run of adjacent pieces."""
 
     kvs: list[ChunkKV]
-    tokens: slice
-    columns: slice
-    is_file: bool  # whether it is one file, to be read into the CPU's memory
+    tokens: slice  # among all cached tokens of the prompt
+    columns: slice  # in the cache
+    is_file: bool  # whether it is a single file, to be read into CPU memory
 
     def like(self, device: torch.device) -> list[list[Tensor]]:
-        """Of each layer, tensors of the shapes and types of the first one's keys and values."""
+        """Per layer, dataless tensors with the shapes and dtypes of the first keys and values."""
         kv = self.kvs[0].like if isinstance(self.kvs[0], FileKV) else self.kvs[0]
         pairs = zip(kv.keys, kv.values, strict=True)
-        return [[one.new_empty((), device=device).expand_as(one) for one in pair] for pair in pairs]
+        return [[t.new_empty((), device=device).expand_as(t) for t in pair] for pair in pairs]
 
     def states(self, kind: str, layer: int) -> Tensor:
-        """Their keys or values, ``(K, S, D)``."""
-        found = [getattr(kv, f"{kind}s")[layer] for kv in self.kvs]
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
+        """The run's keys or values in a layer, ``(K, S, D)``."""
+        states = [getattr(kv, f"{kind}s")[layer] for kv in self.kvs]
+        return states[0] if len(states) == 1 else torch.cat(states, 1)
 
 
 def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:
-    """One piece a run on the CPU, where it fits into a core's cache; few large runs on CUDA."""
+    """Splits pieces into runs: one piece each on the CPU (to fit its cache), few large on CUDA."""
     runs: list[_Segment] = []
     ends = list(accumulate(kv.num_tokens for kv in kvs))
     first = columns[[end - kv.num_tokens for end, kv in zip(ends, kvs, strict=True)]].tolist()
@@ -208,41 +209,41 @@ def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:
 
 
 def _adjacent(runs: list[_Segment]) -> list[tuple[slice, list[int]]]:
-    """Columns without a gap, and the runs in them: one view of a layer for all."""
-    found: list[tuple[slice, list[int]]] = []
+    """Groups runs without gaps between them: the columns of each group, and its runs' indices."""
+    blocks: list[tuple[slice, list[int]]] = []
     for index, run in enumerate(runs):
-        if found and found[-1][0].stop == run.columns.start:
-            span, members = found.pop()
-            found.append((slice(span.start, run.columns.stop), [*members, index]))
+        if blocks and blocks[-1][0].stop == run.columns.start:
+            span, members = blocks.pop()
+            blocks.append((slice(span.start, run.columns.stop), [*members, index]))
         else:
-            found.append((run.columns, [index]))
-    return found
+            blocks.append((run.columns, [index]))
+    return blocks
 
 
 class _Rotations:
-    """Rotations of the runs of a prompt; layers that share their frequencies share them."""
+    """Rotations of a prompt's runs, computed once for all layers with the same frequencies."""
 
     def __init__(self, shift: Tensor, rope: RopeSpec, device: torch.device):
-        """By ``shift`` ``(S,)`` positions, on the CPU; rotations are made on ``device``."""
+        """Rotates by ``shift`` ``(S,)`` positions, a CPU tensor; results are on ``device``."""
         self.shift, self.rope, self.device = shift, rope, device
         moves = bool(shift.any())
-        self._kinds = [("key", "value")[one.in_values] if moves else "" for one in rope.layers]
-        known = [(tuple(one.inv_freq.tolist()), *one[1:]) for one in rope.layers]
-        self._same = [known.index(one) for one in known]  # the first layer of the same rotation
-        self._made: dict[tuple, Rotation] = {}
+        self._kinds = [("key", "value")[spec.in_values] if moves else "" for spec in rope.layers]
+        specs = [(tuple(spec.inv_freq.tolist()), *spec[1:]) for spec in rope.layers]
+        self._same = [specs.index(spec) for spec in specs]  # first layer with the same rotation
+        self._computed: dict[tuple, Rotation] = {}
 
     def of(self, kind: str, layer: int, tokens: slice, dim: int) -> Rotation | None:
-        """Of heads of ``dim`` dimensions: ``(1, S, P)``, or ``(1, 1, P)`` where all move alike.
+        """The rotation of heads of ``dim`` dimensions, or None if ``kind`` is not rotated.
 
-        None: there is nothing to rotate.
+        It is ``(1, S, P)``, or ``(1, 1, P)`` if all tokens move by the same distance.
         """
         if kind != self._kinds[layer]:
             return None
         key = self._same[layer], tokens.start, dim
-        if key not in self._made:
+        if key not in self._computed:
             shift = self.shift[tokens]
-            if bool((shift == shift[0]).all()):  # a chunk's tokens do
+            if bool((shift == shift[0]).all()):  # always so within one chunk
                 shift = shift[:1]
             turn = Rotation.of(shift[None].to(self.device), self.rope.layers[layer])
-            self._made[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0]).over(dim)
-        return self._made[key]
+            self._computed[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0]).over(dim)
+        return self._computed[key]

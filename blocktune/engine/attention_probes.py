@@ -1,4 +1,4 @@
-"""Reading attention while a model runs, and the passes that selectors ask for to choose by it."""
+"""Probes that read attention during a forward pass, and the extra passes of selectors."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from blocktune.prompt import LayoutSpec, lay_out, stack
 
 DEFAULT_SCORES = QueryScores()
 OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": (Kind.CHUNK,)}
-"""Kinds of the keys that a question's weights are over, by `QueryScores.over`; none: all."""
+"""Kinds of keys that attention weights are normalised over, by `QueryScores.over`; (): all."""
 ROW_BLOCK = 64
-"""Rows whose weights over all keys are in memory at once."""
+"""Number of rows whose weights over all keys are in memory at once."""
 
 
 class ProbeDone(Exception):
-    """Ends a forward pass: what was wanted of it is known."""
+    """Stops a forward pass once the probe has its result."""
 
 
 class ScoreReader:
-    """Computes the scores of some rows a second time, and counts ``multiply_adds`` ``(B,)``."""
+    """Recomputes the attention scores of some rows, and counts ``multiply_adds`` ``(B,)``."""
 
     def __init__(self, batch_size: int):
         self.multiply_adds = torch.zeros(batch_size, dtype=torch.int64)
@@ -48,11 +48,10 @@ class ScoreReader:
         rule: LayerRule,
         params: AttentionParams,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of rows and their scores ``(B, H, block, N)`` before softmax.
+        """Yields blocks of rows and their scores before softmax, ``(B, H, block, N)``.
 
-        Rows ``(B, R)`` see all of ``columns`` ``(B, N)`` before them, in the rule's window; a block
-        may hold more than the ``wanted`` ones. ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N,
-        D)``.
+        Rows ``(B, R)`` see all ``columns`` ``(B, N)`` before them, within the rule's window. A
+        block may include unwanted rows. ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N, D)``.
         """
         window = LayerRule(window=rule.window)
         read = wanted.any(0).nonzero().squeeze(1).tolist()
@@ -71,9 +70,9 @@ class ScoreReader:
 
 
 class ChunkAttention(ScoreReader):
-    """What the question's rows, and rows of chunks that no cache held, pay each chunk.
+    """Measures the attention to each chunk from the question and from chunks that were not cached.
 
-    ``mass`` ``(B, N, C)`` float32 is the attention weight that each column's row pays each chunk,
+    ``mass`` ``(B, N, C)`` float32 is the attention weight from each column's row to each chunk,
     mean over heads, summed over the ``layers`` read; zero for rows that are not read.
     """
 
@@ -90,7 +89,7 @@ class ChunkAttention(ScoreReader):
     def read(
         self, rows: Rows, query: Tensor, key: Tensor, rule: LayerRule, params: AttentionParams
     ) -> None:
-        """Adds one layer's weights; arguments as in `scores`, a row's order is its column."""
+        """Adds one layer's weights. Arguments as in `scores`; a row's order is its column."""
         column = rows.order.clamp(min=0)
         uncached = self.columns.group.gather(1, column) == GLOBAL
         wanted = (rows.kind == Kind.QUERY) | ((rows.kind == Kind.CHUNK) & uncached)
@@ -101,16 +100,16 @@ class ChunkAttention(ScoreReader):
         self.layers += 1
 
     def of_question(self) -> Tensor:
-        """What the question's rows paid each chunk in the layers read, ``(B, C)``."""
+        """Attention mass from the question to each chunk, over the layers read, ``(B, C)``."""
         asks = self.columns.kind == Kind.QUERY
         return torch.where(asks[..., None], self.mass, 0.0).sum(1)
 
 
 class QueryProbe(ScoreReader):
-    """Attends by another plan, and reads what the question's rows attend to.
+    """Attends by another plan, and reads the attention weights of the question's rows.
 
-    ``by_layer`` has, of each layer read, the attention weight of each key, mean over the heads,
-    pooled over the question's rows, ``(B, N)`` float32.
+    ``by_layer`` holds for each layer read the weight of each key, mean over heads, pooled over the
+    question's rows, ``(B, N)`` float32.
     """
 
     def __init__(
@@ -122,9 +121,9 @@ class QueryProbe(ScoreReader):
         last: int,
         how: QueryScores = DEFAULT_SCORES,
     ):
-        """Reads ``layers`` of a pass by ``plan``, ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
+        """Reads ``layers`` of a pass by ``plan``: ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
 
-        All rows see everything before them. The pass ends in layer ``last``, if there is one.
+        All rows see everything before them. The pass stops in layer ``last``, if it has that many.
         """
         super().__init__(len(query.kind))
         self.plan, self.query, self.key = plan, query, key
@@ -132,7 +131,7 @@ class QueryProbe(ScoreReader):
         self.by_layer: dict[int, Tensor] = {}
         kinds = OVER[how.over]
         left_out = ~sum(key.kind == kind for kind in kinds).bool() if kinds else None
-        # Where a prompt has nothing of the kind, its rows' weights are over all keys.
+        # A prompt without any key of these kinds is normalised over all keys.
         self._left_out = None if left_out is None else left_out & ~left_out.all(1, keepdim=True)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
@@ -143,7 +142,7 @@ class QueryProbe(ScoreReader):
             for block, scores in self.scores(asks, self.query, self.key, query, key, rule, params):
                 if self._left_out is not None:
                     scores = scores.masked_fill(self._left_out[:, None, None], float("-inf"))
-                # A row whose window reaches none of the keys gives them nothing.
+                # NaN: the row's window contains no key, so it adds no weight.
                 weights = attention_weights(scores, params).nan_to_num().mean(1)
                 weights = weights.square() if self.pool == "norm" else weights
                 total += torch.where(asks[:, block, None], weights, 0.0).sum(1)
@@ -155,19 +154,19 @@ class QueryProbe(ScoreReader):
 
 
 class OutsideProbe(ScoreReader):
-    """Reads, in the first layer, how much attention leaves the row's own chunk; then ends the pass.
+    """Measures in the first layer how much attention leaves a row's own chunk; then stops the pass.
 
-    ``share`` is that of each row's attention that goes elsewhere, mean over the heads, ``(B, R)``.
+    ``share`` ``(B, R)`` is each row's share of attention outside its chunk, mean over heads.
     """
 
     def __init__(self, rows: Rows):
-        """Reads a pass of ``rows`` ``(B, R)`` over themselves."""
+        """Prepares for a self-attention pass of ``rows`` ``(B, R)``."""
         super().__init__(len(rows.kind))
         self.rows = rows
         self.share = torch.zeros_like(rows.kind, dtype=torch.float32)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`; never returns."""
+        """Implements `Plan.attend`; always raises `ProbeDone`."""
         rows, chunk = self.rows, self.rows.chunk
         wanted = rows.kind == Kind.CHUNK
         for block, scores in self.scores(wanted, rows, rows, query, key, rule, params):
@@ -179,10 +178,10 @@ class OutsideProbe(ScoreReader):
 
 
 class ScoringPasses:
-    """Passes over one batch, ``executed`` in order; its cache keeps what chunks put into it."""
+    """Extra passes over a batch, listed in ``executed``. They leave cached chunks unchanged."""
 
     def __init__(self, served: ServedBatch, cached: Tensor):
-        """Takes which rows' states are in the batch's cache, ``(B, S)`` bool."""
+        """``cached`` ``(B, S)`` bool marks the rows whose states are in the batch's cache."""
         self.served, self.cached = served, cached
         self.batch, self.pieces, self.columns = served.batch, served.pieces, served.columns
         self.model, self.cache = served.state.model, served.cache
@@ -208,9 +207,9 @@ class ScoringPasses:
 
     def full_prefill(self) -> Truth:
         """See `Passes.full_prefill`."""
-        true = RowCache(len(self.cache), *self.columns.kind.shape, exact=True)
-        attention = self._prefill(self._rows, true)
-        pairs = list(zip(true.layers, self.cache.layers, strict=True))
+        exact = RowCache(len(self.cache), *self.columns.kind.shape, exact=True)
+        attention = self._prefill(self._rows, exact)
+        pairs = list(zip(exact.layers, self.cache.layers, strict=True))
         keys = torch.stack([distance(a.keys, b.keys) for a, b in pairs])
         values = torch.stack([distance(a.values, b.values) for a, b in pairs])
         layout = self.batch.layout
@@ -245,19 +244,19 @@ class ScoringPasses:
         rows, last = batch.layout.rows(), config.num_hidden_layers - 1
         probe = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)
         self._run(other, batch.input_ids, batch.layout.position, probe)
-        # A causal pass over all rows, which ended when the last layer's weights were known.
+        # The cost of a causal pass over all rows that stops at the last layer's weights.
         cost, count = ModelCost.of(other), (rows.kind != Kind.PAD).sum(1).cpu()
         pairs = count * (count + 1) // 2
         below = sum(count * layer.row + pairs * layer.pair for layer in cost.layers[:-1])
         spent = below + count * cost.layers[-1].probe + probe.multiply_adds
         self.executed.append(Executed(other, heads=0, extra=spent))
         result = torch.zeros_like(self.cached, dtype=torch.float32)
-        # Both hold the same chunk tokens in the same order, among other rows.
+        # Both layouts have the same chunk tokens in the same order.
         result[layout.is_context] = probe.by_layer[last][batch.layout.is_context].to(result.device)
         return result
 
     def look_ahead(self) -> None:
-        """Computes the question over what is cached, for a reshape that wants to see that first."""
+        """Computes the question over the cached states, for a reshape that needs its attention."""
         computed = computed_rows(self.batch, self._rows & ~self.cached)
         self.cache.select(computed.columns)
         reshaping = self.served.reshaping
@@ -278,9 +277,9 @@ class ScoringPasses:
         how: QueryScores | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
-        """Computes rows into ``cache``; what the question attends to, ``(L, B, S)``.
+        """Computes rows into ``cache``. Returns the question's attention, ``(L, B, S)``.
 
-        ``shift`` moves the rows of each column, ``(B, N)``.
+        ``shift`` ``(B, N)`` is added to the position of each column's row.
         """
         how, computed = how or DEFAULT_SCORES, computed_rows(self.batch, chosen)
         cache.select(computed.columns)
@@ -292,7 +291,7 @@ class ScoringPasses:
         if shift is not None:
             position = position + shift.gather(1, computed.columns.clamp(min=0))
         self._run(self.model, computed.ids, position, probe, cache)
-        # Where the pass ends early, the last layer that is read made keys and queries only.
+        # If the pass stops early, its last layer computed only the keys and queries.
         heads, probes = (1, {}) if how.depth is None else (0, {last: plan})
         extra = probe.multiply_adds
         self.executed.append(Executed(self.model, [plan], probes, heads=heads, extra=extra))
@@ -306,19 +305,20 @@ class ScoringPasses:
 
 
 def _to_encoded(columns: Rows) -> Tensor:
-    """How far each column's row is from where its chunk was encoded, ``(B, N)``.
+    """Shift of each column from its position in the prompt to that at encoding, ``(B, N)``.
 
-    Chunks begin at 0; what is outside of chunks but for the prefix begins after the longest one.
+    Chunks were encoded from position 0. Rows outside of chunks, except for the prefix, move to the
+    positions after the longest chunk.
     """
     in_chunk = (columns.kind == Kind.CHUNK) | (columns.kind == Kind.WRAP)
     chunk = torch.where(in_chunk, columns.chunk, columns.chunk.max() + 1)
     far = torch.full_like(columns.position, columns.position.max() + 1)
     start = far.scatter_reduce(1, chunk.clamp(min=0), columns.position, "amin")
-    own = columns.position - start.gather(1, chunk.clamp(min=0))
+    offset = columns.position - start.gather(1, chunk.clamp(min=0))
     prefix = columns.kind == Kind.PREFIX
-    inside = torch.where(in_chunk, own, torch.where(prefix, columns.position, -1))
+    inside = torch.where(in_chunk, offset, torch.where(prefix, columns.position, -1))
     longest = inside.amax(1, keepdim=True)
     outside = ~in_chunk & ~prefix & (columns.kind != Kind.PAD)
     first = torch.where(outside, columns.position, far).amin(1, keepdim=True)
-    moved = torch.where(in_chunk, own, columns.position - first + longest + 1)
+    moved = torch.where(in_chunk, offset, columns.position - first + longest + 1)
     return torch.where(prefix, 0, moved - columns.position)

@@ -1,4 +1,4 @@
-"""One batch of requests on its way from prompts to the first logits."""
+"""Prefill of a batch of requests: from prompts to the first logits."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ def prefill_batch(
     method: Method,
     found: Found | None = None,
 ) -> Generation:
-    """Assembles what is cached, computes the rest, and stops before the first token.
+    """Loads the cached states of a batch and computes the rest, up to the first logits.
 
-    ``found``: the prompts' chunks, if they were looked up.
+    ``found`` are the prompts' chunks, if they were looked up already.
     """
     batch = state, prompts, pieces, method
     if state.recurrence is not None:
         return prefill_recurrent(*batch)
     loader = method.loader(state.encoder.store, state.encoder.fingerprint)
-    looked = found if loader is None else None
+    found = found if loader is None else None
     try:
-        return _prefill(ServedBatch.stacked(*batch), loader, looked)
-    except DamagedChunk:  # read as a whole, the store rejects the chunk, and it is encoded again
+        return _prefill(ServedBatch.stacked(*batch), loader, found)
+    except DamagedChunk:  # without lazy reads, the store rejects the chunk and it is encoded again
         return _prefill(ServedBatch.stacked(*batch), None, None, lazy=False)
 
 
 def warm_up(
     state: EngineState, prompts: PromptMaker, pieces: Sequence[Pieces], method: Method
 ) -> None:
-    """Serves the earlier prompts that the method wants behind it, each in full."""
-    for by in range(1, method.warm_up + 1):
-        turned = [(one.chunks, by % max(1, len(one.chunks))) for one in pieces]
-        chunks = [chunks[start:] + chunks[:start] for chunks, start in turned]
+    """Serves `Method.warm_up` earlier prompts in full, with the same chunks in rotated order."""
+    for shift in range(1, method.warm_up + 1):
+        starts = [(prompt.chunks, shift % max(1, len(prompt.chunks))) for prompt in pieces]
+        chunks = [chunks[start:] + chunks[:start] for chunks, start in starts]
         earlier = [p._replace(chunks=c) for p, c in zip(pieces, chunks, strict=True)]
-        laid = [prompts.prompt(one, LayoutSpec(block=False), 1) for one in earlier]
-        next(prefill_batch(state, laid, earlier, method).tokens(Sampling(), 1))
+        layouts = [prompts.prompt(prompt, LayoutSpec(block=False), 1) for prompt in earlier]
+        next(prefill_batch(state, layouts, earlier, method).tokens(Sampling(), 1))
 
 
 def _prefill(
     served: ServedBatch, loader: ChunkLoader | None, found: Found | None, lazy: bool = True
 ) -> Generation:
-    """Assembles, chooses and computes."""
+    """Loads cached states, selects rows to recompute, and computes."""
     state, watch = served.state, served.watch
     selection = served.method.select_for(state.num_layers)
     assembled = _assemble(served, selection, loader, found, lazy)
@@ -73,17 +73,17 @@ def _prefill(
         passes.look_ahead()
     candidates, schedule = _choose(served, selection, assembled, passes)
     watch.stop("select_s")
-    made = prefill(served, candidates, schedule)
+    result = prefill(served, candidates, schedule)
     watch.stop("recompute_s")
-    executed = [*passes.executed, made.executed(state.model)]
-    if served.reshaping is not None:  # decoding will add its own to the same tensor
+    executed = [*passes.executed, result.executed(state.model)]
+    if served.reshaping is not None:  # clone: decoding adds to the same tensor
         extra = served.reshaping.multiply_adds.clone()
         executed.append(Executed(state.model, heads=0, extra=extra))
     return Generation(
         **vars(served),
         last=candidates.rows.map(lambda field: field[:, -1:]),
         assembled=assembled,
-        prefill=made,
+        prefill=result,
         executed=executed,
     )
 
@@ -99,17 +99,17 @@ def _assemble(served: ServedBatch, selection: Selection, *how: Any) -> Assembled
 def _choose(
     served: ServedBatch, selection: Selection, assembled: Assembled, passes: ScoringPasses
 ) -> tuple[Computed, LayerSchedule]:
-    """All rows that some layer computes, and which of them each does."""
+    """Selects the rows that any layer computes, and which of them each layer computes."""
     layout = served.batch.layout
-    # What no cache holds is computed anyway, and a chunk's token when it is selected (its
-    # original is overwritten then).
+    # Rows that are not cached are always computed; a cached token only if it is selected, which
+    # overwrites its original.
     start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
     depth = hidden = None
     if served.method.cached is Cached.CHUNKS:
-        begun = selection.begin(layout, passes)
-        if begun.dtype != torch.bool:  # in so many layers
-            depth = begun.masked_fill(start, FOREVER)
-        start = start | (begun > 0)
+        selected = selection.begin(layout, passes)
+        if selected.dtype != torch.bool:  # number of layers, from the first, that compute each
+            depth = selected.masked_fill(start, FOREVER)
+        start = start | (selected > 0)
     if selection.sees == "chosen":
         hidden = to_columns(selectable(layout) & ~start, layout, served.columns)
     layers = selection.widens(served.state.num_layers)

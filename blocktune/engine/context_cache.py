@@ -1,4 +1,4 @@
-"""A prompt up to its question as a stock transformers cache: `generate` without an engine."""
+"""Builds a stock transformers cache of a prompt's context, to call `generate` without an engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from blocktune.prompt import Chunk, Pieces, Prompt
 
 @dataclass(frozen=True)
 class CachedContext:
-    """The prefix and the chunks of a prompt in a stock cache, made by `Engine.cache`.
+    """A stock cache of a prompt's prefix and chunks, made by `Engine.cache`.
 
     ```python
     context = engine.cache(chunks, "block-attention")
@@ -34,38 +34,38 @@ class CachedContext:
 
     past_key_values: DynamicCache  # of N tokens, keys rotated to their positions
     input_ids: Tensor  # ``(1, N)``
-    position_ids: Tensor  # ``(1, N)``; of reserved or parallel placement not 0 to N - 1
-    question: str | None  # that the method chose its tokens by; None: serves any question
+    position_ids: Tensor  # ``(1, N)``; not 0 to N - 1 with reserved or parallel placement
+    question: str | None  # used by the method to select tokens; None: valid for any question
     _lay_out: Callable[[str], Prompt]
     _decoding: dict[str, Any]
 
     def inputs(self, question: str | None = None) -> dict[str, Any]:
         """Keyword arguments for `generate` that ask a question over the context.
 
-        The question may be left out if the cache was made for one. ``input_ids``,
-        ``attention_mask`` and ``position_ids`` are of the whole prompt, ``(1, N + Q)``;
-        ``past_key_values`` is a copy, since `generate` appends to it. The output repeats the
+        The question may be omitted if the cache was made for one. ``input_ids``,
+        ``attention_mask`` and ``position_ids`` cover the whole prompt, ``(1, N + Q)``;
+        ``past_key_values`` is a copy, because `generate` appends to it. The output repeats the
         prompt: new tokens start at ``N + Q``.
 
         Raises:
-            ValueError: If there is no question, the cache was made for another one, or it was
-                itself continued.
+            ValueError: If there is no question, the cache was made for another question, or
+                tokens were appended to the cache itself.
         """
         if self.past_key_values.get_seq_length() != self.input_ids.shape[1]:
             raise ValueError(
-                "past_key_values was continued, and is no cache of the context any more; make one "
-                "by engine.cache, and give generate what inputs() returns"
+                "past_key_values was continued: it has more tokens than the context; make a new "
+                "cache by engine.cache, and pass what inputs() returns to generate"
             )
-        asked = self.question if question is None else question
-        if asked is None:
+        query = self.question if question is None else question
+        if query is None:
             raise ValueError("inputs() needs a question; this cache was made without one")
-        if self.question not in (None, asked):
+        if self.question not in (None, query):
             raise ValueError(
-                f"this cache was made for the question {self.question!r:.80}, got {asked!r:.80}; "
+                f"this cache was made for the question {self.question!r:.80}, got {query!r:.80}; "
                 "the method chooses tokens by the question: make one cache for each"
             )
-        prompt = self._lay_out(asked)
-        rows = (prompt.layout.kind[0] != Kind.BLANK).nonzero().squeeze(1)  # no column holds a blank
+        prompt = self._lay_out(query)
+        rows = (prompt.layout.kind[0] != Kind.BLANK).nonzero().squeeze(1)  # blanks have no column
         rows = rows[prompt.layout.order[0, rows].argsort()]
         ids, positions = prompt.input_ids[rows][None], prompt.layout.position[:, rows]
         device = self.input_ids.device
@@ -90,8 +90,8 @@ def make_context(
         raise ValueError(state.recurrence.refusal.format("a cache of the context"))
     if method.reshape() is not None:
         raise ValueError(
-            f"method '{method.name}' reshapes attention to the chunks, which a stock model does "
-            "not do; use engine.answer, or a method without a reshape"
+            f"method '{method.name}' reshapes attention to the chunks, which a stock model "
+            "cannot do; use engine.answer, or a method without a reshape"
         )
     if question is None and method.select_for(state.num_layers).needs_question:
         raise ValueError(
@@ -99,16 +99,16 @@ def make_context(
             "engine.cache(chunks, method, question=...)"
         )
 
-    def pieces(asked: str) -> Pieces:
-        return prompts.pieces(RagExample(asked, chunks), method)
+    def pieces(query: str) -> Pieces:
+        return prompts.pieces(RagExample(query, chunks), method)
 
-    def lay_out(asked: str) -> Prompt:
-        return prompts.prompt(pieces(asked), prompts.spec(method))
+    def lay_out(query: str) -> Prompt:
+        return prompts.prompt(pieces(query), prompts.spec(method))
 
     prompt = pieces("?" if question is None else question)
     warm_up(state, prompts, [prompt], method)
-    laid = prompts.lay_out(prompt, method, state.encoder)
-    run = prefill_batch(state, [laid], [prompt], method)
+    laid_out = prompts.lay_out(prompt, method, state.encoder)
+    run = prefill_batch(state, [laid_out], [prompt], method)
     layout = run.batch.layout
     count = int(layout.order[layout.kind == Kind.QUERY].min())
     cache = DynamicCache()

@@ -1,4 +1,4 @@
-"""Encoding chunks alone, and finding encoded ones again."""
+"""Encodes chunks independently of each other, and looks encoded chunks up in the store."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
 TOKENS_PER_PASS = 16_384
-"""Rows, padding included, that are encoded in one forward pass."""
+"""Most rows, padding included, in one forward pass of encoding."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is encoded by itself and stored: the prefix, or a chunk after its blanks."""
+    """A unit that is encoded by itself and stored: the prefix, or a chunk after its blanks."""
 
-    ids: Ids  # tokens that are stored
+    ids: Ids  # tokens whose states are stored
     blanks: Ids = ()  # tokens before it during encoding, whose own states are dropped
-    is_prefix: bool = False  # whether it is the prefix, which no adapter of scope ``encode`` writes
+    is_prefix: bool = False  # a prefix is encoded without adapters of scope ``encode``
 
     @cached_property
     def _hash(self) -> int:
         return hash((self.ids, self.blanks, self.is_prefix))
 
-    def __hash__(self):  # once for each piece: a prompt asks many times for each
+    def __hash__(self):  # cached, because each prompt hashes its pieces many times
         return self._hash
 
 
 def wanted_pieces(prompt: Prompt) -> list[Piece]:
-    """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
+    """Pieces of a prompt: the prefix (if any), then the chunks, each with its blanks."""
     prefix = [Piece(prompt.prefix, is_prefix=True)] if prompt.prefix else []
     return prefix + [Piece(*chunk) for chunk in prompt.chunks]
 
 
 def alone(piece: Piece) -> Prompt:
-    """The rows of a piece by itself: its tokens from position 0, its blanks before that."""
+    """Lays a piece out by itself: its tokens from position 0, its blanks before that."""
     if piece.is_prefix:
         return lay_out(Pieces(prefix=piece.ids, chunks=(), query=()), LayoutSpec())
     chunk = Pieces(prefix=(), chunks=(piece.ids,), query=())
@@ -62,7 +62,7 @@ def alone(piece: Piece) -> Prompt:
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of similar length, as many as fit into a pass."""
+    """Yields groups of pieces of similar length, as many as fit into one pass."""
     group: list[Piece] = []
     for piece in sorted(pieces, key=_size):
         if group and (len(group) + 1) * _size(piece) > TOKENS_PER_PASS:
@@ -83,25 +83,25 @@ def _document(chunk: Chunk) -> str:
 
 
 class EncodeReport(NamedTuple):
-    """What `Engine.encode` did: chunks given, newly encoded, tokens and seconds of those."""
+    """Result of `Engine.encode`."""
 
-    num_chunks: int
-    num_encoded: int
+    num_chunks: int  # chunks given
+    num_encoded: int  # chunks newly encoded; tokens and seconds are of these
     num_tokens: int
     encode_s: float
 
 
 @dataclass
 class Found:
-    """Encoded pieces, and the tier of the store that had each (``none``: it had to be encoded)."""
+    """Encoded pieces, and the store's tier where each was found (``none``: newly encoded)."""
 
     kvs: dict[Piece, ChunkKV] = field(default_factory=dict)
-    states: dict[tuple[Piece, int], ChunkStates] = field(default_factory=dict)  # of layers asked
+    states: dict[tuple[Piece, int], ChunkStates] = field(default_factory=dict)  # by layer
     tiers: dict[Piece, str] = field(default_factory=dict)
 
     @property
     def hits(self) -> set[Piece]:
-        """Pieces that the store had."""
+        """Pieces found in the store."""
         return {piece for piece, tier in self.tiers.items() if tier != "none"}
 
     @property
@@ -111,7 +111,7 @@ class Found:
 
 
 REMEMBERED = 1024
-"""Tokens of a piece whose key is remembered at most: keys of 512 tokens take 0.1 ms to make."""
+"""Most tokens of a piece whose key is memoised. The key of 512 tokens takes 0.1 ms to compute."""
 
 
 @lru_cache(2048)
@@ -123,7 +123,7 @@ _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 
 
 class Encoder:
-    """Turns pieces into their keys and values, through the store."""
+    """Encodes pieces into keys and values, with the store as a cache."""
 
     def __init__(
         self,
@@ -134,9 +134,9 @@ class Encoder:
         rope: RopeSpec | None = None,
         press: Press | None = None,
     ):
-        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``.
+        """Encodes with ``model`` (with blocktune's attention attached) into ``store``.
 
-        ``rope`` is the model's; ``press`` drops keys of the chunks.
+        ``rope`` is the model's. ``press`` drops keys of the chunks.
         """
         self.model, self.store, self.tenant = model, store, ""
         self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
@@ -151,26 +151,26 @@ class Encoder:
         documents: Mapping[Piece, str] | None = None,
         lazy: bool = False,
     ) -> Found:
-        """Looks every piece up (by the ``loader``, if given) and encodes what is missing, once.
+        """Looks every piece up (by the ``loader``, if given) and encodes the missing ones.
 
-        The input states of ``layers`` (0-based) are wanted too: a piece that was encoded without
-        them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. What is
-        encoded can be removed by the names of ``documents``. A ``lazy`` reader gets chunks that no
-        memory will hold as `FileKV`: their layers are read when they are asked for.
+        The input states of ``layers`` (0-based) are needed, too: a piece that was encoded without
+        them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. New
+        entries are stored under the names of their ``documents``. With ``lazy``, chunks that the
+        store does not keep in memory are returned as `FileKV`, which reads layers on access.
         """
         found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()
         for group in grouped(piece for piece in found.tiers if piece not in found.kvs):
             started, tokens = time.perf_counter(), sum(map(_size, group))
-            made = self._encode_together(group, layers)
+            encoded = self._encode_together(group, layers)
             token_s = (time.perf_counter() - started) / tokens
-            for piece, kv, inputs in made:
+            for piece, kv, inputs in encoded:
                 about = {"seconds": token_s * _size(piece), "tenant": self.tenant}
                 about["document"] = (documents or {}).get(piece, "")
                 found.kvs[piece] = self.store.put(self.key(piece), kv, **about)
-                for layer, entering in inputs.items():
+                for layer, states in inputs.items():
                     key = states_key(self.key(piece), layer)
-                    found.states[piece, layer] = self.store.put(key, entering, **about)
+                    found.states[piece, layer] = self.store.put(key, states, **about)
         watch.stop("encode_s")
         return found
 
@@ -182,29 +182,29 @@ class Encoder:
         loader: ChunkLoader | None = None,
         lazy: bool = False,
     ) -> Found:
-        """What the store has of the pieces; see `find`, which encodes the others."""
+        """Looks pieces up like `find`, but encodes nothing."""
         found, model, lookup_s, load_s = Found(), self.fingerprint, 0.0, 0.0
-        look = (loader or self.store).lookup
+        lookup = (loader or self.store).lookup
         limits = self.store.config
         lazy = lazy and self.store.device.type == "cpu" and limits.memory + limits.cpu == 0
         how = {"read": FileKV.read} if lazy and not loader else {}
         for piece in dict.fromkeys(pieces):
             key = self.key(piece)
-            looked = [look(key, piece.ids, model, **how)]
+            results = [lookup(key, piece.ids, model, **how)]
             for layer in layers:
-                own = states_key(key, layer)
-                looked.append(self.store.lookup(own, piece.ids, model, ChunkStates))
+                states_id = states_key(key, layer)
+                results.append(self.store.lookup(states_id, piece.ids, model, ChunkStates))
             complete = True
-            for one in looked:
-                lookup_s += one.lookup_s
-                load_s += one.load_s
-                complete = complete and one.kv is not None
+            for result in results:
+                lookup_s += result.lookup_s
+                load_s += result.load_s
+                complete = complete and result.kv is not None
             if not complete:
                 found.tiers[piece] = "none"
                 continue
-            found.tiers[piece], found.kvs[piece] = looked[0].tier, looked[0].kv
-            for layer, one in zip(layers, looked[1:], strict=True):
-                found.states[piece, layer] = one.kv
+            found.tiers[piece], found.kvs[piece] = results[0].tier, results[0].kv
+            for layer, result in zip(layers, results[1:], strict=True):
+                found.states[piece, layer] = result.kv
         watch.add("lookup_s", lookup_s)
         watch.add("load_s", load_s)
         return found
@@ -218,11 +218,11 @@ class Encoder:
     ) -> EncodeReport:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``."""
         watch = Stopwatch(self.model.device)
-        wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
+        unique = dict.fromkeys([*([prefix] if prefix else []), *pieces])
         names = {piece: _document(chunk) for piece, chunk in zip(pieces, chunks, strict=True)}
         new: set[Piece] = set()
-        done, total = 0, sum(len(piece.ids) for piece in wanted)
-        for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
+        done, total = 0, sum(len(piece.ids) for piece in unique)
+        for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
             new |= self.find(group, watch, documents=names).misses
             done += sum(len(piece.ids) for piece in group)
             if progress is not None:
@@ -232,11 +232,11 @@ class Encoder:
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
 
     def encode_wanted(self, most: int, longest: int) -> int:
-        """See `Engine.encode_wanted`; chunks of more than ``longest`` tokens are left out."""
+        """See `Engine.encode_wanted`. Chunks of more than ``longest`` tokens are skipped."""
         queue = MissQueue(self.store.folder)
         wanted = queue.take(self.fingerprint, most)
         watch = Stopwatch(self.model.device)
-        pieces = [Piece(*one) for one in wanted]
+        pieces = [Piece(*chunk) for chunk in wanted]
         for group in grouped(piece for piece in pieces if _size(piece) <= longest):
             self.find(group, watch)
         queue.done(self.fingerprint, wanted)
@@ -251,35 +251,35 @@ class Encoder:
         return other
 
     def key(self, piece: Piece) -> str:
-        """Under which the store keeps a piece."""
+        """The store's key of a piece."""
         scoped = piece.is_prefix and self._is_scoped
         make = _stored_key if _size(piece) <= REMEMBERED else _stored_key.__wrapped__
         return make(self.fingerprint, piece, scoped)
 
     def sample(self) -> ChunkKV:
-        """One token's keys and values, for their shapes and dtype."""
+        """Keys and values of a single token, as an example of shapes and dtype."""
         [(_, kv, _)] = self._encode_together([Piece((self.pad_id,))], ())
         return kv
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
-        whole = [alone(self._whole(piece)) for piece in pieces]
-        batch = stack(whole, self.pad_id).to(self.model.device)
+        prompts = [alone(self._unpruned(piece)) for piece in pieces]
+        batch = stack(prompts, self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
         positions = batch.layout.position
         with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
             planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
-        made = cache, plan.inputs, seen
-        return [self._cut(*made, index, piece) for index, piece in enumerate(pieces)]
+        outputs = cache, plan.inputs, seen
+        return [self._extract(*outputs, index, piece) for index, piece in enumerate(pieces)]
 
-    def _whole(self, piece: Piece) -> Piece:
-        """What is encoded: of a chunk that is thinned, the tokens that are dropped, too."""
+    def _unpruned(self, piece: Piece) -> Piece:
+        """The piece to encode: if a press prunes it, with the tokens that are dropped later."""
         if self.press is None or piece.is_prefix:
             return piece
         return Piece(piece.ids + piece.blanks)
 
-    def _cut(
+    def _extract(
         self,
         cache: DynamicCache,
         inputs: dict[int, Tensor],
@@ -287,26 +287,26 @@ class Encoder:
         index: int,
         piece: Piece,
     ) -> _Encoded:
-        whole, ids = self._whole(piece), torch.tensor(piece.ids)
-        span = slice(len(whole.blanks), _size(whole))
+        encoded, ids = self._unpruned(piece), torch.tensor(piece.ids)
+        span = slice(len(encoded.blanks), _size(encoded))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)
         values = tuple(layer.values[index, :, span] for layer in cache.layers)
         if self.press is not None and not piece.is_prefix:
             layers = zip(seen, keys, values, strict=True)
-            thin = [self.press.thin(one, index, *kv) for one, *kv in layers]
-            keys, values = (tuple(kind) for kind in zip(*thin, strict=True))
+            pruned = [self.press.thin(layer, index, *kv) for layer, *kv in layers]
+            keys, values = (tuple(kind) for kind in zip(*pruned, strict=True))
         states = {
-            layer: ChunkStates(made[index, span], layer, ids, self.fingerprint).compact()
-            for layer, made in inputs.items()
+            layer: ChunkStates(hidden[index, span], layer, ids, self.fingerprint).compact()
+            for layer, hidden in inputs.items()
         }
         return piece, ChunkKV(keys, values, ids, self.fingerprint).compact(), states
 
 
 class InputRecorder:
-    """A plan that attends by another one, and keeps what entered some layers."""
+    """Attends by another plan, and records the hidden states at the input of some layers."""
 
     def __init__(self, plan: Plan, layers: Container[int]):
-        """Keeps the hidden states ``(B, S, hidden)`` that enter ``layers``."""
+        """Records the inputs ``(B, S, hidden)`` of ``layers``."""
         self.plan, self.layers = plan, layers
         self.inputs: dict[int, Tensor] = {}
 

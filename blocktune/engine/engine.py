@@ -1,4 +1,4 @@
-"""The engine: answers from chunk caches by any method, on stock models."""
+"""The engine: answers questions from chunk caches by any reuse method, on stock models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from blocktune.prompt.special_tokens import padding_id
 from blocktune.registry import require_count
 
 NO_LIMIT = 1 << 30
-"""Tokens of a context where the model's configuration names no limit."""
+"""Context length in tokens if the model's configuration has no limit."""
 
 
 class Engine:
@@ -48,11 +48,11 @@ class Engine:
     print(answer.text, answer.usage.recompute_ratio, answer.usage.ttft_s)
     ```
 
-    Several threads may answer at once: what a request changes is its own, and its caches are
-    locked.
+    Several threads may answer at once: requests share no mutable state except the caches, which
+    are locked.
     """
 
-    responses: ResponseCache | None = None  # set it to keep whole answers
+    responses: ResponseCache | None = None  # set it to cache whole answers
 
     def __init__(
         self,
@@ -65,21 +65,21 @@ class Engine:
         store: ChunkStore | None = None,
         prefix_tree: PrefixTree | None = None,
     ):
-        """Takes a loaded model over: its attention is switched to blocktune's.
+        """Serves a loaded model, whose attention is replaced by blocktune's.
 
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent layers
-                (Mamba-2, Qwen3-Next, ...) or absolute positions (GPT-2), which serves only methods
-                that reuse no chunk.
-            tokenizer: The model's.
+                (Mamba-2, Qwen3-Next, ...) or absolute positions (GPT-2), which supports only
+                methods that reuse no chunk.
+            tokenizer: The model's tokenizer.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
-            adapter_folder: Its files, which count in the cache's fingerprint.
+            adapter_folder: The adapter's files, which are part of the fingerprint.
             store: Where encoded chunks are kept; default: memory.
             prefix_tree: Where exact prefixes are kept; default: memory, then the store's folder.
 
         Raises:
-            ValueError: If cached chunks of the model cannot be moved, or it has another adapter.
+            ValueError: If cached chunks of the model cannot be moved, or ``adapter`` is wrong.
         """
         rope, recurrence = hook(model)
         if rope is not None and model.device.type == "cpu":
@@ -97,7 +97,7 @@ class Engine:
         if rope is not None:
             facts = model, tokenizer, words, adapter, adapter_folder, rope
             self.store.describe(self.fingerprint, lambda: manifest(*facts, encoder.sample()), rope)
-        if press is not None:  # thinned chunks are no other engine's
+        if press is not None:  # engines without the press must not find pruned chunks
             encoder = encoder.salted(press.text, "press")
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
         tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
@@ -133,13 +133,12 @@ class Engine:
     ) -> Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
-        Options that are not named here are those of `blocktune.adapter.load.load_model`. ``store``
-        says where encoded chunks are kept: a `ChunkStore`, or any text that `ChunkStore.open`
-        takes, such as a folder; None: memory only. ``format`` is the wording of prompts; None: the
-        adapter's.
+        For the other options see `blocktune.adapter.load.load_model`. ``store`` is where encoded
+        chunks are kept: a `ChunkStore`, or any text that `ChunkStore.open` takes, such as a folder;
+        None: memory only. ``format`` is the wording of prompts; None: the adapter's.
 
         Raises:
-            ValueError: If there is no such model or adapter, or they do not fit.
+            ValueError: If the model or adapter does not exist, or they do not match.
         """
         options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
         options |= {"recurrent": recurrent}
@@ -153,47 +152,48 @@ class Engine:
     ) -> EncodeReport:
         """Encodes chunks (and the prefix of all prompts) into the store ahead of any request.
 
-        Each, in any form that `RagExample.chunks` takes, is kept under the name of its document:
-        ``document`` or ``id`` of its metadata, else its title; `blocktune store rm --document`
-        removes by it. ``progress`` is called with tokens done and in all after each pass.
+        ``chunks`` may have any form that `RagExample.chunks` takes. Each is stored with the name of
+        its document (``document`` or ``id`` of its metadata, else its title), by which `blocktune
+        store rm --document` removes it. ``progress`` is called after each pass with the tokens
+        done and their total.
         """
         chunks = read_chunks(chunks)
         pieces = self.prompts.encodable(chunks)
         return self.state.encoder.encode(*pieces, chunks, progress)
 
     def encode_wanted(self, most: int = 256) -> int:
-        """Encodes up to ``most`` chunks that readers of the store missed; returns how many it was.
+        """Encodes up to ``most`` chunks from the store's `MissQueue`. Returns their number.
 
-        See `MissQueue`. Raises ValueError if the store has no folder.
+        Raises ValueError if the store has no folder.
         """
         if self.store.folder is None:
-            raise ValueError("chunks are wanted in a folder; give the engine a store with one")
+            raise ValueError("missed chunks are queued in a folder; use a store with a folder")
         return self.state.encoder.encode_wanted(most, self.prompts.max_tokens)
 
     def add_auxiliary(
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Gives a loaded model a name by which selectors may ask it (``cacheclip``).
+        """Registers a loaded model under a name that selectors (``cacheclip``) can refer to.
 
-        Folders need no name. Raises ValueError if its tokenizer is not the served model's.
+        Models in folders need no name. Raises ValueError if the tokenizer is not the served one.
         """
         self.state.auxiliaries.add(name, model, tokenizer)
 
     def forget(self) -> None:
-        """Empties the memory of chunks and of exact prefixes: the next answer finds nothing."""
+        """Drops all chunks and exact prefixes from memory, so that the next answer finds none."""
         self.store.clear()
         self.forget_prefixes()
 
     def reworded(self, format: PromptFormat) -> Engine:
-        """The same model and caches, asked in another wording, whatever the adapter's was."""
+        """An engine with the same model and caches and another wording of prompts."""
         other = copy.copy(self)
         other.format, other.prompts = format, dataclasses.replace(self.prompts, format=format)
         return other
 
     def salted(self, salt: str) -> Engine:
-        """The same model, whose chunks and prefixes only engines of the same salt find.
+        """An engine whose chunks and prefixes are visible only to engines of the same salt.
 
-        The salt goes into the fingerprint, and so into every key; an empty one changes nothing.
+        The salt is part of the fingerprint, and so of every key. An empty salt changes nothing.
         """
         if not salt:
             return self
@@ -203,10 +203,10 @@ class Engine:
         return other
 
     def decoding_on(self, text: str) -> Engine:
-        """The same model and caches; answers are decoded on the kind of cache that ``text`` names.
+        """An engine with the same model and caches that decodes on another kind of cache.
 
-        See `blocktune.cache.decode_cache.DecodeCache`. Raises ValueError as that does, or if the
-        model decodes on a cache of its own.
+        ``text`` is parsed by `blocktune.cache.decode_cache.DecodeCache`. Raises ValueError as that
+        does, or if the model has its own kind of cache.
         """
         if self.state.recurrence is not None:
             raise ValueError("this model decodes on its own cache; leave the decode cache out")
@@ -215,7 +215,7 @@ class Engine:
         return other
 
     def forget_prefixes(self) -> None:
-        """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
+        """Empties the exact prefix cache, so that the next prompt finds no prefix."""
         self.state.prefix_tree.clear()
 
     def answer(
@@ -231,15 +231,15 @@ class Engine:
 
         Args:
             examples: Questions with their chunks: `RagExample`, or rows of a data set such as
-                ``{"question": ..., "chunks": [...]}``, with chunks in any form it takes.
+                ``{"question": ..., "chunks": [...]}``, with chunks in any form `RagExample` takes.
             method: Name or a built `Method`; None: what the adapter was trained for, else naive.
-            max_new_tokens: Tokens to decode at most.
+            max_new_tokens: Most tokens to decode.
             sampling: How tokens are picked; default greedy.
-            batch_size: Prompts served together.
+            batch_size: Number of prompts served together.
 
-        Returns one answer per example, in their order, with the chunks as they were read. Raises
-        ValueError if the method is unknown or does not fit the model's adapter, or a prompt does
-        not fit the model's context.
+        Returns one answer per example, in the same order, with the example's chunks. Raises
+        ValueError if the method is unknown or does not match the model's adapter, or a prompt does
+        not fit into the model's context.
         """
         require_count("batch_size", batch_size, least=1)
         method, sampling = built(method, self.prompts.trained), sampling or Sampling()
@@ -247,25 +247,25 @@ class Engine:
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
-        asked = zip(range(len(pieces)), pieces, [e.question for e in examples], strict=True)
+        queries = zip(range(len(pieces)), pieces, [e.question for e in examples], strict=True)
         how = self.responses, self.state, method, (sampling, max_new_tokens)
-        recalls = [Recall.of(*how, one) for one in asked]
-        answers = [one and one.answer() for one in recalls]
-        order = [index for index, known in enumerate(answers) if known is None]
-        if method.history is None:  # what one prompt leaves behind serves the next
+        recalls = [Recall.of(*how, query) for query in queries]
+        answers = [recall and recall.answer() for recall in recalls]
+        order = [index for index, cached in enumerate(answers) if cached is None]
+        if method.history is None:  # with a history, each prompt affects the next: keep the order
             order.sort(key=lambda index: len(prompts[index].input_ids))
-        held = self.state.decode_cache
-        batch_size = 1 if held is not None and held.window else batch_size
+        decode_cache = self.state.decode_cache
+        batch_size = 1 if decode_cache is not None and decode_cache.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             warm_up(self.state, self.prompts, [pieces[i] for i in batch], method)
-            laid = [prompts[i] for i in batch]
+            laid_out = [prompts[i] for i in batch]
             if method.history is not None:
-                laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
-            run = prefill_batch(self.state, laid, [pieces[i] for i in batch], method)
+                laid_out = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
+            run = prefill_batch(self.state, laid_out, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
-            made = run.answers(sampling, max_new_tokens, streams=batch)
-            for index, answer in zip(batch, made, strict=True):
+            batch_answers = run.answers(sampling, max_new_tokens, streams=batch)
+            for index, answer in zip(batch, batch_answers, strict=True):
                 answers[index] = answer
                 if (recall := recalls[index]) is not None:
                     recall.keep(answer.text, answer.token_ids, answer.usage.ttft_s)
@@ -282,16 +282,16 @@ class Engine:
         max_new_tokens: int = 32,
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
-        """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
+        """Yields an answer's text as it is decoded. The pieces join to the text of `answer`."""
         method, example = built(method, self.prompts.trained), as_request(example)
         sampling = sampling or Sampling()
-        asked = 0, self.prompts.pieces(example, method), example.question
+        query = 0, self.prompts.pieces(example, method), example.question
         how = self.responses, self.state, method, (sampling, max_new_tokens)
-        recall = Recall.of(*how, asked)
-        if recall is not None and (known := recall.answer()) is not None:
-            yield known.text
+        recall = Recall.of(*how, query)
+        if recall is not None and (cached := recall.answer()) is not None:
+            yield cached.text
             return
-        warm_up(self.state, self.prompts, [asked[1]], method)
+        warm_up(self.state, self.prompts, [query[1]], method)
         pieces, prompts = self._read([example], method, max_new_tokens)
         run = prefill_batch(self.state, prompts, pieces, method)
         ids: list[int] = []
@@ -302,43 +302,43 @@ class Engine:
     def cache(
         self, chunks: Any, method: str | Method | None = None, question: str | None = None
     ) -> CachedContext:
-        """The prompt up to its question as a cache that stock `generate` continues.
+        """Caches the prompt up to its question, for stock `generate` to continue from.
 
-        Greedy decoding over it writes the tokens of `answer`. ``chunks`` are passages in prompt
-        order, in any form that `RagExample.chunks` takes; ``question`` is for methods that choose
-        tokens by it: without one the cache serves any. Raises ValueError if the method reshapes
-        attention or needs a question, or as `answer` does.
+        Greedy decoding from it gives the tokens of `answer`. ``chunks`` are passages in prompt
+        order, in any form that `RagExample.chunks` takes. Methods that select tokens by the
+        ``question`` need it; without one, the cache is valid for any question. Raises ValueError
+        if the method reshapes attention or needs a question, or as `answer` does.
         """
-        chunks, made = read_chunks(chunks), built(method, self.prompts.trained)
-        return make_context(self.state, self.prompts, chunks, made, question)
+        chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
+        return make_context(self.state, self.prompts, chunks, method, question)
 
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
-        """Serves prompts given as token pieces up to their first logits."""
+        """Prefills prompts given as token pieces, up to their first logits."""
         method = built(method)
-        laid = [self.lay_out(one, method) for one in pieces]
-        return prefill_batch(self.state, laid, pieces, method)
+        prompts = [self.lay_out(prompt_pieces, method) for prompt_pieces in pieces]
+        return prefill_batch(self.state, prompts, pieces, method)
 
     def prefilled(self, examples: Sequence[Request], method: str | Method) -> Generation:
-        """Like `start`, of examples."""
+        """Like `start`, for examples."""
         method = built(method)
         return self.start([self.prompts.pieces(example, method) for example in examples], method)
 
     def next_logits(self, examples: Sequence[Request], method: str | Method) -> torch.Tensor:
-        """Logits of the first answer token, ``(B, V)``: what equivalence is checked on."""
+        """Logits of the first answer token, ``(B, V)``, e.g. to check equivalence of methods."""
         return self.prefilled(examples, method).prefill.logits
 
     def continued_logits(
         self, example: Request, method: str | Method, num_tokens: int
     ) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Decodes ``num_tokens`` greedily; their ids, and the logits ``(1, V)`` after them."""
+        """Decodes ``num_tokens`` greedily. Returns their ids and the next logits, ``(1, V)``."""
         method = built(method)
         pieces, prompts = self._read([example], method, num_tokens + 1)
         return prefill_batch(self.state, prompts, pieces, method).continued(num_tokens)
 
     def lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
-        """The rows of a prompt as ``method`` serves it now, by what earlier prompts left behind.
+        """Lays out a prompt's rows for ``method``, given its history of earlier prompts.
 
-        Raises ValueError if the method does not fit the adapter, or the prompt the model's context.
+        Raises ValueError if the method does not match the adapter, or the prompt is too long.
         """
         return self.prompts.lay_out(pieces, method, self.state.encoder, max_new_tokens)
 

@@ -1,4 +1,4 @@
-"""From the first logits to answers: greedy or sampled, batched, a token at a time."""
+"""Decoding: from the first logits to answers, greedy or sampled, in batches."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from blocktune.methods.hooks import PrefilledBatch
 from blocktune.prompt import Chunk
 
 Pick = Callable[[Tensor], Tensor]
-"""From logits ``(B, V)`` to tokens ``(B, 1)``."""
+"""Picks tokens ``(B, 1)`` from logits ``(B, V)``."""
 
 
 class NoNumbers(ValueError):
-    """The model's logits are not numbers."""
+    """The model's logits are NaN."""
 
 
 def require_numbers(logits: Tensor) -> None:
-    """Raises `NoNumbers` if nothing can be picked by these logits."""
+    """Raises `NoNumbers` if any logit is NaN."""
     if logits.isnan().any():
         raise NoNumbers(
-            f"the model's logits are no numbers in {logits.dtype}: its weights hold NaN, or "
-            "overflow there; try dtype float32, or copy the files again"
+            f"the model's logits are no numbers (NaN): its weights hold NaN, or {logits.dtype} "
+            "overflows; try dtype float32, or copy the files again"
         )
 
 
 COLDEST = 1e-4
-"""Lowest temperature that is drawn with; below it, logits overflow, and the limit is greedy."""
+"""Lowest temperature for sampling. Below it logits would overflow, so decoding is greedy."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked. The default is greedy.
+    """How the next token is picked. The default is greedy decoding.
 
     Raises:
         ValueError: If a value is out of range.
@@ -62,7 +62,7 @@ class Sampling:
     temperature: float = 0.0  # 0 is greedy; above, logits are divided by it
     top_k: int = 0  # keep this many of the likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens up to this cumulative probability
-    seed: int | None = None  # the same one gives the same answers; None is 0, but never kept
+    seed: int | None = None  # makes draws reproducible; None: 0, but answers are not cached
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -75,9 +75,9 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
     def picker(self, device: torch.device, streams: Sequence[int]) -> Pick:
-        """A function from logits ``(B, V)`` on ``device`` to tokens ``(B, 1)``.
+        """A function that picks tokens ``(B, 1)`` from logits ``(B, V)`` on ``device``.
 
-        The same seed and number of ``streams`` (one a prompt) give the same draws in any batch.
+        Prompts with the same seed and stream number get the same draws, in any batch.
         """
         if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)
@@ -98,13 +98,13 @@ class Sampling:
 
 
 class TextStream:
-    """Decodes token after token; its pieces join to the decoded whole.
+    """Incremental detokeniser. Its pieces join to the text of all tokens.
 
-    Text is held back while its last character is incomplete, while it may be the beginning of a
-    stop text, and at its end while it is space that would be dropped.
+    Text is held back while its last character is incomplete, while it may be the start of a stop
+    text, and while it is trailing whitespace, which may have to be stripped.
 
     Attributes:
-        stopped: Whether a stop text came.
+        stopped: Whether a stop text occurred.
     """
 
     def __init__(
@@ -113,25 +113,25 @@ class TextStream:
         self.tokenizer, self.stops, self.strips = tokenizer, stops, strips
         self.stopped = False
         self._ids: list[int] = []
-        self._text, self._shown = "", 0
-        # Tokens are decoded together with those before them, whose text is known.
-        self._from, self._known = 0, 0
+        self._text, self._num_shown = "", 0
+        # New tokens are decoded together with the earlier ones from the prefix offset on.
+        self._prefix_offset, self._read_offset = 0, 0
 
     def push(self, token: int) -> str:
-        """The text that can be shown after one more token; often empty."""
+        """Adds a token. Returns the text that can be shown now, often empty."""
         self._ids.append(token)
-        before = self._decode(self._from, self._known)
-        after = self._decode(self._from, len(self._ids))
+        before = self._decode(self._prefix_offset, self._read_offset)
+        after = self._decode(self._prefix_offset, len(self._ids))
         if len(after) > len(before) and not after.endswith("\ufffd"):
             self._add(after[len(before) :])
-            self._from, self._known = self._known, len(self._ids)
+            self._prefix_offset, self._read_offset = self._read_offset, len(self._ids)
         return "" if self.stopped else self._show(len(self._text) - self._held())
 
     def finish(self) -> str:
-        """What is left to show at the end."""
+        """Ends the stream. Returns the rest of the text."""
         if not self.stopped:
-            before = self._decode(self._from, self._known)
-            self._add(self._decode(self._from, len(self._ids))[len(before) :])
+            before = self._decode(self._prefix_offset, self._read_offset)
+            self._add(self._decode(self._prefix_offset, len(self._ids))[len(before) :])
         return self._show(len(self._text))
 
     def _decode(self, start: int, stop: int) -> str:
@@ -142,16 +142,16 @@ class TextStream:
     def _add(self, text: str) -> None:
         begin = len(self._text)
         self._text += text
-        found = [
+        matches = [
             at
             for stop in self.stops
             if (at := self._text.find(stop, max(0, begin - len(stop)))) >= 0
         ]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
+        if matches:
+            self._text, self.stopped = self._text[: min(matches)], True
 
     def _held(self) -> int:
-        """Characters at the end that a stop text begins with."""
+        """Number of characters at the end that may be the start of a stop text."""
         return max(
             (n for stop in self.stops for n in range(len(stop)) if self._text.endswith(stop[:n])),
             default=0,
@@ -160,41 +160,41 @@ class TextStream:
     def _show(self, until: int) -> str:
         text = self._text[:until]
         text = text.strip() if self.strips else text
-        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        new, self._num_shown = text[self._num_shown :], max(self._num_shown, len(text))
         return new
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it cost."""
+    """An answer and its cost."""
 
     text: str  # decoded, without the end of turn
-    token_ids: tuple[int, ...]  # as generated, the end of turn included
+    token_ids: tuple[int, ...]  # as generated, including the end of turn
     usage: Usage  # the cost
-    chunks: tuple[Chunk, ...] = ()  # asked over, with their metadata
+    chunks: tuple[Chunk, ...] = ()  # the prompt's chunks, with their metadata
 
 
 @dataclass(kw_only=True)
 class Generation(ServedBatch):
-    """A batch after its prefill, up to its answers."""
+    """A batch after its prefill, ready to decode."""
 
-    last: Rows  # facts of each prompt's last row, ``(B, 1)``
-    assembled: Assembled  # what came from caches
-    prefill: Prefill  # logits, and what was executed for them
+    last: Rows  # each prompt's last row, ``(B, 1)``
+    assembled: Assembled  # what was loaded from caches
+    prefill: Prefill  # logits, and the passes that computed them
     executed: list[Executed]  # all passes, for counting operations
 
     def remember(self) -> None:
-        """Keeps what later prompts can use: exact prefixes, and what the method's history wants.
+        """Caches what later prompts can use: exact prefixes, and updates of the method's history.
 
-        To be called once, after the first token, so that it does not delay it.
+        Call it once, after the first token, so that it does not delay that.
         """
         encoder, history = self.state.encoder, self.method.history
         if self.cache.exact and self.method.cached is Cached.EXACT_PREFIX:
             for index, prompt in enumerate(self.pieces):
                 ids, start = prompt.context, self.assembled.prefix_tokens[index]
                 if start < len(ids):
-                    kept = cut_exact(self.cache, index, ids, encoder.fingerprint, start=start)
-                    self.state.prefixes(self.method).insert(kept)
+                    exact = cut_exact(self.cache, index, ids, encoder.fingerprint, start=start)
+                    self.state.prefixes(self.method).insert(exact)
         if history is not None:
             probe = self.prefill.chunk_probe
             attention = probe.mass / probe.layers  # mean over heads and layers, (B, N, C)
@@ -204,16 +204,16 @@ class Generation(ServedBatch):
     def tokens(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int] = (0,)
     ) -> Iterator[Tensor]:
-        """Decodes: one token per prompt and step, ``(B,)``, -1 for prompts that have ended.
+        """Decodes. Yields one token per prompt and step, ``(B,)``, -1 for prompts that have ended.
 
         Ends when all prompts have produced a stop token (which is yielded) or after
-        ``max_new_tokens``. ``streams``: see `Sampling.picker`.
+        ``max_new_tokens``. For ``streams`` see `Sampling.picker`.
         """
         for token, _ in self._steps(sampling, max_new_tokens, streams):
             yield token
 
     def texts(self, sampling: Sampling, max_new_tokens: int, ids: list[int]) -> Iterator[str]:
-        """Decodes the answer of a single prompt into ``ids``; the pieces join to its text."""
+        """Decodes a single prompt. Yields pieces of the text, and appends tokens to ``ids``."""
         stream = TextStream(self.state.tokenizer)
         for token in self.tokens(sampling, max_new_tokens):
             ids.append(int(token))
@@ -223,7 +223,7 @@ class Generation(ServedBatch):
     def _steps(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens as in `tokens`, each with the logits ``(B, V)`` that it was picked by."""
+        """Yields tokens as `tokens` does, each with the logits ``(B, V)`` it was picked from."""
         logits = self.prefill.logits
         require_numbers(logits)
         pick = sampling.picker(logits.device, streams)
@@ -260,22 +260,22 @@ class Generation(ServedBatch):
     def answers(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
     ) -> list[Answer]:
-        """Decodes to the end; see `tokens`."""
+        """Decodes the whole batch; see `tokens`."""
         steps = torch.stack(list(self.tokens(sampling, max_new_tokens, streams)), dim=1).tolist()
-        made = [tuple(token for token in ids if token >= 0) for ids in steps]
-        pairs = zip(made, self.usages(made), strict=True)
+        answer_ids = [tuple(token for token in ids if token >= 0) for ids in steps]
+        pairs = zip(answer_ids, self.usages(answer_ids), strict=True)
         return [Answer(self.state.text(ids), ids, usage) for ids, usage in pairs]
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
         """Greedy tokens of a single prompt and the logits after the last, ``(1, V)``."""
         steps = self._steps(Sampling(), num_tokens + 1, (0,))
-        made = [step for _, step in zip(range(num_tokens + 1), steps, strict=False)]
-        return tuple(int(token) for token, _ in made[:-1]), made[-1][1]
+        decoded = [step for _, step in zip(range(num_tokens + 1), steps, strict=False)]
+        return tuple(int(token) for token, _ in decoded[:-1]), decoded[-1][1]
 
-    def usages(self, made: list[tuple[int, ...]]) -> list[Usage]:
-        """What answers of these tokens cost, one of each prompt."""
-        found, layout = self.assembled, self.batch.layout
-        moved = zip(found.bytes_read, self.prefill.bytes_written(self.cache).tolist(), strict=True)
+    def usages(self, answer_ids: list[tuple[int, ...]]) -> list[Usage]:
+        """The cost of each prompt's answer, given the answers' tokens."""
+        loaded, layout = self.assembled, self.batch.layout
+        moved = zip(loaded.bytes_read, self.prefill.bytes_written(self.cache).tolist(), strict=True)
         reshaping, ttft = self.reshaping, Ttft(**self.watch.seconds)
         each = {
             "prompt_tokens": (self.columns.kind != Kind.PAD).sum(1).tolist(),
@@ -283,14 +283,14 @@ class Generation(ServedBatch):
             "layer_tokens": map(tuple, self.prefill.layer_tokens(self.state.num_layers).tolist()),
             "probed_tokens": self.prefill.probed().tolist(),
             "flops": sum(executed.flops() for executed in self.executed).tolist(),
-            "bytes_read": found.bytes_read,
+            "bytes_read": loaded.bytes_read,
             "bytes_moved": [2 * read + written for read, written in moved],
-            "chunk_hits": found.hits,
-            "chunk_misses": found.misses,
-            "answer_tokens": map(len, made),
-            "query_entropy": reshaping.query_entropy() if reshaping else [None] * len(made),
-            "prefix_tokens": found.prefix_tokens,
-            "prefix_disk_tokens": found.prefix_disk_tokens,
+            "chunk_hits": loaded.hits,
+            "chunk_misses": loaded.misses,
+            "answer_tokens": map(len, answer_ids),
+            "query_entropy": reshaping.query_entropy() if reshaping else [None] * len(answer_ids),
+            "prefix_tokens": loaded.prefix_tokens,
+            "prefix_disk_tokens": loaded.prefix_disk_tokens,
         }
         rows = zip(*each.values(), strict=True)
         return [Usage(ttft=ttft, **dict(zip(each, row, strict=True))) for row in rows]

@@ -1,4 +1,4 @@
-"""A forward pass whose rows may change from layer to layer, on a stock model."""
+"""Runs a prefill in which each layer computes its own set of rows, on a stock model."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from blocktune.positions import RopeSpec
 
 
 class _StatesMade(Exception):
-    """Ends a layer's forward pass with its keys and values: nothing else of it is wanted."""
+    """Stops a layer's forward pass once its keys and values are computed; carries them."""
 
 
 @dataclass(frozen=True)
 class LayerSchedule:
-    """Which of the candidate rows each layer computes."""
+    """Which of the ``U`` candidate rows each layer computes."""
 
-    selection: Selection  # asked at its check layers
+    selection: Selection  # consulted at its check layers
     start: Tensor  # (B, U) bool: candidates that the first layer computes
-    widen: Mapping[int, Tensor]  # by layer, (B, U) bool: added at its entry
-    states: Mapping[int, Tensor]  # by layer: what each column's token carried into it
+    widen: Mapping[int, Tensor]  # by layer, (B, U) bool: rows added at its input
+    states: Mapping[int, Tensor]  # by layer, (B, N, hidden): cached hidden states at its input
     depth: Tensor | None = None  # (B, U): how many layers, from the first, compute each; None: all
-    hidden: Tensor | None = None  # (B, N) bool: columns that no recomputed token of a chunk sees
+    hidden: Tensor | None = None  # (B, N) bool: columns that recomputed chunk tokens do not see
 
 
 class SchedulePlan:
-    """A plan whose rows change from layer to layer; for one forward pass. See `Prefill`."""
+    """Attention plan of one forward pass whose rows change between layers. See `Prefill`."""
 
     def __init__(self, served: ServedBatch, candidates: Computed, schedule: LayerSchedule):
-        """Selects the candidates' columns; from the first layer on, `enter` narrows them."""
+        """Starts with all candidates; `enter` changes the rows at the input of each layer."""
         self.candidates, self.schedule, self.watch = candidates, schedule, served.watch
         self.columns, self.cache, self.reshaping = served.columns, served.cache, served.reshaping
         repair, selection = served.method.repair(), schedule.selection
@@ -57,7 +57,7 @@ class SchedulePlan:
         self._ends = frozenset(() if schedule.depth is None else schedule.depth.unique().tolist())
         watches = selection.watches_chunks or served.method.history is not None
         self.chunk_probe = ChunkAttention(self.columns) if watches else None
-        self._go_on(0, RowSubset(candidates))
+        self._set_rows(0, RowSubset(candidates))
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend` by the plan of the layer's rows."""
@@ -66,13 +66,13 @@ class SchedulePlan:
         return self.plans[-1].attend(query, key, value, rule, params)
 
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """What layer ``index`` is fed instead of what the model hands it: a forward pre-hook."""
+        """Forward pre-hook of layer ``index`` that replaces its inputs by those of its rows."""
         hidden = args[0]
         if index == 0 and not torch.equal(self.schedule.start, self._current.exists):
             hidden = self._change(index, hidden, self.schedule.start)
         if index and index in self._ends:
-            kept = self._current.of_candidates(self._current.exists)
-            hidden = self._change(index, hidden, kept & (self.schedule.depth > index))
+            rows = self._current.of_candidates(self._current.exists)
+            hidden = self._change(index, hidden, rows & (self.schedule.depth > index))
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
         if index in self.schedule.widen:
@@ -84,24 +84,24 @@ class SchedulePlan:
         return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """Asks the selection which rows stay."""
+        """Asks the selection which rows are computed further, and drops the others."""
         self.watch.stop("recompute_s")
         rows, exists = self._current.rows.rows, self._current.exists
         column = rows.order.clamp(min=0)
-        # What no cache holds cannot be dropped: nothing would take its place.
+        # Only cached rows can be dropped: the others have no states to fall back on.
         is_cached = self.columns.group.gather(1, column) != GLOBAL
         eligible = (rows.kind == Kind.CHUNK) & is_cached
-        made: list[LayerKV] = []
+        fresh: list[LayerKV] = []
 
         def probe() -> tuple[LayerKV, LayerKV]:
             current = self._current
-            given = (args[0], *current.positional(args[1:]))
-            made.append(self._probe(index, layer, given, current.arguments(kwargs)))
+            inputs = (args[0], *current.positional(args[1:]))
+            fresh.append(self._probe(index, layer, inputs, current.arguments(kwargs)))
             self.probes[index] = self.plans[-1]
             cached = LayerKV(*self.cache.layers[index].held())
             if self.repair is not None:
-                self.repair.compared(self._current.rows.columns, made[0], cached)
-            return made[0], cached
+                self.repair.compared(self._current.rows.columns, fresh[0], cached)
+            return fresh[0], cached
 
         check = LayerCheck(
             layer=index,
@@ -113,12 +113,12 @@ class SchedulePlan:
             question_mass=None if self.chunk_probe is None else self.chunk_probe.of_question(),
             probe=probe,
         )
-        kept = self.schedule.selection.refine(check) & eligible
-        if made and self.schedule.selection.keeps_keys:
-            self.cache.layers[index].store(*made[0])
+        selected = self.schedule.selection.refine(check) & eligible
+        if fresh and self.schedule.selection.keeps_keys:
+            self.cache.layers[index].store(*fresh[0])
             if self.reshaping is not None:
                 self.reshaping.wrote(index, self._current.rows.columns)
-        mask = self._current.of_candidates(kept | (exists & ~eligible))
+        mask = self._current.of_candidates(selected | (exists & ~eligible))
         hidden = self._change(index, args[0], mask)
         self.watch.stop("select_s")
         return hidden
@@ -130,27 +130,27 @@ class SchedulePlan:
         self.cache.layers[index].observer = stop
         try:
             layer.forward(*args, **kwargs)
-        except _StatesMade as made:
-            return LayerKV(*made.args)
+        except _StatesMade as stopped:
+            return LayerKV(*stopped.args)
         finally:
             self.cache.layers[index].observer = None
         raise AssertionError(f"layer {index} never updated its cache")
 
     def _change(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
-        """From the current rows to those of ``mask`` ``(B, U)``; returns their hidden states."""
-        whole = hidden.new_zeros(*mask.shape, hidden.shape[-1])
+        """Replaces the current rows by those of ``mask`` ``(B, U)``. Returns their states."""
+        all_hidden = hidden.new_zeros(*mask.shape, hidden.shape[-1])
         if layer in self.schedule.states and layer in self.schedule.widen:
             columns = self.candidates.columns.clamp(min=0)
             states = self.schedule.states[layer]
-            whole = states.gather(1, as_index(columns, states)).to(hidden.dtype)
-        self._current.put(hidden, whole)
-        self._go_on(layer, RowSubset(self.candidates, mask))
-        return self._current.pick(whole)
+            all_hidden = states.gather(1, as_index(columns, states)).to(hidden.dtype)
+        self._current.put(hidden, all_hidden)
+        self._set_rows(layer, RowSubset(self.candidates, mask))
+        return self._current.pick(all_hidden)
 
-    def _go_on(self, layer: int, current: RowSubset) -> None:
-        """Computes these rows from ``layer`` on."""
+    def _set_rows(self, layer: int, current: RowSubset) -> None:
+        """Sets the rows that are computed from ``layer`` on."""
         if self.plans and not self.plans[-1].executed:
-            self.plans.pop()  # all candidates, where the first layer computes fewer
+            self.plans.pop()  # no layer used it: e.g. the first layer computes fewer rows
         if self.plans:
             self.plans[-1].forget()
         self._current, rows = current, current.rows
@@ -164,7 +164,7 @@ class SchedulePlan:
 
 
 def _seeing_future(query: Rows, columns: Rows) -> Rows:
-    """The last row sees all columns, each row before it one less, whatever their order."""
+    """Lets the last row see all columns and each earlier row one less, whatever their order."""
     exists = query.kind != Kind.PAD
     before_last = exists.flip(1).cumsum(1).flip(1) - 1
     order = columns.order.amax(1, keepdim=True) - before_last
@@ -172,24 +172,24 @@ def _seeing_future(query: Rows, columns: Rows) -> Rows:
 
 
 def _seeing_chosen(query: Rows, columns: Rows, hidden: Tensor) -> tuple[Rows, Rows]:
-    """Rows of chunks form a group with all columns that are not hidden; others see everything."""
+    """Groups chunk rows with all columns that are not hidden. Other rows still see everything."""
     group = columns.group.max() + 1
-    own = query.group.masked_fill(query.kind == Kind.CHUNK, group)
-    shown = torch.where(hidden, columns.group, group)
-    return replace(query, group=own), replace(columns, group=shown)
+    query_group = query.group.masked_fill(query.kind == Kind.CHUNK, group)
+    key_group = torch.where(hidden, columns.group, group)
+    return replace(query, group=query_group), replace(columns, group=key_group)
 
 
 @dataclass
 class Prefill:
-    """What a prefill gave and what was executed for it."""
+    """The result of a prefill, and what was computed for it."""
 
     logits: Tensor  # after each prompt's last row, ``(B, V)``
     plans: list[CachePlan]  # the attention plans that ran, each with the layers it ran in
-    probes: dict[int, CachePlan]  # by layer: rows whose states were made for a choice only
-    chunk_probe: ChunkAttention | None = None  # what rows paid chunks, where it is read
+    probes: dict[int, CachePlan]  # by layer: rows whose states were computed for selection only
+    chunk_probe: ChunkAttention | None = None  # attention to chunks, if it is read
 
     def layer_tokens(self, num_layers: int) -> Tensor:
-        """Context tokens computed in each layer, ``(B, layers)``."""
+        """Number of context tokens computed in each layer, ``(B, layers)``."""
         counts = torch.zeros(len(self.logits), num_layers, dtype=torch.int64)
         for plan in self.plans:
             for layer in plan.executed:
@@ -197,54 +197,54 @@ class Prefill:
         return counts
 
     def probed(self) -> Tensor:
-        """Context tokens whose states were made for choices only, over all layers, ``(B,)``."""
+        """Context tokens whose states were computed for selection only, over layers, ``(B,)``."""
         none = torch.zeros(len(self.logits), dtype=torch.int64)
         return sum((plan.context_rows.cpu() for plan in self.probes.values()), none)
 
     def bytes_written(self, cache: RowCache) -> Tensor:
-        """Bytes of the keys and values that computing put into the cache, ``(B,)``."""
+        """Bytes of computed keys and values that were written to the cache, ``(B,)``."""
         total = torch.zeros(len(self.logits), dtype=torch.int64)
         for plan in self.plans:
             total += plan.num_rows() * sum(map(cache.bytes_per_column, plan.executed))
         return total
 
     def executed(self, model: nn.Module) -> Executed:
-        """The same for counting its arithmetic; ``model`` is the one that ran."""
+        """The computed rows, for counting operations; ``model`` is the one that ran."""
         extra = None if self.chunk_probe is None else self.chunk_probe.multiply_adds
         return Executed(model, self.plans, self.probes, extra=extra)
 
 
 @torch.no_grad()
 def prefill(served: ServedBatch, candidates: Computed, schedule: LayerSchedule) -> Prefill:
-    """Computes rows into the batch's cache, layer by layer, and the logits after the last one.
+    """Computes rows into the batch's cache, layer by layer, and the logits after the last row.
 
-    The cache holds the states of all columns that are not among the ``candidates``. The watch gets
-    ``select_s``, and ``recompute_s`` up to where rows are chosen.
+    The cache must hold the states of all columns that are not among the ``candidates``. The watch
+    gets ``select_s`` for each selection, and ``recompute_s`` for the computation before it.
     """
     plan = SchedulePlan(served, candidates, schedule)
     model, positions = served.state.model, candidates.rows.position
     output = planned_forward(model, candidates.ids, positions, plan, served.cache, logits_to_keep=1)
     for layer in range(len(served.cache)) if plan.repair is not None else ():
-        served.cache.layers[layer].observer = None  # decoded tokens change nothing
+        served.cache.layers[layer].observer = None  # decoded tokens repair nothing
     return Prefill(output.logits[:, -1], plan.plans, plan.probes, plan.chunk_probe)
 
 
 @dataclass(frozen=True)
 class Enter:
-    """Hands a layer's input to the plan's ``enter``, where it has one."""
+    """Forward pre-hook that passes a layer's input to the plan's ``enter``, if it has one."""
 
     index: int
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """Serves as a forward pre-hook."""
+        """Called by torch before the layer's forward pass."""
         enter = getattr(kwargs.get("plan"), "enter", None)
         return None if enter is None else enter(self.index, layer, args, kwargs)
 
 
 def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
-    """Attaches blocktune to a model; how its chunks are moved, or how it continues from a cache.
+    """Attaches blocktune to a model. Returns how its keys rotate, or how it resumes from a cache.
 
-    Of the latter kind are models with recurrent layers or absolute positions: they are left alone.
+    The latter is for models with recurrent layers or absolute positions, which are not changed.
     Raises ValueError if the model is of neither kind.
     """
     if (recurrence := find_recurrence(model)) is not None:
@@ -259,7 +259,7 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
 
 
 def _install(model: nn.Module) -> None:
-    """Puts the hooks on, once; without a plan that enters they change nothing."""
+    """Registers the hooks, once. They do nothing unless the plan has an ``enter`` method."""
     for index, layer in enumerate(decoder_layers(model)):
         if Enter(index) not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(Enter(index), with_kwargs=True)

@@ -1,4 +1,4 @@
-"""From a request to the prompt that a method reads, with the limits of the model checked."""
+"""Makes the prompt that a method reads from a request, and checks the limits of the model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from blocktune.prompt.special_tokens import require_embedded
 
 @runtime_checkable
 class Request(Protocol):
-    """What the engine needs of an example: `blocktune.data.RagExample` is one."""
+    """The attributes of an example that the engine needs; `blocktune.data.RagExample` has them."""
 
     @property
     def question(self) -> str:
-        """What is asked."""
+        """The question."""
 
     @property
     def chunks(self) -> Sequence[Chunk]:
@@ -33,7 +33,7 @@ class Request(Protocol):
 
 
 def as_request(example: Request | Mapping[str, Any]) -> Request:
-    """An example itself, or a row read as a `RagExample`; ValueError names a wrong field."""
+    """Returns an example unchanged, or a row as a `RagExample`. ValueError names a wrong field."""
     example = RagExample.from_json(example) if isinstance(example, Mapping) else example
     if not isinstance(example, Request):
         raise ValueError(
@@ -44,31 +44,31 @@ def as_request(example: Request | Mapping[str, Any]) -> Request:
 
 
 def built(method: str | Method | None, trained: LayoutSpec | None = None) -> Method:
-    """A method by its name, or itself; None: what an adapter of that layout was trained for."""
-    made = default_method(trained) if method is None else method
-    made = build(made) if isinstance(made, str) else made
-    if not isinstance(made, Method):
+    """Builds a method from its name. None: the one an adapter of that layout was trained for."""
+    result = default_method(trained) if method is None else method
+    result = build(result) if isinstance(result, str) else result
+    if not isinstance(result, Method):
         raise ValueError(f"method must be a name or a Method, got {type(method).__name__}")
-    return made
+    return result
 
 
 @dataclass(frozen=True)
 class PromptMaker:
     """Makes prompts for one model."""
 
-    tokenizer: PreTrainedTokenizerBase  # the model's
+    tokenizer: PreTrainedTokenizerBase  # of the model
     format: PromptFormat  # wording
     trained: LayoutSpec | None  # layout that the model's adapter was trained for, or None
     link_base: int | None  # id of link slot 0, or None without links
-    max_tokens: int  # tokens that the model's context holds
+    max_tokens: int  # context length of the model
     num_layers: int  # decoder layers of the model
-    num_tokens: int  # rows of the model's embedding, without a link table's
-    refusal: str | None = None  # why no chunk can be reused, with a gap for who wants to
-    exact_tokens: int | None = None  # up to which reuse is exact, if that is less
-    press: Press | None = None  # drops keys of the chunks that are encoded
+    num_tokens: int  # rows of the model's embedding, without those of a link table
+    refusal: str | None = None  # error if chunks cannot be reused; ``{}`` is what wanted that
+    exact_tokens: int | None = None  # length up to which reuse is exact, if less than the context
+    press: Press | None = None  # drops keys of encoded chunks
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
-        """Token pieces of a request as ``method`` reads it."""
+        """Token pieces of a request for ``method``."""
         block, request = self.spec(method).block, as_request(request)
         pieces = make_pieces(
             self.tokenizer, self.format, request.chunks, request.question, block=block
@@ -76,20 +76,20 @@ class PromptMaker:
         return pieces if method.keeps_context else pieces._replace(chunks=())
 
     def spec(self, method: Method) -> LayoutSpec:
-        """The rows that ``method`` wants.
+        """The layout for ``method``.
 
-        Raises ValueError if it needs another adapter than the model's, or more layers, or reuses
-        chunks of a model where none can be moved.
+        Raises ValueError if the method needs another adapter or more layers than the model has, or
+        reuses chunks of a model where that is impossible.
         """
         if self.refusal and method.reuses_chunks:
             raise ValueError(self.refusal.format(f"method '{method.name}'"))
-        wanted = method.select().min_layers
-        if wanted > self.num_layers:
+        min_layers = method.select().min_layers
+        if min_layers > self.num_layers:
             raise ValueError(
-                f"method '{method.name}' needs a model of at least {wanted} layers, this one has "
-                f"{self.num_layers}; choose an earlier layer"
+                f"method '{method.name}' needs a model of at least {min_layers} layers, this one "
+                f"has {self.num_layers}; choose an earlier layer"
             )
-        method.select_for(self.num_layers)  # a budget that cannot be met is refused here
+        method.select_for(self.num_layers)  # raises for a budget that cannot be met
         layout = method.layout_for(self.trained)
         self._require_room(layout.num_blanks, f"the blanks of method '{method.name}'")
         if self.press is not None:
@@ -109,23 +109,23 @@ class PromptMaker:
         max_new_tokens: int = 0,
         contexts: Sequence[tuple[int, ...]] | None = None,
     ) -> Prompt:
-        """Lays pieces out; ``contexts`` as in `blocktune.prompt.lay_out`.
+        """Lays pieces out. For ``contexts`` see `blocktune.prompt.lay_out`.
 
-        Raises ValueError if they and the answer do not fit into the model's context, or hold a
-        token that it does not embed.
+        Raises ValueError if prompt and answer do not fit into the model's context, or contain a
+        token that the model has no embedding for.
         """
         require_embedded(
             self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
         )
-        spans, whole = None, pieces
+        spans, uncut = None, pieces
         if self.press is not None and spec.block:
-            spans = [len(chunk) for chunk in whole.chunks]
-            kept = list(zip(whole.chunks, map(self.press.count, spans), strict=True))
-            contexts = [chunk[count:] for chunk, count in kept]
-            pieces = pieces._replace(chunks=tuple(chunk[:count] for chunk, count in kept))
+            spans = [len(chunk) for chunk in uncut.chunks]
+            counts = list(zip(uncut.chunks, map(self.press.count, spans), strict=True))
+            contexts = [chunk[count:] for chunk, count in counts]
+            pieces = pieces._replace(chunks=tuple(chunk[:count] for chunk, count in counts))
         ids = self.link_base, self._blank_id(spec), self._bos_id(spec)
         prompt = lay_out(pieces, spec, *ids, contexts, spans)
-        longest = max(map(len, whole.chunks), default=0)
+        longest = max(map(len, uncut.chunks), default=0)
         self._require_room(longest, "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
         stored = int((prompt.layout.kind != Kind.BLANK).sum())
@@ -136,7 +136,7 @@ class PromptMaker:
     def lay_out(
         self, pieces: Pieces, method: Method, encoder: Encoder, max_new_tokens: int = 0
     ) -> Prompt:
-        """See `Engine.lay_out`; ``encoder`` has the chunks that earlier prompts left behind."""
+        """See `Engine.lay_out`. The history is in the ``encoder``'s store."""
         spec = self.spec(method)
         if method.history is None:
             return self.prompt(pieces, spec, max_new_tokens)
@@ -146,9 +146,9 @@ class PromptMaker:
         return self.prompt(pieces, spec, max_new_tokens, contexts)
 
     def encodable(self, chunks: Sequence[Chunk]) -> tuple[Piece | None, list[Piece]]:
-        """The prefix (None if empty) and the chunks, as they are encoded for plain reuse.
+        """Pieces to encode for plain reuse: the prefix (None if empty) and the chunks.
 
-        Raises ValueError as `prompt`.
+        Raises ValueError as `prompt` does.
         """
         if self.refusal:
             raise ValueError(self.refusal.format("encoding"))
@@ -157,8 +157,8 @@ class PromptMaker:
         bos_id = self._bos_id(spec)
         blanks = sink_ids(spec, prefix, self._blank_id(spec), bos_id)
         pieces = []
-        made = chunk_ids(self.tokenizer, self.format, chunks)
-        for index, (chunk, ids) in enumerate(zip(chunks, made, strict=True)):
+        encoded = chunk_ids(self.tokenizer, self.format, chunks)
+        for index, (chunk, ids) in enumerate(zip(chunks, encoded, strict=True)):
             require_embedded(self.tokenizer, self.num_tokens, prefix, ids)
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
@@ -174,8 +174,8 @@ class PromptMaker:
         if self.exact_tokens is not None and self.exact_tokens < tokens <= self.max_tokens:
             raise ValueError(
                 f"{what} has {tokens} tokens, reuse on this model is exact up to "
-                f"{self.exact_tokens} tokens (beyond, it does more with positions than rotate by "
-                "them); cut chunks smaller or retrieve fewer"
+                f"{self.exact_tokens} tokens (beyond, its position encoding is more than a "
+                "rotation); cut chunks smaller or retrieve fewer"
             )
         if tokens > self.max_tokens:
             raise ValueError(

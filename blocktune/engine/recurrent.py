@@ -1,8 +1,8 @@
-"""Prompts of models whose chunks cannot be moved: in full, or resumed from an exact prefix.
+"""Prefill for models whose chunks cannot be moved: in full, or resumed from an exact prefix.
 
 Models with recurrent layers resume from the deepest checkpoint, those without rotary positions
-anywhere. Every prompt is computed by itself, by stock transformers: its tokens in order, in one
-pass for each stretch between the checkpoints that the prefix tree asks for.
+from any token. Each prompt is computed by itself by stock transformers, its tokens in order, in
+one pass for each stretch between the checkpoints that the prefix tree asks for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from blocktune.prompt import Pieces, Prompt
 
 @dataclass
 class RecurrentPrefill:
-    """What the prefill gave and executed, prompt by prompt; has the methods of `Prefill`."""
+    """The result of the prefill, prompt by prompt. It has the methods of `Prefill`."""
 
     logits: Tensor  # after each prompt's last token, ``(B, V)``
     runs: list[_Run]
@@ -38,15 +38,15 @@ class RecurrentPrefill:
         return self._each("context_tokens")[:, None].expand(-1, num_layers)
 
     def probed(self) -> Tensor:
-        """Nothing is computed for choices only, ``(B,)``."""
+        """Zeros ``(B,)``: nothing is computed for selection only."""
         return torch.zeros(len(self.runs), dtype=torch.int64)
 
     def bytes_written(self, caches: object) -> Tensor:
-        """Bytes of keys, values and states that computing made, ``(B,)``."""
+        """Bytes of computed keys, values and states, ``(B,)``."""
         return self._each("written")
 
     def flops(self) -> Tensor:
-        """Floating-point operations of matrices and attention, ``(B,)``; scans are left out."""
+        """Floating-point operations of matrices and attention, without scans, ``(B,)``."""
         return 2 * self._each("macs")
 
     def _each(self, name: str) -> Tensor:
@@ -54,10 +54,10 @@ class RecurrentPrefill:
 
 
 class RecurrentGeneration(Generation):
-    """A batch after its prefill whose ``cache`` is a list, one `PrefillCache` a prompt."""
+    """A batch after its prefill, whose ``cache`` is a list with a `PrefillCache` per prompt."""
 
     def remember(self) -> None:
-        """Does nothing: each prompt was kept before the next one was looked up."""
+        """Does nothing: each prompt was cached during its prefill."""
 
     @torch.no_grad()
     def _decode(self, token: Tensor, rows: Rows, keys: Rows, step: int) -> Tensor:
@@ -76,28 +76,28 @@ def prefill_recurrent(
     for index, run in enumerate(runs if method.cached is Cached.EXACT_PREFIX else ()):
         facts = run.start, run.bytes_read, run.disk_tokens
         assembled.found_prefix(served.batch.layout, index, pieces[index], *facts)
-    made = RecurrentPrefill(torch.cat([run.logits for run in runs]), runs)
+    prefill = RecurrentPrefill(torch.cat([run.logits for run in runs]), runs)
     return RecurrentGeneration(
         **vars(served) | {"cache": [run.cache for run in runs]},
         last=served.columns.map(lambda facts: facts[:, -1:]),
         assembled=assembled,
-        prefill=made,
-        executed=[made],
+        prefill=prefill,
+        executed=[prefill],
     )
 
 
 TOKENS_PER_PASS = 32
-"""A pass over one token takes about as long as a pass over this many."""
+"""A pass over one token takes about as long as a pass over this many tokens."""
 
 
 class _Run:
-    """One prompt's prefill, from the ``start`` that was resumed; ``macs`` are multiply-adds."""
+    """One prompt's prefill, from token ``start`` on; ``macs`` counts multiply-adds."""
 
     def __init__(self, served: ServedBatch, index: int, ids: Sequence[int]):
         state, pieces, watch = served.state, served.pieces[index], served.watch
         self.state, self.cache = state, PrefillCache(state.model.config)
         self.macs = self.start = self.bytes_read = self.disk_tokens = 0
-        self.whole = torch.tensor([ids], device=state.model.device)
+        self.ids = torch.tensor([ids], device=state.model.device)
         context, has_states = pieces.context, state.recurrence.has_states
         states = {} if has_states else None
         tree, fingerprint = state.prefixes(served.method), state.encoder.fingerprint
@@ -106,8 +106,8 @@ class _Run:
         if exact:
             with tree.match(fingerprint, context) as match:
                 watch.stop("lookup_s")
-                left = 0 if state.recurrence.several else len(ids) - match.num_tokens
-                if match.num_tokens and left * TOKENS_PER_PASS <= len(ids):  # a pass for each
+                passes = 0 if state.recurrence.several else len(ids) - match.num_tokens
+                if match.num_tokens and passes * TOKENS_PER_PASS <= len(ids):  # else: recompute
                     self.cache.resume(match.num_tokens, match.layers(), match.state)
                     self.start, self.bytes_read = match.num_tokens, match.num_bytes
                     self.disk_tokens = match.disk_tokens
@@ -119,13 +119,13 @@ class _Run:
         self.logits = self._compute(self.cache, len(ids))
         watch.stop("recompute_s")
         if exact:
-            kept = cut_exact(self.cache, 0, context, fingerprint, start=self.start, states=states)
-            tree.insert(kept)
+            run = cut_exact(self.cache, 0, context, fingerprint, start=self.start, states=states)
+            tree.insert(run)
         self.context_tokens = int((served.columns.kind[index, self.start :] == Kind.CHUNK).sum())
         self.written = self.cache.key_bytes() + state_bytes(self.cache.state()) - self.bytes_read
 
     def _states(self, stops: Sequence[int]) -> dict[int, State]:
-        """The states at some depths, on the way, or where that takes a pass a token, apart."""
+        """Recurrent states at ``stops``; in separate caches where resuming takes a pass a token."""
         states = {}
         for stop in stops:
             on_the_way = self.state.recurrence.several or self.start
@@ -135,8 +135,8 @@ class _Run:
         return states
 
     def _compute(self, cache: PrefillCache, stop: int) -> Tensor:
-        """Computes the tokens up to ``stop`` that are not in the cache; logits after the last."""
-        state, ids = self.state, self.whole[:, cache.num_columns : stop]
+        """Computes the tokens up to ``stop`` that are not cached. Returns the last logits."""
+        state, ids = self.state, self.ids[:, cache.num_columns : stop]
         logits = _run(state, cache, ids)
         cost, rows = ModelCost.of(state.model), ids.shape[1]
         attending = [getattr(layer, "keys", None) is not None for layer in cache.layers]
@@ -147,7 +147,7 @@ class _Run:
 
 
 def _run(state: EngineState, cache: PrefillCache, ids: Tensor) -> Tensor:
-    """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which are then in the cache."""
+    """Appends ``ids`` ``(1, S)`` to the cache. Returns the logits ``(1, V)`` after them."""
     logits = state.recurrence.run(state.model, cache, ids, fresh=not cache.num_columns)
     cache.num_columns += ids.shape[1]
     return logits

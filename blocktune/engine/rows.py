@@ -1,4 +1,4 @@
-"""Which rows of a batch are columns of its cache, and which are computed."""
+"""Maps the rows of a batch to the columns of its cache, and selects the rows to compute."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Computed(NamedTuple):
     """Rows to compute, by order, padded on the left so that the last row is every prompt's last."""
 
     ids: Tensor  # token ids, ``(B, R)``
-    rows: Rows  # their facts, ``(B, R)``; all are global
-    columns: Tensor  # of the cache, `SKIP` for padding, ``(B, R)``
-    index: Tensor  # row of the layout that each one is, ``(B, R)``
+    rows: Rows  # their attributes, ``(B, R)``; all are in the group `GLOBAL`
+    columns: Tensor  # their columns in the cache, `SKIP` for padding, ``(B, R)``
+    index: Tensor  # their indices in the layout, ``(B, R)``
 
     def of(self, chosen: Tensor) -> Tensor:
-        """Of rows of the layout ``(B, S)`` bool, the computed ones that are chosen, ``(B, R)``."""
+        """Gathers a mask over the layout's rows ``(B, S)`` for the computed rows, ``(B, R)``."""
         return chosen.gather(1, self.index) & (self.rows.kind != Kind.PAD)
 
     def take(self, index: Tensor, exists: Tensor) -> Computed:
@@ -42,19 +42,19 @@ def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
         kind=rows.kind.masked_fill(~exists, Kind.PAD),
         group=torch.full_like(rows.group, GLOBAL),
     )
-    # Blanks apart, a prompt's order counts its rows from 0: it is the column.
+    # A prompt's order counts its rows, without blanks, from 0. So it is the column.
     columns = rows.order.masked_fill(~exists, SKIP)
     return Computed(batch.input_ids.gather(1, index), rows, columns, index)
 
 
 def column_rows(layout: Layout) -> Rows:
-    """Facts of the cache's columns, ``(B, N)``: the rows that are not blanks, by order."""
+    """Rows of the cache's columns, ``(B, N)``: all rows that are not blanks, by order."""
     stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
     width = layout.num_rows
     columns = torch.arange(width, device=layout.device).expand_as(layout.order)
     if torch.equal(layout.order, columns) and bool(stored.all()):
         return layout.rows()
-    # The orders of a prompt's stored rows count from 0: a place for each, no need to sort.
+    # The orders of a prompt's stored rows count from 0, so a scatter replaces sorting.
     place, count = torch.where(stored, layout.order, width), int(stored.sum(1).max())
     index = torch.zeros(len(place), width + 1, dtype=torch.int64, device=place.device)
     index = index.scatter(1, place, columns)
@@ -65,20 +65,20 @@ def column_rows(layout: Layout) -> Rows:
 
 
 def of_columns(scores: Tensor, layout: Layout) -> Tensor:
-    """Scores of columns ``(..., B, N)`` at the rows they belong to, ``(..., B, S)``; others 0."""
+    """Gathers column scores ``(..., B, N)`` for the layout's rows ``(..., B, S)``; blanks: 0."""
     stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
     column = torch.where(stored, layout.order, 0).expand(*scores.shape[:-1], -1)
     return scores.gather(-1, column) * stored
 
 
 def to_columns(rows: Tensor, layout: Layout, columns: Rows) -> Tensor:
-    """Rows of the layout ``(B, S)`` bool, all of them stored, at their ``columns`` ``(B, N)``."""
-    found = torch.zeros_like(columns.kind)
-    return found.scatter_reduce(1, layout.order * rows, rows.long(), "amax").bool()
+    """Converts a mask of stored rows of the layout ``(B, S)`` to the ``columns`` ``(B, N)``."""
+    mask = torch.zeros_like(columns.kind)
+    return mask.scatter_reduce(1, layout.order * rows, rows.long(), "amax").bool()
 
 
 def decoded_rows(last: Rows, steps: int) -> Rows:
-    """Facts of the rows that ``steps`` tokens after the prompts' ``last`` rows ``(B, 1)`` have."""
+    """Rows of the ``steps`` decoded tokens ``(B, steps)`` after the ``last`` rows ``(B, 1)``."""
     ahead = torch.arange(1, steps + 1, device=last.order.device)
     rows = last.map(lambda field: field.expand(-1, steps))
     return replace(
@@ -93,29 +93,29 @@ def decoded_rows(last: Rows, steps: int) -> Rows:
 
 
 def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the chosen rows by order, ``(B, R)``, and which of them are not padding."""
+    """Indices of the chosen rows by order, ``(B, R)``, and a mask that is False for padding."""
     count = chosen.sum(1)
     width = int(count.max())
     exists = torch.arange(width, device=chosen.device) >= width - count[:, None]
     index = torch.zeros_like(exists, dtype=torch.int64)
-    prompt, row = chosen.nonzero(as_tuple=True)  # few rows of many: only these are sorted
+    prompt, row = chosen.nonzero(as_tuple=True)  # usually few: sort only these
     rank = (prompt * (order.max() + 1) + order[prompt, row]).argsort()
     index[exists] = row[rank]
     return index, exists
 
 
 PER_ROW = ("position_embeddings", "position_ids")
-"""What a model passes to its layers, besides hidden states, for each row it embedded."""
+"""Keyword arguments of layers that have an item for each embedded row."""
 
 
 class RowSubset:
-    """Some of the candidate ``rows``, all ``(B, R)``.
+    """A subset of the candidate rows.
 
-    ``exists`` is False for padding; ``index`` is that of each row in the candidates.
+    ``rows``, ``exists`` (False for padding) and ``index`` (in the candidates) are ``(B, R)``.
     """
 
     def __init__(self, candidates: Computed, chosen: Tensor | None = None):
-        """Takes the ``chosen`` rows ``(B, U)`` of the candidates; None: all."""
+        """Takes the ``chosen`` candidates, ``(B, U)`` bool; None: all."""
         self._candidates, self._all = candidates, chosen is None
         if chosen is None:
             self.rows, self.exists = candidates, candidates.rows.kind != Kind.PAD
@@ -127,7 +127,7 @@ class RowSubset:
         self._picked: dict[int, tuple[Any, Any]] = {}
 
     def of_candidates(self, chosen: Tensor) -> Tensor:
-        """Of these rows ``(B, R)`` bool those that are chosen, among the candidates' ``(B, U)``."""
+        """Converts a mask of these rows ``(B, R)`` to a mask of the candidates ``(B, U)``."""
         prompt, row = chosen.nonzero(as_tuple=True)
         mask = torch.zeros_like(self._candidates.rows.kind, dtype=torch.bool)
         mask[prompt, self.index[prompt, row]] = True
@@ -139,12 +139,12 @@ class RowSubset:
         whole[prompt, self.index[prompt, row]] = hidden[prompt, row]
 
     def pick(self, whole: Tensor) -> Tensor:
-        """These rows of ``(B, U, ...)``, or of ``(1, U, ...)`` that is for all prompts."""
+        """Gathers these rows from ``(B, U, ...)``, or from ``(1, U, ...)`` for all prompts."""
         whole = whole.expand(len(self.index), *whole.shape[1:])
         return whole.gather(1, as_index(self.index, whole))
 
     def arguments(self, kwargs: dict) -> dict:
-        """A layer's keyword arguments, picked for these rows."""
+        """A layer's keyword arguments for these rows."""
         if self._all:
             return kwargs
         return kwargs | {
@@ -152,7 +152,7 @@ class RowSubset:
         }
 
     def positional(self, args: tuple) -> tuple:
-        """A layer's other positional arguments; those with a row for each candidate are picked."""
+        """A layer's other positional arguments, with tensors over candidates cut to these rows."""
         if self._all:
             return args
         count = self._candidates.rows.kind.shape[1]
@@ -165,7 +165,7 @@ class RowSubset:
         return tuple(self._pick_once(value) if of_rows(value) else value for value in args)
 
     def _pick_once(self, value: Tensor | tuple) -> Tensor | tuple:
-        # Layers share these tensors: each is picked once (and held, so that ids stay unique).
+        # All layers get the same tensors: pick each once (and hold it, so that its id is unique).
         if id(value) not in self._picked:
             parts = tuple(map(self.pick, value)) if isinstance(value, tuple) else self.pick(value)
             self._picked[id(value)] = (value, parts)

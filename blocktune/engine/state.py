@@ -1,4 +1,4 @@
-"""What all batches of an engine share, and what the steps of serving one batch share."""
+"""State shared by all batches of an engine, and by the steps of serving one batch."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from blocktune.positions import RopeSpec
 from blocktune.prompt import Batch, Pieces, Prompt, end_of_turn, stack
 
 SELF = "self"
-"""The name of the served model itself among the auxiliary models."""
+"""Name of the served model among the auxiliary models."""
 
 
 class Auxiliaries:
-    """Models that selectors may ask which tokens matter, by name; loaded on first use.
+    """Models by name that selectors may use to score tokens. They are loaded on first use.
 
     Attributes:
         may_load: Whether names that were never added may be loaded from folders and the Hub.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        """Serves ``model`` as `SELF`; the others must share its ``tokenizer``."""
+        """Registers ``model`` as `SELF`. The others must share its ``tokenizer``."""
         self.tokenizer, self.may_load = tokenizer, True
         self._models, self._lock = {SELF: model}, threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Adds a loaded model; its attention becomes blocktune's.
+        """Adds a loaded model, and replaces its attention by blocktune's.
 
         Raises:
-            ValueError: If it reads the served model's token ids as other text.
+            ValueError: If its tokenizer maps the served model's token ids to other text.
         """
         own, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
         if wrong := sorted((i, token) for token, i in own.items() if theirs.get(token) != i):
@@ -57,7 +57,7 @@ class Auxiliaries:
         self._models[name] = model.eval()
 
     def get(self, name: str) -> PreTrainedModel:
-        """The model of a name; one that was never added is loaded from a folder or the Hub."""
+        """The model with a name. If it was never added, it is loaded from a folder or the Hub."""
         with self._lock:
             if name not in self._models:
                 if not self.may_load:
@@ -71,10 +71,10 @@ class Auxiliaries:
 class EngineState:
     """The model, its tokenizer and its caches.
 
-    ``encoder`` has the store of chunks, ``prefix_tree`` the exact prefixes of earlier prompts;
-    ``rope`` says how keys are moved, or ``recurrence`` how a model with recurrent layers, whose
-    chunks cannot be, continues from a state; ``pad_id`` is the token of padding rows;
-    ``decode_cache`` says how keys are held while decoding, None: as after the prefill.
+    ``encoder`` has the chunk store, ``prefix_tree`` the exact prefixes of earlier prompts.
+    ``rope`` is how keys are moved; models whose chunks cannot be moved have a ``recurrence``
+    instead, which is how they resume from a state. ``pad_id`` is the token of padding rows,
+    ``decode_cache`` the kind of cache for decoding (None: the cache of the prefill).
     """
 
     model: PreTrainedModel
@@ -89,18 +89,18 @@ class EngineState:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return self.model.config.get_text_config().num_hidden_layers
 
     def prefixes(self, method: Method) -> Any:
-        """Where exact prefixes of a method's prompts are kept, like a `PrefixTree`."""
-        own = method.prefixes(self.encoder.store, self.tokenizer.decode)
-        if own is not None and self.recurrence is not None and self.recurrence.has_states:
+        """The cache of exact prefixes for a method: a `PrefixTree` or one with its interface."""
+        method_cache = method.prefixes(self.encoder.store, self.tokenizer.decode)
+        if method_cache is not None and self.recurrence is not None and self.recurrence.has_states:
             raise ValueError(
                 f"method '{method.name}' keeps keys and values alone, and this model has recurrent "
                 "layers; use prefix-cache"
             )
-        return self.prefix_tree if own is None else own
+        return self.prefix_tree if method_cache is None else method_cache
 
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the template's end of turn and the model's own."""
@@ -109,23 +109,23 @@ class EngineState:
         return frozenset({end_of_turn(self.tokenizer)[-1], *(i for i in ids if i is not None)})
 
     def text(self, ids: Sequence[int]) -> str:
-        """Decoded, without special tokens and surrounding space."""
+        """Decodes tokens, without special tokens and surrounding whitespace."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 @dataclass
 class ServedBatch:
-    """One batch of prompts on its way from layout to answers."""
+    """A batch of prompts while it is served, from layout to answers."""
 
     state: EngineState
     method: Method
     pieces: Sequence[Pieces]  # token pieces of each prompt
     watch: Stopwatch
     batch: Batch  # the prompts, laid out for ``method`` and stacked, on the model's device
-    columns: Rows  # facts of the columns of ``cache``, ``(B, N)``
+    columns: Rows  # rows of the columns of ``cache``, ``(B, N)``
     cache: RowCache
-    reshaping: ReshapedAttention | None  # how rows see reused keys, or None
-    wanted: list[list[Piece]]  # of each prompt, what caches of chunks hold
+    reshaping: ReshapedAttention | None  # changes attention to reused keys, or None
+    wanted: list[list[Piece]]  # for each prompt, the pieces to load from chunk caches
 
     @classmethod
     def stacked(
@@ -135,7 +135,7 @@ class ServedBatch:
         pieces: Sequence[Pieces],
         method: Method,
     ) -> Self:
-        """Stacks prompts, laid out for the method, over an empty cache."""
+        """Stacks prompts, laid out for the method, and makes an empty cache for them."""
         watch = Stopwatch(state.model.device)
         watch.start()
         batch = stack(prompts, state.pad_id).to(state.model.device)

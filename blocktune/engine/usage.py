@@ -1,4 +1,4 @@
-"""What an answer cost: times, bytes and operations, counted where the work is done."""
+"""The cost of an answer: times, bytes and operations, counted where the work is done."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from blocktune.models.small import config_value
 
 @dataclass(frozen=True)
 class Ttft:
-    """Seconds from request to first token, split by what they were spent on.
+    """Seconds from request to first token, by stage.
 
-    Prompts of one batch are served together: each carries the batch's times.
+    Prompts of one batch are served together, so each has the times of the batch.
     """
 
     prompt_s: float = 0.0  # tokenising and laying the prompt out
     lookup_s: float = 0.0  # finding out which chunks are cached
-    load_s: float = 0.0  # reading, verifying and moving them
-    encode_s: float = 0.0  # encoding the chunks that were not cached (0 when warm)
+    load_s: float = 0.0  # reading, verifying and moving cached chunks
+    encode_s: float = 0.0  # encoding chunks that were not cached (0 when warm)
     relocate_s: float = 0.0  # rotating keys to their positions and joining caches
-    select_s: float = 0.0  # choosing tokens to recompute, with the passes and probes it takes
-    recompute_s: float = 0.0  # computing them, the links and the question
+    select_s: float = 0.0  # selecting tokens to recompute, including passes and probes for that
+    recompute_s: float = 0.0  # computing these, the links and the question
     first_token_s: float = 0.0  # picking the first token
 
     @property
     def total_s(self) -> float:
-        """All of it."""
+        """Sum of all stages."""
         return sum(getattr(self, f.name) for f in fields(self))
 
 
@@ -42,30 +42,30 @@ class Ttft:
 class Usage:
     """The cost of one answer."""
 
-    prompt_tokens: int  # of prefix, chunks, links and question
+    prompt_tokens: int  # tokens of prefix, chunks, links and question
     context_tokens: int  # tokens of chunks
-    layer_tokens: tuple[int, ...]  # context tokens computed when answering, per layer
-    probed_tokens: int  # context tokens whose states were made for choices only
-    flops: int  # up to the first token, passes for choosing included, encoding left out
-    bytes_read: int  # of cached keys and values that were put into the prompt
-    bytes_moved: int  # read from chunk caches, and written into the prompt's
+    layer_tokens: tuple[int, ...]  # context tokens computed for the answer, per layer
+    probed_tokens: int  # context tokens whose states were computed for selection only
+    flops: int  # up to the first token, including passes for selection, without encoding
+    bytes_read: int  # bytes of cached keys and values that were loaded into the prompt's cache
+    bytes_moved: int  # bytes read from chunk caches, and written into the prompt's cache
     chunk_hits: int  # chunks found in the cache
-    chunk_misses: int  # had to be encoded first
+    chunk_misses: int  # chunks that had to be encoded first
     answer_tokens: int  # tokens decoded
     ttft: Ttft  # times to the first token
     query_entropy: float | None = None  # of the question's attention, in nats, if it is reshaped
-    prefix_tokens: int = 0  # in the exact state that an earlier prompt left
-    prefix_disk_tokens: int = 0  # those of them that were read from the store's folder
+    prefix_tokens: int = 0  # tokens of the exact prefix loaded from an earlier prompt
+    prefix_disk_tokens: int = 0  # how many of them were read from the store's folder
     recalled: float | None = None  # 1.0: from a response cache; less: a similar question's answer
 
     @property
     def recompute_ratio(self) -> float:
         """Share of the context's layer-tokens that were computed, in [0, 1].
 
-        All layers count alike, so CacheBlend's fully computed first layer is in it.
+        All layers count equally, including CacheBlend's first layer, which is computed in full.
         """
-        whole = self.context_tokens * len(self.layer_tokens)
-        return sum(self.layer_tokens) / whole if whole else 0.0
+        total = self.context_tokens * len(self.layer_tokens)
+        return sum(self.layer_tokens) / total if total else 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -75,7 +75,7 @@ class Usage:
 
 @dataclass
 class Stopwatch:
-    """Adds up seconds by name; on CUDA it waits for the kernels it is timing."""
+    """Adds up seconds by stage. On CUDA it waits for the kernels it is timing."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -86,13 +86,13 @@ class Stopwatch:
         self._since = self._now()
 
     def stop(self, name: str) -> None:
-        """Books the time since the last `start` or `stop` under ``name``."""
+        """Adds the time since the last `start` or `stop` to the stage ``name``."""
         now = self._now()
         self.add(name, now - self._since)
         self._since = now
 
     def add(self, name: str, seconds: float) -> None:
-        """Books a time measured elsewhere."""
+        """Adds a time that was measured elsewhere."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _now(self) -> float:
@@ -102,20 +102,20 @@ class Stopwatch:
 
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-"""Names of the projection after attention; an attention module's other ones come before it."""
+"""Names of the output projection of attention. Its other projections come before attention."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
     """Multiply-adds of one layer."""
 
-    row: int  # of its matrices, per row; of a mixture of experts, those that a row is sent to
-    probe: int  # of the projections that make keys and values (and queries), per row
+    row: int  # of its matrices, per row; in a mixture of experts, of the experts chosen for a row
+    probe: int  # of the query, key and value projections, per row
     pair: int  # of attention, per row and key: the score and the weighted value
 
     @classmethod
     def of(cls, layer: nn.Module, share: float, pair: int, has_lora: bool = True) -> LayerCost:
-        """Reads a layer's modules; a row is sent to ``share`` of the experts."""
+        """Counts a layer's modules. Each row is routed to a ``share`` of the experts."""
         macs = {n: m for n, m in _matrices(layer, share) if has_lora or ".lora_" not in n}
         before = [n for n in macs if "attn" in n and not set(n.split(".")) & set(OUTPUTS)]
         return cls(sum(macs.values()), sum(macs[name] for name in before), pair)
@@ -123,28 +123,28 @@ class LayerCost:
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-"""What configurations call the experts of a layer, and those that a token is sent to."""
+"""Config names for the number of experts in a layer, and of those chosen for a token."""
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Multiply-adds of a model: of its layers, and of the language-model head per row."""
+    """Multiply-adds of a model: its layers, and its language-model head per row."""
 
     layers: tuple[LayerCost, ...]
     head: int
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelCost:
-        """Reads the model's modules, once. Norms, activations and rotations are left out."""
-        if (known := _COSTS.get(model)) is not None:
-            return known
+        """Counts the model's modules, once. Norms, activations and rotations are not counted."""
+        if (cost := _COSTS.get(model)) is not None:
+            return cost
         config = model.config.get_text_config()
         experts, chosen = config_value(config, *EXPERTS), config_value(config, *CHOSEN)
         share = chosen / experts if experts and chosen else 1.0
         heads = config_value(config, "num_attention_heads") or 1  # Mamba has none, and no pairs
         dim = config_value(config, "head_dim") or config.hidden_size // heads
         pair = 2 * heads * dim
-        has_lora = scope_of(model) != "encode"  # such an adapter computes nothing here
+        has_lora = scope_of(model) != "encode"  # such an adapter is inactive when answering
         layers = decoder_layers(model)
         layers = tuple(LayerCost.of(layer, share, pair, has_lora) for layer in layers)
         return _COSTS.setdefault(model, cls(layers, config.hidden_size * config.vocab_size))
@@ -155,18 +155,18 @@ _COSTS: WeakKeyDictionary[nn.Module, ModelCost] = WeakKeyDictionary()
 
 @dataclass
 class Executed:
-    """What one pass of a model computed, for `flops`."""
+    """What one pass of a model computed, to count its operations."""
 
-    model: nn.Module  # the one that ran
-    plans: list[CachePlan] = field(default_factory=list)  # they say in which layers they ran
-    probes: Mapping[int, CachePlan] = field(default_factory=dict)  # by layer: made for choices only
-    heads: int = 1  # rows of each prompt that went through the head
+    model: nn.Module  # the model that ran
+    plans: list[CachePlan] = field(default_factory=list)  # each lists the layers it ran in
+    probes: Mapping[int, CachePlan] = field(default_factory=dict)  # by layer: for selection only
+    heads: int = 1  # rows of each prompt that went through the language-model head
     extra: Tensor | None = None  # further multiply-adds of each prompt, ``(B,)``
 
     def flops(self) -> Tensor:
         """Floating-point operations of each prompt, two per multiply-add, ``(B,)`` int64.
 
-        Padding rows do not count; scores that a mask hides are computed, so they do.
+        Padding rows do not count. Masked scores do, because they are computed.
         """
         model = ModelCost.of(self.model)
         macs = model.head * self.heads + (0 if self.extra is None else self.extra)
@@ -181,14 +181,14 @@ class Executed:
 
 
 def _matrices(layer: nn.Module, share: float) -> Iterator[tuple[str, int]]:
-    """Multiply-adds per row of each matrix of a layer, by module; ``share`` of the experts'."""
+    """Yields module names and multiply-adds per row; experts count with their ``share``."""
     for name, module in layer.named_modules():
-        one = share if "experts." in name else 1.0
-        if isinstance(module, nn.Linear):  # also quantised ones, whose weights have other shapes
-            yield name, round(module.in_features * module.out_features * one)
+        weight = share if "experts." in name else 1.0
+        if isinstance(module, nn.Linear):  # includes quantised ones, whose weights differ in shape
+            yield name, round(module.in_features * module.out_features * weight)
             continue
-        own = dict(module.named_parameters(recurse=False)).values()
-        stacked = sum(p.numel() for p in own if p.ndim == 3)  # all experts in one parameter
-        plain = sum(p.numel() for p in own if p.ndim == 2)  # a router
+        weights = dict(module.named_parameters(recurse=False)).values()
+        stacked = sum(p.numel() for p in weights if p.ndim == 3)  # all experts in one parameter
+        plain = sum(p.numel() for p in weights if p.ndim == 2)  # a router
         if stacked or plain:
             yield name, plain + round(stacked * share)

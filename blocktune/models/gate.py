@@ -1,10 +1,10 @@
-"""What a model must be, asked in one place, of a small random model made from its configuration.
+"""Checks whether a model supports chunk reuse, on a small random model of its configuration.
 
-Chunk reuse and block training are exact on a decoder if four properties hold: attention is all that
-mixes tokens, every layer attends by the function that blocktune hands it and keeps keys of its own,
-positions enter by rotating queries and keys alone, and a layer attends to what it tells that
-function. `examine` proves them, or names the one that is missing. Nothing is decided by a
-model's name.
+Chunk reuse and block training are exact on a decoder if four properties hold. Only attention mixes
+tokens. Every layer attends by the function that blocktune passes to it and keeps its own keys.
+Positions enter only by rotating queries and keys. A layer attends exactly to what it passes to that
+function. `examine` checks them, and names the one that is missing. It never looks at a model's
+name.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from blocktune.models.small import causal_class, config_value, quiet, small_conf
 from blocktune.positions import RopeSpec
 
 ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attention")
-"""Layer types of a configuration whose layers only attend."""
+"""Layer types in a configuration that mix tokens only by attention."""
 
 
 def require_supported(model: PreTrainedModel) -> RopeSpec:
-    """Refuses a model whose cached chunks could not be moved; returns how to move them.
+    """Returns how to move a model's cached chunks. Raises `Refused` if that is impossible.
 
-    The frequencies are those that this model itself rotates with. It may be a PEFT model, quantised
-    or split over processes: nothing runs through it. `Refused` names what stands in the way.
+    The frequencies are read from this model. It may be a PEFT model, quantised or split over
+    processes, because it is not run. The error names the missing property.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
     cls = type(base) if isinstance(config, type(base).config_class) else causal_class(config)
-    found = examine(config, cls)
+    structure = examine(config, cls)
     buffers = dict(decoder_of(base).named_buffers())
-    return RopeSpec(tuple(one.rope(buffers) for one in found.layers), found.max_tokens)
+    return RopeSpec(tuple(la.rope(buffers) for la in structure.layers), structure.max_tokens)
 
 
 def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> Structure:
-    """Asks whether chunk reuse is exact on the models of a configuration, before any is loaded.
+    """Checks from a configuration, without loading a model, that chunk reuse is exact on it.
 
-    ``config`` is of the text model or of a multimodal one around it; ``cls`` the model's class, by
-    default what transformers has for it. `Refused` names what stands in the way.
+    ``config`` is that of a text model or of a multimodal model with one; ``cls`` is the model's
+    class, by default the one in transformers. Raises `Refused`, which names the missing property.
     """
-    whole, config = config, config.get_text_config(decoder=True)
-    cls = cls or causal_class(config) or causal_class(whole)
+    outer, config = config, config.get_text_config(decoder=True)
+    cls = cls or causal_class(config) or causal_class(outer)
     if cls is None:
         raise Refused(
             f"transformers has no causal language model of type '{config.model_type}'; use a "
@@ -73,7 +73,7 @@ def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) 
     if not depth or depth < 1:
         raise Refused(
             f"{cls.__name__} is not one stack of layers over tokens (num_hidden_layers of its "
-            f"configuration is {depth}), so chunks have no one set of keys to keep; use a decoder"
+            f"configuration is {depth}), so it has no single set of keys to cache; use a decoder"
         )
     if heads is None:
         raise Mixes(mixes_tokens(cls.__name__, "a recurrence", 0, depth))
@@ -82,13 +82,13 @@ def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) 
     if not can_switch(cls):
         raise Refused(OWN_ATTENTION.format(cls.__name__))
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    if (cls, key) not in _KNOWN:
-        _KNOWN[cls, key] = _examine(cls, config)
-    return _KNOWN[cls, key]
+    if (cls, key) not in _RESULTS:
+        _RESULTS[cls, key] = _examine(cls, config)
+    return _RESULTS[cls, key]
 
 
-_KNOWN: dict[tuple[type, str], Structure] = {}
-"""What was found, by class and configuration: a process asks for the same one many times."""
+_RESULTS: dict[tuple[type, str], Structure] = {}
+"""Results by class and configuration, because a process examines the same one many times."""
 
 
 def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
@@ -100,10 +100,10 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
             model = small_model(small, cls)
             what, fix = "does not run on a plain sequence of tokens", ""
             probe = Probe(name, model, exact_length(config), exact_length(small))
-            what, kind = "works on its attention mask or its cache in code of its own", NoRotary
-            found = probe.run()
+            what, kind = "handles its attention mask or its cache in its own code", NoRotary
+            structure = probe.run()
         decoder_layers(model)
-        return found
+        return structure
     except Refused:
         raise
     except Exception as error:
@@ -111,25 +111,25 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
             raise kind(NO_ROTARY.format(name)) from error
         line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Refused(
-            f"{name} {what}, so nothing is known of chunk reuse on it; {fix}use a decoder that "
+            f"{name} {what}, so chunk reuse on it cannot be checked; {fix}use a decoder that "
             f"leaves masks and caches to transformers ({line})"
         ) from error
 
 
 def exact_length(config: PreTrainedConfig) -> int | None:
-    """Prompt length from which a model does more with positions than a rotation can undo.
+    """Prompt length up to which moving chunks by rotation is exact; None: no limit.
 
-    RoPE types that change their frequencies with the length of the prompt, queries scaled by
+    Limits come from RoPE types whose frequencies depend on the prompt length, queries scaled by
     absolute position (Ministral 3, Llama 4), attention in chunks of absolute positions (Llama 4)
-    and attention to a fixed number of chosen tokens (DeepSeek V3.2).
+    and attention to a fixed number of selected tokens (DeepSeek V3.2).
     """
     lengths = []
     rope = getattr(config, "rope_parameters", None) or {}
-    for one in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        original = one.get("original_max_position_embeddings")
-        if one.get("rope_type") == "dynamic":
+    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        original = part.get("original_max_position_embeddings")
+        if part.get("rope_type") == "dynamic":
             lengths.append(config.max_position_embeddings)
-        if one.get("rope_type") == "longrope" or one.get("llama_4_scaling_beta"):
+        if part.get("rope_type") == "longrope" or part.get("llama_4_scaling_beta"):
             lengths.append(original)
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         lengths.append(config.attention_chunk_size)
@@ -140,11 +140,11 @@ def exact_length(config: PreTrainedConfig) -> int | None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers, through a PEFT wrapper or not; else raises `Refused`."""
+    """The list of decoder layers, also inside a PEFT wrapper. Raises `Refused` if there is none."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        named = name.endswith(("layers", "blocks", ".h"))
-        if named and isinstance(module, nn.ModuleList) and len(module) == depth:
+        is_layers = name.endswith(("layers", "blocks", ".h"))
+        if is_layers and isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise Refused(
         f"{type(model).__name__} has no list of {depth} decoder layers to hook into, one for each "

@@ -1,4 +1,4 @@
-"""Digests that identify base, tokenizer and adapter, wherever they are stored."""
+"""Digests that identify base, tokenizer and adapter, independent of where they are stored."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blocktune.models.sharded import gathered, whole_shape
 
 SAMPLES = 64
-"""Elements read of each weight, at equal distances."""
+"""Elements sampled from each weight, at equal strides."""
 QUANTISED = "quantised"
-"""Stands for the linear weights of a quantised base, which cannot be compared with plain ones."""
+"""Placeholder for the linear weights of a quantised base, which cannot be compared."""
 _ARCHITECTURE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"),
@@ -26,14 +26,14 @@ _TRAINED = ("lora_", "trainable_tokens", "blocktune_links", "modules_to_save.")
 
 
 def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
-    """Digest of a base model, the same with and without a PEFT adapter or links around it.
+    """Digest of a base model, the same with and without a PEFT adapter or links.
 
-    Weights are sampled and compared as bfloat16, so a checkpoint loaded in float32 and in bfloat16
-    has one digest. Of a 4- or 8-bit base only embeddings and norms are compared. The model must not
-    be merged or resized; ``state`` has its weights by name, if a launch has split those in it.
+    Weights are sampled and compared as bfloat16, so a checkpoint has the same digest in float32 and
+    in bfloat16. For a 4- or 8-bit base only embeddings and norms are compared. The model must not
+    be merged or resized. ``state`` has its whole weights by name, if a launch has split them.
 
-    Returns architecture, plain weights and linear weights (or `QUANTISED`), joined by ``-``. Raises
-    ValueError if a weight is not in memory.
+    Returns digests of architecture, plain weights and linear weights (or `QUANTISED`), joined by
+    ``-``. Raises ValueError if a weight is not in memory.
     """
     config = model.config.get_text_config().to_dict()
     shape = {name: config.get(name) for name in _ARCHITECTURE}
@@ -59,7 +59,7 @@ def same_base(one: str, other: str) -> bool:
 
 
 def adapter_fingerprint(folder: str | Path) -> str:
-    """16 hex digits of all ``*.safetensors`` in an adapter's folder, whatever its name and base."""
+    """Digest (16 hex digits) of all ``*.safetensors`` in an adapter's folder, without its name."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with path.open("rb") as file:
@@ -71,7 +71,7 @@ def adapter_fingerprint(folder: str | Path) -> str:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of what turns text into ids: rules, vocabulary, special tokens, chat template.
 
-    Padding and truncation are left out: transformers stores those of the last call in the backend.
+    It excludes padding and truncation, because the backend stores those of the last call.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()

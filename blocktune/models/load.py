@@ -1,7 +1,7 @@
-"""From a name to a model: folders, GGUF files, repositories of the Hub, devices and dtypes.
+"""Loads a base model by name, from a folder, a GGUF file or the Hub, to a device and dtype.
 
-Serving and training load their bases here, so both give the same errors, and both refuse a model
-that chunk reuse is wrong on before its weights are read.
+Serving and training both load their bases here. So they give the same errors, and refuse a model
+on which chunk reuse would be wrong before its weights are read.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ logger = logging.getLogger("blocktune")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ADAPTER_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
-"""What is fetched of an adapter's repository: never a pickle, never code."""
+"""Files to download from an adapter's repository: never a pickle, never code."""
 
 
 def load_base(
@@ -65,24 +65,24 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model without any adapter, and its tokenizer, in evaluation mode.
 
-    Of a multimodal model, the text model is loaded. GGUF weights are dequantised once and kept as
-    safetensors in the cache of the Hub.
+    For a multimodal model, only its text model is loaded. GGUF weights are dequantised once and
+    kept as safetensors in the Hub's local cache.
 
     Args:
-        name: Folder or repository of the Hub, optionally with ``@REVISION``; or a GGUF file, or a
-            folder that holds one and nothing else to load.
+        name: Folder or repository on the Hub, optionally with ``@REVISION``; or a GGUF file, or a
+            folder that holds one and no other model.
         dtype: One of `DTYPES`; ``auto``: as saved.
-        device: Default: CUDA if there is one, else the CPU.
-        revision: Of the repository.
+        device: Default: CUDA if available, else the CPU.
+        revision: Revision of the repository.
         quantize: One of `blocktune.models.quantize.QUANTIZATIONS` or a configuration; None: as
             saved.
-        place: Whether to move the weights to the device; quantised ones are made there in any case.
-        recurrent: Whether to load a model with recurrent layers, too: for prompts in full only.
-        what: What is loaded, for the error.
+        place: Whether to move the weights to the device; quantised ones are always placed there.
+        recurrent: Whether models with recurrent layers are allowed (without chunk reuse).
+        what: What is being loaded, for error messages.
 
     Raises:
-        ValueError: If there is no such model, device, dtype or quantization, its files are damaged
-            or lack weights, or it is saved quantised and ``quantize`` is given.
+        ValueError: If the model, device, dtype or quantization does not exist, its files are
+            damaged or lack weights, or it is saved quantised and ``quantize`` is given.
         Refused: If chunk reuse would be wrong on the model, before its weights are read.
     """
     bare, revision = pinned(name, revision)
@@ -97,14 +97,14 @@ def load_base(
             raise
     kwargs = _quantised(config, dtype, device, quantize)
     file = gguf_file(bare)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     with _explained(name, what):
         bare = bare if file is None else _dequantised(file, dtype)
-        model, found = auto.from_pretrained(
+        model, report = auto.from_pretrained(
             bare, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
         )
-        _require_all(found, name)
+        _require_all(report, name)
         _require_stops(Path(bare) / GENERATION_CONFIG_NAME, model.generation_config.eos_token_id)
     with _explained(name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
@@ -115,24 +115,24 @@ def load_base(
     return (model.to(device) if place and not kwargs else model), tokenizer
 
 
-def _require_all(found: Mapping[str, Any], name: str) -> None:
-    """Refuses what transformers filled with random weights, and tells what it left unused."""
-    if missing := sorted(found["missing_keys"]):
+def _require_all(report: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError if weights are missing (and so random), and logs unused ones."""
+    if missing := sorted(report["missing_keys"]):
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
-    if unused := sorted(key for key in found["unexpected_keys"] if "inv_freq" not in key):
+    if unused := sorted(key for key in report["unexpected_keys"] if "inv_freq" not in key):
         logger.warning("%s: %d weights are not used, such as %s", name, len(unused), unused[0])
 
 
 def _require_stops(path: Path, eos: Any) -> None:
-    """Refuses a file that transformers would go on without, and stop tokens that are none."""
+    """Raises ValueError for a damaged generation config (which transformers ignores) or EOS."""
     if path.is_file():
         load_json(path)
-    if not all(isinstance(one, int | None) for one in (eos if isinstance(eos, list) else [eos])):
+    if not all(isinstance(i, int | None) for i in (eos if isinstance(eos, list) else [eos])):
         raise ValueError(f"eos_token_id of its generation config must be token ids, got {eos!r}")
 
 
 def examine_base(name: str) -> None:
-    """Asks `examine` about a model by its name, without loading it; ValueError if there is none."""
+    """Calls `examine` for a model by name, without loading it. ValueError if it does not exist."""
     examine(_config(name, None, "a language model"))
 
 
@@ -146,10 +146,10 @@ def _config(name: str, revision: str | None, what: str) -> PreTrainedConfig:
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file that is meant by its own name, or by that of a folder; None: another model.
+    """The GGUF file that ``name`` refers to: itself, or the only one in a folder; None: no GGUF.
 
     Raises:
-        ValueError: If there is no such file, a folder has several, or the package gguf is missing.
+        ValueError: If the file does not exist, a folder has several, or package gguf is missing.
     """
     path = Path(name)
     files = [path] if path.suffix == ".gguf" else []
@@ -168,29 +168,29 @@ def gguf_file(name: str) -> Path | None:
 
 
 def _dequantised(file: Path, dtype: str) -> str:
-    """A folder that holds what a GGUF file does, as safetensors; made once for each dtype."""
-    about = file.stat()
-    made_of = f"{file.resolve()} {about.st_size} {about.st_mtime_ns} {dtype}"
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    kept = Path(constants.HF_HOME, "blocktune", "gguf", f"{file.stem}-{key}")
-    if kept.is_dir():
-        return str(kept)
-    logger.warning("dequantising %s once, into %s", file.name, kept)
+    """Converts a GGUF file to a folder with safetensors, once for each dtype. Returns its path."""
+    status = file.stat()
+    source = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {dtype}"
+    key = hashlib.sha256(source.encode()).hexdigest()[:16]
+    target = Path(constants.HF_HOME, "blocktune", "gguf", f"{file.stem}-{key}")
+    if target.is_dir():
+        return str(target)
+    logger.warning("dequantising %s once, into %s", file.name, target)
     options = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
     model.hf_quantizer = None  # its weights are plain now
     vars(model.config).pop("quantization_config", None)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        move_folder(folder, kept)
-    return str(kept)
+        move_folder(folder, target)
+    return str(target)
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The causal language model inside a multimodal one, with its weights; others as they are."""
+    """The causal language model inside a multimodal model. Other models are returned unchanged."""
     config = model.config.get_text_config(decoder=True)
     cls = causal_class(config)
     if config is model.config or cls is None or isinstance(model, cls):
@@ -200,7 +200,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
         text = cls(config)
     if type(decoder_of(text)) is not type(decoder) or head is None:
         raise Refused(
-            f"{type(model).__name__} holds its text model in a form of its own; save the text "
+            f"{type(model).__name__} holds its text model in a non-standard form; save the text "
             f"model as a {cls.__name__} and load that"
         )
     setattr(text, text.base_model_prefix, decoder)
@@ -216,20 +216,20 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
-    """The same model as separate modules over the same weights, or with ``own_embeddings``.
+    """Copies a model's modules, but shares its weights; with ``own_embeddings`` copies those, too.
 
-    Hooks, LoRA or a link table that are put on one do not change the other. The weights must not be
-    changed in place any more.
+    Hooks, LoRA or a link table on one copy do not affect the other. The weights must no longer be
+    changed in place.
     """
-    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     if own_embeddings:
-        kept.pop(id(model.get_input_embeddings().weight))
-        kept.pop(id(model.get_output_embeddings().weight), None)  # None: they are tied
-    return copy.deepcopy(model, kept)
+        shared.pop(id(model.get_input_embeddings().weight))
+        shared.pop(id(model.get_output_embeddings().weight), None)  # None: they are tied
+    return copy.deepcopy(model, shared)
 
 
-_NOT_THERE = ("couldn't connect to", "Repo id must", "not a valid model identifier")
-"""Of what transformers says of a name that is neither a folder nor a repository."""
+_NOT_FOUND = ("couldn't connect to", "Repo id must", "not a valid model identifier")
+"""Parts of transformers' errors for a name that is neither a folder nor a repository."""
 
 
 @contextmanager
@@ -238,9 +238,9 @@ def _explained(name: str, what: str) -> Iterator[None]:
         yield
     except (Refused, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # of any type, since files may hold anything
+    except Exception as error:  # damaged files may raise any type
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        if any(told in reason for told in _NOT_THERE) and not Path(name).exists():
+        if any(part in reason for part in _NOT_FOUND) and not Path(name).exists():
             raise ValueError(
                 f"cannot load {what} from '{name}': there is no such folder, and no repository of "
                 "that name in the Hub's cache or, unless this process is offline, on the Hub"
@@ -254,25 +254,25 @@ def _explained(name: str, what: str) -> Iterator[None]:
 
 
 def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> dict[str, Any]:
-    """What a quantised model is loaded with: it is made on its device, not moved there."""
+    """Keyword arguments to load a quantised model directly on its device; {} for a plain one."""
     saved = getattr(config, "quantization_config", None)
     if saved is None and quantize is None:
         return {}
     if saved is not None and quantize is not None:
-        wanted = f"'{quantize}'" if isinstance(quantize, str) else "otherwise"
+        wanted = f"'{quantize}'" if isinstance(quantize, str) else "by a configuration"
         raise ValueError(
             f"the model is saved quantised ({saved.get('quant_method')}) and cannot be quantised "
-            f"{wanted} as well; leave quantize out, or name the plain model"
+            f"again ({wanted}); leave quantize out, or name the plain model"
         )
     if isinstance(quantize, str):
-        named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-        quantize = quantization_config(quantize, named)
+        compute = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        quantize = quantization_config(quantize, compute)
     extra = {} if quantize is None else {"quantization_config": quantize}
     return {"device_map": {"": device}} | extra
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError if ``name`` is not a device, or not one of this machine."""
+    """Raises ValueError if ``name`` is not a device of this machine."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -292,7 +292,7 @@ def check_dtype(name: str) -> None:
 
 
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
-    """Splits ``USER/NAME@REVISION``, or takes a separate revision; a local folder has none.
+    """Returns name and revision of ``USER/NAME@REVISION``, or those given for a local folder.
 
     Raises ValueError if two revisions are given, or an empty one.
     """
@@ -307,7 +307,7 @@ def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | No
 
 
 def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
-    """The adapter's local folder, fetched from the Hub if need be; ValueError if there is none."""
+    """The adapter's local folder, downloaded if needed. Raises ValueError if it does not exist."""
     name, revision = pinned(adapter, revision)
     if Path(name).is_dir():
         return Path(name)

@@ -1,4 +1,4 @@
-"""The properties that chunk reuse needs, asked of one small random model."""
+"""Tests on a small random model for the properties that chunk reuse needs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from blocktune.models.small import VOCABULARY
 from blocktune.positions import LayerRope, relocate_keys
 
 TOLERANCE = 1e-3
-"""Of a state's largest element: float32 rounds by less, a wrong mask or rotation moves more."""
+"""Relative to a state's largest element. Rounding is below it, a wrong mask or rotation above."""
 POSITIONS = (3, 4, 11, 64, 901)
 ROWS = 40
 
 
 class Refused(ValueError):
-    """A model that chunk reuse would be wrong on; the message names the property in one line."""
+    """Chunk reuse would be wrong on the model. The message names the missing property."""
 
 
 class Mixes(Refused):
-    """A model that mixes tokens otherwise than by attention: a hybrid, for one."""
+    """The model mixes tokens by other means than attention, such as a recurrence."""
 
 
 class NoRotary(Mixes):
-    """A model that only attends, whose positions are not rotations: prefixes can be resumed."""
+    """The model only attends, but its positions are not rotations. It can resume prefixes."""
 
 
 class Rotated(NamedTuple):
-    """A `LayerRope` by the frequencies in ``buffer`` of the decoder times ``sign``; "": none."""
+    """A `LayerRope` with the frequencies in a decoder's ``buffer`` (""; none) times ``sign``."""
 
     buffer: str
     sign: int = 1
@@ -44,14 +44,14 @@ class Rotated(NamedTuple):
     in_values: bool = False
 
     def rope(self, buffers: Mapping[str, Tensor]) -> LayerRope:
-        """By the buffers of a decoder."""
+        """The `LayerRope`, given the decoder's buffers."""
         if not self.buffer:
             return LayerRope(torch.empty(0), *self[2:])
         return LayerRope(self.sign * buffers[self.buffer].float(), *self[2:])
 
 
 class Structure(NamedTuple):
-    """What `examine` found."""
+    """Result of `blocktune.models.gate.examine`."""
 
     layers: tuple[Rotated, ...]  # how each layer rotates its keys
     windows: tuple[int | None, ...]  # sliding window of each layer, in tokens
@@ -66,18 +66,18 @@ NO_ROTARY = (
 
 
 def mixes_tokens(name: str, what: str, layer: int, count: int = 1) -> str:
-    """Why a model is refused whose ``layer`` and ``count - 1`` more do more than attend."""
+    """Error for a model in which ``layer`` (and ``count - 1`` more) do more than attend."""
     more = f" and {count - 1} more" if count > 1 else ""
     return (
-        f"{name}: {what} in layer {layer}{more} mixes tokens otherwise than by attention under a "
-        "mask (a recurrence, a convolution, or a choice of tokens of its own), so a chunk's states "
-        "depend on the text before it; use a decoder that only attends, or `blocktune answer` by a "
-        "method that reuses no chunks (full-prefill, no-context, prefix-cache)"
+        f"{name}: {what} in layer {layer}{more} mixes tokens by other means than masked attention "
+        "(such as a recurrence, a convolution or its own token selection), so a chunk's states "
+        "depend on the text before it; use a decoder that only attends, or `blocktune answer` with "
+        "a method that reuses no chunks (full-prefill, no-context, prefix-cache)"
     )
 
 
 def without_keys(name: str, missing: list[int]) -> str:
-    """Why a model is refused whose layers ``missing`` keep no keys."""
+    """Error for a model whose layers ``missing`` keep no keys."""
     return (
         f"{name}: {_layers(missing)} no keys of their own (they use those of other layers, or "
         "cache none); blocktune caches the keys of every layer: use a decoder in which every layer "
@@ -86,7 +86,7 @@ def without_keys(name: str, missing: list[int]) -> str:
 
 
 class _Recorder:
-    """A plan by which every row attends to itself, so that attention mixes nothing."""
+    """A plan in which every row attends only to itself, so that attention mixes no tokens."""
 
     def __init__(self):
         self.queries: dict[int, Tensor] = {}
@@ -106,15 +106,15 @@ class _Pass(NamedTuple):
 
 
 class Probe:
-    """The four properties, asked of one small model."""
+    """Tests one small model for the four properties."""
 
     def __init__(
         self, name: str, model: PreTrainedModel, length: int | None, small_length: int | None
     ):
-        """Runs and attaches ``model``, a small one that is not used afterwards.
+        """Runs and attaches the small ``model``, which must not be used afterwards.
 
-        ``name`` is its class's, for refusals; ``length`` that up to which reuse is exact on the
-        models it stands for (None: any), ``small_length`` that of the small model.
+        ``name`` is the class name, for errors. ``length`` is the prompt length up to which reuse is
+        exact on the full model (None: any), ``small_length`` the same for the small model.
         """
         self.name, self.decoder, self.length = name, decoder_of(model), length
         self.depth = self.decoder.config.num_hidden_layers
@@ -135,14 +135,14 @@ class Probe:
         self.stock = self.decoder(self.ids, use_cache=False)[0]
 
     def run(self) -> Structure:
-        """Asks for all of them, the ones that explain others first."""
+        """Tests all properties, those that explain others first. Raises `Refused` if one fails."""
         same = torch.full((1, len(self.positions)), 5)
-        self._only_attention_mixes()
-        made = self._forward(same, torch.tensor([self.positions]))
-        self._every_layer_attends_and_keeps(made)
-        layers = self._positions_only_rotate(made)
-        self._tells_what_it_attends_to()
-        windows = tuple(made.plan.windows[index] for index in range(self.depth))
+        self._require_only_attention_mixes()
+        run = self._forward(same, torch.tensor([self.positions]))
+        self._require_every_layer_attends_and_caches(run)
+        layers = self._require_positions_only_rotate(run)
+        self._require_attention_follows_interface()
+        windows = tuple(run.plan.windows[index] for index in range(self.depth))
         return Structure(layers, windows, self.length)
 
     def _forward(self, ids: Tensor, positions: Tensor) -> _Pass:
@@ -151,22 +151,22 @@ class Probe:
         hidden = self.decoder(ids, position_ids=positions, **options)[0]
         return _Pass(hidden, cache, plan)
 
-    def _only_attention_mixes(self) -> None:
-        """One row's token is changed: no other row may move, in any module."""
+    def _require_only_attention_mixes(self) -> None:
+        """Changes one row's token: no other row's output may change, in any module."""
         ids = torch.arange(11, 24)[None]
         changed, row = ids.clone(), 6
         changed[0, row] = 99
-        one, other = self._watched(ids), self._watched(changed)
+        before, after = self._module_outputs(ids), self._module_outputs(changed)
         others = [index for index in range(ids.shape[1]) if index != row]
-        for (name, kind, left), (same, _, right) in zip(one, other, strict=False):
+        for (name, kind, left), (same, _, right) in zip(before, after, strict=False):
             if name == same and left.shape == right.shape and _differ(left[others], right[others]):
                 layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
-                if kind == "Linear":  # acts on each token: its input was mixed beside it
+                if kind == "Linear":  # acts on single tokens, so its parent mixed the input
                     kind = type(self.decoder.get_submodule(name.rpartition(".")[0])).__name__
                 raise Mixes(mixes_tokens(self.name, kind, layer))
 
-    def _watched(self, ids: Tensor) -> list[tuple[str, str, Tensor]]:
-        """Name, class and output ``(S, ...)`` of each module in the order they finish."""
+    def _module_outputs(self, ids: Tensor) -> list[tuple[str, str, Tensor]]:
+        """Name, class and output ``(S, ...)`` of each module, in the order they finish."""
         outputs, count = [], ids.shape[1]
 
         def watch(name: str, module: nn.Module, _: Any, output: Any) -> None:
@@ -189,25 +189,25 @@ class Probe:
                 hook.remove()
         return outputs
 
-    def _every_layer_attends_and_keeps(self, made: _Pass) -> None:
+    def _require_every_layer_attends_and_caches(self, run: _Pass) -> None:
         every = set(range(self.depth))
-        if more := made.plan.queries.keys() - every:
+        if more := run.plan.queries.keys() - every:
             raise Refused(
                 f"{self.name} attends in {self.depth + len(more)} layers where its configuration "
                 f"has {self.depth} (layers that run several times); use a decoder whose layers run "
                 "once"
             )
-        if missing := sorted(every - made.plan.queries.keys()):
+        if missing := sorted(every - run.plan.queries.keys()):
             raise Refused(
                 f"{self.name}: {_layers(missing)} no call of transformers' attention interface, so "
-                "no mask of blocktune's reaches them; use a decoder in which every layer does"
+                "blocktune's masks do not apply there; use a decoder in which every layer calls it"
             )
-        kept = {i for i, layer in enumerate(made.cache.layers) if layer.is_initialized}
-        if missing := sorted(every - kept):
+        cached = {i for i, layer in enumerate(run.cache.layers) if layer.is_initialized}
+        if missing := sorted(every - cached):
             raise Refused(without_keys(self.name, missing))
 
-    def _positions_only_rotate(self, made: _Pass) -> tuple[Rotated, ...]:
-        hidden = made.hidden[0]
+    def _require_positions_only_rotate(self, run: _Pass) -> tuple[Rotated, ...]:
+        hidden = run.hidden[0]
         if _differ(hidden[1:], hidden[:1].expand_as(hidden[1:])):
             raise NoRotary(NO_ROTARY.format(self.name))
         buffers = {
@@ -215,11 +215,11 @@ class Probe:
             for name, buffer in self.decoder.named_buffers()
             if name.endswith("inv_freq") and "original" not in name
         }
-        return tuple(self._rotation(made, index, buffers) for index in range(self.depth))
+        return tuple(self._rotation(run, index, buffers) for index in range(self.depth))
 
-    def _rotation(self, made: _Pass, index: int, buffers: dict[str, Tensor]) -> Rotated:
-        """The rotation that gives what a layer caches at all positions from the first."""
-        layer = made.cache.layers[index]
+    def _rotation(self, run: _Pass, index: int, buffers: dict[str, Tensor]) -> Rotated:
+        """The rotation that turns a layer's cached state at the first position into all others."""
+        layer = run.cache.layers[index]
         in_values = _moves(layer.values) and not _moves(layer.keys)
         rotated, fixed = layer.keys, layer.values
         if in_values:
@@ -238,37 +238,37 @@ class Probe:
         best = min(range(len(forms)), key=errors.__getitem__)
         if errors[best] > TOLERANCE or _moves(fixed):
             raise Refused(
-                f"{self.name}: the keys of layer {index} at another position are not those of a "
+                f"{self.name}: in layer {index}, keys at different positions do not differ by a "
                 "rotation by the model's frequencies, so cached keys cannot be moved; use a RoPE "
                 "model"
             )
-        query = made.plan.queries[index]
+        query = run.plan.queries[index]
         if self._error(query, forms[best].rope(buffers).of_keys(query.shape[-1])) > TOLERANCE:
             raise Refused(
                 f"{self.name}: layer {index} does more to its queries by position than rotate "
-                "them, so chunks that were encoded elsewhere differ; use a model that only rotates"
+                "them, so moved chunks would be wrong; use a model that only rotates queries"
             )
         return forms[best]
 
     def _error(self, states: Tensor, rope: LayerRope) -> float:
-        """Of moving the first row's states to the positions of all, relative to the largest."""
+        """Largest error of moving the first row's states to all positions, relative to them."""
         shift = torch.tensor([self.positions]) - self.positions[0]
         moved = relocate_keys(states[:, :, :1].expand_as(states), shift, rope)
         return float((moved - states).abs().max() / states.abs().max().clamp(min=1e-9))
 
-    def _tells_what_it_attends_to(self) -> None:
+    def _require_attention_follows_interface(self) -> None:
         layout = _full(self.ids.shape[1])
         options = {"position_ids": layout.position, "plan": DensePlan(layout), "use_cache": False}
         if _differ(self.decoder(self.ids, **options)[0], self.stock):
             raise Refused(
-                f"{self.name} attends otherwise than its layers tell transformers' attention "
-                "interface (a mask, bias or window of its own), so blocktune's masks would be "
-                "wrong on it; use a decoder with plain causal or sliding-window attention"
+                f"{self.name} does not attend as its layers tell transformers' attention interface "
+                "(it adds its own mask, bias or window), so blocktune's masks would be wrong on "
+                "it; use a decoder with plain causal or sliding-window attention"
             )
 
 
 def _full(rows: int) -> Layout:
-    """A prompt in full attention."""
+    """Layout of a prompt in full attention."""
     at = torch.arange(rows)[None]
     values = {"kind": int(Kind.QUERY), "chunk": NO_CHUNK, "group": GLOBAL, "sample": 0}
     values |= {"supersedes": NO_ROW, "until": FOREVER}
@@ -277,16 +277,16 @@ def _full(rows: int) -> Layout:
 
 
 def _layers(missing: list[int]) -> str:
-    one = len(missing) == 1
-    return f"layer {missing[0]} has" if one else f"{len(missing)} layers (first: {missing[0]}) have"
+    single, count = len(missing) == 1, len(missing)
+    return f"layer {missing[0]} has" if single else f"{count} layers (first: {missing[0]}) have"
 
 
 def _moves(states: Tensor) -> bool:
-    """Whether states ``(1, K, S, D)`` of one token differ by position."""
+    """Whether states ``(1, K, S, D)`` of the same token differ between positions."""
     return _differ(states[:, :, 1:], states[:, :, :1].expand_as(states[:, :, 1:]))
 
 
 def _differ(left: Tensor, right: Tensor) -> bool:
-    """Whether states differ by more than rounding; NaN differs from everything."""
+    """Whether states differ by more than rounding. NaN differs from everything."""
     scale = max(float(left.abs().max()), 1e-9)
     return not float((left.float() - right.float()).abs().max()) <= TOLERANCE * scale

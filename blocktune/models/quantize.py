@@ -1,4 +1,4 @@
-"""Quantised bases: bitsandbytes' 4-bit and 8-bit weights, on CUDA and on CPUs alike."""
+"""Quantised bases: 4-bit and 8-bit weights by bitsandbytes, on CUDA and CPUs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How transformers quantises a base (one of `QUANTIZATIONS`) while it loads it.
+    """The configuration by which transformers quantises a base on loading (see `QUANTIZATIONS`).
 
-    4-bit weights are computed with in ``dtype``; 8-bit weights are multiplied as integers. Raises
+    Products with 4-bit weights use ``dtype``; 8-bit weights are multiplied as integers. Raises
     ValueError if the name is unknown, or bitsandbytes is not installed.
 
     Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
@@ -57,11 +57,11 @@ def quantization_of(model: PreTrainedModel) -> str | None:
 
 
 def keep_stored_codes(model: nn.Module) -> None:
-    """Keeps 4-bit weights as they were stored, on every CPU.
+    """Stops bitsandbytes from rewriting 4-bit weights on some CPUs.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 rewrites them in place at the first forward pass
-    without gradients: their scales lose 16 bits, products are bfloat16 even in a float32 model, and
-    a later pass with gradients has no kernel. A cache would name weights that no longer exist.
+    without gradients. Their scales lose 16 bits, products are bfloat16 even in a float32 model, a
+    later pass with gradients has no kernel, and fingerprints no longer match the weights.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

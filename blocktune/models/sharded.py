@@ -1,6 +1,6 @@
-"""Parameters that a launch has split over processes, read and written as a whole.
+"""Reads and writes whole parameters that are split over processes (ZeRO-3, FSDP2).
 
-Every process must call these functions, since they exchange data between all processes.
+All processes must call these functions, because they exchange data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @contextmanager
 def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
-    """Inside the block, split parameters are whole; ``write`` keeps what process 0 writes there."""
+    """Makes split parameters whole inside the block; ``write`` keeps the changes by process 0."""
     split = [weight for weight in weights if is_split(weight)]
     if not split:
         yield
@@ -26,8 +26,8 @@ def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
 
 
 def fill(weight: Tensor, values: Tensor) -> None:
-    """Writes values of the whole shape, equal in every process, into a parameter, split or not."""
-    if hasattr(weight, "device_mesh"):  # FSDP2's
+    """Writes values of the whole shape, equal in all processes, into a parameter, split or not."""
+    if hasattr(weight, "device_mesh"):  # FSDP2
         from torch.distributed.tensor import distribute_tensor
 
         values = distribute_tensor(values, weight.device_mesh, weight.placements)
@@ -36,15 +36,15 @@ def fill(weight: Tensor, values: Tensor) -> None:
 
 
 def is_split(weight: Tensor) -> bool:
-    """Whether ZeRO-3 holds a part of the parameter in each process."""
+    """Whether ZeRO-3 has split the parameter over processes."""
     return hasattr(weight, "ds_id")
 
 
 def whole_shape(weight: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, whether it is split or not."""
+    """The full shape of a parameter, split or not."""
     return tuple(weight.ds_shape if is_split(weight) else weight.shape)
 
 
 def num_elements(weight: Tensor) -> int:
-    """How many elements a parameter has, whether it is split or not."""
+    """Number of elements of the full parameter, split or not."""
     return math.prod(whole_shape(weight))

@@ -1,7 +1,7 @@
 """Small random models with the structure of a given configuration.
 
-Layers, their kinds, head sizes and rotary parameters stay as they are; widths, experts and the
-vocabulary become small, and windows short, so that a short input reaches past them.
+Layers, their kinds, head sizes and rotary parameters stay the same. Widths, experts and the
+vocabulary become small, and windows so short that a short input exceeds them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.utils import logging
 
 VOCABULARY = 384
 LARGEST = 400_000_000
-"""Parameters of a small model, at most."""
+"""Most parameters of a small model."""
 WINDOW = 12
-"""Sliding windows of a small model, in tokens."""
+"""Sliding window of a small model, in tokens."""
 SPAN = 120
-"""Other lengths beyond which a small model attends otherwise (chunked or indexed attention)."""
+"""Other lengths, in tokens, at which a small model's attention changes (chunked, indexed)."""
 _SIZES = {
     r".*intermediate_(multiple_)?size|.*ffn_(dim|hidden_size)|n_inner|dff|feed_forward_size": 64,
     r".*intermediate_size_mlp": 64,
@@ -37,16 +37,16 @@ _SIZES = {
     r"qk_nope_head_dim|v_head_dim": 16,
     r"kv_n_heads": 1,
 }
-"""Sizes of a small model, by the name of the configuration's field."""
+"""Sizes of a small model, by a pattern of the configuration's field names."""
 _PARTS = _SIZES | {r"num_hidden_layers|num_blocks|depth": 2}
-"""The same in the configurations of its parts: encoders of images, an attention of its own."""
+"""Sizes in nested configurations, such as those of image encoders."""
 _DROPPED = ("quantization_config", "dtype", "transformers_version", "architectures", "model_type")
 
 
 def config_value(config: PreTrainedConfig, *names: str) -> Any:
-    """The first of several fields that has a value, or None.
+    """The value of the first field in ``names`` that has one, or None.
 
-    Names are transformers' standard ones or the configuration's own.
+    Names may be transformers' standard ones or the configuration's own.
     """
     values = config.to_dict()
     given = (values.get(config.attribute_map.get(name, name)) for name in names)
@@ -54,9 +54,9 @@ def config_value(config: PreTrainedConfig, *names: str) -> Any:
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The causal language model of a configuration, None if transformers has none."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return known[0] if isinstance(known, tuple | list) else known
+    """The causal language model class of a configuration; None if transformers has none."""
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return cls[0] if isinstance(cls, tuple | list) else cls
 
 
 def small_config(
@@ -64,8 +64,8 @@ def small_config(
 ) -> PreTrainedConfig:
     """A copy of a text model's configuration with small widths.
 
-    It has ``heads`` query heads (half as many for keys where they are shared), and only the first
-    ``layers``; None: all.
+    It has ``heads`` query heads (half as many key heads with grouped-query attention), and only the
+    first ``layers`` layers; None: all.
     """
     values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED}
     names = config.attribute_map
@@ -85,15 +85,15 @@ def small_config(
             values[name] = values[name][:layers]
     by_layer = values.get("per_layer_config") or {}
     if by_layer:
-        kept = [index for index in by_layer if layers is None or int(index) < layers]
+        indices = [index for index in by_layer if layers is None or int(index) < layers]
         values["per_layer_config"] = {
             index: {k: few.get(k, _small(k, v)) for k, v in by_layer[index].items()}
-            for index in kept
+            for index in indices
         }
     if values.get("qk_head_dim"):
         values["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
     standard: dict[str, Any] = {"num_hidden_layers": layers} if layers is not None else {}
-    if width and not old:  # recurrent throughout
+    if width and not old:  # a purely recurrent model
         standard["hidden_size"] = 64
     if old and width:
         dim = dim or width // old
@@ -105,9 +105,9 @@ def small_config(
 def _small(name: str, value: Any, sizes: Mapping[str, int] = _SIZES) -> Any:
     """A field's value in a small configuration."""
     if isinstance(value, dict):
-        return {key: _small(key, one, _PARTS) for key, one in value.items()}
+        return {key: _small(key, item, _PARTS) for key, item in value.items()}
     if isinstance(value, list) and value and all(map(_is_count, value)):
-        return [_small(name, one, sizes) for one in value]
+        return [_small(name, item, sizes) for item in value]
     if not _is_count(value):
         return value
     if name.endswith("_token_id"):
@@ -122,10 +122,10 @@ def _is_count(value: Any) -> bool:
 
 
 def small_model(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """A random float32 model on the CPU, in evaluation mode; the same at every call.
+    """A random float32 model on the CPU, in evaluation mode. It is the same at every call.
 
-    Matrices keep the size of what they are applied to, and norms and biases are random too, so that
-    everything counts. Torch's random state is left as it was. Raises ValueError if it is not small.
+    Matrices preserve the scale of their input, and norms and biases are random, so that everything
+    affects the output. Torch's random state does not change. ValueError: the model is not small.
     """
     with torch.device("meta"), quiet(), suppress(RuntimeError):  # some need values to be built
         count = sum(weight.numel() for weight in cls(config).parameters())
@@ -144,7 +144,7 @@ def small_model(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrai
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the notes of transformers on configurations, kernels and masks."""
+    """Silences the logging of transformers (notes on configurations, kernels and masks)."""
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:

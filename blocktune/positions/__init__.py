@@ -1,4 +1,4 @@
-"""Where chunks are placed, and how cached keys are moved there."""
+"""Positions of chunks in a prompt, and relocation of cached keys to them."""
 
 from blocktune.lazy import exports
 

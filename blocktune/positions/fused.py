@@ -1,6 +1,6 @@
-"""Keys rotated while they are copied, in one pass over memory, on a CPU; needs numba.
+"""Rotates keys while copying them, in one pass over memory, on a CPU; needs numba.
 
-Torch takes three passes. Results are the same, bit by bit, as long as torch has FMA instructions.
+Torch needs three passes. Results are bitwise equal if torch uses FMA instructions.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 @intrinsic
-def _fma(context, one, two, three):
-    """``one * two + three``, rounded once."""
-    return one(one, two, three), lambda _, builder, __, args: builder.fma(*args)
+def _fma(context, a, b, c):
+    """``a * b + c``, rounded once."""
+    return a(a, b, c), lambda _, builder, __, args: builder.fma(*args)
 
 
-def _turned(one, two, cos, sin, sign):
-    """``one * cos + sign * two * sin``, rounded as torch does; for each type below."""
+def _rotated(x, y, cos, sin, sign):
+    """``x * cos + sign * y * sin``, rounded as torch does; compiled for each dtype below."""
 
 
-@overload(_turned, inline="always")
-def _compiled(one, two, cos, sin, sign):
-    if one == types.float32:  # addcmul
-        return lambda one, two, cos, sin, sign: _fma(sign * two, sin, one * cos)
+@overload(_rotated, inline="always")
+def _compiled(x, y, cos, sin, sign):
+    if x == types.float32:  # like torch's addcmul
+        return lambda x, y, cos, sin, sign: _fma(sign * y, sin, x * cos)
 
-    def in_float32(one, two, cos, sin, sign):  # bfloat16, rounded to even
-        bits = np.float32(_wide(one) * cos + sign * (_wide(two) * sin)).view(np.uint32)
+    def in_float32(x, y, cos, sin, sign):  # bfloat16 bits, rounded to even
+        bits = np.float32(_wide(x) * cos + sign * (_wide(y) * sin)).view(np.uint32)
         return np.uint16(np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
 
     return in_float32
@@ -59,21 +59,21 @@ def _rotate(keys, out, heads, rows, dim, key_step, out_step, start, cos, sin):
     for head in range(heads):
         for row in range(rows):
             at, to, turn = head * key_step + row * dim, head * out_step + row * dim, row * each
-            one, other = keys[at : at + dim], out[to : to + dim]
+            source, target = keys[at : at + dim], out[to : to + dim]
             c, s = cos[0, turn], sin[0, turn]
             for i in range(start):
-                other[i] = one[i]
+                target[i] = source[i]
             for i in range(start + 2 * half, dim):
-                other[i] = one[i]
-            one, other = one[start:], other[start:]
+                target[i] = source[i]
+            source, target = source[start:], target[start:]
             for i in range(half):
-                left, right = one[i], one[i + half]
-                other[i] = _turned(left, right, c[i], s[i], minus)
-                other[i + half] = _turned(right, left, c[i], s[i], plus)
+                left, right = source[i], source[i + half]
+                target[i] = _rotated(left, right, c[i], s[i], minus)
+                target[i + half] = _rotated(right, left, c[i], s[i], plus)
 
 
 def rotate_into(keys: Tensor, rotation: Rotation, out: Tensor) -> bool:
-    """Rotates keys ``(K, S, D)`` into ``out``; False, and nothing, if it does not know the form."""
+    """Rotates keys ``(K, S, D)`` into ``out``. Returns False if it does not support the inputs."""
     if keys.dtype not in _FLAT or keys.ndim != 3 or rotation.interleaved or keys.requires_grad:
         return False
     (heads, rows, dim), step, out_step = keys.shape, keys.stride(), out.stride()
@@ -81,8 +81,8 @@ def rotate_into(keys: Tensor, rotation: Rotation, out: Tensor) -> bool:
         return False
     cos, sin = rotation.cos.contiguous().numpy(), rotation.sin.contiguous().numpy()
     flat = [
-        one.as_strided(((heads - 1) * first + rows * dim,), (1,)).view(_FLAT[keys.dtype]).numpy()
-        for one, first in ((keys, step[0]), (out, out_step[0]))
+        t.as_strided(((heads - 1) * first + rows * dim,), (1,)).view(_FLAT[keys.dtype]).numpy()
+        for t, first in ((keys, step[0]), (out, out_step[0]))
     ]
     _rotate(*flat, heads, rows, dim, step[0], out_step[0], rotation.start, cos, sin)
     return True

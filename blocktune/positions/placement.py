@@ -1,4 +1,4 @@
-"""Where chunks are placed in a prompt."""
+"""Positions of the chunks in a prompt."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ PLACEMENTS = ("sequential", "parallel", "composite", "reserved")
 class Placement(NamedTuple):
     """First position of each piece."""
 
-    chunks: tuple[int, ...]  # of each chunk (with the links that belong to it)
+    chunks: tuple[int, ...]  # of each chunk (including its links)
     query: int  # of the query
 
 
 def place(
     placement: str, prefix_length: int, chunk_lengths: Sequence[int], slot: int = 0
 ) -> Placement:
-    """Positions at which a prompt's prefix, chunks (links included) and query start.
+    """Positions at which a prompt's chunks (including links) and query start.
 
-    ``sequential`` chunks are one after the other, as in an ordinary prompt; ``parallel`` ones right
-    after the prefix, with the query after the longest; ``composite`` ones where they were encoded,
-    from 0, with the query where the cache ends; ``reserved`` ones at the start of their slots of
-    ``slot`` positions, with the query after the last. Raises ValueError if the placement is
-    unknown, or a chunk does not fit into its slot.
+    ``sequential``: chunks follow each other, as in an ordinary prompt. ``parallel``: all chunks
+    start after the prefix, the query after the longest chunk. ``composite``: chunks stay at 0,
+    where they were encoded; the query starts at the number of tokens before it.
+    ``reserved``: each chunk starts a slot of ``slot`` positions; the query comes after the last
+    slot. Raises ValueError if the placement is unknown, or a chunk does not fit into its slot.
 
     Source: APE arXiv:2502.05431 (parallel), TurboRAG arXiv:2410.07590 (composite), PromptCache
     arXiv:2311.04934 (reserved).

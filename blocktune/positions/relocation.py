@@ -1,4 +1,4 @@
-"""How a model rotates its keys, and how cached keys are moved by one more rotation."""
+"""RoPE of a model, and relocation of cached keys to new positions by one more rotation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerRope(NamedTuple):
     inv_freq: Tensor  # radians per position of each pair, float32 (P,); may be empty
     start: int = 0  # first of the 2 P rotated dimensions of a head
     interleaved: bool = False  # pairs are neighbours (GPT-J, Cohere), not halves (Llama)
-    in_values: bool = False  # what is rotated is cached as values (DeepSeek's latents)
+    in_values: bool = False  # the rotated part is cached as values (DeepSeek's latents)
 
     def of_keys(self, dim: int) -> LayerRope:
         """The rotation of keys of ``dim`` dimensions, as attention sees them."""
@@ -29,36 +29,36 @@ class LayerRope(NamedTuple):
 
 
 class RopeSpec(NamedTuple):
-    """How a model rotates its keys; `blocktune.models.gate.require_supported` finds it."""
+    """How a model rotates its keys; returned by `blocktune.models.gate.require_supported`."""
 
-    layers: tuple[LayerRope, ...]  # of each layer
+    layers: tuple[LayerRope, ...]  # one for each layer
     max_tokens: int | None = None  # length up to which moving keys is exact, if limited
 
 
 class Rotation(NamedTuple):
-    """The rotation that moves each token, the same for all heads."""
+    """The rotation of each token, the same for all heads."""
 
-    cos: Tensor  # ``(..., S, P)`` float32, of unit norm with ``sin``
-    sin: Tensor  # likewise
+    cos: Tensor  # ``(..., S, P)`` float32; cos ** 2 + sin ** 2 = 1
+    sin: Tensor  # ``(..., S, P)`` float32
     start: int = 0  # as in `LayerRope`
     interleaved: bool = False  # as in `LayerRope`
-    scale: Tensor | None = None  # ``(..., S, D)``: cos of each dimension, see `over`
+    scale: Tensor | None = None  # ``(..., S, D)``: factor of each dimension, see `over`
 
     @classmethod
     def of(cls, shift: Tensor, rope: LayerRope) -> Rotation:
-        """By ``shift`` ``(B, S)`` positions; cos and sin have axes ``(B, 1, S, P)``."""
+        """The rotation by ``shift`` ``(B, S)`` positions; cos and sin are ``(B, 1, S, P)``."""
         angle = shift[:, None, :, None].float() * rope.inv_freq.to(shift.device).float()
         return cls(angle.cos(), angle.sin(), rope.start, rope.interleaved)
 
     def over(self, dim: int) -> Rotation:
-        """With ``scale`` of heads of ``dim`` dimensions: 1 where nothing is rotated."""
+        """Adds ``scale`` for heads of ``dim`` dimensions: cos, or 1 if not rotated."""
         scale = self.cos.new_ones(*self.cos.shape[:-1], dim)
         for part in self.pairs(scale):
             part.copy_(self.cos)
         return self._replace(scale=scale)
 
     def cut(self, rows: slice) -> Rotation:
-        """Of some of the tokens."""
+        """The rotation of a slice of the tokens."""
         scale = None if self.scale is None else self.scale[..., rows, :]
         cos, sin = self.cos[..., rows, :], self.sin[..., rows, :]
         return self._replace(cos=cos, sin=sin, scale=scale)
@@ -76,9 +76,9 @@ def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
     """Moves cached keys to new positions by composing one more rotation.
 
     Rotations add up, so a key stored at position ``p`` becomes the key for ``p + shift``
-    without the hidden state it came from. Cos and sin have unit norm: a factor that the model
-    multiplies into them (YaRN's ``attention_scaling``) is in the key already and must not
-    enter twice. Always start from the stored original; repeated moves accumulate rounding.
+    without the hidden state it came from. A factor that the model multiplies into cos and sin
+    (YaRN's ``attention_scaling``) is in the key already, and must not be applied again. Always
+    start from the stored original, because repeated moves accumulate rounding errors.
 
     Args:
         keys: Rotated keys, ``(B, K, S, D)``, any floating dtype.
@@ -105,8 +105,8 @@ def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
 def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> Tensor:
     """Rotates keys ``(B, K, S, D)``; see `relocate_keys`.
 
-    ``rotation`` is broadcastable to the rotated dimensions. The result goes into ``out``, shaped
-    like the keys and no part of them, if given; it is then not differentiable.
+    ``rotation`` is broadcastable to the rotated dimensions. If ``out`` is given, the result is
+    written there and is not differentiable. It has the keys' shape and must not overlap them.
     """
     if out is not None and _fused is not None and _fused(keys, rotation, out):
         return out
@@ -115,12 +115,12 @@ def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> 
     (left, right), (first, second) = rotation.pairs(keys), rotation.pairs(result)
     if out is not None and keys.dtype == torch.float32:
         rotation = rotation if rotation.scale is not None else rotation.over(keys.shape[-1])
-        torch.mul(keys, rotation.scale, out=out)  # whole rows: twice as fast as halves
+        torch.mul(keys, rotation.scale, out=out)  # on whole rows, which is twice as fast as halves
         first.addcmul_(right, sin, value=-1)
         second.addcmul_(left, sin)
         return out
     if out is not None and 2 * cos.shape[-1] < keys.shape[-1]:
-        out.copy_(keys)  # dimensions that are not rotated
+        out.copy_(keys)  # for the dimensions that are not rotated
     left, right = left.float(), right.float()
     first.copy_(left * cos - right * sin)
     second.copy_(right * cos + left * sin)
@@ -131,15 +131,15 @@ _fused: Callable[[Tensor, Rotation, Tensor], bool] | None = None
 
 
 def load_fused() -> None:
-    """Rotates on CPUs by `blocktune.positions.fused` from now on, if numba is installed.
+    """Makes `rotate_keys` use `blocktune.positions.fused` on CPUs, if numba is installed.
 
-    The first time ever it is compiled, which takes seconds; so ask before the first question.
-    Not where vLLM is installed, which brings numba: 0.32 fails in a process that has loaded it.
+    Its first call ever compiles, which takes seconds, so call it before the first request. It does
+    nothing if vLLM is installed, because vLLM 0.32 fails in a process that has loaded numba.
     """
     global _fused
     if (vllm := find_spec("vllm")) is not None and vllm.origin:  # not just a folder of that name
         return
     try:
         _fused = import_module("blocktune.positions.fused").rotate_into
-    except (ImportError, RuntimeError) as error:  # none, or nowhere to keep what is compiled
+    except (ImportError, RuntimeError) as error:  # no numba, or no place for its compiled code
         _LOG.info("keys are rotated by torch: %s", error)

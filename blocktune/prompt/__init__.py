@@ -1,4 +1,4 @@
-"""Prompts: one way from text to token pieces, and from pieces to the rows of a forward pass."""
+"""Prompts: from text to token pieces, and from pieces to the rows of a forward pass."""
 
 from blocktune.lazy import exports
 

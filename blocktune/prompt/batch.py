@@ -1,4 +1,4 @@
-"""Several prompts in one tensor: side by side with padding, or one after the other."""
+"""Batches of prompts: stacked with padding, or packed one after the other into one row."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _PAD_ROW |= {"supersedes": NO_ROW, "offset": 0, "position": 0, "order": 0, "samp
 
 @dataclass(frozen=True)
 class Batch:
-    """What a forward pass reads and the loss compares; every tensor is ``(B, S)`` int64."""
+    """Inputs of a forward pass, and labels for the loss; every tensor is ``(B, S)`` int64."""
 
     input_ids: Tensor
     layout: Layout
     labels: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        """Moves every tensor."""
+        """Moves all tensors to a device."""
         return Batch(self.input_ids.to(device), self.layout.to(device), self.labels.to(device))
 
 
 def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
-    """Pads prompts to the longest, one row of the batch each.
+    """Pads prompts to the longest, one batch entry each.
 
-    Pad rows of token ``pad_id`` stand at ``side`` (``'right'`` or ``'left'``); they see nothing and
-    are not seen. Raises ValueError if there is no prompt or the side is unknown.
+    Pad rows with token ``pad_id`` are added at ``side`` (``'right'`` or ``'left'``). They see
+    nothing and are not seen. Raises ValueError if there is no prompt or the side is unknown.
     """
     if not prompts:
         raise ValueError("stack needs at least one prompt, got none")
@@ -64,9 +64,9 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
 
 
 def pack(prompts: Sequence[Prompt]) -> Prompt:
-    """Joins prompts, at least one, into one row of a batch that never see each other.
+    """Joins at least one prompt into one batch entry, in which they do not see each other.
 
-    Every prompt has its own positions; ``order`` continues and ``sample`` counts the prompts.
+    Every prompt keeps its positions; ``order`` continues, and ``sample`` numbers the prompts.
     """
     if not prompts:
         raise ValueError("pack needs at least one prompt, got none")
@@ -82,13 +82,13 @@ def pack(prompts: Sequence[Prompt]) -> Prompt:
 
 
 def _renumber(layout: Layout, rows_before: int) -> Layout:
-    """Shifts the row numbers in ``supersedes`` by the rows that are put in front."""
+    """Shifts the row numbers in ``supersedes`` by the number of rows put in front."""
     moved = torch.where(layout.is_fresh, layout.supersedes + rows_before, layout.supersedes)
     return replace(layout, supersedes=moved)
 
 
 def show(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """Decodes a prompt run by run, each under a line that describes its rows; pads are left out."""
+    """Decodes a prompt run by run, each under a line that describes its rows. Skips padding."""
     names = ("sample", "kind", "chunk", "group", "position", "offset")
     columns = [getattr(prompt.layout, name)[0].tolist() for name in names]
     runs = groupby(zip(*columns, prompt.ids, strict=True), key=lambda row: row[:4])

@@ -1,4 +1,4 @@
-"""A chunk, and the wording of chunks and question; the chat template is the tokenizer's."""
+"""A chunk, and the wording of a prompt; the chat template comes from the tokenizer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from blocktune.parsing import build_strict
 
 @dataclass(frozen=True)
 class Chunk:
-    """One retrieved passage: what is encoded once and reused anywhere.
+    """One retrieved passage: the unit that is encoded once and reused in any prompt.
 
     Attributes:
         text: The passage, never blank.
-        title: Its document's title, or None; an empty title is stored as None.
-        metadata: Whatever else is known of it (id, score, source). Never encoded, and no part of
-            equality or hash: the same passage is cached once.
+        title: Title of its document, or None; an empty title becomes None.
+        metadata: Other data (id, score, source). It is not encoded, and not part of equality or
+            hash, so that the same passage is cached once.
 
     Raises:
-        ValueError: If a field is not of its type, or the text is blank or cannot be encoded.
+        ValueError: If a field has the wrong type, or the text is blank or cannot be encoded.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Chunk:
 
 
 def require_unicode(text: str, name: str) -> None:
-    """Raises ValueError for half of a surrogate pair, which JSON can spell, but is not text."""
+    """Raises ValueError for a lone surrogate, which JSON can contain but UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -60,20 +60,20 @@ class PromptFormat:
     """The wording of a prompt: instruction, then the chunks, then the question.
 
     Attributes:
-        instruction: Opens the user turn, before the chunks; may be empty.
-        system: Text of the system turn, or None for the template's own default.
-        titled: A chunk that has a title; holds ``{title}`` and ``{text}``.
-        untitled: A chunk without a title; holds ``{text}``.
-        question: What follows the chunks; holds ``{question}``.
+        instruction: Start of the user turn, before the chunks; may be empty.
+        system: Text of the system turn, or None for the template's default.
+        titled: Template of a chunk with a title; contains ``{title}`` and ``{text}``.
+        untitled: Template of a chunk without a title; contains ``{text}``.
+        question: Template of the text after the chunks; contains ``{question}``.
         block_tag: Tells the model that chunks see only themselves (Block-Attention:
             ``[Block-Attention]``); may be empty.
-        full_tag: The same in full attention.
-        tag_place: Where the tag stands: ``turn``, before the instruction; or ``prompt``, before
-            the first turn (after BOS), tokenised apart, as Block-Attention's code does.
-        strip: Whether a passage loses the white space around it and a question that behind it.
+        full_tag: The same for full attention.
+        tag_place: Position of the tag: ``turn``, before the instruction; or ``prompt``, before the
+            first turn (after BOS) and tokenised separately, as Block-Attention's code does.
+        strip: Whether to strip white space around a passage and after a question.
 
     Raises:
-        ValueError: If a field is not a string or lacks its placeholders.
+        ValueError: If a field has the wrong type or lacks its placeholders.
     """
 
     instruction: str = "Answer the question from the passages below."
@@ -104,35 +104,35 @@ class PromptFormat:
 
     @property
     def untagged(self) -> PromptFormat:
-        """The wording without mode tags, for a teacher, which was trained without."""
+        """The same wording without mode tags, for a teacher that was trained without them."""
         return replace(self, block_tag="", full_tag="")
 
     def tag(self, block: bool, place: str) -> str:
-        """The tag of a mode, if it belongs at ``place``, else nothing."""
+        """The tag for block or full attention if it belongs at ``place``, else an empty string."""
         return (self.block_tag if block else self.full_tag) if place == self.tag_place else ""
 
     def opening(self, block: bool) -> str:
-        """What opens the user turn: the tag of the mode (if it belongs there), the instruction."""
+        """Start of the user turn: the tag (if it belongs there) and the instruction."""
         return " ".join(part for part in (self.tag(block, "turn"), self.instruction) if part)
 
     def render_chunk(self, chunk: Chunk) -> str:
-        """The text of one chunk, the same in every place."""
+        """The text of one chunk, the same anywhere in a prompt."""
         text = chunk.text.strip() if self.strip else chunk.text
         if chunk.title is None:
             return self.untitled.format(text=text)
         return self.titled.format(title=chunk.title, text=text)
 
     def render_question(self, question: str, safe: Callable[[str], str] = str) -> str:
-        """The text between the chunks and the end of the user turn; ``safe``: see `UserText`."""
+        """The text from the chunks to the end of the user turn. For ``safe`` see `UserText`."""
         return self.question.format(question=safe(question.rstrip() if self.strip else question))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, every field."""
+        """All fields as plain JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PromptFormat:
-        """Inverse of `to_dict`; ValueError if a key is unknown. Fields may be left out."""
+        """Inverse of `to_dict`; fields may be omitted. Raises ValueError for unknown keys."""
         return build_strict(cls, values, "prompt format")
 
 
@@ -147,7 +147,7 @@ def _check_placeholders(name: str, template: Any, wanted: set[str]) -> None:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"format '{name}' is not a template: {error}, in {template!r}") from None
-    found = {field for _, field, _, _ in parts if field is not None}
+    names = {field for _, field, _, _ in parts if field is not None}
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
-    if found != wanted or not plain:
+    if names != wanted or not plain:
         raise ValueError(f"format '{name}' must hold {shape} and no other, got {template!r}")

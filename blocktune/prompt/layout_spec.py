@@ -1,4 +1,4 @@
-"""How a prompt's pieces become rows: what is trained, saved beside an adapter and served."""
+"""The layout of a prompt's pieces as rows, the same in training and serving."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _COUNTS = ("num_links", "num_blanks", "max_chunks", "num_headers", "num_trailers
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """How pieces become rows. Saved beside every adapter, so that it is served as trained.
+    """How pieces become rows. It is saved with every adapter, so that it is served as trained.
 
-    The rows of the table of learned tokens are the links', then the headers', then the trailers'.
-    All links share a row of the table (``shared``), those of one slot do (``slot``), or each slot
-    of each chunk index has its own (``chunk``, the code of KVLink). ``bos`` is ``none``; ``drop``:
-    a chunk is encoded after one, which is then hidden (CacheBlend's code); ``keep``: stored and
-    served as the chunk's first token; or ``keep-all``: and one before the question, too (EPIC's
-    code).
+    The table of learned tokens has rows for links, then headers, then trailers. ``link_table`` says
+    which links share a row: all (``shared``), those of one slot (``slot``), or none, with a row for
+    each slot of each chunk index (``chunk``, as in KVLink's code). ``bos`` is ``none``; ``drop``:
+    each chunk is encoded after a BOS, which is then hidden (CacheBlend's code); ``keep``: BOS is
+    stored and served as the chunk's first token; or ``keep-all``: the question gets one, too
+    (EPIC's code).
 
     Raises:
         ValueError: If a value is not accepted, or fields exclude each other.
@@ -36,16 +36,16 @@ class LayoutSpec:
 
     block: bool = True  # chunks see only themselves; False is full causal attention
     num_links: int = 0  # link tokens per chunk, which see everything before them
-    link_side: str = "after"  # of its chunk; KVLink: after
+    link_side: str = "after"  # whether links come ``before`` or ``after`` their chunk (KVLink)
     placement: str = "sequential"  # see `blocktune.positions.place`
-    num_blanks: int = 0  # before each chunk while it is encoded, then hidden (Link0)
-    shared_prefix: bool = False  # encoded after a copy of it, then hidden (APE, CacheClip)
-    link_table: str = "slot"  # links that share a row of the table
-    max_chunks: int = 0  # that a table by ``chunk`` has rows for (KVLink: 40), else 0
+    num_blanks: int = 0  # blanks before each chunk at encoding, then hidden (Link0)
+    shared_prefix: bool = False  # chunks are encoded after the prefix, then hidden (APE, CacheClip)
+    link_table: str = "slot"  # which links share a row of the table
+    max_chunks: int = 0  # chunks that a table by ``chunk`` has rows for (KVLink: 40), else 0
     num_headers: int = 0  # learned tokens that open a chunk, cached with it (KV Packet: 8)
-    num_trailers: int = 0  # likewise, that close it
+    num_trailers: int = 0  # learned tokens that close a chunk, cached with it
     slot: int = 0  # positions reserved for each chunk under ``reserved``, else 0
-    bos: str = "none"  # a chunk's own BOS
+    bos: str = "none"  # whether chunks get a BOS of their own
 
     def __post_init__(self):
         for name in ("block", "shared_prefix"):
@@ -58,36 +58,36 @@ class LayoutSpec:
         by_chunk = self.link_table == "chunk" and self.num_links > 0
         if by_chunk != (self.max_chunks > 0):
             raise ValueError(
-                f"layout: a link table by chunk, and only that, needs max_chunks (KVLink: 40); got "
+                f"layout: a link table by chunk needs max_chunks (KVLink: 40), others do not; got "
                 f"num_links {self.num_links}, link_table '{self.link_table}' and max_chunks "
                 f"{self.max_chunks}"
             )
         if (self.placement == "reserved") != (self.slot > 0):
             raise ValueError(
-                f"layout: placement 'reserved', and only that, needs a slot (positions reserved "
-                f"for a chunk); got placement '{self.placement}' and slot {self.slot}"
+                f"layout: placement 'reserved' needs a slot (positions reserved for a chunk), "
+                f"others do not; got placement '{self.placement}' and slot {self.slot}"
             )
         if len(self.sinks) > 1:
             raise ValueError(
                 "layout: chunks are encoded after blanks (num_blanks), after the prefix "
-                "(shared_prefix) or after a BOS (bos: drop), not after several; "
+                "(shared_prefix) or after a BOS (bos: drop), only one of these; "
                 f"drop all but one of {', '.join(self.sinks)}"
             )
         if not self.block and self.sinks:
             raise ValueError(
-                "layout: blanks are hidden from other chunks, full attention "
-                f"(block: false) has none; drop {', '.join(self.sinks)}"
+                "layout: full attention (block: false) has no hidden blanks before chunks; "
+                f"drop {', '.join(self.sinks)}"
             )
 
     @property
     def sinks(self) -> tuple[str, ...]:
-        """Fields that put hidden rows before every chunk; a valid layout has at most one."""
-        asked = {
+        """Names of set fields that put hidden rows before every chunk; at most one is valid."""
+        enabled = {
             "num_blanks": self.num_blanks > 0,
             "shared_prefix": self.shared_prefix,
             "bos": self.bos == "drop",
         }
-        return tuple(name for name, wanted in asked.items() if wanted)
+        return tuple(name for name, is_set in enabled.items() if is_set)
 
     @property
     def keeps_bos(self) -> bool:
@@ -96,25 +96,25 @@ class LayoutSpec:
 
     @property
     def num_learned(self) -> int:
-        """Rows of the table of learned tokens; 0 where the layout has none."""
+        """Number of rows of the table of learned tokens."""
         return self._link_rows + self.num_headers + self.num_trailers
 
     @property
     def header_rows(self) -> range:
-        """Table rows of the tokens that open a chunk."""
+        """Table rows of the headers, which open a chunk."""
         return range(self._link_rows, self._link_rows + self.num_headers)
 
     @property
     def trailer_rows(self) -> range:
-        """Table rows of the tokens that close a chunk."""
+        """Table rows of the trailers, which close a chunk."""
         return range(self._link_rows + self.num_headers, self.num_learned)
 
     def link_rows(self, chunk: int) -> tuple[int, ...]:
-        """Table rows of the ``chunk``-th chunk's links, slot by slot; ValueError if it has none."""
+        """Table rows of the ``chunk``-th chunk's links, slot by slot. ValueError: it has none."""
         if self.max_chunks and chunk >= self.max_chunks:
             raise ValueError(
-                f"the link table has rows for {self.max_chunks} chunks (max_chunks), a prompt has "
-                f"more; retrieve fewer, or train with link_table 'slot'"
+                f"the link table has rows for {self.max_chunks} chunks (max_chunks), but a prompt "
+                f"has more; retrieve fewer, or train with link_table 'slot'"
             )
         first = chunk * self.num_links if self.link_table == "chunk" else 0
         step = 0 if self.link_table == "shared" else 1
@@ -128,12 +128,12 @@ class LayoutSpec:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, every field."""
+        """All fields as plain JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayoutSpec:
-        """Inverse of `to_dict`; ValueError if a key is unknown. Fields may be left out."""
+        """Inverse of `to_dict`; fields may be omitted. Raises ValueError for unknown keys."""
         return build_strict(cls, values, "layout")
 
     def _require(self, name: str, accepted: bool, wanted: str) -> None:

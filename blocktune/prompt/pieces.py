@@ -1,4 +1,4 @@
-"""From text to token pieces: the one function that training, caching and serving call."""
+"""Tokenises a prompt's text into pieces, by the same functions for training and serving."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from blocktune.prompt.template import render_conversation, render_frame, render_
 class Pieces(NamedTuple):
     """Token ids of one prompt, piece by piece."""
 
-    prefix: Ids  # BOS, system turn, opening of the user turn, instruction
-    chunks: tuple[Ids, ...]  # of each: depends only on chunk, format and tokenizer
-    query: Ids  # question, end of the user turn, opening of the assistant's
+    prefix: Ids  # BOS, system turn, start of the user turn, instruction
+    chunks: tuple[Ids, ...]  # each depends only on chunk, format and tokenizer
+    query: Ids  # question, end of the user turn, start of the assistant's turn
     answer: Ids = ()  # response and end of turn; empty when serving
-    followups: tuple[tuple[Ids, Ids], ...] = ()  # further turns in training: query and answer
+    followups: tuple[tuple[Ids, Ids], ...] = ()  # query and answer of further turns, in training
 
     @property
     def context(self) -> Ids:
-        """Prefix and chunks: what a later prompt may begin with, too."""
+        """Prefix and chunks, which later prompts may share."""
         return sum(self.chunks, self.prefix)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all pieces."""
+        """Number of tokens of all pieces."""
         turns = [piece for turn in self.followups for piece in turn]
         return sum(map(len, (self.prefix, *self.chunks, self.query, self.answer, *turns)))
 
@@ -46,17 +46,17 @@ def make_pieces(
     """Tokenises prefix, chunks, query and answer, through the tokenizer's chat template.
 
     Without a template the prompt is plain text. The format may have a tag for ``block`` attention.
-    ``response`` is what the model is trained to write (None when serving), ``followups`` are
-    questions after it, and their responses.
+    ``response`` is the text that the model is trained to write (None when serving); ``followups``
+    are further questions and their responses.
 
     Raises:
-        ValueError: If there is no chunk or one has no tokens, the template does not hold user
-            text, followups have no response before, or BOS is not exactly once in the pieces.
+        ValueError: If there is no chunk or one has no tokens, the template drops user text, there
+            are followups without a response, or BOS occurs anywhere but at the start.
     """
     if not chunks:
         raise ValueError("a prompt needs at least one chunk, got an empty list")
     if followups and response is None:
-        raise ValueError("followups come after an answer, and the first question has no response")
+        raise ValueError("followups come after an answer, but the first question has no response")
     opening = fmt.opening(block)
     head = f"{opening}\n\n" if opening else ""
     texts = UserText(tokenizer)
@@ -74,14 +74,14 @@ def make_pieces(
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, block: bool = True) -> Ids:
-    """The prefix of every prompt of this tokenizer and format, ``make_pieces(...).prefix``."""
+    """The prefix that `make_pieces` gives every prompt with this tokenizer and format."""
     return make_pieces(tokenizer, fmt, [Chunk("any")], "any", block=block).prefix
 
 
 def open_prompt(
     tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, first: Ids, block: bool
 ) -> Ids:
-    """A prompt's ``first`` tokens, opened by BOS (if the model has one) and the format's tag."""
+    """Puts BOS (if the model has one) and the format's tag before a prompt's ``first`` tokens."""
     ids = special.with_bos(tokenizer, first)
     bos = int(ids[:1] == (tokenizer.bos_token_id,))
     return ids[:bos] + encode(tokenizer, fmt.tag(block, "prompt")) + ids[bos:]
@@ -90,26 +90,26 @@ def open_prompt(
 def chunk_ids(
     tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunks: Sequence[Chunk]
 ) -> tuple[Ids, ...]:
-    """Token ids of each chunk, the same at any place in a prompt: what is encoded and stored.
+    """Token ids of each chunk, which are encoded and stored. They are the same in any prompt.
 
-    Special tokens written out in a passage (``<|eot_id|>``) stay text: it cannot end the turn.
+    Special tokens written in a passage (``<|eot_id|>``) stay text, so they cannot end the turn.
     Raises ValueError if a chunk has no tokens.
     """
-    made = encode_all(tokenizer, map(fmt.render_chunk, chunks), split_special_tokens=True)
-    for chunk, ids in zip(chunks, made, strict=True):
+    chunks_ids = encode_all(tokenizer, map(fmt.render_chunk, chunks), split_special_tokens=True)
+    for chunk, ids in zip(chunks, chunks_ids, strict=True):
         if not ids:
-            raise ValueError(f"the tokenizer makes no token of chunk {chunk!r:.60}")
-    return tuple(made)
+            raise ValueError(f"the tokenizer produces no tokens for chunk {chunk!r:.60}")
+    return tuple(chunks_ids)
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> Ids:
-    """Tokens the model is trained to write: the response and the end of its turn."""
+    """Tokens that the model is trained to write: the response and the end of its turn."""
     body = encode(tokenizer, _lead(tokenizer) + response, split_special_tokens=True)
     return body + end_of_turn(tokenizer)
 
 
 def _lead(tokenizer) -> str:
-    """The space after "Answer:" in plain text, unless the tokenizer adds it (Llama 2)."""
+    """The space after "Answer:" in plain text, unless the tokenizer adds one (Llama 2)."""
     if tokenizer.chat_template is not None:
         return ""
     (first, *_) = tokenizer.convert_ids_to_tokens(encode(tokenizer, "a"))
@@ -117,7 +117,7 @@ def _lead(tokenizer) -> str:
 
 
 def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, question: str) -> Ids:
-    """Tokens between the end of an assistant's turn and the start of its next: a question.
+    """Tokens of a further question, from the end of an assistant's turn to the start of its next.
 
     Raises ValueError if the template does not end the assistant's turn as `end_of_turn` does.
     """
@@ -128,17 +128,17 @@ def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, questi
     end = end_of_turn(tokenizer)
     if ids[: len(end)] != end:
         raise ValueError(
-            f"the chat template of '{tokenizer.name_or_path}' ends a reply in another way before a "
+            f"the chat template of '{tokenizer.name_or_path}' ends a reply differently before a "
             "second user turn; leave followups out"
         )
     return ids[len(end) :]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Tokens that end the assistant's turn; generation stops at the last of them.
+    """Tokens that end the assistant's turn. Generation stops at the last of them.
 
-    These are what the template writes after the assistant's text, up to the first special token, or
-    the tokenizer's EOS. Raises ValueError if there is neither.
+    They are the text that the template writes after the assistant's, up to the first special token;
+    or else the tokenizer's EOS. Raises ValueError if there is neither.
     """
     key = "end", str(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer)
     return special.remembered(tokenizer, key, lambda: _end_of_turn(tokenizer))
@@ -146,8 +146,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     ids = encode(tokenizer, reply_end(tokenizer))
-    known = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
-    ends = [index for index, token in enumerate(ids) if token in known]
+    stops = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
+    ends = [index for index, token in enumerate(ids) if token in stops]
     if ends:
         return ids[: ends[0] + 1]
     if tokenizer.eos_token_id is None:
@@ -164,10 +164,10 @@ def conversation_pieces(
     messages: Sequence[tuple[str, str]],
     response: str,
 ) -> Pieces:
-    """Tokenises messages (role, text) and the response: all but the response is the prefix.
+    """Tokenises messages (role, text) as the prefix, and the response as the answer.
 
-    The format's ``full_tag`` opens the first message of the user, or the prompt; its ``system`` is
-    the system turn if there is none. Raises ValueError if no template renders these messages.
+    The format's ``full_tag`` goes before the first user message, or the prompt. Its ``system`` is
+    used if there is no system message. Raises ValueError if no template renders these messages.
 
     Source: KVLink trains on Tulu-3 in full attention this way (``sft``), arXiv:2502.16002.
     """

@@ -1,4 +1,4 @@
-"""From token pieces to the rows of a forward pass, as a `LayoutSpec` says."""
+"""Lays token pieces out as the rows of a forward pass, by a `LayoutSpec`."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ IGNORED = -100  # label of a row that carries no loss
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a batch: token ids, what each row is, and what of it is stored."""
+    """One batch entry: token ids, their layout, and the units to store in a chunk cache."""
 
     input_ids: Tensor  # of every row, ``(S,)`` int64; link rows hold ``link_base + slot``
     layout: Layout  # ``(1, S)``
     prefix: Ids = ()
-    chunks: tuple[tuple[Ids, Ids], ...] = ()  # tokens and the blanks before them; full: none
+    chunks: tuple[tuple[Ids, Ids], ...] = ()  # tokens and their blanks; () in full attention
 
     @cached_property
     def ids(self) -> Ids:
-        """The same as numbers."""
+        """``input_ids`` as a tuple."""
         return tuple(self.input_ids.tolist())
 
     @property
     def labels(self) -> Ids:
-        """What is learnt: ``ids`` on answer rows and -100 elsewhere, not shifted."""
+        """Training labels: ``ids`` on answer rows, -100 elsewhere, not shifted."""
         return tuple(labels_of(self.input_ids, self.layout.kind[0]).tolist())
 
 
 def array_of(ids: Sequence[int]) -> np.ndarray:
-    """Ids as int64, not to be written to."""
+    """Ids as a read-only int64 array."""
     return ids.array if isinstance(ids, TokenIds) else int64(ids)
 
 
 def labels_of(ids: Tensor, kind: Tensor) -> Tensor:
-    """The ids of answer rows, -100 elsewhere; tensors of one shape."""
+    """``ids`` where ``kind`` is an answer, -100 elsewhere; both have the same shape."""
     return torch.where(kind == Kind.ANSWER, ids, IGNORED)
 
 
@@ -60,7 +60,7 @@ def lay_out(
     contexts: Sequence[Ids] | None = None,
     spans: Sequence[int] | None = None,
 ) -> Prompt:
-    """Lays pieces out: prefix, per chunk its blanks, tokens and links, query, answer, followups.
+    """Lays pieces out: prefix; blanks, tokens and links of each chunk; query, answer, followups.
 
     Headers and trailers are around a chunk's tokens, in its group. Links before a chunk come before
     its blanks. ``order`` counts the rows that are not blanks. If the first row of a chunk has order
@@ -68,10 +68,10 @@ def lay_out(
     ...``, in the group of the chunk.
 
     ``link_base``, ``blank_id`` and ``bos_id`` are the ids of the first learned token (such as the
-    model's vocabulary size), of a blank and of BOS; ValueError if the layout needs one that was not
-    given. ``contexts`` are, for each chunk, the tokens that it was encoded after in an earlier
-    prompt, as its blanks; None: what ``spec`` says, the same for all. ``spans`` are the positions
-    that each chunk takes; None: as many as it has tokens.
+    model's vocabulary size), of a blank and of BOS. Raises ValueError if the layout needs one that
+    is missing. ``contexts`` are the blanks of each chunk, if these are tokens that it was encoded
+    after in an earlier prompt; None: the blanks of ``spec``. ``spans`` are the positions that each
+    chunk takes; None: its number of tokens.
     """
     if spec.num_learned and link_base is None:
         raise ValueError("this layout has link tokens: lay_out needs link_base (vocabulary size)")
@@ -89,19 +89,19 @@ def lay_out(
         pieces = pieces._replace(query=(bos_id, *pieces.query))
     segments = list(_segments(pieces, spec, link_base or 0, contexts, spans))
     chunks = tuple(zip(stored, contexts, strict=True)) if spec.block else ()
-    ids = torch.from_numpy(np.concatenate([array_of(one.ids) for one in segments]))
+    ids = torch.from_numpy(np.concatenate([array_of(segment.ids) for segment in segments]))
     return Prompt(ids, _layout(segments), pieces.prefix, chunks)
 
 
 def sink_ids(spec: LayoutSpec, prefix: Ids, blank_id: int | None, bos_id: int | None) -> Ids:
-    """Tokens that every chunk is encoded after and that are then hidden."""
+    """Tokens that every chunk is encoded after, and that are then hidden."""
     if spec.bos == "drop":
         return (bos_id,)
     return prefix if spec.shared_prefix else (blank_id,) * spec.num_blanks
 
 
 def wrapped(chunk: Ids, spec: LayoutSpec, link_base: int | None, bos_id: int | None = None) -> Ids:
-    """What is stored together: header, the chunk's own BOS, its tokens, trailer."""
+    """Tokens that are stored together: header, the chunk's own BOS, its tokens, trailer."""
     base = link_base or 0
     chunk = (bos_id, *chunk) if spec.keeps_bos else chunk
     if not spec.num_headers + spec.num_trailers:
@@ -143,9 +143,9 @@ def _segments(
         at, group = starts[index] - order, index if spec.block else GLOBAL
         for ids, kind in links + body if spec.link_side == "before" else body + links:
             back = len(ids) if kind is Kind.BLANK else 0
-            own = GLOBAL if kind is Kind.LINK else group
+            row_group = GLOBAL if kind is Kind.LINK else group
             if ids:
-                yield _Segment(ids, kind, at + order - back, order - back, index, own)
+                yield _Segment(ids, kind, at + order - back, order - back, index, row_group)
             order += len(ids) - back
     at = query_start - order
     for query, answer in ((pieces.query, pieces.answer), *pieces.followups):
@@ -166,8 +166,8 @@ def _layout(segments: list[_Segment]) -> Layout:
     lengths = [len(segment.ids) for segment in segments]
     firsts = accumulate(lengths, initial=0)
     facts = [(*segment[1:], first) for segment, first in zip(segments, firsts, strict=False)]
-    columns = np.repeat(np.array(facts, dtype=np.int64).T, lengths, axis=1)  # torch takes 20 times
-    offset = columns[-1]  # that; in place: prompts are long
+    columns = np.repeat(np.array(facts, dtype=np.int64).T, lengths, axis=1)  # 20 times faster than
+    offset = columns[-1]  # torch; computed in place, because prompts are long
     np.subtract(np.arange(len(offset)), offset, out=offset)
     columns[1:3] += offset  # positions and orders
     kind, position, order, chunk, group, offset = torch.from_numpy(columns)[:, None].unbind()

@@ -1,4 +1,4 @@
-"""Text to token ids: user text never becomes special tokens; BOS occurs once, at the start."""
+"""Tokenises text: user text never becomes special tokens, and BOS occurs once, at the start."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from transformers import PreTrainedTokenizerBase
 Ids = tuple[int, ...]
 T = TypeVar("T")
 
-MOST_BYTES = 16 << 20  # of texts and their token ids that are remembered for one tokenizer
+MOST_BYTES = 16 << 20  # most bytes of texts and token ids that are memoised for one tokenizer
 
 OWNER: ContextVar[str] = ContextVar("owner", default="")
-"""Whose texts are tokenised: nobody is answered faster because somebody else sent the same text."""
+"""Owner of the texts. Memoised ids are not shared, so timing does not reveal others' texts."""
 _LOCK = threading.Lock()
-"""``split_special_tokens`` is a state of a fast tokenizer that every call sets: a call of another
-thread in between would change how the text is read."""
+"""``split_special_tokens`` is state of a fast tokenizer that every call sets, so a concurrent call
+would change how a text is tokenised."""
 
 
 def int64(ids: Sequence[int]) -> np.ndarray:
-    """An array of ids, several times as fast as `numpy.array`."""
+    """Converts ids to an array, several times as fast as `numpy.array`."""
     return np.frombuffer(array("q", ids), np.int64) if ids else np.empty(0, np.int64)
 
 
 class TokenIds(tuple):
-    """Token ids of a remembered text, with what every prompt over it asks: worked out once."""
+    """Token ids of a memoised text, with values that every prompt needs, computed once."""
 
     @cached_property
     def largest(self) -> int:
-        """The largest id; 0 if there is none."""
+        """The largest id, or 0 if there are no ids."""
         return max(self, default=0)
 
     @cached_property
     def array(self) -> np.ndarray:
-        """As int64, not to be written to."""
+        """The ids as a read-only int64 array."""
         return int64(self)
 
     @cached_property
@@ -58,19 +58,19 @@ class TokenIds(tuple):
         return {}
 
     def count(self, value: int) -> int:
-        """How often an id occurs."""
+        """Number of occurrences of an id."""
         if value not in self._counts:
             self._counts[value] = super().count(value)
         return self._counts[value]
 
 
 class _Recent:
-    """Token ids by text and options, least recently used first; and facts of the tokenizer."""
+    """LRU cache of token ids by text and options, and of facts about the tokenizer."""
 
     def __init__(self):
         self.ids: OrderedDict[tuple, Ids] = OrderedDict()
         self.num_bytes = 0
-        self.numbers: dict[int, int] = {}  # one object for each token, not for each occurrence
+        self.numbers: dict[int, int] = {}  # interned ids: one object for each token
         self.facts: dict[Hashable, Any] = {}
 
     def get(self, key: tuple) -> TokenIds | None:
@@ -79,17 +79,17 @@ class _Recent:
         return ids
 
     def put(self, key: tuple, ids: Sequence[int]) -> TokenIds:
-        made = TokenIds(self.numbers.setdefault(token, token) for token in ids)
-        if key not in self.ids:  # another thread may have been first
-            self.ids[key] = made
-            self.num_bytes += _size(key, made)
+        token_ids = TokenIds(self.numbers.setdefault(token, token) for token in ids)
+        if key not in self.ids:  # another thread may have added it
+            self.ids[key] = token_ids
+            self.num_bytes += _size(key, token_ids)
         while self.num_bytes > MOST_BYTES:
             self.num_bytes -= _size(*self.ids.popitem(last=False))
-        return made
+        return token_ids
 
 
 def _size(key: tuple, ids: Ids) -> int:
-    """Bytes of a text and its ids, with what is around them: there may be many short ones."""
+    """Bytes of a text and its ids, with the overhead, because there may be many short texts."""
     return sys.getsizeof(key[0]) + 16 * len(ids) + 500
 
 
@@ -103,7 +103,7 @@ def encode(
     add_special_tokens: bool = False,
     split_special_tokens: bool = False,
 ) -> Ids:
-    """Token ids of a text, see `encode_all`."""
+    """Token ids of a text. See `encode_all`."""
     options = {"add_special_tokens": add_special_tokens}
     options["split_special_tokens"] = split_special_tokens
     return encode_all(tokenizer, [text], **options)[0]
@@ -116,30 +116,30 @@ def encode_all(
     add_special_tokens: bool = False,
     split_special_tokens: bool = False,
 ) -> list[Ids]:
-    """Token ids of texts; those of recent ones are remembered.
+    """Token ids of texts; recent ones are memoised.
 
     Tokenising 16,000 tokens takes 20 ms, as long as everything else that a prompt of cached chunks
-    needs on a GPU. Threads may share the tokenizer; tokens may be added to it, but not changed.
-    ``add_special_tokens`` puts the tokenizer's own around the text; with ``split_special_tokens``
-    those written out in the text stay text.
+    needs on a GPU. Threads may share the tokenizer. Tokens may be added to it, but not changed.
+    With ``add_special_tokens``, the tokenizer adds its own around the text. With
+    ``split_special_tokens``, special tokens written in the text stay text.
     """
     how = OWNER.get(), add_special_tokens, split_special_tokens, len(tokenizer)
     options = {"add_special_tokens": add_special_tokens, "verbose": False}
     keys = [(text, how) for text in texts]
     with _LOCK:
         recent = _RECENT.setdefault(tokenizer, _Recent())
-        made = [recent.get(key) for key in keys]
-    for index in [index for index, ids in enumerate(made) if ids is None]:
-        with _LOCK:  # for each, so that nobody waits for all of them
+        results = [recent.get(key) for key in keys]
+    for index in [index for index, ids in enumerate(results) if ids is None]:
+        with _LOCK:  # for each text, so that other threads wait for one at most
             encoded = tokenizer(
                 keys[index][0], split_special_tokens=split_special_tokens, **options
             )
-            made[index] = recent.put(keys[index], encoded["input_ids"])
-    return made
+            results[index] = recent.put(keys[index], encoded["input_ids"])
+    return results
 
 
 def remembered(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` says of a tokenizer; it is called once for each ``key``."""
+    """Memoises the result of ``make`` for a tokenizer and ``key``."""
     with _LOCK:
         facts = _RECENT.setdefault(tokenizer, _Recent()).facts
     if key not in facts:
@@ -148,9 +148,9 @@ def remembered(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
-    """Ids of the special tokens by their text.
+    """Ids of the special tokens, by their text.
 
-    Remembered, since tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
+    Memoised, because tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
     """
 
     def read() -> Mapping[str, int]:
@@ -161,11 +161,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
 
 
 class UserText:
-    """The texts of one prompt that pass through a chat template.
+    """User texts of one prompt that pass through a chat template.
 
-    A question that contains ``<|eot_id|>`` must not end the turn. A text with special tokens in it
-    is replaced by a placeholder while the template renders, and tokenised separately; other texts
-    are tokenised together with what surrounds them.
+    A question that contains ``<|eot_id|>`` must not end the turn. So a text with special tokens is
+    replaced by a placeholder while the template renders, and is tokenised separately. Other texts
+    are tokenised together with their surroundings.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -173,7 +173,7 @@ class UserText:
         self._replaced: dict[str, str] = {}
 
     def safe(self, text: str) -> str:
-        """The text, or the placeholder for it."""
+        """The text itself, or a placeholder if it contains special tokens."""
         if not any(token in text for token in special_tokens(self._tokenizer)):
             return text
         placeholder = f"BlocktuneText{len(self._replaced)}StandsHere"
@@ -181,7 +181,7 @@ class UserText:
         return placeholder
 
     def encode(self, rendered: str) -> Ids:
-        """Token ids of what the template rendered."""
+        """Token ids of a rendered template, with the texts for the placeholders."""
         if not self._replaced:
             return encode(self._tokenizer, rendered)
         ids: Ids = ()
@@ -192,24 +192,24 @@ class UserText:
 
 
 def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces: Ids) -> None:
-    """Raises ValueError for a token whose id is not below ``num_rows``, those of the embedding."""
+    """Raises ValueError for a token id beyond the ``num_rows`` of the embedding."""
     last = max(p.largest if isinstance(p, TokenIds) else max(p, default=0) for p in pieces)
     if last >= num_rows:
         raise ValueError(
-            f"token {tokenizer.convert_ids_to_tokens(last)!r} has id {last}, and the model embeds "
+            f"token {tokenizer.convert_ids_to_tokens(last)!r} has id {last}, but the model embeds "
             f"{num_rows} tokens; use the model's own tokenizer, or call "
             "model.resize_token_embeddings(len(tokenizer)) and train the new rows"
         )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> int:
-    """The token of padding rows, which nothing sees: any that the model embeds will do."""
+    """Token of padding rows. Nothing sees it, so any token in the embedding will do."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in ids if token is not None and token < num_rows)
 
 
 def with_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids) -> Ids:
-    """Adds BOS where the template leaves it to the tokenizer, and to plain text."""
+    """Adds BOS to plain text, or if the template leaves it to the tokenizer."""
     bos = tokenizer.bos_token_id
     if bos is None or bos in prefix:
         return prefix
@@ -218,9 +218,9 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids) -> Ids:
 
 
 def check_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids, *others: Ids) -> None:
-    """Raises ValueError if BOS occurs anywhere but at the start of the prefix, or twice.
+    """Raises ValueError if BOS occurs twice, or anywhere but at the start of the prefix.
 
-    Templates that open every turn with BOS (SmolLM2's ``<|im_start|>``) are left alone.
+    Templates that open every turn with BOS (SmolLM2's ``<|im_start|>``) are not checked.
     """
     bos, template = tokenizer.bos_token_id, tokenizer.chat_template
     if bos is None or (template and tokenizer.bos_token in tokenizer.get_chat_template()):

@@ -1,8 +1,8 @@
-"""The text around the chunks, taken from any chat template by rendering a sentinel.
+"""Gets the text around the chunks from any chat template, by rendering a sentinel.
 
 Most templates ignore ``documents``, so the chunks are part of the user turn. A sentinel takes
-their place while the template renders; the text before and after it is that of the prefix and of
-the query. Chunk text never passes through a template, so no template can trim or rewrite it.
+their place while the template renders. The text before it belongs to the prefix, the text after it
+to the query. Chunk text never passes through a template, so none can trim or rewrite it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from transformers import PreTrainedTokenizerBase
 SENTINEL = "BlocktuneChunksStandHere"
 REPLY = "BlocktuneReplyStandsHere"
 PLAIN_REPLY_CUE = "\nAnswer:"
-"""Asks for the answer where no chat template opens the assistant's turn."""
+"""Asks for the answer if there is no chat template to start the assistant's turn."""
 DATE = "26 Jul 2024"
-"""What a template is told is today (the default of Llama 3.1): a cached prefix outlives a day."""
+"""Fixed date for templates (Llama 3.1's default), so that cached prefixes stay valid."""
 _DATE = datetime.strptime(DATE, "%d %b %Y")
 _CODES = "".join(f"|replace('%{code}', '{_DATE:%{code}}')" for code in "YmdBbyAaHMSj")
 _TELL_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- endmacro -%}}"
-"""Replaces the function that Granite's and Mistral's templates ask for the date."""
+"""Replaces the function from which Granite's and Mistral's templates get the date."""
 
 
 class Frame(NamedTuple):
-    """The text around the chunks."""
+    """The text before and after the chunks."""
 
     before: str
     after: str
@@ -36,9 +36,9 @@ class Frame(NamedTuple):
 def render_frame(
     tokenizer: PreTrainedTokenizerBase, system: str | None, head: str, tail: str
 ) -> Frame:
-    """Renders one user turn ``head + chunks + tail`` and opens the assistant's turn.
+    """Renders one user turn ``head + chunks + tail`` and starts the assistant's turn.
 
-    If the template refuses or drops the system turn (Gemma), its text opens the user turn; None
+    If the template rejects or drops the ``system`` text (Gemma), it goes before the user's. None
     leaves the template's default. Without a chat template the frame is plain text. Raises
     ValueError if the template does not render the user's text exactly once.
     """
@@ -48,8 +48,8 @@ def render_frame(
     content = head + SENTINEL + tail
     for messages in _conversations(system, content):
         text = _render(tokenizer, messages, add_generation_prompt=True)
-        whole = text is not None and text.count(SENTINEL) == 1
-        if whole and (not system or system.strip() in text):
+        is_complete = text is not None and text.count(SENTINEL) == 1
+        if is_complete and (not system or system.strip() in text):
             return Frame(*text.split(SENTINEL))
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a user turn with "
@@ -58,7 +58,7 @@ def render_frame(
 
 
 def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes after the assistant's text; empty if that cannot be determined."""
+    """The text that the template adds after the assistant's; empty if it cannot be determined."""
     if tokenizer.chat_template is None:
         return ""
     for messages in _conversations(None, "Hello."):
@@ -70,7 +70,7 @@ def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """What follows an assistant's text when the user asks again, up to the next reply.
+    """The text from the end of an assistant's reply to the start of the next, with a question.
 
     Raises ValueError if the template does not render a second user turn.
     """
@@ -90,15 +90,15 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[tuple[str, str]]
 ) -> str:
-    """Renders turns (role, text), the user's first and last, and opens the assistant's next.
+    """Renders turns (role, text) that begin and end with the user, and starts the assistant's.
 
-    Raises ValueError if there is no template, or it leaves out some text.
+    Raises ValueError if there is no template, or it drops some text.
     """
-    wanted = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
+    required = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
     for first in _conversations(system, turns[0][1]) if tokenizer.chat_template else ():
         messages = [*first, *_like(first, turns[1:])]
         text = _render(tokenizer, messages, add_generation_prompt=True)
-        if text is not None and all(part in text for part in wanted):
+        if text is not None and all(part in text for part in required):
             return text
     raise ValueError(
         f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
@@ -107,7 +107,7 @@ def render_conversation(
 
 
 def _conversations(system: str | None, content: str):
-    """Ways to write the first turn, in order of preference; image templates want lists of parts."""
+    """Yields forms of the first turn by preference. Multimodal templates want lists of parts."""
     folded = [{"role": "user", "content": f"{system}\n\n{content}" if system else content}]
     apart = [{"role": "system", "content": system}, {"role": "user", "content": content}]
     for messages in [apart, folded] if system else [folded]:
@@ -116,7 +116,7 @@ def _conversations(system: str | None, content: str):
 
 
 def _like(first: list[dict[str, Any]], turns: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Further turns, written as the ``first`` messages are."""
+    """Further turns, in the same form as the ``first`` messages."""
     as_list = isinstance(first[-1]["content"], list)
     return [{"role": role, "content": _listed(t) if as_list else t} for role, t in turns]
 
@@ -126,7 +126,7 @@ def _listed(text: str) -> list[dict[str, str]]:
 
 
 def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
-    """The rendered text, or None where the template refuses these messages."""
+    """The rendered text, or None if the template rejects the messages."""
     template = tokenizer.get_chat_template()
     dated = "strftime_now" in template
     try:
@@ -134,11 +134,11 @@ def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
             messages,
             tokenize=False,
             chat_template=_TELL_DATE + template if dated else template,
-            **{"enable_thinking": False, "date_string": DATE},  # templates without them ignore it
+            **{"enable_thinking": False, "date_string": DATE},  # ignored by other templates
             **kwargs,
         )
     except (TemplateError, TypeError):
         return None
-    # An empty block of thoughts that some templates open for the model is closed.
+    # Some templates open a thinking block for the model: close it.
     opened = text.rstrip("\n")
     return opened + "\n\n</think>\n\n" if opened.endswith("<think>") else text

@@ -42,7 +42,7 @@ def test_what_is_no_order_is_left_alone(made, tmp_path):
         (queue.folder / name).write_text(text)
     assert queue.take(OTHER) == []
     assert len(list(queue.folder.iterdir())) == 3
-    with pytest.raises(ValueError, match="store with one"):
+    with pytest.raises(ValueError, match="use a store with a folder"):
         made.encode_wanted()
 
 

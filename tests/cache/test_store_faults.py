@@ -243,7 +243,7 @@ def test_foreign_files_are_not_counted_and_stay(tmp_path):
 def test_a_file_in_the_folders_place_is_no_store_and_holds_nothing(tmp_path):
     (tmp_path / "st").write_text("mine")
     assert list(ChunkFolder(tmp_path / "st").keys()) == []
-    with pytest.raises(ValueError, match=r"cannot use '.*st' as a chunk store: File exists; name"):
+    with pytest.raises(ValueError, match=r"cannot use '.*st' as a chunk store: File exists; give"):
         ChunkStore(0, tmp_path / "st")
 
 

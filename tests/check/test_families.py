@@ -18,13 +18,13 @@ REFUSED = {
     "qwen3_next": "'linear_attention' in layer 0",
     "lfm2_moe": "'conv' in layer 0",
     "xlstm": "a recurrence in layer 0",
-    "bloom": "computes attention in code of its own",
-    "codegen": "computes attention in code of its own",
-    "reformer": "computes attention in code of its own",
+    "bloom": "computes attention in its own code",
+    "codegen": "computes attention in its own code",
+    "reformer": "computes attention in its own code",
     "blt": "is not one stack of layers over tokens",
     "gemma3n": "15 layers (first: 20) have no keys of their own",
     "gemma4_assistant": "30 layers (first: 0) have no keys of their own",
-    "doge": "works on its attention mask or its cache in code of its own",
+    "doge": "handles its attention mask or its cache in its own code",
 }
 
 

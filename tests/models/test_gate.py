@@ -134,9 +134,9 @@ REFUSED = {
     ),
     "lfm2": (
         lambda: Lfm2Config(**BASE, layer_types=["conv", "full_attention"]),
-        "'conv' in layer 0 mixes tokens otherwise",
+        "'conv' in layer 0 mixes tokens by other means",
     ),
-    "falcon-h1": (lambda: FalconH1Config(**HEAD), "in layer 0.* mixes tokens otherwise"),
+    "falcon-h1": (lambda: FalconH1Config(**HEAD), "in layer 0.* mixes tokens by other means"),
     "gemma3n": (lambda: Gemma3nTextConfig(**SHARED), "5 layers .first: 5. have no keys"),
 }
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_moved_is_refused_in_one_line(name):
 def test_a_branch_beside_attention_is_found_where_the_configuration_does_not_tell(monkeypatch):
     """Every layer of Falcon-H1 attends; without its layer types only the probe can tell."""
     monkeypatch.setattr("blocktune.models.gate.ATTENDING", ("hybrid",))
-    with pytest.raises(Refused, match="FalconH1Mixer in layer 0 mixes tokens otherwise"):
+    with pytest.raises(Refused, match="FalconH1Mixer in layer 0 mixes tokens by other means"):
         examine(FalconH1Config(**HEAD))
 
 

@@ -53,8 +53,8 @@ def test_bad_format_is_refused(values, message):
         ({"link_side": "left"}, "layout 'link_side' must be after or before, got 'left'"),
         ({"placement": "ape"}, "layout 'placement' must be sequential or parallel or composite"),
         ({"num_blanks": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
-        ({"block": False, "num_blanks": 1}, "layout: blanks are hidden from other chunks"),
-        ({"block": False, "shared_prefix": True}, "layout: blanks are hidden from other chunks"),
+        ({"block": False, "num_blanks": 1}, "layout: full attention (block: false)"),
+        ({"block": False, "shared_prefix": True}, "layout: full attention (block: false)"),
         ({"links": 1}, "layout: unknown key 'links'; known: block, num_links"),
     ],
 )
