@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from blocktune.commands import command
 from blocktune.commands import options as opt
-from blocktune.commands.errors import resumable
+from blocktune.commands.application import command, resumable
 
 FOLLOW_S = 0.1  # seconds between two looks into an empty queue
 
@@ -38,7 +37,7 @@ Parameters = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    Option(
+    opt.in_file(
         "--output",
         "-o",
         help="JSONL file for the answers, written as they come. Questions that it already answers "
@@ -99,6 +98,7 @@ def answer(
     decode_cache: DecodeCache = None,
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
+    from blocktune.cache.decode_cache import DecodeCache
     from blocktune.commands import answering as ways
     from blocktune.methods import default_method
 
@@ -109,9 +109,10 @@ def answer(
     sampling = ways.Sampling(temperature, top_k, top_p, seed)
     held = store is not None and ways.holds_chunks(store)
     how = (store, dtype, device, quantize)
-    whole = asked is not None and not asked.reuses_chunks
-    engine = opt.load_engine(model, adapter, *how, recurrent=whole)
-    engine = opt.reworded(engine, instruction, system, wording)
+    if decode_cache is not None:
+        DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
+    words = (instruction, system, wording)
+    engine = opt.load_engine(model, adapter, *how, method=asked, wording=words)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
     engine.responses = opt.responses(response_cache, engine.store)
@@ -182,8 +183,8 @@ def encode(
     kept, processes = ChunkStore.open(store, must_write=True), launched()
     if kept.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
-    engine = opt.load_engine(model, adapter, kept, dtype, device or processes.device, quantize)
-    engine = opt.reworded(engine, instruction, system, wording)
+    how = (kept, dtype, device or processes.device, quantize)
+    engine = opt.load_engine(model, adapter, *how, wording=(instruction, system, wording))
     mine = processes.share(chunks)
     with (
         resumable(f"the chunks so far are in {kept.place}"),

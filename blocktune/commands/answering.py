@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from rich.text import Text
 from blocktune.cache import ChunkStore
 from blocktune.cache.config import StoreConfig
 from blocktune.cache.folder import ChunkFolder
-from blocktune.commands.errors import resumable
+from blocktune.commands.application import resumable
 from blocktune.commands.options import rejected
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
@@ -44,6 +45,12 @@ def read_examples(
         raise ValueError(f"{source}: no question in it")
     if not chunks:
         raise ValueError("a question needs at least one chunk; add --chunk TEXT")
+    for option, text in (("--question", question), *(("--chunk", chunk) for chunk in chunks)):
+        if re.fullmatch(r"@\S+", text):
+            raise ValueError(
+                f"{option} is a text, got '{text}'; for what a file holds write "
+                f'{option} "$(cat {text[1:]})", or put question and chunks into --input FILE'
+            )
     return [RagExample(question, tuple(Chunk(text) for text in chunks))]
 
 
@@ -140,7 +147,7 @@ class Run:
     def _record(self, example: RagExample, answer: Answer) -> dict[str, Any]:
         usage = answer.usage
         derived = {"recompute_ratio": usage.recompute_ratio, "ttft_s": usage.ttft_s}
-        record = {"id": example.id, "question": example.question, "answer": answer.text}
+        record = {"id": example.id or None, "question": example.question, "answer": answer.text}
         record |= {"method": self.method.name, "usage": asdict(usage) | derived}
         if any(chunk.metadata for chunk in answer.chunks):
             record["chunks"] = [dict(chunk.metadata) for chunk in answer.chunks]

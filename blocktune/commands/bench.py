@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from blocktune.commands import app, command
 from blocktune.commands import options as opt
+from blocktune.commands.application import command, new_group
 
 if TYPE_CHECKING:
     from blocktune.tables import Table
@@ -43,7 +43,7 @@ def replay(
     token_bytes: Annotated[int, Option(min=1, help="Bytes of a token, where unknown.")] = 131_072,
     token_us: Annotated[float, Option(min=0, help="Microseconds to encode one.")] = 100.0,
     output: Annotated[
-        Path | None, Option(help="Folder for replay.json, replay.png and break_even.png.")
+        Path | None, opt.in_folder(help="Folder for replay.json, replay.png and break_even.png.")
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -87,14 +87,13 @@ Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
 ChunkTokens = Annotated[int, Option(min=1, help="Tokens per chunk.")]
 Repeats = Annotated[int, Option(min=1, help="Rounds; medians are shown.")]
 Folder = Annotated[
-    Path | None, Option(help="Folder for the chunks. Default: the system's temporary one.")
+    Path | None, opt.in_folder(help="Folder for the chunks. Default: the system's temporary one.")
 ]
-Output = Annotated[Path | None, Option(help="JSON file to write as well.")]
+Output = Annotated[Path | None, opt.in_file(help="JSON file to write as well.")]
 Tiny = Annotated[bool, Option("--tiny", help="A toy model and prompt, for a quick try.")]
 
 
-group = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
-app.add_typer(group, name="bench")
+group = new_group("bench", "Measure speed on this machine.")
 
 
 @command("attention", "blocktune bench attention --json", of=group)
@@ -149,7 +148,9 @@ def ttft(
     threads: Annotated[int, Option(min=1, help="Threads that PyTorch may use.")] = 2,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
-    picture: Annotated[Path | None, Option(help="PNG to draw: seconds against length.")] = None,
+    picture: Annotated[
+        Path | None, opt.in_file(help="PNG to draw: seconds against length.")
+    ] = None,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:

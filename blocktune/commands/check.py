@@ -10,8 +10,8 @@ from typing import Annotated, NoReturn
 import typer
 from typer import Option
 
-from blocktune.commands import command
 from blocktune.commands import options as opt
+from blocktune.commands.application import command
 
 
 @command(

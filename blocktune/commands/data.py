@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from blocktune.commands import app, command, teach
 from blocktune.commands import options as opt
+from blocktune.commands.application import command, new_group
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
@@ -27,7 +27,7 @@ question mark: 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q
 """
 
 Source = Annotated[str, Argument(help="Where examples come from; see `blocktune data list`.")]
-Output = Annotated[Path, Option("--output", "-o", help="JSONL file to write.")]
+Output = Annotated[Path, opt.in_file("--output", "-o", help="JSONL file to write.")]
 Limit = Annotated[int | None, Option(min=1, help="Only the first examples.")]
 Split = Annotated[
     str | None, Option(help="Split of a data set on the Hub; default validation, if it has one.")
@@ -53,20 +53,16 @@ class Mode(StrEnum):
     full = "full"
 
 
-group = typer.Typer(
-    no_args_is_help=True,
-    help=HELP,
-    rich_markup_mode="rich",
-    epilog=teach(
-        "blocktune data list",
-        "blocktune data show 'worlds:test?n=3' --model data/tiny",
-        "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
-        "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
-        "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
-        "blocktune data mix mixture.yaml",
-    ),
+group = new_group(
+    "data",
+    HELP,
+    "blocktune data list",
+    "blocktune data show 'worlds:test?n=3' --model data/tiny",
+    "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
+    "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
+    "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
+    "blocktune data mix mixture.yaml",
 )
-app.add_typer(group, name="data")
 
 
 @command(

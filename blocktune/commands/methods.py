@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from blocktune.commands import command
 from blocktune.commands import options as opt
+from blocktune.commands.application import command
 
 
 @command(

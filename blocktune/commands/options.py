@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from blocktune.cache.records import Embedder
     from blocktune.cache.responses import ResponseCache
     from blocktune.engine import Engine
+    from blocktune.methods import Method
 
 MODEL, PROMPT = "Model", "Prompt"  # panels of the help
 of_model = partial(Option, rich_help_panel=MODEL)
@@ -87,12 +88,9 @@ Seed = Annotated[int, of_decoding(help="Random seed for sampling.")]
 BatchSize = Annotated[int, Option(min=1, help="Questions per batch.")]
 Limit = Annotated[int | None, Option(min=1, help="Use only the first N questions.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON for programs.")]
-
-
-def teach(*lines: str) -> str:
-    """An epilogue of examples; commands are coloured, explanations are not."""
-    shown = (f"  [cyan]{x}[/cyan]" if x.startswith(("blocktune", " ")) else x for x in lines)
-    return "\n".join(["[bold]Examples[/bold]", *shown])
+# For outputs: a folder that should be a file, or the reverse, is refused before the work.
+in_file = partial(Option, dir_okay=False, readable=False, writable=True)
+in_folder = partial(Option, file_okay=False, readable=False, writable=True)
 
 
 def quiet_libraries() -> None:
@@ -123,19 +121,54 @@ def load_engine(
     dtype: str,
     device: str | None,
     quantize: str | None = None,
-    recurrent: bool = False,
+    method: Method | None = None,
+    wording: Wording = (None, None, None),
 ) -> Engine:
-    """Loads an engine; ``recurrent``: also one with recurrent layers, which reuses no chunks."""
-    quiet_libraries()
-    from blocktune.engine import Engine
+    """Loads an engine to answer by ``method``, in this wording; options are checked before.
 
+    A model with recurrent layers is loaded only for a method that reuses no chunks.
+    """
+    quiet_libraries()
+    from blocktune.cache.config import StoreConfig
+    from blocktune.engine import Engine
+    from blocktune.methods.press import Press
+    from blocktune.prompt import LayoutSpec, PromptFormat
+
+    words = _words(*wording)
+    config = StoreConfig.parse(store) if isinstance(store, str) else store and store.config
+    if config and config.press is not None:
+        press = Press(config.press)
+        if method is not None:
+            press.require(method, method.layout(LayoutSpec()))
     engine = Engine.from_pretrained(
         *(model, adapter),
         **{"store": store, "dtype": dtype, "device": device, "quantize": quantize},
-        recurrent=recurrent,
+        recurrent=method is not None and not method.reuses_chunks,
     )
     engine.store.warn_rejected = False  # `rejected` says it in one line at the end
-    return engine
+    format = PromptFormat.from_dict(engine.format.to_dict() | words)
+    if engine.adapter is not None and format != engine.adapter.format:
+        typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
+    return engine if format == engine.format else engine.reworded(format)
+
+
+Wording = tuple[str | None, str | None, Path | None]
+"""The options --instruction, --system and --format."""
+
+
+def _words(instruction: str | None, system: str | None, path: Path | None) -> dict[str, str]:
+    """What the options say of a `PromptFormat`; ValueError if they make none."""
+    from blocktune.parsing import load_yaml, mapping
+    from blocktune.prompt import PromptFormat
+
+    words = {}
+    if path is not None:
+        hint = "give a YAML file with keys such as instruction"
+        words = dict(mapping(load_yaml(path, "prompt format", hint), str(path)))
+    given = {"instruction": instruction, "system": system}
+    words |= {name: text for name, text in given.items() if text is not None}
+    PromptFormat.from_dict(words)
+    return words
 
 
 def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
@@ -163,23 +196,3 @@ def rejected(stats: StoreStats, place: str | None) -> str:
         f"{stats.rejected:,} stored chunks could not be used and were encoded again, the first: "
         f"{stats.first_rejected}; all: blocktune store verify {place}"
     )
-
-
-def reworded(
-    engine: Engine, instruction: str | None, system: str | None, path: Path | None
-) -> Engine:
-    """The engine with the wording that the options ask for; without any, as it is."""
-    from blocktune.parsing import load_yaml
-    from blocktune.prompt import PromptFormat
-
-    asked = {}
-    if path is not None:
-        asked = load_yaml(path, "prompt format", "give a YAML file with keys such as instruction")
-        if not isinstance(asked, dict):
-            raise ValueError(f"{path}: must be a mapping of keys to text, got {asked!r:.60}")
-    given = {"instruction": instruction, "system": system}
-    asked |= {name: text for name, text in given.items() if text is not None}
-    format = PromptFormat.from_dict(engine.format.to_dict() | asked)
-    if engine.adapter is not None and format != engine.adapter.format:
-        typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
-    return engine if format == engine.format else engine.reworded(format)

@@ -11,40 +11,36 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from blocktune.cache.blobs import Blobs
 from blocktune.cache.config import Row, parse_bytes
 from blocktune.cache.shelf import Shelf
-from blocktune.commands import app
-from blocktune.commands.options import AsJson, teach
+from blocktune.commands.application import new_group
+from blocktune.commands.options import AsJson
 
-HELP = "Look into a store of encoded chunks (`--store`), verify it, and remove from it."
 SHORT = 12  # digits of a key or fingerprint that are shown
 LEAST_DIGITS = 6
 
-Place = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]
-Model = Annotated[str, typer.Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
-Document = Annotated[str, typer.Option(help="Only chunks of this document: its id, or its title.")]
-Key = Annotated[str, typer.Argument(help="Key of the chunk; its first digits are enough.")]
-Keys = Annotated[list[str], typer.Argument(help="Keys, or their first digits.")]
-Undo = Annotated[bool, typer.Option("--undo", help="Let them leave again.")]
-Other = Annotated[str, typer.Argument(help="Folder or URL of the other store.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")]
+Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
+Model = Annotated[str, Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
+Document = Annotated[str, Option(help="Only chunks of this document: its id, or its title.")]
+Key = Annotated[str, Argument(help="Key of the chunk; its first digits are enough.")]
+Keys = Annotated[list[str], Argument(help="Keys, or their first digits.")]
+Undo = Annotated[bool, Option("--undo", help="Let them leave again.")]
+Other = Annotated[str, Argument(help="Folder or URL of the other store.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Say what would be removed.")]
 
-group = typer.Typer(
-    no_args_is_help=True,
-    help=HELP,
-    rich_markup_mode="rich",
-    epilog=teach(
-        "blocktune store stat cache/",
-        "blocktune store ls cache/ --model 3f2a91",
-        "blocktune store verify s3://bucket/chunks",
-        "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged",
-        "blocktune store rm cache/ --document handbook.pdf",
-        "blocktune store export cache/ s3://bucket/chunks --model 3f2a91",
-    ),
+group = new_group(
+    "store",
+    "Look into a store of encoded chunks (`--store`), verify it, and remove from it.",
+    "blocktune store stat cache/",
+    "blocktune store ls cache/ --model 3f2a91",
+    "blocktune store verify s3://bucket/chunks",
+    "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged",
+    "blocktune store rm cache/ --document handbook.pdf",
+    "blocktune store export cache/ s3://bucket/chunks --model 3f2a91",
 )
-app.add_typer(group, name="store")
 
 
 @group.command()
@@ -120,11 +116,9 @@ def verify(store: Place, as_json: AsJson = False) -> None:
 @group.command()
 def gc(
     store: Place,
-    max_size: Annotated[str, typer.Option(help="50GB: remove what was used longest ago.")] = "",
-    unused_days: Annotated[float | None, typer.Option(min=0, help="Remove what is older.")] = None,
-    damaged: Annotated[
-        bool, typer.Option("--damaged", help="Remove what does not verify.")
-    ] = False,
+    max_size: Annotated[str, Option(help="50GB: remove what was used longest ago.")] = "",
+    unused_days: Annotated[float | None, Option(min=0, help="Remove what is older.")] = None,
+    damaged: Annotated[bool, Option("--damaged", help="Remove what does not verify.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -165,10 +159,10 @@ def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -
 @group.command()
 def rm(
     store: Place,
-    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or their first digits.")] = None,
+    keys: Annotated[list[str] | None, Argument(help="Keys, or their first digits.")] = None,
     model: Model = "",
     document: Document = "",
-    adapter: Annotated[str, typer.Option(help="Only of this adapter, as in `stat`.")] = "",
+    adapter: Annotated[str, Option(help="Only of this adapter, as in `stat`.")] = "",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:

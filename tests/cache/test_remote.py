@@ -154,7 +154,7 @@ def blocktune_json():
 
     from typer.testing import CliRunner
 
-    from blocktune.cli import app
+    from blocktune.commands import app
 
     def run(*arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "--json"])

@@ -14,7 +14,7 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from blocktune.cli import app
+from blocktune.commands import app
 from blocktune.commands.methods import markdown_table
 from blocktune.data import load_examples
 from blocktune.evaluation.suite import parse_suite

@@ -13,7 +13,7 @@ from training.runs import make_trainer, write_run
 from trl import ModelConfig
 from typer.testing import CliRunner
 
-from blocktune.cli import app
+from blocktune.commands import app
 from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.console import print_options
 from blocktune.training.run import parse, train
