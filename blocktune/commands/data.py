@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -44,13 +43,6 @@ Counter = Annotated[
         "--tokenizer", help="Tokenizer used to measure lengths: a folder or a name on the HF Hub."
     ),
 ]
-
-
-class Mode(StrEnum):
-    """The attention that the rows are shown for."""
-
-    block = "block"
-    full = "full"
 
 
 group = new_group(
@@ -134,7 +126,9 @@ def show(
     adapter: Annotated[
         str | None, Option(help="With the wording and layout of this adapter.")
     ] = None,
-    mode: Annotated[Mode, Option(help="Attention in which the example is laid out.")] = Mode.block,
+    mode: Annotated[
+        Literal["block", "full"], Option(help="Attention in which the example is laid out.")
+    ] = "block",
 ) -> None:
     """Show one example: as text, or with --model row by row as the model sees it."""
     if adapter is not None and model is None:
@@ -146,7 +140,7 @@ def show(
     if tokenizer is None:
         _show_text(examples[index])
     else:
-        _show_rows(examples[index], tokenizer, adapter, mode)
+        _show_rows(examples[index], tokenizer, adapter, mode == "block")
 
 
 def _show_text(example: RagExample) -> None:
@@ -162,14 +156,14 @@ def _show_text(example: RagExample) -> None:
         typer.echo(f"[the model writes]\n{example.response}")
 
 
-def _show_rows(example: RagExample, tokenizer, adapter: str | None, mode: Mode) -> None:
+def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
     from blocktune.adapter import AdapterInfo
     from blocktune.prompt import LayoutSpec, PromptFormat, lay_out, make_pieces
     from blocktune.prompt.batch import show as rows_of
 
     info = AdapterInfo.load(adapter) if adapter else None
     fmt = info.format if info else PromptFormat()
-    spec = info.layout if info and mode == Mode.block else LayoutSpec(block=mode == Mode.block)
+    spec = info.layout if info and block else LayoutSpec(block=block)
     if spec.num_blanks:  # hidden rows of serving, which no example has
         spec = replace(spec, num_blanks=0)
     known = example.response is not None or example.answers
@@ -179,7 +173,7 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, mode: Mode) 
         example.chunks,
         example.question,
         example.target if known else None,
-        block=mode == Mode.block,
+        block=block,
         followups=example.followups,
     )
     prompt = lay_out(pieces, spec, link_base=len(tokenizer), bos_id=tokenizer.bos_token_id)

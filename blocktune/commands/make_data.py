@@ -70,7 +70,12 @@ def passages(
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.sources.options import with_fields
 
-    whole = None
+    whole = embed = None
+    if embedder is not None:
+        from blocktune.cache import ChunkStore
+        from blocktune.cache.records import Embedder
+
+        embed = Embedder(embedder, store and ChunkStore.open(store))
     if own:
         whole = data.load_from(source, fields, limit=limit, split=split)
         examples = list(retrieval.from_own(whole, k))
@@ -78,7 +83,6 @@ def passages(
         mapped = with_fields(source, fields)
         questions = retrieval.read_questions(mapped, limit=limit, split=split)
         if corpus is not None:
-            embed = opt.embedder(embedder, store)
             examples = retrieval.from_corpus(questions, load_chunks(corpus), k, embed)
         else:
             found = retrieval.read_retrieved(retrieved)

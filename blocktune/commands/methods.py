@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
 
 import typer
-from typer import Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command
@@ -20,9 +18,6 @@ from blocktune.commands.application import command
     "Methods can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
 )
 def methods(
-    markdown: Annotated[
-        bool, Option("--markdown", help="Print the table of docs/methods.md.")
-    ] = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """List methods, selectors, reshapes and layouts with their requirements and parameters."""
@@ -31,26 +26,8 @@ def methods(
     found = describe_all()
     if as_json:
         typer.echo(json.dumps([entry._asdict() for entry in found], indent=2))
-    elif markdown:
-        typer.echo(markdown_table(found))
     else:
         _print_groups(found)
-
-
-def markdown_table(found: list) -> str:
-    """Methods as a Markdown table, group by group."""
-    from blocktune.methods.describe import GROUPS
-    from blocktune.tables import Table
-
-    entries = [e for group in GROUPS for e in found if e.group == group and e.kind == "method"]
-    return Table(("method", "what it does", "decides", "source"), [*map(_row, entries)]).markdown()
-
-
-def _row(entry: Any) -> tuple[str, ...]:
-    decides = [*entry.axes, *([f"weights: {entry.weights}"] if entry.weights != "any" else [])]
-    place = entry.source.removeprefix("https://").removeprefix("arxiv.org/abs/")
-    source = f"[{place}]({entry.source})"
-    return f"`{entry.name}`", entry.summary, ", ".join(decides) or "-", source
 
 
 def _print_groups(found: list) -> None:

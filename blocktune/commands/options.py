@@ -11,7 +11,6 @@ from typer import Option
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore, StoreStats
-    from blocktune.cache.records import Embedder
     from blocktune.cache.responses import ResponseCache
     from blocktune.engine import Engine
     from blocktune.methods import Method
@@ -176,16 +175,6 @@ def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
     from blocktune.cache.responses import ResponseCache
 
     return None if text is None else ResponseCache.parse(text, store)
-
-
-def embedder(model: str | None, store: str | None) -> Embedder | None:
-    """The embedding model of two options; its results are kept if there is a store."""
-    if model is None:
-        return None
-    from blocktune.cache import ChunkStore
-    from blocktune.cache.records import Embedder
-
-    return Embedder(model, None if store is None else ChunkStore.open(store))
 
 
 def rejected(stats: StoreStats, place: str | None) -> str:

@@ -189,14 +189,6 @@ def export_chunks(
     _copy(Shelf.open(store), Shelf.open(target, make=True), model, document, as_json)
 
 
-@group.command("import")
-def import_chunks(
-    store: Place, source: Other, model: Model = "", document: Document = "", as_json: AsJson = False
-) -> None:
-    """Copy chunks and manifests from another store, each verified; what is there is skipped."""
-    _copy(Shelf.open(source), Shelf.open(store, make=True), model, document, as_json)
-
-
 @group.command()
 def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     """What other programs need to use the chunks: model, tokenizer, wording, shapes, RoPE."""
