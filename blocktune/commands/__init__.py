@@ -8,7 +8,6 @@ __all__ = ["app"]
 
 # In the order of the help.
 for topic in (
-    *("answer", "train", "evaluate", "serve", "data", "make_data"),
-    *("methods", "store", "check", "bench"),
+    *("answer", "train", "evaluate", "serve", "data", "make_data", "store", "check", "bench"),
 ):
     import_module(f"blocktune.commands.{topic}")

@@ -53,7 +53,7 @@ def train(
     arguments = [*(["--config", config] if config else []), *ctx.args]
     opt.quiet_libraries()
     if help_all:
-        from blocktune.training.console import print_options
+        from blocktune.training.plan import print_options
 
         print_options()
         return

@@ -29,9 +29,8 @@ from blocktune.training import launch_checks, resume
 from blocktune.training.checkpoint import settings
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.console import LogLines
 from blocktune.training.dataset import Sample, in_modes, own_wording, to_sample
-from blocktune.training.plan import make_plan, print_plan
+from blocktune.training.plan import LogLines, make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
 
 _HOLDERS = (DataArgs, BlockSFTConfig, ModelConfig)

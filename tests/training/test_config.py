@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from blocktune.commands import app
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.console import print_options
+from blocktune.training.plan import print_options
 from blocktune.training.run import parse, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def test_every_key_is_listed_once_with_what_it_means():
     console = Console(width=200, record=True)
     print_options(console)
     text = console.export_text()
-    keys = re.findall(r"^ (\w+)", text, re.MULTILINE)
+    keys = re.findall(r"^(\w+)  +\S", text, re.MULTILINE)
     known = {f.name for c in (DataArgs, BlockSFTConfig, ModelConfig) for f in fields(c) if f.init}
     assert sorted(key for key in keys if key != "key") == sorted(known)
     assert "Link tokens per chunk (KVLink)" in text
