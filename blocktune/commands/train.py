@@ -233,5 +233,5 @@ def push(
         show(publication, console)
         return
     sent = send(publication, private=private)
-    console.print(f"pushed {len(publication.files)} files to {sent.url}", soft_wrap=True)
-    console.print(f"load it with --adapter {repo}@{sent.revision}", soft_wrap=True)
+    console.print(f"pushed {len(publication.files)} files to {sent.repo_url}", soft_wrap=True)
+    console.print(f"load it with --adapter {repo}@{sent.oid}", soft_wrap=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
@@ -78,12 +79,12 @@ def card(
         quoted_method=shlex.quote(method),
         quantization=info.quantization,
         results=results_table(measured),
-        layout=_table(_layout(info)),
-        training=_table(_training(info)),
-        checks=_table(
-            {one.name: f"{one.max_abs_diff:.1e}" for one in checks},
+        rows=SCOPED_ROWS.get(info.scope),
+        facts=_facts(info),
+        checks=Table(
             ("check", "difference of logits"),
-        ),
+            [(one.name, f"{one.max_abs_diff:.1e}") for one in checks],
+        ).markdown(),
     )
     return str(made)
 
@@ -111,42 +112,15 @@ def _serves(name: str, layout: LayoutSpec) -> bool:
         return False
 
 
-def _layout(info: AdapterInfo) -> Mapping[str, Any]:
-    spec = info.layout.to_dict()
-    rows = {name: value for name, value in spec.items() if value != getattr(LayoutSpec(), name)}
-    rows = rows or {"layout": "block attention, sequential positions"}
-    if info.num_learned:
-        rows |= {"learned tokens": info.num_learned, "kept as": info.link_mode}
-    if info.scope != "both":
-        only = f"LoRA acts on {SCOPED_ROWS[info.scope]} only; PEFT alone would apply it to all rows"
-        rows |= {"scope": f"{info.scope}: {only}"}
-    if info.rope:
-        rows |= {"RoPE": info.rope.get("rope_type", "by layer type")}
-    return rows | {"base revision": info.base_revision or "not pinned"}
-
-
-def _training(info: AdapterInfo) -> Mapping[str, Any]:
-    made = public(info.training)
-    versions, licences = made.get("versions", {}), datasets_of(info.training)
-    data = made.get("data")
-    if isinstance(data, Mapping):  # a mixture
-        data = ", ".join(f"`{part.get('source')}`" for part in data.get("parts", ()))
-    rows = {
-        "command": f"`{made['command']}`" if made.get("command") else None,
-        "data": data,
-        "licences of the data": "; ".join(f"{k}: {v}" for k, v in licences.items()) or None,
-        "examples": made.get("examples"),
-        "seed": made.get("seed"),
-        "processes": made.get("world_size"),
-        "quantised base": info.quantization,
-        "blocktune": versions.get("blocktune"),
-        "commit": made.get("commit"),
-    }
-    return {name: value for name, value in rows.items() if value is not None}
-
-
-def _table(rows: Mapping[str, Any], heading: tuple[str, str] = ("", "")) -> str:
-    return Table(heading, [(name, str(value)) for name, value in rows.items()]).markdown()
+def _facts(info: AdapterInfo) -> str:
+    """What the adapter's file says of layout and training, as YAML without what is default."""
+    plain = LayoutSpec().to_dict()
+    layout = {name: v for name, v in info.layout.to_dict().items() if v != plain[name]}
+    facts = {"layout": layout, "base_revision": info.base_revision, "rope": info.rope}
+    facts |= {"link_mode": info.link_mode} if info.num_learned else {}
+    facts |= {"scope": info.scope, "quantization": info.quantization}
+    facts["training"] = public(info.training) | {"data_sets": datasets_of(info.training)}
+    return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
