@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from blocktune.commands import options as opt
-from blocktune.commands.application import command, resumable
+from blocktune.commands.application import command
 
 FOLLOW_S = 0.1  # seconds between two looks into an empty queue
 
@@ -166,9 +166,8 @@ def encode(
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
-    from blocktune.commands.answering import encoding_progress, report_encoded
+    from blocktune.commands import answering as ways
     from blocktune.data import load_chunks
-    from blocktune.engine import EncodeReport
     from blocktune.evaluation.runner import launched
     from blocktune.models.load import examine_base
 
@@ -185,20 +184,7 @@ def encode(
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
     how = (kept, dtype, device or processes.device, quantize)
     engine = opt.load_engine(model, adapter, *how, wording=(instruction, system, wording))
-    mine = processes.share(chunks)
-    with (
-        resumable(f"the chunks so far are in {kept.place}"),
-        encoding_progress(processes.is_main) as progress,
-    ):
-        report = engine.encode(mine, progress) if mine else EncodeReport(0, 0, 0, 0.0)
-    who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
-    report_encoded(report, kept, who)
-    processes.wait()
-    if lost := kept.stats().unwritten:
-        raise ValueError(
-            f"{lost:,} chunks are not kept: they do not fit into the limits of --store '{store}' "
-            "(disk, remote_bytes, quota); raise them"
-        )
+    ways.encode(engine, chunks, processes, store)
     while follow:
         if count := engine.encode_wanted():
             typer.echo(f"{count:,} chunks were wanted, and are encoded")

@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 if TYPE_CHECKING:
-    from blocktune.cache import ChunkStore, StoreStats
+    from blocktune.cache import ChunkStore
     from blocktune.cache.responses import ResponseCache
     from blocktune.engine import Engine
     from blocktune.methods import Method
@@ -144,7 +144,7 @@ def load_engine(
         **{"store": store, "dtype": dtype, "device": device, "quantize": quantize},
         recurrent=method is not None and not method.reuses_chunks,
     )
-    engine.store.warn_rejected = False  # `rejected` says it in one line at the end
+    engine.store.warn_rejected = False  # one line at the end says it
     format = PromptFormat.from_dict(engine.format.to_dict() | words)
     if engine.adapter is not None and format != engine.adapter.format:
         typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
@@ -175,13 +175,3 @@ def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
     from blocktune.cache.responses import ResponseCache
 
     return None if text is None else ResponseCache.parse(text, store)
-
-
-def rejected(stats: StoreStats, place: str | None) -> str:
-    """One line on the entries of a store that could not be used; empty if there were none."""
-    if not stats.rejected:
-        return ""
-    return (
-        f"{stats.rejected:,} stored chunks could not be used and were encoded again, the first: "
-        f"{stats.first_rejected}; all: blocktune store verify {place}"
-    )

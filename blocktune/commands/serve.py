@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -130,13 +131,12 @@ def serve(
     )
     if host not in LOCAL and not config.tenants:
         typer.echo(f"note: everybody who reaches {host}:{port} may ask; set --api-key", err=True)
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:  # before a model is loaded
-            probe.bind((host, port))
-        except OSError as error:
-            reason = f"{error.strerror}; choose another --host or --port"
-            raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:  # before a model is loaded
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = f"{os.strerror(error.errno)}; choose another --host or --port"
+        raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
     opt.quiet_libraries()
     engines = launch.load_engines(
         *(model, adapter or [], name, store, int(store_gb * 2**30)),

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from blocktune.data.example import RagExample
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
-from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat, lay_out, pack, stack
+from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, pack, stack
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.training.dataset import PartReader, to_pieces, to_sample
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
@@ -67,7 +67,6 @@ class Augmentation:
 
 FULL_ATTENTION = LayoutSpec(block=False)
 NO_SHARE = -1.0  # share of a packed prompt whose fresh rows are not chosen in a layer
-MAX_CACHED = 20_000  # rows whose tokens a collator keeps; later ones are tokenised in every epoch
 
 
 class LaidOut(NamedTuple):
@@ -112,7 +111,6 @@ class BlockDataCollator:
     has_teacher: bool = False
     seed: int = 0
     epoch: int = 0
-    _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def row_growth(self) -> float:
@@ -151,7 +149,7 @@ class BlockDataCollator:
         return batch
 
     def _parts_of(self, record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """The token pieces of a row: prepared, kept from an earlier epoch, or made now."""
+        """The token pieces of a row: prepared, or made now."""
         if isinstance(record, RagExample):
             record = record.to_json()
         if "parts" in record:
@@ -163,43 +161,26 @@ class BlockDataCollator:
             )
         text = json.dumps(record, sort_keys=True, default=repr)
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if key not in self._parts:
-            part = self._read(record, key)
-            if len(self._parts) >= MAX_CACHED:
-                return [part]
-            self._parts[key] = part
-        return [self._parts[key]]
-
-    def _read(self, record: Any, key: bytes) -> dict[str, Any]:
         sample = to_sample(record, self.tokenizer, self.format)._replace(block=self.layout.block)
-        reader = PartReader(
-            self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens
-        )
-        part = reader(int.from_bytes(key[:4]), sample)
+        how = (self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens)
+        part = PartReader(*how)(int.from_bytes(key[:4]), sample)
         if self.max_length is not None and part["length"] > self.max_length:
             raise ValueError(
                 f"a row has {part['length']} tokens, max_length is {self.max_length}; shorten or "
                 f"drop it: '{sample.example.question:.40}'"
             )
-        return part
+        return [part]
 
     def _lay_out(self, part: Mapping[str, Any]) -> LaidOut:
-        draw = draw_of(self.seed, self.epoch, part["index"], part["block"])
-        pieces = to_pieces(part)
-        teacher = None
+        pieces, teacher = to_pieces(part), None
         if self.has_teacher:
             plain = pieces._replace(prefix=tuple(part["teacher_prefix"]))
             teacher = lay_out(plain, FULL_ATTENTION)
         if not part["block"]:
             return LaidOut(lay_out(pieces, FULL_ATTENTION), teacher, NO_SHARE)
-        return self._lay_out_block(pieces, teacher, draw)
-
-    def _lay_out_block(
-        self, pieces: Pieces, teacher: Prompt | None, draw: random.Random
-    ) -> LaidOut:
+        draw = draw_of(self.seed, self.epoch, part["index"], part["block"])
         prompt = lay_out(pieces, self.layout, self.link_base)
-        varied = self.augmentation.vary(prompt.layout, draw)
-        prompt = Prompt(prompt.input_ids, varied)
+        prompt = Prompt(prompt.input_ids, self.augmentation.vary(prompt.layout, draw))
         if self.sampler is None:
             return LaidOut(prompt, teacher, NO_SHARE)
         share = self.sampler.share(draw)
