@@ -66,6 +66,7 @@ class Augmentation:
 
 
 FULL_ATTENTION = LayoutSpec(block=False)
+MAX_CACHED = 20_000  # rows whose tokens a collator keeps; later ones are tokenised in every epoch
 NO_SHARE = -1.0  # share of a packed prompt whose fresh rows are not chosen in a layer
 
 
@@ -111,6 +112,7 @@ class BlockDataCollator:
     has_teacher: bool = False
     seed: int = 0
     epoch: int = 0
+    _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def row_growth(self) -> float:
@@ -149,7 +151,7 @@ class BlockDataCollator:
         return batch
 
     def _parts_of(self, record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """The token pieces of a row: prepared, or made now."""
+        """The token pieces of a row: prepared, kept from an earlier epoch, or made now."""
         if isinstance(record, RagExample):
             record = record.to_json()
         if "parts" in record:
@@ -161,6 +163,8 @@ class BlockDataCollator:
             )
         text = json.dumps(record, sort_keys=True, default=repr)
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if key in self._parts:
+            return [self._parts[key]]
         sample = to_sample(record, self.tokenizer, self.format)._replace(block=self.layout.block)
         how = (self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens)
         part = PartReader(*how)(int.from_bytes(key[:4]), sample)
@@ -169,6 +173,8 @@ class BlockDataCollator:
                 f"a row has {part['length']} tokens, max_length is {self.max_length}; shorten or "
                 f"drop it: '{sample.example.question:.40}'"
             )
+        if len(self._parts) < MAX_CACHED:
+            self._parts[key] = part
         return [part]
 
     def _lay_out(self, part: Mapping[str, Any]) -> LaidOut:
