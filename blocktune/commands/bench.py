@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,15 +71,13 @@ def replay(
         replace_json(output / "replay.json", found)
         played.plot_replay(outcomes, output / "replay.png")
         played.plot_break_even(points, output / "break_even.png")
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
     rows = []
     for o in outcomes:
         shares = f"{o.hit_rate:.1%}", f"{o.saved:.1%}"
         rows.append((o.policy, f"{o.budget / 1e9:,.2f}", *shares, f"{o.saved_s:.1f}"))
-    typer.echo(f"{len(requests):,} requests ask for {touched / 1e9:,.1f} GB of different chunks")
-    Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",)).show()
+    line = f"{len(requests):,} requests ask for {touched / 1e9:,.1f} GB of different chunks"
+    table = Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",))
+    opt.tell(as_json, found, line, table)
 
 
 Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
@@ -211,10 +208,7 @@ def _show(
 
     if output is not None:
         replace_json(output, found)
-    if table is not None and not as_json:
-        table(found).show()
-    else:
-        typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+    opt.tell(as_json, found, *([table(found)] if table else _lines(found)))
 
 
 def _lines(found: dict, indent: str = "") -> list[str]:

@@ -29,7 +29,7 @@ def methods(
 
     found = describe_all()
     if as_json:
-        typer.echo(json.dumps([entry._asdict() for entry in found], indent=2))
+        opt.tell(True, [entry._asdict() for entry in found])
     else:
         _print_methods(found)
 
@@ -110,22 +110,17 @@ def check(
             engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
             limit = engine.prompts.exact_tokens
         checks = check_model(engine) if built is None else check_method(built, engine)
-    sound = all(one.passed for one in checks)
-    if as_json:
-        typer.echo(json.dumps({"checks": [asdict(one) for one in checks]}, indent=2))
-    else:
-        rows = []
-        for one in checks:
-            verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
-            is_least = one.passed == (one.max_abs_diff > one.tolerance)
-            accepted = f"{'at least ' * is_least}{one.tolerance:.1e}"
-            rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", accepted))
-        Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
-        where = "on this model" if built is None else f"by '{built.name}'"
-        extent = "" if limit is None else f" up to {limit:,} tokens"
-        typer.echo(
-            f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
-        )
+    sound, rows = all(one.passed for one in checks), []
+    for one in checks:
+        verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
+        is_least = one.passed == (one.max_abs_diff > one.tolerance)
+        accepted = f"{'at least ' * is_least}{one.tolerance:.1e}"
+        rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", accepted))
+    where = "on this model" if built is None else f"by '{built.name}'"
+    extent = "" if limit is None else f" up to {limit:,} tokens"
+    line = f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
+    table = Table(("", "check", "difference", "tolerance"), rows, left=("check",))
+    opt.tell(as_json, {"checks": [asdict(one) for one in checks]}, table, line)
     raise typer.Exit(0 if sound else 1)
 
 
@@ -140,10 +135,7 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
     console = Console(stderr=True)
     shown = track(check_families(names), "checking", total=len(names), console=console)
     found = list(shown)
-    if as_json:
-        typer.echo(json.dumps({"families": [asdict(one) for one in found]}, indent=2))
-    else:
-        table(found).show()
+    opt.tell(as_json, {"families": [asdict(one) for one in found]}, table(found))
     raise typer.Exit(int(any(one.verdict == "wrong" for one in found)))
 
 
@@ -188,12 +180,10 @@ def profile_layers(
         batch_size=batch_size,
         progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
     )
-    if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
-        return
     rows = []
     for one in (one for one in found if one.efficient):
         layers = f"{one.first_layer}-{one.first_layer + one.num_layers - 1}"
         ends = f"{one.divergence:.4f}", f"{one.agreement:.0%}"
         rows.append((str(one.first_layer), f"{one.ratio:.4g}", layers, *ends))
-    Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows).show()
+    table = Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows)
+    opt.tell(as_json, [asdict(one) for one in found], table)

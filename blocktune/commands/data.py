@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +67,6 @@ def show_list(as_json: opt.AsJson = False) -> None:
     """List data sets with their licences, generators, record shapes and chunkers."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from blocktune.data.chunking import CHUNKERS
     from blocktune.data.sources.catalog import CATALOG
     from blocktune.data.sources.options import generators
@@ -77,35 +74,40 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from blocktune.registry import summary_of
     from blocktune.tables import Table
 
-    chunkers = {name: summary_of(cls) for name, cls in sorted(CHUNKERS.table().items())}
-    if as_json:
-        made = {
-            name: {"example": entry.example, "becomes": entry.becomes}
-            for name, entry in generators().items()
-        }
-        shapes = {one.key: {"fields": list(one.keys), "chunker": one.chunker} for one in SHAPES}
-        facts = {"data_sets": {name: asdict(entry) for name, entry in CATALOG.items()}}
-        facts |= {"generators": made, "shapes": shapes, "chunkers": chunkers}
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
+    made, chunkers = generators(), {}
+    for name, cls in sorted(CHUNKERS.table().items()):
+        chunkers[name] = summary_of(cls).replace("``", "")
+    told = {one.key: " or ".join(map(", ".join, one.keys)) or "(name it)" for one in SHAPES}
+    facts = {
+        "data_sets": {name: asdict(entry) for name, entry in CATALOG.items()},
+        "generators": {n: {"example": e.example, "becomes": e.becomes} for n, e in made.items()},
+        "shapes": {one.key: {"fields": list(one.keys), "chunker": one.chunker} for one in SHAPES},
+        "chunkers": chunkers,
+    }
 
-    console = Console() if Console().is_terminal else Console(width=120)
+    def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+        return Table(columns, list(rows), title, left=columns)
 
-    def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        Table(columns, list(rows), title=title, left=columns).show(console)
-
-    print_table(
-        "data sets",
-        ("name", "on the Hub", "licence", "a record becomes"),
-        ((name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()),
+    opt.tell(
+        as_json,
+        facts,
+        table(
+            "data sets",
+            ("name", "on the Hub", "licence", "a record becomes"),
+            ((name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()),
+        ),
+        table(
+            "generators",
+            ("source", "an example is"),
+            [(e.example, e.becomes) for e in made.values()],
+        ),
+        table(
+            "record shapes of files",
+            ("as=", "told by the fields", "cut by"),
+            ((one.key, told[one.key], one.chunker or "(has chunks)") for one in SHAPES),
+        ),
+        table("chunkers", ("chunker=", "what it does"), chunkers.items()),
     )
-    rows = ((entry.example, entry.becomes) for entry in generators().values())
-    print_table("generators", ("source", "an example is"), rows)
-    fields = {one.key: " or ".join(map(", ".join, one.keys)) or "(name it)" for one in SHAPES}
-    rows = ((one.key, fields[one.key], one.chunker or "(has chunks)") for one in SHAPES)
-    print_table("record shapes of files", ("as=", "told by the fields", "cut by"), rows)
-    rows = ((name, summary.replace("``", "")) for name, summary in chunkers.items())
-    print_table("chunkers", ("chunker=", "what it does"), rows)
 
 
 @command(

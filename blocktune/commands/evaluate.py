@@ -94,10 +94,8 @@ def compare(
     from blocktune.evaluation.stats.compare import compare, compare_table
 
     changes = compare(before, after, seed=seed)
-    if as_json:
-        typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
-        return
-    compare_table(changes, {"before": before.name, "after": after.name}).show()
+    table = compare_table(changes, {"before": before.name, "after": after.name})
+    opt.tell(as_json, [change._asdict() for change in changes], table)
 
 
 @command(
@@ -184,9 +182,6 @@ def tune(
 
     with resumable(f"the rows so far are in {output}"):
         found = run(spec, output, processes=processes)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
     names = list(found["best"]["values"])
     rows = []
     for point in found["points"]:
@@ -195,5 +190,5 @@ def tune(
         values = map(str, point["values"].values())
         rows.append((*values, *numbers, f"{point['recompute_ratio']:.0%}"))
     headings = (*names, found["task"]["metric"], "95 %", "recomputed")
-    Table(headings, rows, left=names).show()
-    typer.echo(f"best: {found['best']['label']}; all points in {output / TUNED}")
+    line = f"best: {found['best']['label']}; all points in {output / TUNED}"
+    opt.tell(as_json, found, Table(headings, rows, left=names), line)

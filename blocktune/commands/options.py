@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from blocktune.cache.responses import ResponseCache
     from blocktune.engine import Engine
     from blocktune.methods import Method
+    from blocktune.tables import Table
 
 MODEL, PROMPT = "Model", "Prompt"  # panels of the help
 of_model = partial(Option, rich_help_panel=MODEL)
@@ -90,6 +92,15 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON for programs.")]
 # For outputs: a folder that should be a file, or the reverse, is refused before the work.
 in_file = partial(Option, dir_okay=False, readable=False, writable=True)
 in_folder = partial(Option, file_okay=False, readable=False, writable=True)
+
+
+def tell(as_json: bool, record: Any, *shown: str | Table) -> None:
+    """Prints a record as JSON for programs, or else what is for people: texts and tables."""
+    if as_json:
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    for one in shown:
+        typer.echo(one) if isinstance(one, str) else one.show()
 
 
 def quiet_libraries() -> None:

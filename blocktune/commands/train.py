@@ -5,11 +5,11 @@ Training runs in this process, or in several whose failures are one line.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -168,20 +168,18 @@ def merge(
     from blocktune.adapter.merge import merge_adapter
 
     report = merge_adapter(adapter, output, model=model, dtype=dtype, device=device, links=links)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2))
-        return
-    typer.echo(
+    lines = [
         f"merged into {report.output}: logits within {report.max_abs_diff:.1e} of base and "
         f"adapter (largest logit {report.max_abs_logit:.1f}, same top token in "
         f"{report.same_top1:.1%} of the probe)"
-    )
+    ]
     if report.requantised_max_abs_diff is not None:
-        typer.echo(
+        lines.append(
             f"the adapter was trained on a {report.quantization} base and the merged weights are "
             f"not quantised; quantised to {report.quantization} again, logits differ by "
             f"{report.requantised_max_abs_diff:.1e}"
         )
+    opt.tell(as_json, asdict(report), *lines)
 
 
 @command(
