@@ -115,6 +115,12 @@ class BlockDataCollator:
     _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
+    def reader(self) -> PartReader:
+        """Tokenises a row."""
+        how = (self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens)
+        return PartReader(*how)
+
+    @property
     def row_growth(self) -> float:
         """Rows over tokens that fresh rows make of a block example, at most."""
         if self.sampler is None:
@@ -166,8 +172,7 @@ class BlockDataCollator:
         if key in self._parts:
             return [self._parts[key]]
         sample = to_sample(record, self.tokenizer, self.format)._replace(block=self.layout.block)
-        how = (self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens)
-        part = PartReader(*how)(int.from_bytes(key[:4]), sample)
+        part = self.reader(int.from_bytes(key[:4]), sample)
         if self.max_length is not None and part["length"] > self.max_length:
             raise ValueError(
                 f"a row has {part['length']} tokens, max_length is {self.max_length}; shorten or "

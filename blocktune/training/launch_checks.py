@@ -53,8 +53,8 @@ def refuse_test(source: str, split: str | None = None) -> None:
         )
 
 
-def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) -> None:
-    """Raises ValueError for settings that exclude each other; ``source`` is of the evaluation."""
+def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
+    """Raises ValueError where questions to evaluate on are named but never asked, or wanted."""
     asked = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
     if source and not asked:
         raise ValueError(
@@ -63,6 +63,10 @@ def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) ->
         )
     if asked and not source:
         raise ValueError("an evaluation needs questions; name them in eval_data")
+
+
+def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
+    """Raises ValueError for settings of the base that exclude each other."""
     if not choice.model_name_or_path:
         raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
     quantised = choice.load_in_4bit or choice.load_in_8bit

@@ -155,6 +155,7 @@ def _leave_the_others() -> None:
 
 
 def _train(data, args, choice, callbacks) -> Path | None:
+    launch_checks.refuse_unasked_evaluation(data.eval_data, args)
     folder, base = Path(args.output_dir), choice.model_name_or_path
     if base and folder.exists() and folder.resolve() == Path(base).resolve():
         raise ValueError(f"output_dir is the folder of the base model, '{folder}'; name another")
@@ -221,7 +222,7 @@ def build(
 ) -> BlockSFTTrainer:
     """Loads base and data and makes the trainer."""
     launch_checks.refuse_missing_trackers(args.report_to)
-    launch_checks.refuse_settings(data.eval_data, args, choice)
+    launch_checks.refuse_settings(args, choice)
     model, tokenizer = load.load_base(
         choice.model_name_or_path,
         dtype=choice.dtype or "auto",
