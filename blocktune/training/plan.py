@@ -343,5 +343,6 @@ def _line(state, logs) -> str:
 
 
 def print_plan(plan: dict[str, str], console: Console | None = None) -> None:
-    """Prints the plan as a table."""
-    Table(("training plan", ""), list(plan.items()), left=("",)).show(console or SteadyConsole())
+    """Prints the plan, a line for each property."""
+    lines = ["training plan", *(f"  {name:15}  {text}" for name, text in plan.items())]
+    (console or SteadyConsole()).print("\n".join(lines), markup=False, soft_wrap=True)
