@@ -84,34 +84,20 @@ class BlockDataCollator:
 
     Works in any trainer that keeps the columns (``remove_unused_columns=False``) and whose model
     is attached (`blocktune.attach`). `BlockSFTTrainer` fills in what only it knows.
-
-    Attributes:
-        tokenizer: The model's.
-        layout: How examples become rows.
-        format: How they are worded.
-        link_base: Id of the first learned token, or None without any.
-        max_length: Tokens of the longest example; longer ones are refused. None: no limit.
-        num_tokens: Rows of the model's embedding, or None if unknown.
-        augmentation: How the layout of block examples varies.
-        sampler: Which tokens of block examples are fresh, or None.
-        check_layer: Layer at which the sampler chooses, or None.
-        has_teacher: Whether to lay out what a teacher reads: in full attention, no tag of a mode.
-        seed: Of all draws.
-        epoch: Likewise; `BlockSFTTrainer` sets it.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    layout: LayoutSpec = field(default_factory=LayoutSpec)
-    format: PromptFormat = field(default_factory=PromptFormat)
-    link_base: int | None = None
-    max_length: int | None = None
-    num_tokens: int | None = None
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    sampler: RecomputeSampler | None = None
-    check_layer: int | None = None
-    has_teacher: bool = False
-    seed: int = 0
-    epoch: int = 0
+    tokenizer: PreTrainedTokenizerBase  # the model's
+    layout: LayoutSpec = field(default_factory=LayoutSpec)  # how examples become rows
+    format: PromptFormat = field(default_factory=PromptFormat)  # how they are worded
+    link_base: int | None = None  # id of the first learned token, or None without any
+    max_length: int | None = None  # tokens of the longest example; longer ones are refused
+    num_tokens: int | None = None  # rows of the model's embedding, or None if unknown
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of block examples
+    sampler: RecomputeSampler | None = None  # which tokens of block examples are fresh, or None
+    check_layer: int | None = None  # layer at which the sampler chooses, or None
+    has_teacher: bool = False  # lay out what a teacher reads: full attention, no tag of a mode
+    seed: int = 0  # of all draws
+    epoch: int = 0  # likewise; `BlockSFTTrainer` sets it
     _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
