@@ -180,7 +180,7 @@ class BlockDataCollator:
         prompt = Prompt(prompt.input_ids, self.augmentation.vary(prompt.layout, draw))
         if self.sampler is None:
             return LaidOut(prompt, teacher, NO_SHARE)
-        share = self.sampler.share(draw)
+        share = draw.uniform(self.sampler.low, self.sampler.high)
         chosen = self.sampler.selector(share, draw).start(prompt.layout)
         until = FOREVER if self.check_layer is None else self.check_layer
         return LaidOut(with_fresh_rows(prompt, chosen, until), teacher, share)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.adapter.scope import SCOPED_ROWS
@@ -171,6 +171,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     if args.scope in SCOPED_ROWS:
         trained += f", on {SCOPED_ROWS[args.scope]} only"
     peak = written("bytes", expected_peak(trainer))
+    found = torch.accelerator.is_available()
     time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
     plan = {
         "base": f"{info.base_model} ({_dtype(trainer)})",
@@ -181,7 +182,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "examples": f"{examples:,} ({prepared.num_dropped:,} dropped as too long)",
         "tokens": f"{packed}{mean:,.0f} a row, longest {max(lengths):,}",
         "exact up to": limit and f"{limit:,} tokens; longer examples are dropped",
-        "device": _device(args),
+        "device": args.device.type if found else "cpu (use_cpu, since no GPU was found)",
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",
         "steps": f"{steps:,}",
@@ -197,11 +198,6 @@ def _dtype(trainer: Trainer) -> str:
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     held = quantization_of(model) or str(model.dtype).removeprefix("torch.")
     return held if computed in (None, held) else f"{held}, computed in {computed}"
-
-
-def _device(args: TrainingArguments) -> str:
-    found = torch.accelerator.is_available()
-    return args.device.type if found else "cpu (use_cpu, since no GPU was found)"
 
 
 def _evaluation(trainer: Trainer) -> str | None:

@@ -203,10 +203,8 @@ def earlier_run(
     if wanted and named.lower() != "true":
         found = Path(named)
     else:
-        finished = resume.is_finished(folder)
-        found = resume.last_checkpoint(folder)
-        if finished and not (found and resume.is_longer(folder, config)):
-            found = folder
+        finished = resume.is_finished(folder, config)
+        found = folder if finished else resume.last_checkpoint(folder)
     if found is None and wanted:
         raise ValueError(f"resume_from_checkpoint: there is no checkpoint in '{folder}'")
     if found is not None:
