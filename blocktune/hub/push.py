@@ -16,7 +16,7 @@ from rich.console import Console
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.check import check_adapter
-from blocktune.hub.card import CardFacts, card, read_results, served_by
+from blocktune.hub.card import CardFacts, card, results_of, served_by
 from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
@@ -114,7 +114,7 @@ def prepare(
     named = info.training.get("started_from", "") if info.base_model == OWN_WEIGHTS else None
     base = on_the_hub(facts.base_model or (info.base_model if named is None else named))
     files = files_of(folder, info, base)
-    measured = read_results(facts.results, folder, info) if facts.results else None
+    measured = [results_of(facts.results, folder, info)] if facts.results else []
     facts = replace(facts, license=facts.license or license_of(base, token))
     settings = {"dtype": dtype, "device": device, "quantize": info.quantization}
     checks = check_adapter(model, folder, **settings)
@@ -125,7 +125,7 @@ def prepare(
             f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
             "`blocktune check`"
         )
-    text = card(repo, info, base, facts, checks, measured)
+    text = card(repo, info, base, facts, checks, *measured)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
 

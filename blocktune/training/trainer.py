@@ -98,14 +98,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.args, self.processing_class = args, tokenizer
         rope = require_supported(model)
-        self.collator = replace(
-            _checked_collator(data_collator, args, tokenizer),
-            num_tokens=link_base(model),
-            augmentation=args.augmentation,
-            sampler=args.sampler,
-            has_teacher=args.distillation.is_on,
-            seed=args.seed,
-        )
+        self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
         context = model.config.get_text_config().max_position_embeddings
         self.exact_tokens = rope.max_tokens
         self._longest = min(args.max_length or context, rope.max_tokens or context)
@@ -313,8 +306,9 @@ def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -
 
 
 def _checked_collator(
-    collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase
+    collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> BlockDataCollator:
+    """The collator with what the configuration says."""
     collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
     if not isinstance(collator, BlockDataCollator):
         name = type(collator).__name__
@@ -324,7 +318,14 @@ def _checked_collator(
             f"data_collator lays out {collator.layout}, the configuration says {args.layout}; "
             "make the collator with layout=args.layout"
         )
-    return collator
+    return replace(
+        collator,
+        num_tokens=num_tokens,
+        augmentation=args.augmentation,
+        sampler=args.sampler,
+        has_teacher=args.distillation.is_on,
+        seed=args.seed,
+    )
 
 
 class _Rhythm(TrainerCallback):
