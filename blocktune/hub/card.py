@@ -6,7 +6,7 @@ Results must be of the very adapter.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,19 +126,11 @@ def _facts(info: AdapterInfo) -> str:
 
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
     """Data sets on the Hub that a run (`AdapterInfo.training`) trained on, with their licences."""
-    found = dict(training.get("data_sets") or {})
-    for source in _texts(training.get("data")):
-        found |= data_sets_in(source)
+    found, data = dict(training.get("data_sets") or {}), training.get("data") or ""
+    parts = data.get("parts", ()) if isinstance(data, Mapping) else [{"source": data}]
+    for part in parts:
+        found |= data_sets_in(part["source"])
     return found
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    inner = value.values() if isinstance(value, Mapping) else value
-    if isinstance(inner, Iterable) and not isinstance(value, str):
-        for part in inner:
-            yield from _texts(part)
 
 
 NOTE = (
