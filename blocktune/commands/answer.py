@@ -111,8 +111,8 @@ def answer(
     how = (store, dtype, device, quantize)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
-    words = (instruction, system, wording)
-    engine = opt.load_engine(model, adapter, *how, method=asked, wording=words)
+    words = opt.wording(instruction, system, wording)
+    engine = opt.load_engine(model, adapter, *how, method=asked, words=words)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
     engine.responses = opt.responses(response_cache, engine.store)
@@ -176,6 +176,7 @@ def encode(
     chunks = [] if documents is None else load_chunks(documents)
     if not chunks and documents is not None:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
+    words = opt.wording(instruction, system, wording)
     if model is not None and not (Path(model) / INFO_FILE).is_file():
         examine_base(model)  # before anything is written
     # Before a model is loaded; on the CPU, since nothing is read back.
@@ -183,7 +184,7 @@ def encode(
     if kept.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
     how = (kept, dtype, device or processes.device, quantize)
-    engine = opt.load_engine(model, adapter, *how, wording=(instruction, system, wording))
+    engine = opt.load_engine(model, adapter, *how, words=words)
     ways.encode(engine, chunks, processes, store)
     while follow:
         if count := engine.encode_wanted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,9 +133,9 @@ def load_engine(
     device: str | None,
     quantize: str | None = None,
     method: Method | None = None,
-    wording: Wording = (None, None, None),
+    words: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Loads an engine to answer by ``method``, in this wording; options are checked before.
+    """Loads an engine to answer by ``method``; ``words`` change its wording, see `wording`.
 
     A model with recurrent layers is loaded only for a method that reuses no chunks.
     """
@@ -144,7 +145,6 @@ def load_engine(
     from blocktune.methods.press import Press
     from blocktune.prompt import LayoutSpec, PromptFormat
 
-    words = _words(*wording)
     config = StoreConfig.parse(store) if isinstance(store, str) else store and store.config
     if config and config.press is not None:
         press = Press(config.press)
@@ -156,18 +156,14 @@ def load_engine(
         recurrent=method is not None and not method.reuses_chunks,
     )
     engine.store.warn_rejected = False  # one line at the end says it
-    format = PromptFormat.from_dict(engine.format.to_dict() | words)
+    format = PromptFormat.from_dict(engine.format.to_dict() | dict(words or {}))
     if engine.adapter is not None and format != engine.adapter.format:
         typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
     return engine if format == engine.format else engine.reworded(format)
 
 
-Wording = tuple[str | None, str | None, Path | None]
-"""The options --instruction, --system and --format."""
-
-
-def _words(instruction: str | None, system: str | None, path: Path | None) -> dict[str, str]:
-    """What the options say of a `PromptFormat`; ValueError if they make none."""
+def wording(instruction: str | None, system: str | None, path: Path | None) -> dict[str, str]:
+    """What --instruction, --system and --format say of a `PromptFormat`; ValueError if wrong."""
     from blocktune.parsing import load_yaml, mapping
     from blocktune.prompt import PromptFormat
 

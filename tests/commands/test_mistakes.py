@@ -172,6 +172,10 @@ def test_a_wording_that_is_none(refused, model, tmp_path, monkeypatch):
     ):
         path.write_text(text)
         assert word in refused(*ask, path)
+    (tmp_path / "d.jsonl").write_text('{"text": "Kirby is small."}\n')
+    encode = ("encode", "-m", model, "-i", tmp_path / "d.jsonl", "--store", tmp_path / "store")
+    assert "instructon" in refused(*encode, "--format", path)
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_file_named_as_a_text(refused, model):
