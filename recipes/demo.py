@@ -65,18 +65,8 @@ def train(recipes: tuple[str, ...]) -> None:
 
 
 def relay(recipe: str, process: subprocess.Popen) -> None:
-    """Prints what comes before the first step in one piece, and then line by line."""
-    preface: list[str] | None = []
     for line in process.stdout:
-        if preface is not None and not line.startswith("step"):
-            preface.append(line)
-            continue
-        if preface is not None:
-            print(f"\n{recipe}\n{''.join(preface)}", end="")
-            preface = None
         print(f"{recipe:16}{line}", end="")
-    if preface:
-        print(f"\n{recipe}\n{''.join(preface)}", end="")
 
 
 def main() -> None:

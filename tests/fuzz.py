@@ -24,7 +24,7 @@ from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
 from typer.testing import CliRunner
 
-from blocktune.cli import app
+from blocktune.commands import app
 
 WORDS = ["", " ", "Anna", "0", "-1", "1.5", "1e999", "nan", "true", "null", "[", "{", "a: b", "\0"]
 WORDS += ["\ud83d", "\ufeff", "é\u0301", "x" * 300, "../..", "/", "{title}", "{", "@", "?", "a?b=c"]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from blocktune.cli import app
+from blocktune.commands import app
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "deploy"

@@ -160,12 +160,9 @@ def load_model(
     model: str | None = None,
     adapter: str | Path | None = None,
     *,
-    dtype: str = "auto",
-    device: str | None = None,
-    revision: str | None = None,
-    quantize: str | None = None,
     merge: bool = True,
     recurrent: bool = True,
+    **options: Any,
 ) -> Loaded:
     """Loads a causal language model, and puts an adapter on it.
 
@@ -178,18 +175,14 @@ def load_model(
             as ``adapter``.
         adapter: Folder or repository of the Hub, optionally with ``@REVISION``, or
             ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
-        dtype: See `blocktune.models.load.load_base`, as device, revision and quantize.
-        device: Default: CUDA if there is one, else the CPU.
-        revision: Of the model's repository.
-        quantize: None: as saved.
         merge: False leaves the adapter to PEFT, as a reference.
         recurrent: False refuses a model with recurrent layers before its weights are read.
+        options: dtype, device, revision and quantize, see `blocktune.models.load.load_base`.
 
     Raises:
         ValueError: If there is no such model or adapter, or they do not fit each other.
     """
-    options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-    return load_models(model, [adapter], merge=merge, recurrent=recurrent, **options)[0]
+    return load_models(model, [adapter], merge, recurrent, **options)[0]
 
 
 def load_models(
@@ -202,7 +195,7 @@ def load_models(
     """Loads a model with each of several adapters (None: the bare model); see `load_model`.
 
     An adapter that has its base to itself is merged into it. Adapters that share one stay beside it
-    (PEFT), each in separate modules. ``options`` are dtype, device, revision and quantize.
+    (PEFT), each in separate modules.
     """
     wanted = [_source(model, adapter, options.get("revision")) for adapter in adapters]
     loaded: list[Loaded | None] = [None] * len(wanted)
@@ -230,8 +223,12 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
     folder = None if adapter is None or release else adapter_folder(adapter)
     if model is None and release is not None:
         model = release.repository
+    elif model is None and folder is None:
+        raise ValueError("no model is named; give --model, or --adapter to run on its own base")
     elif model is None:
-        model, revision = _base_of(folder)
+        info = AdapterInfo.load(folder)
+        own = info.base_model == OWN_WEIGHTS
+        model, revision = (str(folder), None) if own else (info.base_model, info.base_revision)
     return _Source(model, revision, release, folder)
 
 
@@ -246,12 +243,3 @@ def _put_on(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loade
     kept = getattr(base, "is_quantized", False) or AdapterInfo.load(source.folder).scope != "both"
     tuned, info = load_adapter(base, tokenizer, source.folder, merge=merge and alone and not kept)
     return Loaded(tuned, tokenizer, info, source.folder)
-
-
-def _base_of(folder: Path | None) -> tuple[str, str | None]:
-    if folder is None:
-        raise ValueError("no model is named; give --model, or --adapter to run on its own base")
-    info = AdapterInfo.load(folder)
-    if info.base_model == OWN_WEIGHTS:
-        return str(folder), None
-    return info.base_model, info.base_revision

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,17 +27,13 @@ PROBE = (
 class MergeReport:
     """What was merged and how far the saved model is from the adapter on its base."""
 
-    output: Path  # the merged model's folder
+    output: str  # the merged model's folder
     link_mode: str | None  # of the learned tokens; None if there are none
     quantization: str | None  # of the base in training; the merged weights are plain
     max_abs_logit: float  # largest logit of the probe, the scale of the differences
     max_abs_diff: float  # largest difference of logits from the adapter on its base
     same_top1: float  # share of the probe's rows with the same most likely token
     requantised_max_abs_diff: float | None = None  # merged, then quantised as the base was
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self) | {"output": str(self.output)}
 
 
 def merge_adapter(
@@ -80,7 +75,7 @@ def merge_adapter(
         coded = load_model(adapter=output, quantize=info.quantization, **plain)
         again = float((_logits(*coded[:3], wanted.shape[-1]) - wanted).abs().max())
     return MergeReport(
-        output=output,
+        output=str(output),
         link_mode=(links or info.link_mode) if info.num_learned else None,
         quantization=info.quantization,
         max_abs_logit=float(wanted.abs().max()),

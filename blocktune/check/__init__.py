@@ -1,7 +1,6 @@
 """Checks that reuse is sound on a given model, and that a method keeps its contract."""
 
-from blocktune.check.adapter import check_adapter
 from blocktune.check.contract import check_method, claims, subjects
-from blocktune.check.serving import Check, Subject, check_model
+from blocktune.check.serving import Check, Subject, check_adapter, check_model
 
 __all__ = ["Check", "Subject", "check_adapter", "check_method", "check_model", "claims", "subjects"]

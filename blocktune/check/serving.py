@@ -1,4 +1,4 @@
-"""Checks on a given model that chunk reuse is sound, and what all checks share.
+"""Checks on a given model or adapter that chunk reuse is sound, and what all checks share.
 
 What the tests prove for small random models need not hold for a new architecture, a custom kernel
 or a converted checkpoint. So the same equivalences are checked on the user's model, with its own
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from blocktune.adapter import scope_of
+from blocktune.adapter import PEFT_FILE, AdapterInfo, scope_of
+from blocktune.adapter.load import load_model
 from blocktune.attention import DensePlan, SplitPlan, planned_forward
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.generation import Generation
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods import Method, build
+from blocktune.models.load import adapter_folder
 from blocktune.models.quantize import quantization_of
-from blocktune.prompt import Batch, Chunk, LayoutSpec, stack
+from blocktune.prompt import Batch, Chunk, LayoutSpec, make_pieces, stack
 
 
 @dataclass(frozen=True)
@@ -298,3 +301,32 @@ def _plain(engine: Engine) -> Method:
     if trained is None or not trained.num_learned:
         return build("naive")
     return build("kvlink" if trained.num_links else "kv-packet")
+
+
+@torch.no_grad()
+def check_adapter(model: str | None, adapter: str | Path, **how: Any) -> list[Check]:
+    """Runs `check_model`, and compares full prefill with stock PEFT, unmerged.
+
+    Base (None: the adapter's own) and adapter are loaded twice, one after the other. ``how`` are
+    ``dtype``, ``device`` and ``quantize``.
+    """
+    folder = adapter_folder(adapter)
+    stock = _stock_logits(model, folder, how) if (folder / PEFT_FILE).is_file() else None
+    engine = Engine.from_pretrained(model, folder, **how)
+    checks = check_model(engine)
+    if stock is None:
+        return checks
+    engine.forget()
+    served = engine.next_logits([ASK], "full-prefill").cpu()
+    moved, tolerance = difference(served, stock), tolerance_of(engine, stock)
+    return [Check("full prefill = stock PEFT", moved <= tolerance, moved, tolerance), *checks]
+
+
+def _stock_logits(model: str | None, folder: Path, how: dict[str, Any]) -> Tensor:
+    """``(1, V)`` after the prompt of `ASK` in full attention."""
+    fmt = AdapterInfo.load(folder).format
+    peft, tokenizer, _, _ = load_model(model, folder, merge=False, **how)
+    pieces = make_pieces(tokenizer, fmt, ASK.chunks, ASK.question, block=False)
+    ids = [*pieces.prefix, *(token for chunk in pieces.chunks for token in chunk), *pieces.query]
+    rows = torch.tensor([ids], device=peft.device)
+    return peft(rows, use_cache=False).logits[:, -1].float().cpu()

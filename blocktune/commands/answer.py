@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from blocktune.commands import command
 from blocktune.commands import options as opt
-from blocktune.commands.errors import resumable
+from blocktune.commands.application import command
 
 FOLLOW_S = 0.1  # seconds between two looks into an empty queue
 
@@ -38,7 +37,7 @@ Parameters = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    Option(
+    opt.in_file(
         "--output",
         "-o",
         help="JSONL file for the answers, written as they come. Questions that it already answers "
@@ -99,6 +98,7 @@ def answer(
     decode_cache: DecodeCache = None,
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
+    from blocktune.cache.decode_cache import DecodeCache
     from blocktune.commands import answering as ways
     from blocktune.methods import default_method
 
@@ -109,9 +109,10 @@ def answer(
     sampling = ways.Sampling(temperature, top_k, top_p, seed)
     held = store is not None and ways.holds_chunks(store)
     how = (store, dtype, device, quantize)
-    whole = asked is not None and not asked.reuses_chunks
-    engine = opt.load_engine(model, adapter, *how, recurrent=whole)
-    engine = opt.reworded(engine, instruction, system, wording)
+    if decode_cache is not None:
+        DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
+    words = opt.wording(instruction, system, wording)
+    engine = opt.load_engine(model, adapter, *how, method=asked, words=words)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
     engine.responses = opt.responses(response_cache, engine.store)
@@ -165,9 +166,8 @@ def encode(
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
-    from blocktune.commands.answering import encoding_progress, report_encoded
+    from blocktune.commands import answering as ways
     from blocktune.data import load_chunks
-    from blocktune.engine import EncodeReport
     from blocktune.evaluation.runner import launched
     from blocktune.models.load import examine_base
 
@@ -176,28 +176,16 @@ def encode(
     chunks = [] if documents is None else load_chunks(documents)
     if not chunks and documents is not None:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
+    words = opt.wording(instruction, system, wording)
     if model is not None and not (Path(model) / INFO_FILE).is_file():
         examine_base(model)  # before anything is written
     # Before a model is loaded; on the CPU, since nothing is read back.
     kept, processes = ChunkStore.open(store, must_write=True), launched()
     if kept.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
-    engine = opt.load_engine(model, adapter, kept, dtype, device or processes.device, quantize)
-    engine = opt.reworded(engine, instruction, system, wording)
-    mine = processes.share(chunks)
-    with (
-        resumable(f"the chunks so far are in {kept.place}"),
-        encoding_progress(processes.is_main) as progress,
-    ):
-        report = engine.encode(mine, progress) if mine else EncodeReport(0, 0, 0, 0.0)
-    who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
-    report_encoded(report, kept, who)
-    processes.wait()
-    if lost := kept.stats().files.unwritten:
-        raise ValueError(
-            f"{lost:,} chunks are not kept: they do not fit into the limits of --store '{store}' "
-            "(disk, remote_bytes, quota); raise them"
-        )
+    how = (kept, dtype, device or processes.device, quantize)
+    engine = opt.load_engine(model, adapter, *how, words=words)
+    ways.encode(engine, chunks, processes, store)
     while follow:
         if count := engine.encode_wanted():
             typer.echo(f"{count:,} chunks were wanted, and are encoded")

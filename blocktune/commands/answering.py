@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import Progress, TextColumn, track
+from rich.progress import MofNCompleteColumn, Progress, track
 from rich.table import Table
 from rich.text import Text
 
-from blocktune.cache import ChunkStore
+from blocktune.cache import ChunkStore, StoreStats
 from blocktune.cache.config import StoreConfig
 from blocktune.cache.folder import ChunkFolder
-from blocktune.commands.errors import resumable
-from blocktune.commands.options import rejected
+from blocktune.commands.application import resumable
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
 from blocktune.files import append_lines, resumed, truncate_lines
 from blocktune.methods import Method, parse_method
 from blocktune.parsing import parse_yaml, refuse_doubles
 from blocktune.prompt import Chunk, show
+
+if TYPE_CHECKING:
+    from blocktune.evaluation.runner import Processes
 
 
 def read_examples(
@@ -44,6 +46,12 @@ def read_examples(
         raise ValueError(f"{source}: no question in it")
     if not chunks:
         raise ValueError("a question needs at least one chunk; add --chunk TEXT")
+    for option, text in (("--question", question), *(("--chunk", chunk) for chunk in chunks)):
+        if re.fullmatch(r"@\S+", text):
+            raise ValueError(
+                f"{option} is a text, got '{text}'; for what a file holds write "
+                f'{option} "$(cat {text[1:]})", or put question and chunks into --input FILE'
+            )
     return [RagExample(question, tuple(Chunk(text) for text in chunks))]
 
 
@@ -140,7 +148,7 @@ class Run:
     def _record(self, example: RagExample, answer: Answer) -> dict[str, Any]:
         usage = answer.usage
         derived = {"recompute_ratio": usage.recompute_ratio, "ttft_s": usage.ttft_s}
-        record = {"id": example.id, "question": example.question, "answer": answer.text}
+        record = {"id": example.id or None, "question": example.question, "answer": answer.text}
         record |= {"method": self.method.name, "usage": asdict(usage) | derived}
         if any(chunk.metadata for chunk in answer.chunks):
             record["chunks"] = [dict(chunk.metadata) for chunk in answer.chunks]
@@ -173,21 +181,24 @@ def _answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> int:
     return len(lines)
 
 
-@contextmanager
-def encoding_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of tokens with the time left; yields what takes tokens done and tokens in all."""
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[tokens]}"))
-    console = Console(stderr=True)
-    shown = shown and console.is_terminal
-    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
-        task = bar.add_task("encoding", total=None, tokens="")
-        yield lambda done, total: bar.update(
-            task, completed=done, total=total, tokens=f"{done:,} of {total:,} tokens"
-        )
+def encode(engine: Engine, chunks: Sequence[Chunk], processes: Processes, place: str) -> None:
+    """Encodes this process's share of the chunks into a store, and says what was done.
 
-
-def report_encoded(report: EncodeReport, store: ChunkStore, who: str) -> None:
-    """Says how many chunks were encoded, and what could not be used; ``who`` opens the line."""
+    ``place`` is the option that names the store. Raises ValueError if it did not keep all of them.
+    """
+    mine, store = processes.share(chunks), engine.store
+    columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Console(stderr=True)
+    shown = processes.is_main and console.is_terminal
+    with (
+        resumable(f"the chunks so far are in {store.place}"),
+        Progress(*columns, console=console, disable=not shown, transient=True) as bar,
+    ):
+        task, report = bar.add_task("encoding", total=None), EncodeReport(0, 0, 0, 0.0)
+        if mine:
+            report = engine.encode(
+                mine, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+    who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
     stats, known = store.stats(), report.num_chunks - report.num_encoded
     files, written = stats.files, stats.files.bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
@@ -198,8 +209,13 @@ def report_encoded(report: EncodeReport, store: ChunkStore, who: str) -> None:
         f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
         f"{store.place}{each}"
     )
-    if problem := rejected(stats, store.place):
-        typer.echo(problem, err=True)
+    _report_rejected(stats, store.place)
+    processes.wait()
+    if lost := store.stats().files.unwritten:
+        raise ValueError(
+            f"{lost:,} chunks are not kept: they do not fit into the limits of --store '{place}' "
+            "(disk, remote_bytes, quota); raise them"
+        )
 
 
 def holds_chunks(store: str) -> bool:
@@ -224,8 +240,16 @@ def report_store(store: ChunkStore, held: bool) -> None:
     if files.unwritten:
         line += f", {files.unwritten:,} of them not kept: the store cannot be written"
     typer.echo(line, err=True)
-    if problem := rejected(stats, store.place):
-        typer.echo(problem, err=True)
+    _report_rejected(stats, store.place)
+
+
+def _report_rejected(stats: StoreStats, place: str) -> None:
+    if stats.rejected:
+        typer.echo(
+            f"{stats.rejected:,} stored chunks could not be used and were encoded again, the "
+            f"first: {stats.first_rejected}; all: blocktune store verify {place}",
+            err=True,
+        )
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:

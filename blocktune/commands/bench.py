@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from blocktune.commands import app, command
 from blocktune.commands import options as opt
+from blocktune.commands.application import command, new_group
 
 if TYPE_CHECKING:
     from blocktune.tables import Table
@@ -43,7 +42,7 @@ def replay(
     token_bytes: Annotated[int, Option(min=1, help="Bytes of a token, where unknown.")] = 131_072,
     token_us: Annotated[float, Option(min=0, help="Microseconds to encode one.")] = 100.0,
     output: Annotated[
-        Path | None, Option(help="Folder for replay.json, replay.png and break_even.png.")
+        Path | None, opt.in_folder(help="Folder for replay.json, replay.png and break_even.png.")
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -72,29 +71,26 @@ def replay(
         replace_json(output / "replay.json", found)
         played.plot_replay(outcomes, output / "replay.png")
         played.plot_break_even(points, output / "break_even.png")
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
     rows = []
     for o in outcomes:
         shares = f"{o.hit_rate:.1%}", f"{o.saved:.1%}"
         rows.append((o.policy, f"{o.budget / 1e9:,.2f}", *shares, f"{o.saved_s:.1f}"))
-    typer.echo(f"{len(requests):,} requests ask for {touched / 1e9:,.1f} GB of different chunks")
-    Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",)).show()
+    line = f"{len(requests):,} requests ask for {touched / 1e9:,.1f} GB of different chunks"
+    table = Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",))
+    opt.tell(as_json, found, line, table)
 
 
 Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
 ChunkTokens = Annotated[int, Option(min=1, help="Tokens per chunk.")]
 Repeats = Annotated[int, Option(min=1, help="Rounds; medians are shown.")]
 Folder = Annotated[
-    Path | None, Option(help="Folder for the chunks. Default: the system's temporary one.")
+    Path | None, opt.in_folder(help="Folder for the chunks. Default: the system's temporary one.")
 ]
-Output = Annotated[Path | None, Option(help="JSON file to write as well.")]
+Output = Annotated[Path | None, opt.in_file(help="JSON file to write as well.")]
 Tiny = Annotated[bool, Option("--tiny", help="A toy model and prompt, for a quick try.")]
 
 
-group = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
-app.add_typer(group, name="bench")
+group = new_group("bench", "Measure speed on this machine.")
 
 
 @command("attention", "blocktune bench attention --json", of=group)
@@ -149,7 +145,9 @@ def ttft(
     threads: Annotated[int, Option(min=1, help="Threads that PyTorch may use.")] = 2,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
-    picture: Annotated[Path | None, Option(help="PNG to draw: seconds against length.")] = None,
+    picture: Annotated[
+        Path | None, opt.in_file(help="PNG to draw: seconds against length.")
+    ] = None,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -210,10 +208,7 @@ def _show(
 
     if output is not None:
         replace_json(output, found)
-    if table is not None and not as_json:
-        table(found).show()
-    else:
-        typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+    opt.tell(as_json, found, *([table(found)] if table else _lines(found)))
 
 
 def _lines(found: dict, indent: str = "") -> list[str]:

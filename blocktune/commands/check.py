@@ -1,4 +1,4 @@
-"""`blocktune check` and `blocktune profile-layers`: what holds for a model of your own."""
+"""`blocktune methods`, `check` and `profile-layers`: methods, and what holds for a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,52 @@ from typing import Annotated, NoReturn
 import typer
 from typer import Option
 
-from blocktune.commands import command
 from blocktune.commands import options as opt
+from blocktune.commands.application import command
+
+
+@command(
+    "methods",
+    "blocktune methods",
+    "blocktune methods --plugin mine.py",
+    "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
+    "Methods can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
+)
+def methods(
+    as_json: opt.AsJson = False,
+) -> None:
+    """List methods, selectors, reshapes and layouts with their requirements and parameters."""
+    from blocktune.methods.describe import describe_all
+
+    found = describe_all()
+    if as_json:
+        opt.tell(True, [entry._asdict() for entry in found])
+    else:
+        _print_methods(found)
+
+
+def _print_methods(found: list) -> None:
+    """One line with name, weights and parameters, then what it does, indented."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from blocktune.methods.describe import GROUPS
+
+    console = Console(highlight=False)
+    for group, heading in GROUPS.items():
+        entries = [entry for entry in found if entry.group == group]
+        if not entries:
+            continue
+        console.print(Text(f"\n{heading}", style="bold"))
+        for entry in entries:
+            parts = [(entry.name, "cyan")]
+            if entry.weights != "any":
+                parts.append((f"  for {entry.weights}", "magenta"))
+            for name, value in entry.parameters.items():
+                parts.append((f"  {name}=" + json.dumps(value).strip('"'), ""))
+            console.print(Padding(Text.assemble(*parts), (0, 0, 0, 2)))
+            console.print(Padding(Text(entry.summary, style="dim"), (0, 0, 0, 6)))
 
 
 @command(
@@ -66,22 +110,17 @@ def check(
             engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
             limit = engine.prompts.exact_tokens
         checks = check_model(engine) if built is None else check_method(built, engine)
-    sound = all(one.passed for one in checks)
-    if as_json:
-        typer.echo(json.dumps({"checks": [asdict(one) for one in checks]}, indent=2))
-    else:
-        rows = []
-        for one in checks:
-            verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
-            is_least = one.passed == (one.max_abs_diff > one.tolerance)
-            accepted = f"{'at least ' * is_least}{one.tolerance:.1e}"
-            rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", accepted))
-        Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
-        where = "on this model" if built is None else f"by '{built.name}'"
-        extent = "" if limit is None else f" up to {limit:,} tokens"
-        typer.echo(
-            f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
-        )
+    sound, rows = all(one.passed for one in checks), []
+    for one in checks:
+        verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
+        is_least = one.passed == (one.max_abs_diff > one.tolerance)
+        accepted = f"{'at least ' * is_least}{one.tolerance:.1e}"
+        rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", accepted))
+    where = "on this model" if built is None else f"by '{built.name}'"
+    extent = "" if limit is None else f" up to {limit:,} tokens"
+    line = f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
+    table = Table(("", "check", "difference", "tolerance"), rows, left=("check",))
+    opt.tell(as_json, {"checks": [asdict(one) for one in checks]}, table, line)
     raise typer.Exit(0 if sound else 1)
 
 
@@ -96,10 +135,7 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
     console = Console(stderr=True)
     shown = track(check_families(names), "checking", total=len(names), console=console)
     found = list(shown)
-    if as_json:
-        typer.echo(json.dumps({"families": [asdict(one) for one in found]}, indent=2))
-    else:
-        table(found).show()
+    opt.tell(as_json, {"families": [asdict(one) for one in found]}, table(found))
     raise typer.Exit(int(any(one.verdict == "wrong" for one in found)))
 
 
@@ -144,12 +180,10 @@ def profile_layers(
         batch_size=batch_size,
         progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
     )
-    if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
-        return
     rows = []
     for one in (one for one in found if one.efficient):
         layers = f"{one.first_layer}-{one.first_layer + one.num_layers - 1}"
         ends = f"{one.divergence:.4f}", f"{one.agreement:.0%}"
         rows.append((str(one.first_layer), f"{one.ratio:.4g}", layers, *ends))
-    Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows).show()
+    table = Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows)
+    opt.tell(as_json, [asdict(one) for one in found], table)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
-from blocktune.commands import app, command, teach
 from blocktune.commands import options as opt
+from blocktune.commands.application import command, new_group
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
@@ -27,7 +25,7 @@ question mark: 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q
 """
 
 Source = Annotated[str, Argument(help="Where examples come from; see `blocktune data list`.")]
-Output = Annotated[Path, Option("--output", "-o", help="JSONL file to write.")]
+Output = Annotated[Path, opt.in_file("--output", "-o", help="JSONL file to write.")]
 Limit = Annotated[int | None, Option(min=1, help="Only the first examples.")]
 Split = Annotated[
     str | None, Option(help="Split of a data set on the Hub; default validation, if it has one.")
@@ -46,27 +44,16 @@ Counter = Annotated[
 ]
 
 
-class Mode(StrEnum):
-    """The attention that the rows are shown for."""
-
-    block = "block"
-    full = "full"
-
-
-group = typer.Typer(
-    no_args_is_help=True,
-    help=HELP,
-    rich_markup_mode="rich",
-    epilog=teach(
-        "blocktune data list",
-        "blocktune data show 'worlds:test?n=3' --model data/tiny",
-        "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
-        "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
-        "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
-        "blocktune data mix mixture.yaml",
-    ),
+group = new_group(
+    "data",
+    HELP,
+    "blocktune data list",
+    "blocktune data show 'worlds:test?n=3' --model data/tiny",
+    "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
+    "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
+    "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
+    "blocktune data mix mixture.yaml",
 )
-app.add_typer(group, name="data")
 
 
 @command(
@@ -80,8 +67,6 @@ def show_list(as_json: opt.AsJson = False) -> None:
     """List data sets with their licences, generators, record shapes and chunkers."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from blocktune.data.chunking import CHUNKERS
     from blocktune.data.sources.catalog import CATALOG
     from blocktune.data.sources.options import generators
@@ -89,35 +74,40 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from blocktune.registry import summary_of
     from blocktune.tables import Table
 
-    chunkers = {name: summary_of(cls) for name, cls in sorted(CHUNKERS.table().items())}
-    if as_json:
-        made = {
-            name: {"example": entry.example, "becomes": entry.becomes}
-            for name, entry in generators().items()
-        }
-        shapes = {one.key: {"fields": list(one.keys), "chunker": one.chunker} for one in SHAPES}
-        facts = {"data_sets": {name: asdict(entry) for name, entry in CATALOG.items()}}
-        facts |= {"generators": made, "shapes": shapes, "chunkers": chunkers}
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
+    made, chunkers = generators(), {}
+    for name, cls in sorted(CHUNKERS.table().items()):
+        chunkers[name] = summary_of(cls).replace("``", "")
+    told = {one.key: " or ".join(map(", ".join, one.keys)) or "(name it)" for one in SHAPES}
+    facts = {
+        "data_sets": {name: asdict(entry) for name, entry in CATALOG.items()},
+        "generators": {n: {"example": e.example, "becomes": e.becomes} for n, e in made.items()},
+        "shapes": {one.key: {"fields": list(one.keys), "chunker": one.chunker} for one in SHAPES},
+        "chunkers": chunkers,
+    }
 
-    console = Console() if Console().is_terminal else Console(width=120)
+    def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+        return Table(columns, list(rows), title, left=columns)
 
-    def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        Table(columns, list(rows), title=title, left=columns).show(console)
-
-    print_table(
-        "data sets",
-        ("name", "on the Hub", "licence", "a record becomes"),
-        ((name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()),
+    opt.tell(
+        as_json,
+        facts,
+        table(
+            "data sets",
+            ("name", "on the Hub", "licence", "a record becomes"),
+            ((name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()),
+        ),
+        table(
+            "generators",
+            ("source", "an example is"),
+            [(e.example, e.becomes) for e in made.values()],
+        ),
+        table(
+            "record shapes of files",
+            ("as=", "told by the fields", "cut by"),
+            ((one.key, told[one.key], one.chunker or "(has chunks)") for one in SHAPES),
+        ),
+        table("chunkers", ("chunker=", "what it does"), chunkers.items()),
     )
-    rows = ((entry.example, entry.becomes) for entry in generators().values())
-    print_table("generators", ("source", "an example is"), rows)
-    fields = {one.key: " or ".join(map(", ".join, one.keys)) or "(name it)" for one in SHAPES}
-    rows = ((one.key, fields[one.key], one.chunker or "(has chunks)") for one in SHAPES)
-    print_table("record shapes of files", ("as=", "told by the fields", "cut by"), rows)
-    rows = ((name, summary.replace("``", "")) for name, summary in chunkers.items())
-    print_table("chunkers", ("chunker=", "what it does"), rows)
 
 
 @command(
@@ -138,7 +128,9 @@ def show(
     adapter: Annotated[
         str | None, Option(help="With the wording and layout of this adapter.")
     ] = None,
-    mode: Annotated[Mode, Option(help="Attention in which the example is laid out.")] = Mode.block,
+    mode: Annotated[
+        Literal["block", "full"], Option(help="Attention in which the example is laid out.")
+    ] = "block",
 ) -> None:
     """Show one example: as text, or with --model row by row as the model sees it."""
     if adapter is not None and model is None:
@@ -150,7 +142,7 @@ def show(
     if tokenizer is None:
         _show_text(examples[index])
     else:
-        _show_rows(examples[index], tokenizer, adapter, mode)
+        _show_rows(examples[index], tokenizer, adapter, mode == "block")
 
 
 def _show_text(example: RagExample) -> None:
@@ -166,14 +158,14 @@ def _show_text(example: RagExample) -> None:
         typer.echo(f"[the model writes]\n{example.response}")
 
 
-def _show_rows(example: RagExample, tokenizer, adapter: str | None, mode: Mode) -> None:
+def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
     from blocktune.adapter import AdapterInfo
     from blocktune.prompt import LayoutSpec, PromptFormat, lay_out, make_pieces
     from blocktune.prompt.batch import show as rows_of
 
     info = AdapterInfo.load(adapter) if adapter else None
     fmt = info.format if info else PromptFormat()
-    spec = info.layout if info and mode == Mode.block else LayoutSpec(block=mode == Mode.block)
+    spec = info.layout if info and block else LayoutSpec(block=block)
     if spec.num_blanks:  # hidden rows of serving, which no example has
         spec = replace(spec, num_blanks=0)
     known = example.response is not None or example.answers
@@ -183,7 +175,7 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, mode: Mode) 
         example.chunks,
         example.question,
         example.target if known else None,
-        block=mode == Mode.block,
+        block=block,
         followups=example.followups,
     )
     prompt = lay_out(pieces, spec, link_base=len(tokenizer), bos_id=tokenizer.bos_token_id)

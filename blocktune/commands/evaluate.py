@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from blocktune.commands import app, command, teach
 from blocktune.commands import options as opt
-from blocktune.commands.errors import resumable
+from blocktune.commands.application import app, command, resumable, teach
 
 EXAMPLES = teach(
     "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
@@ -37,7 +36,7 @@ def evaluate(
         Path | None, Option(help="YAML of methods and tasks; see eval/suites/.")
     ] = None,
     output: Annotated[
-        Path | None, Option(help="Folder for rows, results.json and the picture.")
+        Path | None, opt.in_folder(help="Folder for rows, results.json and the picture.")
     ] = None,
     limit: opt.Limit = None,
     model: Annotated[str | None, Option(help="Overrides the suite's model.")] = None,
@@ -95,10 +94,8 @@ def compare(
     from blocktune.evaluation.stats.compare import compare, compare_table
 
     changes = compare(before, after, seed=seed)
-    if as_json:
-        typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
-        return
-    compare_table(changes, {"before": before.name, "after": after.name}).show()
+    table = compare_table(changes, {"before": before.name, "after": after.name})
+    opt.tell(as_json, [change._asdict() for change in changes], table)
 
 
 @command(
@@ -111,7 +108,7 @@ def compare(
 )
 def arena(
     questions: Annotated[Path, Option(help="A clone of the arena's repository.")],
-    output: Annotated[Path, Option("--output", "-o", help="Folder for the result files.")],
+    output: Annotated[Path, opt.in_folder("--output", "-o", help="Folder for the result files.")],
     method: Annotated[str, Option(help="A method, as in `blocktune answer`.")] = "naive",
     model: opt.Model = None,
     adapter: opt.Adapter = None,
@@ -135,7 +132,7 @@ def arena(
     # What is missing is said before a model loads.
     known = [load_exam(questions, name) for name in subset or SUBSETS]
     how = (None, dtype, device, quantize)
-    engine = opt.load_engine(model, adapter, *how, recurrent=not chosen.reuses_chunks)
+    engine = opt.load_engine(model, adapter, *how, method=chosen)
     for exam in known:
         with resumable(f"the rows so far are in {output}"):
             path = run_exam(engine, chosen, exam, output, limit=limit, port=port)
@@ -165,7 +162,7 @@ def report(
 )
 def tune(
     config: Annotated[Path, Option(help="YAML of the run; see eval/tuning/.")],
-    output: Annotated[Path, Option(help="Folder for rows and tuned.json.")],
+    output: Annotated[Path, opt.in_folder(help="Folder for rows and tuned.json.")],
     processes: Annotated[int, Option(min=1, help="Processes that share the questions.")] = 1,
     limit: opt.Limit = None,
     model: Annotated[str | None, Option(help="Overrides the model of the file.")] = None,
@@ -185,9 +182,6 @@ def tune(
 
     with resumable(f"the rows so far are in {output}"):
         found = run(spec, output, processes=processes)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
     names = list(found["best"]["values"])
     rows = []
     for point in found["points"]:
@@ -196,5 +190,5 @@ def tune(
         values = map(str, point["values"].values())
         rows.append((*values, *numbers, f"{point['recompute_ratio']:.0%}"))
     headings = (*names, found["task"]["metric"], "95 %", "recomputed")
-    Table(headings, rows, left=names).show()
-    typer.echo(f"best: {found['best']['label']}; all points in {output / TUNED}")
+    line = f"best: {found['best']['label']}; all points in {output / TUNED}"
+    opt.tell(as_json, found, Table(headings, rows, left=names), line)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, echo
 
-from blocktune.commands import command, data
+from blocktune.commands import data
 from blocktune.commands import options as opt
+from blocktune.commands.application import command, resumable
 from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, group
-from blocktune.commands.errors import resumable
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
@@ -70,7 +70,12 @@ def passages(
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.sources.options import with_fields
 
-    whole = None
+    whole = embed = None
+    if embedder is not None:
+        from blocktune.cache import ChunkStore
+        from blocktune.cache.records import Embedder
+
+        embed = Embedder(embedder, store and ChunkStore.open(store))
     if own:
         whole = data.load_from(source, fields, limit=limit, split=split)
         examples = list(retrieval.from_own(whole, k))
@@ -78,7 +83,6 @@ def passages(
         mapped = with_fields(source, fields)
         questions = retrieval.read_questions(mapped, limit=limit, split=split)
         if corpus is not None:
-            embed = opt.embedder(embedder, store)
             examples = retrieval.from_corpus(questions, load_chunks(corpus), k, embed)
         else:
             found = retrieval.read_retrieved(retrieved)
@@ -137,7 +141,10 @@ def answer(
     device: opt.Device = None,
 ) -> None:
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
-    engine = opt.load_engine(model, adapter, None, dtype, device, recurrent=True)
+    from blocktune.methods import build
+
+    full = build("full-prefill")
+    engine = opt.load_engine(model, adapter, None, dtype, device, method=full)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -154,7 +161,7 @@ def answer(
         """Answers a batch; its number moves the seed, or every batch would draw alike."""
         drawn = replace(sampling, seed=sampling.seed + number)
         length = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
-        return [a.text for a in engine.answer(batch, "full-prefill", sampling=drawn, **length)]
+        return [a.text for a in engine.answer(batch, full, sampling=drawn, **length)]
 
     kept = resumable(f"the answers so far are in {output}.part")
     with kept, Progress(console=Console(stderr=True)) as progress:
@@ -190,7 +197,7 @@ def answer(
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
     output: Annotated[
-        Path | None, Option("--output", "-o", help="Also write the examples, JSON lines.")
+        Path | None, opt.in_file("--output", "-o", help="Also write the examples, JSON lines.")
     ] = None,
     tokenizer: Counter = None,
 ) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
 if TYPE_CHECKING:
-    from blocktune.cache import ChunkStore, StoreStats
-    from blocktune.cache.records import Embedder
+    from blocktune.cache import ChunkStore
     from blocktune.cache.responses import ResponseCache
     from blocktune.engine import Engine
+    from blocktune.methods import Method
+    from blocktune.tables import Table
 
 MODEL, PROMPT = "Model", "Prompt"  # panels of the help
 of_model = partial(Option, rich_help_panel=MODEL)
@@ -87,12 +90,18 @@ Seed = Annotated[int, of_decoding(help="Random seed for sampling.")]
 BatchSize = Annotated[int, Option(min=1, help="Questions per batch.")]
 Limit = Annotated[int | None, Option(min=1, help="Use only the first N questions.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON for programs.")]
+# For outputs: a folder that should be a file, or the reverse, is refused before the work.
+in_file = partial(Option, dir_okay=False, readable=False, writable=True)
+in_folder = partial(Option, file_okay=False, readable=False, writable=True)
 
 
-def teach(*lines: str) -> str:
-    """An epilogue of examples; commands are coloured, explanations are not."""
-    shown = (f"  [cyan]{x}[/cyan]" if x.startswith(("blocktune", " ")) else x for x in lines)
-    return "\n".join(["[bold]Examples[/bold]", *shown])
+def tell(as_json: bool, record: Any, *shown: str | Table) -> None:
+    """Prints a record as JSON for programs, or else what is for people: texts and tables."""
+    if as_json:
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    for one in shown:
+        typer.echo(one) if isinstance(one, str) else one.show()
 
 
 def quiet_libraries() -> None:
@@ -123,19 +132,49 @@ def load_engine(
     dtype: str,
     device: str | None,
     quantize: str | None = None,
-    recurrent: bool = False,
+    method: Method | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Loads an engine; ``recurrent``: also one with recurrent layers, which reuses no chunks."""
-    quiet_libraries()
-    from blocktune.engine import Engine
+    """Loads an engine to answer by ``method``; ``words`` change its wording, see `wording`.
 
+    A model with recurrent layers is loaded only for a method that reuses no chunks.
+    """
+    quiet_libraries()
+    from blocktune.cache.config import StoreConfig
+    from blocktune.engine import Engine
+    from blocktune.methods.press import Press
+    from blocktune.prompt import LayoutSpec, PromptFormat
+
+    config = StoreConfig.parse(store) if isinstance(store, str) else store and store.config
+    if config and config.press is not None:
+        press = Press(config.press)
+        if method is not None:
+            press.require(method, method.layout(LayoutSpec()))
     engine = Engine.from_pretrained(
         *(model, adapter),
         **{"store": store, "dtype": dtype, "device": device, "quantize": quantize},
-        recurrent=recurrent,
+        recurrent=method is not None and not method.reuses_chunks,
     )
-    engine.store.warn_rejected = False  # `rejected` says it in one line at the end
-    return engine
+    engine.store.warn_rejected = False  # one line at the end says it
+    format = PromptFormat.from_dict(engine.format.to_dict() | dict(words or {}))
+    if engine.adapter is not None and format != engine.adapter.format:
+        typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
+    return engine if format == engine.format else engine.reworded(format)
+
+
+def wording(instruction: str | None, system: str | None, path: Path | None) -> dict[str, str]:
+    """What --instruction, --system and --format say of a `PromptFormat`; ValueError if wrong."""
+    from blocktune.parsing import load_yaml, mapping
+    from blocktune.prompt import PromptFormat
+
+    words = {}
+    if path is not None:
+        hint = "give a YAML file with keys such as instruction"
+        words = dict(mapping(load_yaml(path, "prompt format", hint), str(path)))
+    given = {"instruction": instruction, "system": system}
+    words |= {name: text for name, text in given.items() if text is not None}
+    PromptFormat.from_dict(words)
+    return words
 
 
 def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
@@ -143,43 +182,3 @@ def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
     from blocktune.cache.responses import ResponseCache
 
     return None if text is None else ResponseCache.parse(text, store)
-
-
-def embedder(model: str | None, store: str | None) -> Embedder | None:
-    """The embedding model of two options; its results are kept if there is a store."""
-    if model is None:
-        return None
-    from blocktune.cache import ChunkStore
-    from blocktune.cache.records import Embedder
-
-    return Embedder(model, None if store is None else ChunkStore.open(store))
-
-
-def rejected(stats: StoreStats, place: str | None) -> str:
-    """One line on the entries of a store that could not be used; empty if there were none."""
-    if not stats.rejected:
-        return ""
-    return (
-        f"{stats.rejected:,} stored chunks could not be used and were encoded again, the first: "
-        f"{stats.first_rejected}; all: blocktune store verify {place}"
-    )
-
-
-def reworded(
-    engine: Engine, instruction: str | None, system: str | None, path: Path | None
-) -> Engine:
-    """The engine with the wording that the options ask for; without any, as it is."""
-    from blocktune.parsing import load_yaml
-    from blocktune.prompt import PromptFormat
-
-    asked = {}
-    if path is not None:
-        asked = load_yaml(path, "prompt format", "give a YAML file with keys such as instruction")
-        if not isinstance(asked, dict):
-            raise ValueError(f"{path}: must be a mapping of keys to text, got {asked!r:.60}")
-    given = {"instruction": instruction, "system": system}
-    asked |= {name: text for name, text in given.items() if text is not None}
-    format = PromptFormat.from_dict(engine.format.to_dict() | asked)
-    if engine.adapter is not None and format != engine.adapter.format:
-        typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
-    return engine if format == engine.format else engine.reworded(format)

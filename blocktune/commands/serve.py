@@ -1,60 +1,51 @@
-"""`blocktune serve`."""
+"""`blocktune serve` and `blocktune vllm serve`: cached chunks over HTTP."""
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from blocktune.commands import command
-from blocktune.commands.options import (
-    Device,
-    Dtype,
-    Model,
-    Quantize,
-    Responses,
-    Store,
-    quiet_libraries,
-    responses,
-)
+from blocktune.commands import options as opt
+from blocktune.commands.application import command, new_group
 
 SAFETY, LIMITS = {"rich_help_panel": "Safety"}, {"rich_help_panel": "Limits"}
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 Adapters = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         help="Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
         "name that requests use. Repeatable: they share the weights of their base.",
     ),
 ]
 Name = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="Name that requests use for --model. Default: its own; beside adapters it is "
         "served only under a name."
     ),
 ]
 Method = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="Reuse method of requests that name none. Default: what the adapter was trained "
         "for, or naive."
     ),
 ]
 StoreGb = Annotated[
     float,
-    typer.Option(
-        min=0.0, help="Memory for encoded chunks, and as much for exact prefixes.", **LIMITS
-    ),
+    Option(min=0.0, help="Memory for encoded chunks, and as much for exact prefixes.", **LIMITS),
 ]
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks one.")]
+Host = Annotated[str, Option(help="Address to listen on.")]
+Port = Annotated[int, Option(min=0, max=65535, help="Port; 0 picks one.")]
 ApiKey = Annotated[
     str | None,
-    typer.Option(
+    Option(
         envvar="BLOCKTUNE_API_KEY",
         help="Key that requests must send as a bearer token. Default: none.",
         **SAFETY,
@@ -62,7 +53,7 @@ ApiKey = Annotated[
 ]
 Tenants = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         help="YAML of tenants: {acme: {key: ..., max_requests: 4, tokens_per_minute: 100000}}. "
         "Tenants share no chunks.",
         **SAFETY,
@@ -70,28 +61,26 @@ Tenants = Annotated[
 ]
 AllowedHosts = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         help="Host header to accept; repeatable. Default: this machine's names on a local "
         "address, else all.",
         **SAFETY,
     ),
 ]
-LogTexts = Annotated[bool, typer.Option("--log-texts", help="Log answers.", **SAFETY)]
+LogTexts = Annotated[bool, Option("--log-texts", help="Log answers.", **SAFETY)]
 SkipCheck = Annotated[
-    bool, typer.Option("--skip-check", help="Answer without the check that reuse is exact.")
+    bool, Option("--skip-check", help="Answer without the check that reuse is exact.")
 ]
 LimitPairs = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         help="name=value of a limit: body_bytes, body_s, chunks, prompt_tokens, new_tokens, "
         "default_new_tokens, choices, request_s, queue, running, kv_bytes, pinned_bytes, "
         "prefill_tokens; repeatable.",
         **LIMITS,
     ),
 ]
-DrainS = Annotated[
-    int, typer.Option(min=0, help="Seconds to finish requests after SIGTERM.", **LIMITS)
-]
+DrainS = Annotated[int, Option(min=0, help="Seconds to finish requests after SIGTERM.", **LIMITS)]
 
 
 @command(
@@ -104,16 +93,16 @@ DrainS = Annotated[
     "    http://127.0.0.1:8000/v1",
 )
 def serve(
-    model: Model = None,
+    model: opt.Model = None,
     adapter: Adapters = None,
     name: Name = None,
     method: Method = None,
-    store: Store = None,
-    response_cache: Responses = None,
+    store: opt.Store = None,
+    response_cache: opt.Responses = None,
     store_gb: StoreGb = 4.0,
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
-    device: Device = None,
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
+    device: opt.Device = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
@@ -142,20 +131,66 @@ def serve(
     )
     if host not in LOCAL and not config.tenants:
         typer.echo(f"note: everybody who reaches {host}:{port} may ask; set --api-key", err=True)
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:  # before a model is loaded
-            probe.bind((host, port))
-        except OSError as error:
-            reason = f"{error.strerror}; choose another --host or --port"
-            raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
-    quiet_libraries()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:  # before a model is loaded
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = f"{os.strerror(error.errno)}; choose another --host or --port"
+        raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
+    opt.quiet_libraries()
     engines = launch.load_engines(
         *(model, adapter or [], name, store, int(store_gb * 2**30)),
         **{"dtype": dtype, "device": device, "quantize": quantize},
     )
-    kept = responses(response_cache, next(iter(engines.values())).store)
+    kept = opt.responses(response_cache, next(iter(engines.values())).store)
     service = Service(engines, config, method, not skip_check, kept)
     uvicorn.run(
         create_app(service), host=host, port=port, **launch.uvicorn_options(config, drain_s)
     )
+
+
+group = new_group("vllm", "Serve cached chunks from vLLM.")
+
+
+@group.callback()
+def _root() -> None:
+    """Keeps `serve` a subcommand while it is the only one."""
+
+
+@command(
+    "serve",
+    "blocktune encode -m data/tiny --input docs.jsonl --store chunks/",
+    "blocktune vllm serve data/tiny --store chunks/ --port 8000",
+    "blocktune vllm serve M --store chunks/ --adapter legal=out/legal --adapter news=out/news",
+    "blocktune vllm serve M --store chunks/ --tensor-parallel-size 4 --max-model-len 32768",
+    "All other options are vLLM's. Point an OpenAI client at http://127.0.0.1:8000/v1",
+    of=group,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve_vllm(
+    context: typer.Context,
+    model: Annotated[str, Argument(help="Base model, as vLLM takes it.")],
+    store: Annotated[str, Option(help="Encoded chunks: a folder or URL, as of `answer --store`.")],
+    adapter: Annotated[
+        list[str] | None,
+        Option(
+            help="Adapter that chunks were encoded with: a folder or a name on the HF Hub; "
+            "NAME=ADAPTER sets the name that requests use. Repeatable."
+        ),
+    ] = None,
+    encode_wait: Annotated[
+        float,
+        Option(min=0, help="Seconds that a request waits for `blocktune encode --follow`."),
+    ] = 30.0,
+    host_gb: Annotated[float, Option(min=0, help="Memory for hot chunks, in each rank.")] = 1.0,
+    fingerprint: Annotated[
+        str | None, Option(help="Of the base's chunks, if the store has several that fit.")
+    ] = None,
+) -> None:
+    """Start vLLM's server with cached chunks, and chat completions over `documents`."""
+    from blocktune.vllm import launch
+
+    parts = [text.partition("=") for text in adapter or ()]
+    named = {name if tail else Path(name).name: tail or name for name, _, tail in parts}
+    extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
+    launch.serve(model, named, store, context.args, **extra)

@@ -11,40 +11,36 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from blocktune.cache.blobs import Blobs
 from blocktune.cache.config import Row, parse_bytes
 from blocktune.cache.shelf import Shelf
-from blocktune.commands import app
-from blocktune.commands.options import AsJson, teach
+from blocktune.commands.application import new_group
+from blocktune.commands.options import AsJson, tell
 
-HELP = "Look into a store of encoded chunks (`--store`), verify it, and remove from it."
 SHORT = 12  # digits of a key or fingerprint that are shown
 LEAST_DIGITS = 6
 
-Place = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]
-Model = Annotated[str, typer.Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
-Document = Annotated[str, typer.Option(help="Only chunks of this document: its id, or its title.")]
-Key = Annotated[str, typer.Argument(help="Key of the chunk; its first digits are enough.")]
-Keys = Annotated[list[str], typer.Argument(help="Keys, or their first digits.")]
-Undo = Annotated[bool, typer.Option("--undo", help="Let them leave again.")]
-Other = Annotated[str, typer.Argument(help="Folder or URL of the other store.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")]
+Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
+Model = Annotated[str, Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
+Document = Annotated[str, Option(help="Only chunks of this document: its id, or its title.")]
+Key = Annotated[str, Argument(help="Key of the chunk; its first digits are enough.")]
+Keys = Annotated[list[str], Argument(help="Keys, or their first digits.")]
+Undo = Annotated[bool, Option("--undo", help="Let them leave again.")]
+Other = Annotated[str, Argument(help="Folder or URL of the other store.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Say what would be removed.")]
 
-group = typer.Typer(
-    no_args_is_help=True,
-    help=HELP,
-    rich_markup_mode="rich",
-    epilog=teach(
-        "blocktune store stat cache/",
-        "blocktune store ls cache/ --model 3f2a91",
-        "blocktune store verify s3://bucket/chunks",
-        "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged",
-        "blocktune store rm cache/ --document handbook.pdf",
-        "blocktune store export cache/ s3://bucket/chunks --model 3f2a91",
-    ),
+group = new_group(
+    "store",
+    "Look into a store of encoded chunks (`--store`), verify it, and remove from it.",
+    "blocktune store stat cache/",
+    "blocktune store ls cache/ --model 3f2a91",
+    "blocktune store verify s3://bucket/chunks",
+    "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged",
+    "blocktune store rm cache/ --document handbook.pdf",
+    "blocktune store export cache/ s3://bucket/chunks --model 3f2a91",
 )
-app.add_typer(group, name="store")
 
 
 @group.command()
@@ -65,7 +61,7 @@ def stat(store: Place, as_json: AsJson = False) -> None:
         adapter = f" + {sums['adapter']}" if sums["adapter"] else ""
         lines.append(f"  {fingerprint[:SHORT]}  {_counted(sums)}  {sums['base']}{adapter}")
     lines += [f"  of kind {kind}: {_counted(s)}" for kind, s in kinds.items() if kind != "chunk"]
-    _say(record | {"models": models}, as_json, *lines)
+    tell(as_json, record | {"models": models}, *lines)
 
 
 @group.command()
@@ -96,7 +92,7 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
     if problem is None:
         record["token_ids"] = ChunkFile(shelf.blobs, row.key).token_ids.tolist()
-    _say(record, as_json, *(f"{name:12} {value}" for name, value in record.items()))
+    tell(as_json, record, *(f"{name:12} {value}" for name, value in record.items()))
 
 
 @group.command()
@@ -112,7 +108,7 @@ def verify(store: Place, as_json: AsJson = False) -> None:
     signed = "" if blobs.secret is None else " and signed"
     sound = f"{len(found) - len(problems):,} of {len(found):,} chunks are sound{signed}"
     lines = [*_mended(index), *(f"{key}: {problem}" for key, problem in problems.items())]
-    _say({"chunks": len(found), "damaged": problems, "index": index}, as_json, *lines, sound)
+    tell(as_json, {"chunks": len(found), "damaged": problems, "index": index}, *lines, sound)
     if problems:
         raise typer.Exit(1)
 
@@ -120,11 +116,9 @@ def verify(store: Place, as_json: AsJson = False) -> None:
 @group.command()
 def gc(
     store: Place,
-    max_size: Annotated[str, typer.Option(help="50GB: remove what was used longest ago.")] = "",
-    unused_days: Annotated[float | None, typer.Option(min=0, help="Remove what is older.")] = None,
-    damaged: Annotated[
-        bool, typer.Option("--damaged", help="Remove what does not verify.")
-    ] = False,
+    max_size: Annotated[str, Option(help="50GB: remove what was used longest ago.")] = "",
+    unused_days: Annotated[float | None, Option(min=0, help="Remove what is older.")] = None,
+    damaged: Annotated[bool, Option("--damaged", help="Remove what does not verify.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -148,7 +142,7 @@ def gc(
             doomed[key] = size
             total -= size
     if not as_json:
-        _say(None, False, *_mended(index))
+        tell(False, None, *_mended(index))
     _remove(shelf, doomed, dry_run, as_json, unfinished=unfinished, index=index)
 
 
@@ -159,16 +153,16 @@ def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -
     wanted = [row.key for row in _rows(shelf, keys)]
     count = shelf.pin(wanted, not undo)
     record = {"chunks": count, "pinned": not undo, "keys": wanted}
-    _say(record, as_json, f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
+    tell(as_json, record, f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
 
 
 @group.command()
 def rm(
     store: Place,
-    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or their first digits.")] = None,
+    keys: Annotated[list[str] | None, Argument(help="Keys, or their first digits.")] = None,
     model: Model = "",
     document: Document = "",
-    adapter: Annotated[str, typer.Option(help="Only of this adapter, as in `stat`.")] = "",
+    adapter: Annotated[str, Option(help="Only of this adapter, as in `stat`.")] = "",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -215,13 +209,7 @@ def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     records = [blobs.manifest(fingerprint) for fingerprint in wanted]
     facts = [(name, json.dumps(value)) for record in records for name, value in record.items()]
     lines = (f"{name:14} {text[:300]}{' ... (--json)' * (len(text) > 300)}" for name, text in facts)
-    _say(records, as_json, *lines)
-
-
-def _say(record: Any, as_json: bool, *lines: str) -> None:
-    text = json.dumps(record, indent=2, ensure_ascii=False) if as_json else "\n".join(lines)
-    if text:
-        typer.echo(text)
+    tell(as_json, records, *lines)
 
 
 def _problem(blobs: Blobs, key: str) -> str | None:
@@ -251,7 +239,7 @@ def _remove(
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
     left = f", {more['unfinished']:,} unfinished files" if more.get("unfinished") else ""
     line = f"{'would remove' if dry_run else 'removed'} {len(removed):,} chunks"
-    _say(record | {"keys": list(removed)}, as_json, f"{line} ({_size(record['bytes'])}){left}")
+    tell(as_json, record | {"keys": list(removed)}, f"{line} ({_size(record['bytes'])}){left}")
 
 
 def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool) -> None:
@@ -286,7 +274,7 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
         target.blobs.write_manifest(record)
     line = f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}"
     line += f", {counts['there']:,} were there, {counts['unsound']:,} are not sound and stayed"
-    _say(counts, as_json, f"{line} behind")
+    tell(as_json, counts, f"{line} behind")
 
 
 def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:

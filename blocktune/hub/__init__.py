@@ -4,6 +4,6 @@ Loading needs nothing from here: an adapter's name is accepted wherever its fold
 """
 
 from blocktune.hub.card import CardFacts
-from blocktune.hub.push import Publication, Publisher, Sent, prepare, send, show
+from blocktune.hub.push import Publication, Publisher, prepare, send, show
 
-__all__ = ["CardFacts", "Publication", "Publisher", "Sent", "prepare", "send", "show"]
+__all__ = ["CardFacts", "Publication", "Publisher", "prepare", "send", "show"]

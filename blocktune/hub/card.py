@@ -6,11 +6,12 @@ Results must be of the very adapter.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
@@ -45,11 +46,12 @@ def card(
     base: str,
     facts: CardFacts,
     checks: list[Check],
-    measured: Measured | None = None,
+    results: str = "Not evaluated.",
 ) -> str:
     """The whole ``README.md`` of a repository.
 
-    ``base`` is the base's name on the Hub, ``facts`` has its licence filled in.
+    ``base`` is the base's name on the Hub, ``facts`` has its licence filled in, ``results`` are the
+    section of that name.
     """
     method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
     summary = (
@@ -77,13 +79,13 @@ def card(
         method=method,
         quoted_method=shlex.quote(method),
         quantization=info.quantization,
-        results=results_table(measured),
-        layout=_table(_layout(info)),
-        training=_table(_training(info)),
-        checks=_table(
-            {one.name: f"{one.max_abs_diff:.1e}" for one in checks},
+        results=results,
+        rows=SCOPED_ROWS.get(info.scope),
+        facts=_facts(info),
+        checks=Table(
             ("check", "difference of logits"),
-        ),
+            [(one.name, f"{one.max_abs_diff:.1e}") for one in checks],
+        ).markdown(),
     )
     return str(made)
 
@@ -111,76 +113,37 @@ def _serves(name: str, layout: LayoutSpec) -> bool:
         return False
 
 
-def _layout(info: AdapterInfo) -> Mapping[str, Any]:
-    spec = info.layout.to_dict()
-    rows = {name: value for name, value in spec.items() if value != getattr(LayoutSpec(), name)}
-    rows = rows or {"layout": "block attention, sequential positions"}
-    if info.num_learned:
-        rows |= {"learned tokens": info.num_learned, "kept as": info.link_mode}
-    if info.scope != "both":
-        only = f"LoRA acts on {SCOPED_ROWS[info.scope]} only; PEFT alone would apply it to all rows"
-        rows |= {"scope": f"{info.scope}: {only}"}
-    if info.rope:
-        rows |= {"RoPE": info.rope.get("rope_type", "by layer type")}
-    return rows | {"base revision": info.base_revision or "not pinned"}
-
-
-def _training(info: AdapterInfo) -> Mapping[str, Any]:
-    made = public(info.training)
-    versions, licences = made.get("versions", {}), datasets_of(info.training)
-    data = made.get("data")
-    if isinstance(data, Mapping):  # a mixture
-        data = ", ".join(f"`{part.get('source')}`" for part in data.get("parts", ()))
-    rows = {
-        "command": f"`{made['command']}`" if made.get("command") else None,
-        "data": data,
-        "licences of the data": "; ".join(f"{k}: {v}" for k, v in licences.items()) or None,
-        "examples": made.get("examples"),
-        "seed": made.get("seed"),
-        "processes": made.get("world_size"),
-        "quantised base": info.quantization,
-        "blocktune": versions.get("blocktune"),
-        "commit": made.get("commit"),
-    }
-    return {name: value for name, value in rows.items() if value is not None}
-
-
-def _table(rows: Mapping[str, Any], heading: tuple[str, str] = ("", "")) -> str:
-    return Table(heading, [(name, str(value)) for name, value in rows.items()]).markdown()
+def _facts(info: AdapterInfo) -> str:
+    """What the adapter's file says of layout and training, as YAML without what is default."""
+    plain = LayoutSpec().to_dict()
+    layout = {name: v for name, v in info.layout.to_dict().items() if v != plain[name]}
+    facts = {"layout": layout, "base_revision": info.base_revision, "rope": info.rope}
+    facts |= {"link_mode": info.link_mode} if info.num_learned else {}
+    facts |= {"scope": info.scope, "quantization": info.quantization}
+    facts["training"] = public(info.training) | {"data_sets": datasets_of(info.training)}
+    return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
     """Data sets on the Hub that a run (`AdapterInfo.training`) trained on, with their licences."""
-    found = dict(training.get("data_sets") or {})
-    for source in _texts(training.get("data")):
-        found |= data_sets_in(source)
+    found, data = dict(training.get("data_sets") or {}), training.get("data") or ""
+    parts = data.get("parts", ()) if isinstance(data, Mapping) else [{"source": data}]
+    for part in parts:
+        found |= data_sets_in(part["source"])
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    inner = value.values() if isinstance(value, Mapping) else value
-    if isinstance(inner, Iterable) and not isinstance(value, str):
-        for part in inner:
-            yield from _texts(part)
+NOTE = (
+    "Scores in %, with 95 % intervals in brackets. Adjusted F1: over the questions that full "
+    "prefill of the base answers. Recomputed: share of context tokens. TTFT: time to first token, "
+    "chunks cached."
+)
+SHOWN = ("EM", "F1")  # titles of headline scores that have a column in any case
+INTERVALS = (("em", "ci95"), ("f1", "f1_ci95"))
 
 
-class Measured(NamedTuple):
-    """What a card shows of ``results.json``.
-
-    ``methods`` are label -> scores, of the base and of this adapter; ``left_out`` labels of those
-    with other adapters. ``metric`` is the headline score's title, None where the tasks differ.
-    """
-
-    methods: Mapping[str, Mapping[str, Any]]
-    left_out: tuple[str, ...]
-    metric: str | None
-    origin: Mapping[str, Any]
-
-
-def read_results(path: Path, folder: Path, info: AdapterInfo) -> Measured:
-    """Reads what `blocktune eval` wrote."""
+def results_of(path: Path, folder: Path, info: AdapterInfo) -> str:
+    """Markdown of what `blocktune eval` measured of the base and of the adapter in ``folder``."""
     record = _read(path)
     made = record.get("provenance", {})
     if "base_fingerprint" not in made:
@@ -209,9 +172,24 @@ def read_results(path: Path, folder: Path, info: AdapterInfo) -> Measured:
             f"{', '.join(others) or 'the base'}; evaluate this adapter"
         )
     titles = {task.get("title") for task in record.get("tasks", {}).values()}
-    return Measured(
-        methods, tuple(others), titles.pop() if len(titles) == 1 else None, public(made)
-    )
+    title = titles.pop() if len(titles) == 1 else "score of the task"
+    has_own = title not in SHOWN and all("score" in one for one in methods.values())
+    headings = ["method", "n", *([title or "score of the task"] if has_own else []), "EM", "F1"]
+    headings += ["adjusted F1", "recomputed", "TTFT / full prefill"]
+    scores = (("score", "score_ci95"),) * has_own + INTERVALS
+    rows = []
+    for label, one in methods.items():
+        cells = [with_interval("score", one.get(key), one.get(ends)) for key, ends in scores]
+        cells += [written("score", one.get(key)) for key in ("adjusted_f1", "recompute_ratio")]
+        ttft = written("ratio", one.get("ttft_over_full_prefill"))
+        rows.append([label, f"{one['n']:,}", *cells, ttft])
+    made = public(made)
+    parts = [f"by `{made['command']}`"] if made.get("command") else []
+    parts += [f"at commit `{made['commit'][:12]}`"] if made.get("commit") else []
+    told = NOTE + (f" Made {', '.join(parts)}." if parts else "")
+    if others:
+        told += f" Left out, measured with other adapters: {', '.join(others)}."
+    return Table(headings, rows).markdown(right=True) + "\n\n" + told
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -227,41 +205,3 @@ def _read(path: Path) -> Mapping[str, Any]:
             "n, em, ci95 and adapter"
         )
     return record
-
-
-NOTE = (
-    "Scores in %, with 95 % intervals in brackets. Adjusted F1: over the questions that full "
-    "prefill of the base answers. Recomputed: share of context tokens. TTFT: time to first token, "
-    "chunks cached."
-)
-SHOWN = ("EM", "F1")  # titles of headline scores that have a column in any case
-INTERVALS = (("em", "ci95"), ("f1", "f1_ci95"))
-
-
-def results_table(measured: Measured | None) -> str:
-    """Markdown of the results; without any it says that nothing was measured."""
-    if measured is None:
-        return "Not evaluated."
-    title = None if measured.metric in SHOWN else (measured.metric or "score of the task")
-    if not all("score" in own for own in measured.methods.values()):
-        title = None
-    headings = ["method", "n", *([title] if title else []), "EM", "F1", "adjusted F1"]
-    headings += ["recomputed", "TTFT / full prefill"]
-    rows = [_row(name, own, bool(title)) for name, own in measured.methods.items()]
-    return Table(headings, rows).markdown(right=True) + "\n\n" + NOTE + _origin(measured)
-
-
-def _row(name: str, own: Mapping[str, Any], headline: bool) -> list[str]:
-    scores = [with_interval("score", own["score"], own.get("score_ci95"))] if headline else []
-    scores += [with_interval("score", own.get(k), own.get(ends)) for k, ends in INTERVALS]
-    scores += [written("score", own.get(key)) for key in ("adjusted_f1", "recompute_ratio")]
-    return [name, f"{own['n']:,}", *scores, written("ratio", own.get("ttft_over_full_prefill"))]
-
-
-def _origin(measured: Measured) -> str:
-    made = measured.origin
-    parts = [f"by `{made['command']}`"] if made.get("command") else []
-    parts += [f"at commit `{made['commit'][:12]}`"] if made.get("commit") else []
-    told = f" Made {', '.join(parts)}." if parts else ""
-    others = ", ".join(measured.left_out)
-    return told + (f" Left out, measured with other adapters: {others}." if others else "")

@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from rich.console import Console
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.check import check_adapter
-from blocktune.hub.card import CardFacts, card, read_results, served_by
+from blocktune.hub.card import CardFacts, card, results_of, served_by
 from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
@@ -50,32 +49,23 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
                 f"'{folder}' holds '{name}', a pickle, which can run code where it is loaded; "
                 "save its weights as safetensors and remove it"
             )
-    kept = {name: folder / name for name in names if is_published(name)}
+    kept: dict[str, Source] = {name: folder / name for name in names if is_published(name)}
     if not any(name.endswith(".safetensors") for name in kept):
         raise ValueError(f"'{folder}' holds no weights (*.safetensors); nothing to publish")
-    rewritten: dict[str, Source] = {INFO_FILE: _info(info, base)}
+    training, whole = public(info.training), info.base_model == OWN_WEIGHTS
+    if "started_from" in training:
+        training["started_from"] = base
+    named = replace(info, base_model=OWN_WEIGHTS if whole else base, training=training)
+    kept[INFO_FILE] = _json(named.to_dict())
     if PEFT_FILE in kept:
-        rewritten[PEFT_FILE] = _peft(folder / PEFT_FILE, info, base)
-    return kept | rewritten
+        own = {"base_model_name_or_path": base, "revision": info.base_revision}
+        kept[PEFT_FILE] = _json(load_json(folder / PEFT_FILE) | own)
+    return kept
 
 
 def is_published(name: str) -> bool:
     """Whether a file of this name is one that `files_of` publishes."""
     return any(fnmatch(name, pattern) for pattern in PUBLISHED)
-
-
-def _info(info: AdapterInfo, base: str) -> bytes:
-    training = public(info.training)
-    whole = info.base_model == OWN_WEIGHTS
-    if whole and "started_from" in training:
-        training["started_from"] = base
-    named = replace(info, base_model=OWN_WEIGHTS if whole else base, training=training)
-    return _json(named.to_dict())
-
-
-def _peft(path: Path, info: AdapterInfo, base: str) -> bytes:
-    values = load_json(path)
-    return _json(values | {"base_model_name_or_path": base, "revision": info.base_revision})
 
 
 def _json(values: dict) -> bytes:
@@ -96,13 +86,6 @@ class Publication:
     def card(self) -> str:
         """The model card."""
         return self.files[CARD_FILE].decode()
-
-
-class Sent(NamedTuple):
-    """Where a publication went: address of the repository and the commit."""
-
-    url: str
-    revision: str
 
 
 def prepare(
@@ -131,7 +114,7 @@ def prepare(
     named = info.training.get("started_from", "") if info.base_model == OWN_WEIGHTS else None
     base = on_the_hub(facts.base_model or (info.base_model if named is None else named))
     files = files_of(folder, info, base)
-    measured = read_results(facts.results, folder, info) if facts.results else None
+    measured = [results_of(facts.results, folder, info)] if facts.results else []
     facts = replace(facts, license=facts.license or license_of(base, token))
     settings = {"dtype": dtype, "device": device, "quantize": info.quantization}
     checks = check_adapter(model, folder, **settings)
@@ -142,11 +125,11 @@ def prepare(
             f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
             "`blocktune check`"
         )
-    text = card(repo, info, base, facts, checks, measured)
+    text = card(repo, info, base, facts, checks, *measured)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
 
-def send(publication: Publication, *, private: bool = False, token: str | None = None) -> Sent:
+def send(publication: Publication, private: bool = False, token: str | None = None) -> CommitInfo:
     """Creates the repository if needed and commits all files at once; raises ValueError if refused.
 
     Files of an earlier push that this one does not have are deleted: weights left over would be
@@ -155,19 +138,18 @@ def send(publication: Publication, *, private: bool = False, token: str | None =
     """
     api = HfApi(token=token)
     try:
-        url = api.create_repo(publication.repo, private=private or None, exist_ok=True)
+        api.create_repo(publication.repo, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(n, source) for n, source in publication.files.items()]
         there = api.list_repo_files(publication.repo)
         gone = [n for n in there if is_published(n) and n not in publication.files]
         operations += [CommitOperationDelete(name) for name in gone]
-        done = api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
+        return api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
     except (httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"the Hub refused '{publication.repo}': {reason}; log in with `hf auth login` or set "
             "HF_TOKEN to a token that may write there"
         ) from None
-    return Sent(str(url), done.oid)
 
 
 def show(publication: Publication, console: Console) -> None:
@@ -224,7 +206,7 @@ class Publisher:
         with alone():
             publication = prepare(folder, repo, CardFacts(), token=token)
         sent = send(publication, private=private, token=token)
-        Console().print(f"pushed to {sent.url}, commit {sent.revision}", soft_wrap=True)
+        Console().print(f"pushed to {sent.repo_url}, commit {sent.oid}", soft_wrap=True)
 
 
 @contextmanager

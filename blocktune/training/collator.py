@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from blocktune.data.example import RagExample
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
-from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat, lay_out, pack, stack
+from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, pack, stack
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.training.dataset import PartReader, to_pieces, to_sample
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
@@ -66,8 +66,8 @@ class Augmentation:
 
 
 FULL_ATTENTION = LayoutSpec(block=False)
-NO_SHARE = -1.0  # share of a packed prompt whose fresh rows are not chosen in a layer
 MAX_CACHED = 20_000  # rows whose tokens a collator keeps; later ones are tokenised in every epoch
+NO_SHARE = -1.0  # share of a packed prompt whose fresh rows are not chosen in a layer
 
 
 class LaidOut(NamedTuple):
@@ -84,35 +84,27 @@ class BlockDataCollator:
 
     Works in any trainer that keeps the columns (``remove_unused_columns=False``) and whose model
     is attached (`blocktune.attach`). `BlockSFTTrainer` fills in what only it knows.
-
-    Attributes:
-        tokenizer: The model's.
-        layout: How examples become rows.
-        format: How they are worded.
-        link_base: Id of the first learned token, or None without any.
-        max_length: Tokens of the longest example; longer ones are refused. None: no limit.
-        num_tokens: Rows of the model's embedding, or None if unknown.
-        augmentation: How the layout of block examples varies.
-        sampler: Which tokens of block examples are fresh, or None.
-        check_layer: Layer at which the sampler chooses, or None.
-        has_teacher: Whether to lay out what a teacher reads: in full attention, no tag of a mode.
-        seed: Of all draws.
-        epoch: Likewise; `BlockSFTTrainer` sets it.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    layout: LayoutSpec = field(default_factory=LayoutSpec)
-    format: PromptFormat = field(default_factory=PromptFormat)
-    link_base: int | None = None
-    max_length: int | None = None
-    num_tokens: int | None = None
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    sampler: RecomputeSampler | None = None
-    check_layer: int | None = None
-    has_teacher: bool = False
-    seed: int = 0
-    epoch: int = 0
+    tokenizer: PreTrainedTokenizerBase  # the model's
+    layout: LayoutSpec = field(default_factory=LayoutSpec)  # how examples become rows
+    format: PromptFormat = field(default_factory=PromptFormat)  # how they are worded
+    link_base: int | None = None  # id of the first learned token, or None without any
+    max_length: int | None = None  # tokens of the longest example; longer ones are refused
+    num_tokens: int | None = None  # rows of the model's embedding, or None if unknown
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of block examples
+    sampler: RecomputeSampler | None = None  # which tokens of block examples are fresh, or None
+    check_layer: int | None = None  # layer at which the sampler chooses, or None
+    has_teacher: bool = False  # lay out what a teacher reads: full attention, no tag of a mode
+    seed: int = 0  # of all draws
+    epoch: int = 0  # likewise; `BlockSFTTrainer` sets it
     _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def reader(self) -> PartReader:
+        """Tokenises a row."""
+        how = (self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens)
+        return PartReader(*how)
 
     @property
     def row_growth(self) -> float:
@@ -163,46 +155,32 @@ class BlockDataCollator:
             )
         text = json.dumps(record, sort_keys=True, default=repr)
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if key not in self._parts:
-            part = self._read(record, key)
-            if len(self._parts) >= MAX_CACHED:
-                return [part]
-            self._parts[key] = part
-        return [self._parts[key]]
-
-    def _read(self, record: Any, key: bytes) -> dict[str, Any]:
+        if key in self._parts:
+            return [self._parts[key]]
         sample = to_sample(record, self.tokenizer, self.format)._replace(block=self.layout.block)
-        reader = PartReader(
-            self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens
-        )
-        part = reader(int.from_bytes(key[:4]), sample)
+        part = self.reader(int.from_bytes(key[:4]), sample)
         if self.max_length is not None and part["length"] > self.max_length:
             raise ValueError(
                 f"a row has {part['length']} tokens, max_length is {self.max_length}; shorten or "
                 f"drop it: '{sample.example.question:.40}'"
             )
-        return part
+        if len(self._parts) < MAX_CACHED:
+            self._parts[key] = part
+        return [part]
 
     def _lay_out(self, part: Mapping[str, Any]) -> LaidOut:
-        draw = draw_of(self.seed, self.epoch, part["index"], part["block"])
-        pieces = to_pieces(part)
-        teacher = None
+        pieces, teacher = to_pieces(part), None
         if self.has_teacher:
             plain = pieces._replace(prefix=tuple(part["teacher_prefix"]))
             teacher = lay_out(plain, FULL_ATTENTION)
         if not part["block"]:
             return LaidOut(lay_out(pieces, FULL_ATTENTION), teacher, NO_SHARE)
-        return self._lay_out_block(pieces, teacher, draw)
-
-    def _lay_out_block(
-        self, pieces: Pieces, teacher: Prompt | None, draw: random.Random
-    ) -> LaidOut:
+        draw = draw_of(self.seed, self.epoch, part["index"], part["block"])
         prompt = lay_out(pieces, self.layout, self.link_base)
-        varied = self.augmentation.vary(prompt.layout, draw)
-        prompt = Prompt(prompt.input_ids, varied)
+        prompt = Prompt(prompt.input_ids, self.augmentation.vary(prompt.layout, draw))
         if self.sampler is None:
             return LaidOut(prompt, teacher, NO_SHARE)
-        share = self.sampler.share(draw)
+        share = draw.uniform(self.sampler.low, self.sampler.high)
         chosen = self.sampler.selector(share, draw).start(prompt.layout)
         until = FOREVER if self.check_layer is None else self.check_layer
         return LaidOut(with_fresh_rows(prompt, chosen, until), teacher, share)

@@ -118,39 +118,30 @@ def in_modes(
 
 def prepare(
     samples: Sequence[Sample],
-    tokenizer: PreTrainedTokenizerBase,
-    fmt: PromptFormat,
-    spec: LayoutSpec,
+    read: PartReader,
     *,
     limit: int,
     drop_long: bool = False,
     pack_length: int | None = None,
     position_gap: int = 0,
     multiple_of: int = 1,
-    has_teacher: bool = False,
-    num_tokens: int | None = None,
 ) -> Prepared:
     """Tokenises examples with an answer each, and packs them where asked.
 
     Args:
         samples: Examples and their modes.
-        tokenizer: Of the model.
-        fmt: The wording of samples that have none of their own.
-        spec: The block layout, for the count of learned tokens.
+        read: Tokenises one.
         limit: Longest example, in rows that are neither blanks nor fresh, and in positions.
         drop_long: Leave longer examples out instead of refusing them.
         pack_length: Rows of a packed row at most; None does not pack.
         position_gap: Positions that a block example may jump at each of its chunks.
         multiple_of: Rows that all ranks take at a time. Rows without an answer fill the last
             round; left to it, accelerate would repeat the first ones, which then teach twice.
-        has_teacher: Keep the prefix that a teacher reads, which has no tag of a mode.
-        num_tokens: Rows of the model's embedding; a token beyond them is refused.
 
     Raises:
         ValueError: If an example is too long, has no answer, or none is left.
     """
     parts, num_dropped = [], 0
-    read = PartReader(tokenizer, fmt, spec, has_teacher, num_tokens)
     for index, sample in enumerate(samples):
         part = read(index, sample)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
@@ -215,10 +206,10 @@ class PartReader:
     """Tokenises a sample: its part of a row of the dataset."""
 
     tokenizer: PreTrainedTokenizerBase
-    fmt: PromptFormat
-    spec: LayoutSpec
-    has_teacher: bool
-    num_tokens: int | None = None
+    fmt: PromptFormat  # the wording of samples that have none of their own
+    spec: LayoutSpec  # the block layout, for the count of learned tokens
+    has_teacher: bool = False  # keep the prefix that a teacher reads, which has no tag of a mode
+    num_tokens: int | None = None  # rows of the model's embedding; a token beyond them is refused
 
     def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
         """The part; ``index`` names the example in errors and in draws."""

@@ -65,12 +65,25 @@ def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
         raise ValueError("an evaluation needs questions; name them in eval_data")
 
 
-def refuse_frozen_quantised(args: SFTConfig, choice: ModelConfig) -> None:
-    """Raises ValueError for learned tokens alone on a quantised base."""
-    if args.freeze_base and (choice.load_in_4bit or choice.load_in_8bit):
+def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
+    """Raises ValueError for settings of the base that exclude each other."""
+    if not choice.model_name_or_path:
+        raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
+    quantised = choice.load_in_4bit or choice.load_in_8bit
+    if args.freeze_base and quantised:
         raise ValueError(
             "freeze_base trains learned tokens alone, and transformers trains nothing on a "
             "quantised base without an adapter; set use_peft: true, or load the base unquantised"
+        )
+    if choice.attn_implementation is not None:
+        raise ValueError(
+            f"attn_implementation '{choice.attn_implementation}' does not support layouts; leave "
+            "it out and choose attention_execution: split, flex or dense"
+        )
+    if quantised and choice.dtype in (None, "auto"):
+        raise ValueError(
+            "a quantised base needs an explicit dtype to compute in; set dtype: bfloat16 "
+            "(on GPUs) or dtype: float32 (on CPUs)"
         )
 
 

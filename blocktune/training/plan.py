@@ -1,18 +1,19 @@
-"""What a run costs: operations, memory and time, estimated before it starts and measured then."""
+"""What a run prints and costs: options, the plan with memory and time, a line for each log."""
 
 from __future__ import annotations
 
 import math
+import os
+import re
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.adapter.scope import SCOPED_ROWS
@@ -21,8 +22,7 @@ from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import num_elements, whole_shape
 from blocktune.models.small import config_value
 from blocktune.prompt import LayoutSpec
-from blocktune.tables import written
-from blocktune.training.console import SteadyConsole, duration
+from blocktune.tables import Table, written
 
 ADAM_BYTES = 8  # two float32 moments per trainable parameter
 HIDDEN_COPIES, FFN_COPIES = 12, 4
@@ -171,6 +171,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     if args.scope in SCOPED_ROWS:
         trained += f", on {SCOPED_ROWS[args.scope]} only"
     peak = written("bytes", expected_peak(trainer))
+    found = torch.accelerator.is_available()
     time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
     plan = {
         "base": f"{info.base_model} ({_dtype(trainer)})",
@@ -181,7 +182,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "examples": f"{examples:,} ({prepared.num_dropped:,} dropped as too long)",
         "tokens": f"{packed}{mean:,.0f} a row, longest {max(lengths):,}",
         "exact up to": limit and f"{limit:,} tokens; longer examples are dropped",
-        "device": _device(args),
+        "device": args.device.type if found else "cpu (use_cpu, since no GPU was found)",
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",
         "steps": f"{steps:,}",
@@ -197,11 +198,6 @@ def _dtype(trainer: Trainer) -> str:
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     held = quantization_of(model) or str(model.dtype).removeprefix("torch.")
     return held if computed in (None, held) else f"{held}, computed in {computed}"
-
-
-def _device(args: TrainingArguments) -> str:
-    found = torch.accelerator.is_available()
-    return args.device.type if found else "cpu (use_cpu, since no GPU was found)"
 
 
 def _evaluation(trainer: Trainer) -> str | None:
@@ -256,9 +252,93 @@ def describe_objective(args) -> str:
     return ", ".join(words)
 
 
+def print_options(console: Console | None = None) -> None:
+    """Prints every key with its default and what it means, a table for each group."""
+    from trl import ModelConfig
+
+    from blocktune.training import config
+
+    groups = {
+        "Data and wording": config.DataArgs.__annotations__,
+        "Layout": config.LayoutOptions.__annotations__,
+        "Objective": config.ObjectiveOptions.__annotations__,
+        "Batches": config.BatchOptions.__annotations__,
+        "The run": config.BlockSFTConfig.__annotations__,
+        "Model, LoRA and quantisation, by TRL": ModelConfig.__annotations__,
+        "Training, by TRL and transformers": [f.name for f in fields(config.BlockSFTConfig)],
+    }
+    holders, headings = (
+        (config.DataArgs, config.BlockSFTConfig, ModelConfig),
+        ("key", "default", "meaning"),
+    )
+    left = {field.name: field for holder in holders for field in fields(holder) if field.init}
+    for title, names in groups.items():
+        rows = []
+        for one in [left.pop(name) for name in names if name in left]:
+            value = one.default if one.default_factory is MISSING else one.default_factory()
+            shown = repr(value) if isinstance(value, str) else str(getattr(value, "value", value))
+            # The first sentence: transformers' texts have several paragraphs.
+            text = " ".join(str(one.metadata.get("help", "")).split())
+            meaning = re.split(r"(?<=\w\w\w)\.\s", text, maxsplit=1)[0].removesuffix(".")
+            rows.append((one.name, shown, meaning))
+        Table(headings, rows, title, left=headings).show(console)
+
+
+class SteadyConsole(Console):
+    """A console that falls silent when its pipe is closed (``blocktune train ... | head``).
+
+    Rich would raise ``SystemExit``: a run would stop halfway without an error or an adapter.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Discards all further output."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class LogLines(TrainerCallback):
+    """One line per log: step, loss, accuracy, learning rate, speed, and the time that is left."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or SteadyConsole()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Prints what was logged, on the main process."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            self.console.print(_line(state, logs), highlight=False, soft_wrap=True)
+        elif "eval_loss" in logs:
+            self.console.print(f"evaluation loss {logs['eval_loss']:.4f}", highlight=False)
+        elif "train_runtime" in logs:
+            self.console.print(f"trained in {logs['train_runtime']:.1f} s", highlight=False)
+
+
+def _line(state, logs) -> str:
+    words = [
+        f"step {state.global_step:>5}/{state.max_steps}",
+        f"loss {float(logs['loss']):.4f}",
+        f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}",
+        f"lr {float(logs['learning_rate']):.2e}",
+        f"{logs['tokens_per_second']:,.0f} tokens/s",
+        *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
+        f"{duration(logs['eta_s'])} left",
+    ]
+    if "divergence" in logs:
+        words.insert(2, f"KL {float(logs['divergence']):.4f}")
+    return "  ".join(words)
+
+
 def print_plan(plan: dict[str, str], console: Console | None = None) -> None:
-    """Prints the plan as a table."""
-    table = Table("", "", title="training plan", show_header=False, title_justify="left")
-    for row in plan.items():
-        table.add_row(*map(Text, row))
-    (console or SteadyConsole()).print(table)
+    """Prints the plan, a line for each property."""
+    lines = ["training plan", *(f"  {name:15}  {text}" for name, text in plan.items())]
+    (console or SteadyConsole()).print("\n".join(lines), markup=False, soft_wrap=True)

@@ -56,10 +56,6 @@ class RecomputeSampler:
         parameters = {key: parse_yaml(value, f"recompute {key}") for key, _, value in pairs}
         return cls(SELECTORS.build(name, **parameters), low, high)
 
-    def share(self, draw: random.Random) -> float:
-        """The share of one prompt."""
-        return draw.uniform(self.low, self.high)
-
     def selector(self, share: float, draw: random.Random | None = None) -> Selection:
         """The selector of one prompt; one that draws itself gets its seed from ``draw``."""
         selection = self.selection.with_budget(share)

@@ -45,16 +45,17 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return None if found is None else Path(found)
 
 
-def is_finished(folder: str | Path) -> bool:
-    """Whether a run in this folder has ended: its state is written after its adapter."""
-    return all((Path(folder) / name).is_file() for name in (INFO_FILE, TRAINER_STATE_NAME))
+def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run in this folder has ended, and these settings do not make it longer.
 
-
-def is_longer(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a finished run would train longer by these settings, at a constant learning rate."""
+    Its state is written after its adapter. At a constant learning rate it may be trained longer.
+    """
+    if not all((folder / name).is_file() for name in (INFO_FILE, TRAINER_STATE_NAME)):
+        return False
+    if last_checkpoint(folder) is None or config["training"]["lr_scheduler_type"] != "constant":
+        return True
     old, new = _settings_of(folder)["training"], config["training"]
-    is_constant = new["lr_scheduler_type"] == "constant"
-    return is_constant and any(new[key] > old[key] for key in _LENGTH)
+    return not any(new[key] > old[key] for key in _LENGTH)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -29,9 +29,8 @@ from blocktune.training import launch_checks, resume
 from blocktune.training.checkpoint import settings
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.console import LogLines
 from blocktune.training.dataset import Sample, in_modes, own_wording, to_sample
-from blocktune.training.plan import make_plan, print_plan
+from blocktune.training.plan import LogLines, make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
 
 _HOLDERS = (DataArgs, BlockSFTConfig, ModelConfig)
@@ -55,11 +54,6 @@ class Parser(TrlParser):
         ValueError that names the file. The source of examples is left out if another one is typed.
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
-        for name, value in mapping(values.pop("env", {}), f"{path}: env").items():
-            try:
-                os.environ[str(name)] = str(value)
-            except ValueError as error:  # "A=B" is no name, and NUL no text of a variable
-                raise ValueError(f"{path}: env: {error}, got {name!r}: {value!r}") from None
         one_source, mixture = {"train_data", "train_limit"}, {"mixture"}
         for typed, instead in (("__mixture", one_source), ("__train_data", mixture)):
             if typed in self._typed:
@@ -209,10 +203,8 @@ def earlier_run(
     if wanted and named.lower() != "true":
         found = Path(named)
     else:
-        finished = resume.is_finished(folder)
-        found = resume.last_checkpoint(folder)
-        if finished and not (found and resume.is_longer(folder, config)):
-            found = folder
+        finished = resume.is_finished(folder, config)
+        found = folder if finished else resume.last_checkpoint(folder)
     if found is None and wanted:
         raise ValueError(f"resume_from_checkpoint: there is no checkpoint in '{folder}'")
     if found is not None:
@@ -228,8 +220,16 @@ def build(
 ) -> BlockSFTTrainer:
     """Loads base and data and makes the trainer."""
     launch_checks.refuse_missing_trackers(args.report_to)
-    launch_checks.refuse_frozen_quantised(args, choice)
-    model, tokenizer = load_base(choice)
+    launch_checks.refuse_settings(args, choice)
+    model, tokenizer = load.load_base(
+        choice.model_name_or_path,
+        dtype=choice.dtype or "auto",
+        device=str(PartialState().device),  # each process quantises onto its own
+        revision=choice.model_revision,
+        quantize=get_quantization_config(choice),
+        place=False,
+        what="base model",
+    )
     samples, evaluation = samples_of(data, args, tokenizer), None
     if data.eval_data:
         evaluation = load_examples(data.eval_data, limit=data.eval_limit, tokenizer=tokenizer)
@@ -253,37 +253,6 @@ def build(
 def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[str, dict]:
     """Every setting of a run, by group, as ``resolved_config.yaml`` holds it."""
     return {"data": vars(data).copy(), "model": vars(choice).copy(), "training": settings(args)}
-
-
-def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the base and its tokenizer by TRL's `ModelConfig`.
-
-    Raises ValueError if no model is named, it cannot be loaded, or an attention implementation is
-    asked for: blocktune attaches its own.
-    """
-    name = choice.model_name_or_path
-    if not name:
-        raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
-    if choice.attn_implementation is not None:
-        raise ValueError(
-            f"attn_implementation '{choice.attn_implementation}' does not support layouts; leave "
-            "it out and choose attention_execution: split, flex or dense"
-        )
-    quantised = choice.load_in_4bit or choice.load_in_8bit
-    if quantised and choice.dtype in (None, "auto"):
-        raise ValueError(
-            "a quantised base needs an explicit dtype to compute in; set dtype: bfloat16 "
-            "(on GPUs) or dtype: float32 (on CPUs)"
-        )
-    return load.load_base(
-        name,
-        dtype=choice.dtype or "auto",
-        device=str(PartialState().device),  # each process quantises onto its own
-        revision=choice.model_revision,
-        quantize=get_quantization_config(choice),
-        place=False,
-        what="base model",
-    )
 
 
 def samples_of(

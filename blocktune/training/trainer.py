@@ -97,9 +97,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             processing_class = processing_class or loaded
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.args, self.processing_class = args, tokenizer
-        self.collator = _checked_collator(data_collator, args, tokenizer)
         rope = require_supported(model)
-        self._num_tokens = link_base(model)
+        self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
         context = model.config.get_text_config().max_position_embeddings
         self.exact_tokens = rope.max_tokens
         self._longest = min(args.max_length or context, rope.max_tokens or context)
@@ -107,7 +106,13 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         info = self._describe(model)
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
-        self.collator = self._completed_collator(model, info)
+        layers = model.config.get_text_config().num_hidden_layers
+        self.collator = replace(
+            self.collator,
+            link_base=info.link_base(model, tokenizer),
+            num_tokens=link_base(model),  # with the links that are tokens
+            check_layer=args.sampler.check_layer(layers) if args.sampler else None,
+        )
         how, frozen = args.distillation, args.freeze_base or hasattr(model, "peft_config")
         teacher = find_teacher(args.distill_teacher, how, model, tokenizer, frozen)
         self.objective = Objective(args.attention_execution, how, teacher, rope)
@@ -148,19 +153,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         named |= {"layout": args.layout, "format": self.collator.format, "training": origin}
         return adapter_info(model, self.processing_class, **named)
 
-    def _completed_collator(self, model: nn.Module, info: AdapterInfo) -> BlockDataCollator:
-        args, layers = self.args, model.config.get_text_config().num_hidden_layers
-        return replace(
-            self.collator,
-            link_base=info.link_base(model, self.processing_class),
-            augmentation=args.augmentation,
-            num_tokens=link_base(model),
-            sampler=args.sampler,
-            check_layer=args.sampler.check_layer(layers) if args.sampler else None,
-            has_teacher=args.distillation.is_on,
-            seed=args.seed,
-        )
-
     def _finish(self, info: AdapterInfo) -> None:
         """What needs the Trainer's own set-up: the launch, the speed, the files."""
         args, model = self.args, self.model
@@ -180,27 +172,23 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         )
 
     def _prepare(self, rows: Rows, batch: int, pack_length: int | None = None) -> Prepared:
-        args, tokenizer, fmt = self.args, self.processing_class, self.collator.format
+        args = self.args
         if isinstance(rows, str | Mapping):
             raise ValueError(
                 f"a dataset must be rows, got {type(rows).__name__}; pass one split "
                 "(dataset['train']), or load_examples(PATH)"
             )
-        samples = [to_sample(row, tokenizer, fmt) for row in rows]
+        samples = [to_sample(row, self.processing_class, self.collator.format) for row in rows]
         if not (isinstance(rows, list) and rows and isinstance(rows[0], Sample)):
             samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
         return prepare(
             samples,
-            tokenizer,
-            fmt,
-            args.layout,
+            self.collator.reader,
             limit=self._longest,
             drop_long=args.long_examples == "drop",
             pack_length=pack_length,
             position_gap=args.position_jitter,
             multiple_of=batch * args.world_size if args.world_size > 1 else 1,
-            has_teacher=args.distillation.is_on,
-            num_tokens=self._num_tokens,
         )
 
     def _prepare_evaluation(self, rows: Rows | dict[str, Rows] | None) -> Any:
@@ -318,8 +306,9 @@ def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -
 
 
 def _checked_collator(
-    collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase
+    collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> BlockDataCollator:
+    """The collator with what the configuration says."""
     collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
     if not isinstance(collator, BlockDataCollator):
         name = type(collator).__name__
@@ -329,7 +318,14 @@ def _checked_collator(
             f"data_collator lays out {collator.layout}, the configuration says {args.layout}; "
             "make the collator with layout=args.layout"
         )
-    return collator
+    return replace(
+        collator,
+        num_tokens=num_tokens,
+        augmentation=args.augmentation,
+        sampler=args.sampler,
+        has_teacher=args.distillation.is_on,
+        seed=args.seed,
+    )
 
 
 class _Rhythm(TrainerCallback):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, attach_links
 from blocktune.adapter.load import load_model
 from blocktune.adapter.merge import merge_adapter
-from blocktune.cli import app
+from blocktune.commands import app
 from blocktune.engine import Engine
 from blocktune.links import installed_links, load_links
 

@@ -263,7 +263,7 @@ def test_it_is_not_merged(run, tmp_path):
 def test_the_card_says_what_it_acts_on(run):
     info = AdapterInfo.load(run / "out")
     text = card("me/mine", info, "org/base", CardFacts(license="mit"), [])
-    assert "encode: LoRA acts on rows of chunks only; PEFT alone would apply it to all" in text
+    assert "LoRA acts on rows of chunks only; PEFT alone would apply it to all" in text
     plain = AdapterInfo("org/base", "a", "b", LayoutSpec(), PromptFormat())
     assert "LoRA acts on" not in card("me/mine", plain, "org/base", CardFacts(license="mit"), [])
 

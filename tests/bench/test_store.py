@@ -5,7 +5,7 @@ import json
 from typer.testing import CliRunner
 
 from blocktune.bench.store import _lookups
-from blocktune.cli import app
+from blocktune.commands import app
 
 
 def test_a_small_run_reports_every_number(small_benches):

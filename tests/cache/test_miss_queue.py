@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from blocktune.cache import ChunkStore, key_after
 from blocktune.cache.shelf import MissQueue, Wanted
-from blocktune.cli import app
+from blocktune.commands import app
 from blocktune.engine import Engine
 from blocktune.testing import small_engine
 

@@ -230,7 +230,7 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("foo://x/y", r"cannot open a store there \(Protocol not known: foo\); give"),
+        ("foo://x/y", r"no store opens there \(Protocol not known: foo\); name a folder, valkey:"),
         ("valkey://127.0.0.1:1/0", r"cannot read the store 'valkey://127.0.0.1:1/0': Connection"),
     ],
 )

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from blocktune.check import families
 from blocktune.check.families import check_families, check_family, model_types
-from blocktune.cli import app
+from blocktune.commands import app
 
 EXACT = ("llama", "cohere2", "gpt_neox", "stablelm", "nemotron", "gpt_oss", "afmoe", "deepseek_v3")
 EXACT += ("dbrx", "phi4_multimodal", "cohere_compass_text")

@@ -5,7 +5,7 @@ from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
 from typer.testing import CliRunner
 
-from blocktune.cli import app
+from blocktune.commands import app
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,7 @@ def test_one_question_is_answered_with_its_usage(blocktune, ask, model):
     record = ask()
     usage = record["usage"]
     assert record.keys() == {"id", "question", "answer", "method", "usage"}
+    assert record["id"] is None
     assert record["method"] == "naive"
     assert usage["chunk_misses"] == 2
     assert usage["recompute_ratio"] == 0
@@ -199,6 +200,11 @@ def test_bench_gives_the_ratios(small_benches, blocktune, tmp_path):
     assert json.loads(path.read_text()) == found
 
 
+def test_a_folder_for_numbers_is_refused_before_they_are_measured(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr("blocktune.bench.attention.bench_attention", None)
+    assert "is a directory" in refused("bench", "attention", "--output", tmp_path)
+
+
 def test_check_says_whether_reuse_is_sound(blocktune, model):
     done = blocktune("check", "--model", model, "--json")
     checks = json.loads(done.stdout)["checks"]
@@ -212,8 +218,7 @@ def test_layer_ranges_are_profiled(blocktune, model, questions):
     found = json.loads(blocktune("profile-layers", *profile, "--json").stdout)
     assert [(one["first_layer"], one["num_layers"]) for one in found] == [(0, 1), (1, 1), (0, 2)]
     assert found[-1]["efficient"]
-    shown = blocktune("intervals", *profile, "--limit", 1)
-    assert "is now `blocktune profile-layers`" in shown.stderr
+    shown = blocktune("profile-layers", *profile, "--limit", 1)
     headings = ["first_layer", "ratio", "layers", "divergence", "agreement"]
     assert shown.stdout.split()[:5] == headings
     assert "100%" in shown.stdout

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from blocktune.cli import app
+from blocktune.commands import app
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 300

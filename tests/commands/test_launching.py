@@ -9,7 +9,7 @@ from blocktune.commands import train as launching
 
 PROGRAM = """
 import os, sys, typer
-from blocktune.commands.errors import OneLineErrors
+from blocktune.commands.application import OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from blocktune import cli
 from blocktune.adapter import AdapterInfo
-from blocktune.commands.errors import explain
+from blocktune.commands.application import explain
 from blocktune.data import RagExample, write_jsonl
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
@@ -161,7 +161,8 @@ def test_questions_given_twice_or_not_at_all(refused, model, questions):
     assert "no file 'none.jsonl'" in refused("answer", "--model", model, "--input", "none.jsonl")
 
 
-def test_a_wording_that_is_none(refused, model, tmp_path):
+def test_a_wording_that_is_none(refused, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("blocktune.engine.Engine.from_pretrained", None)  # it is found before
     ask, path = ("answer", "--model", model, *QUESTION, *CHUNK, "--format"), tmp_path / "f.yaml"
     assert "no prompt format at" in refused(*ask, path)
     for text, word in (
@@ -171,6 +172,16 @@ def test_a_wording_that_is_none(refused, model, tmp_path):
     ):
         path.write_text(text)
         assert word in refused(*ask, path)
+    (tmp_path / "d.jsonl").write_text('{"text": "Kirby is small."}\n')
+    encode = ("encode", "-m", model, "-i", tmp_path / "d.jsonl", "--store", tmp_path / "store")
+    assert "instructon" in refused(*encode, "--format", path)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_file_named_as_a_text(refused, model):
+    line = refused("answer", "-m", model, *QUESTION, *CHUNK, "-c", "@notes.txt")
+    assert "--chunk is a text, got '@notes.txt'; for what a file holds write --chunk \"$(" in line
+    assert "--question is a text" in refused("answer", "-m", model, "-q", "@q.txt", *CHUNK)
 
 
 def test_the_only_line_of_a_file_is_not_taken_for_a_torn_answer(refused, model, tmp_path):
@@ -293,3 +304,34 @@ def test_a_reader_that_stops_early_is_no_error():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert not process.stderr.read()
+
+
+STOPPED = """
+import os, signal, sys
+from blocktune.cli import main
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Stop())
+sys.argv[1:] = ["answer", "-m", "none", "-q", "Who?", "-c", "Anna."]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("typer", ""),
+        ("blocktune.commands.store", ""),
+        ("blocktune.commands.answering", "stopped\n"),
+        ("torch", "stopped\n"),
+    ],
+)
+def test_ctrl_c_while_packages_are_imported(module, said):
+    program = [sys.executable, "-c", STOPPED.format(module=module)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", said)

@@ -23,7 +23,7 @@ from blocktune.cache.blobs import SECRET
 from blocktune.cache.folder import WRITING, chunk_path
 from blocktune.cache.ledger import INDEX
 from blocktune.cache.shelf import Shelf
-from blocktune.cli import app
+from blocktune.commands import app
 
 CHUNKS = [made_chunk(5, seed=seed) for seed in (0, 10)]
 OTHER = made_chunk(7, seed=20, fingerprint=OTHER_MODEL)

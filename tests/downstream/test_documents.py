@@ -14,11 +14,12 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from blocktune.cli import app
-from blocktune.commands.methods import markdown_table
+from blocktune.commands import app
 from blocktune.data import load_examples
 from blocktune.evaluation.suite import parse_suite
 from blocktune.methods import build, describe_all
+from blocktune.methods.describe import GROUPS
+from blocktune.tables import Table
 from blocktune.testing import small_engine
 from blocktune.training.dataset import to_sample
 from blocktune.training.run import Parser
@@ -127,13 +128,25 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
 
 
+METHODS = (ROOT / "docs/methods.md", "<!-- methods -->\n", "\n<!-- end of methods -->")
+
+
+def table_of_methods() -> str:
+    found = describe_all()
+    entries = [e for group in GROUPS for e in found if e.group == group and e.kind == "method"]
+    rows = []
+    for one in entries:
+        decides = [*one.axes, *([f"weights: {one.weights}"] if one.weights != "any" else [])]
+        place = one.source.removeprefix("https://").removeprefix("arxiv.org/abs/")
+        source = f"[{place}]({one.source})"
+        rows.append((f"`{one.name}`", one.summary, ", ".join(decides) or "-", source))
+    return Table(("method", "what it does", "decides", "source"), rows).markdown()
+
+
 def test_the_docs_hold_the_table_of_methods():
-    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
-    _, start, rest = text.partition("<!-- methods: blocktune methods --markdown -->\n")
-    table, end, _ = rest.partition("\n<!-- end of methods -->")
-    assert start
-    assert end
-    assert table == markdown_table(describe_all()), "put `blocktune methods --markdown` there"
+    path, start, end = METHODS
+    table = path.read_text(encoding="utf-8").partition(start)[2].partition(end)[0]
+    assert table == table_of_methods(), "python tests/downstream/test_documents.py writes it"
 
 
 def test_the_card_of_the_tiny_model_states_its_numbers():
@@ -283,3 +296,10 @@ def test_the_commands_of_a_page_run_one_after_the_other(name, there):
         assert done.exit_code == 0, f"{words}\n{done.output}\n{done.exception!r}"
         ran.append(own[0])
     assert RUN[name] <= set(ran)
+
+
+if __name__ == "__main__":
+    path, start, end = METHODS
+    head, _, rest = path.read_text(encoding="utf-8").partition(start)
+    tail = rest.partition(end)[2]
+    path.write_text(head + start + table_of_methods() + end + tail, encoding="utf-8")

@@ -9,7 +9,7 @@ from hub.support import online, put_base
 from training.runs import write_run
 from typer.testing import CliRunner
 
-from blocktune.cli import app
+from blocktune.commands import app
 from blocktune.data import RagExample
 from blocktune.engine import Engine
 from blocktune.prompt import Chunk

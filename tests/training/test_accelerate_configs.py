@@ -12,9 +12,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from training.runs import write_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes/accelerate"
-ZERO = {"zero2": (2, False), "zero2_offload": (2, True)}
-ZERO |= {"zero3": (3, False), "zero3_offload": (3, True)}
-FSDP = {"fsdp2": False, "fsdp2_offload": True}
+OFFLOAD = {
+    "zero2": ("--offload_optimizer_device", "cpu"),
+    "zero3": ("--offload_optimizer_device", "cpu", "--offload_param_device", "cpu"),
+    "fsdp2": ("--fsdp_offload_params", "true"),
+}
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def launched(monkeypatch):
 
 
 def test_every_file_is_looked_at():
-    assert {p.stem for p in FOLDER.glob("*.yaml")} == {"single", "ddp", *ZERO, *FSDP}
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == {"single", "ddp", *OFFLOAD}
     for path in FOLDER.glob("*.yaml"):
         first = path.read_text().splitlines()[0]
         assert first.startswith(f"# accelerate launch --config_file recipes/accelerate/{path.name}")
@@ -46,10 +48,10 @@ def test_one_process_or_one_per_gpu(launched):
     assert launched("ddp")[0] == "multi_gpu_launcher"
 
 
-@pytest.mark.parametrize("name", ZERO)
-def test_deepspeed_reads_its_stage_and_offload(name, launched, monkeypatch):
-    stage, offload = ZERO[name]
-    launcher, args = launched(name)
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
+def test_deepspeed_reads_its_stage_and_offload(name, stage, offload, launched, monkeypatch):
+    launcher, args = launched(name, *OFFLOAD[name] * offload)
     assert launcher == "deepspeed_launcher"
     for variable, value in prepare_deepspeed_cmd_env(args)[1].items():
         monkeypatch.setenv(variable, value)
@@ -72,11 +74,11 @@ def test_deepspeed_on_several_machines_needs_no_hostfile(name, launched):
     assert (args.nproc_per_node, args.nnodes, args.node_rank) == ("8", "2", 1)
 
 
-@pytest.mark.parametrize("name", FSDP)
+@pytest.mark.parametrize("offload", [False, True])
 def test_fsdp_reads_its_version_and_offload_and_is_refused_on_cpus(
-    name, launched, monkeypatch, tmp_path, capsys
+    offload, launched, monkeypatch, tmp_path, capsys
 ):
-    launcher, args = launched(name)
+    launcher, args = launched("fsdp2", *OFFLOAD["fsdp2"] * offload)
     assert launcher == "multi_gpu_launcher"
     for variable, value in prepare_multi_gpu_env(args).items():
         monkeypatch.setenv(variable, value)
@@ -85,7 +87,7 @@ def test_fsdp_reads_its_version_and_offload_and_is_refused_on_cpus(
     assert plugin.reshard_after_forward is True
     assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
     assert plugin.cpu_ram_efficient_loading is False
-    assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) is FSDP[name]
+    assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) is offload
     recipe = FOLDER.parent / "train.py"
     monkeypatch.setattr("sys.argv", [str(recipe), "--config", str(write_run(tmp_path))])
     with pytest.raises(SystemExit, match="2"):

@@ -9,7 +9,7 @@ from training.toy import toy_examples, toy_tokenizer
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import BlockDataCollator
-from blocktune.training.dataset import best_fit, in_modes, prepare, to_pieces
+from blocktune.training.dataset import PartReader, best_fit, in_modes, prepare, to_pieces
 
 PART = {
     "prefix": [9], "chunks": [[11, 12], [13]], "query": [14, 15], "answer": [16, 17],
@@ -42,9 +42,8 @@ def test_collated_block_batch():
 def prepared(examples, fmt=None, both=False, block_share=1.0, seed=0, **options):
     samples = in_modes(examples, block_share, both, seed)
     options = {"limit": 500} | options
-    return prepare(
-        samples, toy_tokenizer(), fmt or PromptFormat(), LayoutSpec(num_links=2), **options
-    )
+    read = PartReader(toy_tokenizer(), fmt or PromptFormat(), LayoutSpec(num_links=2))
+    return prepare(samples, read, **options)
 
 
 def parts(dataset) -> list[dict]:

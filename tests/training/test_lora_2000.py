@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from blocktune.cli import app
+from blocktune.commands import app
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "eval" / "training" / "lora_2000.py"

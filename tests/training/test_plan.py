@@ -13,9 +13,11 @@ from training.toy import toy_model
 from transformers import TrainerState
 
 from blocktune.tables import written
-from blocktune.training.console import LogLines, SteadyConsole, duration
 from blocktune.training.plan import (
+    LogLines,
     Speedometer,
+    SteadyConsole,
+    duration,
     expected_peak,
     make_plan,
     matmul_rate,

@@ -1,4 +1,7 @@
-"""Mistakes as one line on standard error and exit code 2; tracebacks only when asked for."""
+"""The application: how commands are registered, and how their errors are shown.
+
+Mistakes are one line on standard error and exit code 2; tracebacks only when asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ import locale
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
+
+import blocktune
 
 EXTRAS = {
     "train": ("trl", "peft", "accelerate"),
@@ -22,7 +29,6 @@ EXTRAS = {
     "gguf": ("gguf",),
 }
 """Packages by the extra that they come with."""
-RENAMED = {"intervals": "profile-layers"}  # commands of earlier versions, and their names now
 FAILURES = "BLOCKTUNE_FAILURES"
 """Variable of launched processes: a folder to leave ``RANK.txt`` in, instead of printing."""
 PLUGIN = "--plugin"
@@ -33,20 +39,16 @@ USAGE_ERROR = typer.BadParameter.__base__
 class OneLineErrors(TyperGroup):
     """Shows what a user can fix as one line: wrong options or values, missing files or extras."""
 
-    def get_command(self, ctx, cmd_name):
-        """Finds a command, also by its old name."""
-        if cmd_name in RENAMED:
-            _say(f"note: `blocktune {cmd_name}` is now `blocktune {RENAMED[cmd_name]}`")
-        return super().get_command(ctx, RENAMED.get(cmd_name, cmd_name))
-
     def parse_args(self, ctx, args):
         """Takes ``--plugin X`` anywhere on the line, before the command or among its options."""
         with _one_line("--debug" in args):
             return super().parse_args(ctx, plugins_first(args))
 
     def invoke(self, ctx):
-        """Runs the command."""
+        """Runs the command; ``ctx.obj`` is what the entry point wants called before."""
         with _one_line(ctx.params["debug"]):
+            if ctx.obj is not None:
+                ctx.obj()
             return super().invoke(ctx)
 
 
@@ -140,3 +142,73 @@ def _full(error: Exception) -> str:
         "(pack_length, max_length), gradient_checkpointing: true, or a 4-bit base "
         "(load_in_4bit, --quantize nf4)"
     )
+
+
+def teach(*lines: str) -> str:
+    """An epilogue of examples; commands are coloured, explanations are not."""
+    shown = (f"  [cyan]{x}[/cyan]" if x.startswith(("blocktune", " ")) else x for x in lines)
+    return "\n".join(["[bold]Examples[/bold]", *shown])
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog=teach(
+        "blocktune data write 'worlds:test?n=500' --output out/test.jsonl",
+        "blocktune answer --model data/tiny --input out/test.jsonl --limit 1",
+        "blocktune train --config recipes/block_attention.yaml",
+        "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
+        "Every command has its own examples: blocktune COMMAND --help",
+    ),
+)
+
+
+def command(name: str, *examples: str, of: typer.Typer = app, **settings: Any) -> Callable:
+    """Registers a function as a command of a group, whose help ends in examples (see `teach`)."""
+    return of.command(name, epilog=teach(*examples), **settings)
+
+
+def new_group(name: str, text: str, *examples: str) -> typer.Typer:
+    """A group of commands below the application."""
+    made = typer.Typer(
+        no_args_is_help=True,
+        help=text,
+        rich_markup_mode="rich",
+        epilog=teach(*examples) if examples else None,
+    )
+    app.add_typer(made, name=name)
+    return made
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"blocktune {blocktune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, Option("--debug", envvar="BLOCKTUNE_DEBUG", help="Show tracebacks of errors.")
+    ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        Option(
+            PLUGIN,
+            metavar="FILE|MODULE",
+            help="Python file or module that adds methods, selectors or reshapes; repeatable, for "
+            "any command. Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune, cache and reuse retrieved chunks with any RoPE decoder of Hugging Face."""
+    from blocktune import plugins
+
+    for name in plugin or ():
+        plugins.add(name)
