@@ -37,7 +37,7 @@ def pieces_of(tokenizer, followups=FOLLOWUPS, response=SAID):
 
 def test_a_reply_that_ends_in_plain_text_is_refused():
     """Its answer ends in EOS, which the template does not write when the user goes on."""
-    with pytest.raises(ValueError, match="ends a reply in another way"):
+    with pytest.raises(ValueError, match="ends a reply differently"):
         pieces_of(family("smolvlm"))
 
 
