@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -142,6 +142,19 @@ class RowFile:
         self._rows, self._own = self._known(), self._of(self._part)
         self._begun = False
 
+    def refuse_loss(self, asked: Collection[tuple[str, str]]) -> None:
+        """Raises ValueError if it answers questions, by task and id, that are not ``asked``.
+
+        `merge` would drop those; an outdated answer to a question that is asked it may replace.
+        """
+        found = {(row.task, row.id) for path in self._paths() for row in read_rows(path)}
+        if lost := found - set(asked):
+            raise ValueError(
+                f"'{self.path}' has answers to {len(lost)} questions that this run does not ask, "
+                f"such as {min(lost)[1]!r}, and would lose them; give another output folder, or "
+                "move this one away"
+            )
+
     def __contains__(self, key: str) -> bool:
         return key in self._rows
 
@@ -163,19 +176,21 @@ class RowFile:
         known = self._known()
         rows = [known[key] for key in self.keys]
         replace_text(self.path, _lines(rows))
-        for part in self._parts():
+        for part in self._paths()[1:]:
             part.unlink()
         return rows
 
     def _known(self) -> dict[str, Row]:
-        return {k: row for path in (self.path, *self._parts()) for k, row in self._of(path).items()}
+        return {k: row for path in self._paths() for k, row in self._of(path).items()}
 
     def _of(self, path: Path) -> dict[str, Row]:
         wanted = set(self.keys)
         return {row.key: row for row in read_rows(path) if row.key in wanted}
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.part*.jsonl"))
+    def _paths(self) -> list[Path]:
+        """The file and its parts."""
+        parts = self.path.parent.glob(f"{glob.escape(self.path.stem)}.part*.jsonl")
+        return [self.path, *sorted(parts)]
 
 
 def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:

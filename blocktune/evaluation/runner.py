@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import groupby
@@ -98,23 +98,14 @@ def run_suite(
         What ``results.json`` holds, see `build_results`; None in all processes but the main one.
 
     Raises:
-        ValueError: In one line and before the first question, if anything cannot be run.
+        ValueError: In one line and before the first question, if anything cannot be run, or the
+            folder has answers to other questions than these, which a smaller run would drop.
     """
     processes = processes or Processes()
     output, ready = Path(output), prepare(suite, load)
     (output / ROWS).mkdir(parents=True, exist_ok=True)
-    with _alone(output / ROWS) if processes.is_main else nullcontext():
+    with locked(output / ".lock") if processes.is_main else nullcontext():
         return _run(ready, output, command, processes)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    lock = folder / ".lock"
-    with locked(lock):
-        try:
-            yield
-        finally:
-            lock.unlink()
 
 
 def _run(
@@ -141,7 +132,9 @@ def _run(
 def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
     fingerprint = ready.engines[spec.adapter].fingerprint
     keys = [row_key(spec, q.task, q.example, fingerprint) for q in ready.questions]
-    return RowFile(output / ROWS, spec.label, keys, processes.rank)
+    file = RowFile(output / ROWS, spec.label, keys, processes.rank)
+    file.refuse_loss({(q.task.name, q.example.id or q.name) for q in ready.questions})
+    return file
 
 
 def _answer_all(

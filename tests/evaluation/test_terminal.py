@@ -93,6 +93,17 @@ def test_no_column_of_the_table_is_cut(width):
     assert set(METHODS) <= {line[0] for line in lines}
 
 
+def test_a_loss_of_more_than_the_gap_is_not_written_as_a_share_of_it():
+    results = json.loads(json.dumps(fake_results()))
+    gaps = {"no-context": -6.58, "naive": 0.0, "epic": -0.4, "cacheblend": -1.0, "kvlink": 1.2}
+    for label, gap in gaps.items():
+        results["methods"][label]["score_gap_recovered"] = gap
+    cells = {row[0]: row[-1] for row in results_table(results).rows}
+    shown = [cells[label] for label in gaps]
+    assert shown == ["< -100 %", "0 %", "-40 %", "-100 %", "120 %"]
+    assert any(one.startswith("epic closes none of that gap") for one in findings(results))
+
+
 def test_names_in_brackets_are_no_markup():
     console = Console(width=80, record=True, file=io.StringIO())
     names = ("[bold]x", "a[k]b", "t[x]", "n[/y]", "m[z]")

@@ -19,7 +19,8 @@ NOTE = (
     "Scores in %, with half their 95 % interval (EM: exact match). Adj. F1: over the questions "
     "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomp.: "
     "share of the context's tokens recomputed, over all layers. Of full: time to first token "
-    "(TTFT) as a share of full prefill's. Gap: share of the way from naive reuse to full prefill."
+    "(TTFT) as a share of full prefill's. Gap: share of the way from naive reuse to full prefill; "
+    "below 0: worse than naive reuse."
 )
 MOST_GROUPS = 6
 """Tasks and kinds that fit beside each other; of more, only the mean over all is shown."""
@@ -79,7 +80,7 @@ _COSTS = {
     "re-\ncomp.": ("share", "recompute_ratio"),
     "TTFT\nms": ("ms", "ttft_s"),
     "of\nfull": ("ratio", "ttft_over_full_prefill"),
-    "gap": ("share", "score_gap_recovered"),
+    "gap": ("gap", "score_gap_recovered"),
 }
 
 

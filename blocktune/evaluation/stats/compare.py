@@ -215,12 +215,12 @@ def _gain(methods: Mapping[str, Any], label: str) -> str:
     summary = methods[label]
     if summary["score_gap_recovered"] is None:
         return f"{label}: the gap is too uncertain for a share of it."
-    low, high = summary["score_gap_recovered_ci95"]
     fresh = summary["recompute_ratio"]
     cost = f"recomputing {100 * fresh:.0f} % of the context" if fresh else "recomputing nothing"
     ratio = summary["ttft_over_full_prefill"]
     time = f", first token after {ratio:.2f} of full prefill's time" if ratio else ""
-    share = f"{100 * summary['score_gap_recovered']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    closed, ci95 = summary["score_gap_recovered"], summary["score_gap_recovered_ci95"]
+    share = with_interval("gap", closed, ci95) if closed >= 0 else "none"
     return f"{label} closes {share} of that gap, {cost}{time}."
 
 
