@@ -16,7 +16,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking.chunkers import sentences_of
+from blocktune.data.chunking import sentences_of
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import Chunk, PromptFormat, make_pieces

@@ -140,7 +140,7 @@ def test_mix(blocktune, tmp_path):
 def musique(monkeypatch):
     """The Hub, which knows but MuSiQue."""
     rows = [Record(f"record {index}", MUSIQUE) for index in range(4)]
-    for where in ("sources.load", "retrieval"):
+    for where in ("retrieval", "sources.load"):  # the second is imported by the first
         monkeypatch.setattr(f"blocktune.data.{where}.open_records", lambda *_: iter(rows))
     return {"dgslibisey/MuSiQue": "CC BY 4.0"}
 
