@@ -92,7 +92,7 @@ def compare(
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""
-    from blocktune.evaluation.stats.compare import compare, compare_table
+    from blocktune.evaluation.compare import compare, compare_table
 
     changes = compare(before, after, seed=seed)
     if as_json:

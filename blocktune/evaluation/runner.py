@@ -19,8 +19,8 @@ from rich.progress import Progress
 from blocktune.data import RagExample
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, TaskQuestion, load_engine, prepare
+from blocktune.evaluation.results import RESULTS, build_results
 from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, digest_of, make_row, row_key
-from blocktune.evaluation.stats.results import RESULTS, build_results
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import locked, replace_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blocktune.evaluation.stats.compare import verdict
+from blocktune.evaluation.compare import verdict
 from blocktune.tables import Table, with_half, with_interval, written
 
 Results = Mapping[str, Any]

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from blocktune.evaluation.compare import power_notes
 from blocktune.evaluation.report.charts import draw_results
+from blocktune.evaluation.results import RESULTS
 from blocktune.evaluation.runner import launched, run_suite
-from blocktune.evaluation.stats.compare import power_notes
-from blocktune.evaluation.stats.results import RESULTS
 from blocktune.evaluation.suite import Suite
 from blocktune.tables import Table, with_half, written
 

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from operator import gt, lt
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+from blocktune.evaluation.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
 from blocktune.evaluation.rows import Row, read_all
-from blocktune.evaluation.stats.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
-from blocktune.evaluation.stats.significance import ALPHA, PairedScores, holm, p_value, power
+from blocktune.evaluation.significance import ALPHA, difference, holm, p_value, power
 from blocktune.parsing import load_json
 from blocktune.tables import Table, with_interval, written
 
@@ -23,7 +24,7 @@ class Change(NamedTuple):
     before: float  # score in A
     after: float  # score in B
     mean: float  # the difference, with its interval ``ci95``
-    ci95: tuple[float, float]
+    ci95: list[float]
     p: float  # for this comparison alone; ``p_holm``: for all methods of the table together
     p_holm: float
     wins: int  # questions on which B is better; ``losses``: on which A is
@@ -56,13 +57,10 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
     adjusted, changes = holm(p), []
     for label, (a, b) in pairs.items():
-        scored = PairedScores({"old": a, "new": b})
-        mean, *ci95 = scored.difference("new", "old")
-        able = power(b, a, p=p[label], p_holm=adjusted[label])
-        means = scored.mean("old").mean, scored.mean("new").mean, mean
+        above, able = difference(b, a), power(b, a, p[label], adjusted[label])
         wins, losses = sum(map(gt, b, a)), sum(map(lt, b, a))
         tested = p[label], adjusted[label], wins, losses, able and able.n_needed
-        changes.append(Change(label, len(a), *means, tuple(ci95), *tested))
+        changes.append(Change(label, len(a), fmean(a), fmean(b), above.mean, above.ci95, *tested))
     return changes
 
 
