@@ -160,13 +160,12 @@ def report(
 @command(
     "tune",
     "blocktune tune --config eval/tuning/psr.yaml --output out/tuned",
-    "blocktune tune --config eval/tuning/psr.yaml --output out/tuned --processes 2",
+    "torchrun --nproc_per_node 2 -m blocktune.cli tune --config eval/tuning/psr.yaml -o out/tuned",
     "A stopped command continues where it stopped: repeat it.",
 )
 def tune(
     config: Annotated[Path, Option(help="YAML of the run; see eval/tuning/.")],
-    output: Annotated[Path, Option(help="Folder for rows and tuned.json.")],
-    processes: Annotated[int, Option(min=1, help="Processes that share the questions.")] = 1,
+    output: Annotated[Path, Option("--output", "-o", help="Folder for rows and tuned.json.")],
     limit: opt.Limit = None,
     model: Annotated[str | None, Option(help="Overrides the model of the file.")] = None,
     as_json: opt.AsJson = False,
@@ -184,7 +183,9 @@ def tune(
     from blocktune.tables import Table
 
     with resumable(f"the rows so far are in {output}"):
-        found = run(spec, output, processes=processes)
+        found = run(spec, output)
+    if found is None:  # of several processes the main one reports
+        return
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

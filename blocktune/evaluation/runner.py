@@ -45,10 +45,6 @@ class Processes:
         """Whether this process merges, times and reports."""
         return self.rank == 0
 
-    def placed(self, suite: Suite) -> Suite:
-        """The suite on this process's own device."""
-        return suite if self.device is None else replace(suite, device=self.device)
-
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of ``items``; all processes must be given the same ones."""
         return items[self.rank :: self.count]
@@ -92,7 +88,7 @@ def run_suite(
         output: Folder for ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``.
         command: What the user typed, for the provenance; by default ``sys.argv``.
         load: How weights are loaded.
-        processes: Those that share the run; by default this one alone.
+        processes: Those that share the run; by default those of the launcher, or this one alone.
 
     Returns:
         What ``results.json`` holds, see `build_results`; None in all processes but the main one.
@@ -101,7 +97,9 @@ def run_suite(
         ValueError: In one line and before the first question, if anything cannot be run, or the
             folder has answers to other questions than these, which a smaller run would drop.
     """
-    processes = processes or Processes()
+    processes = processes or launched()
+    if processes.device is not None:
+        suite = replace(suite, device=processes.device)
     output, ready = Path(output), prepare(suite, load)
     (output / ROWS).mkdir(parents=True, exist_ok=True)
     with locked(output / ".lock") if processes.is_main else nullcontext():

@@ -13,6 +13,7 @@ from zlib import crc32
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
@@ -168,33 +169,14 @@ def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Writes each line's name at its right end, moved apart where ends are close.
+    """Names the lines on the right, in the order in which they end there, each in its colour.
 
-    ``ends`` are name -> height of the end in data, and colour; ``axes`` has its final limits.
+    ``ends`` are name -> height of the end in data, and colour.
     """
-    figure, low, high = axes.figure, *axes.get_ylim()
-    ranked = sorted(ends, key=lambda name: ends[name][0])
-    made = {
-        name: axes.annotate(
-            name, (1, (ends[name][0] - low) / (high - low)), xycoords="axes fraction",
-            xytext=(8, 0), textcoords="offset points", va="center", fontsize=SMALL,
-            color=ends[name][1], annotation_clip=False,
-        )
-        for name in ranked
-    }  # fmt: skip
-    figure.draw_without_rendering()  # reserves their width
-    room = axes.get_window_extent()
-    gap = 1.15 * max(text.get_window_extent().height for text in made.values())
-    heights = [room.height * made[name].xy[1] for name in ranked]
-    for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + gap)
-    heights[-1] = min(heights[-1], room.height)
-    for index in range(len(heights) - 2, -1, -1):
-        heights[index] = min(heights[index], heights[index + 1] - gap)
-    for name, height in zip(ranked, heights, strict=True):
-        text = made[name]
-        shift = (height - room.height * text.xy[1]) * 72 / figure.dpi
-        text.set_position((8, shift))
+    ranked = sorted(ends, key=lambda name: -ends[name][0])
+    lines = [Line2D([], [], color=ends[name][1]) for name in ranked]
+    look = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": SMALL, "frameon": False}
+    axes.legend(lines, ranked, labelcolor="linecolor", handlelength=0.8, **look)
 
 
 def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:

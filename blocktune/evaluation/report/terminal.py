@@ -11,7 +11,7 @@ from rich.console import Console
 from blocktune.evaluation.compare import power_notes
 from blocktune.evaluation.report.charts import draw_results
 from blocktune.evaluation.results import RESULTS
-from blocktune.evaluation.runner import launched, run_suite
+from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import Suite
 from blocktune.tables import Table, with_half, written
 
@@ -36,9 +36,7 @@ def run_and_show(
 
     Returns the results; None in all processes but the main one.
     """
-    processes = launched()
-    suite = processes.placed(suite)
-    results = run_suite(suite, output, command=command, processes=processes)
+    results = run_suite(suite, output, command=command)
     if results is None:
         return None
     count = max(summary["n"] for summary in results["methods"].values())
