@@ -18,7 +18,6 @@ from blocktune.evaluation.report.style import (
     Ground,
     as_share,
     label_ends,
-    label_points,
     mark,
     to_png,
     zoom,
@@ -97,19 +96,21 @@ def draw_trace(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Pa
     slowest = max(cell["ttft_s"] for cell in cells)
 
     def draw(figure: Figure, ground: Ground) -> None:
-        axes, ends = figure.subplots(), {}
+        axes, places, ends = figure.subplots(), {}, {}
         zoom(axes, ground, zoomed_start([cell["ci95"][0] for cell in cells]), "score")
         for cell in cells:
             place, label = cell["stored_bytes"] / (1 << 20), cell["method"]
             look = mark(ground, label) | {"markersize": 3 + 8 * cell["ttft_s"] / slowest}
             reach = [[abs(cell["score"] - end)] for end in cell["ci95"]]
             axes.errorbar(place, cell["score"], yerr=reach, elinewidth=1, clip_on=False, **look)
-            ends.setdefault(label, []).append((place, cell["score"]))
-        for label, own in ends.items():
-            axes.plot(*zip(*own, strict=True), color=mark(ground, label)["color"], lw=1, zorder=1)
+            places.setdefault(label, []).append((place, cell["score"]))
+        for label, own in places.items():
+            color = mark(ground, label)["color"]
+            axes.plot(*zip(*own, strict=True), color=color, lw=1, zorder=1)
+            ends[label] = own[-1][1], color
         axes.set_xlabel("MiB stored")
         axes.set_title(f"Trace {title}: score against storage\n(larger: slower first token)")
-        label_points(axes, ground, [(*own[-1], label) for label, own in ends.items()])
+        label_ends(axes, ends)
 
     return to_png(draw, path, 4.2, width=6.5)
 

@@ -1,4 +1,4 @@
-"""How pictures look: one colour and marker for each method, direct labels, marked zooms."""
+"""How pictures look: one colour and marker for each method, named by legends; marked zooms."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
-from matplotlib.transforms import Bbox
 
 from blocktune.files import replacing
 
@@ -179,37 +177,8 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     axes.legend(lines, ranked, labelcolor="linecolor", handlelength=0.8, **look)
 
 
-def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each point's name beside it, at the nearest place that no other name or point has."""
-    figure = axes.figure
-    figure.draw_without_rendering()
-    scale, inside = figure.dpi / 72, figure.bbox
-    centres = [axes.transData.transform(point[:2]) for point in points]
-    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, *[8 * scale] * 2) for x, y in centres]
-    turns = [
-        (math.cos(a), math.sin(a)) for a in (0, math.pi, *(k * math.pi / 8 for k in range(16)))
-    ]
-    for (x, y, name), (px, _) in zip(points, centres, strict=True):
-        text = axes.annotate(
-            name, (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=SMALL,
-            color=mark(ground, name)["color"], in_layout=False, annotation_clip=False, zorder=6,
-            path_effects=[withStroke(linewidth=2, foreground=ground.paper)],
-        )  # fmt: skip
-        if px > axes.get_window_extent().x0 + 0.75 * axes.get_window_extent().width:
-            order = [(-c, s) for c, s in turns]
-        else:
-            order = turns
-        for radius, (c, s) in ((r, turn) for r in range(8, 120, 7) for turn in order):
-            text.set_ha("left" if c > 0.3 else "right" if c < -0.3 else "center")
-            text.set_position((radius * c, radius * s))
-            box = text.get_window_extent()
-            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1
-            if fits and axes.bbox.y0 <= box.y0 and not any(map(box.overlaps, taken)):
-                break
-        if radius > 15:
-            axes.annotate(
-                "", (x, y), xytext=(radius * c, radius * s), textcoords="offset points",
-                annotation_clip=False, in_layout=False, zorder=1,
-                arrowprops={"arrowstyle": "-", "color": ground.series[1], "linewidth": 0.6},
-            )  # fmt: skip
-        taken.append(box)
+def name_points(figure: Figure, ground: Ground, names: Mapping[str, str]) -> None:
+    """Names points (label -> text) below the picture, each beside its colour and marker."""
+    points = [Line2D([], [], linestyle="", **mark(ground, label)) for label in names]
+    look = {"loc": "outside lower left", "fontsize": SMALL, "frameon": False, "handletextpad": 0.2}
+    figure.legend(points, names.values(), ncols=2, columnspacing=1, **look)
