@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
-from blocktune.evaluation.suite import MethodSpec, Suite
-from blocktune.evaluation.task import TaskSpec
+from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint

@@ -14,8 +14,7 @@ from typing import Any
 import blocktune
 from blocktune.data import RagExample
 from blocktune.evaluation.metrics import METRICS, extract_answer
-from blocktune.evaluation.suite import MethodSpec
-from blocktune.evaluation.task import TaskSpec
+from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.files import replace_text, whole_lines
 
 EVERY = ("em", "f1", "substring_em")  # metrics that every row has, of the extracted answer

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from blocktune.data.sources.catalog import CATALOG, is_test_split
 from blocktune.evaluation.runner import run_suite
-from blocktune.evaluation.suite import MethodSpec, Suite, TtftSpec
-from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec, TtftSpec, parse_task
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
 from blocktune.parsing import entries, load_spec, mapping, read

@@ -19,7 +19,7 @@ from blocktune.cache.codecs import round_trip
 from blocktune.data import load_examples
 from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.significance import difference
-from blocktune.evaluation.task import parse_task
+from blocktune.evaluation.suite import parse_task
 from blocktune.files import replace_json, whole_lines
 from blocktune.methods import build, build_entry
 from blocktune.provenance import provenance

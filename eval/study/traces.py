@@ -15,8 +15,7 @@ from typing import Any
 from blocktune.data import RagExample
 from blocktune.evaluation.results import mean_of
 from blocktune.evaluation.significance import difference, holm, mean_interval, p_value
-from blocktune.evaluation.suite import MethodSpec, check_pools, parse_methods
-from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.evaluation.suite import MethodSpec, TaskSpec, check_pools, parse_methods, parse_task
 from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 from blocktune.prompt import Chunk
 
