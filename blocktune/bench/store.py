@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import os
 import random
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.bench.reuse import ReuseBench, ratios, spread, threads
+from blocktune.bench.reuse import ReuseBench, ratios, spread, take_turns, threads
 from blocktune.cache import ChunkKV, ChunkStore, PrefixTree, chunk_key, cut_exact
 from blocktune.cache.chunk_file import SETTLED_S
 from blocktune.cache.codecs import encoded, round_trip
@@ -70,7 +69,7 @@ def bench_store(
         works["copy"] = lambda: [new.copy_(old) for new, old in zip(copies, tensors, strict=True)]
         buffers = [memoryview(bytearray(path.stat().st_size)) for path in files]
         works["read"] = partial(_read, files, buffers)
-        times, cpu = _take_turns(works, setting.repeats)
+        times, cpu = _times(works, setting.repeats)
         lookups = _lookups(Path(place) / "many", keys)
     chunk = next(entry for entry in held if isinstance(entry, ChunkKV))
     return {
@@ -133,20 +132,19 @@ def _unmoved(prompt: Prompt, pieces: Pieces) -> Prompt:
     return replace(prompt, layout=replace(prompt.layout, position=position))
 
 
-def _take_turns(
+def _times(
     works: Mapping[str, Callable[[], object]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Wall and CPU seconds of every round after a first one that warms up, by name."""
-    times = {name: [] for name in works}, {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name, work in works.items():
-            gc.collect()
-            start = time.perf_counter(), time.process_time()
-            work()
-            end = time.perf_counter(), time.process_time()
-            for kind, before, after in zip(times, start, end, strict=True):
-                kind[name] += [after - before] if turn else []
-    return times
+    """Wall and CPU seconds of every round that counts, by name."""
+    cpu: dict[str, list[float]] = {name: [] for name in works}
+
+    def clocked(name: str, work: Callable[[], object]) -> None:
+        start = time.process_time()
+        work()
+        cpu[name].append(time.process_time() - start)
+
+    wall = take_turns({name: partial(clocked, name, work) for name, work in works.items()}, repeats)
+    return wall, {name: seconds[-repeats:] for name, seconds in cpu.items()}
 
 
 def _over_copy(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:

@@ -36,7 +36,10 @@ def test_names_and_mappings_are_both_methods():
         ({"methods": ["naive", "naive"]}, "method label 'naive' is given 2 times; give one a"),
         ({"methods": [{"name": "a", "label": "a/b"}]}, "label must name a file"),
         ({"tasks": [{"name": "w"}]}, "tasks[0]: 'source' is missing"),
-        ({"tasks": [{"name": "w", "source": "x", "limit": 0}]}, "limit must be a whole number, at least 1, got 0"),
+        (
+            {"tasks": [{"name": "w", "source": "x", "limit": 0}]},
+            "limit must be a whole number, at least 1",
+        ),
         ({"tasks": [{"name": "w", "source": "x", "limit": True}]}, "'limit' must be a whole"),
         ({"ttft": {"num": -1}}, "ttft: num must be a whole number, at least 0"),
         ({"ttft": {"chunks": 0}}, "ttft: chunks must be a whole number, at least 1, got 0"),
