@@ -20,6 +20,7 @@ from blocktune.data.chunking import sentences_of
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import Chunk, PromptFormat, make_pieces
+from blocktune.registry import require_count
 
 INSTRUCTION = (
     "A special magic number is hidden within the following text. Make sure to memorize it. I will "
@@ -49,13 +50,10 @@ class NeedleConfig:
     tokenizer: str | None = None  # folder or name of the one that counts; None: the model's
 
     def __post_init__(self):
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"'lengths' must be at least 1, got {self.lengths}")
-        if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
+        if not all(0 <= depth <= 100 for depth in self.depths):
             raise ValueError(f"'depths' must be percent from 0 to 100, got {self.depths}")
-        for name in ("n", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"'{name}' must be at least 1, got {getattr(self, name)}")
+        for name, value in (("n", self.n), ("chunk", self.chunk)):
+            require_count(f"'{name}'", value, 1)
 
 
 def generate_needles(
@@ -106,13 +104,9 @@ def _sentences_of_file(file: str) -> Iterator[str]:
         raise ValueError(f"no haystack at '{file}'; give a text file, or JSON with a \"text\"")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start})") from None
-    if path.suffix == ".json":
-        try:
-            text = json.loads(text)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path.name}: not JSON with a field "text" ({error})') from None
+        text = json.loads(text)["text"] if path.suffix == ".json" else text
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path.name} is not UTF-8 text, or JSON with "text": {error}') from None
     sentences = [s.strip() for s in sentences_of(re.sub(r"\s+", " ", text)) if s.strip()]
     if not sentences:
         raise ValueError(f"{path.name} holds no sentence; give a text file")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,16 @@ def regenerate(
     part = output.with_name(output.name + ".part")
     record = [[example.to_json() for example in examples], dict(facts), batch_size]
     text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    header = json.dumps({"key": hashlib.sha256(text.encode()).hexdigest()})
     with resumed(part) as lines:
-        answers = _answers(part, lines, hashlib.sha256(text.encode()).hexdigest())
+        if not lines:
+            append_lines(part, [header])
+        elif lines[0] != header:
+            raise ValueError(
+                f"{part.name} was started with other questions, model or decoding; repeat "
+                f"that command, or remove '{part}' to start over"
+            )
+        answers = [text for line in lines[1:] for text in json.loads(line)]
         before = len(answers)
         on_batch(before)
         for start in range(before, len(examples), batch_size):
@@ -79,42 +87,21 @@ def regenerate(
             append_lines(part, [json.dumps(texts, ensure_ascii=False)])
             answers += texts
             on_batch(len(answers))
-    kept = list(_kept(examples, answers, dict(facts), only_correct))
-    written = [example for example in kept if isinstance(example, RagExample)]
-    empty, wrong = kept.count("empty"), kept.count("wrong")
+    written, empty, wrong = [], 0, 0
+    for example, text in zip(examples, answers, strict=True):
+        if not text.strip():
+            empty += 1
+        elif only_correct and not gives_answer(text, example.answers):
+            wrong += 1
+        else:
+            meta = example.meta | {"answered_by": dict(facts)}
+            written.append(replace(example, response=text.strip(), meta=meta))
     if not written:
         raise ValueError(
-            f"nothing to write to {output.name}: of {len(kept)} answers {empty} are empty and "
+            f"nothing to write to {output.name}: of {len(answers)} answers {empty} are empty and "
             f"{wrong} mention no accepted one"
         )
     with replacing(output) as temporary:
         write_jsonl(temporary, written)
     part.unlink()
     return Regenerated(len(written), before, empty, wrong)
-
-
-def _kept(
-    examples: Sequence[RagExample], answers: Sequence[str], facts: dict[str, Any], correct: bool
-) -> Iterator[RagExample | str]:
-    """Each example with its answer, or why it is left out."""
-    for example, text in zip(examples, answers, strict=True):
-        if not text.strip():
-            yield "empty"
-        elif correct and not gives_answer(text, example.answers):
-            yield "wrong"
-        else:
-            meta = example.meta | {"answered_by": facts}
-            yield replace(example, response=text.strip(), meta=meta)
-
-
-def _answers(part: Path, lines: Sequence[str], key: str) -> list[str]:
-    """Answers of the whole batches in the part, which begins with the key."""
-    header = json.dumps({"key": key})
-    if not lines:
-        append_lines(part, [header])
-    elif lines[0] != header:
-        raise ValueError(
-            f"{part.name} was started with other questions, model or decoding; repeat "
-            f"that command, or remove '{part}' to start over"
-        )
-    return [text for line in lines[1:] for text in json.loads(line)]
