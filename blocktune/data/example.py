@@ -143,9 +143,11 @@ def unknown_fields(record: Mapping[str, Any]) -> list[str]:
 
 def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
     """Writes one example a line and returns their number."""
-    records = [json.dumps(one.to_json(), ensure_ascii=False, default=str) for one in examples]
-    Path(path).write_text("".join(f"{record}\n" for record in records), encoding="utf-8")
-    return len(records)
+    count = 0
+    with open(path, "w", encoding="utf-8") as out:
+        for count, example in enumerate(examples, start=1):
+            out.write(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n")
+    return count
 
 
 def brief(value: Any) -> str:

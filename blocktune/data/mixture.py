@@ -94,7 +94,10 @@ class Mixture:
 
 def load_mixture(path: str | Path) -> Mixture:
     """Reads a mixture; relative paths in it start from the current directory."""
-    return load_spec(path, "mixture", "give a YAML file", parse_mixture)
+    try:
+        return load_spec(path, "mixture", "give a YAML file", parse_mixture)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
