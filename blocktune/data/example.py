@@ -145,7 +145,8 @@ def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
     """Writes one example a line and returns their number."""
     count = 0
     with open(path, "w", encoding="utf-8") as out:
-        for count, example in enumerate(examples, start=1):
+        for example in examples:
+            count += 1
             out.write(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n")
     return count
 
