@@ -1,5 +1,80 @@
 """The report of a finished run: one HTML file that needs no network, and its pictures as PNGs."""
 
-from blocktune.evaluation.report.page import write_report
+from __future__ import annotations
 
-__all__ = ["write_report"]
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from blocktune.evaluation.compare import findings, load_results, power_notes, verdict
+from blocktune.evaluation.report.charts import Chart, charts_of
+from blocktune.evaluation.report.style import DARK, LIGHT, mark, to_png, to_svg
+from blocktune.evaluation.results import ORACLE, plain_label
+from blocktune.files import replace_text
+from blocktune.tables import ABSENT, written
+
+PAGE, PICTURES = "report.html", "report"
+"""What is written into the folder of a run: the page, and a folder of PNGs."""
+
+
+def write_report(folder: str | Path, title: str | None = None) -> Path:
+    """Writes the report of a finished run beside its results, and returns the page's path."""
+    folder = Path(folder)
+    results = load_results(folder)
+    charts = charts_of(results)
+    for chart in charts:
+        to_png(chart.draw, folder / PICTURES / f"{chart.name}.png", chart.height)
+    page = render(results, charts, title or folder.resolve().name)
+    replace_text(folder / PAGE, page)
+    return folder / PAGE
+
+
+def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> str:
+    """The page as one string of HTML; each number carries its origin and all its digits."""
+
+    def number(form: str, *keys: Any) -> str:
+        keys = [one for key in keys for one in (key if isinstance(key, list) else [key])]
+        value: Any = results
+        for key in keys:
+            value = value[key]
+        if value is None:
+            return ABSENT
+        data = '<data value="{}" data-path="{}" data-form="{}">{}</data>'
+        return Markup(data).format(repr(value), pointer(*keys), form, written(form, value))
+
+    def interval(form: str, *keys: Any) -> Markup:
+        low, high = (number(form, *keys, end) for end in (0, 1))
+        return Markup("<small>({} to {})</small>").format(low, high)
+
+    template = files("blocktune.evaluation.report").joinpath("page.html.jinja")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    labels = results["methods"]
+
+    def svgs(chart: Chart) -> dict[str, str]:
+        drawn = (to_svg(chart.draw, ground, chart.height) for ground in (LIGHT, DARK))
+        light, dark = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in drawn)
+        return {"light": light, "dark": dark}
+
+    return environment.from_string(template.read_text("utf-8")).render(
+        title=title,
+        results=results,
+        sentences=[*findings(results), *power_notes(results)],
+        charts=[chart._asdict() | svgs(chart) for chart in charts],
+        looks={n: [mark(ground, n)["color"] for ground in (LIGHT, DARK)] for n in labels},
+        full=plain_label(results, ORACLE),
+        provenance=json.dumps(results["provenance"], indent=2),
+        number=number,
+        interval=interval,
+        verdict=verdict,
+    )
+
+
+def pointer(*keys: str | int) -> str:
+    """The JSON pointer (RFC 6901) of a place in ``results.json``."""
+    return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
