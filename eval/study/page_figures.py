@@ -20,8 +20,6 @@ from blocktune.evaluation.report.style import (
     label_ends,
     mark,
     to_png,
-    zoom,
-    zoomed_start,
 )
 from blocktune.evaluation.results import pareto
 
@@ -97,7 +95,8 @@ def draw_trace(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Pa
 
     def draw(figure: Figure, ground: Ground) -> None:
         axes, places, ends = figure.subplots(), {}, {}
-        zoom(axes, ground, zoomed_start([cell["ci95"][0] for cell in cells]), "score")
+        as_share(axes.yaxis)
+        axes.set_ylabel("score")
         for cell in cells:
             place, label = cell["stored_bytes"] / (1 << 20), cell["method"]
             look = mark(ground, label) | {"markersize": 3 + 8 * cell["ttft_s"] / slowest}

@@ -14,14 +14,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
-from blocktune.evaluation.report.style import (
-    COLOURS,
-    Ground,
-    label_ends,
-    to_png,
-    zoom,
-    zoomed_start,
-)
+from blocktune.evaluation.report.style import COLOURS, Ground, as_share, label_ends, to_png
 from blocktune.provenance import provenance
 from examples.tiny_model.config import PretrainConfig, Stage
 from examples.tiny_model.measure import SETTINGS, by_kind, chance, correct
@@ -130,13 +123,16 @@ def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
             ends[name] = values[-1], colours[colour]
         left.set(xlabel="step", title="Training: loss, and accuracy of answers", ylim=(0, 2.5))
         label_ends(left, ends)
-        known = [value for values in lines.values() for value in values if value is not None]
-        zoom(right, ground, zoomed_start(known), "exact match")
         for name, values in lines.items():
             colour = colours[kinds[name.partition(",")[0]]]
             style = "-" if name.endswith("full") else ":"
             right.plot([step for step, _ in measured], values, style, color=colour)
-        right.set(xlabel="step", title="10 dev chunks, full attention and naive reuse")
+        as_share(right.yaxis)
+        right.set(
+            xlabel="step",
+            ylabel="exact match",
+            title="10 dev chunks, full attention and naive reuse",
+        )
         last = {name: values[-1] for name, values in lines.items() if values[-1] is not None}
         label_ends(right, {n: (v, colours[kinds[n.partition(",")[0]]]) for n, v in last.items()})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,8 +57,8 @@ def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], 
     def draw(figure: Figure, ground: Ground) -> None:
         axes = figure.subplots()
         axes.set_title(f"Score against {name}")
-        named = _draw_costs(axes, ground, methods, cost, pareto[cost])
-        style.name_points(figure, ground, named)
+        _draw_costs(axes, ground, methods, cost, pareto[cost])
+        style.name_points(figure, ground, methods)
 
     return Chart(
         f"score-by-{cost}",
@@ -72,26 +72,17 @@ def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], 
 
 def _draw_costs(
     axes: Axes, ground: Ground, methods: Mapping[str, Any], cost: str, front: Sequence[str] = ()
-) -> dict[str, str]:
-    """Draws a point a method; returns their names, with the score of one below the axis."""
+) -> None:
     _, label, factor = _COSTS[cost]
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
-    style.zoom(axes, ground, start := _start(methods.values()), "score")
-    farthest = max(0.05, *places.values())
-    axes.set_xlim(-0.04 * farthest, 1.05 * farthest)
+    for name, summary in methods.items():
+        _points(axes, ground, name, [places[name]], [summary["score"]], yerr=reach([summary]))
+    axes.set(xlabel=label, ylabel="score", xlim=(0, 1.05 * max(0.05, *places.values())))
+    style.as_share(axes.yaxis)
     if factor == 1:
         style.as_share(axes.xaxis)
-    names = {name: name for name in methods}
-    for name, summary in methods.items():
-        if summary["score"] < start:
-            names[name] = _below(name, summary["score"])
-            axes.plot(places[name], start, clip_on=False, **mark(ground, name))
-        else:
-            _points(axes, ground, name, [places[name]], [summary["score"]], yerr=reach([summary]))
-    axes.set_xlabel(label)
-    return names
 
 
 def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
@@ -107,12 +98,8 @@ def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
 def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str) -> None:
     """A row a method: its score on one task or kind, with the interval and as a number."""
     cells = {label: summary["tasks"][group] for label, summary in methods.items()}
-    style.zoom(axes, ground, start := _start(methods.values(), grouped=True), "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
-        if cell["score"] < start:
-            axes.plot(start, row, clip_on=False, **mark(ground, label) | {"marker": "<"})
-        else:
-            _points(axes, ground, label, [cell["score"]], [row], xerr=reach([cell]))
+        _points(axes, ground, label, [cell["score"]], [row], xerr=reach([cell]))
         axes.annotate(
             f"{100 * cell['score']:.1f}", (1, row), xycoords=("axes fraction", "data"),
             xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=style.SMALL,
@@ -120,10 +107,11 @@ def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str
         if methods[label]["method"] == ORACLE and not methods[label]["adapter"]:
             axes.axvline(cell["score"], color=ground.ink, linestyle=":", linewidth=1, zorder=0)
     axes.set_yticks(range(len(cells)), list(reversed(cells)))
-    axes.set_ylim(-0.8, len(cells) - 0.4)
+    axes.set(xlim=(0, 1.03), ylim=(-0.8, len(cells) - 0.4), xlabel="score", title=group)
+    axes.set_xticks((0, 0.5, 1))
+    style.as_share(axes.xaxis)
     axes.tick_params(axis="y", length=0, pad=7)
     axes.grid(axis="y", visible=False)
-    axes.set_title(group)
 
 
 def _sweep_chart(results: Results, name: str) -> Chart:
@@ -138,18 +126,14 @@ def _sweep_chart(results: Results, name: str) -> Chart:
         axes = figure.subplots()
         places, ends = [(one["from"] + one["to"]) / 2 for one in bins], {}
         cells = {method: [one["scores"][method] for one in bins] for method in methods}
-        bound = [m for m in cells if methods[m]["method"] != "no-context"]
-        start = style.zoomed_start([cell["ci95"][0] for method in bound for cell in cells[method]])
-        style.zoom(axes, ground, start, "score")
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # bars side by side
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
             line = mark(ground, method)
             axes.errorbar(moved, heights, yerr=reach(own, "ci95"), lw=1.4, elinewidth=0.7, **line)
-            name = method if heights[-1] >= start else _below(method, heights[-1])
-            ends[name] = max(heights[-1], start), line["color"]
-        axes.set_xlabel(label)
-        axes.set_title(title)
+            ends[method] = heights[-1], line["color"]
+        axes.set(xlabel=label, ylabel="score", title=title)
+        style.as_share(axes.yaxis)
         style.label_ends(axes, ends)
 
     about = f"Score by {label}, with 95 % intervals; a point is a bin of at least five questions."
@@ -188,18 +172,6 @@ def _points(
 ) -> None:
     """Points of one method with their intervals, in its colour and marker."""
     axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(ground, label), **reach)
-
-
-def _below(label: str, score: float) -> str:
-    """The name of a method that lies below the start of an axis."""
-    return f"{label} ({100 * score:.0f} %)"
-
-
-def _start(methods: Iterable[Mapping[str, Any]], *, grouped: bool = False) -> float:
-    """Where axes of scores start, the same for all groups; guesses do not decide it."""
-    kept = [summary for summary in methods if summary["method"] != "no-context"]
-    cells = [cell for m in kept for cell in (m["tasks"].values() if grouped else (m,))]
-    return style.zoomed_start([cell["score_ci95"][0] for cell in cells])
 
 
 def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:

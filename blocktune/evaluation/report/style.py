@@ -1,11 +1,10 @@
-"""How pictures look: one colour and marker for each method, named by legends; marked zooms."""
+"""How pictures look: one colour and marker for each method, named by legends."""
 
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -14,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from blocktune.files import replacing
 
@@ -134,38 +133,6 @@ def as_share(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
-def zoomed_start(values: Sequence[float]) -> float:
-    """Where an axis of shares starts: the ten per cent below all ``values``, 0 if that is low."""
-    start = math.floor(10 * min(values, default=0.0) - 0.1) / 10
-    return start if start >= 0.2 else 0.0
-
-
-def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -> None:
-    """Lets an axis of shares run from ``start`` to 1; one that does not start at 0 is marked.
-
-    The mark is two strokes across the axis, as where it is broken, and a word in its label.
-    """
-    upright = axis == "y"
-    own = axes.yaxis if upright else axes.xaxis
-    (axes.set_ylim if upright else axes.set_xlim)(start, 1 + 0.03 * (1 - start))
-    own.set_major_locator(
-        MaxNLocator(6, steps=[1, 2, 5, 10])
-        if upright
-        else FixedLocator((start, (1 + start) / 2, 1))
-    )
-    as_share(own)
-    if start:
-        name = f"{name} (axis starts at {100 * start:.0f} %)".lstrip()
-        stroke = ((-1, -0.6), (1, 0.6))
-        for at in (0.04, 0.065):
-            axes.plot(
-                *((0, at) if upright else (at, 0)), clip_on=False, zorder=5, color=ground.ink,
-                marker=stroke if upright else [pair[::-1] for pair in stroke], markersize=8,
-                transform=axes.transAxes,
-            )  # fmt: skip
-    own.set_label_text(name)
-
-
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     """Names the lines on the right, in the order in which they end there, each in its colour.
 
@@ -177,8 +144,8 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     axes.legend(lines, ranked, labelcolor="linecolor", handlelength=0.8, **look)
 
 
-def name_points(figure: Figure, ground: Ground, names: Mapping[str, str]) -> None:
-    """Names points (label -> text) below the picture, each beside its colour and marker."""
-    points = [Line2D([], [], linestyle="", **mark(ground, label)) for label in names]
+def name_points(figure: Figure, ground: Ground, labels: Collection[str]) -> None:
+    """Names methods below the picture, each beside its colour and marker."""
+    points = [Line2D([], [], linestyle="", **mark(ground, label)) for label in labels]
     look = {"loc": "outside lower left", "fontsize": SMALL, "frameon": False, "handletextpad": 0.2}
-    figure.legend(points, names.values(), ncols=2, columnspacing=1, **look)
+    figure.legend(points, labels, ncols=2, columnspacing=1, **look)
