@@ -95,7 +95,13 @@ def _timed(
     pairs = zip(times.pop("joined"), times["join"], strict=True)
     times["rotate"] = [max(0.0, whole - copied) for whole, copied in pairs]
     over = spread(ratios(times, "cached", "full"))
-    limits = {} if rates is None else _limits(engine, run, pieces, method, *rates)
+    limits = {}
+    if rates is not None:
+        copy, matmul = rates
+        states = [tensor for layer in run.cache.layers for tensor in (layer.keys, layer.values)]
+        held, weights = (sum(t.nbytes for t in own) for own in (states, engine.model.parameters()))
+        question = max(usage_of(engine, pieces, method).flops / matmul, (weights + held) / copy)
+        limits = {"join": held / copy, "rotate": held / 2 / copy, "question": question}
     parts = {
         name: {"seconds": spread(times[name])["median"], "limit": limits.get(name)}
         for name in PARTS
@@ -130,30 +136,17 @@ def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], objec
     return {"lookup": lookup, "join": partial(join, still), "joined": partial(join, moved)}
 
 
-def _limits(
-    engine: Engine, run: Generation, pieces: Pieces, method: Method, copy: float, matmul: float
-) -> dict[str, float]:
-    states = [tensor for layer in run.cache.layers for tensor in (layer.keys, layer.values)]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in states)
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
-    flops = usage_of(engine, pieces, method).flops
-    question = max(flops / matmul, (weights + held) / copy)
-    return {"join": held / copy, "rotate": held / 2 / copy, "question": question}
-
-
 def table(found: Mapping[str, Any]) -> Table:
     """What `bench_ttft` returned: milliseconds, of a part with its limit in brackets."""
     rows = []
     for length, one in found["lengths"].items():
-        parts = [_with_limit(one["parts"][name]) for name in PARTS]
+        parts = []
+        for part in map(one["parts"].get, PARTS):
+            limit = "" if part["limit"] is None else f" ({1e3 * part['limit']:,.1f})"
+            parts.append(f"{1e3 * part['seconds']:,.1f}{limit}")
         whole = [f"{1e3 * one['seconds'][name]:,.1f}" for name in ("full", "cached")]
         rows.append((f"{int(length):,}", *whole, f"{one['cached_over_full']:.3f}", *parts))
     return Table(("tokens", "full, ms", "cached, ms", "of full", *PARTS), rows)
-
-
-def _with_limit(part: Mapping[str, float | None]) -> str:
-    limit = "" if part["limit"] is None else f" ({1e3 * part['limit']:,.1f})"
-    return f"{1e3 * part['seconds']:,.1f}{limit}"
 
 
 def draw_ttft(found: Mapping[str, Any], path: str | Path) -> Path:

@@ -134,8 +134,11 @@ def with_pools(
         if name is None:
             found[label] = own
         elif name not in found:
-            runs = [rows[member] for member in pools[name]]
-            found[name] = [_mean_row(same) for same in zip(*runs, strict=True)]
+            found[name] = []
+            for same in zip(*(rows[member] for member in pools[name]), strict=True):
+                means = {key: fmean(getattr(row, key) for row in same) for key in AVERAGED}
+                scores = mean_of([row.scores for row in same])
+                found[name].append(replace(same[0], scores=scores, **means))
     return found
 
 
@@ -149,13 +152,6 @@ def mean_of(values: Sequence[Any]) -> Any:
     if isinstance(first, list):
         return [mean_of(parts) for parts in zip(*values, strict=True)]
     return fmean(values)
-
-
-def _mean_row(same: Sequence[Row]) -> Row:
-    """The mean over seeds of one question's rows."""
-    means = {name: fmean(getattr(row, name) for row in same) for name in AVERAGED}
-    scores = {name: fmean(row.scores[name] for row in same) for name in same[0].scores}
-    return replace(same[0], scores=scores, **means)
 
 
 COSTS = ("recompute_ratio", "ttft_s")

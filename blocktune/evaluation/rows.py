@@ -37,7 +37,7 @@ class Row:
     usage: Mapping[str, Any]  # everything that `Usage` counts; no times
     score: float  # the task's headline metric
     scores: Mapping[str, float] = field(default_factory=dict)  # its further metrics, by name
-    prompt_hash: str = ""  # digest of the prompt's token ids
+    prompt_hash: str = ""  # digest of the token ids that the method read: prefix, chunks, question
     place: float | None = None  # mean place of the evidence, 0 (first chunk) to 1 (last)
 
 
@@ -94,7 +94,7 @@ def make_row(
         usage=usage,
         score=scores[task.metric],
         scores={metric: scores[metric] for metric in task.metrics},
-        prompt_hash=prompt_hash(engine, method, example),
+        prompt_hash=digest_of(engine.prompts.pieces(example, method)[:3]),
         place=place_of(example),
     )
 
@@ -103,11 +103,6 @@ def scores_of(task: TaskSpec, text: str, example: RagExample, tokenizer: Any) ->
     """The task's headline metric and its further ones, of one output."""
     names, scored = {task.metric, *task.metrics}, task.cut(text)
     return {name: METRICS[name].score(scored, example.answers, tokenizer) for name in names}
-
-
-def prompt_hash(engine: Any, method: Any, example: RagExample) -> str:
-    """Digest of the token ids that the method reads: prefix, chunks and question."""
-    return digest_of(engine.prompts.pieces(example, method)[:3])
 
 
 def place_of(example: RagExample) -> float | None:

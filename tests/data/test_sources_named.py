@@ -125,7 +125,7 @@ def test_worlds():
         ("worlds:test?seed=x", "worlds:test: 'seed' must be a whole number, got 'x'"),
         ("worlds:test?passages=a-b", "'passages' must be a whole number or LOW-HIGH"),
         ("worlds:test?seed", "that are not key=value&key=value"),
-        ("worlds:tset", "unknown split 'tset'"),
+        ("worlds:tset", "split must be one of train, dev, test, got 'tset'"),
         ("hf:owner/name?sed=1", "unknown option 'sed' of 'hf:owner/name"),
         ("hf:owner/name?shots=x", "'shots' must be a whole number, got 'x'"),
         ("hf:owner/name?shots=0", "'shots' must be at least 1, got 0"),
