@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -46,9 +45,8 @@ def bench_store(
 
     Copying reads the same files, or copies the same tensors, into memory that the process has
     written before, and loading finds such memory as well. All files are in the page cache, and this
-    process has verified them. ``joined`` moves no key: rotating takes the difference to the others.
-    ``ratios`` are of bandwidths in wall time, ``cpu_ratios`` in the process's CPU time. Chunks are
-    written into ``folder``, by default the system's temporary one.
+    process has verified them. ``ratios`` are of bandwidths in wall time, ``cpu_ratios`` in the
+    process's CPU time. Chunks are written into ``folder``, by default the system's temporary one.
     """
     _keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
@@ -59,7 +57,6 @@ def bench_store(
         works: dict[str, Callable[[], object]] = {}
         for name, engine in (("disk", disk), ("memory", memory)):
             works[name] = partial(_load, engine, moved, pieces)
-            works[f"{name}_joined"] = partial(_load, engine, _unmoved(moved, pieces), pieces)
             works[name]()  # encodes
         files = sorted((Path(place) / "disk").rglob("*.safetensors"))
         held = list(memory.store.held().values())
@@ -124,14 +121,6 @@ def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
     from_chunks(ServedBatch.stacked(engine.state, [prompt], [pieces], build("naive")))
 
 
-def _unmoved(prompt: Prompt, pieces: Pieces) -> Prompt:
-    """The prompt with every chunk at the positions that it was encoded at."""
-    rows = [*chain.from_iterable(range(len(chunk)) for chunk in pieces.chunks)]
-    position = prompt.layout.position.clone()
-    position[0, : len(rows)] = torch.tensor(rows)
-    return replace(prompt, layout=replace(prompt.layout, position=position))
-
-
 def _times(
     works: Mapping[str, Callable[[], object]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -149,11 +138,7 @@ def _times(
 
 def _over_copy(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     copies = {"disk": "read", "memory": "copy"}
-    return {
-        f"{place}{way}_over_copy": spread(ratios(times, copy, f"{place}{way}"))
-        for place, copy in copies.items()
-        for way in ("", "_joined")
-    }
+    return {f"{n}_over_copy": spread(ratios(times, copy, n)) for n, copy in copies.items()}
 
 
 def _read(files: list[Path], buffers: list[memoryview]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,8 +120,15 @@ def _run(
         if not processes.is_main:
             return None
         rows = {label: file.merge() for label, file in files.items()}
-        ttft = _time_all(ready, rows, output, progress)
-        fidelity = _measure_fidelity(ready, rows, output, progress)
+        times, fidelity = {}, {}
+        if ready.timed:
+            times = _known_or(output, "ttft", suite, rows, lambda: _time_all(ready, progress))
+        if suite.fidelity.num:
+            asked = sum(len(ready.of(task, suite.fidelity.num)) for task in suite.tasks)
+            bar = progress.add_task("fidelity", total=asked * len(rows))
+            compare = partial(measure_fidelity, ready, lambda: progress.advance(bar))
+            fidelity = _known_or(output, "fidelity", suite, rows, compare)
+    ttft = {label: TtftSummary(*own) for label, own in times.items()}
     origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
     results = build_results(suite, rows, ttft, origin, fidelity)
     replace_json(output / RESULTS, results)
@@ -181,49 +189,23 @@ def _missing(
     return processes.share([b for b in batches if not all(key in file for key, _ in b)])
 
 
-def _time_all(
-    ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
-) -> dict[str, TtftSummary]:
-    count = len(ready.timed)
-    if count == 0:
-        return {}
-
+def _time_all(ready: Ready, progress: Progress) -> dict[str, TtftSummary]:
     def asking(spec: MethodSpec) -> Callable[[RagExample], Any]:
         engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
         return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
 
-    def measure() -> dict[str, TtftSummary]:
-        for engine in ready.worded.values():
-            engine.forget_prefixes()  # the answers above left these very prompts there
-        bar = progress.add_task("time to first token", total=2 * count * len(rows))
-        methods = {spec.label: asking(spec) for spec in ready.suite.methods}
-        return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
-
-    found = _known_or(output, "ttft", ready.suite.ttft, rows, count, measure)
-    return {label: TtftSummary(*times) for label, times in found.items()}
-
-
-def _measure_fidelity(
-    ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
-) -> dict[str, dict[str, float]]:
-    spec = ready.suite.fidelity
-    if spec.num == 0:
-        return {}
-
-    def measure() -> dict[str, dict[str, float]]:
-        asked = sum(len(ready.of(task, spec.num)) for task in ready.suite.tasks)
-        bar = progress.add_task("fidelity", total=asked * len(rows))
-        return measure_fidelity(ready, lambda: progress.advance(bar))
-
-    return _known_or(output, "fidelity", spec, rows, len(ready.questions), measure)
+    for engine in ready.worded.values():
+        engine.forget_prefixes()  # the answers above left these very prompts there
+    methods = {spec.label: asking(spec) for spec in ready.suite.methods}
+    bar = progress.add_task("time to first token", total=2 * len(ready.timed) * len(methods))
+    return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
 
 def _known_or(
     output: Path,
     name: str,
-    spec: Any,
+    suite: Suite,
     rows: Mapping[str, Sequence[Row]],
-    num: int,
     measure: Callable[[], Any],
 ) -> Any:
     """What an earlier run measured of the same rows, machine and code, or else a new measurement.
@@ -231,14 +213,13 @@ def _known_or(
     It is kept in ``NAME.json`` with a digest of all that decides it.
     """
     path = output / f"{name}.json"
-    first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
-    keys = digest_of([path.name, spec, first, code_digest(), hardware(), versions()])
+    answered = {label: [row.key for row in own] for label, own in rows.items()}
+    keys = [path.name, getattr(suite, name), answered, code_digest(), hardware(), versions()]
     known = load_json(path) if path.exists() else {}
-    if known.get("keys") == keys:
-        return known[name]
-    found = measure()
-    replace_json(path, {"keys": keys, name: found})
-    return found
+    if known.get("keys") != digest_of(keys):
+        known = {"keys": digest_of(keys), name: measure()}
+        replace_json(path, known)
+    return known[name]
 
 
 def progress_bars(console: Console | None = None, shown: bool = True) -> Progress:
