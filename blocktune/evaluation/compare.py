@@ -54,7 +54,14 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
             f"{', '.join(new)}"
         )
     left, right = _rows(before, old, shared), _rows(after, new, shared)
-    pairs = {label: _paired(label, left[label], right[label]) for label in shared}
+    pairs = {}
+    for label in shared:
+        a, b = _scores(left[label]), _scores(right[label])
+        if not (both := [key for key in b if key in a]):
+            raise ValueError(
+                f"the runs asked '{label}' no common question; compare runs of one task"
+            )
+        pairs[label] = [a[key] for key in both], [b[key] for key in both]
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
     adjusted, changes = holm(p), []
     for label, (a, b) in pairs.items():
@@ -72,15 +79,6 @@ def _rows(
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
     read = [one for label in labels for one in pools.get(label, [label])]
     return with_pools(read_all(Path(folder), read), pools)
-
-
-def _paired(
-    label: str, left: Sequence[Row], right: Sequence[Row]
-) -> tuple[list[float], list[float]]:
-    old, new = _scores(left), _scores(right)
-    if not (shared := [key for key in new if key in old]):
-        raise ValueError(f"the runs asked '{label}' no common question; compare runs of one task")
-    return [old[key] for key in shared], [new[key] for key in shared]
 
 
 def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from statistics import fmean
@@ -269,25 +269,20 @@ def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``; empty where the questions do
     not differ in it. All labels have rows of the same questions, in the same order.
     """
+    first, *_ = rows.values()
+    asked = zip(*rows.values(), strict=True)
+    # The longest context that any method read: a baseline may have read none.
+    lengths = [max(row.usage.get("context_tokens", 0) for row in same) or None for same in asked]
     return {
-        "place": _sweep(rows, lambda row: row.place),
-        "context_tokens": _sweep(rows, _length_of(rows)),
+        "place": _sweep(rows, [row.place for row in first]),
+        "context_tokens": _sweep(rows, lengths),
     }
 
 
-def _length_of(rows: Mapping[str, Sequence[Row]]) -> Callable[[Row], float | None]:
-    """The longest context that any method read: a baseline may have read none."""
-    longest: dict[tuple[str, str], int] = {}
-    for own in rows.values():
-        for row in own:
-            tokens = row.usage.get("context_tokens", 0)
-            longest[row.task, row.id] = max(tokens, longest.get((row.task, row.id), 0))
-    return lambda row: longest[row.task, row.id] or None
-
-
-def _sweep(rows: Mapping[str, Sequence[Row]], value: Callable) -> list[dict[str, Any]]:
-    first = next(iter(rows.values()))
-    values = np.array([np.nan if (v := value(row)) is None else v for row in first], dtype=float)
+def _sweep(
+    rows: Mapping[str, Sequence[Row]], of_each: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    values = np.array(of_each, dtype=float)  # None is NaN
     known = np.flatnonzero(~np.isnan(values))
     if len(known) < 2 * MIN_ROWS or len(set(values[known])) < 2:
         return []
