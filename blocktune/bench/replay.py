@@ -166,11 +166,11 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
     largest = max(outcome.budget for outcome in outcomes)
     ticks = sorted({outcome.budget / 1e9 for outcome in outcomes})
 
-    def draw(figure, ground) -> None:
+    def draw(figure) -> None:
         axes, ends = figure.subplots(1, 3), {}
         for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
             mine = sorted((o for o in outcomes if o.policy == policy), key=lambda o: o.budget)
-            budgets, colour = [o.budget / 1e9 for o in mine], ground.series[COLOURS[policy]]
+            budgets, colour = [o.budget / 1e9 for o in mine], style.SERIES[COLOURS[policy]]
             look = {"color": colour, "marker": "o", "markersize": 3}
             axes[0].plot(budgets, [o.hit_rate for o in mine], **look)
             axes[1].plot(budgets, [o.saved for o in mine], **look)
@@ -195,7 +195,7 @@ def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) 
 
     first = next(iter(by_recompute.values()))
 
-    def draw(figure, ground) -> None:
+    def draw(figure) -> None:
         axis, ends = figure.subplots(), {}
         lines = [("no cache", 1, ":", [p.none_s for p in first])]
         lines.append(("prefix caching", 0, "-", [p.prefix_s for p in first]))
@@ -203,7 +203,7 @@ def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) 
             name = f"chunk reuse\n{recompute:.0%} recomputed"
             lines.append((name, 2 + number, "-", [p.reuse_s for p in points]))
         for name, colour, line, seconds in lines:
-            colour = ground.series[colour]
+            colour = style.SERIES[colour]
             axis.plot([p.repeated for p in first], seconds, line, color=colour)
             ends[name] = seconds[-1], colour
         axis.set(xlabel="chunks seen before", ylabel="to the first token, s", ylim=(0, None))

@@ -163,10 +163,10 @@ def draw_ttft(found: Mapping[str, Any], path: str | Path) -> Path:
         "question alone": [one["parts"]["question"]["seconds"] for one in measured],
     }
 
-    def draw(figure, ground) -> None:
+    def draw(figure) -> None:
         axes, ends = figure.subplots(), {}
         for name, seconds in lines.items():
-            look = mark(ground, name)
+            look = mark(name)
             axes.plot(lengths, seconds, clip_on=False, **look)
             ends[name] = seconds[-1], look["color"]
         axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt")

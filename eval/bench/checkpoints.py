@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from blocktune.cache.exact import place_checkpoints
-from blocktune.evaluation.report.style import Ground, to_png
+from blocktune.evaluation.report.style import SERIES, to_png
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 BLOCKS = (4096, 2048, 1024, 512, 256)
@@ -108,11 +108,11 @@ COLOURS = {"dynamic programme": 3, "evenly": 1, "halving": 5, "blocks": 2, "best
 def draw(results: dict, path: Path) -> Path:
     """A panel for each trace."""
 
-    def panels(figure, ground: Ground) -> None:
+    def panels(figure) -> None:
         axes = figure.subplots(1, len(results), sharey=True)
         for one, (name, lines) in zip(axes, results.items(), strict=True):
             for rule, points in lines.items():
-                colour = ground.series[COLOURS[rule]]
+                colour = SERIES[COLOURS[rule]]
                 bound = rule.startswith("best")
                 style = {"linestyle": ":", "marker": ""} if bound else {"marker": "o"}
                 one.plot(*zip(*points, strict=True), color=colour, markersize=3, **style)

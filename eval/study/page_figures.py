@@ -15,7 +15,8 @@ from states import Chosen, cumulative_of
 
 from blocktune.evaluation.report.charts import cost_chart
 from blocktune.evaluation.report.style import (
-    Ground,
+    FAINT,
+    INK,
     as_share,
     label_ends,
     mark,
@@ -43,16 +44,16 @@ def cost(
 def layers(results: Results, path: Path, methods: Sequence[str], what: str = "beginnings") -> Path:
     """One of `LAYERED` by layer, a line a method."""
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         axes, ends = figure.subplots(), {}
         for label in methods:
             own = results["methods"][label]["fidelity"]["choice"]
-            look = mark(ground, label)
+            look = mark(label)
             axes.plot(range(1, len(own[what])), own[what][1:], clip_on=False, **look)
             ends[label] = own[what][-1], look["color"]
         if what == "beginnings":
-            axes.axhline(own["first_share"], color=ground.ink, linestyle=":", linewidth=1)
-            ends["by chance"] = own["first_share"], ground.ink
+            axes.axhline(own["first_share"], color=INK, linestyle=":", linewidth=1)
+            ends["by chance"] = own["first_share"], INK
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_title(LAYERED[what])
@@ -74,7 +75,7 @@ def draw_overlap(shares: Sequence[Sequence[float]], path: Path, title: str, firs
         first: Number of the first layer.
     """
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
         reach = (first - 0.5, first + len(shares) - 0.5) * 2
@@ -93,18 +94,18 @@ def draw_trace(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Pa
     """Score against bytes stored; a larger point waits longer for its first token."""
     slowest = max(cell["ttft_s"] for cell in cells)
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         axes, places, ends = figure.subplots(), {}, {}
         as_share(axes.yaxis)
         axes.set_ylabel("score")
         for cell in cells:
             place, label = cell["stored_bytes"] / (1 << 20), cell["method"]
-            look = mark(ground, label) | {"markersize": 3 + 8 * cell["ttft_s"] / slowest}
+            look = mark(label) | {"markersize": 3 + 8 * cell["ttft_s"] / slowest}
             reach = [[abs(cell["score"] - end)] for end in cell["ci95"]]
             axes.errorbar(place, cell["score"], yerr=reach, elinewidth=1, clip_on=False, **look)
             places.setdefault(label, []).append((place, cell["score"]))
         for label, own in places.items():
-            color = mark(ground, label)["color"]
+            color = mark(label)["color"]
             axes.plot(*zip(*own, strict=True), color=color, lw=1, zorder=1)
             ends[label] = own[-1][1], color
         axes.set_xlabel("MiB stored")
@@ -121,14 +122,14 @@ def draw_deviation(chosen: Chosen, path: Path, title: str) -> Path:
     picture = np.where(chosen.top, strength, np.nan)[:, shown]
     starts = np.flatnonzero(np.diff(chosen.chunk[shown], prepend=-1))
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
         image = axes.imshow(
             picture, aspect="auto", origin="lower", interpolation="nearest", cmap="viridis_r"
         )
         for start in starts:
-            axes.axvline(start - 0.5, color=ground.faint, linewidth=0.6)
+            axes.axvline(start - 0.5, color=FAINT, linewidth=0.6)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("tokens chosen in any layer, by place; lines: chunks begin")
         axes.set_ylabel("layer")
@@ -143,12 +144,12 @@ def draw_cumulative(
 ) -> Path:
     """Deviation accrued over tokens, the highest first, for several methods at one layer."""
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         axes, ends = figure.subplots(), {}
         for label, keys in deviations.items():
             accrued = cumulative_of(keys)[layer]
             places = np.arange(1, len(accrued) + 1) / len(accrued)
-            color = mark(ground, label)["color"]
+            color = mark(label)["color"]
             axes.plot(places, accrued, color=color)
             ends[label] = accrued[-1], color
         as_share(axes.xaxis)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
-from blocktune.evaluation.report.style import COLOURS, Ground, as_share, label_ends, to_png
+from blocktune.evaluation.report.style import COLOURS, SERIES, as_share, label_ends, to_png
 from blocktune.provenance import provenance
 from examples.tiny_model.config import PretrainConfig, Stage
 from examples.tiny_model.measure import SETTINGS, by_kind, chance, correct
@@ -114,9 +114,9 @@ def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
         for setting in ("full", "naive")
     }
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        colours, ends = dict(zip(COLOURS, ground.series, strict=True)), {}
+        colours, ends = dict(zip(COLOURS, SERIES, strict=True)), {}
         for name, key, colour in (("loss", "loss", "ink"), ("accuracy", "answer_accuracy", "sky")):
             values = [entry[key] for entry in log]
             left.plot(steps, values, color=colours[colour])

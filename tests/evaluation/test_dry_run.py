@@ -17,7 +17,7 @@ spec.loader.exec_module(dry_run)
 
 @pytest.mark.parametrize("name", dry_run.CONFIGS)
 def test_a_shape_runs_the_methods_of_the_shipped_suites(name, tmp_path, monkeypatch):
-    # Each picture is drawn once: test_report_page.py draws them on both grounds.
+    # Each picture is drawn once: test_report_page.py draws them as SVG too.
     monkeypatch.setattr("blocktune.evaluation.report.to_svg", lambda *chart: b"<svg/>")
     monkeypatch.setenv("BLOCKTUNE_PLUGINS", "")  # set by the dry run, for its own process
     shipped = load_suite("eval/suites/rag.yaml").methods

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from blocktune.evaluation.compare import power_notes
 from blocktune.evaluation.report import pointer, write_report
 from blocktune.evaluation.report.charts import charts_of
-from blocktune.evaluation.report.style import COLOURS, DARK, LIGHT, PHONE_INCHES, mark
+from blocktune.evaluation.report.style import COLOURS, PAPER, PHONE_INCHES, SERIES, mark
 from blocktune.evaluation.report.style import METHODS as LOOKS
 from blocktune.files import replace_json
 from blocktune.tables import FORMS
@@ -133,28 +133,24 @@ def test_one_table_compares_the_methods_on_everything(run):
 def test_each_method_has_one_look_of_its_own():
     assert len(set(LOOKS.values())) == len(LOOKS)
     assert {colour for colour, _ in LOOKS.values()} == set(COLOURS)
-    for ground in (LIGHT, DARK):
-        looks = {tuple(mark(ground, name).values()) for name in LOOKS}
-        assert len(looks) == len(LOOKS)
-        assert len(ground.series) == len(COLOURS)
+    assert len({tuple(mark(name).values()) for name in LOOKS}) == len(LOOKS)
+    assert len(SERIES) == len(COLOURS)
 
 
 def test_a_variant_has_the_look_of_its_method_but_hollow():
-    own, variant = mark(LIGHT, "cacheblend"), mark(LIGHT, "cacheblend 30 %")
+    own, variant = mark("cacheblend"), mark("cacheblend 30 %")
     assert own["markerfacecolor"] == own["color"]
-    assert variant == own | {"markerfacecolor": LIGHT.paper}
+    assert variant == own | {"markerfacecolor": PAPER}
     for label in ("kvlink-2", "kvlink + epic", "kvlink:num_links=3"):
-        assert mark(LIGHT, label)["color"] == mark(LIGHT, "kvlink")["color"]
-    assert (
-        mark(LIGHT, "block-distill + deviation")["marker"] == mark(LIGHT, "block-distill")["marker"]
-    )
-    assert mark(LIGHT, "my-method") == mark(LIGHT, "my-method") != mark(LIGHT, "other-method")
+        assert mark(label)["color"] == mark("kvlink")["color"]
+    assert mark("block-distill + deviation")["marker"] == mark("block-distill")["marker"]
+    assert mark("my-method") == mark("my-method") != mark("other-method")
 
 
-def test_pictures_come_light_and_dark_and_are_sound(run):
+def test_pictures_are_sound(run):
     page = read_page(run)
     results = json.loads((run / "results.json").read_text())
-    assert len(page.loaded) == 2 * len(charts_of(results))
+    assert len(page.loaded) == len(charts_of(results))
     for source in page.loaded:
         svg = base64.b64decode(source.partition(",")[2])
         assert ET.fromstring(svg).tag.endswith("svg")

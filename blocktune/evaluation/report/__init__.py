@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from blocktune.evaluation.compare import findings, load_results, power_notes, verdict
 from blocktune.evaluation.report.charts import Chart, charts_of
-from blocktune.evaluation.report.style import DARK, LIGHT, mark, to_png, to_svg
+from blocktune.evaluation.report.style import mark, to_png, to_svg
 from blocktune.evaluation.results import ORACLE, plain_label
 from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written
@@ -54,19 +54,12 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
 
     template = files("blocktune.evaluation.report").joinpath("page.html.jinja")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    labels = results["methods"]
-
-    def svgs(chart: Chart) -> dict[str, str]:
-        drawn = (to_svg(chart.draw, ground, chart.height) for ground in (LIGHT, DARK))
-        light, dark = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in drawn)
-        return {"light": light, "dark": dark}
-
     return environment.from_string(template.read_text("utf-8")).render(
         title=title,
         results=results,
         sentences=[*findings(results), *power_notes(results)],
-        charts=[chart._asdict() | svgs(chart) for chart in charts],
-        looks={n: [mark(ground, n)["color"] for ground in (LIGHT, DARK)] for n in labels},
+        charts=[chart._asdict() | {"svg": _data(chart)} for chart in charts],
+        colours={label: mark(label)["color"] for label in results["methods"]},
         full=plain_label(results, ORACLE),
         provenance=json.dumps(results["provenance"], indent=2),
         number=number,
@@ -78,3 +71,7 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
 def pointer(*keys: str | int) -> str:
     """The JSON pointer (RFC 6901) of a place in ``results.json``."""
     return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
+
+
+def _data(chart: Chart) -> str:
+    return f"data:image/svg+xml;base64,{b64encode(to_svg(chart.draw, chart.height)).decode()}"

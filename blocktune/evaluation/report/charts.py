@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blocktune.evaluation.report import style
-from blocktune.evaluation.report.style import Ground, mark
+from blocktune.evaluation.report.style import mark
 from blocktune.evaluation.results import FLOOR, ORACLE
 
 Results = Mapping[str, Any]
@@ -54,11 +54,11 @@ def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], 
     """Score of the methods of ``results.json`` against a cost, and the Pareto front (by cost)."""
     name, _, _ = _COSTS[cost]
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.set_title(f"Score against {name}")
-        _draw_costs(axes, ground, methods, cost, pareto[cost])
-        style.name_points(figure, ground, methods)
+        _draw_costs(axes, methods, cost, pareto[cost])
+        style.name_points(figure, methods)
 
     return Chart(
         f"score-by-{cost}",
@@ -71,14 +71,14 @@ def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], 
 
 
 def _draw_costs(
-    axes: Axes, ground: Ground, methods: Mapping[str, Any], cost: str, front: Sequence[str] = ()
+    axes: Axes, methods: Mapping[str, Any], cost: str, front: Sequence[str] = ()
 ) -> None:
     _, label, factor = _COSTS[cost]
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
-    axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
+    axes.step([places[name] for name in front], heights, where="post", color=style.FAINT, lw=3)
     for name, summary in methods.items():
-        _points(axes, ground, name, [places[name]], [summary["score"]], yerr=reach([summary]))
+        _points(axes, name, [places[name]], [summary["score"]], yerr=reach([summary]))
     axes.set(xlabel=label, ylabel="score", xlim=(0, 1.05 * max(0.05, *places.values())))
     style.as_share(axes.yaxis)
     if factor == 1:
@@ -90,22 +90,22 @@ def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
         f"task-{''.join(c if c.isalnum() or c == '-' else '-' for c in group)}",
         group,
         f"Score of every method on {group} with its 95 % interval; dotted: full prefill.",
-        lambda figure, ground: draw_rows(figure.subplots(), ground, methods, group),
+        lambda figure: draw_rows(figure.subplots(), methods, group),
         0.9 + 0.25 * len(methods),
     )
 
 
-def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str) -> None:
+def draw_rows(axes: Axes, methods: Mapping[str, Any], group: str) -> None:
     """A row a method: its score on one task or kind, with the interval and as a number."""
     cells = {label: summary["tasks"][group] for label, summary in methods.items()}
     for row, (label, cell) in enumerate(reversed(cells.items())):
-        _points(axes, ground, label, [cell["score"]], [row], xerr=reach([cell]))
+        _points(axes, label, [cell["score"]], [row], xerr=reach([cell]))
         axes.annotate(
             f"{100 * cell['score']:.1f}", (1, row), xycoords=("axes fraction", "data"),
             xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=style.SMALL,
         )  # fmt: skip
         if methods[label]["method"] == ORACLE and not methods[label]["adapter"]:
-            axes.axvline(cell["score"], color=ground.ink, linestyle=":", linewidth=1, zorder=0)
+            axes.axvline(cell["score"], color=style.INK, linestyle=":", linewidth=1, zorder=0)
     axes.set_yticks(range(len(cells)), list(reversed(cells)))
     axes.set(xlim=(0, 1.03), ylim=(-0.8, len(cells) - 0.4), xlabel="score", title=group)
     axes.set_xticks((0, 0.5, 1))
@@ -122,14 +122,14 @@ def _sweep_chart(results: Results, name: str) -> Chart:
         kept = (n for n, m in methods.items() if n in front or m["method"] in (ORACLE, FLOOR))
         methods = {n: methods[n] for n in list(kept)[:MOST_LINES]}
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         places, ends = [(one["from"] + one["to"]) / 2 for one in bins], {}
         cells = {method: [one["scores"][method] for one in bins] for method in methods}
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # bars side by side
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
-            line = mark(ground, method)
+            line = mark(method)
             axes.errorbar(moved, heights, yerr=reach(own, "ci95"), lw=1.4, elinewidth=0.7, **line)
             ends[method] = heights[-1], line["color"]
         axes.set(xlabel=label, ylabel="score", title=title)
@@ -152,26 +152,24 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     titles = {task["title"] for task in results["tasks"].values()}
     metric = "Score" if len(titles) > 1 else next(iter(titles)).replace("EM", "Exact match")
 
-    def draw(figure: Figure, ground: Ground) -> None:
+    def draw(figure: Figure) -> None:
         widths = [1.0] * len(groups) + [1.9]
         *panels, last = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         for index, (axes, group) in enumerate(zip(panels, groups, strict=True)):
-            draw_rows(axes, ground, methods, group)
+            draw_rows(axes, methods, group)
             if index:
                 axes.set_yticklabels([])
         figure.suptitle(f"{metric}: {title}", x=0.01, ha="left", fontsize=12, fontweight="bold")
-        _draw_costs(last, ground, methods, cost)
+        _draw_costs(last, methods, cost)
         last.set_title("against cost: up and left is better")
 
     width = 4.6 + 0.07 * max(map(len, methods)) + 2.2 * len(groups)
     return style.to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4), min(width, 15))
 
 
-def _points(
-    axes: Axes, ground: Ground, label: str, x: Sequence[float], y: Sequence[float], **reach: Any
-) -> None:
+def _points(axes: Axes, label: str, x: Sequence[float], y: Sequence[float], **reach: Any) -> None:
     """Points of one method with their intervals, in its colour and marker."""
-    axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(ground, label), **reach)
+    axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(label), **reach)
 
 
 def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:

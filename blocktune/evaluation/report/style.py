@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import matplotlib as mpl
@@ -17,30 +17,9 @@ from matplotlib.ticker import PercentFormatter
 
 from blocktune.files import replacing
 
-
-class Ground(NamedTuple):
-    """Colours of a picture."""
-
-    paper: str  # behind it
-    ink: str  # text and axes
-    faint: str  # grid lines and secondary lines
-    # in the order of `COLOURS`: Okabe and Ito's palette, told apart by all common forms of colour
-    # vision
-    series: tuple[str, ...]
-
-
-LIGHT = Ground(
-    "#ffffff",
-    "#1a1a1a",
-    "#d9d9d9",
-    ("#000000", "#7d7d7d", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#D98E00", "#3AA0DC"),
-)
-DARK = Ground(
-    "#16181c",
-    "#e8e8e8",
-    "#3a3d44",
-    ("#f2f2f2", "#9a9a9a", "#FF8A3D", "#4FA8DE", "#2BC79A", "#E39AC3", "#F0B63A", "#7CC7F2"),
-)
+PAPER, INK, FAINT = "#ffffff", "#1a1a1a", "#d9d9d9"  # behind a picture; text and axes; grid lines
+SERIES = ("#000000", "#7d7d7d", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#D98E00", "#3AA0DC")
+"""In the order of `COLOURS`: Okabe and Ito's, told apart by all common forms of colour vision."""
 _LOOKS = {
     "ink": {"full-prefill": "s", "prefix-cache": "D", "oracle": "*", "control": "X"},
     "grey": {"no-context": "X", "random": "h"},
@@ -61,10 +40,10 @@ COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
 PHONE_INCHES = 4.6  # width of a picture whose text is still read at 358 pixels, a phone's page
 SMALL = 8.5  # points of a label inside a picture
 
-Draw = Callable[[Figure, Ground], None]
+Draw = Callable[[Figure], None]
 
 
-def mark(ground: Ground, label: str) -> dict[str, Any]:
+def mark(label: str) -> dict[str, Any]:
     """Colour and marker of a method, as keywords of ``Axes.plot``.
 
     A label that begins with a method's name (``cacheblend 30 %``, ``kvlink + epic``) is a variant:
@@ -79,53 +58,50 @@ def mark(ground: Ground, label: str) -> dict[str, Any]:
         marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
     else:
         colour, marker = METHODS[known]
-    found = ground.series[COLOURS.index(colour)]
+    found = SERIES[COLOURS.index(colour)]
     filled = known is None or known == label
-    return {"color": found, "marker": marker, "markerfacecolor": found if filled else ground.paper}
+    return {"color": found, "marker": marker, "markerfacecolor": found if filled else PAPER}
 
 
-def to_svg(draw: Draw, ground: Ground, height: float, width: float = PHONE_INCHES) -> bytes:
+def to_svg(draw: Draw, height: float) -> bytes:
     """A picture as SVG, the same bytes for the same picture."""
     out = io.BytesIO()
-    with mpl.rc_context(_settings(ground)):
-        made = _made(draw, ground, (width, height))
+    with mpl.rc_context(SETTINGS):
+        made = _made(draw, height, PHONE_INCHES)
         made.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
 
 
 def to_png(draw: Draw, path: str | Path, height: float, width: float = PHONE_INCHES) -> Path:
-    """A picture on light ground as a PNG, whole or not at all; returns its path."""
-    with mpl.rc_context(_settings(LIGHT)), replacing(path) as temporary:
-        _made(draw, LIGHT, (width, height)).savefig(temporary, dpi=200)
+    """A picture as a PNG, whole or not at all; returns its path."""
+    with mpl.rc_context(SETTINGS), replacing(path) as temporary:
+        _made(draw, height, width).savefig(temporary, dpi=200)
     return Path(path)
 
 
-def _made(draw: Draw, ground: Ground, size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure, ground)
+def _made(draw: Draw, height: float, width: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    draw(figure)
     return figure
 
 
-def _settings(ground: Ground) -> dict[str, Any]:
-    paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), ground.paper)
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return {
-        **paper,
-        **dict.fromkeys(inked, ground.ink),
-        "font.size": 10,
-        "figure.dpi": 150,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.titlesize": 11,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": ground.faint,
-        "grid.linewidth": 0.6,
-        "lines.markersize": 5,
-        "svg.hashsalt": "blocktune",  # equal pictures are equal files
-    }
+SETTINGS = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    "font.size": 10,
+    "figure.dpi": 150,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "lines.markersize": 5,
+    "svg.hashsalt": "blocktune",  # equal pictures are equal files
+}
 
 
 def as_share(axis: Any) -> None:
@@ -144,8 +120,8 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     axes.legend(lines, ranked, labelcolor="linecolor", handlelength=0.8, **look)
 
 
-def name_points(figure: Figure, ground: Ground, labels: Collection[str]) -> None:
+def name_points(figure: Figure, labels: Collection[str]) -> None:
     """Names methods below the picture, each beside its colour and marker."""
-    points = [Line2D([], [], linestyle="", **mark(ground, label)) for label in labels]
+    points = [Line2D([], [], linestyle="", **mark(label)) for label in labels]
     look = {"loc": "outside lower left", "fontsize": SMALL, "frameon": False, "handletextpad": 0.2}
     figure.legend(points, labels, ncols=2, columnspacing=1, **look)
