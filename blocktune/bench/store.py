@@ -198,9 +198,9 @@ def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, flo
 
 def _percentiles(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {
-        f"{name}_{label}_s": sorted(one)[int(len(one) * share)]
+        f"{name}_p{share}_s": sorted(one)[len(one) * share // 100]
         for name, one in times.items()
-        for label, share in (("p50", 0.5), ("p99", 0.99))
+        for share in (50, 99)
     }
 
 

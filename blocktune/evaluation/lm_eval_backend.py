@@ -28,20 +28,15 @@ MODES = ("block", "full")
 
 @register_model("blocktune")
 class BlocktuneLM(LM):
-    """The harness's interface over an `Engine`.
+    """The harness's interface over an `Engine`: of a base and an adapter, or one that is given.
 
     Args:
-        pretrained: Folder or hub name of the base model.
-        adapter: Of an adapter, or None.
         mode: ``block``: chunks see only themselves, as the adapter was trained (plain chunks on a
             base model); ``full``: full attention.
         separator: Parts of a prompt end with it; escaped line breaks are understood.
-        dtype: Of weights and caches.
-        device: Where to run; None takes a GPU when there is one, and so does ``cuda:0``, which
-            the harness passes where the user names no device.
-        batch_size: Prompts in a forward pass.
+        device: None takes a GPU when there is one, and so does ``cuda:0``, which the harness
+            passes where the user names no device.
         max_gen_toks: Longest generation where a task does not say.
-        engine: A loaded one, instead of all of the above but the mode.
         **ignored: What the harness passes to every model, such as ``max_batch_size``.
     """
 

@@ -84,15 +84,9 @@ def run_suite(
     Rows do not depend on where a run was stopped nor on how many processes share it: batches are
     always the same ones, and each is answered from empty caches.
 
-    Args:
-        suite: What to run.
-        output: Folder for ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``.
-        command: What the user typed, for the provenance; by default ``sys.argv``.
-        load: How weights are loaded.
-        processes: Those that share the run; by default those of the launcher, or this one alone.
-
-    Returns:
-        What ``results.json`` holds, see `build_results`; None in all processes but the main one.
+    ``output`` gets ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``, which is returned
+    (see `build_results`; None in all processes but the main one). ``command`` is what the user
+    typed, by default ``sys.argv``; ``processes`` share the run, by default those of the launcher.
 
     Raises:
         ValueError: In one line and before the first question, if anything cannot be run, or the

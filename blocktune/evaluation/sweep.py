@@ -126,14 +126,10 @@ def tune(
 ) -> dict[str, Any] | None:
     """Tries every point; a stopped run resumes. ``how`` are other arguments of `run_suite`.
 
-    Returns:
-        What ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
-        ``points`` from best to worst, and the provenance; None in all processes but the main one.
-        The best of several points is chosen by its score on these questions, so that score flatters
-        it: measure it on others.
-
-    Raises:
-        ValueError: In one line and before the first question, if anything cannot be run.
+    Returns what ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
+    ``points`` from best to worst, and the provenance; None in all processes but the main one. The
+    best of several points is chosen by its score on these questions, so that score flatters it:
+    measure it on others.
     """
     output = Path(output)
     results = run_suite(spec.suite(), output, **how)
