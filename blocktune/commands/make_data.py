@@ -81,8 +81,7 @@ def passages(
             embed = opt.embedder(embedder, store)
             examples = retrieval.from_corpus(questions, load_chunks(corpus), k, embed)
         else:
-            found = retrieval.read_retrieved(retrieved)
-            examples = list(retrieval.from_retriever(questions, found, k))
+            examples = list(retrieval.from_retriever(questions, retrieved, k))
     _write_found(source, output, examples, whole, answerable)
 
 

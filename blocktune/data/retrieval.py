@@ -115,35 +115,6 @@ def _question(record: Mapping[str, Any]) -> Question:
     return Question(text.strip(), answers, id_of(record), kind, named)
 
 
-class Retrieved(NamedTuple):
-    """Passages found by a retriever, best first, by ("id", ID) and by ("question", TEXT)."""
-
-    where: str
-    passages: Mapping[tuple[str, str], tuple[Chunk, ...]]
-
-    def find(self, question: Question) -> tuple[Chunk, ...]:
-        """The passages of a question."""
-        found = self.passages.get(("id", question.id)) if question.id else None
-        if not (found := found or self.passages.get(("question", question.question))):
-            name = question.id or question.question
-            raise ValueError(f"{self.where} has no passages for question '{name:.60}'")
-        return found
-
-
-def read_retrieved(path: str | Path) -> Retrieved:
-    """Reads a retriever's output: a line a question, best passage first.
-
-    A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
-    of `PASSAGES`, in any form that `RagExample` reads; a passage's id and score stay with it. Else
-    a ValueError names file, line and field.
-    """
-    found: dict[tuple[str, str], tuple[Chunk, ...]] = {}
-    for record in read_records(path):
-        key, question, chunks = at(record, _retrieved)
-        found |= {name: chunks for name in (("id", key), ("question", question)) if name[1]}
-    return Retrieved(Path(path).name, found)
-
-
 def from_corpus(
     questions: Iterable[Question],
     corpus: Sequence[Chunk],
@@ -163,12 +134,23 @@ def from_corpus(
     return examples
 
 
-def from_retriever(
-    questions: Iterable[Question], retrieved: Retrieved, k: int
-) -> Iterator[RagExample]:
-    """The first ``k`` passages that a retriever's file has for each question."""
+def from_retriever(questions: Iterable[Question], path: str | Path, k: int) -> Iterator[RagExample]:
+    """The first ``k`` passages that a retriever's file has for each question.
+
+    A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
+    of `PASSAGES`, best first, in any form that `RagExample` reads; a passage's id and score stay
+    with it. Else a ValueError names file, line and field.
+    """
+    found: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+    for record in read_records(path):
+        key, asked, chunks = at(record, _retrieved)
+        found |= {name: chunks for name in (("id", key), ("question", asked)) if name[1]}
     for question in questions:
-        yield _example(question, retrieved.find(question)[:k], {"retriever": retrieved.where})
+        by_id = found.get(("id", question.id)) if question.id else None
+        if not (chunks := by_id or found.get(("question", question.question))):
+            name = question.id or question.question
+            raise ValueError(f"{Path(path).name} has no passages for question '{name:.60}'")
+        yield _example(question, chunks[:k], {"retriever": Path(path).name})
 
 
 def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:

@@ -15,7 +15,6 @@ from blocktune.data.retrieval import (
     from_own,
     from_retriever,
     read_questions,
-    read_retrieved,
 )
 from blocktune.prompt import Chunk
 
@@ -106,11 +105,11 @@ def test_from_retriever(tmp_path):
         {"question": "Where?", "ctxs": [{"id": "7", "title": "", "text": "here"}]},
     )
     asked = [Question("Who?", ("Anna",), "q1"), Question("Where?", (), "q2")]
-    first, second = from_retriever(asked, read_retrieved(path), 2)
+    first, second = from_retriever(asked, path, 2)
     assert first.chunks == (Chunk("one"), Chunk("two", "T"))
     assert second.chunks == (Chunk("here"),)
     with pytest.raises(ValueError, match=r"dpr\.jsonl has no passages for question 'q3'"):
-        list(from_retriever([Question("Why?", (), "q3")], read_retrieved(path), 2))
+        list(from_retriever([Question("Why?", (), "q3")], path, 2))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_from_retriever(tmp_path):
 def test_wrong_retrieved_line_is_named(tmp_path, record, message):
     path = lines(tmp_path / "dpr.jsonl", {"id": "a", "passages": ["x"]}, record)
     with pytest.raises(ValueError, match=rf"^dpr\.jsonl, line 2: {message}"):
-        read_retrieved(path)
+        list(from_retriever([], path, 1))
 
 
 def test_questions_of_every_shape(tmp_path):

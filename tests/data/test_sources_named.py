@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 
+from blocktune.commands.errors import explain
 from blocktune.data import load_examples
 from blocktune.data.sources import records as hub
 from blocktune.data.sources.catalog import data_set
@@ -104,8 +105,9 @@ def test_unknown_split_is_one_line(folder):
 
 def test_missing_datasets_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'blocktune\[data\]'"):
+    with pytest.raises(ModuleNotFoundError, match="datasets") as error:
         next(hub.read_hub(data_set("owner/name")))
+    assert "pip install 'blocktune[data]'" in explain(error.value)
 
 
 def test_worlds():

@@ -270,12 +270,8 @@ def read_hub(
     name = source.at
     if source.streamed and limit is None:
         raise ValueError(f"'{name}' is too large to load as a whole; give a limit")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(
-            f"'hf:{name}' needs the datasets package: pip install 'blocktune[data]'"
-        ) from None
+    from datasets import load_dataset
+
     try:
         rows = load_dataset(
             source.hub,
