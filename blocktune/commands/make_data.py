@@ -140,7 +140,7 @@ def answer(
     from rich.console import Console
     from rich.progress import Progress
 
-    from blocktune.data.regenerate import regenerate
+    from blocktune.data.answers import regenerate
     from blocktune.engine import Sampling
 
     examples = data.load_from(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)

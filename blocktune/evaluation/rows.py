@@ -15,7 +15,7 @@ import blocktune
 from blocktune.data import RagExample
 from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
-from blocktune.files import replace_text, whole_lines
+from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
 
 EVERY = ("em", "f1", "substring_em")  # metrics that every row has, of the extracted answer
 
@@ -133,8 +133,7 @@ class RowFile:
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
         self.path, self.keys = folder / f"{label}.jsonl", list(keys)
         self._part = folder / f"{label}.part{rank}.jsonl"
-        self._rows, self._own = self._known(), self._of(self._part)
-        self._begun = False
+        self._rows, self._begun = self._known(), False
 
     def refuse_loss(self, asked: Collection[tuple[str, str]]) -> None:
         """Raises ValueError if it answers questions, by task and id, that are not ``asked``.
@@ -155,11 +154,10 @@ class RowFile:
     def append(self, rows: Iterable[Row]) -> None:
         """Adds rows to this process's part, on disk before it returns."""
         if not self._begun:  # what an earlier run left there, without its half-written line
-            replace_text(self._part, _lines(self._own.values()))
+            truncate_lines(self._part, len(whole_lines(self._part)))
             self._begun = True
         new = {row.key: row for row in rows if row.key not in self._rows}
-        with self._part.open("a", encoding="utf-8") as out:
-            out.write(_lines(new.values()))
+        append_lines(self._part, map(_line, new.values()))
         self._rows |= new
 
     def merge(self) -> list[Row]:
@@ -169,17 +167,14 @@ class RowFile:
         """
         known = self._known()
         rows = [known[key] for key in self.keys]
-        replace_text(self.path, _lines(rows))
+        replace_text(self.path, "".join(_line(row) + "\n" for row in rows))
         for part in self._paths()[1:]:
             part.unlink()
         return rows
 
     def _known(self) -> dict[str, Row]:
-        return {k: row for path in self._paths() for k, row in self._of(path).items()}
-
-    def _of(self, path: Path) -> dict[str, Row]:
-        wanted = set(self.keys)
-        return {row.key: row for row in read_rows(path) if row.key in wanted}
+        rows, wanted = (row for path in self._paths() for row in read_rows(path)), set(self.keys)
+        return {row.key: row for row in rows if row.key in wanted}
 
     def _paths(self) -> list[Path]:
         """The file and its parts."""
@@ -206,5 +201,5 @@ def read_rows(path: Path) -> Iterator[Row]:
             ) from None
 
 
-def _lines(rows: Iterable[Row]) -> str:
-    return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row), ensure_ascii=False)
