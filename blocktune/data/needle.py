@@ -67,7 +67,15 @@ def generate_needles(
     Source: RULER's niah_single_2 (arXiv:2404.06654), at depths of our own and in chunks; RULER
     takes Paul Graham's essays, which cannot be shipped: name them by ``haystack``.
     """
-    prose = Prose(config.haystack)
+    file = config.haystack
+    source = _sentences_of_file(file) if file else _generated_sentences()
+    read: list[str] = []
+
+    def prose(number: int) -> list[str]:
+        """The first sentences, the same ones every time."""
+        read.extend(islice(source, max(0, number - len(read))))
+        return read[:number]
+
     for length in config.lengths:
         for depth in config.depths:
             for index in range(config.n):
@@ -83,19 +91,6 @@ def _words(part: str) -> tuple[str, ...]:
     from wonderwords import RandomWord
 
     return tuple(RandomWord().filter(include_categories=[part]))
-
-
-class Prose:
-    """Sentences of a file, repeated, or of generated passages; the same ones first every time."""
-
-    def __init__(self, file: str | None = None):
-        self._source = _sentences_of_file(file) if file else _generated_sentences()
-        self._read: list[str] = []
-
-    def first(self, number: int) -> list[str]:
-        """The first ``number`` sentences."""
-        self._read += islice(self._source, max(0, number - len(self._read)))
-        return self._read[:number]
 
 
 def _sentences_of_file(file: str) -> Iterator[str]:
@@ -124,7 +119,7 @@ def _generated_sentences() -> Iterator[str]:
 def _example(
     config: NeedleConfig,
     needle: dict[str, str],
-    prose: Prose,
+    prose: Callable[[int], list[str]],
     length: int,
     depth: float,
     index: int,
@@ -134,7 +129,7 @@ def _example(
 
     def hide(size: int) -> tuple[tuple[Chunk, ...], int]:
         """Chunks of that many sentences and the needle, and which of them holds it."""
-        sentences = list(prose.first(size))
+        sentences = prose(size)
         place = int(size * depth / 100)
         sentences.insert(place, NEEDLE.format(**needle))
         groups = pack(sentences, config.chunk, tokenizer)
