@@ -23,7 +23,7 @@ Entry = TypeVar("Entry", bound=type)
 class Registry:
     """Classes by name. ``what`` describes an entry in errors, e.g. ``reuse method``.
 
-    The modules of ``package`` are imported to find entries, then the plug-ins.
+    The modules of ``package``, or that file, are imported to find entries, then the plug-ins.
     """
 
     def __init__(self, what: str, package: str):
@@ -57,7 +57,8 @@ class Registry:
         """All entries by name. Raises ValueError if a plug-in cannot be loaded."""
         if not self._found:
             package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
+            places = getattr(package, "__path__", ())  # a single file has none
+            for module in pkgutil.iter_modules(places, f"{self.package}."):
                 importlib.import_module(module.name)
             self._found = True
         plugins.load_all()

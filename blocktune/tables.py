@@ -16,6 +16,8 @@ FORMS: dict[str, Callable[[float], str]] = {
     "score": lambda value: f"{100 * value:.1f}",
     "points": lambda value: f"{100 * value:+.1f}",
     "share": lambda value: f"{100 * value:.0f} %",
+    # of a gap: below that, a loss over a small gap, how many times the gap it is says nothing
+    "gap": lambda value: "< -100 %" if value < -1 else f"{100 * value:.0f} %",
     "ms": lambda value: f"{1000 * value:.1f}",
     "ratio": lambda value: f"{value:.2f}x",
     "p": lambda value: f"{value:.2g}",

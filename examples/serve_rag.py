@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from blocktune.data.retrieval import Bm25
+from blocktune.data.retrieval import Index
 from blocktune.prompt import Chunk
 
 
@@ -25,7 +25,7 @@ def main(folder: str, question: str, url: str = "http://127.0.0.1:8000/v1", k: i
     """Prints the answer while it comes."""
     client = OpenAI(base_url=url, api_key="none")
     corpus = sections(folder) or sys.exit(f"no section of Markdown in '{folder}'")
-    best = [corpus[hit.index] for hit in Bm25(corpus).search([question], k)[0]]
+    best = [corpus[hit.index] for hit in Index(corpus).search([question], k)[0]]
     stream = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": question}],

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.panel import Panel
 
 from blocktune.commands.options import quiet_libraries
+from blocktune.evaluation.compare import findings
 from blocktune.evaluation.report.terminal import run_and_show
-from blocktune.evaluation.stats.compare import findings
 from blocktune.evaluation.suite import load_suite
 
 OUTPUT = Path("out/demo")

@@ -21,7 +21,7 @@ from rich.table import Table
 from blocktune import Chunk, Engine, RagExample
 from blocktune.bench.ttft import bench_ttft, draw_ttft, table
 from blocktune.commands.options import quiet_libraries
-from blocktune.data.retrieval import Bm25
+from blocktune.data.retrieval import Index
 from blocktune.evaluation.metrics import word_f1
 from blocktune.methods import default_method
 from blocktune.prompt import PromptFormat
@@ -60,7 +60,7 @@ def ask(count: int, passages: int) -> list[RagExample]:
     """Questions over the passage that answers each and those that BM25 finds, in its order."""
     lines = Path("data/passages.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    index = Bm25([Chunk(record["text"], record["title"]) for record in records])
+    index = Index([Chunk(record["text"], record["title"]) for record in records])
     asked = [(one, i) for i, record in enumerate(records) for one in record["questions"][:1]]
     examples = []
     for question, gold in asked[:: max(1, len(asked) // count)][:count]:

@@ -248,19 +248,16 @@ def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
             lines = iter((first, *file))
             azure = first.startswith("TIMESTAMP,")
             made = islice(_azure(lines) if azure else _json_lines(lines), limit)
-            requests = [request for request in made if all(map(_checked, request))]
+            requests = list(made)
     except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError) as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__} "
         raise ValueError(f"cannot read the trace '{path}': {kind}{error}") from None
     if not any(requests):
         raise ValueError(f"{path}: an empty trace")
+    for use in chain.from_iterable(requests):
+        if use.num_tokens < 1 or use.num_bytes < 0 or use.seconds < 0:
+            raise ValueError(f"{path}: a chunk has tokens, and 0 bytes and seconds or more: {use}")
     return requests
-
-
-def _checked(use: Use) -> bool:
-    if use.num_tokens < 1 or use.num_bytes < 0 or use.seconds < 0:
-        raise ValueError(f"a chunk has tokens, and no less than 0 bytes and seconds; got {use}")
-    return True
 
 
 def _json_lines(lines: Iterator[str]) -> Iterator[Request]:

@@ -71,19 +71,23 @@ class ReuseBench:
         return Engine(model, tokenizer, store=store)
 
     def pieces(self, vocab_size: int) -> Pieces:
-        """Random chunks and a random question, no prefix."""
-        draw = torch.Generator().manual_seed(self.seed)
-        ids = tuple(torch.randint(vocab_size, (self.tokens,), generator=draw).tolist())
-        context = ids[: -self.question]
-        starts = range(0, len(context), self.chunk)
-        chunks = tuple(context[start : start + self.chunk] for start in starts)
-        return Pieces((), chunks, ids[-self.question :])
+        """The prompt."""
+        return random_pieces(vocab_size, self.tokens, self.chunk, self.question, self.seed)
 
 
 TINY = ReuseBench(
     256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, threads=1, repeats=1
 )
 """Small enough for a test; its ratios mean nothing."""
+
+
+def random_pieces(vocab_size: int, tokens: int, chunk: int, question: int, seed: int) -> Pieces:
+    """Random chunks and a random question, no prefix; ``tokens`` in all."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = tuple(torch.randint(vocab_size, (tokens,), generator=draw).tolist())
+    context = ids[:-question]
+    chunks = tuple(context[start : start + chunk] for start in range(0, len(context), chunk))
+    return Pieces((), chunks, ids[-question:])
 
 
 def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
@@ -167,22 +171,16 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
     with threads(bench.threads), torch.no_grad():
         engine = bench.engine()
         methods = {
-            "full": build("full-prefill"),
             "naive": build("naive"),
             "epic": build("epic", k=bench.k),
             "cacheblend": build("cacheblend", ratio=bench.ratio),
         }
         pieces = bench.pieces(len(engine.tokenizer))
-        run = engine.start([pieces], methods["naive"])
+        alone = query_only(engine.model, engine.start([pieces], methods["naive"]))
+        times = time_methods(engine, pieces, methods, bench.repeats, query_only=alone)
+        methods["full"] = build("full-prefill")
         usages = {name: usage_of(engine, pieces, method) for name, method in methods.items()}
-        works = {name: partial(engine.start, [pieces], m) for name, m in methods.items()}
-        works["full_engine"] = works.pop("full")
-        ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query])
-        works["full_stock"] = partial(engine.model, ids, use_cache=True, logits_to_keep=1)
-        works["query_only"] = query_only(engine.model, run)
-        times = take_turns(works, bench.repeats)
         copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
-    times["full"] = list(map(min, times["full_engine"], times["full_stock"]))
     over = {name: spread(ratios(times, *name.split("_over_"))) for name in TARGETS}
     return {
         **{name: one["median"] for name, one in over.items()},
@@ -195,6 +193,27 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
     }
+
+
+def time_methods(
+    engine: Engine,
+    pieces: Pieces,
+    methods: Mapping[str, Method],
+    repeats: int,
+    **more: Callable[[], object],
+) -> dict[str, list[float]]:
+    """Seconds of prefills by each method, of ``more`` works, and of full prefill, in turn.
+
+    ``full`` is the faster of this engine's (``full_engine``) and the stock model's in each round.
+    """
+    ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query], device=engine.model.device)
+    full = {
+        "full_engine": partial(engine.start, [pieces], build("full-prefill")),
+        "full_stock": partial(engine.model, ids, use_cache=True, logits_to_keep=1),
+    }
+    own = {name: partial(engine.start, [pieces], method) for name, method in methods.items()}
+    times = take_turns(full | own | more, repeats)
+    return times | {"full": list(map(min, times["full_engine"], times["full_stock"]))}
 
 
 def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:

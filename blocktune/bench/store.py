@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import os
 import random
@@ -13,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.bench.reuse import ReuseBench, ratios, spread, threads
+from blocktune.bench.reuse import ReuseBench, ratios, spread, take_turns, threads
 from blocktune.cache import ChunkKV, ChunkStore, PrefixTree, chunk_key, cut_exact
 from blocktune.cache.chunk_file import SETTLED_S
 from blocktune.cache.codecs import encoded, round_trip
@@ -47,9 +45,8 @@ def bench_store(
 
     Copying reads the same files, or copies the same tensors, into memory that the process has
     written before, and loading finds such memory as well. All files are in the page cache, and this
-    process has verified them. ``joined`` moves no key: rotating takes the difference to the others.
-    ``ratios`` are of bandwidths in wall time, ``cpu_ratios`` in the process's CPU time. Chunks are
-    written into ``folder``, by default the system's temporary one.
+    process has verified them. ``ratios`` are of bandwidths in wall time, ``cpu_ratios`` in the
+    process's CPU time. Chunks are written into ``folder``, by default the system's temporary one.
     """
     _keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
@@ -60,7 +57,6 @@ def bench_store(
         works: dict[str, Callable[[], object]] = {}
         for name, engine in (("disk", disk), ("memory", memory)):
             works[name] = partial(_load, engine, moved, pieces)
-            works[f"{name}_joined"] = partial(_load, engine, _unmoved(moved, pieces), pieces)
             works[name]()  # encodes
         files = sorted((Path(place) / "disk").rglob("*.safetensors"))
         held = list(memory.store.held().values())
@@ -70,7 +66,7 @@ def bench_store(
         works["copy"] = lambda: [new.copy_(old) for new, old in zip(copies, tensors, strict=True)]
         buffers = [memoryview(bytearray(path.stat().st_size)) for path in files]
         works["read"] = partial(_read, files, buffers)
-        times, cpu = _take_turns(works, setting.repeats)
+        times, cpu = _times(works, setting.repeats)
         lookups = _lookups(Path(place) / "many", keys)
     chunk = next(entry for entry in held if isinstance(entry, ChunkKV))
     return {
@@ -125,37 +121,24 @@ def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
     from_chunks(ServedBatch.stacked(engine.state, [prompt], [pieces], build("naive")))
 
 
-def _unmoved(prompt: Prompt, pieces: Pieces) -> Prompt:
-    """The prompt with every chunk at the positions that it was encoded at."""
-    rows = [*chain.from_iterable(range(len(chunk)) for chunk in pieces.chunks)]
-    position = prompt.layout.position.clone()
-    position[0, : len(rows)] = torch.tensor(rows)
-    return replace(prompt, layout=replace(prompt.layout, position=position))
-
-
-def _take_turns(
+def _times(
     works: Mapping[str, Callable[[], object]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Wall and CPU seconds of every round after a first one that warms up, by name."""
-    times = {name: [] for name in works}, {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name, work in works.items():
-            gc.collect()
-            start = time.perf_counter(), time.process_time()
-            work()
-            end = time.perf_counter(), time.process_time()
-            for kind, before, after in zip(times, start, end, strict=True):
-                kind[name] += [after - before] if turn else []
-    return times
+    """Wall and CPU seconds of every round that counts, by name."""
+    cpu: dict[str, list[float]] = {name: [] for name in works}
+
+    def clocked(name: str, work: Callable[[], object]) -> None:
+        start = time.process_time()
+        work()
+        cpu[name].append(time.process_time() - start)
+
+    wall = take_turns({name: partial(clocked, name, work) for name, work in works.items()}, repeats)
+    return wall, {name: seconds[-repeats:] for name, seconds in cpu.items()}
 
 
 def _over_copy(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     copies = {"disk": "read", "memory": "copy"}
-    return {
-        f"{place}{way}_over_copy": spread(ratios(times, copy, f"{place}{way}"))
-        for place, copy in copies.items()
-        for way in ("", "_joined")
-    }
+    return {f"{n}_over_copy": spread(ratios(times, copy, n)) for n, copy in copies.items()}
 
 
 def _read(files: list[Path], buffers: list[memoryview]) -> None:
@@ -215,9 +198,9 @@ def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, flo
 
 def _percentiles(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {
-        f"{name}_{label}_s": sorted(one)[int(len(one) * share)]
+        f"{name}_p{share}_s": sorted(one)[len(one) * share // 100]
         for name, one in times.items()
-        for label, share in (("p50", 0.5), ("p99", 0.99))
+        for share in (50, 99)
     }
 
 

@@ -13,10 +13,11 @@ from blocktune.bench.reuse import (
     copy_rate,
     matmul_rate,
     query_only,
+    random_pieces,
     ratios,
     spread,
-    take_turns,
     threads,
+    time_methods,
     usage_of,
 )
 from blocktune.cache import RowCache
@@ -24,7 +25,7 @@ from blocktune.engine import Engine
 from blocktune.engine.assemble import relocate
 from blocktune.engine.generation import Generation
 from blocktune.engine.usage import Stopwatch
-from blocktune.methods import Method, build, default_method
+from blocktune.methods import Method, default_method
 from blocktune.prompt import Pieces
 from blocktune.provenance import provenance
 from blocktune.tables import Table
@@ -41,58 +42,44 @@ def bench_ttft(
     question: int = 32,
     repeats: int = 3,
     num_threads: int = 2,
-    method: Method | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Times prompts of random tokens, in turn with full prefill, chunks in memory.
 
-    Args:
-        engine: What serves; its store must have room for the longest prompt.
-        lengths: Tokens of a prompt with its question and one answer token.
-        chunk: Tokens of a chunk.
-        question: Tokens of the question.
-        repeats: Timed rounds, after one that is not timed.
-        num_threads: Threads that PyTorch may use.
-        method: What serves the cached chunks; None: what the weights were trained for.
-        seed: Of the tokens.
+    The method is what the weights were trained for. ``lengths`` are tokens of a prompt with its
+    question and one answer token; the engine's store must have room for the longest. ``repeats``
+    rounds are timed, after one that is not.
 
     Returns:
         ``lengths``: for each, ``cached_over_full`` (median of the ratios within each round) and its
-        ``spread``; ``seconds`` of ``cached`` and ``full``, the faster of this engine's and the
-        stock model's; ``parts``: what a cached prompt is made of, each with its ``seconds`` and, on
-        a CPU in float32, the ``limit``: ``lookup`` of the chunks; ``join``: their copy into one
-        cache (bytes over the rate of a plain copy); ``rotate``: what turning the keys costs on
-        top (one more pass over the keys); ``question``: its forward pass (operations over the
-        matmul rate, or bytes of weights and cache over the copy rate if these take longer). The
-        method, setting and provenance.
+        ``spread``; ``seconds`` of ``cached`` and ``full``, see `time_methods`; ``parts``: what a
+        cached prompt is made of, each with its ``seconds`` and, on a CPU in float32, the
+        ``limit``: ``lookup`` of the chunks; ``join``: their copy into one cache (bytes over the
+        rate of a plain copy); ``rotate``: what turning the keys costs on top (one more pass over
+        the keys); ``question``: its forward pass (operations over the matmul rate, or bytes of
+        weights and cache over the copy rate if these take longer). The method, setting and
+        provenance.
 
     Raises:
         ValueError: If a prompt has no room for a chunk and the question.
     """
-    method = method or default_method(engine.prompts.trained)
+    method = default_method(engine.prompts.trained)
     found = {}
     with threads(num_threads), torch.no_grad():
         limited = engine.model.device.type == "cpu" and engine.model.dtype == torch.float32
         rates = (copy_rate(repeats), matmul_rate(repeats)) if limited else None
         for length in lengths:
-            pieces = _pieces(len(engine.tokenizer), length, chunk, question, seed)
+            if length - question < 3 or question < 1 or chunk < 1:
+                raise ValueError(
+                    f"a prompt of {length} tokens has no room for a question of {question}"
+                )
+            pieces = random_pieces(len(engine.tokenizer), length - 1, chunk, question, seed)
             found[str(length)] = _timed(engine, pieces, method, repeats, rates)
             engine.forget()
     setting = {"chunk": chunk, "question": question, "repeats": repeats, "threads": num_threads}
     setting |= {"dtype": str(engine.model.dtype), "model": engine.model.config._name_or_path}
     rate = dict(zip(("bytes_per_s_copied", "flops_per_s_matmul"), rates or (), strict=False))
     return {"lengths": found, "method": method.name, **rate, "setting": setting, **provenance(seed)}
-
-
-def _pieces(vocab_size: int, length: int, chunk: int, question: int, seed: int) -> Pieces:
-    context = length - question - 1
-    if context < 2 or question < 1 or chunk < 1:
-        raise ValueError(f"a prompt of {length} tokens has no room for a question of {question}")
-    draw = torch.Generator().manual_seed(seed)
-    ids = tuple(torch.randint(vocab_size, (length - 1,), generator=draw).tolist())
-    starts = range(0, context, chunk)
-    chunks = tuple(ids[start : min(start + chunk, context)] for start in starts)
-    return Pieces((), chunks, ids[context:])
 
 
 def _timed(
@@ -102,21 +89,19 @@ def _timed(
     repeats: int,
     rates: tuple[float, float] | None,
 ) -> dict[str, Any]:
-    run, full = engine.start([pieces], method), build("full-prefill")
-    ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query], device=engine.model.device)
-    works: dict[str, Callable[[], object]] = {
-        "full_engine": partial(engine.start, [pieces], full),
-        "full_stock": partial(engine.model, ids, use_cache=True, logits_to_keep=1),
-        "cached": partial(engine.start, [pieces], method),
-        "question": query_only(engine.model, run),
-        **_assembling(engine, run),
-    }
-    times = take_turns(works, repeats)
-    times["full"] = list(map(min, times["full_engine"], times["full_stock"]))
+    run = engine.start([pieces], method)
+    more = {"question": query_only(engine.model, run), **_assembling(engine, run)}
+    times = time_methods(engine, pieces, {"cached": method}, repeats, **more)
     pairs = zip(times.pop("joined"), times["join"], strict=True)
     times["rotate"] = [max(0.0, whole - copied) for whole, copied in pairs]
     over = spread(ratios(times, "cached", "full"))
-    limits = {} if rates is None else _limits(engine, run, pieces, method, *rates)
+    limits = {}
+    if rates is not None:
+        copy, matmul = rates
+        states = [tensor for layer in run.cache.layers for tensor in (layer.keys, layer.values)]
+        held, weights = (sum(t.nbytes for t in own) for own in (states, engine.model.parameters()))
+        question = max(usage_of(engine, pieces, method).flops / matmul, (weights + held) / copy)
+        limits = {"join": held / copy, "rotate": held / 2 / copy, "question": question}
     parts = {
         name: {"seconds": spread(times[name])["median"], "limit": limits.get(name)}
         for name in PARTS
@@ -151,30 +136,17 @@ def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], objec
     return {"lookup": lookup, "join": partial(join, still), "joined": partial(join, moved)}
 
 
-def _limits(
-    engine: Engine, run: Generation, pieces: Pieces, method: Method, copy: float, matmul: float
-) -> dict[str, float]:
-    states = [tensor for layer in run.cache.layers for tensor in (layer.keys, layer.values)]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in states)
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
-    flops = usage_of(engine, pieces, method).flops
-    question = max(flops / matmul, (weights + held) / copy)
-    return {"join": held / copy, "rotate": held / 2 / copy, "question": question}
-
-
 def table(found: Mapping[str, Any]) -> Table:
     """What `bench_ttft` returned: milliseconds, of a part with its limit in brackets."""
     rows = []
     for length, one in found["lengths"].items():
-        parts = [_with_limit(one["parts"][name]) for name in PARTS]
+        parts = []
+        for part in map(one["parts"].get, PARTS):
+            limit = "" if part["limit"] is None else f" ({1e3 * part['limit']:,.1f})"
+            parts.append(f"{1e3 * part['seconds']:,.1f}{limit}")
         whole = [f"{1e3 * one['seconds'][name]:,.1f}" for name in ("full", "cached")]
         rows.append((f"{int(length):,}", *whole, f"{one['cached_over_full']:.3f}", *parts))
     return Table(("tokens", "full, ms", "cached, ms", "of full", *PARTS), rows)
-
-
-def _with_limit(part: Mapping[str, float | None]) -> str:
-    limit = "" if part["limit"] is None else f" ({1e3 * part['limit']:,.1f})"
-    return f"{1e3 * part['seconds']:,.1f}{limit}"
 
 
 def draw_ttft(found: Mapping[str, Any], path: str | Path) -> Path:

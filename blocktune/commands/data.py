@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ Arrow, told apart by its fields), a data set's short name (musique, tulu-3),
 hf:OWNER/NAME[:CONFIG] or hf:FOLDER, or a generator (worlds:test, needle:). Options follow a
 question mark: 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
 """
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What may command a terminal: all control characters but tab and line break."""
 
 Source = Annotated[str, Argument(help="Where examples come from; see `blocktune data list`.")]
 Output = Annotated[Path, opt.in_file("--output", "-o", help="JSONL file to write.")]
@@ -145,17 +149,22 @@ def show(
         _show_rows(examples[index], tokenizer, adapter, mode == "block")
 
 
+def _echo(text: str) -> None:
+    """Prints text of a row; control characters as hexadecimal escapes."""
+    typer.echo(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
+
+
 def _show_text(example: RagExample) -> None:
     facts = [("id", example.id), ("kind", example.kind)]
-    typer.echo("  ".join(f"{name}: {value}" for name, value in facts if value))
+    _echo("  ".join(f"{name}: {value}" for name, value in facts if value))
     for number, chunk in enumerate(example.chunks):
         mark = ", evidence" if number in example.supporting else ""
         title = f"{chunk.title}\n" if chunk.title else ""
-        typer.echo(f"[chunk {number}{mark}]\n{title}{chunk.text}")
-    typer.echo(f"[question]\n{example.question}")
-    typer.echo(f"[accepted answers]\n{' | '.join(example.answers) or '(unknown)'}")
+        _echo(f"[chunk {number}{mark}]\n{title}{chunk.text}")
+    _echo(f"[question]\n{example.question}")
+    _echo(f"[accepted answers]\n{' | '.join(example.answers) or '(unknown)'}")
     if example.response is not None:
-        typer.echo(f"[the model writes]\n{example.response}")
+        _echo(f"[the model writes]\n{example.response}")
 
 
 def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
@@ -179,7 +188,7 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool)
         followups=example.followups,
     )
     prompt = lay_out(pieces, spec, link_base=len(tokenizer), bos_id=tokenizer.bos_token_id)
-    typer.echo(rows_of(tokenizer, prompt))
+    _echo(rows_of(tokenizer, prompt))
     total = pieces.num_tokens
     typer.echo(f"\n{total:,} tokens in {len(pieces.chunks)} chunks; {len(prompt.ids):,} rows")
 

@@ -91,7 +91,7 @@ def compare(
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""
-    from blocktune.evaluation.stats.compare import compare, compare_table
+    from blocktune.evaluation.compare import compare, compare_table
 
     changes = compare(before, after, seed=seed)
     table = compare_table(changes, {"before": before.name, "after": after.name})
@@ -157,13 +157,12 @@ def report(
 @command(
     "tune",
     "blocktune tune --config eval/tuning/psr.yaml --output out/tuned",
-    "blocktune tune --config eval/tuning/psr.yaml --output out/tuned --processes 2",
+    "torchrun --nproc_per_node 2 -m blocktune.cli tune --config eval/tuning/psr.yaml -o out/tuned",
     "A stopped command continues where it stopped: repeat it.",
 )
 def tune(
     config: Annotated[Path, Option(help="YAML of the run; see eval/tuning/.")],
-    output: Annotated[Path, opt.in_folder(help="Folder for rows and tuned.json.")],
-    processes: Annotated[int, Option(min=1, help="Processes that share the questions.")] = 1,
+    output: Annotated[Path, opt.in_folder("--output", "-o", help="Folder for rows, tuned.json.")],
     limit: opt.Limit = None,
     model: Annotated[str | None, Option(help="Overrides the model of the file.")] = None,
     as_json: opt.AsJson = False,
@@ -181,7 +180,9 @@ def tune(
     from blocktune.tables import Table
 
     with resumable(f"the rows so far are in {output}"):
-        found = run(spec, output, processes=processes)
+        found = run(spec, output)
+    if found is None:  # of several processes the main one reports
+        return
     names = list(found["best"]["values"])
     rows = []
     for point in found["points"]:

@@ -85,8 +85,7 @@ def passages(
         if corpus is not None:
             examples = retrieval.from_corpus(questions, load_chunks(corpus), k, embed)
         else:
-            found = retrieval.read_retrieved(retrieved)
-            examples = list(retrieval.from_retriever(questions, found, k))
+            examples = list(retrieval.from_retriever(questions, retrieved, k))
     _write_found(source, output, examples, whole, answerable)
 
 
@@ -148,7 +147,7 @@ def answer(
     from rich.console import Console
     from rich.progress import Progress
 
-    from blocktune.data.regenerate import regenerate
+    from blocktune.data.answers import regenerate
     from blocktune.engine import Sampling
 
     examples = data.load_from(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)

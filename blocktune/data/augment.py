@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
 
 from blocktune.data.answers import chunk_mentions, evidence
 from blocktune.data.example import RagExample
@@ -28,7 +27,15 @@ class Augment:
 
     def __post_init__(self):
         for name, least in (("num_chunks", 1), ("num_distractors", 0)):
-            object.__setattr__(self, name, _range(name, getattr(self, name), least))
+            if (value := getattr(self, name)) is not None:
+                both = [value] * 2 if type(value) is int else value
+                whole = isinstance(both, list | tuple) and [type(v) for v in both] == [int, int]
+                if not whole or not least <= both[0] <= both[1]:
+                    raise ValueError(
+                        f"augment '{name}' must be a number of at least {least} or [low, high], "
+                        f"got {value!r}"
+                    )
+                object.__setattr__(self, name, tuple(both))
         if self.num_chunks and self.num_distractors:
             raise ValueError("augment: give num_chunks or num_distractors, not both")
 
@@ -85,15 +92,3 @@ def _shuffled(rng: Random, size: int) -> Iterator[int]:
         there = rng.randrange(here, size)
         yield moved.get(there, there)
         moved[there] = moved.get(here, here)
-
-
-def _range(name: str, value: Any, least: int) -> Range | None:
-    if value is None:
-        return None
-    both = (value, value) if type(value) is int else value
-    whole = isinstance(both, list | tuple) and [type(v) for v in both] == [int, int]
-    if not whole or not least <= both[0] <= both[1]:
-        raise ValueError(
-            f"augment '{name}' must be a number of at least {least} or [low, high], got {value!r}"
-        )
-    return tuple(both)

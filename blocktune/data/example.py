@@ -107,7 +107,10 @@ class RagExample:
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON types; fields that hold their default are left out."""
         record = {"id": self.id, "kind": self.kind, "question": self.question}
-        record["chunks"] = [chunk_to_json(chunk) for chunk in self.chunks]
+        chunks = (
+            {"title": c.title, "text": c.text, "metadata": {**c.metadata}} for c in self.chunks
+        )
+        record["chunks"] = [{k: value for k, value in one.items() if value} for one in chunks]
         record |= {"answers": list(self.answers), "response": self.response}
         record |= {"supporting": list(self.supporting), "meta": self.meta}
         for name in ("followups", "conversation"):
@@ -143,8 +146,8 @@ def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
     count = 0
     with open(path, "w", encoding="utf-8") as out:
         for example in examples:
-            out.write(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n")
             count += 1
+            out.write(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n")
     return count
 
 
@@ -275,12 +278,6 @@ def is_conversation(value: Any) -> bool:
     return len(roles) % 2 == 1 and all(
         role == ("assistant" if index % 2 else "user") for index, role in enumerate(roles)
     )
-
-
-def chunk_to_json(chunk: Chunk) -> dict[str, Any]:
-    """A chunk as `read_chunk` reads it; title and metadata only where it has them."""
-    record = {"title": chunk.title, "text": chunk.text, "metadata": dict(chunk.metadata)}
-    return {key: value for key, value in record.items() if value}
 
 
 def _decode(record: Any) -> dict[str, Any]:

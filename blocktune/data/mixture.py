@@ -177,24 +177,18 @@ def _counts(mixture: Mixture, available: Sequence[int]) -> list[int]:
     weights = [part.weight for part in mixture.parts]
     if mixture.size is None:
         counts = [round(weight * rows) for weight, rows in zip(weights, available, strict=True)]
-    else:
-        counts = _share_out(mixture.size, weights)
+    else:  # whole numbers by largest remainder
+        exact = [mixture.size * weight / sum(weights) for weight in weights]
+        counts = list(map(int, exact))
+        by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for index in by_remainder[: mixture.size - sum(counts)]:
+            counts[index] += 1
     for part, number, rows in zip(mixture.parts, counts, available, strict=True):
         if not number or not rows:
             raise ValueError(
                 f"mixture: no example of '{part.source}' is taken (it has {rows}, weight "
                 f"{part.weight:g}); raise the weight or size, or drop the part"
             )
-    return counts
-
-
-def _share_out(size: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to the weights, by largest remainder, that add up to ``size``."""
-    exact = [size * weight / sum(weights) for weight in weights]
-    counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    for index in by_remainder[: size - sum(counts)]:
-        counts[index] += 1
     return counts
 
 

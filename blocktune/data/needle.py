@@ -16,10 +16,11 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking.chunkers import sentences_of
+from blocktune.data.chunking import sentences_of
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import Chunk, PromptFormat, make_pieces
+from blocktune.registry import require_count
 
 INSTRUCTION = (
     "A special magic number is hidden within the following text. Make sure to memorize it. I will "
@@ -49,13 +50,10 @@ class NeedleConfig:
     tokenizer: str | None = None  # folder or name of the one that counts; None: the model's
 
     def __post_init__(self):
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"'lengths' must be at least 1, got {self.lengths}")
-        if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
+        if not all(0 <= depth <= 100 for depth in self.depths):
             raise ValueError(f"'depths' must be percent from 0 to 100, got {self.depths}")
-        for name in ("n", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"'{name}' must be at least 1, got {getattr(self, name)}")
+        for name, value in (("n", self.n), ("chunk", self.chunk)):
+            require_count(f"'{name}'", value, 1)
 
 
 def generate_needles(
@@ -69,7 +67,15 @@ def generate_needles(
     Source: RULER's niah_single_2 (arXiv:2404.06654), at depths of our own and in chunks; RULER
     takes Paul Graham's essays, which cannot be shipped: name them by ``haystack``.
     """
-    prose = Prose(config.haystack)
+    file = config.haystack
+    source = _sentences_of_file(file) if file else _generated_sentences()
+    read: list[str] = []
+
+    def prose(number: int) -> list[str]:
+        """The first sentences, the same ones every time."""
+        read.extend(islice(source, max(0, number - len(read))))
+        return read[:number]
+
     for length in config.lengths:
         for depth in config.depths:
             for index in range(config.n):
@@ -87,32 +93,15 @@ def _words(part: str) -> tuple[str, ...]:
     return tuple(RandomWord().filter(include_categories=[part]))
 
 
-class Prose:
-    """Sentences of a file, repeated, or of generated passages; the same ones first every time."""
-
-    def __init__(self, file: str | None = None):
-        self._source = _sentences_of_file(file) if file else _generated_sentences()
-        self._read: list[str] = []
-
-    def first(self, number: int) -> list[str]:
-        """The first ``number`` sentences."""
-        self._read += islice(self._source, max(0, number - len(self._read)))
-        return self._read[:number]
-
-
 def _sentences_of_file(file: str) -> Iterator[str]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"no haystack at '{file}'; give a text file, or JSON with a \"text\"")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start})") from None
-    if path.suffix == ".json":
-        try:
-            text = json.loads(text)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path.name}: not JSON with a field "text" ({error})') from None
+        text = json.loads(text)["text"] if path.suffix == ".json" else text
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path.name} is not UTF-8 text, or JSON with "text": {error}') from None
     sentences = [s.strip() for s in sentences_of(re.sub(r"\s+", " ", text)) if s.strip()]
     if not sentences:
         raise ValueError(f"{path.name} holds no sentence; give a text file")
@@ -130,7 +119,7 @@ def _generated_sentences() -> Iterator[str]:
 def _example(
     config: NeedleConfig,
     needle: dict[str, str],
-    prose: Prose,
+    prose: Callable[[int], list[str]],
     length: int,
     depth: float,
     index: int,
@@ -140,7 +129,7 @@ def _example(
 
     def hide(size: int) -> tuple[tuple[Chunk, ...], int]:
         """Chunks of that many sentences and the needle, and which of them holds it."""
-        sentences = list(prose.first(size))
+        sentences = prose(size)
         place = int(size * depth / 100)
         sentences.insert(place, NEEDLE.format(**needle))
         groups = pack(sentences, config.chunk, tokenizer)

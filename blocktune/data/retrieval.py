@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,13 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blocktune.data.example import RagExample, field_error, read_answers, read_chunks
+from blocktune.data.example import RagExample, field_error, read_chunks
 from blocktune.data.sources.catalog import CATALOG, DATA_SETS, data_sets_in
 from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import at, read_records
-from blocktune.data.sources.schemas import PASSAGES, id_of
+from blocktune.data.sources.schemas import PASSAGES, answers_of, id_of
 from blocktune.prompt.format import Chunk
+
+Embed = Callable[[Sequence[str]], Any]
+"""Texts to vectors."""
 
 
 class Hit(NamedTuple):
@@ -29,14 +31,19 @@ class Hit(NamedTuple):
     score: float
 
 
-class Index(ABC):
-    """An index over at least one chunk, titles included."""
+class Index:
+    """An index over at least one chunk, titles included.
 
-    def __init__(self, chunks: Sequence[Chunk]):
+    By Lucene's BM25, as bm25s has it (arXiv:2407.03618), without English stop words; or by cosine
+    similarity, where ``embed`` gives texts vectors of length 1, ``(N, D)``.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], embed: Embed | None = None):
         if not chunks:
             raise ValueError("an index needs at least one chunk, got none")
         self.chunks = list(chunks)
-        self.texts = [f"{chunk.title or ''} {chunk.text}".strip() for chunk in chunks]
+        texts = [f"{chunk.title or ''} {chunk.text}".strip() for chunk in chunks]
+        self._scores = _bm25(texts) if embed is None else _cosine(texts, embed)
 
     def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
         """The ``k`` best chunks of each question; equal scores keep the order of the corpus."""
@@ -48,36 +55,24 @@ class Index(ABC):
             best.append([Hit(int(index), float(scores[index])) for index in order])
         return best
 
-    @abstractmethod
-    def _scores(self, questions: list[str]) -> Iterable[np.ndarray]:
-        """A score for each chunk, question by question."""
+
+def _bm25(texts: list[str]) -> Callable[[list[str]], Iterator[np.ndarray]]:
+    import bm25s
+
+    tokens = partial(bm25s.tokenize, stopwords="en", show_progress=False, allow_empty=True)
+    index = bm25s.BM25()
+    index.index(tokens(texts), show_progress=False)
+
+    def scores(questions: list[str]) -> Iterator[np.ndarray]:
+        for words in tokens(questions, return_ids=False):
+            yield index.get_scores(words) if words else np.zeros(len(texts))
+
+    return scores
 
 
-class Bm25(Index):
-    """Lucene's BM25, as bm25s has it (arXiv:2407.03618); English stop words are dropped."""
-
-    def __init__(self, chunks: Sequence[Chunk]):
-        import bm25s
-
-        super().__init__(chunks)
-        how = {"stopwords": "en", "show_progress": False, "allow_empty": True}
-        self._tokens, self._index = partial(bm25s.tokenize, **how), bm25s.BM25()
-        self._index.index(self._tokens(self.texts), show_progress=False)
-
-    def _scores(self, questions: list[str]) -> Iterator[np.ndarray]:
-        for words in self._tokens(questions, return_ids=False):
-            yield self._index.get_scores(words) if words else np.zeros(len(self.chunks))
-
-
-class Dense(Index):
-    """Cosine similarity: ``embed`` gives texts vectors of length 1, ``(N, D)``."""
-
-    def __init__(self, chunks: Sequence[Chunk], embed: Callable[[Sequence[str]], Any]):
-        super().__init__(chunks)
-        self._embed, self._vectors = embed, np.asarray(embed(self.texts))
-
-    def _scores(self, questions: list[str]) -> np.ndarray:
-        return np.asarray(self._embed(questions)) @ self._vectors.T
+def _cosine(texts: list[str], embed: Embed) -> Callable[[list[str]], np.ndarray]:
+    vectors = np.asarray(embed(texts))
+    return lambda questions: np.asarray(embed(questions)) @ vectors.T
 
 
 class Question(NamedTuple):
@@ -106,8 +101,6 @@ def read_questions(
 
 
 def _question(record: Mapping[str, Any]) -> Question:
-    if not isinstance(record, Mapping):
-        raise ValueError("must be an object")
     text = record.get("question")
     if not isinstance(text, str) or not text.strip():
         raise field_error("question", "a non-blank string", text)
@@ -116,55 +109,20 @@ def _question(record: Mapping[str, Any]) -> Question:
     meta = record.get("meta")
     named = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
     named = named if isinstance(named, Mapping) else {}
-    return Question(text.strip(), _answers(record), id_of(record), kind, named)
-
-
-def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
-    name = "answer" if record.get("answers") is None else "answers"
-    answers = read_answers(record.get(name), name)
-    answers = read_answers([*answers, *(record.get("answer_aliases") or ())], name)
+    answers = answers_of(record)
     if not all(answer.strip() for answer in answers):
-        raise field_error(name, "text that is not blank", record.get(name))
-    return answers
-
-
-class Retrieved(NamedTuple):
-    """Passages found by a retriever, best first, by ("id", ID) and by ("question", TEXT)."""
-
-    where: str
-    passages: Mapping[tuple[str, str], tuple[Chunk, ...]]
-
-    def find(self, question: Question) -> tuple[Chunk, ...]:
-        """The passages of a question."""
-        found = self.passages.get(("id", question.id)) if question.id else None
-        if not (found := found or self.passages.get(("question", question.question))):
-            name = question.id or question.question
-            raise ValueError(f"{self.where} has no passages for question '{name:.60}'")
-        return found
-
-
-def read_retrieved(path: str | Path) -> Retrieved:
-    """Reads a retriever's output: a line a question, best passage first.
-
-    A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
-    of `PASSAGES`, in any form that `RagExample` reads; a passage's id and score stay with it. Else
-    a ValueError names file, line and field.
-    """
-    found: dict[tuple[str, str], tuple[Chunk, ...]] = {}
-    for record in read_records(path):
-        key, question, chunks = at(record, _retrieved)
-        found |= {name: chunks for name in (("id", key), ("question", question)) if name[1]}
-    return Retrieved(Path(path).name, found)
+        raise field_error("answers", "text that is not blank", answers)
+    return Question(text.strip(), answers, id_of(record), kind, named)
 
 
 def from_corpus(
     questions: Iterable[Question],
     corpus: Sequence[Chunk],
     k: int,
-    embed: Callable[[Sequence[str]], Any] | None = None,
+    embed: Embed | None = None,
 ) -> list[RagExample]:
     """The ``k`` best passages of a corpus, best first; ``meta`` holds their scores."""
-    index = Bm25(corpus) if embed is None else Dense(corpus, embed)
+    index = Index(corpus, embed)
     questions = list(questions)
     found = index.search([question.question for question in questions], k)
     examples = []
@@ -176,12 +134,23 @@ def from_corpus(
     return examples
 
 
-def from_retriever(
-    questions: Iterable[Question], retrieved: Retrieved, k: int
-) -> Iterator[RagExample]:
-    """The first ``k`` passages that a retriever's file has for each question."""
+def from_retriever(questions: Iterable[Question], path: str | Path, k: int) -> Iterator[RagExample]:
+    """The first ``k`` passages that a retriever's file has for each question.
+
+    A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
+    of `PASSAGES`, best first, in any form that `RagExample` reads; a passage's id and score stay
+    with it. Else a ValueError names file, line and field.
+    """
+    found: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+    for record in read_records(path):
+        key, asked, chunks = at(record, _retrieved)
+        found |= {name: chunks for name in (("id", key), ("question", asked)) if name[1]}
     for question in questions:
-        yield _example(question, retrieved.find(question)[:k], {"retriever": retrieved.where})
+        by_id = found.get(("id", question.id)) if question.id else None
+        if not (chunks := by_id or found.get(("question", question.question))):
+            name = question.id or question.question
+            raise ValueError(f"{Path(path).name} has no passages for question '{name:.60}'")
+        yield _example(question, chunks[:k], {"retriever": Path(path).name})
 
 
 def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
@@ -190,7 +159,7 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
     Source: Block-Attention and KVLink re-rank a question's own paragraphs (with Contriever).
     """
     for example in examples:
-        (hits,) = Bm25(example.chunks).search([example.question], k)
+        (hits,) = Index(example.chunks).search([example.question], k)
         order = [hit.index for hit in hits]
         supporting = tuple(place for place, i in enumerate(order) if i in example.supporting)
         chunks = tuple(example.chunks[i] for i in order)
@@ -206,8 +175,6 @@ def _example(question: Question, chunks: tuple[Chunk, ...], meta: dict[str, Any]
 
 
 def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
-    if not isinstance(record, Mapping):
-        raise ValueError("must be an object")
     name = next((name for name in ("passages", *PASSAGES) if name in record), "passages")
     key, question = record.get("id"), record.get("question")
     if not key and not isinstance(question, str):

@@ -12,7 +12,7 @@ from torch import Tensor
 from blocktune.data import RagExample
 from blocktune.engine import Engine, Request
 from blocktune.evaluation.prepare import Ready
-from blocktune.evaluation.stats.results import mean_of
+from blocktune.evaluation.results import mean_of
 from blocktune.methods import build
 
 

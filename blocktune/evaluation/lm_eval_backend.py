@@ -28,20 +28,15 @@ MODES = ("block", "full")
 
 @register_model("blocktune")
 class BlocktuneLM(LM):
-    """The harness's interface over an `Engine`.
+    """The harness's interface over an `Engine`: of a base and an adapter, or one that is given.
 
     Args:
-        pretrained: Folder or hub name of the base model.
-        adapter: Of an adapter, or None.
         mode: ``block``: chunks see only themselves, as the adapter was trained (plain chunks on a
             base model); ``full``: full attention.
         separator: Parts of a prompt end with it; escaped line breaks are understood.
-        dtype: Of weights and caches.
-        device: Where to run; None takes a GPU when there is one, and so does ``cuda:0``, which
-            the harness passes where the user names no device.
-        batch_size: Prompts in a forward pass.
+        device: None takes a GPU when there is one, and so does ``cuda:0``, which the harness
+            passes where the user names no device.
         max_gen_toks: Longest generation where a task does not say.
-        engine: A loaded one, instead of all of the above but the mode.
         **ignored: What the harness passes to every model, such as ``max_batch_size``.
     """
 
@@ -100,7 +95,17 @@ class BlocktuneLM(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of whole texts, in windows of the model's context; they have no chunks."""
-        return [self._rolling(request.args[0]) for request in requests]
+        bos, eos = self.engine.tokenizer.bos_token_id, self.engine.tokenizer.eos_token_id
+        how = {"prefix_token": eos if bos is None else bos, "context_len": 1}
+        how["max_seq_len"] = self.engine.prompts.max_tokens - 1
+        sums = []
+        for request in requests:
+            windows = get_rolling_token_windows(token_list=list(self._ids(request.args[0])), **how)
+            pairs = map(make_disjoint_window, windows)
+            pieces = [Pieces((), (), tuple(before), tuple(after)) for before, after in pairs]
+            batches = _batches(pieces, self.batch_size)
+            sums.append(sum(score for batch in batches for score, _ in self._score(batch)))
+        return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy continuations up to one of the task's stop strings."""
@@ -160,19 +165,6 @@ class BlocktuneLM(LM):
             picked = log.gather(1, wanted[:, None])
             scored.append((picked.sum().item(), bool((log.argmax(1) == wanted).all())))
         return scored
-
-    def _rolling(self, text: str) -> float:
-        bos, eos = self.engine.tokenizer.bos_token_id, self.engine.tokenizer.eos_token_id
-        windows = get_rolling_token_windows(
-            token_list=list(self._ids(text)),
-            prefix_token=eos if bos is None else bos,
-            max_seq_len=self.engine.prompts.max_tokens - 1,
-            context_len=1,
-        )
-        pairs = (make_disjoint_window(window) for window in windows)
-        pieces = [Pieces((), (), tuple(before), tuple(after)) for before, after in pairs]
-        batches = _batches(pieces, self.batch_size)
-        return sum(score for batch in batches for score, _ in self._score(batch))
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -221,9 +221,6 @@ class AdjustedF1(NamedTuple):
     # F1 that the method earns on the others, per kept example: by so much the adjusted gap to full
     # prefill is wider than the raw gap. None where nothing is kept
     bias: float | None
-    # full prefill's mean F1 where the method scores above zero, the filter turned round; None where
-    # it never does
-    reverse: float | None
 
 
 def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
@@ -237,11 +234,7 @@ def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> Adjust
     """
     pairs = list(zip(f1, full_prefill_f1, strict=True))
     kept = [own for own, full in pairs if full > 0]
-    mirrored = [full for own, full in pairs if own > 0]
     dropped = sum(own for own, full in pairs if full == 0)
-    return AdjustedF1(
-        sum(kept) / len(kept) if kept else None,
-        len(kept),
-        dropped / len(kept) if kept else None,
-        sum(mirrored) / len(mirrored) if mirrored else None,
-    )
+    if not kept:
+        return AdjustedF1(None, 0, None)
+    return AdjustedF1(sum(kept) / len(kept), len(kept), dropped / len(kept))

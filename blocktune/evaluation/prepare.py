@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
-from blocktune.evaluation.suite import MethodSpec, Suite
-from blocktune.evaluation.task import TaskSpec
+from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint
@@ -142,15 +141,11 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
 
 def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[RagExample, ...]:
     """Examples to time, filled with chunks of later questions, also of those beyond a limit."""
-    task, num = suite.tasks[0], min(suite.ttft.num, len(examples))
-    pool, wanted = examples, num and (suite.ttft.chunks or 0)
-    while sum(len(example.chunks) for example in pool) < wanted:
-        limit = 2 * len(pool)
-        more = load_examples(task.full_source(), limit=limit, tokenizer=tokenizer)
-        if len(more) <= len(pool):
-            break
-        pool = more
-    return tuple(fill(pool, num, suite.ttft.chunks)) if num else ()
+    num, wanted = min(suite.ttft.num, len(examples)), suite.ttft.chunks or 0
+    if num and sum(len(example.chunks) for example in examples) < wanted:
+        source = suite.tasks[0].full_source()
+        examples = load_examples(source, limit=max(len(examples), wanted), tokenizer=tokenizer)
+    return tuple(fill(examples, num, suite.ttft.chunks)) if num else ()
 
 
 def _check_fit(ready: Ready) -> None:
@@ -178,14 +173,10 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
         ValueError: If BOS does not open the prompt exactly once where the tokenizer or its
             template wants it, the assistant's turn is not open, or prompts differ.
     """
-    for engine in engines.values():
-        ids = _ids(engine.tokenizer, engine.format, example)
-        _check_bos(engine.tokenizer, ids)
-        _check_open_turn(engine.tokenizer, ids)
-    prompts = {
-        name: _ids(engine.tokenizer, engine.format.untagged, example)
-        for name, engine in engines.items()
-    }
+    prompts = {}
+    for name, engine in engines.items():
+        _check_prompt(engine.tokenizer, _ids(engine.tokenizer, engine.format, example))
+        prompts[name] = _ids(engine.tokenizer, engine.format.untagged, example)
     first, *others = prompts
     for name in others:
         if prompts[name] != prompts[first]:
@@ -203,27 +194,20 @@ def _ids(tokenizer, fmt: PromptFormat, example: RagExample) -> tuple[int, ...]:
     return (*pieces.prefix, *(i for chunk in pieces.chunks for i in chunk), *pieces.query)
 
 
-def _check_bos(tokenizer, ids: tuple[int, ...]) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return
-    wanted = 1  # plain text opens with it
-    if tokenizer.chat_template is not None:
-        own = bos in tokenizer("a")["input_ids"]
-        wanted = max(own, _render(tokenizer, opened=True).count(tokenizer.bos_token))
-    if ids.count(bos) != wanted or (wanted and ids[0] != bos):
-        raise ValueError(
-            f"the prompt should open with {tokenizer.bos_token!r} and hold it {wanted} times, as "
-            f"the model was trained; it opens with {tokenizer.decode(ids[:1])!r} and holds it "
-            f"{ids.count(bos)} times; look at it with `blocktune answer --show-prompt`"
-        )
-
-
-def _check_open_turn(tokenizer, ids: tuple[int, ...]) -> None:
-    if tokenizer.chat_template is None:
-        return
+def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
+    bos, template = tokenizer.bos_token_id, tokenizer.chat_template
+    opened, closed = (_rendered(tokenizer, opened=opened) for opened in (True, False))
+    if bos is not None:
+        own = template is None or bos in tokenizer("a")["input_ids"]  # plain text opens with it
+        wanted = max(own, opened.count(tokenizer.bos_token))
+        if ids.count(bos) != wanted or (wanted and ids[0] != bos):
+            raise ValueError(
+                f"the prompt should open with {tokenizer.bos_token!r} and hold it {wanted} times, "
+                f"as the model was trained; it opens with {tokenizer.decode(ids[:1])!r} and holds "
+                f"it {ids.count(bos)} times; look at it with `blocktune answer --show-prompt`"
+            )
     # Without white space, which some tokenizers do not give back as it was.
-    opened, closed = ("".join(_render(tokenizer, opened=o).split()) for o in (True, False))
+    opened, closed = ("".join(text.split()) for text in (opened, closed))
     opening = opened.removeprefix(closed) or opened.rpartition("?")[2]
     ending = "".join(tokenizer.decode(ids[-64:]).split())
     # Contained, not at the very end: a template may add an empty block of thoughts after it.
@@ -234,6 +218,9 @@ def _check_open_turn(tokenizer, ids: tuple[int, ...]) -> None:
         )
 
 
-def _render(tokenizer, *, opened: bool) -> str:
+def _rendered(tokenizer, *, opened: bool) -> str:
+    """A question in the chat template; no text without one."""
     messages = [{"role": "user", "content": "Where?"}]
+    if tokenizer.chat_template is None:
+        return ""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,8 @@ from typing import Any
 import blocktune
 from blocktune.data import RagExample
 from blocktune.evaluation.metrics import METRICS, extract_answer
-from blocktune.evaluation.suite import MethodSpec
-from blocktune.evaluation.task import TaskSpec
-from blocktune.files import replace_text, whole_lines
+from blocktune.evaluation.suite import MethodSpec, TaskSpec
+from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
 
 EVERY = ("em", "f1", "substring_em")  # metrics that every row has, of the extracted answer
 
@@ -38,7 +37,7 @@ class Row:
     usage: Mapping[str, Any]  # everything that `Usage` counts; no times
     score: float  # the task's headline metric
     scores: Mapping[str, float] = field(default_factory=dict)  # its further metrics, by name
-    prompt_hash: str = ""  # digest of the prompt's token ids
+    prompt_hash: str = ""  # digest of the token ids that the method read: prefix, chunks, question
     place: float | None = None  # mean place of the evidence, 0 (first chunk) to 1 (last)
 
 
@@ -95,7 +94,7 @@ def make_row(
         usage=usage,
         score=scores[task.metric],
         scores={metric: scores[metric] for metric in task.metrics},
-        prompt_hash=prompt_hash(engine, method, example),
+        prompt_hash=digest_of(engine.prompts.pieces(example, method)[:3]),
         place=place_of(example),
     )
 
@@ -104,11 +103,6 @@ def scores_of(task: TaskSpec, text: str, example: RagExample, tokenizer: Any) ->
     """The task's headline metric and its further ones, of one output."""
     names, scored = {task.metric, *task.metrics}, task.cut(text)
     return {name: METRICS[name].score(scored, example.answers, tokenizer) for name in names}
-
-
-def prompt_hash(engine: Any, method: Any, example: RagExample) -> str:
-    """Digest of the token ids that the method reads: prefix, chunks and question."""
-    return digest_of(engine.prompts.pieces(example, method)[:3])
 
 
 def place_of(example: RagExample) -> float | None:
@@ -139,8 +133,20 @@ class RowFile:
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
         self.path, self.keys = folder / f"{label}.jsonl", list(keys)
         self._part = folder / f"{label}.part{rank}.jsonl"
-        self._rows, self._own = self._known(), self._of(self._part)
-        self._begun = False
+        self._rows, self._begun = self._known(), False
+
+    def refuse_loss(self, asked: Collection[tuple[str, str]]) -> None:
+        """Raises ValueError if it answers questions, by task and id, that are not ``asked``.
+
+        `merge` would drop those; an outdated answer to a question that is asked it may replace.
+        """
+        found = {(row.task, row.id) for path in self._paths() for row in read_rows(path)}
+        if lost := found - set(asked):
+            raise ValueError(
+                f"'{self.path}' has answers to {len(lost)} questions that this run does not ask, "
+                f"such as {min(lost)[1]!r}, and would lose them; give another output folder, or "
+                "move this one away"
+            )
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -148,11 +154,10 @@ class RowFile:
     def append(self, rows: Iterable[Row]) -> None:
         """Adds rows to this process's part, on disk before it returns."""
         if not self._begun:  # what an earlier run left there, without its half-written line
-            replace_text(self._part, _lines(self._own.values()))
+            truncate_lines(self._part, len(whole_lines(self._part)))
             self._begun = True
         new = {row.key: row for row in rows if row.key not in self._rows}
-        with self._part.open("a", encoding="utf-8") as out:
-            out.write(_lines(new.values()))
+        append_lines(self._part, map(_line, new.values()))
         self._rows |= new
 
     def merge(self) -> list[Row]:
@@ -162,20 +167,19 @@ class RowFile:
         """
         known = self._known()
         rows = [known[key] for key in self.keys]
-        replace_text(self.path, _lines(rows))
-        for part in self._parts():
+        replace_text(self.path, "".join(_line(row) + "\n" for row in rows))
+        for part in self._paths()[1:]:
             part.unlink()
         return rows
 
     def _known(self) -> dict[str, Row]:
-        return {k: row for path in (self.path, *self._parts()) for k, row in self._of(path).items()}
+        rows, wanted = (row for path in self._paths() for row in read_rows(path)), set(self.keys)
+        return {row.key: row for row in rows if row.key in wanted}
 
-    def _of(self, path: Path) -> dict[str, Row]:
-        wanted = set(self.keys)
-        return {row.key: row for row in read_rows(path) if row.key in wanted}
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.part*.jsonl"))
+    def _paths(self) -> list[Path]:
+        """The file and its parts."""
+        parts = self.path.parent.glob(f"{glob.escape(self.path.stem)}.part*.jsonl")
+        return [self.path, *sorted(parts)]
 
 
 def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
@@ -197,5 +201,5 @@ def read_rows(path: Path) -> Iterator[Row]:
             ) from None
 
 
-def _lines(rows: Iterable[Row]) -> str:
-    return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row), ensure_ascii=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,8 @@ from blocktune.engine.engine import Engine
 from blocktune.engine.usage import Stopwatch
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
+from blocktune.evaluation.results import RESULTS, build_results
 from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, digest_of, make_row, row_key
-from blocktune.evaluation.stats.results import RESULTS, build_results
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import locked, replace_json
@@ -48,10 +49,6 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this process merges, times and reports."""
         return self.rank == 0
-
-    def placed(self, suite: Suite) -> Suite:
-        """The suite on this process's own device."""
-        return suite if self.device is None else replace(suite, device=self.device)
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of ``items``; all processes must be given the same ones."""
@@ -91,34 +88,21 @@ def run_suite(
     Rows do not depend on where a run was stopped nor on how many processes share it: batches are
     always the same ones, and caches hold no more than the chunks of the batch.
 
-    Args:
-        suite: What to run.
-        output: Folder for ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``.
-        command: What the user typed, for the provenance; by default ``sys.argv``.
-        load: How weights are loaded.
-        processes: Those that share the run; by default this one alone.
-
-    Returns:
-        What ``results.json`` holds, see `build_results`; None in all processes but the main one.
+    ``output`` gets ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``, which is returned
+    (see `build_results`; None in all processes but the main one). ``command`` is what the user
+    typed, by default ``sys.argv``; ``processes`` share the run, by default those of the launcher.
 
     Raises:
-        ValueError: In one line and before the first question, if anything cannot be run.
+        ValueError: In one line and before the first question, if anything cannot be run, or the
+            folder has answers to other questions than these, which a smaller run would drop.
     """
-    processes = processes or Processes()
+    processes = processes or launched()
+    if processes.device is not None:
+        suite = replace(suite, device=processes.device)
     output, ready = Path(output), prepare(suite, load)
     (output / ROWS).mkdir(parents=True, exist_ok=True)
-    with _alone(output / ROWS) if processes.is_main else nullcontext():
+    with locked(output / ".lock") if processes.is_main else nullcontext():
         return _run(ready, output, command, processes)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    lock = folder / ".lock"
-    with locked(lock):
-        try:
-            yield
-        finally:
-            lock.unlink()
 
 
 def _run(
@@ -134,8 +118,15 @@ def _run(
         if not processes.is_main:
             return None
         rows = {label: file.merge() for label, file in files.items()}
-        ttft = _time_all(ready, rows, output, progress)
-        fidelity = _measure_fidelity(ready, rows, output, progress)
+        times, fidelity = {}, {}
+        if ready.timed:
+            times = _known_or(output, "ttft", suite, rows, lambda: _time_all(ready, progress))
+        if suite.fidelity.num:
+            asked = sum(len(ready.of(task, suite.fidelity.num)) for task in suite.tasks)
+            bar = progress.add_task("fidelity", total=asked * len(rows))
+            compare = partial(measure_fidelity, ready, lambda: progress.advance(bar))
+            fidelity = _known_or(output, "fidelity", suite, rows, compare)
+    ttft = {label: TtftSummary(*own) for label, own in times.items()}
     origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
     results = build_results(suite, rows, ttft, origin, fidelity)
     replace_json(output / RESULTS, results)
@@ -145,7 +136,9 @@ def _run(
 def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
     fingerprint = ready.engines[spec.adapter].fingerprint
     keys = [row_key(spec, q.task, q.example, fingerprint) for q in ready.questions]
-    return RowFile(output / ROWS, spec.label, keys, processes.rank)
+    file = RowFile(output / ROWS, spec.label, keys, processes.rank)
+    file.refuse_loss({(q.task.name, q.example.id or q.name) for q in ready.questions})
+    return file
 
 
 def _answer_all(
@@ -233,49 +226,23 @@ def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, li
     return found
 
 
-def _time_all(
-    ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
-) -> dict[str, TtftSummary]:
-    count = len(ready.timed)
-    if count == 0:
-        return {}
-
+def _time_all(ready: Ready, progress: Progress) -> dict[str, TtftSummary]:
     def asking(spec: MethodSpec) -> Callable[[RagExample], Any]:
         engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
         return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
 
-    def measure() -> dict[str, TtftSummary]:
-        for engine in ready.worded.values():
-            engine.forget_prefixes()  # the answers above left these very prompts there
-        bar = progress.add_task("time to first token", total=2 * count * len(rows))
-        methods = {spec.label: asking(spec) for spec in ready.suite.methods}
-        return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
-
-    found = _known_or(output, "ttft", ready.suite.ttft, rows, count, measure)
-    return {label: TtftSummary(*times) for label, times in found.items()}
-
-
-def _measure_fidelity(
-    ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
-) -> dict[str, dict[str, float]]:
-    spec = ready.suite.fidelity
-    if spec.num == 0:
-        return {}
-
-    def measure() -> dict[str, dict[str, float]]:
-        asked = sum(len(ready.of(task, spec.num)) for task in ready.suite.tasks)
-        bar = progress.add_task("fidelity", total=asked * len(rows))
-        return measure_fidelity(ready, lambda: progress.advance(bar))
-
-    return _known_or(output, "fidelity", spec, rows, len(ready.questions), measure)
+    for engine in ready.worded.values():
+        engine.forget_prefixes()  # the answers above left these very prompts there
+    methods = {spec.label: asking(spec) for spec in ready.suite.methods}
+    bar = progress.add_task("time to first token", total=2 * len(ready.timed) * len(methods))
+    return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
 
 def _known_or(
     output: Path,
     name: str,
-    spec: Any,
+    suite: Suite,
     rows: Mapping[str, Sequence[Row]],
-    num: int,
     measure: Callable[[], Any],
 ) -> Any:
     """What an earlier run measured of the same rows, machine and code, or else a new measurement.
@@ -283,14 +250,13 @@ def _known_or(
     It is kept in ``NAME.json`` with a digest of all that decides it.
     """
     path = output / f"{name}.json"
-    first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
-    keys = digest_of([path.name, spec, first, code_digest(), hardware(), versions()])
+    answered = {label: [row.key for row in own] for label, own in rows.items()}
+    keys = [path.name, getattr(suite, name), answered, code_digest(), hardware(), versions()]
     known = load_json(path) if path.exists() else {}
-    if known.get("keys") == keys:
-        return known[name]
-    found = measure()
-    replace_json(path, {"keys": keys, name: found})
-    return found
+    if known.get("keys") != digest_of(keys):
+        known = {"keys": digest_of(keys), name: measure()}
+        replace_json(path, known)
+    return known[name]
 
 
 def progress_bars(console: Console | None = None, shown: bool = True) -> Progress:

@@ -1,15 +1,21 @@
-"""Suites: which model answers which questions by which methods, as strict YAML."""
+"""Suites: which model answers which questions by which methods, as strict YAML.
+
+Tasks, in versioned files, say how questions are worded, cut, decoded and scored.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
-from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.evaluation.metrics import METRICS, Metric, require_metrics
 from blocktune.methods.composition import KEEP
-from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
+from blocktune.parsing import entries, load_spec, load_yaml, mapping, read, refuse_doubles
+from blocktune.prompt import PromptFormat
+from blocktune.registry import require_count
 
 SEED = "{seed}"  # placeholder of the seed in the adapter's folder of an entry with ``seeds``
 
@@ -53,6 +59,64 @@ class MethodSpec:
 
 
 @dataclass(frozen=True)
+class TaskSpec:
+    """One set of questions and how they are asked and scored."""
+
+    name: str  # its name in results
+    source: str  # what `load_examples` reads: a path, ``musique``, ``worlds:test?n=300``
+    version: int = 1  # of the task file; raised whenever a change moves scores
+    limit: int | None = None  # use only the first ones; None uses all
+    # wording, keys of `PromptFormat`; what it leaves out is each model's own, such as the tag of a
+    # mode that an adapter was trained with
+    prompt: Mapping[str, Any] | None = None
+    # how the source cuts: a chunker and its parameters, ``{chunker: fixed, size: 512}``, or a
+    # generator's ``{chunk: 128}``; empty leaves it to the source
+    chunking: Mapping[str, Any] = field(default_factory=dict)
+    answer_marker: str | None = None  # the text after it is scored; None scores the whole output
+    stop: tuple[str, ...] = ()  # the output ends before the first of these texts
+    max_new_tokens: int = 32  # longest answer, in tokens
+    metric: str = "em"  # its headline score, a name of `METRICS`
+    metrics: tuple[str, ...] = ()  # further scores
+    by_kind: bool = True  # whether results are also given for each kind of question
+    cite: str = ""  # where data and wording come from
+
+    def __post_init__(self):
+        for name in ("limit", "max_new_tokens", "version"):
+            if (value := getattr(self, name)) is not None:
+                require_count(name, value, 1)
+        require_metrics((self.metric, *self.metrics))
+        self.worded(PromptFormat())  # a wrong key is refused here, not in the middle of a run
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that tables and pictures show."""
+        return METRICS[self.metric]
+
+    def worded(self, own: PromptFormat) -> PromptFormat:
+        """How a model is asked whose own wording is ``own``."""
+        return PromptFormat.from_dict(own.to_dict() | dict(self.prompt or {}))
+
+    def full_source(self) -> str:
+        """The source with the chunking among its options."""
+        name, _, options = self.source.partition("?")
+        if not self.chunking:
+            return self.source
+        merged = dict(parse_qsl(options)) | dict(self.chunking)
+        return f"{name}?{urlencode(merged, safe='/:,')}"
+
+    def cut(self, text: str) -> str:
+        """The part of an output that is scored by metrics with rules of their own."""
+        for stop in self.stop:
+            text = text.partition(stop)[0]
+        return text.rpartition(self.answer_marker)[2] if self.answer_marker else text
+
+    def decides(self) -> dict[str, Any]:
+        """All that decides a row, as JSON; where questions come from and how many does not."""
+        ignored = ("source", "limit", "by_kind", "cite", "chunking")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ignored}
+
+
+@dataclass(frozen=True)
 class TtftSpec:
     """How time to first token is measured."""
 
@@ -60,7 +124,8 @@ class TtftSpec:
     chunks: int | None = None  # fill prompts up to this many chunks with those that follow
 
     def __post_init__(self):
-        _check_counts(num=self.num, chunks=1 if self.chunks is None else self.chunks)
+        require_count("num", self.num)
+        require_count("chunks", 1 if self.chunks is None else self.chunks, 1)
 
 
 @dataclass(frozen=True)
@@ -71,15 +136,8 @@ class FidelitySpec:
     tokens: int = 4  # of full prefill's own answer, each compared given those before
 
     def __post_init__(self):
-        _check_counts(num=self.num, tokens=self.tokens)
-
-
-def _check_counts(num: int, **least_one: int) -> None:
-    if num < 0:
-        raise ValueError(f"num must not be negative, got {num}")
-    for name, value in least_one.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        require_count("num", self.num)
+        require_count("tokens", self.tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -102,8 +160,7 @@ class Suite:
     pool: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        require_count("batch_size", self.batch_size, 1)
         refuse_doubles("method label", [m.label for m in self.methods], "give one a 'label'")
         check_pools(self.pool, [m.label for m in self.methods])
         refuse_doubles("task name", [t.name for t in self.tasks], "rename one")
@@ -190,3 +247,35 @@ def check_pools(pools: Any, labels: Sequence[str]) -> None:
                 f"pool '{name}' must be a list of two or more method labels, got {members!r:.60}; "
                 f"there are {', '.join(labels)}"
             )
+
+
+def parse_task(record: Any, where: str = "task") -> TaskSpec:
+    """Builds a task from an entry of a suite; ``where`` opens every ValueError.
+
+    The entry holds the task's own keys; or ``task`` (a file), ``variant`` (one of its variants) and
+    keys that replace the file's.
+    """
+    record = dict(mapping(record, where))
+    path, variant = (record.pop(key, None) for key in ("task", "variant"))
+    if path is None:
+        if variant is not None:
+            raise ValueError(f"{where}: 'variant' needs 'task', the file that has the variants")
+        return read(TaskSpec, record, where)
+    return read(TaskSpec, {**load_task(path, variant), **record}, where)
+
+
+def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
+    """Keys of a task file, with those of one of its variants over them.
+
+    Besides the keys of `TaskSpec` a file may hold ``variants``: name -> keys; results of a variant
+    are named ``NAME-VARIANT``. Raises ValueError if it is not YAML or has no such variant.
+    """
+    values = dict(mapping(load_yaml(path, "task", "see eval/tasks/ for examples"), str(path)))
+    variants = mapping(values.pop("variants", {}), f"{path}: variants")
+    if variant is None:
+        return values
+    if variant not in variants:
+        known = ", ".join(variants) or "none"
+        raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
+    changed = {"name": f"{values.get('name')}-{variant}", **mapping(variants[variant], str(path))}
+    return values | changed

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from threading import BrokenBarrierError
 from typing import Any, NamedTuple
 
 from blocktune.data.sources.catalog import CATALOG, is_test_split
-from blocktune.evaluation.prepare import Load, load_engine
-from blocktune.evaluation.runner import PATIENCE, Processes, run_suite
-from blocktune.evaluation.suite import MethodSpec, Suite, TtftSpec
-from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.evaluation.runner import run_suite
+from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec, TtftSpec, parse_task
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
 from blocktune.parsing import entries, load_spec, mapping, read
@@ -126,28 +122,19 @@ TUNED = "tuned.json"
 def tune(
     spec: TuneSpec,
     output: str | Path,
-    *,
-    processes: int = 1,
-    command: list[str] | None = None,
-    load: Load = load_engine,
-) -> dict[str, Any]:
-    """Tries every point; a stopped run resumes. For the other arguments see `run_suite`.
+    **how: Any,
+) -> dict[str, Any] | None:
+    """Tries every point; a stopped run resumes. ``how`` are other arguments of `run_suite`.
 
-    Several ``processes`` of this machine share the questions, and load weights by `load_engine`.
-
-    Returns:
-        What ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
-        ``points`` from best to worst, and the provenance. The best of several points is chosen by
-        its score on these questions, so that score flatters it: measure it on others.
-
-    Raises:
-        ValueError: In one line and before the first question, if anything cannot be run.
+    Returns what ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
+    ``points`` from best to worst, and the provenance; None in all processes but the main one. The
+    best of several points is chosen by its score on these questions, so that score flatters it:
+    measure it on others.
     """
-    suite, output = spec.suite(), Path(output)
-    if processes == 1:
-        results = run_suite(suite, output, command=command, load=load)
-    else:
-        results = _together(suite, output, processes, command)
+    output = Path(output)
+    results = run_suite(spec.suite(), output, **how)
+    if results is None:
+        return None
     kept = ("score", "score_ci95", "n", "recompute_ratio")
     points = [
         {"label": point.label, "values": point.values, "entry": point.entry}
@@ -160,36 +147,3 @@ def tune(
     tuned |= {"provenance": results["provenance"]}
     replace_json(output / TUNED, tuned)
     return tuned
-
-
-def _together(suite: Suite, output: Path, count: int, command: list[str] | None) -> dict[str, Any]:
-    """Runs a suite in several processes; this one is the first, and reports."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(count)
-    others = []
-    for rank in range(1, count):
-        given = suite, output, rank, count, barrier
-        others.append(context.Process(target=_share, args=given, daemon=True))
-        others[-1].start()
-    try:
-        return run_suite(suite, output, command=command, processes=_sharing(0, count, barrier))
-    except BrokenBarrierError:
-        raise ValueError("a process of the sweep failed; see its error above") from None
-    finally:
-        barrier.abort()
-        for other in others:
-            other.join()
-
-
-def _sharing(rank: int, count: int, barrier: Any) -> Processes:
-    return Processes(rank, count, wait=lambda: barrier.wait(PATIENCE.total_seconds()))
-
-
-def _share(suite: Suite, output: Path, rank: int, count: int, barrier: Any) -> None:
-    try:
-        run_suite(suite, output, processes=_sharing(rank, count, barrier))
-    except BrokenBarrierError:
-        return  # another one failed, or the main one needs nothing more
-    except BaseException:
-        barrier.abort()
-        raise

@@ -12,13 +12,14 @@ import argparse
 import json
 from itertools import chain, zip_longest
 from pathlib import Path
+from statistics import fmean
 
 from blocktune import Engine
 from blocktune.cache.codecs import round_trip
 from blocktune.data import load_examples
 from blocktune.evaluation.metrics import METRICS, extract_answer
-from blocktune.evaluation.stats.significance import PairedScores
-from blocktune.evaluation.task import parse_task
+from blocktune.evaluation.significance import difference
+from blocktune.evaluation.suite import parse_task
 from blocktune.files import replace_json, whole_lines
 from blocktune.methods import build, build_entry
 from blocktune.provenance import provenance
@@ -56,14 +57,15 @@ def summary(rows: list[dict[str, float]], codec: str) -> dict[str, object]:
     """Means and paired differences with 95 % intervals, over all questions and those adjusted."""
     found: dict[str, object] = {}
     for part, kept in (("all", rows), ("adjusted", [r for r in rows if r["full-prefill"] > 0])):
-        paired = PairedScores({name: [row[name] for row in kept] for name in rows[0]})
-        found[part] = {"n": len(kept), "full-prefill": paired.mean("full-prefill").mean}
+        scores = {name: [row[name] for row in kept] for name in rows[0]}
+        found[part] = {"n": len(kept), "full-prefill": fmean(scores["full-prefill"])}
         for name in METHODS:
             one, other = f"{name}, {codec}", f"{name}, as-is"
-            mean, *ci95 = paired.difference(one, other)
+            minus = difference(scores[one], scores[other])
             changed = sum(row[one] != row[other] for row in kept)
-            means = {"as-is": paired.mean(other).mean, codec: paired.mean(one).mean}
-            found[part][name] = means | {"minus": mean, "ci95": ci95, "changed": changed}
+            means = {"as-is": fmean(scores[other]), codec: fmean(scores[one])}
+            means |= {"minus": minus.mean, "ci95": minus.ci95}
+            found[part][name] = means | {"changed": changed}
     return found
 
 

@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from blocktune.commands.options import quiet_libraries
 from blocktune.evaluation.prepare import Ready, prepare
 from blocktune.evaluation.report.terminal import run_and_show
-from blocktune.evaluation.stats.results import mean_of
+from blocktune.evaluation.results import mean_of
 from blocktune.evaluation.suite import load_suite
 from blocktune.files import replace_json, replace_text
 from blocktune.methods import build
@@ -211,7 +211,7 @@ def page(results: Mapping[str, Any], tuned: Sequence[str], about: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-DROPPED = ("em_minus", "sweeps", "budget")
+DROPPED = ("sweeps", "budget")
 """Large, and read by no table; differences of the headline score stay, but not by kind."""
 
 
@@ -219,10 +219,8 @@ def kept(results: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``results.json`` that is committed."""
     found = json.loads(json.dumps({k: v for k, v in results.items() if k not in DROPPED}))
     for summary in found["methods"].values():
-        summary.pop("em_minus", None)
         for cell in summary["tasks"].values():
-            for name in ("em_minus", "score_minus"):
-                cell.pop(name, None)
+            cell.pop("score_minus", None)
     return public(found)
 
 

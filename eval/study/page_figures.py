@@ -24,7 +24,7 @@ from blocktune.evaluation.report.style import (
     zoom,
     zoomed_start,
 )
-from blocktune.evaluation.stats.aggregate import pareto
+from blocktune.evaluation.results import pareto
 
 Results = Mapping[str, Any]
 LAYERED = {

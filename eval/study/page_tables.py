@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blocktune.evaluation.stats.compare import verdict
+from blocktune.evaluation.compare import verdict
 from blocktune.tables import Table, with_half, with_interval, written
 
 Results = Mapping[str, Any]
@@ -103,8 +103,7 @@ def _known(results: Results, label: str) -> Mapping[str, Any]:
 def _gap(summary: Mapping[str, Any]) -> str:
     if summary["score_gap_recovered"] is None:
         return ""
-    low, high = (f"{100 * end:.0f}" for end in summary["score_gap_recovered_ci95"])
-    return f"{written('share', summary['score_gap_recovered'])} ({low} to {high})"
+    return with_interval("gap", summary["score_gap_recovered"], summary["score_gap_recovered_ci95"])
 
 
 def origin(results: Mapping[str, Any]) -> str:

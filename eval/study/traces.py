@@ -13,10 +13,9 @@ from random import Random
 from typing import Any
 
 from blocktune.data import RagExample
-from blocktune.evaluation.stats.results import mean_of
-from blocktune.evaluation.stats.significance import PairedScores, holm, p_value
-from blocktune.evaluation.suite import MethodSpec, check_pools, parse_methods
-from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.evaluation.results import mean_of
+from blocktune.evaluation.significance import difference, holm, mean_interval, p_value
+from blocktune.evaluation.suite import MethodSpec, TaskSpec, check_pools, parse_methods, parse_task
 from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 from blocktune.prompt import Chunk
 
@@ -230,11 +229,10 @@ def summed_up(
     for mib in dict.fromkeys(cell["store_mib"] for cell in served):
         cells = _pooled([cell for cell in served if cell["store_mib"] == mib], pools)
         scores = {label: cell["scores"] for label, cell in cells.items()}
-        paired = PairedScores(scores)
-        minus = _minus(paired, scores, seed)
+        minus = _minus(scores, seed)
         for label, cell in cells.items():
-            mean, low, high = paired.mean(label)
-            own = {"method": label, "score": mean, "ci95": [low, high]}
+            score = mean_interval(scores[label])
+            own = {"method": label, "score": score.mean, "ci95": score.ci95}
             own["questions"] = len(scores[label])
             kept = {key: cell[key] for key in ("n", "adapter", "store_mib", "seeds", *SPENT)}
             found.append(own | kept | {"minus": minus[label]})
@@ -257,9 +255,7 @@ def _pooled(
     return found
 
 
-def _minus(
-    paired: PairedScores, scores: Mapping[str, Sequence[float]], seed: int
-) -> dict[str, dict[str, Any]]:
+def _minus(scores: Mapping[str, Sequence[float]], seed: int) -> dict[str, dict[str, Any]]:
     labels = list(scores)
     pairs = {
         (one, other): p_value(scores[one], scores[other], seed=seed)
@@ -270,7 +266,7 @@ def _minus(
     found: dict[str, dict[str, Any]] = {label: {} for label in labels}
     for (one, other), p in pairs.items():
         for left, right in ((one, other), (other, one)):
-            mean, low, high = paired.difference(left, right)
+            above = difference(scores[left], scores[right])
             p_values = {"p": p, "p_holm": adjusted[one, other]}
-            found[left][right] = {"mean": mean, "ci95": [low, high], **p_values}
+            found[left][right] = {"mean": above.mean, "ci95": above.ci95, **p_values}
     return found

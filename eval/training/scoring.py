@@ -10,7 +10,12 @@ from queries import BLEND, FULL, JOINED, NAIVE, in_full
 
 from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.stats.significance import Interval, PairedScores
+from blocktune.evaluation.significance import (
+    Interval,
+    difference,
+    mean_interval,
+    recovered_gap,
+)
 
 SHARE = 0.97
 """Of full prefill's adjusted F1 that is asked for."""
@@ -32,65 +37,61 @@ class Judge:
         self.rows, self.recipes, self.plain = rows, recipes, plain
         self.asked = [i for i, row in enumerate(rows[FULL]) if row.task == JOINED]
         self.kept = [i for i in self.asked if rows[FULL][i].f1 > 0]
-        self.paired, self.raw = self._paired(self.kept), self._paired(self.asked)
+        self.adjusted, self.raw = self._scores(self.kept), self._scores(self.asked)
 
-    def _paired(self, questions: Sequence[int]) -> PairedScores:
+    def _scores(self, questions: Sequence[int]) -> dict[str, list[float]]:
         scores = {label: [own[i].f1 for i in questions] for label, own in self.rows.items()}
         for name, labels in self.recipes.items():
             scores[name] = pooled([scores[label] for label in labels])
         scores["wanted"] = [SHARE * score for score in scores[FULL]]
         scores["nothing"] = [0.0] * len(questions)
-        return PairedScores(scores)
+        return scores
 
     def score(self, label: str) -> dict[str, Any]:
         """Adjusted F1 of a method, or of a recipe over its seeds; raw F1 is over all questions."""
-        mean, *ci95 = self.paired.mean(label)
-        raw, *raw_ci95 = self.raw.mean(label)
+        adjusted, raw = (mean_interval(own[label]) for own in (self.adjusted, self.raw))
         labels = self.recipes.get(label, [label])
         return {
-            "adjusted_f1": mean,
-            "ci95": ci95,
+            "adjusted_f1": adjusted.mean,
+            "ci95": adjusted.ci95,
             "n": len(self.kept),
             "asked": len(self.asked),
-            "raw_f1": raw,
-            "raw_ci95": raw_ci95,
+            "raw_f1": raw.mean,
+            "raw_ci95": raw.ci95,
             "filter_bias": self._bias(labels),
             "em": _by_kind([self.rows[one] for one in labels]),
         }
 
     def recipe(self, name: str, control: str | None) -> dict[str, Any]:
         """A recipe beside full prefill, CacheBlend, naive reuse and the control."""
-        blend, naive = (self.paired.difference(name, other) for other in (BLEND, NAIVE))
+        own, raw = self.adjusted, self.raw
+        blend, naive = (difference(own[name], own[other]) for other in (BLEND, NAIVE))
         full = self._full_attention(name)
         compared = self.plain if self.plain != name else None
         return {
             **self.score(name),
-            "seeds": {one: self.paired.mean(one).mean for one in self.recipes[name]},
-            "of_full_prefill": _plain(self.paired.recovered_gap(name, "nothing", FULL)),
+            "seeds": {one: fmean(own[one]) for one in self.recipes[name]},
+            "of_full_prefill": _of(own, name, "nothing", FULL),
             "minus_97_percent_of_full_prefill": self._wanted(name),
             "seeds_minus_97_percent": {one: self._wanted(one) for one in self.recipes[name]},
-            "raw_of_full_prefill": _plain(self.raw.recovered_gap(name, "nothing", FULL)),
+            "raw_of_full_prefill": _of(raw, name, "nothing", FULL),
             "minus_cacheblend": _plain(blend) | {"met": blend.low > 0},
             "minus_naive": _plain(naive) | {"met": naive.low > 0},
-            "minus_plain": compared and _plain(self.paired.difference(name, compared)),
-            "gap_recovered": _plain(self.paired.recovered_gap(name, NAIVE, FULL)),
-            "of_control": control and _plain(self.paired.recovered_gap(name, "nothing", control)),
+            "minus_plain": compared and _plain(difference(own[name], own[compared])),
+            "gap_recovered": _of(own, name, NAIVE, FULL),
+            "of_control": control and _of(own, name, "nothing", control),
             "full_attention": full,
         }
 
     def _wanted(self, label: str) -> dict[str, Any]:
-        found = self.paired.difference(label, "wanted")
+        found = difference(self.adjusted[label], self.adjusted["wanted"])
         return _plain(found) | {"met": found.low >= 0}
 
-    def _bias(self, labels: Sequence[str]) -> dict[str, float | None]:
+    def _bias(self, labels: Sequence[str]) -> float | None:
         """What the filter of adjusted F1 hides, the seeds' mean."""
         full = [self.rows[FULL][i].f1 for i in self.asked]
         found = [adjusted_f1([self.rows[one][i].f1 for i in self.asked], full) for one in labels]
-        means = {}
-        for key in ("bias", "reverse"):
-            values = [value for one in found if (value := getattr(one, key)) is not None]
-            means[key] = fmean(values) if values else None
-        return means
+        return fmean(one.bias for one in found) if self.kept else None
 
     def _full_attention(self, name: str) -> dict[str, Any]:
         """Exact match of the adapter in full attention over all questions, minus the base's."""
@@ -99,11 +100,10 @@ class Judge:
             self.rows[f"{in_full(name)}-{one.rpartition('-')[2]}"] for one in self.recipes[name]
         ]
         own = pooled([[row.em for row in run] for run in runs])
-        paired = PairedScores({"base": base, "own": own})
-        change = paired.difference("own", "base")
+        change = difference(own, base)
         return {
-            "em": paired.mean("own").mean,
-            "base_em": paired.mean("base").mean,
+            "em": fmean(own),
+            "base_em": fmean(base),
             "change": _plain(change) | {"met": change.low >= -LOSS},
             "n": len(base),
         }
@@ -130,4 +130,8 @@ def _by_kind(runs: Sequence[Sequence[Row]]) -> dict[str, float]:
 
 
 def _plain(interval: Interval | None) -> dict[str, Any] | None:
-    return interval and {"mean": interval.mean, "ci95": [interval.low, interval.high]}
+    return interval and {"mean": interval.mean, "ci95": interval.ci95}
+
+
+def _of(scores: Mapping[str, Sequence[float]], *names: str) -> dict[str, Any] | None:
+    return _plain(recovered_gap(*(scores[name] for name in names)))

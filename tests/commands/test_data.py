@@ -70,6 +70,17 @@ def test_show_as_text(blocktune):
     assert "[accepted answers]" in shown
 
 
+def test_show_hands_no_control_character_to_the_terminal(blocktune, tmp_path, model):
+    text = "a\x1b[2Jb\rc\x9bd\te\nf"
+    row = {"question": text, "chunks": [{"title": text, "text": text}], "answers": [text]}
+    path = lines(tmp_path / "odd.jsonl", [row | {"id": text, "response": text}])
+    for more in ((), ("--model", model)):
+        shown = blocktune("data", "show", path, *more).stdout
+        assert shown.count(r"a\x1b[2Jb\x0dc") == (4 if more else 6)
+        assert not {"\x1b", "\r", "\x9b"} & set(shown)
+        assert "d\te\nf" in shown
+
+
 @pytest.mark.parametrize(("mode", "sees"), [("block", "sees itself"), ("full", "sees all before")])
 def test_show_as_the_model_sees_it(blocktune, model, mode, sees):
     source = "worlds:test?n=1&passages=2&kinds=self-contained"
@@ -129,7 +140,7 @@ def test_mix(blocktune, tmp_path):
 def musique(monkeypatch):
     """The Hub, which knows but MuSiQue."""
     rows = [Record(f"record {index}", MUSIQUE) for index in range(4)]
-    for where in ("sources.load", "retrieval"):
+    for where in ("retrieval", "sources.load"):  # the second is imported by the first
         monkeypatch.setattr(f"blocktune.data.{where}.open_records", lambda *_: iter(rows))
     return {"dgslibisey/MuSiQue": "CC BY 4.0"}
 

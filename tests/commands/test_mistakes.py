@@ -203,7 +203,7 @@ def test_an_output_of_something_else(refused, model, questions, tmp_path):
 def test_a_failed_generation_leaves_the_old_file(refused, tmp_path):
     path = tmp_path / "worlds.jsonl"
     path.write_text("old")
-    assert "unknown kind 'magic'" in refused("data", "write", "worlds:dev?kinds=magic", "-o", path)
+    assert "got 'magic'" in refused("data", "write", "worlds:dev?kinds=magic", "-o", path)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["worlds.jsonl"]
 

@@ -29,14 +29,6 @@ def test_the_points_are_printed_and_kept(blocktune, tuning, tmp_path):
     assert [point["n"] for point in found["points"]] == [4, 4]
 
 
-@pytest.mark.alone
-def test_several_processes_find_what_one_finds(blocktune, tuning, tmp_path):
-    alone = json.loads(blocktune(*tuning, tmp_path / "1", "--json").stdout)
-    together = blocktune(*tuning, tmp_path / "2", "--json", "--processes", 2)
-    assert together.exit_code == 0, together.output
-    assert json.loads(together.stdout)["points"] == alone["points"]
-
-
 def test_a_test_split_is_refused(refused, tuning, tmp_path):
     path = tmp_path / "tune.yaml"
     path.write_text(path.read_text().replace("held-out", "test"))

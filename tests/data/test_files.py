@@ -119,8 +119,8 @@ def test_a_lone_surrogate_is_named(tmp_path, listed):
     chunks = '[{"text": "whole \\ud83d\\ude00"}, {"text": "bad \\ud83d half"}]'
     rows = [json.dumps(OWN), f'{{"question": "Where?", "chunks": {chunks}}}']
     (tmp_path / "s.jsonl").write_text(f"[{','.join(rows)}]" if listed else "\n".join(rows))
-    place = "record" if listed else "line"
-    with pytest.raises(ValueError, match=rf'^s\.jsonl, {place} 2: field "chunks\[1\]\.text"') as e:
+    place = r'\.jsonl: field "\[1\]\.' if listed else r'\.jsonl, line 2: field "'
+    with pytest.raises(ValueError, match=rf'^s{place}chunks\[1\]\.text"') as e:
         load_examples(tmp_path / "s.jsonl")
     assert "U+D83D, character 5" in str(e.value)
     path = tmp_path / "whole.jsonl"

@@ -78,7 +78,7 @@ def test_largest(bound, found):
         ("needle:?lengths=50", r"needle: a prompt has at least \d+ tokens, got length 50"),
         ("needle:x", "'needle:' is followed by options"),
         ("needle:?haystack=none.txt", "no haystack at 'none.txt'"),
-        ("needle:?n=0", "'n' must be at least 1"),
+        ("needle:?n=0", "'n' must be a whole number, at least 1"),
         ("needle:?chnk=3", "unknown option 'chnk' of 'needle:'; known: lengths"),
         ("needle:?tokenizer=no/where", "cannot load a tokenizer from 'no/where'"),
     ],

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from blocktune.data import RagExample, load_examples
-from blocktune.data.regenerate import regenerate
+from blocktune.data.answers import regenerate
 from blocktune.prompt import Chunk
 
 EXAMPLES = [RagExample(f"Q{i}?", (Chunk(f"C{i}"),), (f"a{i}",), id=str(i)) for i in range(10)]

@@ -9,13 +9,12 @@ from source_records import CTXS, MUSIQUE
 from blocktune.data import RagExample
 from blocktune.data.answers import evidence, gives_answer, holds_answer
 from blocktune.data.retrieval import (
-    Bm25,
+    Index,
     Question,
     from_corpus,
     from_own,
     from_retriever,
     read_questions,
-    read_retrieved,
 )
 from blocktune.prompt import Chunk
 
@@ -33,13 +32,13 @@ def lines(path, *records):
 
 
 def test_bm25_finds_words_in_text_and_title_and_keeps_order_on_ties():
-    index = Bm25(CORPUS)
+    index = Index(CORPUS)
     found = index.search(["Where is port alder?", "chemistry", "zebra", "the of"], 2)
     assert [[hit.index for hit in hits] for hits in found] == [[0, 1], [2, 1], [0, 1], [0, 1]]
     assert found[0][0].score > 0 == found[2][0].score
     assert len(index.search(["x"], 99)[0]) == 4
     with pytest.raises(ValueError, match="an index needs at least one chunk"):
-        Bm25([])
+        Index([])
 
 
 def test_bm25_scores_match_the_formula():
@@ -47,7 +46,7 @@ def test_bm25_scores_match_the_formula():
     import math
 
     chunks = [Chunk("red red blue"), Chunk("blue"), Chunk("green green green green")]
-    ((best, second, third),) = Bm25(chunks).search(["red"], 3)
+    ((best, second, third),) = Index(chunks).search(["red"], 3)
     idf = math.log(1 + (3 - 1 + 0.5) / (1 + 0.5))
     tf = 2 / (2 + 1.5 * (1 - 0.75 + 0.75 * 3 / (8 / 3)))
     assert best.index == 0
@@ -73,7 +72,7 @@ def test_own_passages_are_ranked_and_keep_their_evidence():
 @pytest.mark.parametrize("k", [1, 2, 7, 12])
 def test_equal_scores_keep_the_order_of_the_corpus_at_the_cut(k):
     chunks = [Chunk(f"{'red' if i % 3 == 0 else 'blue'} stone") for i in range(12)]
-    (hits,) = Bm25(chunks).search(["red"], k)
+    (hits,) = Index(chunks).search(["red"], k)
     reds, others = [0, 3, 6, 9], [1, 2, 4, 5, 7, 8, 10, 11]
     assert [hit.index for hit in hits] == (reds + others)[:k]
 
@@ -106,11 +105,11 @@ def test_from_retriever(tmp_path):
         {"question": "Where?", "ctxs": [{"id": "7", "title": "", "text": "here"}]},
     )
     asked = [Question("Who?", ("Anna",), "q1"), Question("Where?", (), "q2")]
-    first, second = from_retriever(asked, read_retrieved(path), 2)
+    first, second = from_retriever(asked, path, 2)
     assert first.chunks == (Chunk("one"), Chunk("two", "T"))
     assert second.chunks == (Chunk("here"),)
     with pytest.raises(ValueError, match=r"dpr\.jsonl has no passages for question 'q3'"):
-        list(from_retriever([Question("Why?", (), "q3")], read_retrieved(path), 2))
+        list(from_retriever([Question("Why?", (), "q3")], path, 2))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_from_retriever(tmp_path):
 def test_wrong_retrieved_line_is_named(tmp_path, record, message):
     path = lines(tmp_path / "dpr.jsonl", {"id": "a", "passages": ["x"]}, record)
     with pytest.raises(ValueError, match=rf"^dpr\.jsonl, line 2: {message}"):
-        read_retrieved(path)
+        list(from_retriever([], path, 1))
 
 
 def test_questions_of_every_shape(tmp_path):
@@ -155,7 +154,7 @@ def test_questions_of_every_shape(tmp_path):
         ({"answer": "x"}, 'field "question" must be a non-blank string, got null'),
         ({"question": "q", "answer": True}, 'field "answer" must be text, a list of texts'),
         ({"question": "q", "answer": {"x": 1}}, 'field "answer" must be text, a list of texts'),
-        ({"question": "q", "answer": ["", " "]}, 'field "answer" must be text that is not blank'),
+        ({"question": "q", "answer": ["", " "]}, 'field "answers" must be text that is not blank'),
     ],
 )
 def test_wrong_question_is_named(tmp_path, record, message):

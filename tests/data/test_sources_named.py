@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from blocktune.commands.errors import explain
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 
 from blocktune.data import load_examples
@@ -104,8 +105,9 @@ def test_unknown_split_is_one_line(folder):
 
 def test_missing_datasets_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'blocktune\[data\]'"):
+    with pytest.raises(ModuleNotFoundError, match="datasets") as error:
         next(hub.read_hub(data_set("owner/name")))
+    assert "pip install 'blocktune[data]'" in explain(error.value)
 
 
 def test_worlds():
@@ -125,7 +127,7 @@ def test_worlds():
         ("worlds:test?seed=x", "worlds:test: 'seed' must be a whole number, got 'x'"),
         ("worlds:test?passages=a-b", "'passages' must be a whole number or LOW-HIGH"),
         ("worlds:test?seed", "that are not key=value&key=value"),
-        ("worlds:tset", "unknown split 'tset'"),
+        ("worlds:tset", "split must be one of train, dev, test, got 'tset'"),
         ("hf:owner/name?sed=1", "unknown option 'sed' of 'hf:owner/name"),
         ("hf:owner/name?shots=x", "'shots' must be a whole number, got 'x'"),
         ("hf:owner/name?shots=0", "'shots' must be at least 1, got 0"),

@@ -201,14 +201,14 @@ def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"split": "val"}, "unknown split 'val'; available: train, dev, test"),
-        ({"kinds": {"4-hop": 1}}, "unknown kind '4-hop'"),
+        ({"split": "val"}, "split must be one of train, dev, test, got 'val'"),
+        ({"kinds": {"4-hop": 1}}, "kind must be one of self-contained, .*, got '4-hop'"),
         ({"kinds": {}}, "positive weights"),
         ({"num_passages": 0}, "at least 1"),
         ({"num_passages": (4, 2)}, "ascending"),
         ({"questions_per_world": 0}, "at least 1"),
         ({"num_examples": -1}, "at least 1"),
-        ({"aliased": 1.5}, "share from 0 to 1, got 1.5"),
+        ({"aliased": 1.5}, r"share in \[0, 1\], got 1.5"),
         ({"kinds": {"cross-chunk": 1}, "num_passages": 1}, "needs two passages"),
     ],
 )

@@ -2,8 +2,8 @@
 
 import functools
 
+from blocktune.evaluation.results import build_results
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.stats.results import build_results
 from blocktune.evaluation.suite import parse_suite
 from blocktune.evaluation.ttft import TtftSummary
 

@@ -7,8 +7,8 @@ import pytest
 from evaluation.fake_results import fake_results, fake_rows
 from rich.console import Console
 
+from blocktune.evaluation.compare import compare, compare_table, load_results, verdict
 from blocktune.evaluation.rows import RowFile
-from blocktune.evaluation.stats.compare import compare, compare_table, load_results, verdict
 from blocktune.files import replace_json
 
 

@@ -6,9 +6,8 @@ import pytest
 from evaluation.fake_results import fake_results, fake_rows, fake_suite
 from evaluation.test_suite import MINIMAL
 
+from blocktune.evaluation.results import build_results, matched, pareto, sweeps, with_pools
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.stats.aggregate import matched, pareto, sweeps
-from blocktune.evaluation.stats.results import build_results, with_pools
 from blocktune.evaluation.suite import check_pools, parse_suite
 from blocktune.evaluation.ttft import TtftSummary
 

@@ -8,8 +8,7 @@ import pytest
 from blocktune.data import RagExample
 from blocktune.evaluation import rows as code
 from blocktune.evaluation.rows import Row, RowFile, place_of, read_all, read_rows, row_key
-from blocktune.evaluation.suite import MethodSpec
-from blocktune.evaluation.task import TaskSpec
+from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.prompt import Chunk
 
 KEYS = ["a", "b", "c", "d"]

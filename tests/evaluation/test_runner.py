@@ -171,6 +171,26 @@ def test_questions_without_answers_are_refused(tmp_path):
         run(tmp_path / "out", make_engine(), tasks=tasks)
 
 
+def test_a_smaller_run_into_a_finished_folder_is_refused_and_a_larger_one_adds(tmp_path):
+    task = {"name": "worlds", "source": SOURCE, "max_new_tokens": 4}
+    few = {"methods": ["naive"], "tasks": [task | {"limit": 4}], "ttft": {"num": 0}}
+    all_ = few | {"tasks": [task]}
+    run(tmp_path, make_engine(), **few)
+    engine = make_engine()
+    run(tmp_path, engine, **all_)
+    assert engine.answered == 4  # the first batch was whole
+    before = (tmp_path / "rows" / "naive.jsonl").read_text()
+    message = r"naive\.jsonl' has answers to 3 questions that this run does not ask.*another output"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, make_engine(), **few)
+    assert (tmp_path / "rows" / "naive.jsonl").read_text() == before
+    half = tmp_path / "half"  # a stopped run's parts are not lost either
+    (half / "rows").mkdir(parents=True)
+    (half / "rows" / "naive.part0.jsonl").write_text(before)
+    with pytest.raises(ValueError, match="does not ask"):
+        run(half, make_engine(), **few)
+
+
 def _scores(results):
     timed = ("ttft_s", "ttft_s_quartiles", "ttft_over_full_prefill")
     return [
@@ -180,5 +200,5 @@ def _scores(results):
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
-    with locked(tmp_path / "rows" / ".lock"), pytest.raises(ValueError, match="another process is"):
+    with locked(tmp_path / ".lock"), pytest.raises(ValueError, match="another process is"):
         run(tmp_path, make_engine())

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from blocktune.evaluation.stats.significance import (
+from blocktune.evaluation.significance import (
     FEW,
     NUM_FLIPS,
     Interval,
-    PairedScores,
+    difference,
     holm,
     mcnemar_exact,
+    mean_interval,
     power,
+    recovered_gap,
     sign_flip,
 )
 
@@ -21,17 +23,16 @@ def scores(right: int, wrong: int) -> list[float]:
 
 
 def test_a_proportion_has_wilsons_interval():
-    found = PairedScores({"a": scores(280, 120)}).mean("a")
+    found = mean_interval(scores(280, 120))
     known = binomtest(280, 400).proportion_ci(method="wilson")
     assert found == pytest.approx((0.7, known.low, known.high))
 
 
 @pytest.mark.parametrize(("right", "wrong"), [(5, 0), (0, 5), (50, 0), (1, 0)])
 def test_no_interval_has_zero_width(right, wrong):
-    paired = PairedScores({"a": scores(right, wrong), "b": scores(right, wrong)})
     known = binomtest(right, right + wrong).proportion_ci(method="wilson")
-    assert paired.mean("a")[1:] == pytest.approx((known.low, known.high))
-    mean, low, high = paired.difference("a", "b")
+    assert mean_interval(scores(right, wrong))[1:] == pytest.approx((known.low, known.high))
+    mean, low, high = difference(scores(right, wrong), scores(right, wrong))
     assert mean == 0
     assert -low == high > 2 / (right + wrong + 2)  # about the rule of three
 
@@ -39,7 +40,7 @@ def test_no_interval_has_zero_width(right, wrong):
 def test_scores_between_0_and_1_are_as_narrow_as_their_spread():
     rng = np.random.default_rng(1)
     own = rng.uniform(0.4, 0.6, 400)
-    mean, low, high = PairedScores({"a": own}).mean("a")
+    mean, low, high = mean_interval(own)
     half = 1.96 * own.std() / 20
     assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.005)
     assert low < mean < high
@@ -50,7 +51,7 @@ def test_a_difference_has_bonett_and_prices_interval():
     left, right = scores(12, 4) + [1.0] * 24, [0.0] * 12 + [1.0] * 28
     centre = 8 / 42
     half = 1.959964 * np.sqrt((13 / 42 + 5 / 42 - centre**2) / 42)
-    found = PairedScores({"a": left, "b": right}).difference("a", "b")
+    found = difference(left, right)
     assert found == pytest.approx((0.2, centre - half, centre + half), abs=1e-6)
 
 
@@ -61,12 +62,9 @@ def test_intervals_cover_what_they_promise():
         floor = rng.random(60) < 0.3
         ceiling = floor | (rng.random(60) < 0.6)
         half = np.where(rng.random(60) < 0.5, floor, ceiling)
-        paired = PairedScores({"floor": floor, "half": half, "ceiling": ceiling})
-        hits["mean"] += (f := paired.mean("half")).low <= 0.51 <= f.high
-        hits["difference"] += (f := paired.difference("ceiling", "floor")).low <= 0.42 <= f.high
-        hits["share"] += (
-            (f := paired.recovered_gap("half", "floor", "ceiling")).low <= 0.5 <= f.high
-        )
+        hits["mean"] += (f := mean_interval(half)).low <= 0.51 <= f.high
+        hits["difference"] += (f := difference(ceiling, floor)).low <= 0.42 <= f.high
+        hits["share"] += (f := recovered_gap(half, floor, ceiling)).low <= 0.5 <= f.high
     assert all(0.93 <= count / 1000 <= 0.99 for count in hits.values()), hits
 
 
@@ -74,25 +72,23 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
     rng = np.random.default_rng(0)
     base = rng.random(200)
     better = base + 0.05 + 0.01 * rng.standard_normal(200)
-    paired = PairedScores({"better": better, "base": base})
-    above, alone = paired.difference("better", "base"), paired.mean("better")
+    above, alone = difference(better, base), mean_interval(better)
     assert above.low > 0
     assert above.high - above.low < 0.4 * (alone.high - alone.low)
 
 
 def test_the_recovered_gap_is_the_share_of_the_means():
-    names = {"floor": scores(50, 50), "half": scores(70, 30), "ceiling": scores(90, 10)}
-    paired = PairedScores(names)
-    share = paired.recovered_gap("half", "floor", "ceiling")
+    floor, half, ceiling = scores(50, 50), scores(70, 30), scores(90, 10)
+    share = recovered_gap(half, floor, ceiling)
     assert share.mean == pytest.approx(0.5)
     assert 0.3 < share.low < 0.5 < share.high < 0.7
-    assert paired.recovered_gap("ceiling", "floor", "ceiling") == Interval(1, 1, 1)
-    assert paired.recovered_gap("floor", "floor", "ceiling") == Interval(0, 0, 0)
+    assert recovered_gap(ceiling, floor, ceiling) == Interval(1, 1, 1)
+    assert recovered_gap(floor, floor, ceiling) == Interval(0, 0, 0)
 
 
 def test_no_gap_recovers_nothing():
-    paired = PairedScores({"even": [1.0, 0.0] * 20, "odd": [0.0, 1.0] * 20})
-    assert paired.recovered_gap("even", "even", "odd") is None
+    even, odd = [1.0, 0.0] * 20, [0.0, 1.0] * 20
+    assert recovered_gap(even, even, odd) is None
 
 
 @pytest.mark.parametrize(
@@ -108,10 +104,10 @@ def test_mcnemar_matches_the_binomial_by_hand(wins, losses, p_value):
 def test_unpaired_scores_are_refused():
     with pytest.raises(ValueError, match="one length"):
         mcnemar_exact([1, 0], [1])
-    with pytest.raises(ValueError, match=r"1 or more, got \{'a': 1, 'b': 2"):
-        PairedScores({"a": [1], "b": [1, 0]})
-    with pytest.raises(ValueError, match="one number of questions"):
-        PairedScores({"a": []})
+    with pytest.raises(ValueError, match="one length"):
+        recovered_gap([1], [0] * 9, [1] * 9)
+    with pytest.raises(ValueError, match="at least one question"):
+        mean_interval([])
 
 
 def test_few_differences_flip_as_all_sign_patterns_do():

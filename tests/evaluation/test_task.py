@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blocktune.evaluation.task import TaskSpec, load_task, parse_task
+from blocktune.evaluation.suite import TaskSpec, load_task, parse_task
 from blocktune.parsing import load_yaml
 from blocktune.prompt import PromptFormat
 
@@ -78,7 +78,7 @@ def test_what_decides_a_row_is_all_but_where_questions_come_from():
         ({"name": "a", "source": "b", "metrics": "f1"}, "'metrics' must be a list of texts"),
         ({"name": "a", "source": "b", "stop": [1]}, "'stop' must be a list of texts"),
         ({"name": "a", "source": "b", "prompt": {"x": ""}}, "prompt format: unknown key 'x'"),
-        ({"name": "a", "source": "b", "version": 0}, "version must be at least 1"),
+        ({"name": "a", "source": "b", "version": 0}, "version must be a whole number, at least 1"),
     ],
 )
 def test_mistakes_are_one_clear_line(entry, message):

@@ -8,11 +8,11 @@ from evaluation.fake_results import KINDS, METHODS, fake_results, fake_rows, fak
 from matplotlib.image import imread
 from rich.console import Console
 
+from blocktune.evaluation.compare import findings, power_notes
 from blocktune.evaluation.report.charts import draw_results
 from blocktune.evaluation.report.terminal import results_table
+from blocktune.evaluation.results import build_results
 from blocktune.evaluation.runner import progress_bars
-from blocktune.evaluation.stats.compare import findings, power_notes
-from blocktune.evaluation.stats.results import build_results
 from blocktune.tables import Table
 
 SCHEMA = {
@@ -44,8 +44,8 @@ def test_summaries_are_worked_by_hand():
     assert naive["n"] == 400
     assert naive["n_kept"] == 97 + 93 + 81 + 78
     assert naive["adjusted_f1"] == pytest.approx(250 / 349)  # naive is right on a subset of full's
-    assert naive["gap_recovered"] == 0
-    assert kvlink["gap_recovered"] == pytest.approx((344 - 250) / (349 - 250))
+    assert naive["score_gap_recovered"] == 0
+    assert kvlink["score_gap_recovered"] == pytest.approx((344 - 250) / (349 - 250))
     assert kvlink["ttft_over_full_prefill"] == pytest.approx(0.3)
     assert naive["tasks"]["2-hop"]["em"] == pytest.approx(0.44)
     low, high = naive["tasks"]["2-hop"]["ci95"]
@@ -64,7 +64,7 @@ def test_without_baselines_what_needs_them_is_null():
     results = build_results(suite, rows, {}, {})
     summary = results["methods"]["kvlink"]
     assert summary["adjusted_f1"] is summary["n_kept"] is summary["ttft_s"] is None
-    assert summary["gap_recovered"] is None
+    assert summary["score_gap_recovered"] is None
     assert results_table(results).rows[0][-1] == "-"
 
 
@@ -91,6 +91,17 @@ def test_no_column_of_the_table_is_cut(width):
     numbers = " ".join(" ".join(line[1:]) for line in lines if line[0] == "kvlink")
     assert numbers == "97.0 ±4 92.0 ±5 79.0 ±8 76.0 ±8 98.6 0 % 12.0 0.30x 95 %"
     assert set(METHODS) <= {line[0] for line in lines}
+
+
+def test_a_loss_of_more_than_the_gap_is_not_written_as_a_share_of_it():
+    results = json.loads(json.dumps(fake_results()))
+    gaps = {"no-context": -6.58, "naive": 0.0, "epic": -0.4, "cacheblend": -1.0, "kvlink": 1.2}
+    for label, gap in gaps.items():
+        results["methods"][label]["score_gap_recovered"] = gap
+    cells = {row[0]: row[-1] for row in results_table(results).rows}
+    shown = [cells[label] for label in gaps]
+    assert shown == ["< -100 %", "0 %", "-40 %", "-100 %", "120 %"]
+    assert any(one.startswith("epic closes none of that gap") for one in findings(results))
 
 
 def test_names_in_brackets_are_no_markup():

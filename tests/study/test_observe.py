@@ -14,7 +14,7 @@ from observe import CLAIMS, METHODS, kept, main
 
 from blocktune.data import RagExample
 from blocktune.evaluation.report import style
-from blocktune.evaluation.stats.results import build_results
+from blocktune.evaluation.results import build_results
 from blocktune.evaluation.suite import load_suite
 
 SUITES = [p for p in Path("eval/study/suites").glob("*.yaml") if not p.stem.startswith("traces")]

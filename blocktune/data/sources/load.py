@@ -25,7 +25,7 @@ from blocktune.data.sources.options import (
     read_options,
 )
 from blocktune.data.sources.records import LeftOut, Record, at, read_hub, read_records
-from blocktune.data.sources.shapes import find_shape, named_shape, rename
+from blocktune.data.sources.shapes import find_shape, rename
 from blocktune.data.sources.texts import POOL, with_shots
 from blocktune.prompt.format import Chunk
 
@@ -48,12 +48,10 @@ def load_examples(
     logged, and so are the fields that are kept in ``meta``, once each.
 
     Args:
-        source: One of: a path, whose records are told apart by their fields; a short name of
-            `CATALOG` (``musique``, ``tulu-3``); ``hf:NAME[:CONFIG]`` on the Hugging Face Hub, or a
-            folder; a generator (``worlds:test?seed=1&n=100``). After ``?`` follow options: of a
-            generator its own, else those of `Reading`, such as
-            ``?split=train&shuffle=0&as=document&chunker=fixed&size=100`` or
-            ``?fields=question:input,chunks:context``.
+        source: A path, whose records are told apart by their fields; a short name of `CATALOG`
+            (``musique``); ``hf:NAME[:CONFIG]`` on the Hugging Face Hub, or a folder; a generator
+            (``worlds:test?seed=1&n=100``). After ``?`` follow options: of a generator its own, else
+            those of `Reading`, such as ``?split=train&as=document&chunker=fixed&size=100``.
         limit: Load the first examples only.
         split: Split of a Hub data set; default ``validation``, in sets that have none ``train``.
         tokenizer: Counts tokens where a chunker or a generator wants that and names none itself.
@@ -129,7 +127,7 @@ def parse_records(
     records, name = iter(records), named.name
     head = list(islice(records, SNIFFED))
     key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)
-    shape = named_shape(key) if key else find_shape((record.value for record in head), name)
+    shape = find_shape((record.value for record in head), name, key)
     parse = shape.parser(reading.chunker, reading.tokenizer)
     left_out: Counter[str] = Counter()
     kept: dict[str, None] = {}

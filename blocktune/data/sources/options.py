@@ -61,7 +61,6 @@ def _mapping(text: str) -> dict[str, str]:
 
 
 KNOWN = ("split", "as", "fields", "chunker", "tokenizer", "shots", "shots_from", "seed", "shuffle")
-WHOLE = ("shots", "seed", "shuffle")
 
 
 @dataclass(frozen=True)
@@ -100,20 +99,18 @@ def read_options(
         raise ValueError(
             f"unknown option '{min(options)}' of '{source.text}'; known: {known}, and a chunker's"
         )
+    given = {"chunker": chunker, "tokenizer": tokenizer}
     try:
-        if chunker is None and "chunker" in own:
-            chunker = build_chunker(own["chunker"], **{k: _value(v) for k, v in options.items()})
-        return Reading(
-            split=split or own.get("split"),
-            shape=own.get("as"),
-            fields=_mapping(own["fields"]) if "fields" in own else None,
-            shots_from=own.get("shots_from"),
-            chunker=chunker,
-            tokenizer=load_tokenizer(own["tokenizer"]) if "tokenizer" in own else tokenizer,
-            **{key: _whole(key, own[key]) for key in WHOLE if key in own},
-        )
+        if name := own.pop("chunker", None):
+            built = build_chunker(name, **{k: _value(v) for k, v in options.items()})
+            given["chunker"] = chunker or built
+        if name := own.pop("tokenizer", None):
+            given["tokenizer"] = load_tokenizer(name)
+        given["fields"] = _mapping(own.pop("fields")) if "fields" in own else None
     except ValueError as error:
         raise ValueError(f"'{source.text}': {error}") from None
+    own |= {"split": split} if split else {}
+    return build_config(Reading, own, f"'{source.text}'", {"as": "shape"}, **given)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -130,13 +127,6 @@ def _value(text: str) -> Any:
         return parse_yaml(text, "")
     except ValueError:
         return text
-
-
-def _whole(key: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"'{key}' must be a whole number, got '{text}'") from None
 
 
 Examples = Iterator[RagExample]

@@ -97,36 +97,33 @@ def _from_json(name: str, stream) -> Iterator[Record]:
     stream.seek(0)
     line, _, rest = start.partition("\n")
     if start.startswith("[") or (line.strip() == "{" and rest):  # a list, or one indented object
-        yield from _from_whole(name, stream)
+        value = _decoded(stream.read(), name)
+        entries = enumerate(value, start=1) if isinstance(value, list) else ()
+        yield from (Record(f"{name}, record {number}", entry) for number, entry in entries)
+        if not isinstance(value, list):
+            yield Record(f"{name}, line 1", value)
         return
     for number, line in enumerate(stream, start=1):
         if line.strip():
             where = f"{name}, line {number}"
-            try:
-                value = json.loads(line, object_pairs_hook=_each_once)
-            except ValueError as error:  # also a key given twice, or a number of 5,000 digits
-                reason = getattr(error, "msg", error)
-                wanted = "a file is a JSON list or one object a line"
-                if not line.lstrip().startswith(("{", "[", '"')):
-                    wanted += ', such as {"text": "a passage"}'
-                raise ValueError(f"{where}: not JSON ({reason}); {wanted}") from None
-            yield _checked(Record(where, value), line)
+            yield Record(
+                where, _decoded(line, where, "; a file is a JSON list or one object a line")
+            )
 
 
-def _from_whole(name: str, stream) -> Iterator[Record]:
-    text = stream.read()
+def _decoded(text: str, where: str, wanted: str = "") -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_each_once)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}, line {error.lineno}: not JSON ({error.msg})") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: not JSON ({error})") from None
-    if not isinstance(value, list):
-        yield _checked(Record(f"{name}, line 1", value), text)
-        return
-    lone = text if _LONE.search(text) else ""
-    for number, entry in enumerate(value, start=1):
-        yield _checked(Record(f"{name}, record {number}", entry), lone)
+    except ValueError as error:  # also a key given twice, or a number of 5,000 digits
+        reason = getattr(error, "msg", error)
+        if not wanted and isinstance(error, json.JSONDecodeError):
+            where = f"{where}, line {error.lineno}"
+        elif not text.lstrip().startswith(("{", "[", '"')):
+            wanted += ', such as {"text": "a passage"}'
+        raise ValueError(f"{where}: not JSON ({reason}){wanted}") from None
+    if _LONE.search(text):
+        _require_text(value, "", where)
+    return value
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,13 +132,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"'{key}' is given twice in one object")
     return made
-
-
-def _checked(record: Record, text: str) -> Record:
-    """The record, if the strings in it are text; only its JSON ``text`` tells whether to look."""
-    if _LONE.search(text):
-        _require_text(record.value, "", record.where)
-    return record
 
 
 def _require_text(value: Any, name: str, where: str) -> None:
@@ -280,12 +270,8 @@ def read_hub(
     name = source.at
     if source.streamed and limit is None:
         raise ValueError(f"'{name}' is too large to load as a whole; give a limit")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(
-            f"'hf:{name}' needs the datasets package: pip install 'blocktune[data]'"
-        ) from None
+    from datasets import load_dataset
+
     try:
         rows = load_dataset(
             source.hub,

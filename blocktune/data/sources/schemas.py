@@ -68,10 +68,7 @@ def parse_musique(record: Mapping[str, Any]) -> RagExample:
     hops = len(record.get("question_decomposition") or ())
     named = re.match(r"(\d+)hop", str(record.get("id", "")))
     hops = int(named[1]) if named else hops
-    given = record.get("answer")
-    several = [] if given is None else [given, *(record.get("answer_aliases") or ())]
-    answers = read_answers(several, "answer")
-    return _example(record, "paragraphs", answers, kind=f"{hops}-hop" if hops else "")
+    return _example(record, "paragraphs", kind=f"{hops}-hop" if hops else "")
 
 
 def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
@@ -91,9 +88,8 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
         record = {**record, "context": entries}
     elif cutter:
         raise ValueError("records have chunks already; leave the chunker out")
-    titles = _supporting_titles(record)
-    kind = record.get("type") or ""
-    return _example(record, "context", _answers(record), kind=kind, supporting=titles)
+    supporting = _supporting_titles(record)
+    return _example(record, "context", kind=record.get("type") or "", supporting=supporting)
 
 
 def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
@@ -102,7 +98,7 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
     Source: https://github.com/YaoJiayi/CacheBlend, ``inputs/``.
     """
     name = next(name for name in PASSAGES if record.get(name) is not None)
-    return _example(record, name, _answers(record), kind=record.get("type") or "")
+    return _example(record, name, kind=record.get("type") or "")
 
 
 def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -124,7 +120,7 @@ def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     return RagExample(
         question=question if question.strip() else SUMMARIZE,
         chunks=chunks,
-        answers=_answers(record),
+        answers=answers_of(record),
         kind=str(record.get("dataset") or ""),
         id=id_of(record),
         meta={k: v for k, v in record.items() if k not in known and v is not None},
@@ -142,8 +138,7 @@ def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
             chunks += chunks_of(cutter.text(text), title)
     if not chunks:
         raise LeftOut("no evidence; add passages with `blocktune data passages`")
-    answers = read_answers(record.get("answer"), "answer")
-    return RagExample(record.get("question"), chunks, answers, id=id_of(record))
+    return RagExample(record.get("question"), chunks, answers_of(record), id=id_of(record))
 
 
 def _pages(record: Mapping[str, Any], field: str, texts: str) -> list[tuple[str | None, str]]:
@@ -168,7 +163,6 @@ def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
 def _example(
     record: Mapping[str, Any],
     name: str,
-    answers: tuple[str, ...],
     kind: str,
     supporting: Collection[str] = (),
 ) -> RagExample:
@@ -187,7 +181,7 @@ def _example(
     return RagExample(
         question=record.get("question"),
         chunks=chunks,
-        answers=answers,
+        answers=answers_of(record),
         kind=kind,
         id=id_of(record),
         supporting=tuple(
@@ -199,10 +193,12 @@ def _example(
     )
 
 
-def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """``answers``, else ``answer``, else none: test sets are released without."""
-    name = next((name for name in ("answers", "answer") if record.get(name) is not None), None)
-    return read_answers(record[name], name) if name else ()
+def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """``answers``, else ``answer``, and aliases; none where a test set is released without."""
+    name = "answer" if record.get("answers") is None else "answers"
+    if record.get(name) is None:
+        return ()
+    return read_answers([*read_answers(record[name], name), *(record.get("answer_aliases") or ())])
 
 
 def id_of(record: Mapping[str, Any]) -> str:

@@ -61,18 +61,12 @@ SHAPES = (
 )
 
 
-def named_shape(key: str) -> Shape:
-    """The shape that ``as=`` calls so."""
-    known = {shape.key: shape for shape in SHAPES}
-    if key not in known:
+def find_shape(values: Iterable[Any], source: str, key: str | None = None) -> Shape:
+    """The shape that ``as=`` calls by its key, else the first that any of the records has."""
+    known, values = {shape.key: shape for shape in SHAPES}, list(values)
+    if key and key not in known:
         raise ValueError(f"unknown record shape '{key}'; available: {', '.join(known)}")
-    return known[key]
-
-
-def find_shape(values: Iterable[Any], source: str) -> Shape:
-    """The first shape that any of the records has."""
-    values = list(values)
-    found = next((s for value in values for s in SHAPES if s.fits(value)), None)
+    found = known[key] if key else next((s for v in values for s in SHAPES if s.fits(v)), None)
     if found is None:
         raise ValueError(no_shape(values[0] if values else None, source))
     return found

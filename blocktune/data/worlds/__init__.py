@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations, count, islice
 from random import Random
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from blocktune.data.worlds import world as worlds
 from blocktune.data.worlds.vocabulary import COMPARED, SPLITS
 from blocktune.data.worlds.world import Fact, Passages, Place, World, refer
 from blocktune.prompt import Chunk
+from blocktune.registry import require_count, require_one_of, require_share
 
 QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
 """The last asks by the words of a later chunk ("Where was she born?"): following a reference, by
@@ -93,7 +94,12 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
         "fact_chunks": [place.chunk for place in places],
     }
     if kind == "comparison":
-        text, answer, said = _compare(rng, *facts)
+        one, other = facts if rng.random() >= 0.5 else facts[::-1]
+        later = rng.random() < 0.5
+        names = {"a": one.subject.name, "b": other.subject.name}
+        text = COMPARED[one.relation.name].format(when="later" if later else "earlier", **names)
+        winner = (max if later else min)(one, other, key=lambda fact: int(fact.value))
+        answer, said = winner.subject.name, [one.value, other.value]
     elif kind == "referred":
         words = refer(facts[0].subject, places[0].mention)
         text = rng.choice(facts[0].relation.questions).format(s=words)
@@ -123,16 +129,6 @@ def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
 
 def _place(passages: Passages, fact: Fact) -> Place:
     return passages.places[fact.subject.name, fact.relation.name]
-
-
-def _compare(rng: Random, one: Fact, other: Fact) -> tuple[str, str, list[str]]:
-    if rng.random() < 0.5:
-        one, other = other, one
-    later = rng.random() < 0.5
-    names = {"a": one.subject.name, "b": other.subject.name}
-    text = COMPARED[one.relation.name].format(when="later" if later else "earlier", **names)
-    winner = (max if later else min)(one, other, key=lambda fact: int(fact.value))
-    return text, winner.subject.name, [one.value, other.value]
 
 
 DEFAULT_KINDS = MappingProxyType(
@@ -165,12 +161,9 @@ class WorldConfig:
     plain: bool = False
 
     def __post_init__(self):
-        if self.split not in SPLITS:
-            raise ValueError(f"unknown split '{self.split}'; available: {', '.join(SPLITS)}")
-        if unknown := set(self.kinds) - set(QUESTION_KINDS):
-            raise ValueError(
-                f"unknown kind '{min(unknown)}'; available: {', '.join(QUESTION_KINDS)}"
-            )
+        require_one_of("split", self.split, SPLITS)
+        for kind in self.kinds:
+            require_one_of("kind", kind, QUESTION_KINDS)
         if not self.kinds or min(self.kinds.values()) <= 0:
             raise ValueError(f"kinds must have positive weights, got {dict(self.kinds)}")
         low, high = self.passage_range
@@ -178,11 +171,9 @@ class WorldConfig:
             raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
         if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
             raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
-        if not 0 <= self.aliased <= 1:
-            raise ValueError(f"aliased must be a share from 0 to 1, got {self.aliased}")
+        require_share("aliased", self.aliased)
         for name in ("num_examples", "questions_per_world", "turns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            require_count(name, getattr(self, name), 1)
         if self.questions_per_world > 1 and self.turns > 1:
             raise ValueError(
                 "a world's questions are examples or turns of one: set only one of "
@@ -198,12 +189,8 @@ class WorldConfig:
 
 def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
     """Yields ``config.num_examples`` examples; example ``i`` is the same however many are drawn."""
-    left, index = config.num_examples, 0
-    while left > 0:
-        examples = _one_world(config, index)[:left]
-        yield from examples
-        left -= len(examples)
-        index += 1
+    drawn = (_one_world(config, index) for index in count())
+    yield from islice(chain.from_iterable(drawn), config.num_examples)
 
 
 MOST_WORLDS = 5000  # worlds drawn in search of a question before giving up

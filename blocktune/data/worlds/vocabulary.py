@@ -8,7 +8,6 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import yaml
 
@@ -21,12 +20,6 @@ ROOT, COMPARED, FILLERS = _WORDS["root"], _DATA["compared"], tuple(_DATA["filler
 YEARS = tuple(str(year) for year in range(1950, 1990))
 
 
-def split_of(name: str) -> str:
-    """The split that owns a name: 70 % train, 10 % dev, 20 % test, by a hash of the name."""
-    bucket = zlib.crc32(name.encode()) % 10
-    return "train" if bucket < 7 else "dev" if bucket == 7 else "test"
-
-
 _FORMS = {
     kind: tuple((pattern, _WORDS[own]) for pattern, own in forms.items())
     for kind, forms in _DATA["forms"].items()
@@ -35,9 +28,16 @@ _FORMS = {
 
 @cache
 def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
-    """The names of a kind, one of `_FORMS`, that belong to a split, one tuple for each form."""
+    """The names of a kind, one of `_FORMS`, that belong to a split, one tuple for each form.
+
+    A name belongs to one by its hash: 70 % to train, 10 % to dev, 20 % to test.
+    """
+    owners = ("train",) * 7 + ("dev", "test", "test")
     forms = ([pattern.format(*c) for c in product(words, ROOT)] for pattern, words in _FORMS[kind])
-    return tuple(tuple(name for name in form if split_of(name) == split) for form in forms)
+    return tuple(
+        tuple(name for name in form if owners[zlib.crc32(name.encode()) % 10] == split)
+        for form in forms
+    )
 
 
 _ROOTS = frozenset(ROOT)
@@ -96,12 +96,10 @@ class Relation:
         return f"{'Who' if self.target == 'person' else 'What'} is {self.role}?"
 
 
-def _read(record: dict[str, Any]) -> Relation:
-    several = {key: tuple(record[key]) for key in ("facts", "questions")}
-    return Relation(**record | several)
-
-
-RELATIONS = tuple(map(_read, _DATA["relations"]))
+RELATIONS = tuple(
+    Relation(**one | {key: tuple(one[key]) for key in ("facts", "questions")})
+    for one in _DATA["relations"]
+)
 
 
 def relations_of(kind: str, *, listed: bool = False) -> tuple[Relation, ...]:

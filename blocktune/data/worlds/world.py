@@ -59,9 +59,25 @@ class Style:
     roles: float
 
 
-def draw_style(rng: Random) -> Style:
-    """Draws a style: some worlds are mixed, most mainly of one kind, so that candidates compete."""
+def draw_style(rng: Random, plain: bool) -> Style:
+    """Draws a style: some worlds are mixed, most mainly of one kind, so that candidates compete.
+
+    A plain one, for first lessons, has one kind of entity and few relations in one wording, the
+    name right before the value and at the question's end: a model learns to match them within 250
+    steps, with other wordings not within 1,000.
+    """
     main = rng.choice(KINDS)
+    if plain:
+        return Style(
+            kind_weights=tuple(float(kind == main) for kind in KINDS),
+            split=0,
+            facts=rng.choice((1, 1, 2)),
+            linked=0,
+            introduced=0.3,  # distances must vary, or they are learnt instead of names
+            filler=0.1,
+            variety=rng.choice((1, 1, 2)),
+            roles=1,
+        )
     boost = rng.choice((1, 4, 20))
     return Style(
         kind_weights=tuple(rng.expovariate(1) + boost * (kind == main) for kind in KINDS),
@@ -72,25 +88,6 @@ def draw_style(rng: Random) -> Style:
         filler=rng.choice((0, 0, 0.15, 0.3)),
         variety=rng.choice((2, 3, 9)),
         roles=0.3,
-    )
-
-
-def plain_style(rng: Random) -> Style:
-    """Draws a style for first lessons: one kind of entity and few relations, one wording.
-
-    The name is right before the value and at the question's end: a model learns to match them
-    within 250 steps, with other wordings not within 1,000. All passages have the same kind.
-    """
-    main = rng.choice(KINDS)
-    return Style(
-        kind_weights=tuple(float(kind == main) for kind in KINDS),
-        split=0,
-        facts=rng.choice((1, 1, 2)),
-        linked=0,
-        introduced=0.3,  # distances must vary, or they are learnt instead of names
-        filler=0.1,
-        variety=rng.choice((1, 1, 2)),
-        roles=1,
     )
 
 
@@ -132,10 +129,10 @@ def draw_world(
     context knows which by the chunk before; a reader of separate chunks can do without: a fact that
     no titled chunk states is in only one chunk.
 
-    ``aliased`` is the share of the continued documents that use an alias, lists excluded; ``plain``
-    draws a `plain_style`.
+    ``aliased`` is the share of the continued documents that use an alias, lists excluded; for
+    ``plain`` see `draw_style`.
     """
-    style, taken = (plain_style if plain else draw_style)(rng), set()
+    style, taken = draw_style(rng, plain), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
     documents, room = [], num_passages
     spoken: set[str] = set()  # kinds that have a continued document, and their pronouns

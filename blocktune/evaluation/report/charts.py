@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from blocktune.evaluation.report import style
 from blocktune.evaluation.report.style import Ground, mark
-from blocktune.evaluation.stats.results import FLOOR, ORACLE
+from blocktune.evaluation.results import FLOOR, ORACLE
 
 Results = Mapping[str, Any]
 MOST_LINES = 8

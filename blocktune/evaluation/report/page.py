@@ -12,10 +12,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from blocktune.evaluation.compare import findings, load_results, power_notes, verdict
 from blocktune.evaluation.report.charts import Chart, charts_of
 from blocktune.evaluation.report.style import DARK, LIGHT, mark, to_png, to_svg
-from blocktune.evaluation.stats.compare import findings, load_results, power_notes, verdict
-from blocktune.evaluation.stats.results import ORACLE, plain_label
+from blocktune.evaluation.results import ORACLE, plain_label
 from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from blocktune.evaluation.compare import power_notes
 from blocktune.evaluation.report.charts import draw_results
-from blocktune.evaluation.runner import launched, run_suite
-from blocktune.evaluation.stats.compare import power_notes
-from blocktune.evaluation.stats.results import RESULTS
+from blocktune.evaluation.results import RESULTS
+from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import Suite
 from blocktune.tables import Table, with_half, written
 
@@ -19,7 +19,8 @@ NOTE = (
     "Scores in %, with half their 95 % interval (EM: exact match). Adj. F1: over the questions "
     "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomp.: "
     "share of the context's tokens recomputed, over all layers. Of full: time to first token "
-    "(TTFT) as a share of full prefill's. Gap: share of the way from naive reuse to full prefill."
+    "(TTFT) as a share of full prefill's. Gap: share of the way from naive reuse to full prefill; "
+    "below 0: worse than naive reuse."
 )
 MOST_GROUPS = 6
 """Tasks and kinds that fit beside each other; of more, only the mean over all is shown."""
@@ -35,9 +36,7 @@ def run_and_show(
 
     Returns the results; None in all processes but the main one.
     """
-    processes = launched()
-    suite = processes.placed(suite)
-    results = run_suite(suite, output, command=command, processes=processes)
+    results = run_suite(suite, output, command=command)
     if results is None:
         return None
     count = max(summary["n"] for summary in results["methods"].values())
@@ -79,7 +78,7 @@ _COSTS = {
     "re-\ncomp.": ("share", "recompute_ratio"),
     "TTFT\nms": ("ms", "ttft_s"),
     "of\nfull": ("ratio", "ttft_over_full_prefill"),
-    "gap": ("share", "score_gap_recovered"),
+    "gap": ("gap", "score_gap_recovered"),
 }
 
 

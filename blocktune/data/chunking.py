@@ -1,15 +1,91 @@
-"""The built-in chunkers: at delimiters, after a number of tokens or sentences, between messages."""
+"""Chunkers cut a long text or a conversation into spans that are cached separately.
+
+They cut at delimiters, after a number of tokens or sentences, or between messages. The spans of a
+text, joined, are the text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking import CHUNKERS, Chunker, Message
+from blocktune.prompt.format import Chunk
+from blocktune.registry import Registry, require_count, require_one_of
+
+CHUNKERS = Registry("chunker", "blocktune.data.chunking")
+"""A class of this file, or of a plug-in, is registered by ``@CHUNKERS.register("name")``."""
+build_chunker = CHUNKERS.build
+
+SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+"""How a message's role is written in front of its text."""
+_BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
+
+
+class Message(NamedTuple):
+    """One message of a conversation; ``role`` is a key of `SPEAKERS`."""
+
+    role: str
+    text: str
+
+    def __str__(self):
+        return f"{SPEAKERS[self.role]}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Chunker(ABC):
+    """Cuts text into spans without changing it; the fields of a subclass are its keys in YAML."""
+
+    @abstractmethod
+    def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+        """Spans of a text, in order; one that counts tokens needs the tokenizer."""
+
+    def split_messages(
+        self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> list[str]:
+        """Spans of a conversation; by default each message is cut separately."""
+        return [span for message in messages for span in self.split(str(message), tokenizer)]
+
+
+def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ...]:
+    """Chunks of the spans after `tidy`."""
+    return tuple(Chunk(text, title) for text in tidy(spans))
+
+
+def tidy(spans: Iterable[str]) -> list[str]:
+    """Non-blank spans, without leading blank lines and trailing space.
+
+    If a span ends within a line, the next has no indent to keep.
+    """
+    texts, opens_line = [], True
+    for span in spans:
+        if text := trimmed(span if opens_line else span.lstrip(" \t")):
+            texts.append(text)
+        opens_line = span.endswith("\n")
+    return texts
+
+
+def trimmed(text: str) -> str:
+    """Text without leading blank lines and trailing space; its first line keeps its indent."""
+    return _BLANK_LINES.sub("", text).rstrip()
+
+
+def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
+    """Reads a chunker from YAML: its name, or ``{name: fixed, size: 100}``."""
+    entry = {"name": value} if isinstance(value, str) else value
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise ValueError(f"{where}: must be a name or {{name, ...}}, got {value!r:.60}")
+    parameters = {key: given for key, given in entry.items() if key != "name"}
+    try:
+        return CHUNKERS.build(entry["name"], **parameters)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
 
 STRONGEST_FIRST = ("\n\n", "---", "===", "\n\t", "\n")
 UNITS = ("turn", "message")
@@ -29,10 +105,9 @@ class Delimiter(Chunker):
     max_chunks: int = 14  # neighbours with the fewest characters are joined down to this number
 
     def __post_init__(self):
-        given, count = self.delimiter, self.max_chunks
-        is_text = given is None or (isinstance(given, str) and given != "")
-        self._require("delimiter", is_text, "a non-empty string or null")
-        self._require("max_chunks", type(count) is int and count >= 1, "an integer of at least 1")
+        if self.delimiter == "":
+            raise ValueError("chunker 'delimiter': delimiter must not be empty; leave it out")
+        require_count("chunker 'delimiter': max_chunks", self.max_chunks, 1)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans that end with the delimiter, except perhaps the last."""
@@ -68,14 +143,12 @@ class Fixed(Chunker):
     Source: KVLink cuts XSum every 100 tokens; TurboRAG documents every 512 with 10 of overlap.
     """
 
-    needs_tokenizer: ClassVar[bool] = True
     size: int = 100  # tokens of a span
     overlap: int = 0  # tokens that a span shares with the previous one
 
     def __post_init__(self):
-        self._require("size", type(self.size) is int and self.size >= 1, "an integer of at least 1")
-        fits = type(self.overlap) is int and 0 <= self.overlap < self.size
-        self._require("overlap", fits, f"an integer from 0 to {self.size - 1}, less than size")
+        require_count("chunker 'fixed': overlap", self.overlap)
+        require_count("chunker 'fixed': size", self.size, self.overlap + 1, "more than the overlap")
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans of ``size`` tokens."""
@@ -112,8 +185,7 @@ class Sentence(Chunker):
     language: str = "en"  # ISO code of one of about 240 languages
 
     def __post_init__(self):
-        self._require("size", type(self.size) is int and self.size >= 1, "an integer of at least 1")
-        self._require("language", isinstance(self.language, str), "an ISO code such as en")
+        require_count("chunker 'sentence': size", self.size, 1)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans of ``size`` sentences, each with the space after it."""
@@ -148,7 +220,7 @@ class PerMessage(Chunker):
     unit: str = "turn"
 
     def __post_init__(self):
-        self._require("unit", self.unit in UNITS, " or ".join(UNITS))
+        require_one_of("chunker 'message': unit", self.unit, UNITS)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans of `Delimiter`."""

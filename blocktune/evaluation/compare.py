@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from operator import gt, lt
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+from blocktune.evaluation.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
 from blocktune.evaluation.rows import Row, read_all
-from blocktune.evaluation.stats.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
-from blocktune.evaluation.stats.significance import ALPHA, PairedScores, holm, p_value, power
+from blocktune.evaluation.significance import ALPHA, difference, holm, p_value, power
 from blocktune.parsing import load_json
 from blocktune.tables import Table, with_interval, written
 
@@ -23,7 +25,7 @@ class Change(NamedTuple):
     before: float  # score in A
     after: float  # score in B
     mean: float  # the difference, with its interval ``ci95``
-    ci95: tuple[float, float]
+    ci95: list[float]
     p: float  # for this comparison alone; ``p_holm``: for all methods of the table together
     p_holm: float
     wins: int  # questions on which B is better; ``losses``: on which A is
@@ -52,17 +54,21 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
             f"{', '.join(new)}"
         )
     left, right = _rows(before, old, shared), _rows(after, new, shared)
-    pairs = {label: _paired(label, left[label], right[label]) for label in shared}
+    pairs = {}
+    for label in shared:
+        a, b = _scores(left[label]), _scores(right[label])
+        if not (both := [key for key in b if key in a]):
+            raise ValueError(
+                f"the runs asked '{label}' no common question; compare runs of one task"
+            )
+        pairs[label] = [a[key] for key in both], [b[key] for key in both]
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
     adjusted, changes = holm(p), []
     for label, (a, b) in pairs.items():
-        scored = PairedScores({"old": a, "new": b})
-        mean, *ci95 = scored.difference("new", "old")
-        able = power(b, a, p=p[label], p_holm=adjusted[label])
-        means = scored.mean("old").mean, scored.mean("new").mean, mean
+        above, able = difference(b, a), power(b, a, p[label], adjusted[label])
         wins, losses = sum(map(gt, b, a)), sum(map(lt, b, a))
         tested = p[label], adjusted[label], wins, losses, able and able.n_needed
-        changes.append(Change(label, len(a), *means, tuple(ci95), *tested))
+        changes.append(Change(label, len(a), fmean(a), fmean(b), above.mean, above.ci95, *tested))
     return changes
 
 
@@ -73,15 +79,6 @@ def _rows(
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
     read = [one for label in labels for one in pools.get(label, [label])]
     return with_pools(read_all(Path(folder), read), pools)
-
-
-def _paired(
-    label: str, left: Sequence[Row], right: Sequence[Row]
-) -> tuple[list[float], list[float]]:
-    old, new = _scores(left), _scores(right)
-    if not (shared := [key for key in new if key in old]):
-        raise ValueError(f"the runs asked '{label}' no common question; compare runs of one task")
-    return [old[key] for key in shared], [new[key] for key in shared]
 
 
 def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
@@ -140,24 +137,51 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     recomputation. Without both baselines there is nothing to say.
     """
     methods = results["methods"]
-    baselines = (plain_label(results, ORACLE), plain_label(results, FLOOR))
-    if None in baselines:
+    full, naive = (plain_label(results, name) for name in (ORACLE, FLOOR))
+    if full is None or naive is None:
         return []
-    full, naive = baselines
-    tuned = [label for label, summary in methods.items() if summary["adapter"]]
-    others = [n for n in methods if n not in baselines and methods[n]["method"] != "no-context"]
+    titles = {task["title"] for task in results["tasks"].values()}
+    named = titles.pop() if len(titles) == 1 else "score"
     lost = methods[full]["score_minus"][naive]
-    loss = _loss(methods, full, naive, _named(results))
-    if not (is_shown(lost) and lost["mean"] > 0):
-        return [loss, *_between(methods, tuned)]
-    if len(others) <= MOST:
-        return [loss, *(_gain(methods, label) for label in others), *_between(methods, tuned)]
-    front = [n for n in results["budget"]["pareto"]["recompute_ratio"] if n in others]
-    rest = (
-        f"{len(others) - len(front)} other methods score no higher than one of these, or than a "
-        "baseline, that recomputes no more; the table holds them."
-    )
-    return [loss, *(_gain(methods, label) for label in front), rest]
+    points = f"{with_interval('score', lost['mean'], lost['ci95'])} points of {named}"
+    if is_shown(lost) and lost["mean"] > 0:
+        by_kind = ", ".join(
+            f"{written('score', methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
+            for kind, cell in methods[naive]["tasks"].items()
+        )
+        said = [f"Naive reuse loses {points} ({by_kind})."]
+        others = [n for n in methods if methods[n]["method"] != "no-context"]
+        others = [n for n in others if n not in (full, naive)]
+        front = results["budget"]["pareto"]["recompute_ratio"]
+        shown = others if len(others) <= MOST else [n for n in front if n in others]
+        said += [_gain(methods[label], label) for label in shown]
+        if rest := len(others) - len(shown):
+            said.append(
+                f"{rest} other methods score no higher than one of these, or than a baseline, that "
+                "recomputes no more; the table holds them."
+            )
+    else:
+        p = f"p = {lost['p_holm']:.2g}, corrected for all pairs"
+        chance = "" if is_shown(lost) else f", within chance ({p})"
+        said = [f"Full prefill minus naive reuse: {points}{chance}."]
+    tuned = [label for label, summary in methods.items() if summary["adapter"]]
+    for other, label in combinations(tuned, 2) if len(tuned) <= MOST else ():
+        found = methods[label]["score_minus"][other]
+        chance = "" if is_shown(found) else ": within chance at this number of questions"
+        points = with_interval("score", found["mean"], found["ci95"])
+        said.append(f"{label} minus {other}: {points} points{chance}.")
+    return said
+
+
+def _gain(summary: Mapping[str, Any], label: str) -> str:
+    closed, ci95 = summary["score_gap_recovered"], summary["score_gap_recovered_ci95"]
+    if closed is None:
+        return f"{label}: the gap is too uncertain for a share of it."
+    share = with_interval("gap", closed, ci95) if closed >= 0 else "none"
+    fresh, ratio = summary["recompute_ratio"], summary["ttft_over_full_prefill"]
+    cost = f"recomputing {100 * fresh:.0f} % of the context" if fresh else "recomputing nothing"
+    time = f", first token after {ratio:.2f} of full prefill's time" if ratio else ""
+    return f"{label} closes {share} of that gap, {cost}{time}."
 
 
 def is_shown(difference: Mapping[str, Any]) -> bool:
@@ -188,46 +212,3 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
             count = next(iter(results["methods"].values()))["n"]
             notes.append(f"{count:,} questions are too few to tell from {other}: {named}.")
     return notes
-
-
-def _named(results: Mapping[str, Any]) -> str:
-    """The headline metric, where all tasks share one."""
-    titles = {task["title"] for task in results["tasks"].values()}
-    if len(titles) > 1:
-        return "score"
-    return "exact match" if titles == {"EM"} else next(iter(titles))
-
-
-def _loss(methods: Mapping[str, Any], full: str, naive: str, named: str) -> str:
-    by_kind = ", ".join(
-        f"{written('score', methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
-        for kind, cell in methods[naive]["tasks"].items()
-    )
-    loss = methods[full]["score_minus"][naive]
-    points = f"{with_interval('score', loss['mean'], loss['ci95'])} points of {named}"
-    if is_shown(loss):
-        return f"Naive reuse loses {points} ({by_kind})."
-    p = f"p = {loss['p_holm']:.2g}, corrected for all pairs"
-    return f"Full prefill minus naive reuse: {points}, within chance ({p})."
-
-
-def _gain(methods: Mapping[str, Any], label: str) -> str:
-    summary = methods[label]
-    if summary["score_gap_recovered"] is None:
-        return f"{label}: the gap is too uncertain for a share of it."
-    low, high = summary["score_gap_recovered_ci95"]
-    fresh = summary["recompute_ratio"]
-    cost = f"recomputing {100 * fresh:.0f} % of the context" if fresh else "recomputing nothing"
-    ratio = summary["ttft_over_full_prefill"]
-    time = f", first token after {ratio:.2f} of full prefill's time" if ratio else ""
-    share = f"{100 * summary['score_gap_recovered']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-    return f"{label} closes {share} of that gap, {cost}{time}."
-
-
-def _between(methods: Mapping[str, Any], tuned: list[str]) -> Iterator[str]:
-    for index, other in enumerate(tuned):
-        for label in tuned[index + 1 :]:
-            found = methods[label]["score_minus"][other]
-            verdict = "" if is_shown(found) else ": within chance at this number of questions"
-            points = with_interval("score", found["mean"], found["ci95"])
-            yield f"{label} minus {other}: {points} points{verdict}."

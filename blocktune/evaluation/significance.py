@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ALPHA = 0.05  # two-sided error of the first kind, of a verdict and of an interval
+Z = NormalDist().inv_cdf(1 - ALPHA / 2)
 NUM_FLIPS = 10_000
 FEW = 50  # differences up to which signs are drawn
 
@@ -26,6 +27,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def ci95(self) -> list[float]:
+        """The bounds."""
+        return [self.low, self.high]
+
 
 class Power(NamedTuple):
     """What a number of questions can show of one paired difference."""
@@ -34,77 +40,60 @@ class Power(NamedTuple):
     n_needed: int | None  # questions that would show the observed difference; None where it is 0
 
 
-class PairedScores:
-    """Scores of several methods on the same questions, and the intervals of what they say.
+def mean_interval(own: ArrayLike) -> Interval:
+    """The mean of scores ``(n,)``, in Wilson's interval; ValueError if there is none.
 
-    Args:
-        scores: Method -> one score in [0, 1] per question, ``(n,)``, n at least 1, in one order.
+    The variance is that of the scores: for 0 and 1 this is Wilson's interval of a proportion; for
+    scores between, such as F1, it is as narrow as their spread allows and as wide as Wilson's where
+    all are 0 or all are 1.
 
-    Raises:
-        ValueError: If there is no question, or methods differ in their number.
+    Source: Wilson, Probable Inference (1927).
     """
+    own, z2 = np.asarray(own, dtype=np.float64), Z**2
+    if not len(own):
+        raise ValueError("a mean needs the score of at least one question, got none")
+    n, mean = len(own), float(own.mean())
+    centre = (n * mean + z2 / 2) / (n + z2)
+    half = Z / (n + z2) * sqrt(n * float(own.var()) + z2 / 4)
+    return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
 
-    def __init__(self, scores: Mapping[Hashable, ArrayLike]):
-        counts = {name: len(values) for name, values in scores.items()}
-        if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise ValueError(f"paired scores need one number of questions, 1 or more, got {counts}")
-        self._scores = {name: np.asarray(own, dtype=np.float64) for name, own in scores.items()}
-        self._z = NormalDist().inv_cdf(1 - ALPHA / 2)
 
-    def mean(self, name: Hashable) -> Interval:
-        """A method's mean, in Wilson's interval.
+def difference(own: ArrayLike, other: ArrayLike) -> Interval:
+    """How much the mean of ``own`` is above that of ``other``, on the same questions, ``(n,)``.
 
-        The variance is that of the scores: for 0 and 1 this is Wilson's interval of a proportion;
-        for scores between, such as F1, it is as narrow as their spread allows and as wide as
-        Wilson's where all are 0 or all are 1.
+    The adjusted Wald interval: two questions are added, of which each method wins one by 1.
 
-        Source: Wilson, Probable Inference (1927).
-        """
-        own, z2 = self._scores[name], self._z**2
-        n, mean = len(own), float(own.mean())
-        centre = (n * mean + z2 / 2) / (n + z2)
-        half = self._z / (n + z2) * sqrt(n * float(own.var()) + z2 / 4)
-        return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
+    Source: Bonett and Price, Adjusted Wald Confidence Interval for a Difference of Binomial
+    Proportions Based on Paired Data (2012), whose counts these differences generalise.
+    """
+    found = paired(own, other)
+    n, centre = len(found) + 2, float(found.sum()) / (len(found) + 2)
+    half = Z * sqrt((float((found**2).sum()) + 2) / n - centre**2) / sqrt(n)
+    return Interval(float(found.mean()), max(-1.0, centre - half), min(1.0, centre + half))
 
-    def difference(self, name: Hashable, other: Hashable) -> Interval:
-        """How much the first mean is above the second, on the same questions.
 
-        The adjusted Wald interval: two questions are added, of which each method wins one by 1.
+def recovered_gap(own: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> Interval | None:
+    """``(own - floor) / (ceiling - floor)``: the share of a gap that a method closes.
 
-        Source: Bonett and Price, Adjusted Wald Confidence Interval for a Difference of Binomial
-        Proportions Based on Paired Data (2012), whose counts these differences generalise.
-        """
-        if name == other:
-            return Interval(0.0, 0.0, 0.0)
-        found = self._scores[name] - self._scores[other]
-        n, centre = len(found) + 2, float(found.sum()) / (len(found) + 2)
-        half = self._z * sqrt((float((found**2).sum()) + 2) / n - centre**2) / sqrt(n)
-        return Interval(float(found.mean()), max(-1.0, centre - half), min(1.0, centre + half))
+    The interval holds each share ``s`` for which ``(own - floor) - s (ceiling - floor)`` may have a
+    mean of 0, by the interval of `difference`. Floor and ceiling are 0 and 1 themselves. None where
+    the interval of the gap itself reaches zero.
 
-    def recovered_gap(self, name: Hashable, floor: Hashable, ceiling: Hashable) -> Interval | None:
-        """``(name - floor) / (ceiling - floor)``: the share of a gap that a method closes.
-
-        The interval holds each share ``s`` for which ``(name - floor) - s (ceiling - floor)`` may
-        have a mean of 0, by the interval of `difference`. Floor and ceiling are 0 and 1 themselves.
-        None where the interval of the gap itself reaches zero.
-
-        Source: Fieller, Some Problems in Interval Estimation (1954).
-        """
-        gap = self.difference(ceiling, floor)
-        if gap.low <= 0:
-            return None
-        if name in (floor, ceiling):
-            return Interval(*[float(name == ceiling)] * 3)
-        part = self._scores[name] - self._scores[floor]
-        whole = self._scores[ceiling] - self._scores[floor]
-        n, z2 = len(part) + 2, self._z**2
-        # |sum(part - s whole)|^2 (1 + z^2 / n) <= z^2 (sum((part - s whole)^2) + 2), solved for s.
-        k = 1 + z2 / n
-        a = float(k * whole.sum() ** 2 - z2 * (whole @ whole))
-        b = float(k * part.sum() * whole.sum() - z2 * (part @ whole))
-        c = float(k * part.sum() ** 2 - z2 * (part @ part + 2))
-        root = sqrt(b**2 - a * c)
-        return Interval(float(part.sum() / whole.sum()), (b - root) / a, (b + root) / a)
+    Source: Fieller, Some Problems in Interval Estimation (1954).
+    """
+    if difference(ceiling, floor).low <= 0:
+        return None
+    if own is floor or own is ceiling:
+        return Interval(*[float(own is ceiling)] * 3)
+    part, whole = paired(own, floor), paired(ceiling, floor)
+    n, z2 = len(part) + 2, Z**2
+    # |sum(part - s whole)|^2 (1 + z^2 / n) <= z^2 (sum((part - s whole)^2) + 2), solved for s.
+    k = 1 + z2 / n
+    a = float(k * whole.sum() ** 2 - z2 * (whole @ whole))
+    b = float(k * part.sum() * whole.sum() - z2 * (part @ whole))
+    c = float(k * part.sum() ** 2 - z2 * (part @ part + 2))
+    root = sqrt(b**2 - a * c)
+    return Interval(float(part.sum() / whole.sum()), (b - root) / a, (b + root) / a)
 
 
 def p_value(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
@@ -165,7 +154,7 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
 
 
 def power(
-    own: ArrayLike, other: ArrayLike, *, p: float = 1.0, p_holm: float = 1.0, wanted: float = 0.8
+    own: ArrayLike, other: ArrayLike, p: float = 1.0, p_holm: float = 1.0, wanted: float = 0.8
 ) -> Power | None:
     """Whether this many questions can show a difference, by the normal approximation.
 
