@@ -169,7 +169,7 @@ def blocktune_json():
 
     from typer.testing import CliRunner
 
-    from blocktune.cli import app
+    from blocktune.commands.application import app
 
     def run(*arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
@@ -230,7 +230,7 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("foo://x/y", r"no store opens there \(Protocol not known: foo\); name a folder, valkey:"),
+        ("foo://x/y", r"cannot open a store there \(Protocol not known: foo\); give"),
         ("valkey://127.0.0.1:1/0", r"cannot read the store 'valkey://127.0.0.1:1/0': Connection"),
     ],
 )
