@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -101,8 +100,13 @@ def run_suite(
         suite = replace(suite, device=processes.device)
     output, ready = Path(output), prepare(suite, load)
     (output / ROWS).mkdir(parents=True, exist_ok=True)
-    with locked(output / ".lock") if processes.is_main else nullcontext():
+    if not processes.is_main:
         return _run(ready, output, command, processes)
+    with locked(lock := output / ".lock"):
+        try:
+            return _run(ready, output, command, processes)
+        finally:
+            lock.unlink()
 
 
 def _run(
