@@ -50,7 +50,7 @@ def test_help_teaches(blocktune, command):
 def test_help_of_the_group_says_what_a_source_is(blocktune):
     shown = blocktune("data", "--help").stdout
     assert all(command in shown for command in COMMANDS)
-    assert "A source is one word" in shown
+    assert "names a data source in the same way" in shown
 
 
 def test_list_names_sets_licences_generators_shapes_and_chunkers(blocktune):
