@@ -255,7 +255,7 @@ def test_vllm_serves_the_base_and_finds_all_that_was_encoded(run, tmp_path):
 
 
 def test_it_is_not_merged(run, tmp_path):
-    with pytest.raises(ValueError, match="scope 'encode' acts on rows of chunks only, and merged"):
+    with pytest.raises(ValueError, match="scope 'encode' acts on rows of chunks only, but merged"):
         merge_adapter(run / "out", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
