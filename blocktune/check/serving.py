@@ -116,7 +116,7 @@ class Subject:
     bare: Engine  # another engine, whose prompts have nothing before the first chunk
     # Results from empty caches so far, which several claims and similar methods need. Subjects on
     # the same engine may share it.
-    known: dict[Any, Any] = field(default_factory=dict)
+    results: dict[Any, Any] = field(default_factory=dict)
 
     def begin(self, history: Sequence[Ask] = HISTORY) -> Engine:
         """The engine with empty caches, or with the history that the method needs."""
@@ -131,9 +131,9 @@ class Subject:
     def serve(self, method: Method, ask: Ask = ASK) -> ServedRequest:
         """Serves a request, or returns the earlier result."""
         key = facts_served(method), ask
-        if key not in self.known:
-            self.known[key] = _served(self.run(method, ask))
-        return self.known[key]
+        if key not in self.results:
+            self.results[key] = _served(self.run(method, ask))
+        return self.results[key]
 
     def logits(self, method: Method) -> Tensor:
         """Logits ``(V,)`` after the prompt of `ASK`."""
@@ -146,15 +146,15 @@ class Subject:
         stay first.
         """
         key = facts_served(method), rows
-        if key not in self.known:
+        if key not in self.results:
             engine = self.begin()
             batch = batch_of(engine, method)
             ids, layout = batch.input_ids, batch.layout
             if rows is not None:
                 ids, layout = rows(ids, layout)
             last = int(layout.is_fresh.logical_not().sum()) - 1
-            self.known[key] = forward_dense(engine, ids, layout)[0, last]
-        return self.known[key]
+            self.results[key] = forward_dense(engine, ids, layout)[0, last]
+        return self.results[key]
 
 
 def facts_served(method: Method) -> tuple:
@@ -304,15 +304,15 @@ def _plain(engine: Engine) -> Method:
 
 
 @torch.no_grad()
-def check_adapter(model: str | None, adapter: str | Path, **how: Any) -> list[Check]:
+def check_adapter(model: str | None, adapter: str | Path, **options: Any) -> list[Check]:
     """Runs `check_model`, and compares full prefill with stock PEFT, unmerged.
 
     Base (None: the adapter's own) and adapter are loaded twice, one after the other. ``how`` is
     passed on: ``dtype``, ``device`` and ``quantize``.
     """
     folder = adapter_folder(adapter)
-    stock = _stock_logits(model, folder, how) if (folder / PEFT_FILE).is_file() else None
-    engine = Engine.from_pretrained(model, folder, **how)
+    stock = _stock_logits(model, folder, options) if (folder / PEFT_FILE).is_file() else None
+    engine = Engine.from_pretrained(model, folder, **options)
     checks = check_model(engine)
     if stock is None:
         return checks
@@ -322,10 +322,10 @@ def check_adapter(model: str | None, adapter: str | Path, **how: Any) -> list[Ch
     return [Check("full prefill = stock PEFT", diff <= tolerance, diff, tolerance), *checks]
 
 
-def _stock_logits(model: str | None, folder: Path, how: dict[str, Any]) -> Tensor:
+def _stock_logits(model: str | None, folder: Path, options: dict[str, Any]) -> Tensor:
     """Logits ``(1, V)`` of PEFT's model after the prompt of `ASK` in full attention."""
     fmt = AdapterInfo.load(folder).format
-    peft, tokenizer, _, _ = load_model(model, folder, merge=False, **how)
+    peft, tokenizer, _, _ = load_model(model, folder, merge=False, **options)
     pieces = make_pieces(tokenizer, fmt, ASK.chunks, ASK.question, block=False)
     ids = [*pieces.prefix, *(token for chunk in pieces.chunks for token in chunk), *pieces.query]
     rows = torch.tensor([ids], device=peft.device)

@@ -183,8 +183,8 @@ def new_group(name: str, text: str, *examples: str) -> typer.Typer:
     return group
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"blocktune {blocktune.__version__}")
         raise typer.Exit
 

@@ -198,8 +198,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     except OSError:
         raise ValueError(f"no results at '{path}'; make them with `blocktune eval`") from None
     methods = record.get("methods") if isinstance(record, dict) else None
-    wanted = {"n", "em", "ci95", "adapter"}
-    if not isinstance(methods, dict) or not all(wanted <= own.keys() for own in methods.values()):
+    required = {"n", "em", "ci95", "adapter"}
+    if not isinstance(methods, dict) or not all(required <= m.keys() for m in methods.values()):
         raise ValueError(
             f"{path}: not a results.json of `blocktune eval`; it needs 'methods', each with "
             "n, em, ci95 and adapter"

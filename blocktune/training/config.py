@@ -174,10 +174,10 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
-        for name, wanted in _MUST_BE.items():
-            if getattr(self, name) != wanted:
+        for name, required in _MUST_BE.items():
+            if getattr(self, name) != required:
                 raise ValueError(
-                    f"block training needs {name}: {wanted}, got {getattr(self, name)!r}, which "
+                    f"block training needs {name}: {required}, got {getattr(self, name)!r}, which "
                     f"would ignore the layout of prompts; {_HINTS.get(name, 'leave it out')}"
                 )
         if self.router_aux_loss_coef:
@@ -197,9 +197,9 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
     def _check_own(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir is empty; name a folder for the adapter")
-        for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         for name in _AT_LEAST_1:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

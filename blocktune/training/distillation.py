@@ -131,7 +131,7 @@ Teacher = Callable[[nn.Module], AbstractContextManager[nn.Module]]
 
 def find_teacher(
     name: str,
-    how: Distillation,
+    settings: Distillation,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     base_is_frozen: bool,
@@ -143,10 +143,10 @@ def find_teacher(
 
     Raises ValueError if the teacher cannot be found, or does not fit the student.
     """
-    if not how.is_on:
+    if not settings.is_on:
         return None
     if name != "self":
-        teacher = _load(name, how, model, tokenizer)
+        teacher = _load(name, settings, model, tokenizer)
 
         @contextmanager
         def opened(student: nn.Module) -> Iterator[nn.Module]:
@@ -162,7 +162,7 @@ def find_teacher(
     return as_teacher
 
 
-def _load(name: str, how: Distillation, student: nn.Module, tokenizer) -> nn.Module:
+def _load(name: str, settings: Distillation, student: nn.Module, tokenizer) -> nn.Module:
     teacher, teacher_tokenizer = load_base(name, place=False, what="distill_teacher")
     config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
     same_tokens = tokenizer_hash(teacher_tokenizer) == tokenizer_hash(tokenizer)
@@ -171,12 +171,12 @@ def _load(name: str, how: Distillation, student: nn.Module, tokenizer) -> nn.Mod
             f"distill_teacher '{name}' has another tokenizer, chat template or vocabulary than the "
             "student; use one of the same family (and link_mode 'table' for links)"
         )
-    expected, actual = _shape(config, how.states), _shape(teacher_config, how.states)
-    for name_of, value in expected.items() if how.matches_states else ():
-        if actual[name_of] != value:
+    expected, actual = _shape(config, settings.states), _shape(teacher_config, settings.states)
+    for part, value in expected.items() if settings.matches_states else ():
+        if actual[part] != value:
             raise ValueError(
-                f"distill_states: {how.states} compares layer by layer, but the {name_of} of "
-                f"'{name}' is {actual[name_of]}, the student's {value}; set distill_states: none"
+                f"distill_states: {settings.states} compares layer by layer, but the {part} of "
+                f"'{name}' is {actual[part]}, the student's {value}; set distill_states: none"
             )
     attach(teacher)
     return teacher.eval().requires_grad_(False)

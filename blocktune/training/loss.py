@@ -106,20 +106,20 @@ class Objective:
         if self.teacher is None:
             plan = make_plan(self.execution, student.layout)
             return answer_rows(model, student, plan).sums(student.layout)
-        how, teacher_batch = self.distillation, batch_of(inputs, "teacher_")
+        settings, teacher_batch = self.distillation, batch_of(inputs, "teacher_")
         # The teacher runs first, since checkpointing runs the student's layers again in backward.
         with self.teacher(bare) as teacher:
             teacher_output, teacher_states = self._run(teacher, teacher_batch)
-            probs = teacher_probs(teacher_output.logits, how.temperature, how.top_k)
+            probs = teacher_probs(teacher_output.logits, settings.temperature, settings.top_k)
             del teacher_output
         output, states = self._run(model, student)
         answers = output.sums(student.layout)
-        kl = divergence(output.logits, probs, how.temperature)
-        total = (1 - how.weight) * answers.total + how.weight * kl
+        kl = divergence(output.logits, probs, settings.temperature)
+        total = (1 - settings.weight) * answers.total + settings.weight * kl
         error = torch.zeros_like(total)
-        if how.matches_states:
+        if settings.matches_states:
             error = self._error(student, teacher_batch, states, teacher_states)
-            total = total + how.states_weight * error
+            total = total + settings.states_weight * error
         return answers._replace(total=total, divergence=kl.detach(), states=error.detach())
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[AnswerRows, Any]:

@@ -239,13 +239,13 @@ def describe_layout(spec: LayoutSpec, block_share: float, both: bool, link_mode:
 
 def describe_objective(args) -> str:
     """A line with the parts of the loss: cross-entropy, divergence, states, fresh rows."""
-    how, words = args.distillation, []
-    if how.weight < 1:
+    distillation, words = args.distillation, []
+    if distillation.weight < 1:
         words.append("cross-entropy")
-    if how.weight > 0:
-        words.append(f"{how.weight:.0%} KL to the teacher '{args.distill_teacher}'")
-    if how.matches_states:
-        words.append(f"{how.states} states x {how.states_weight:g}")
+    if distillation.weight > 0:
+        words.append(f"{distillation.weight:.0%} KL to the teacher '{args.distill_teacher}'")
+    if distillation.matches_states:
+        words.append(f"{distillation.states} states x {distillation.states_weight:g}")
     if args.recompute != "none":
         span = f"{args.recompute_min:.0%} to {args.recompute_max:.0%}"
         words.append(f"{span} of the tokens fresh ({args.recompute})")

@@ -113,9 +113,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             num_tokens=link_base(model),  # now including added link tokens
             check_layer=args.sampler.check_layer(layers) if args.sampler else None,
         )
-        how, frozen = args.distillation, args.freeze_base or hasattr(model, "peft_config")
-        teacher = find_teacher(args.distill_teacher, how, model, tokenizer, frozen)
-        self.objective = Objective(args.attention_execution, how, teacher, rope)
+        distillation, frozen = args.distillation, args.freeze_base or hasattr(model, "peft_config")
+        teacher = find_teacher(args.distill_teacher, distillation, model, tokenizer, frozen)
+        self.objective = Objective(args.attention_execution, distillation, teacher, rope)
         self.order: EpochOrder | None = None
         self._sums = {"train": Sums(), "eval": Sums()}
         with precision_kept(model):

@@ -131,8 +131,8 @@ def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
             ends[name] = values[-1], colours[colour]
         left.set(xlabel="step", title="Training: loss, and accuracy of answers", ylim=(0, 2.5))
         label_ends(left, ends)
-        known = [value for values in lines.values() for value in values if value is not None]
-        zoom(right, ground, zoomed_start(known), "exact match")
+        scores = [value for values in lines.values() for value in values if value is not None]
+        zoom(right, ground, zoomed_start(scores), "exact match")
         for name, values in lines.items():
             colour = colours[kinds[name.partition(",")[0]]]
             style = "-" if name.endswith("full") else ":"
@@ -146,7 +146,7 @@ def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
 
 def readme(numbers: dict[str, Any], log: list[dict]) -> str:
     """The model card."""
-    em, made, shape = numbers["em"], numbers["provenance"], numbers["config"]
+    em, origin, shape = numbers["em"], numbers["provenance"], numbers["config"]
     command = COMMAND + (" --device cuda" if shape["device"] == "cuda" else "")
     rows = [
         f"| {kind} | {cell['n']} | "
@@ -164,8 +164,8 @@ purpose is to make the cost of reusing cached chunks measurable.
 
 Made by `{command}` at commit `{numbers["trained"]["commit"]}`:
 {numbers["steps"]} steps, {log[-1]["tokens"] / 1e6:.1f} M tokens,
-{numbers["training_minutes"]} minutes on {made["hardware"]};
-measured at commit `{made["commit"]}` in {numbers["evaluation_minutes"]} minutes. The same command
+{numbers["training_minutes"]} minutes on {origin["hardware"]};
+measured at commit `{origin["commit"]}` in {numbers["evaluation_minutes"]} minutes. The same command
 with `--go-on` measures again.
 Weights are saved in bfloat16; the numbers are of the saved weights, computed in float32.
 

@@ -24,7 +24,7 @@ def test_passages_hold_the_answers_to_their_questions():
 
 
 def test_a_question_stands_over_its_passage_and_hard_ones():
-    examples = demo.ask(10, 5)
+    examples = demo.load_questions(10, 5)
     assert len(examples) == 10
     for example in examples:
         [gold] = example.supporting
