@@ -37,7 +37,7 @@ from blocktune.prompt import LayoutSpec
 from blocktune.prompt.layout_spec import BOS
 from blocktune.testing import small_engine
 
-LAYOUTS = (  # 64 positions are enough for any chunk of the requests
+LAYOUTS = (  # a slot of 64 positions has room for any chunk of the requests
     *({"placement": name} | ({"slot": 64} if name == "reserved" else {}) for name in PLACEMENTS),
     *({"bos": name} for name in BOS),
     {"num_blanks": 3},
@@ -138,7 +138,7 @@ def _budget_ends(subject: Subject) -> Pairs:
     method = subject.method
     everything, full_budget = compose(method, select=Everything()), compose(method, budget=1.0)
     yield subject.logits(full_budget), subject.logits(everything)
-    if not method.select().keeps_keys:  # else the states it compares would change the cache
+    if not method.select().keeps_keys:  # else the keys that it compares stay in the cache
         nothing, no_budget = compose(method, select=None), compose(method, budget=0.0)
         yield subject.logits(no_budget), subject.logits(nothing)
 

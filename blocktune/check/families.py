@@ -49,7 +49,7 @@ class Family:
     note: str = ""  # why it was refused, or what is wrong
     max_tokens: int | None = None  # length up to which the default configuration is exact
     full: float | None = None  # difference to the stock model in full attention
-    block: float | None = None  # difference to the stock model with the dense mask, from chunks
+    block: float | None = None  # difference of cached chunks to the stock model with dense mask
 
 
 def model_types(only: Sequence[str] = ()) -> tuple[str, ...]:

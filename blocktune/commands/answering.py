@@ -204,7 +204,7 @@ def encode(engine: Engine, chunks: Sequence[Chunk], processes: Processes, place:
     files, written = stats.files, stats.files.bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
     if left := files.evictions:
-        each += f"; {left:,} older chunks were evicted, to stay within its limits"
+        each += f"; {left:,} chunks were evicted to stay within its limits"
     typer.echo(
         f"{who}encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
         f"{report.encode_s:.1f} s, {old:,} were already there; {written / 1e6:,.1f} MB written to "

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 def replay(
     trace: Annotated[
-        str, typer.Argument(help="Trace of a store, Mooncake (JSONL) or Azure (CSV); or zipf.")
+        str, typer.Argument(help="Trace of a store, Mooncake or Azure (JSONL, CSV, .gz); or zipf.")
     ],
     budget: Annotated[
         list[str] | None,

@@ -114,7 +114,7 @@ def add_in_product(config: Any, model: nn.Module) -> None:
 
 @contextmanager
 def precision_kept(model: nn.Module) -> Iterator[None]:
-    """Restores the values and dtype of trainable weights after the block.
+    """Restores values and dtype of trainable weights after the block, on their current device.
 
     With a quantised base, TRL rounds trainable weights (also link rows) to bfloat16. Updates below
     1/256 of a weight would be lost, and serving, which reads float32 adapters, would differ as

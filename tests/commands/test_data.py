@@ -95,7 +95,7 @@ def test_passages_from_a_corpus(blocktune, questions, corpus, tmp_path):
     out = tmp_path / "out.jsonl"
     result = blocktune("data", "passages", questions, "--corpus", corpus, "--k", 2, "-o", out)
     assert "wrote 2 questions" in result.stdout
-    assert "of 50.0% of 2" in result.stdout
+    assert "an answer for 50.0% of 2" in result.stdout
     first = load_examples(out)[0]
     assert first.chunks[0].title == "Anna Belt"
     assert len(first.chunks) == 2

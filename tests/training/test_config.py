@@ -57,8 +57,8 @@ def test_a_source_that_is_typed_replaces_the_kind_that_the_yaml_names(tmp_path):
     ("overrides", "line"),
     [
         ({"eval_data": "worlds:dev"}, "would never be used, since eval_strategy is 'no'"),
-        ({"eval_strategy": "epoch"}, "name them in eval_data"),
-        ({"eval_on_start": True}, "name them in eval_data"),
+        ({"eval_strategy": "epoch"}, "name their source in eval_data"),
+        ({"eval_on_start": True}, "name their source in eval_data"),
     ],
 )
 def test_an_evaluation_that_would_never_be(tmp_path, overrides, line):
@@ -97,7 +97,7 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"freeze_base": True}, "freeze_base trains only the learned tokens"),
         ({"packing": True}, "pack_length packs by layout"),
         ({"both_modes": True, "block_share": 0.5}, "leave block_share out"),
-        ({"num_links": 1, "block_share": 0.0}, "need block examples, and there are none"),
+        ({"num_links": 1, "block_share": 0.0}, "need block examples, but there are none"),
         ({"num_links": 1, "link_table": "chunk"}, "needs max_chunks"),
         ({"num_links": 1, "num_trailers": 1}, "no method serves an adapter with link tokens and"),
         ({"block_dropout": 0.1, "shared_prefix": True}, "drop it or shared_prefix"),
