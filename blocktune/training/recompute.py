@@ -155,16 +155,14 @@ def narrowed(
     """
     until = layout.until.clone()
     for row, sample in (shares >= 0).nonzero().tolist():
-        check, fresh = _layer_check(layout, states, layer, num_layers, row, sample)
+        check, fresh = _check(layout, states, layer, num_layers, row, sample)
         if len(fresh):
             selection = sampler.selector(float(shares[row, sample]))
             until[row, fresh[selection.refine(check)[0]]] = FOREVER
     return replace(layout, until=until)
 
 
-def _layer_check(
-    layout, states, layer, num_layers, row: int, sample: int
-) -> tuple[LayerCheck, Tensor]:
+def _check(layout, states, layer, num_layers, row: int, sample: int) -> tuple[LayerCheck, Tensor]:
     """The input of a selector for one prompt, and its fresh rows ``(R,)`` in causal order."""
     entry = layout.map(lambda field: field[row : row + 1])
     in_prompt = ~entry.is_pad & (entry.sample == sample)
