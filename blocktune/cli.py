@@ -7,12 +7,12 @@ import signal
 def main() -> None:
     """Runs the command line."""
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # a shell may have it ignored
-        # Until a command begins, nothing is lost, and Ctrl-C among imports would show a traceback.
+    if usual is signal.default_int_handler:  # a shell may have set it to be ignored
+        # Nothing is lost before a command begins; Ctrl-C during imports would show a traceback.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from blocktune.commands import app
 
-    if os.environ.get("COLUMNS") == "0":  # a terminal without a size yet: rich would print nothing
+    if os.environ.get("COLUMNS") == "0":  # a terminal with no size yet: rich would print nothing
         del os.environ["COLUMNS"]
     try:
         app(obj=lambda: signal.signal(signal.SIGINT, usual))

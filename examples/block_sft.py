@@ -1,4 +1,4 @@
-"""The same with BlockSFTTrainer: `python examples/block_sft.py [OUTPUT]`."""
+"""Trains an adapter with BlockSFTTrainer: `python examples/block_sft.py [OUTPUT]`."""
 
 import sys
 

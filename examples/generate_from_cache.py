@@ -1,4 +1,4 @@
-"""Stock `generate` over cached chunks: the context is computed once, then asked several times.
+"""Uses stock `generate` with cached chunks: one context, several questions.
 
 Run it: ``python examples/generate_from_cache.py [MODEL] [METHOD]``.
 """
@@ -15,7 +15,7 @@ QUESTIONS = ["Who directed Frozen Shore?", "Where was Anna Belt born?"]
 
 
 def main(model: str = "data/tiny", method: str = "naive") -> None:
-    """Asks every question of the same cache."""
+    """Answers every question from the same cache."""
     engine = Engine.from_pretrained(model)
     context = engine.cache(CHUNKS, method)
     for question in QUESTIONS:

@@ -12,7 +12,7 @@ from blocktune import BlockDataCollator, LayoutSpec, SaveLayoutCallback, attach,
 set_seed(0)
 model = AutoModelForCausalLM.from_pretrained("data/tiny", dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained("data/tiny")
-attach(model)  # forwards that carry a layout attend by it; all others are unchanged
+attach(model)  # a forward pass with a layout uses its mask; all others are unchanged
 collator = BlockDataCollator(tokenizer, LayoutSpec())
 examples = load_examples("worlds:train?seed=1&n=160&turns=8")
 trainer = SFTTrainer(
@@ -32,7 +32,7 @@ trainer = SFTTrainer(
     ),
     train_dataset=Dataset.from_list([example.to_json() for example in examples]),
     data_collator=collator,
-    callbacks=[SaveLayoutCallback(collator)],  # what Engine.from_pretrained(OUTPUT) needs
+    callbacks=[SaveLayoutCallback(collator)],  # saves the files for Engine.from_pretrained(OUTPUT)
     peft_config=LoraConfig(r=64, lora_alpha=128, target_modules="all-linear"),
 )
 trainer.train()

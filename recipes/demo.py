@@ -1,8 +1,8 @@
-"""The whole of blocktune on one page: train two adapters, answer from cached chunks, compare.
+"""A demo of blocktune: train two adapters, answer from cached chunks, compare methods.
 
     python recipes/demo.py        # or `make demo`, which sets everything up first
 
-Everything it makes lies in out/demo. About seven minutes on two cores, no network.
+All output is in out/demo. It takes about seven minutes on two cores and needs no network.
 """
 
 import os
@@ -24,14 +24,14 @@ from blocktune.evaluation.suite import load_suite
 OUTPUT = Path("out/demo")
 SUITE = "eval/suites/demo.yaml"
 DATA = ("--train_data", "worlds:train?seed=1&n=1200&turns=8", "--num_train_epochs", "1")
-"""75 steps, none of the contexts seen twice: the loss has fallen by then."""
+"""75 steps without repeated contexts, enough for the loss to fall."""
 INTRODUCTION = """\
-Retrieved passages come back in every request, yet a model that was trained as usual can reuse \
-their cached keys and values only if the same passages stood before them. Joined as they are \
-('naive'), chunks cached alone do not know of each other: "she" in one no longer finds the name \
-in another.
+The same retrieved passages recur in many requests. A model that was trained as usual can reuse \
+their cached keys and values only if the same passages come before them. Chunks that were cached \
+separately and are simply joined ('naive') do not see each other: "she" in one chunk no longer \
+finds the name in another.
 
-This demo trains that away on a tiny model, then measures what every method costs and saves."""
+This demo trains a tiny model on such chunks, then measures what each method costs and saves."""
 
 console = Console(width=100)
 
@@ -41,7 +41,7 @@ def step(number: int, title: str) -> None:
 
 
 def train(recipes: tuple[str, ...]) -> None:
-    """Trains all recipes at once, one thread each: on few cores faster than one after another."""
+    """Trains all recipes in parallel, which on few cores is faster than one after another."""
     threads = max(1, (os.cpu_count() or 1) // len(recipes))
     runs = []
     for recipe in recipes:
@@ -71,22 +71,22 @@ def relay(recipe: str, process: subprocess.Popen) -> None:
 
 def main() -> None:
     start = time.monotonic()
-    sys.stdout.reconfigure(line_buffering=True)  # in order with the runs below, also in a pipe
-    shutil.rmtree(OUTPUT, ignore_errors=True)  # all numbers below are made in this run
+    sys.stdout.reconfigure(line_buffering=True)  # keeps the order with output of the runs
+    shutil.rmtree(OUTPUT, ignore_errors=True)  # so that all numbers are from this run
     quiet_libraries()
     console.print(Panel(INTRODUCTION, title="blocktune", title_align="left"))
-    step(1, "Fine-tune: chunks that see only themselves, without links and with (KVLink)")
+    step(1, "Fine-tune on chunks that do not see each other, without and with links (KVLink)")
     train(("block_attention", "kvlink"))
-    step(2, "Ask every method the same held-out questions")
+    step(2, "Answer the same held-out questions with every method")
     console.print(f"[cyan]$ blocktune eval --suite {SUITE} --output {OUTPUT}")
     command = ["python", "recipes/demo.py"]
     results = run_and_show(load_suite(SUITE), OUTPUT, "Held-out questions", command)
-    step(3, "What it says")
+    step(3, "Findings")
     for sentence in findings(results):
         console.print(f"- {sentence}", highlight=False)
     minutes = (time.monotonic() - start) / 60
     console.print(
-        f"\nDone in {minutes:.1f} minutes. Table and times: {OUTPUT}/results.json; picture: "
+        f"\nDone in {minutes:.1f} minutes. Table and times: {OUTPUT}/results.json; plot: "
         f"{OUTPUT}/results.png; every answer: {OUTPUT}/rows/; adapters: "
         f"{OUTPUT}/block_attention, {OUTPUT}/kvlink.",
         highlight=False,

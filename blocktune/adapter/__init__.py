@@ -1,4 +1,4 @@
-"""Adapters: folders with what was trained and all that serving it needs to know."""
+"""Adapters: folders with trained weights and everything needed to serve them."""
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.load import PEFT_FILE, attach_links, load_adapter

@@ -1,7 +1,7 @@
-"""What was trained, for which base, and the layout and prompt it must be served with.
+"""The description of an adapter: its base, and the layout and format of its prompts.
 
 An adapter is a folder: PEFT's files (unless only links were trained), ``links.safetensors`` (if it
-has a link table) and ``blocktune.json``, which is written last; nothing loads without it.
+has a link table) and ``blocktune.json``, which is written last and required for loading.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from blocktune.prompt import LayoutSpec, PromptFormat
 INFO_FILE = "blocktune.json"
 FORMAT_VERSION = 1
 OWN_WEIGHTS = "the model in its own folder"
-"""``base_model`` of a fully trained model, which needs no other base."""
+"""``base_model`` of a fully trained or merged model, which needs no other base."""
 LINK_MODES = ("table", "added_tokens")
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What serving must know of an adapter: the contents of ``blocktune.json``.
+    """The contents of ``blocktune.json``, which serving needs.
 
-    Prompts are laid out and worded as in training; fingerprint and hash are those of
-    `blocktune.models.identity`, of the tokenizer without link tokens.
+    Serving must use the layout and format of training. The tokenizer's hash is taken without link
+    tokens.
 
     Raises:
         ValueError: If the version, the link mode or the scope is unknown.
     """
 
-    base_model: str  # name or path of the base as the run was given it, or `OWN_WEIGHTS`
+    base_model: str  # name or path of the base as given to the run, or `OWN_WEIGHTS`
     base_fingerprint: str  # see `blocktune.models.identity.base_fingerprint`
-    tokenizer_hash: str  # see `blocktune.models.identity.tokenizer_hash`, without link tokens
-    layout: LayoutSpec  # how prompts were laid out in training, and must be in serving
-    format: PromptFormat  # how prompts were worded
+    tokenizer_hash: str  # see `blocktune.models.identity.tokenizer_hash`
+    layout: LayoutSpec  # layout of prompts
+    format: PromptFormat  # wording of prompts
     link_mode: str = "table"  # one of `LINK_MODES`; no effect without learned tokens
-    link_seed: int = 0  # seed of the initial rows of added link tokens
-    link_token: str = "<|link_0|>"  # the first learned token, where they are tokens
+    link_seed: int = 0  # seed of the initial embeddings of added link tokens
+    link_token: str = "<|link_0|>"  # the first learned token, if they are in the vocabulary
     scope: str = "both"  # rows that LoRA acts on, one of `SCOPES`
-    base_revision: str | None = None  # its commit on the Hub, or the requested revision
+    base_revision: str | None = None  # the base's commit on the Hub, or the requested revision
     quantization: str | None = None  # of the base in training
-    rope: dict[str, Any] = field(default_factory=dict)  # the base's, for readers
-    training: dict[str, Any] = field(default_factory=dict)  # provenance
+    rope: dict[str, Any] = field(default_factory=dict)  # of the base; for information only
+    training: dict[str, Any] = field(default_factory=dict)  # provenance of the run
     format_version: int = FORMAT_VERSION  # of this file
 
     def __post_init__(self):
@@ -66,7 +66,7 @@ class AdapterInfo:
 
     @property
     def num_learned(self) -> int:
-        """Learned tokens: links of all chunks, headers and trailers."""
+        """Number of learned tokens: links of all chunks, headers and trailers."""
         return self.layout.num_learned
 
     @property
@@ -76,12 +76,12 @@ class AdapterInfo:
 
     @property
     def adds_tokens(self) -> bool:
-        """Whether the base must get the learned tokens before the adapter fits it."""
+        """Whether learned tokens must be added to the base before the adapter fits it."""
         in_base = self.base_model == OWN_WEIGHTS
         return self.num_learned > 0 and self.link_mode == "added_tokens" and not in_base
 
     def link_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """Id of the first learned token for `blocktune.prompt.lay_out`, or None without any."""
+        """Id of the first learned token, for `blocktune.prompt.lay_out`; None without any."""
         if not self.num_learned:
             return None
         if self.link_mode == "table":
@@ -93,23 +93,23 @@ class AdapterInfo:
         if format != self.format:
             raise ValueError(
                 f"the adapter was trained with the prompt format {self.format}, got {format}; "
-                "leave the format out to use the adapter's"
+                "leave out the format to use the adapter's"
             )
         if self.scope != scope_of(model):
             raise ValueError(
                 f"the adapter has scope '{self.scope}' and the model '{scope_of(model)}'; call "
-                "blocktune.adapter.attach_links on what PEFT loaded (a merged model cannot be used)"
+                "blocktune.adapter.attach_links on PEFT's model (a merged model cannot be used)"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, every field."""
+        """All fields as JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterInfo:
         """Inverse of `to_dict`; raises ValueError if a key is unknown or missing."""
-        wanted = ("base_model", "base_fingerprint", "tokenizer_hash", "layout", "format")
-        if missing := [name for name in wanted if name not in values]:
+        required = ("base_model", "base_fingerprint", "tokenizer_hash", "layout", "format")
+        if missing := [name for name in required if name not in values]:
             raise ValueError(f"{INFO_FILE} lacks '{missing[0]}'; train the adapter again")
         nested = {
             "layout": LayoutSpec.from_dict(values["layout"]),
@@ -118,7 +118,7 @@ class AdapterInfo:
         return build_strict(cls, {**values, **nested}, INFO_FILE)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes ``blocktune.json`` into ``folder``, whole or not at all."""
+        """Writes ``blocktune.json`` to ``folder`` atomically."""
         path = Path(folder) / INFO_FILE
         replace_json(path, self.to_dict())
         return path
@@ -129,7 +129,7 @@ class AdapterInfo:
         path = Path(folder) / INFO_FILE
         if not path.is_file():
             raise ValueError(
-                f"{folder} is not a blocktune adapter: it has no {INFO_FILE}; a trainer leaves one "
+                f"{folder} is not a blocktune adapter: it has no {INFO_FILE}; a trainer writes it "
                 "with callbacks=[SaveLayoutCallback(collator)]"
             )
         try:

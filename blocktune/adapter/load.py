@@ -1,4 +1,4 @@
-"""An adapter put on its base, and both loaded by name."""
+"""Loads base models and adapters by name, and applies adapters to their bases."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def load_adapter(
     merge: bool = False,
     links: bool = True,
 ) -> tuple[PreTrainedModel, AdapterInfo]:
-    """Puts an adapter, a folder or a repository of the Hub, on a bare base model.
+    """Applies an adapter, a folder or a repository of the Hub, to a bare base model.
 
-    The base's weights are wrapped in place by PEFT, or LoRA weights are added to them (``merge``).
-    Its tokenizer gets the link tokens that the adapter added. ``links``: install the link table, if
-    the adapter has one.
+    PEFT wraps the base in place, or LoRA weights are added to it (``merge``). The adapter's link
+    tokens are added to the tokenizer. With ``links``, the adapter's link table is installed, if it
+    has one.
 
     Raises:
-        ValueError: If there is no such adapter, it is damaged, or it was made for another base
-            or tokenizer, or its scope cannot be merged; then nothing has changed.
+        ValueError: If there is no such adapter, it is damaged, it was made for another base or
+            tokenizer, or its scope cannot be merged. The base is then unchanged.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -53,13 +53,13 @@ def load_adapter(
     if info.adds_tokens:
         add_link_tokens(model, tokenizer, info.num_learned, info.link_seed)
     if (folder / PEFT_FILE).is_file():
-        from peft import PeftModel  # serving without an adapter needs no PEFT
+        from peft import PeftModel  # imported here, since only adapters need PEFT
 
         try:
-            with warnings.catch_warnings():  # what is missing would be random
+            with warnings.catch_warnings():  # missing weights would be random
                 warnings.filterwarnings("error", message="Found missing adapter keys")
                 model = PeftModel.from_pretrained(model, folder)
-        except Exception as error:  # of any type, since files may hold anything
+        except Exception as error:  # of any type, since the files may be arbitrary
             reason = " ".join(str(error).split())
             raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
         model = _merged(model) if merge else model
@@ -70,10 +70,10 @@ def load_adapter(
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:
-    """The base with the adapter's weights added.
+    """Merges the adapter into its base.
 
-    Where an embedding is tied to the output head and the adapter changes one of them, the head gets
-    its own weights first: PEFT alone would change both.
+    If the embedding is tied to the output head and the adapter changes only one of them, the head
+    gets its own weights first; PEFT alone would change both.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -91,7 +91,7 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 
 
 def require_whole(folder: str | Path) -> None:
-    """Raises ValueError if a weight file of a folder is missing or cut off; reads only headers."""
+    """Raises ValueError if a weight file is missing or truncated; reads only headers."""
     folder = Path(folder)
     if (folder / PEFT_FILE).is_file() != any(folder.glob("adapter_model*")):
         raise ValueError(f"'{folder}' lacks one of {PEFT_FILE} and adapter_model.safetensors")
@@ -106,7 +106,7 @@ def require_whole(folder: str | Path) -> None:
 def attach_links(
     model: PreTrainedModel, adapter: str | Path, revision: str | None = None
 ) -> AdapterInfo:
-    """Installs links and scope on a model that stock PEFT has loaded, which needs no other call.
+    """Installs link tokens and scope on a model that stock PEFT has loaded.
 
     ```python
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
@@ -114,9 +114,8 @@ def attach_links(
     engine = Engine(model, tokenizer, adapter=info, adapter_folder=folder)
     ```
 
-    PEFT loads the base by the name in its own configuration, and resizes it if the adapter's
-    tokenizer has more tokens. The model may be merged, unless the adapter's scope is another than
-    ``both``.
+    PEFT loads the base by the name in its configuration, and resizes it if the adapter's tokenizer
+    has more tokens. The model may be merged only if the adapter's scope is ``both``.
 
     Raises:
         ValueError: If there is no such adapter, or its table or scope does not fit the model.
@@ -130,20 +129,20 @@ def attach_links(
 
 
 def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
-    came = model.config._name_or_path or type(model).__name__
+    name = model.config._name_or_path or type(model).__name__
     if not same_base(info.base_fingerprint, base_fingerprint(model)):
-        fix = f"load '{info.base_model}', or train an adapter for '{came}'"
-        if came == info.base_model:
+        fix = f"load '{info.base_model}', or train an adapter for '{name}'"
+        if name == info.base_model:
             fix = "its weights have changed, or are of another revision; train the adapter again"
         raise ValueError(
             f"adapter '{adapter}' was made for base '{info.base_model}' "
-            f"({info.base_fingerprint}), got '{came}' ({base_fingerprint(model)}); {fix}"
+            f"({info.base_fingerprint}), got '{name}' ({base_fingerprint(model)}); {fix}"
         )
     if info.tokenizer_hash != tokenizer_hash(tokenizer):
         raise ValueError(
             f"adapter '{adapter}' was trained with the tokenizer and chat template of "
-            f"'{info.base_model}' ({info.tokenizer_hash}), got another from "
-            f"'{tokenizer.name_or_path}' ({tokenizer_hash(tokenizer)}); use the base's own"
+            f"'{info.base_model}' ({info.tokenizer_hash}), got another one from "
+            f"'{tokenizer.name_or_path}' ({tokenizer_hash(tokenizer)}); use that of the base"
         )
 
 
@@ -164,19 +163,19 @@ def load_model(
     recurrent: bool = True,
     **options: Any,
 ) -> Loaded:
-    """Loads a causal language model, and puts an adapter on it.
+    """Loads a causal language model with an adapter.
 
-    LoRA weights are merged unless the base is quantised or the adapter acts on some rows only
-    (`AdapterInfo.scope`), so serving costs no more than the base.
+    LoRA weights are merged, so that serving is as fast as the base. Exceptions are a quantised base
+    and an adapter that acts only on some rows (`AdapterInfo.scope`).
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
-            own base, at the revision it was trained on. A folder that holds an adapter is taken
-            as ``adapter``.
+            own base, at the revision it was trained on. A folder that is an adapter is used as
+            ``adapter``.
         adapter: Folder or repository of the Hub, optionally with ``@REVISION``, or
             ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
-        merge: False leaves the adapter to PEFT, as a reference.
-        recurrent: False refuses a model with recurrent layers before its weights are read.
+        merge: Whether to merge LoRA weights; False: PEFT applies them, as a reference.
+        recurrent: Whether recurrent layers are allowed; if not, refused before reading weights.
         options: dtype, device, revision and quantize, see `blocktune.models.load.load_base`.
 
     Raises:
@@ -194,21 +193,21 @@ def load_models(
 ) -> list[Loaded]:
     """Loads a model with each of several adapters (None: the bare model); see `load_model`.
 
-    An adapter that has its base to itself is merged into it. Adapters that share one stay beside it
-    (PEFT), each in separate modules.
+    An adapter that has a base to itself is merged into it. Adapters that share a base are applied
+    by PEFT, each in separate modules.
     """
-    wanted = [_source(model, adapter, options.get("revision")) for adapter in adapters]
-    loaded: list[Loaded | None] = [None] * len(wanted)
-    for name, revision in dict.fromkeys((source.base, source.revision) for source in wanted):
+    sources = [_source(model, adapter, options.get("revision")) for adapter in adapters]
+    loaded: list[Loaded | None] = [None] * len(sources)
+    for name, revision in dict.fromkeys((source.base, source.revision) for source in sources):
         base, tokenizer = load_base(name, **options | {"revision": revision}, recurrent=recurrent)
-        users = [i for i, one in enumerate(wanted) if (one.base, one.revision) == (name, revision)]
+        users = [i for i, s in enumerate(sources) if (s.base, s.revision) == (name, revision)]
         for index in users:
-            loaded[index] = _put_on(wanted[index], base, tokenizer, len(users) == 1, merge)
+            loaded[index] = _apply(sources[index], base, tokenizer, len(users) == 1, merge)
     return loaded
 
 
 class _Source(NamedTuple):
-    """Where a model comes from: its base, and a release or an adapter's folder on it."""
+    """The base of a model, and the release or the adapter's folder to apply to it."""
 
     base: str
     revision: str | None
@@ -232,7 +231,7 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
     return _Source(model, revision, release, folder)
 
 
-def _put_on(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded:
+def _apply(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded:
     if not alone:
         info = None if source.folder is None else AdapterInfo.load(source.folder)
         base = sharing(base, own_embeddings=info is not None and info.adds_tokens)
@@ -240,6 +239,7 @@ def _put_on(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loade
     if source.folder is None:
         info = None if source.release is None else source.release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
-    kept = getattr(base, "is_quantized", False) or AdapterInfo.load(source.folder).scope != "both"
-    tuned, info = load_adapter(base, tokenizer, source.folder, merge=merge and alone and not kept)
-    return Loaded(tuned, tokenizer, info, source.folder)
+    scope = AdapterInfo.load(source.folder).scope
+    merge = merge and alone and scope == "both" and not getattr(base, "is_quantized", False)
+    adapted, info = load_adapter(base, tokenizer, source.folder, merge=merge)
+    return Loaded(adapted, tokenizer, info, source.folder)

@@ -1,4 +1,4 @@
-"""Merging an adapter into its base: one folder that needs no PEFT, compared with the adapter."""
+"""Merges an adapter into its base, to a folder that needs no PEFT, and compares the logits."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ PROBE = (
     "Norwick lies inland, two days from Aldermere; the town was founded in 1310.",
     "Which of the two cities was founded first, and by whom?",
 )
-"""Texts that merged and unmerged model are compared on, with the learned tokens between them."""
+"""Texts to compare the merged and the unmerged model on, each followed by the learned tokens."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged and how far the saved model is from the adapter on its base."""
+    """The result of a merge. Differences of logits are to the unmerged adapter, on `PROBE`."""
 
-    output: str  # the merged model's folder
+    output: str  # folder of the merged model
     link_mode: str | None  # of the learned tokens; None if there are none
-    quantization: str | None  # of the base in training; the merged weights are plain
-    max_abs_logit: float  # largest logit of the probe, the scale of the differences
-    max_abs_diff: float  # largest difference of logits from the adapter on its base
-    same_top1: float  # share of the probe's rows with the same most likely token
-    requantised_max_abs_diff: float | None = None  # merged, then quantised as the base was
+    quantization: str | None  # of the base in training; the merged weights are not quantised
+    max_abs_logit: float  # largest logit, for comparison with the differences
+    max_abs_diff: float  # largest difference
+    same_top1: float  # share of rows with the same most likely token
+    requantised_max_abs_diff: float | None = None  # the same after quantising the merged model
 
 
 def merge_adapter(
@@ -45,49 +45,49 @@ def merge_adapter(
     device: str | None = None,
     links: str | None = None,
 ) -> MergeReport:
-    """Writes base and adapter as one model, reads it back and compares.
+    """Writes base and adapter as one model, loads it and compares its logits.
 
-    A base that was quantised in training is quantised and dequantised, and LoRA is added to the
-    result, since LoRA was trained on that.
+    If the base was quantised in training, LoRA is added to the dequantised weights, on which it was
+    trained.
 
     Args:
         adapter: Folder, or repository of the Hub.
-        output: New or empty folder; serves as ``--model`` and as ``--adapter``.
-        model: The base; None: the one that the adapter names.
-        dtype: Dtype of the merged weights; ``auto``: as the base is saved.
-        device: Where to compute.
+        output: New or empty folder, to be used as ``--model`` or ``--adapter``.
+        model: The base; None: the one named by the adapter.
+        dtype: Dtype of the merged weights; ``auto``: that of the saved base.
+        device: Device to compute on.
         links: ``table`` beside the model, or ``added_tokens`` in its vocabulary; None: as trained.
 
     Raises:
-        ValueError: If the output is not empty, or this adapter cannot be merged so.
+        ValueError: If the output is not empty, or this adapter cannot be merged in this way.
     """
     folder, output = adapter_folder(adapter), Path(output)
     info = AdapterInfo.load(folder)
     _check(info, folder, output, links)
-    plain = {"dtype": dtype, "device": device}
-    options = plain | {"revision": None if model else info.base_revision}
+    loading = {"dtype": dtype, "device": device}
+    options = loading | {"revision": None if model else info.base_revision}
     name = model or info.base_model
-    wanted = _wanted_logits(name, folder, info.quantization, options)
+    reference = _reference_logits(name, folder, info.quantization, options)
     _write(name, folder, output, info, links or info.link_mode, options)
-    got = _logits(*load_model(adapter=output, **plain)[:3], wanted.shape[-1])
-    again = None
+    num_logits, difference = reference.shape[-1], None
+    merged = _logits(*load_model(adapter=output, **loading)[:3], num_logits)
     if info.quantization is not None:
-        coded = load_model(adapter=output, quantize=info.quantization, **plain)
-        again = float((_logits(*coded[:3], wanted.shape[-1]) - wanted).abs().max())
+        quantised = load_model(adapter=output, quantize=info.quantization, **loading)
+        difference = float((_logits(*quantised[:3], num_logits) - reference).abs().max())
     return MergeReport(
         output=str(output),
         link_mode=(links or info.link_mode) if info.num_learned else None,
         quantization=info.quantization,
-        max_abs_logit=float(wanted.abs().max()),
-        max_abs_diff=float((got - wanted).abs().max()),
-        same_top1=float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
-        requantised_max_abs_diff=again,
+        max_abs_logit=float(reference.abs().max()),
+        max_abs_diff=float((merged - reference).abs().max()),
+        same_top1=float((merged.argmax(-1) == reference.argmax(-1)).float().mean()),
+        requantised_max_abs_diff=difference,
     )
 
 
 def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> None:
     if info.base_model == OWN_WEIGHTS:
-        raise ValueError(f"'{folder}' is a whole model already; there is nothing to merge")
+        raise ValueError(f"'{folder}' is a full model already; there is nothing to merge")
     require_mergeable(info.scope)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"'{output}' is not empty; name a new folder for the merged model")
@@ -95,14 +95,14 @@ def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> 
         raise ValueError(f"links must be 'table' or 'added_tokens', got '{links}'")
     if links == "table" and info.num_learned and info.link_mode == "added_tokens":
         raise ValueError(
-            "this adapter's link tokens were trained in the vocabulary; leave --links out"
+            "this adapter's link tokens were trained in the vocabulary; leave out --links"
         )
 
 
 @torch.no_grad()
-def _wanted_logits(name, folder, quantization, options) -> Tensor:
+def _reference_logits(name, folder, quantization, options) -> Tensor:
     base, tokenizer = load_base(name, quantize=quantization, **options)
-    # Rows beyond the tokenizer's vocabulary are unused; added link tokens may take them.
+    # Rows beyond the tokenizer's vocabulary are left out, since added link tokens may use them.
     vocab_size = min(len(tokenizer), base.config.get_text_config().vocab_size)
     model, info = load_adapter(base, tokenizer, folder)
     return _logits(model, tokenizer, info, vocab_size)
@@ -138,7 +138,7 @@ def _write(name, folder, output, info: AdapterInfo, link_mode: str, options) -> 
 
 @torch.no_grad()
 def _logits(model, tokenizer, info: AdapterInfo, vocab_size: int) -> Tensor:
-    """Logits of the probe under the model's own causal attention, ``(1, S, V)`` float32."""
+    """Logits of the probe with the model's own causal attention, ``(1, S, V)`` float32."""
     first = info.link_base(model, tokenizer)
     learned = [] if first is None else list(range(first, first + info.num_learned))
     ids: list[int] = []

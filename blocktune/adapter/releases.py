@@ -1,7 +1,7 @@
-"""Models that others trained and released: the prompt and layout to serve them with.
+"""Published models of other projects, with the prompt and layout to serve them.
 
-They are whole models without a ``blocktune.json``: ``releases.yaml`` has what that file would say,
-for ``--adapter release:NAME`` (with ``--model`` for a local copy).
+These are full models without a ``blocktune.json``. ``releases.yaml`` has its contents instead, for
+``--adapter release:NAME`` (with ``--model`` for a local copy).
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from blocktune.adapter.info import OWN_WEIGHTS, AdapterInfo
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import LayoutSpec, PromptFormat
 
-PREFIX = "release:"  # start of an adapter's name that names a release
+PREFIX = "release:"  # marks the name of a release
 
 
 @dataclass(frozen=True)
 class Release:
-    """A released model."""
+    """A published model."""
 
     repository: str  # on the Hugging Face Hub
     source: str  # code or paper that states layout and wording
-    layout: LayoutSpec  # how prompts were laid out in training
-    format: PromptFormat  # wording of the prompts
+    layout: LayoutSpec  # layout of prompts in training
+    format: PromptFormat  # wording of prompts in training
     chat_template: str  # renders the turns around the chunks
     begins_with_bos: bool = True  # whether a prompt begins with BOS
-    # special tokens that the layout or the template uses, with the ids they must have
+    # special tokens that the layout or the template uses, and their required ids
     tokens: Mapping[str, int] = field(default_factory=dict)
-    link_token: str | None = None  # the first link token, where the layout has links
+    link_token: str | None = None  # the first link token, if the layout has links
 
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
-        """Puts the release's template on its tokenizer; returns what the model is served with.
+        """Sets the tokenizer's chat template and BOS; returns the description of the adapter.
 
-        BOS is removed from the tokenizer if prompts have none. Raises ValueError if it has other
-        ids for the tokens that were trained, or the model has no embeddings for them.
+        Raises ValueError if the tokenizer has other ids for the trained tokens, or the model has no
+        embeddings for them.
         """
-        for token, wanted in self.tokens.items():
-            came = tokenizer.convert_tokens_to_ids(token)
-            if came != wanted:
+        for token, expected in self.tokens.items():
+            actual = tokenizer.convert_tokens_to_ids(token)
+            if actual != expected:
                 raise ValueError(
-                    f"'{self.repository}' was trained with {token} as id {wanted}, this tokenizer "
-                    f"has {came}; load the tokenizer that was released with the model"
+                    f"'{self.repository}' was trained with {token} as id {expected}, this "
+                    f"tokenizer has {actual}; load the tokenizer that was released with the model"
                 )
         rows = model.get_input_embeddings().weight.shape[0]
         last = self.tokens[self.link_token] + self.layout.num_learned - 1 if self.link_token else 0
         if last >= rows:
             raise ValueError(
-                f"'{self.repository}' has link tokens up to id {last}, this model embeds {rows} "
-                "tokens; load the released weights"
+                f"'{self.repository}' has link tokens up to id {last}, this model has embeddings "
+                f"of {rows} tokens; load the released weights"
             )
         tokenizer.chat_template = self.chat_template
         if not self.begins_with_bos:
@@ -70,7 +70,7 @@ class Release:
 
 
 def _read(text: str) -> dict[str, Release]:
-    """The releases of each family: what a model does not say, its family does."""
+    """Reads the releases. Fields that a model lacks are those of its family."""
     releases = {}
     for family in yaml.safe_load(text).values():
         models = family.pop("models")
@@ -85,7 +85,7 @@ RELEASES = _read(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
 
 
 def find_release(adapter: str) -> Release | None:
-    """The release, None if ``adapter`` is not ``release:NAME``; ValueError if there is none."""
+    """The release named ``release:NAME``, or None for other names; ValueError if it is unknown."""
     if not adapter.startswith(PREFIX):
         return None
     name = adapter.removeprefix(PREFIX)

@@ -1,4 +1,4 @@
-"""Checks that reuse is sound on a given model, and that a method keeps its contract."""
+"""Checks that chunk reuse is correct on a given model, and that a method keeps its contract."""
 
 from blocktune.check.contract import check_method, claims, subjects
 from blocktune.check.serving import Check, Subject, check_adapter, check_model

@@ -1,4 +1,4 @@
-"""The contract of a method: the invariants, as claims that any method must keep."""
+"""The contract of a method: invariants (claims) that every method must satisfy."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ from blocktune.prompt import LayoutSpec
 from blocktune.prompt.layout_spec import BOS
 from blocktune.testing import small_engine
 
-LAYOUTS = (  # a slot of 64 positions is enough for every chunk of the requests
+LAYOUTS = (  # a slot of 64 positions has room for any chunk of the requests
     *({"placement": name} | ({"slot": 64} if name == "reserved" else {}) for name in PLACEMENTS),
     *({"bos": name} for name in BOS),
     {"num_blanks": 3},
     {"shared_prefix": True},
 )
-"""One for each value of the axis layout."""
+"""Options that cover each value of the layout axis."""
 
 
 def subjects() -> dict[str, Method]:
-    """All presets with their defaults, and naive reuse with each value of each axis, by name."""
-    made = [compose("naive", select=name) for name in SELECTORS.available()]
-    made += [compose("epic", repair=name) for name in REPAIRS.available()]
-    made += [compose("naive", reshape=name) for name in RESHAPES.available()]
-    made += [compose("naive", layout=layout) for layout in LAYOUTS]
+    """All presets with their defaults, and each value of each axis in a composition, by name."""
+    composed = [compose("naive", select=name) for name in SELECTORS.available()]
+    composed += [compose("epic", repair=name) for name in REPAIRS.available()]
+    composed += [compose("naive", reshape=name) for name in RESHAPES.available()]
+    composed += [compose("naive", layout=layout) for layout in LAYOUTS]
     presets = {name: build(name) for name in available()}
-    return presets | {method.name: method for method in made}
+    return presets | {method.name: method for method in composed}
 
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
@@ -62,10 +62,10 @@ ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
 
 
 def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
-    """Checks every claim that applies to a method, a preset or a composition.
+    """Checks every claim that applies to a method, which may be a preset or a composition.
 
-    The ``engine`` has the weights that the method needs (None: a small random model), and its
-    caches are emptied. The claim about one chunk alone always uses a small random model.
+    The ``engine`` must have weights that suit the method (None: a small random model). Its caches
+    are emptied. The claim about a single chunk always uses a small random model.
     """
     bare = small_engine(method.weights, bare=True)
     subject = Subject(method, engine or small_engine(method.weights), bare)
@@ -83,44 +83,44 @@ def claims(method: Method) -> dict[str, Claim]:
     if method.cached is not Cached.CHUNKS:
         pairs["served = one dense forward"] = partial(_is_dense, method=method)
     else:
-        nothing = partial(_is_dense, method=compose(method, select=None, reshape=None))
-        pairs["nothing fresh = plain reuse, as one dense forward"] = nothing
+        plain = partial(_is_dense, method=compose(method, select=None, reshape=None))
+        pairs["nothing fresh = plain reuse, as one dense forward"] = plain
         pairs["order of stored chunks does not matter"] = _order_of_storing
         if method.weights is Weights.WRAPS:  # learned tokens around chunks stay as stored
-            fresh, rows = "all but what wraps chunks fresh = one dense forward", all_fresh
+            name, rows = "all but what wraps chunks fresh = one dense forward", all_fresh
         else:
-            fresh, rows = "everything fresh = full prefill of the same rows", all_visible
-        whole = _neutral(compose(method, select=Everything()))
-        pairs[fresh] = partial(_is_dense, method=whole, rows=rows)
+            name, rows = "everything fresh = full prefill of the same rows", all_visible
+        all_selected = _neutral(compose(method, select=Everything()))
+        pairs[name] = partial(_is_dense, method=all_selected, rows=rows)
         if method.history is not None and method.history.begins_in_full:
             pairs["without a history = full prefill"] = _without_history
         if takes_budget(method.select()):
             pairs["a budget of nothing or all = nothing or all"] = _budget_ends
         if method.reshape() is not None:
             pairs["a neutral reshape = none"] = _neutral_reshape
-    equal = {name: partial(_equal, name, made) for name, made in pairs.items()}
-    if method.layout(LayoutSpec()).bos != "none":  # a chunk with its own BOS is never alone
+    equal = {name: partial(_equal, name, compared) for name, compared in pairs.items()}
+    if method.layout(LayoutSpec()).bos != "none":  # a chunk's own BOS comes before it
         return equal
     return {ALONE_CLAIM: _one_chunk_alone} | equal
 
 
 def _one_chunk_alone(subject: Subject) -> Check:
-    # Equal to a full prefill if the method says so, and different if it says not.
+    # Must equal full prefill if the method claims it, and differ if it does not.
     method, bare = subject.method, begun(subject.bare, subject.method)
     full = bare.next_logits([ALONE], "full-prefill")
-    moved = difference(bare.next_logits([ALONE], method), full)
+    diff = difference(bare.next_logits([ALONE], method), full)
     tolerance = tolerance_of(bare, full) * reach(bare, method, ALONE)
-    return Check(ALONE_CLAIM, (moved <= tolerance) == method.exact_on_one_chunk, moved, tolerance)
+    return Check(ALONE_CLAIM, (diff <= tolerance) == method.exact_on_one_chunk, diff, tolerance)
 
 
 def _equal(name: str, pairs: Callable[[Subject], Pairs], subject: Subject) -> Check:
-    """The claim that all pairs are equal; a NaN equals nothing."""
-    seen, tolerance = [], 0.0
+    """Checks that the tensors of all pairs are equal. A NaN fails."""
+    diffs, tolerance = [], 0.0
     for left, right in pairs(subject):
-        seen.append(difference(left, right))
+        diffs.append(difference(left, right))
         tolerance = max(tolerance, tolerance_of(subject.engine, right))
     tolerance *= reach(subject.engine, subject.method, ASK)
-    return Check(name, all(moved <= tolerance for moved in seen), max(seen), tolerance)
+    return Check(name, all(diff <= tolerance for diff in diffs), max(diffs), tolerance)
 
 
 def _is_dense(subject: Subject, method: Method, rows: RowChange | None = None) -> Pairs:
@@ -128,7 +128,7 @@ def _is_dense(subject: Subject, method: Method, rows: RowChange | None = None) -
 
 
 def _without_history(subject: Subject) -> Pairs:
-    """Also with a selector that leaves out most tokens."""
+    """Must hold also with a selector that selects few tokens."""
     for method in _with_fixed_choices(subject.method)[:2]:
         engine = subject.begin(history=())
         yield engine.next_logits([ASK], method), engine.next_logits([ASK], "full-prefill")
@@ -136,11 +136,11 @@ def _without_history(subject: Subject) -> Pairs:
 
 def _budget_ends(subject: Subject) -> Pairs:
     method = subject.method
-    everything, all_of_it = compose(method, select=Everything()), compose(method, budget=1.0)
-    yield subject.logits(all_of_it), subject.logits(everything)
-    if not method.select().keeps_keys:  # the compared states stay in the cache
-        nothing, none_of_it = compose(method, select=None), compose(method, budget=0.0)
-        yield subject.logits(none_of_it), subject.logits(nothing)
+    everything, full_budget = compose(method, select=Everything()), compose(method, budget=1.0)
+    yield subject.logits(full_budget), subject.logits(everything)
+    if not method.select().keeps_keys:  # else the keys that it compares stay in the cache
+        nothing, no_budget = compose(method, select=None), compose(method, budget=0.0)
+        yield subject.logits(no_budget), subject.logits(nothing)
 
 
 def _neutral_reshape(subject: Subject) -> Pairs:
@@ -153,18 +153,18 @@ def _neutral_reshape(subject: Subject) -> Pairs:
 
 
 def _no_future(subject: Subject) -> Pairs:
-    """Columns before the question, or before the last chunk, with another one in its place."""
+    """Replaces the question or the last chunk; the states of columns before it must not change."""
     for method in _with_fixed_choices(subject.method):
-        one = subject.serve(method)
-        for ask, start in ((OTHER, one.question_start), (LAST, one.last_chunk_start)):
+        served = subject.serve(method)
+        for ask, start in ((OTHER, served.question_start), (LAST, served.last_chunk_start)):
             other = subject.serve(method, ask)
-            computed, same = (
-                [[column for column in columns if column < start] for columns in served.computed]
-                for served in (one, other)
+            computed, other_computed = (
+                [[column for column in columns if column < start] for columns in s.computed]
+                for s in (served, other)
             )
-            if computed == same:  # else later text changed the choice; the fixed ones cover this
-                states, others = (sum(served.states, ()) for served in (one, other))
-                for left, right in zip(states, others, strict=True):
+            if computed == other_computed:  # else later text changed the selection; skip it
+                states, other_states = (sum(s.states, ()) for s in (served, other))
+                for left, right in zip(states, other_states, strict=True):
                     yield left[:, :, :start], right[:, :, :start]
 
 
@@ -178,28 +178,28 @@ def _order_of_storing(subject: Subject) -> Pairs:
 
 def _batch_is_single(subject: Subject) -> Pairs:
     method = subject.method
-    alone = torch.stack([subject.serve(method, ask).logits for ask in (ASK, SHORT)])
-    yield subject.begin().next_logits([ASK, SHORT], method), alone
+    single = torch.stack([subject.serve(method, ask).logits for ask in (ASK, SHORT)])
+    yield subject.begin().next_logits([ASK, SHORT], method), single
 
 
 def _decoding_is_one_forward(subject: Subject) -> Pairs:
-    """A few decoded tokens, and the same tokens given after the question."""
+    """Compares decoding a few tokens with giving the same tokens after the question."""
     for method in _with_fixed_choices(subject.method):
         run = subject.run(method)
         computed = computed_columns(run)
         ids, logits = run.continued(3)
-        whole = subject.run(method, answer=ids)
-        if computed_columns(whole) == computed:  # else a share of the prompt is more tokens now
-            yield logits, whole.prefill.logits
+        forward = subject.run(method, answer=ids)
+        if computed_columns(forward) == computed:  # else a share is more tokens now
+            yield logits, forward.prefill.logits
             return
-    raise AssertionError("no choice of tokens stayed the same")
+    raise AssertionError("every selector chose other tokens for the longer prompt")
 
 
 def _with_fixed_choices(method: Method) -> list[Method]:
-    """The method, and its layout and reshape under choices that no question changes."""
+    """The method, and variants whose selection does not depend on the question."""
     if method.cached is not Cached.CHUNKS:
         return [method]
-    return [method, *(compose(method, select=one) for one in (FirstK(k=3), Everything()))]
+    return [method, *(compose(method, select=s) for s in (FirstK(k=3), Everything()))]
 
 
 def _neutral(method: Method) -> Method:

@@ -1,8 +1,8 @@
-"""Every causal language model of the installed transformers, tried: exact, or refused and why.
+"""Checks every causal language model class of the installed transformers.
 
-A tiny random model of each class answers a prompt of 500 tokens, longer than all its windows, in
-full and from cached chunks. Both are compared with a forward of the stock model: by its own masks,
-and by the dense mask of the layout.
+A tiny random model of each class answers a prompt of 500 tokens, which is longer than its windows,
+by full prefill and from cached chunks. Both are compared with a forward pass of the stock model,
+with its own masks and with the dense mask of the layout. Or the class is refused, with a reason.
 """
 
 from __future__ import annotations
@@ -36,65 +36,65 @@ LAYERS = 8
 TOLERANCE = 1e-4  # of the largest logit
 TIMEOUT_S = 180
 CHUNK, BETWEEN, AROUND = 16, 2, 40
-"""Tokens of a chunk, between two, and of instruction, question and template."""
+"""Number of tokens of a chunk, between two chunks, and of instruction, question and template."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What was found of one class; differences are of logits, as a share of the largest."""
+    """The result for one class. Differences of logits are relative to the largest logit."""
 
-    model_type: str  # as configurations name it
-    name: str  # the class
-    verdict: str  # exact, exact up to a length, refused, or wrong: a defect
+    model_type: str  # as in configurations
+    name: str  # of the class
+    verdict: str  # exact, exact up to a length, refused, or wrong (a defect)
     note: str = ""  # why it was refused, or what is wrong
-    max_tokens: int | None = None  # up to which the default configuration is exact
+    max_tokens: int | None = None  # length up to which the default configuration is exact
     full: float | None = None  # difference to the stock model in full attention
-    block: float | None = None  # the same, from cached chunks, under the dense mask
+    block: float | None = None  # difference of cached chunks to the stock model with dense mask
 
 
 def model_types(only: Sequence[str] = ()) -> tuple[str, ...]:
-    """All model types of causal language models, or these; ValueError if one is unknown."""
+    """All causal language model types, or those in ``only``; ValueError if one is unknown."""
     for name in only:
         if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             close = difflib.get_close_matches(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
-            hint = f"; near: {', '.join(close)}" if close else ""
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ValueError(f"transformers has no causal language model of type '{name}'{hint}")
     return tuple(only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def table(found: Sequence[Family]) -> Table:
-    """A row for each class."""
+def table(families: Sequence[Family]) -> Table:
+    """A table with a row for each class."""
     rows = []
-    for one in found:
-        limit = "" if one.max_tokens is None else f" of {one.max_tokens:,} tokens"
-        shown = [ABSENT if x is None else f"{x:.0e}" for x in (one.full, one.block)]
-        reason = one.note.partition("; ")[0].removeprefix(f"{one.name}: ")
-        rows.append((one.model_type, one.name, one.verdict + limit, *shown, reason))
+    for family in families:
+        limit = "" if family.max_tokens is None else f" of {family.max_tokens:,} tokens"
+        diffs = [ABSENT if x is None else f"{x:.0e}" for x in (family.full, family.block)]
+        reason = family.note.partition("; ")[0].removeprefix(f"{family.name}: ")
+        rows.append((family.model_type, family.name, family.verdict + limit, *diffs, reason))
     headings = ("type", "class", "result", "full", "block", "reason")
     return Table(headings, rows, left=("class", "result", "reason"))
 
 
 def check_families(names: Sequence[str]) -> Iterator[Family]:
-    """Tries model types, each in a process of its own that may take `TIMEOUT_S`."""
-    context = multiprocessing.get_context("fork")  # transformers is imported once
+    """Checks model types, each in its own process with a time limit of `TIMEOUT_S`."""
+    context = multiprocessing.get_context("fork")  # so that transformers is imported only once
     for name in names:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_report, args=(name, theirs), daemon=True)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_report, args=(name, sender), daemon=True)
         process.start()
-        theirs.close()
+        sender.close()
         started = time.monotonic()
-        found = None
-        if ours.poll(TIMEOUT_S):
+        result = None
+        if receiver.poll(TIMEOUT_S):
             try:
-                found = ours.recv()
+                result = receiver.recv()
             except EOFError:
                 process.join()
-        took = time.monotonic() - started
+        seconds = time.monotonic() - started
         process.kill()
         process.join()
-        note = f"no result after {took:.0f} s (exit code {process.exitcode})"
+        note = f"no result after {seconds:.0f} s (exit code {process.exitcode})"
         cls = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name, name)
-        yield found or Family(name, cls, "wrong", note)
+        yield result or Family(name, cls, "wrong", note)
 
 
 def _report(name: str, pipe) -> None:
@@ -104,7 +104,7 @@ def _report(name: str, pipe) -> None:
 
 
 def check_family(model_type: str) -> Family:
-    """Tries the class of one of `model_types` in this process."""
+    """Checks the class of a model type in this process."""
     name, limit = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], None
     try:
         config, cls = _tiny(model_type)
@@ -128,7 +128,7 @@ MISSING = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "n_shared_experts": 1,
 }
-"""Values of fields that some default configurations leave open, though their models need them."""
+"""Values of fields that some default configurations leave None, although their models need them."""
 _CONVOLUTIONS = {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8}
 _AS_SAVED: dict[str, dict] = {
     "cohere_compass_text": {
@@ -146,7 +146,7 @@ _AS_SAVED: dict[str, dict] = {
     "lfm2_moe": _CONVOLUTIONS,
     "reformer": {"is_decoder": True},
 }
-"""What all published models of a type say, and its default configuration does not."""
+"""Fields that all published models of a type set, but its default configuration does not."""
 
 
 def _default(model_type: str) -> PreTrainedConfig:
@@ -154,26 +154,26 @@ def _default(model_type: str) -> PreTrainedConfig:
 
 
 def _tiny(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """A small configuration of a model type (of some, the default one) and the model's class."""
+    """A small configuration of a model type (for some, the default one), and its class."""
     try:
-        whole = _default(model_type)
-        text = whole.get_text_config(decoder=True)
+        full_config = _default(model_type)
+        text = full_config.get_text_config(decoder=True)
     except Exception as error:
         line = " ".join(str(error).split())
         raise Refused(f"transformers has no valid default configuration of it: {line}") from None
-    cls, given = causal_class(text) or causal_class(whole), text.to_dict()
-    open_ones = {k: v for k, v in MISSING.items() if k in given and given[k] is None}
-    if given.get("attention_multiplier") == 1:  # Granite's default, under which float32 is noise
-        open_ones["attention_multiplier"] = 0.1
-    for name, value in open_ones.items():
+    cls, values = causal_class(text) or causal_class(full_config), text.to_dict()
+    missing = {k: v for k, v in MISSING.items() if k in values and values[k] is None}
+    if values.get("attention_multiplier") == 1:  # Granite's default, under which float32 is noise
+        missing["attention_multiplier"] = 0.1
+    for name, value in missing.items():
         setattr(text, name, value)
-    if given.get("num_kv_shared_layers"):  # refused, with the numbers of a whole model
+    if values.get("num_kv_shared_layers"):  # refused; the message shows the default numbers
         return text, cls
-    differing = [1 + int(index) for index in given.get("per_layer_config") or ()]
+    differing = [1 + int(index) for index in values.get("per_layer_config") or ()]
     try:
         depth = min(text.num_hidden_layers, LAYERS)
         # The last layer is one with values of its own, where some have them (Gemma 4).
-        depth = max((one for one in differing if one <= depth), default=depth)
+        depth = max((layer for layer in differing if layer <= depth), default=depth)
         return small_config(text, heads=4, layers=depth), cls
     except Exception:
         return text, cls
@@ -188,7 +188,7 @@ def _default_limit(model_type: str, structure: Structure) -> int | None:
 def _compared(
     config: PreTrainedConfig, cls: type[PreTrainedModel], structure: Structure
 ) -> tuple[float, float, str]:
-    """Relative differences in full and in block attention, and a check that fails."""
+    """Relative differences with full and with block attention, and the first failed check."""
     tokenizer = byte_tokenizer()
     stock = small_model(config, cls)
     engine = Engine(small_model(config, cls), tokenizer, format=WORDS)
@@ -196,37 +196,37 @@ def _compared(
     ask = _ask(length)
     logits = engine.next_logits([ask], "full-prefill")
     ids = batch_of(engine, build("full-prefill"), ask).input_ids
-    whole = stock(ids, use_cache=False).logits[:, -1]
+    expected = stock(ids, use_cache=False).logits[:, -1]
     batch = batch_of(engine, build("naive"), ask)
     reused = engine.next_logits([ask], "naive")
-    masked = _masked(stock, batch.input_ids, batch.layout, structure)[:, -1]
-    engine.answer([ask], "naive", max_new_tokens=2)  # counts what it cost, too
-    failed = [one for one in check_model(engine) if not one.passed] if length >= 300 else []
-    scale = float(whole.abs().max())
-    if not scale or difference(whole, masked) <= 10 * TOLERANCE * scale:
-        return 0.0, 0.0, "hiding chunks from each other changes nothing, so nothing is proven"
+    expected_block = _masked(stock, batch.input_ids, batch.layout, structure)[:, -1]
+    engine.answer([ask], "naive", max_new_tokens=2)  # must not fail when it reports its usage
+    failed = [c for c in check_model(engine) if not c.passed] if length >= 300 else []
+    scale = float(expected.abs().max())
+    if not scale or difference(expected, expected_block) <= 10 * TOLERANCE * scale:
+        return 0.0, 0.0, "hiding chunks from each other changes nothing, so the check is void"
     wrong = f"check: {failed[0].name} ({failed[0].max_abs_diff:.1e})" if failed else ""
-    return difference(logits, whole) / scale, difference(reused, masked) / scale, wrong
+    return difference(logits, expected) / scale, difference(reused, expected_block) / scale, wrong
 
 
 def _ask(tokens: int) -> Ask:
-    """A prompt of at most this many tokens (bytes), in chunks slightly longer than a window."""
+    """A request of at most this many tokens (bytes), in chunks slightly longer than a window."""
     words = "".join(chunk.text for chunk in ASK.chunks) * (tokens // CHUNK)
     starts = range(0, max(0, tokens - AROUND) // (CHUNK + BETWEEN) * CHUNK, CHUNK)
     return Ask("Who?", tuple(Chunk(words[start : start + CHUNK]) for start in starts))
 
 
 def _masked(stock: nn.Module, ids: Tensor, layout: Layout, structure: Structure) -> Tensor:
-    """Logits of the stock model under the dense mask, one for each window."""
+    """Logits of the stock model with the dense mask, or a mask for each kind of layer."""
     config = stock.config
     additive = config._attn_implementation == "eager"
 
     def mask(window: int | None) -> Tensor:
-        seen = dense_mask(layout, LayerRule(window=window))
+        visible = dense_mask(layout, LayerRule(window=window))
         if not additive:
-            return seen
+            return visible
         hidden = torch.finfo(torch.float32).min
-        return torch.zeros(seen.shape).masked_fill_(~seen, hidden)
+        return torch.zeros(visible.shape).masked_fill_(~visible, hidden)
 
     kinds = getattr(config, "layer_types", None) or ()
     masks: list[Callable] = [lambda: mask(structure.windows[0])]

@@ -1,4 +1,4 @@
-"""The commands by topic; heavy packages, such as torch, are imported when a command runs."""
+"""The commands by topic. Heavy packages such as torch are imported only when a command runs."""
 
 from importlib import import_module
 
@@ -6,7 +6,7 @@ from blocktune.commands.application import app
 
 __all__ = ["app"]
 
-# In the order of the help.
+# The order in which the help lists them.
 for topic in (
     *("answer", "train", "evaluate", "serve", "data", "make_data", "store", "check", "bench"),
 ):

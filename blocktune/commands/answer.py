@@ -12,7 +12,7 @@ from typer import Option
 from blocktune.commands import options as opt
 from blocktune.commands.application import command
 
-FOLLOW_S = 0.1  # seconds between two looks into an empty queue
+FOLLOW_S = 0.1  # seconds to wait after the queue of missed chunks was empty
 
 Question = Annotated[str | None, opt.of_prompt("--question", "-q", help="One question.")]
 Passages = Annotated[
@@ -28,20 +28,20 @@ ShowPrompt = Annotated[
 MethodName = Annotated[
     str | None,
     Option(
-        help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes. Default: what the "
-        "adapter was trained for, else naive."
+        help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes two. Default: the "
+        "method that the adapter was trained for, else naive."
     ),
 ]
 Parameters = Annotated[
-    list[str] | None, Option(help="Parameter of the method, as name=value; repeatable.")
+    list[str] | None, Option(help="Parameter of the method: name=value; repeatable.")
 ]
 Output = Annotated[
     Path | None,
     opt.in_file(
         "--output",
         "-o",
-        help="JSONL file for the answers, written as they come. Questions that it already answers "
-        "are skipped.",
+        help="JSONL file that each answer is appended to. Questions already answered in it are "
+        "skipped.",
     ),
 ]
 Stream = Annotated[bool, Option("--stream", help="Print one answer while it is generated.")]
@@ -51,8 +51,8 @@ DecodeCache = Annotated[
     str | None,
     opt.of_decoding(
         metavar="KIND",
-        help="How keys are held while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded "
-        "(needs a GPU). Default: as after the prefill.",
+        help="KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (needs a "
+        "GPU). Default: as the prefill leaves it.",
     ),
 ]
 
@@ -99,42 +99,42 @@ def answer(
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.cache.decode_cache import DecodeCache
-    from blocktune.commands import answering as ways
+    from blocktune.commands import answering
     from blocktune.methods import default_method
 
-    examples = ways.read_examples(source, limit, question, chunk or [])
+    examples = answering.read_examples(source, limit, question, chunk or [])
     if stream and (len(examples) > 1 or output or as_json):
         raise ValueError("--stream prints one answer; leave out --output and --json")
-    asked = ways.build_method(method, param or [])
-    sampling = ways.Sampling(temperature, top_k, top_p, seed)
-    held = store is not None and ways.holds_chunks(store)
-    how = (store, dtype, device, quantize)
+    chosen = answering.build_method(method, param or [])
+    sampling = answering.Sampling(temperature, top_k, top_p, seed)
+    had_chunks = store is not None and answering.holds_chunks(store)
+    loading = (store, dtype, device, quantize)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
     words = opt.wording(instruction, system, wording)
-    engine = opt.load_engine(model, adapter, *how, method=asked, words=words)
+    engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
     engine.responses = opt.responses(response_cache, engine.store)
-    built = asked or default_method(engine.prompts.trained)
-    run = ways.Run(engine, built, max_new_tokens, sampling, batch_size)
+    used = chosen or default_method(engine.prompts.trained)
+    run = answering.Run(engine, used, max_new_tokens, sampling, batch_size)
     run.require_room(examples)
     if show_prompt:
         run.print_prompts(examples)
     if stream:
         run.print_stream(examples[0])
     elif output is not None:
-        run.write(examples, output, [" ".join((method or built.name).split()), *(param or [])])
+        run.write(examples, output, [" ".join((method or used.name).split()), *(param or [])])
     else:
         run.print_answers(examples, as_json)
-    ways.report_store(engine.store, held)
+    answering.report_store(engine.store, had_chunks)
 
 
 @command(
     "encode",
     "blocktune encode --input docs.jsonl --store cache/ --model data/tiny",
     "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
-    "blocktune encode --follow --store cache/ --model M   # what other engines miss",
+    "blocktune encode --follow --store cache/ --model M   # chunks that other engines miss",
     'A line of docs.jsonl: {"text": "...", "title": "..."}, or a question with "chunks".',
     "A stopped command continues where it stopped: repeat it. Several processes, also on",
     "several machines, share the work:",
@@ -145,14 +145,14 @@ def encode(
         str,
         Option(
             metavar="PLACE[,NAME=VALUE...]",
-            help="Folder or URL for the encoded chunks, then limits as of `answer --store`.",
+            help="Folder or URL for the encoded chunks, with settings as in `answer --store`.",
         ),
     ],
     documents: Annotated[
         Path | None, opt.of_prompt("--input", "-i", help="Chunks or questions, JSONL.")
     ] = None,
     follow: Annotated[
-        bool, Option("--follow", help="Then encode what readers of the store miss, until stopped.")
+        bool, Option("--follow", help="Then encode chunks that readers miss, until stopped.")
     ] = False,
     instruction: opt.Instruction = None,
     system: opt.System = None,
@@ -166,7 +166,7 @@ def encode(
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
-    from blocktune.commands import answering as ways
+    from blocktune.commands import answering
     from blocktune.data import load_chunks
     from blocktune.evaluation.runner import launched
     from blocktune.models.load import examine_base
@@ -175,19 +175,19 @@ def encode(
         raise ValueError("nothing to encode; give --input, or --follow")
     chunks = [] if documents is None else load_chunks(documents)
     if not chunks and documents is not None:
-        raise ValueError(f"{documents}: no chunk in it; give one per line")
+        raise ValueError(f"{documents} has no chunks; give one per line")
     words = opt.wording(instruction, system, wording)
     if model is not None and not (Path(model) / INFO_FILE).is_file():
         examine_base(model)  # before anything is written
-    # Before a model is loaded; on the CPU, since nothing is read back.
-    kept, processes = ChunkStore.open(store, must_write=True), launched()
-    if kept.place is None:
+    # Opened before a model is loaded, and on the CPU, since no chunk is read back.
+    chunk_store, processes = ChunkStore.open(store, must_write=True), launched()
+    if chunk_store.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
-    how = (kept, dtype, device or processes.device, quantize)
-    engine = opt.load_engine(model, adapter, *how, words=words)
-    ways.encode(engine, chunks, processes, store)
+    loading = (chunk_store, dtype, device or processes.device, quantize)
+    engine = opt.load_engine(model, adapter, *loading, words=words)
+    answering.encode(engine, chunks, processes, store)
     while follow:
         if count := engine.encode_wanted():
-            typer.echo(f"{count:,} chunks were wanted, and are encoded")
+            typer.echo(f"encoded {count:,} chunks that readers missed")
         else:
             time.sleep(FOLLOW_S)

@@ -1,4 +1,4 @@
-"""What `blocktune answer` does: read questions, ask the engine, show answers and their cost."""
+"""The work of `blocktune answer`: read questions, run the engine, show answers and their cost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def read_examples(
     source: str | None, limit: int | None, question: str | None, chunks: Sequence[str]
 ) -> list[RagExample]:
-    """The questions, from a source or from the command line."""
+    """Reads the questions from a source, or the one given on the command line."""
     if (source is None) == (question is None):
         raise ValueError("give either --input FILE or --question Q with --chunk TEXT, not both")
     if source is not None:
@@ -43,25 +43,25 @@ def read_examples(
             raise ValueError("--chunk belongs to --question; the chunks of --input are in its file")
         if examples := load_examples(source, limit=limit):
             return examples
-        raise ValueError(f"{source}: no question in it")
+        raise ValueError(f"{source} has no questions; give at least one")
     if not chunks:
         raise ValueError("a question needs at least one chunk; add --chunk TEXT")
     for option, text in (("--question", question), *(("--chunk", chunk) for chunk in chunks)):
         if re.fullmatch(r"@\S+", text):
             raise ValueError(
-                f"{option} is a text, got '{text}'; for what a file holds write "
+                f"{option} must be a text, got '{text}'; for the contents of a file write "
                 f'{option} "$(cat {text[1:]})", or put question and chunks into --input FILE'
             )
     return [RagExample(question, tuple(Chunk(text) for text in chunks))]
 
 
 def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
-    """Builds a method from its text and ``name=value`` pairs, read as YAML; None if none is named.
+    """Builds a method from its name and ``name=value`` pairs (values are YAML); None without name.
 
-    Raises ValueError if there are parameters and no method.
+    Raises ValueError if there are parameters but no method.
     """
     if name is None and parameters:
-        raise ValueError("--param needs the --method that it is of")
+        raise ValueError("--param sets a parameter of a method; add --method")
     if name is None:
         return None
     pairs = [[part.strip() for part in text.partition("=")] for text in parameters]
@@ -74,7 +74,7 @@ def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
 
 @dataclass(frozen=True)
 class Run:
-    """An engine with the settings of one command."""
+    """An engine with the settings of one `blocktune answer` command."""
 
     engine: Engine
     method: Method
@@ -83,32 +83,33 @@ class Run:
     batch_size: int
 
     def require_room(self, examples: Sequence[RagExample]) -> None:
-        """Lays every prompt out, before the first answer."""
-        make = self.engine.prompts
+        """Raises ValueError if a prompt is too long, before the first answer is generated."""
+        prompts = self.engine.prompts
         for number, example in enumerate(examples, start=1):
             try:
-                pieces = make.pieces(example, self.method)
-                make.prompt(pieces, make.spec(self.method), self.max_new_tokens)
+                pieces = prompts.pieces(example, self.method)
+                prompts.prompt(pieces, prompts.spec(self.method), self.max_new_tokens)
             except ValueError as error:
                 place = f"question {number} ('{example.question:.40}'): " * (len(examples) > 1)
                 raise ValueError(f"{place}{error}") from None
 
     def print_prompts(self, examples: Sequence[RagExample]) -> None:
-        """Prints every row of the prompts as the model sees them."""
-        make = self.engine.prompts
+        """Prints the prompts row by row, as the model sees them."""
+        prompts = self.engine.prompts
         for example in examples:
-            prompt = make.prompt(make.pieces(example, self.method), make.spec(self.method))
+            pieces = prompts.pieces(example, self.method)
+            prompt = prompts.prompt(pieces, prompts.spec(self.method))
             typer.echo(show(self.engine.tokenizer, prompt) + "\n")
 
     def print_stream(self, example: RagExample) -> None:
-        """Prints pieces of one answer as they are generated."""
+        """Prints one answer piece by piece while it is generated."""
         decoding = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
         for piece in self.engine.stream(example, self.method, **decoding):
             typer.echo(piece, nl=False)
         typer.echo()
 
     def print_answers(self, examples: Sequence[RagExample], as_json: bool) -> None:
-        """Prints answers as JSON lines or as panels, each batch when it is done."""
+        """Prints the answers of each batch when it is done, as JSON lines or as panels."""
         console = Console()
         for example, answer in self._answers(examples, quiet=not as_json):
             if as_json:
@@ -117,20 +118,20 @@ class Run:
                 console.print(_panel(example, answer, self.method.name))
 
     def write(self, examples: Sequence[RagExample], output: Path, method: Sequence[str]) -> None:
-        """Appends answers to a JSONL file; those that it holds already are not made again.
+        """Appends answers to a JSONL file. Questions already answered in it are skipped.
 
-        Each line carries a key: a digest of all that decides its answer, ``method`` as typed too.
+        Each line has a key: a digest of all that determines its answer, with ``method`` as typed.
         """
         keys = [self._key(example, method) for example in examples]
         with resumed(output) as lines, resumable(f"the answers so far are in {output}"):
-            done = _answered(output, lines, keys)
-            # Batches are the same after a stop, and with them what is drawn.
+            done = _count_answered(output, lines, keys)
+            # Start at a batch boundary: batches and samples are then as in an unstopped run.
             done -= done % self.batch_size if done < len(keys) else 0
             truncate_lines(output, done)
             for number, pair in enumerate(self._answers(examples[done:]), start=done):
                 record = self._record(*pair) | {"key": keys[number]}
                 append_lines(output, [_line(record)])
-        before = f", {done:,} were there" if done else ""
+        before = f"; {done:,} were already there" if done else ""
         typer.echo(f"wrote {len(keys) - done:,} answers to {output}{before}")
 
     def _answers(
@@ -166,14 +167,14 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, default=str)
 
 
-def _answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> int:
-    """How many of the questions a file answers, in their order."""
+def _count_answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> int:
+    """Number of answers in a file. Raises ValueError if one does not belong to its question."""
     for number, line in enumerate(lines):
         try:
-            known = json.loads(line)["key"]
+            key = json.loads(line)["key"]
         except (ValueError, KeyError, TypeError):
-            known = None
-        if number >= len(keys) or known != keys[number]:
+            key = None
+        if number >= len(keys) or key != keys[number]:
             raise ValueError(
                 f"'{output}', line {number + 1}: not an answer of this command; another command, "
                 "other questions or other settings wrote it; choose another --output or remove it"
@@ -182,9 +183,9 @@ def _answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> int:
 
 
 def encode(engine: Engine, chunks: Sequence[Chunk], processes: Processes, place: str) -> None:
-    """Encodes this process's share of the chunks into a store, and says what was done.
+    """Encodes this process's share of the chunks into the engine's store, and reports the result.
 
-    ``place`` is the option that names the store. Raises ValueError if it did not keep all of them.
+    ``place`` is the value of ``--store``. Raises ValueError if some chunks were not stored.
     """
     mine, store = processes.share(chunks), engine.store
     columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Console(stderr=True)
@@ -199,46 +200,46 @@ def encode(engine: Engine, chunks: Sequence[Chunk], processes: Processes, place:
                 mine, lambda done, total: bar.update(task, completed=done, total=total)
             )
     who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
-    stats, known = store.stats(), report.num_chunks - report.num_encoded
+    stats, old = store.stats(), report.num_chunks - report.num_encoded
     files, written = stats.files, stats.files.bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
     if left := files.evictions:
-        each += f"; {left:,} chunks left for them, to stay within its limits"
+        each += f"; {left:,} chunks were evicted to stay within its limits"
     typer.echo(
         f"{who}encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
-        f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
+        f"{report.encode_s:.1f} s, {old:,} were already there; {written / 1e6:,.1f} MB written to "
         f"{store.place}{each}"
     )
     _report_rejected(stats, store.place)
     processes.wait()
     if lost := store.stats().files.unwritten:
         raise ValueError(
-            f"{lost:,} chunks are not kept: they do not fit into the limits of --store '{place}' "
+            f"{lost:,} chunks were not stored: they exceed the limits of --store '{place}' "
             "(disk, remote_bytes, quota); raise them"
         )
 
 
 def holds_chunks(store: str) -> bool:
-    """Whether chunks were encoded into the folder of a store before."""
+    """Whether the folder of a store holds chunks already."""
     folder = StoreConfig.parse(store).folder
     return folder is not None and next(ChunkFolder(folder).keys(), None) is not None
 
 
-def report_store(store: ChunkStore, held: bool) -> None:
-    """Says how many chunks a store saved; ``held``: it held chunks before."""
+def report_store(store: ChunkStore, had_chunks: bool) -> None:
+    """Reports how many chunks came from a store; ``had_chunks``: it was not empty before."""
     if store.place is None:
         return
     store.flush()
     stats = store.stats()
     files = stats.files
     line = f"{files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
-    if held and stats.misses > stats.rejected and not files.hits:
+    if had_chunks and stats.misses > stats.rejected and not files.hits:
         line += (
-            "; the chunks in it are other passages, or of another model, adapter, dtype, "
-            "quantisation or wording"
+            "; the store's chunks are other passages, or of another model, adapter, dtype, "
+            "quantisation or prompt format"
         )
     if files.unwritten:
-        line += f", {files.unwritten:,} of them not kept: the store cannot be written"
+        line += f", {files.unwritten:,} of them not stored: the store cannot be written"
     typer.echo(line, err=True)
     _report_rejected(stats, store.place)
 
@@ -246,8 +247,8 @@ def report_store(store: ChunkStore, held: bool) -> None:
 def _report_rejected(stats: StoreStats, place: str) -> None:
     if stats.rejected:
         typer.echo(
-            f"{stats.rejected:,} stored chunks could not be used and were encoded again, the "
-            f"first: {stats.first_rejected}; all: blocktune store verify {place}",
+            f"{stats.rejected:,} stored chunks could not be used and were encoded again; the "
+            f"first: {stats.first_rejected}; list all with: blocktune store verify {place}",
             err=True,
         )
 

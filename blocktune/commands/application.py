@@ -1,6 +1,6 @@
 """The application: how commands are registered, and how their errors are shown.
 
-Mistakes are one line on standard error and exit code 2; tracebacks only when asked for.
+A user's mistake is one line on standard error with exit code 2; ``--debug`` adds the traceback.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ EXTRAS = {
     "remote": ("fsspec", "s3fs", "valkey"),
     "gguf": ("gguf",),
 }
-"""Packages by the extra that they come with."""
+"""The packages that each extra of blocktune installs."""
 FAILURES = "BLOCKTUNE_FAILURES"
-"""Variable of launched processes: a folder to leave ``RANK.txt`` in, instead of printing."""
+"""Environment variable for launched processes: the folder where they write their error
+(``RANK.txt``) instead of printing it."""
 PLUGIN = "--plugin"
-USAGE_ERROR = typer.BadParameter.__base__
-"""Wrong options and arguments: typer exports only this subclass of the error."""
+USAGE_ERROR = typer.BadParameter.__base__  # wrong options or arguments; typer does not export it
 
 
 class OneLineErrors(TyperGroup):
-    """Shows what a user can fix as one line: wrong options or values, missing files or extras."""
+    """Shows errors that a user can fix on one line: wrong options, missing files or extras."""
 
     def parse_args(self, ctx, args):
-        """Takes ``--plugin X`` anywhere on the line, before the command or among its options."""
+        """Accepts ``--plugin X`` anywhere: before the command or among its options."""
         with _one_line("--debug" in args):
             return super().parse_args(ctx, plugins_first(args))
 
     def invoke(self, ctx):
-        """Runs the command; ``ctx.obj`` is what the entry point wants called before."""
+        """Runs the command, after the callback that the entry point passed as ``ctx.obj``."""
         with _one_line(ctx.params["debug"]):
             if ctx.obj is not None:
                 ctx.obj()
@@ -57,11 +57,11 @@ def _one_line(debug: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        _say("; ".join(["stopped", *map(str, stop.args)]))
+        _print_error("; ".join(["stopped", *map(str, stop.args)]))
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except Exception as error:
@@ -69,14 +69,14 @@ def _one_line(debug: bool) -> Iterator[None]:
         if debug or (line is None and FAILURES not in os.environ):
             raise
         if FAILURES in os.environ:
-            _write(line, error)
+            _write_failure(line, error)
         else:
-            _say(f"error: {line}")
+            _print_error(f"error: {line}")
         raise typer.Exit(1 if line is None else 2) from None
 
 
-def _write(line: str | None, error: Exception) -> None:
-    """Leaves the line for the process that launched this one; a bug's trace follows it."""
+def _write_failure(line: str | None, error: Exception) -> None:
+    """Writes the error for the launching process to read; for a bug, the traceback follows."""
     text = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
     trace = "" if line else "".join(traceback.format_exception(error))
     path = Path(os.environ[FAILURES]) / os.environ.get("RANK", "0")
@@ -85,7 +85,7 @@ def _write(line: str | None, error: Exception) -> None:
 
 @contextmanager
 def resumable(kept: str, how: str = "repeat the command to continue") -> Iterator[None]:
-    """Inside the block, Ctrl-C says what the command finds again, and how to continue."""
+    """On Ctrl-C inside the block, reports what was ``kept`` and ``how`` to continue."""
     try:
         yield
     except KeyboardInterrupt:
@@ -93,59 +93,59 @@ def resumable(kept: str, how: str = "repeat the command to continue") -> Iterato
 
 
 def plugins_first(args: list[str]) -> list[str]:
-    """The same arguments with every ``--plugin X`` and ``--plugin=X`` in front."""
-    moved, rest, waiting = [], [], list(args)
-    while waiting:
-        one = waiting.pop(0)
-        if one == PLUGIN and waiting:
-            moved += [one, waiting.pop(0)]
+    """Moves every ``--plugin X`` and ``--plugin=X`` to the front of the arguments."""
+    plugins, others, remaining = [], [], list(args)
+    while remaining:
+        arg = remaining.pop(0)
+        if arg == PLUGIN and remaining:
+            plugins += [arg, remaining.pop(0)]
         else:
-            (moved if one.startswith(f"{PLUGIN}=") else rest).append(one)
-    return moved + rest
+            (plugins if arg.startswith(f"{PLUGIN}=") else others).append(arg)
+    return plugins + others
 
 
 def explain(error: Exception) -> str | None:
-    """What went wrong on one line, or None for a bug of ours, which wants its traceback."""
+    """Explains an error on one line. Returns None for a bug, which should show its traceback."""
     if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help
         return None
     if isinstance(error, USAGE_ERROR):
         path = error.ctx.command_path if error.ctx else "blocktune"
         return f"{error.format_message().rstrip('.')}; see `{path} --help`"
     if isinstance(error, RuntimeError):
-        # By its name, since torch is not loaded here: only a full device can be fixed.
-        return _full(error) if type(error).__name__ == "OutOfMemoryError" else None
+        # Only out-of-memory errors can be fixed. Compared by name, since torch is not imported.
+        return _out_of_memory(error) if type(error).__name__ == "OutOfMemoryError" else None
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
         return extra and f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
     if isinstance(error, OSError) and error.strerror and error.filename:
-        # A folder is made where a file is, in its place or on the way there.
+        # FileExistsError: a folder was to be created where a file is, or below a file.
         reason = "Not a folder" if isinstance(error, FileExistsError) else error.strerror
         return f"{reason}: '{error.filename}'"
     if not isinstance(error, ValueError | OSError):
         return None
-    hint = "; set PYTHONUTF8=1, since this locale is none of UTF-8"
+    hint = "; set PYTHONUTF8=1, since this locale does not use UTF-8"
     is_narrow = isinstance(error, UnicodeError) and locale.getencoding().lower() != "utf-8"
     return " ".join(str(error).split()) + hint * is_narrow
 
 
-def _say(line: str) -> None:
-    # Of several processes that fail alike, one says so: the launching one, or the first.
+def _print_error(line: str) -> None:
+    # If several processes fail alike, only one prints it: the launching one, or rank 0.
     if os.environ.get("RANK", "0") == "0" and FAILURES not in os.environ:
         print(line, file=sys.stderr)
 
 
-def _full(error: Exception) -> str:
-    said = " ".join(str(error).split()).partition(". ")[0]
+def _out_of_memory(error: Exception) -> str:
+    reason = " ".join(str(error).split()).partition(". ")[0]
     return (
-        f"{said}; use smaller batches (per_device_train_batch_size, --batch-size), shorter rows "
+        f"{reason}; use smaller batches (per_device_train_batch_size, --batch-size), shorter rows "
         "(pack_length, max_length), gradient_checkpointing: true, or a 4-bit base "
         "(load_in_4bit, --quantize nf4)"
     )
 
 
 def teach(*lines: str) -> str:
-    """An epilogue of examples; commands are coloured, explanations are not."""
+    """The examples at the end of a command's help. Commands are coloured, explanations are not."""
     shown = (f"  [cyan]{x}[/cyan]" if x.startswith(("blocktune", " ")) else x for x in lines)
     return "\n".join(["[bold]Examples[/bold]", *shown])
 
@@ -167,24 +167,24 @@ app = typer.Typer(
 
 
 def command(name: str, *examples: str, of: typer.Typer = app, **settings: Any) -> Callable:
-    """Registers a function as a command of a group, whose help ends in examples (see `teach`)."""
+    """Registers a function as a command of a group. Its help ends with ``examples``."""
     return of.command(name, epilog=teach(*examples), **settings)
 
 
 def new_group(name: str, text: str, *examples: str) -> typer.Typer:
-    """A group of commands below the application."""
-    made = typer.Typer(
+    """Adds a group of commands to the application and returns it."""
+    group = typer.Typer(
         no_args_is_help=True,
         help=text,
         rich_markup_mode="rich",
         epilog=teach(*examples) if examples else None,
     )
-    app.add_typer(made, name=name)
-    return made
+    app.add_typer(group, name=name)
+    return group
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"blocktune {blocktune.__version__}")
         raise typer.Exit
 
@@ -195,19 +195,19 @@ def root(
         bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
     debug: Annotated[
-        bool, Option("--debug", envvar="BLOCKTUNE_DEBUG", help="Show tracebacks of errors.")
+        bool, Option("--debug", envvar="BLOCKTUNE_DEBUG", help="Show the traceback of an error.")
     ] = False,
     plugin: Annotated[
         list[str] | None,
         Option(
             PLUGIN,
             metavar="FILE|MODULE",
-            help="Python file or module that adds methods, selectors or reshapes; repeatable, for "
-            "any command. Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
+            help="Python file or module that adds methods, selectors or reshapes, for any command; "
+            "repeatable. Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
         ),
     ] = None,
 ) -> None:
-    """Fine-tune, cache and reuse retrieved chunks with any RoPE decoder of Hugging Face."""
+    """Fine-tune, serve and evaluate RoPE decoders that answer from cached chunks of text."""
     from blocktune import plugins
 
     for name in plugin or ():

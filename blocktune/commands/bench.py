@@ -1,4 +1,4 @@
-"""`blocktune replay` and `blocktune bench`: the speed of this machine, and what a store saves."""
+"""`blocktune replay` and `blocktune bench`: what a store would save, and this machine's speed."""
 
 from __future__ import annotations
 
@@ -22,72 +22,72 @@ if TYPE_CHECKING:
     "replay",
     "blocktune replay trace.jsonl --budget 10GB --budget 50GB --output out/replay",
     "blocktune replay mooncake_trace.jsonl.gz --policy lru --policy gdsf --budget 100GB --json",
-    "blocktune replay zipf --limit 10000   # drawn: chunks that recur among ever new ones",
+    "blocktune replay zipf --limit 10000   # a synthetic trace with recurring and new chunks",
     "Record a trace with `--store chunks/,trace=trace.jsonl`.",
 )
 def replay(
     trace: Annotated[
-        str, typer.Argument(help="Of a store, Mooncake (JSONL) or Azure (CSV), also .gz; or zipf.")
+        str, typer.Argument(help="Trace of a store, Mooncake or Azure (JSONL, CSV, .gz); or zipf.")
     ],
     budget: Annotated[
         list[str] | None,
         Option(
-            help="Bytes of the store, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
+            help="Size of the store, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
         ),
     ] = None,
     policy: Annotated[
         list[str] | None, Option(help="lru, lfu, fifo or gdsf; repeatable. Default: all.")
     ] = None,
     limit: Annotated[int | None, Option(min=1, help="Use only the first N requests.")] = None,
-    token_bytes: Annotated[int, Option(min=1, help="Bytes of a token, where unknown.")] = 131_072,
-    token_us: Annotated[float, Option(min=0, help="Microseconds to encode one.")] = 100.0,
+    token_bytes: Annotated[int, Option(min=1, help="Bytes per token, if not traced.")] = 131_072,
+    token_us: Annotated[float, Option(min=0, help="Microseconds to encode a token.")] = 100.0,
     output: Annotated[
         Path | None, opt.in_folder(help="Folder for replay.json, replay.png and break_even.png.")
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Play a trace against stores of several sizes and policies: hits and seconds saved."""
-    from blocktune.bench import replay as played
+    """Simulate a trace on stores of several sizes and policies: hits and seconds saved."""
+    from blocktune.bench import replay as simulation
     from blocktune.cache.config import parse_bytes
     from blocktune.cache.ledger import POLICIES
     from blocktune.files import replace_json
     from blocktune.provenance import provenance
     from blocktune.tables import Table
 
-    costs = played.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
-    requests = played.read_requests(trace, limit)
-    touched = played.touched_bytes(requests, costs)
+    costs = simulation.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
+    requests = simulation.read_requests(trace, limit)
+    requested = simulation.touched_bytes(requests, costs)
     shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    budgets = [parse_bytes(b) for b in budget or ()] or [int(touched * s) for s in shares]
+    budgets = [parse_bytes(b) for b in budget or ()] or [int(requested * s) for s in shares]
     pairs = itertools.product(policy or POLICIES, budgets)
-    outcomes = [played.replay(requests, most, name, costs) for name, most in pairs]
-    found = {"trace": str(trace), "requests": len(requests), "touched_bytes": touched}
-    found["outcomes"] = [outcome._asdict() for outcome in outcomes]
+    outcomes = [simulation.replay(requests, size, name, costs) for name, size in pairs]
+    result = {"trace": str(trace), "requests": len(requests), "touched_bytes": requested}
+    result["outcomes"] = [outcome._asdict() for outcome in outcomes]
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        points = {share: played.break_even(share, costs=costs) for share in (0.0, 0.15)}
-        found["provenance"] = provenance()
-        found["break_even"] = {s: [p._asdict() for p in line] for s, line in points.items()}
-        replace_json(output / "replay.json", found)
-        played.plot_replay(outcomes, output / "replay.png")
-        played.plot_break_even(points, output / "break_even.png")
+        points = {share: simulation.break_even(share, costs=costs) for share in (0.0, 0.15)}
+        result["provenance"] = provenance()
+        result["break_even"] = {s: [p._asdict() for p in line] for s, line in points.items()}
+        replace_json(output / "replay.json", result)
+        simulation.plot_replay(outcomes, output / "replay.png")
+        simulation.plot_break_even(points, output / "break_even.png")
     rows = []
     for o in outcomes:
         shares = f"{o.hit_rate:.1%}", f"{o.saved:.1%}"
         rows.append((o.policy, f"{o.budget / 1e9:,.2f}", *shares, f"{o.saved_s:.1f}"))
-    line = f"{len(requests):,} requests ask for {touched / 1e9:,.1f} GB of different chunks"
+    line = f"{len(requests):,} requests use {requested / 1e9:,.1f} GB of distinct chunks"
     table = Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",))
-    opt.tell(as_json, found, line, table)
+    opt.tell(as_json, result, line, table)
 
 
 Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
 ChunkTokens = Annotated[int, Option(min=1, help="Tokens per chunk.")]
-Repeats = Annotated[int, Option(min=1, help="Rounds; medians are shown.")]
+Repeats = Annotated[int, Option(min=1, help="Number of runs; medians are shown.")]
 Folder = Annotated[
-    Path | None, opt.in_folder(help="Folder for the chunks. Default: the system's temporary one.")
+    Path | None, opt.in_folder(help="Folder for the chunks. Default: the temporary folder.")
 ]
-Output = Annotated[Path | None, opt.in_file(help="JSON file to write as well.")]
-Tiny = Annotated[bool, Option("--tiny", help="A toy model and prompt, for a quick try.")]
+Output = Annotated[Path | None, opt.in_file(help="Also write the results to this JSON file.")]
+Tiny = Annotated[bool, Option("--tiny", help="Use a toy model and prompt, for a quick try.")]
 
 
 group = new_group("bench", "Measure speed on this machine.")
@@ -146,22 +146,22 @@ def ttft(
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
     picture: Annotated[
-        Path | None, opt.in_file(help="PNG to draw: seconds against length.")
+        Path | None, opt.in_file(help="PNG file for a plot: seconds against length.")
     ] = None,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Time first tokens with all chunks cached, in parts beside their limits, and in full."""
+    """Measure time to first token with all chunks cached, by parts, and with full prefill."""
     from blocktune.bench.ttft import bench_ttft, draw_ttft, table
 
     if not all(part.strip().isdecimal() for part in tokens.split(",")):
         raise ValueError(f"--tokens must be lengths such as 512,8192, got '{tokens}'")
     lengths = [int(part) for part in tokens.split(",")]
     engine = opt.load_engine(model, adapter, None, dtype, device)
-    found = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
+    result = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
     if picture is not None:
-        draw_ttft(found, picture)
-    _show(found, as_json, output, table)
+        draw_ttft(result, picture)
+    _show(result, as_json, output, table)
 
 
 @command(
@@ -174,13 +174,13 @@ def store(
     tokens: Tokens = 8192,
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
-    keys: Annotated[int, Option(min=1, help="Keys in the index for look-ups.")] = 1_000_000,
+    keys: Annotated[int, Option(min=1, help="Number of keys in the index.")] = 1_000_000,
     folder: Folder = None,
     tiny: Tiny = False,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Time loading cached chunks from disk and memory against copying; look-ups; codecs."""
+    """Time loading cached chunks from disk and memory, lookups and codecs."""
     from blocktune.bench.store import QUICK, STORE, bench_store
 
     setting = QUICK if tiny else replace(STORE, tokens=tokens, chunk=chunk, repeats=repeats)
@@ -194,27 +194,27 @@ def store(
     of=group,
 )
 def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False) -> None:
-    """Time first tokens from cached chunks on vLLM against its prefill and prefix cache."""
+    """Measure time to first token on vLLM: cached chunks, full prefill and prefix cache."""
     from blocktune.bench.vllm import TINY, VllmBench, bench_vllm
 
     _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
 
 
 def _show(
-    found: dict, as_json: bool, output: Path | None, table: Callable[[dict], Table] | None = None
+    result: dict, as_json: bool, output: Path | None, table: Callable[[dict], Table] | None = None
 ) -> None:
-    """Prints what was found: as JSON, in the table made of it, or in lines."""
+    """Prints a result as JSON, as a table, or as lines of names and values."""
     from blocktune.files import replace_json
 
     if output is not None:
-        replace_json(output, found)
-    opt.tell(as_json, found, *([table(found)] if table else _lines(found)))
+        replace_json(output, result)
+    opt.tell(as_json, result, *([table(result)] if table else _lines(result)))
 
 
-def _lines(found: dict, indent: str = "") -> list[str]:
-    """Names and values, mappings as indented blocks."""
+def _lines(result: dict, indent: str = "") -> list[str]:
+    """Lines of names and values; mappings are indented blocks."""
     lines = []
-    for name, value in found.items():
+    for name, value in result.items():
         if isinstance(value, dict):
             lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:

@@ -1,4 +1,4 @@
-"""`blocktune methods`, `check` and `profile-layers`: methods, and what holds for a model."""
+"""`blocktune methods`, `check` and `profile-layers`: list methods and test them on a model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def methods(
     """List methods, selectors, reshapes and layouts with their requirements and parameters."""
     from blocktune.methods.describe import describe_all
 
-    found = describe_all()
+    descriptions = describe_all()
     if as_json:
-        opt.tell(True, [entry._asdict() for entry in found])
+        opt.tell(True, [entry._asdict() for entry in descriptions])
     else:
-        _print_methods(found)
+        _print_methods(descriptions)
 
 
-def _print_methods(found: list) -> None:
-    """One line with name, weights and parameters, then what it does, indented."""
+def _print_methods(descriptions: list) -> None:
+    """Prints a line with name, weights and parameters of each entry, then its summary."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
@@ -44,7 +44,7 @@ def _print_methods(found: list) -> None:
 
     console = Console(highlight=False)
     for group, heading in GROUPS.items():
-        entries = [entry for entry in found if entry.group == group]
+        entries = [entry for entry in descriptions if entry.group == group]
         if not entries:
             continue
         console.print(Text(f"\n{heading}", style="bold"))
@@ -74,7 +74,7 @@ def check(
     method: Annotated[
         str | None,
         Option(
-            help="Check the contract of this method instead; without --model on a small random one."
+            help="Check the contract of this method instead; without --model on a tiny random one."
         ),
     ] = None,
     dtype: opt.Dtype = "auto",
@@ -82,16 +82,16 @@ def check(
     device: opt.Device = None,
     families: Annotated[
         bool,
-        Option("--families", help="Check a tiny model of every causal model class instead."),
+        Option("--families", help="Check a tiny model of every causal LM class instead."),
     ] = False,
     only: Annotated[
         list[str] | None, Option(help="With --families: only this model type; repeatable.")
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Check that reuse is exact on your model: masks, relocation and caches against dense."""
+    """Check on your model that masks, relocation and caches match dense attention."""
     if only and not families:
-        raise ValueError("--only names a model type of --families; add --families")
+        raise ValueError("--only selects model types for --families; add --families")
     if families:
         _check_families(only or (), as_json)
     from blocktune.adapter.releases import find_release
@@ -99,28 +99,28 @@ def check(
     from blocktune.methods import parse_method
     from blocktune.tables import Table
 
-    built = None if method is None else parse_method(method)
+    chosen = None if method is None else parse_method(method)
     opt.quiet_libraries()
     limit = None
-    if built is None and adapter is not None and find_release(adapter) is None:
+    if chosen is None and adapter is not None and find_release(adapter) is None:
         checks = check_adapter(model, adapter, dtype=dtype, device=device, quantize=quantize)
     else:
         engine = None
-        if built is None or model is not None or adapter is not None:
+        if chosen is None or model is not None or adapter is not None:
             engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
             limit = engine.prompts.exact_tokens
-        checks = check_model(engine) if built is None else check_method(built, engine)
-    sound, rows = all(one.passed for one in checks), []
-    for one in checks:
-        verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
-        is_least = one.passed == (one.max_abs_diff > one.tolerance)
-        accepted = f"{'at least ' * is_least}{one.tolerance:.1e}"
-        rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", accepted))
-    where = "on this model" if built is None else f"by '{built.name}'"
+        checks = check_model(engine) if chosen is None else check_method(chosen, engine)
+    sound, rows = all(result.passed for result in checks), []
+    for result in checks:
+        verdict = "[green]ok[/green]" if result.passed else "[red]FAILED[/red]"
+        is_least = result.passed == (result.max_abs_diff > result.tolerance)
+        accepted = f"{'at least ' * is_least}{result.tolerance:.1e}"
+        rows.append((verdict, result.name, f"{result.max_abs_diff:.1e}", accepted))
+    where = "on this model" if chosen is None else f"by '{chosen.name}'"
     extent = "" if limit is None else f" up to {limit:,} tokens"
     line = f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
     table = Table(("", "check", "difference", "tolerance"), rows, left=("check",))
-    opt.tell(as_json, {"checks": [asdict(one) for one in checks]}, table, line)
+    opt.tell(as_json, {"checks": [asdict(result) for result in checks]}, table, line)
     raise typer.Exit(0 if sound else 1)
 
 
@@ -133,10 +133,10 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
     opt.quiet_libraries()
     names = model_types(only)
     console = Console(stderr=True)
-    shown = track(check_families(names), "checking", total=len(names), console=console)
-    found = list(shown)
-    opt.tell(as_json, {"families": [asdict(one) for one in found]}, table(found))
-    raise typer.Exit(int(any(one.verdict == "wrong" for one in found)))
+    checking = track(check_families(names), "checking", total=len(names), console=console)
+    results = list(checking)
+    opt.tell(as_json, {"families": [asdict(result) for result in results]}, table(results))
+    raise typer.Exit(int(any(result.verdict == "wrong" for result in results)))
 
 
 @command(
@@ -154,7 +154,7 @@ def profile_layers(
     adapter: opt.Adapter = None,
     limit: opt.Limit = None,
     most_layers: Annotated[
-        int | None, Option(min=1, help="Longest range of layers to try. Default: all.")
+        int | None, Option(min=1, help="Most layers in a range to try. Default: all.")
     ] = None,
     batch_size: opt.BatchSize = 8,
     dtype: opt.Dtype = "auto",
@@ -162,7 +162,7 @@ def profile_layers(
     device: opt.Device = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Measure which layers are worth recomputing for all chunks: the profile for `droidspeak`."""
+    """Measure which range of layers to recompute for all chunks: the profile for `droidspeak`."""
     from rich.console import Console
     from rich.progress import track
 
@@ -173,7 +173,7 @@ def profile_layers(
     examples = read_examples(source, limit, None, [])
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
     console = Console(stderr=True)
-    found = profile_layers(
+    profile = profile_layers(
         engine,
         examples,
         most_layers=most_layers,
@@ -181,9 +181,9 @@ def profile_layers(
         progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
     )
     rows = []
-    for one in (one for one in found if one.efficient):
-        layers = f"{one.first_layer}-{one.first_layer + one.num_layers - 1}"
-        ends = f"{one.divergence:.4f}", f"{one.agreement:.0%}"
-        rows.append((str(one.first_layer), f"{one.ratio:.4g}", layers, *ends))
+    for point in (point for point in profile if point.efficient):
+        layers = f"{point.first_layer}-{point.first_layer + point.num_layers - 1}"
+        quality = f"{point.divergence:.4f}", f"{point.agreement:.0%}"
+        rows.append((str(point.first_layer), f"{point.ratio:.4g}", layers, *quality))
     table = Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows)
-    opt.tell(as_json, [asdict(one) for one in found], table)
+    opt.tell(as_json, [asdict(point) for point in profile], table)

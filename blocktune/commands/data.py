@@ -1,4 +1,4 @@
-"""`blocktune data list`, `show` and `write`: find, look at and convert data."""
+"""`blocktune data list`, `show` and `write`: find, inspect and convert data."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from blocktune.commands.application import command, new_group
 if TYPE_CHECKING:
     from blocktune.data import RagExample
 
-HELP = """Find, make and look at data.
+HELP = """Find, make and inspect data.
 
-A source is one word, wherever a command asks for one: a file (JSON, JSON lines, CSV, Parquet or
-Arrow, told apart by its fields), a data set's short name (musique, tulu-3),
+Every command names a data source in the same way: a file (JSON, JSON lines, CSV, Parquet or
+Arrow, recognised by its fields), the short name of a data set (musique, tulu-3),
 hf:OWNER/NAME[:CONFIG] or hf:FOLDER, or a generator (worlds:test, needle:). Options follow a
 question mark: 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
 """
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What may command a terminal: all control characters but tab and line break."""
+"""Control characters, which a terminal may obey, except tab and line feed."""
 
-Source = Annotated[str, Argument(help="Where examples come from; see `blocktune data list`.")]
+Source = Annotated[str, Argument(help="Source of the examples; see `blocktune data list`.")]
 Output = Annotated[Path, opt.in_file("--output", "-o", help="JSONL file to write.")]
-Limit = Annotated[int | None, Option(min=1, help="Only the first examples.")]
+Limit = Annotated[int | None, Option(min=1, help="Use only the first N examples.")]
 Split = Annotated[
-    str | None, Option(help="Split of a data set on the Hub; default validation, if it has one.")
+    str | None, Option(help="Split of a data set on the Hub. Default: validation if it has one.")
 ]
 Fields = Annotated[
     str | None,
@@ -78,14 +78,14 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from blocktune.registry import summary_of
     from blocktune.tables import Table
 
-    made, chunkers = generators(), {}
+    sources, chunkers = generators(), {}
     for name, cls in sorted(CHUNKERS.table().items()):
         chunkers[name] = summary_of(cls).replace("``", "")
-    told = {one.key: " or ".join(map(", ".join, one.keys)) or "(name it)" for one in SHAPES}
+    fields = {s.key: " or ".join(map(", ".join, s.keys)) or "(name it)" for s in SHAPES}
     facts = {
         "data_sets": {name: asdict(entry) for name, entry in CATALOG.items()},
-        "generators": {n: {"example": e.example, "becomes": e.becomes} for n, e in made.items()},
-        "shapes": {one.key: {"fields": list(one.keys), "chunker": one.chunker} for one in SHAPES},
+        "generators": {n: {"example": e.example, "becomes": e.becomes} for n, e in sources.items()},
+        "shapes": {s.key: {"fields": list(s.keys), "chunker": s.chunker} for s in SHAPES},
         "chunkers": chunkers,
     }
 
@@ -102,13 +102,13 @@ def show_list(as_json: opt.AsJson = False) -> None:
         ),
         table(
             "generators",
-            ("source", "an example is"),
-            [(e.example, e.becomes) for e in made.values()],
+            ("source", "an example contains"),
+            [(e.example, e.becomes) for e in sources.values()],
         ),
         table(
             "record shapes of files",
-            ("as=", "told by the fields", "cut by"),
-            ((one.key, told[one.key], one.chunker or "(has chunks)") for one in SHAPES),
+            ("as=", "recognised by its fields", "cut by"),
+            ((s.key, fields[s.key], s.chunker or "(has chunks)") for s in SHAPES),
         ),
         table("chunkers", ("chunker=", "what it does"), chunkers.items()),
     )
@@ -127,18 +127,18 @@ def show(
     split: Split = None,
     fields: Fields = None,
     model: Annotated[
-        str | None, Option("--model", "-m", help="Show the rows that this model gets.")
+        str | None, Option("--model", "-m", help="Show the input rows of this model.")
     ] = None,
     adapter: Annotated[
-        str | None, Option(help="With the wording and layout of this adapter.")
+        str | None, Option(help="Use the prompt format and layout of this adapter.")
     ] = None,
     mode: Annotated[
-        Literal["block", "full"], Option(help="Attention in which the example is laid out.")
+        Literal["block", "full"], Option(help="Lay out the example for this kind of attention.")
     ] = "block",
 ) -> None:
     """Show one example: as text, or with --model row by row as the model sees it."""
     if adapter is not None and model is None:
-        raise ValueError("--adapter says how rows are laid out; add --model for its tokens")
+        raise ValueError("--adapter sets the layout of rows; add --model for the tokenizer")
     tokenizer = tokenizer_of(model)
     examples = load_from(source, fields, limit=index + 1, split=split, tokenizer=tokenizer)
     if len(examples) <= index:
@@ -155,8 +155,8 @@ def _echo(text: str) -> None:
 
 
 def _show_text(example: RagExample) -> None:
-    facts = [("id", example.id), ("kind", example.kind)]
-    _echo("  ".join(f"{name}: {value}" for name, value in facts if value))
+    header = [("id", example.id), ("kind", example.kind)]
+    _echo("  ".join(f"{name}: {value}" for name, value in header if value))
     for number, chunk in enumerate(example.chunks):
         mark = ", evidence" if number in example.supporting else ""
         title = f"{chunk.title}\n" if chunk.title else ""
@@ -164,7 +164,7 @@ def _show_text(example: RagExample) -> None:
     _echo(f"[question]\n{example.question}")
     _echo(f"[accepted answers]\n{' | '.join(example.answers) or '(unknown)'}")
     if example.response is not None:
-        _echo(f"[the model writes]\n{example.response}")
+        _echo(f"[response to train on]\n{example.response}")
 
 
 def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
@@ -173,17 +173,17 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool)
     from blocktune.prompt.batch import show as rows_of
 
     info = AdapterInfo.load(adapter) if adapter else None
-    fmt = info.format if info else PromptFormat()
+    format = info.format if info else PromptFormat()
     spec = info.layout if info and block else LayoutSpec(block=block)
-    if spec.num_blanks:  # hidden rows of serving, which no example has
+    if spec.num_blanks:  # serving adds these rows; training examples have none
         spec = replace(spec, num_blanks=0)
-    known = example.response is not None or example.answers
+    has_answer = example.response is not None or example.answers
     pieces = make_pieces(
         tokenizer,
-        fmt,
+        format,
         example.chunks,
         example.question,
-        example.target if known else None,
+        example.target if has_answer else None,
         block=block,
         followups=example.followups,
     )
@@ -208,31 +208,31 @@ def write(
     fields: Fields = None,
     tokenizer: Counter = None,
 ) -> None:
-    """Write any source as JSON lines, one example with its chunks a line."""
-    how = {"limit": limit, "split": split, "tokenizer": tokenizer_of(tokenizer)}
-    count = write_lines(output, load_from(source, fields, **how))
+    """Write any source as JSON lines: one example with its chunks per line."""
+    options = {"limit": limit, "split": split, "tokenizer": tokenizer_of(tokenizer)}
+    count = write_lines(output, load_from(source, fields, **options))
     typer.echo(f"wrote {count:,} examples to {output}")
 
 
 def tokenizer_of(name: str | None):
-    """The tokenizer of that name, or None for None."""
+    """Loads the tokenizer of that name; None for None."""
     opt.quiet_libraries()
     from blocktune.data.sources.options import load_tokenizer
 
     return None if name is None else load_tokenizer(name)
 
 
-def load_from(source: str, fields: str | None = None, **how: Any) -> list[RagExample]:
-    """Examples of a source; their ``meta`` names its data set."""
+def load_from(source: str, fields: str | None = None, **options: Any) -> list[RagExample]:
+    """Loads the examples of a source. Their ``meta`` names the data set."""
     from blocktune.data import load_examples
     from blocktune.data.sources.catalog import with_data_sets
     from blocktune.data.sources.options import with_fields
 
-    return list(with_data_sets(load_examples(with_fields(source, fields), **how), source))
+    return list(with_data_sets(load_examples(with_fields(source, fields), **options), source))
 
 
 def write_lines(output: Path, examples) -> int:
-    """Writes examples into a file that appears whole or not at all."""
+    """Writes examples to a file atomically, and returns their number."""
     from blocktune.data import write_jsonl
     from blocktune.files import replacing
 

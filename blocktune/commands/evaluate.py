@@ -33,10 +33,10 @@ app.add_typer(group, name="eval")
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        Path | None, Option(help="YAML of methods and tasks; see eval/suites/.")
+        Path | None, Option(help="YAML file of methods and tasks; see eval/suites/.")
     ] = None,
     output: Annotated[
-        Path | None, opt.in_folder(help="Folder for rows, results.json and the picture.")
+        Path | None, opt.in_folder(help="Folder for rows, results.json and the plot.")
     ] = None,
     limit: opt.Limit = None,
     model: Annotated[str | None, Option(help="Overrides the suite's model.")] = None,
@@ -50,7 +50,7 @@ def evaluate(
         Option(min=0, max=1, help="Share of context tokens that every selector may recompute."),
     ] = None,
     layer_budget: Annotated[
-        float | None, Option(min=0, max=1, help="The same as a share of layer-tokens.")
+        float | None, Option(min=0, max=1, help="The same, as a share of layers times tokens.")
     ] = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
@@ -69,18 +69,18 @@ def evaluate(
 
 
 def at_one_budget(suite, budget: float | None, layer_budget: float | None):
-    """The suite with one budget for every method that chooses tokens; the others stay."""
+    """Gives every method of the suite that selects tokens the same budget."""
     from blocktune.methods import build_entry
     from blocktune.methods.select import takes_budget
 
-    def spending(spec):
+    def with_budget(spec):
         if not takes_budget(build_entry(spec.entry()).select()):
             return spec
         return replace(spec, budget=budget, layer_budget=layer_budget)
 
     if budget is None and layer_budget is None:
         return suite
-    return replace(suite, methods=tuple(map(spending, suite.methods)))
+    return replace(suite, methods=tuple(map(with_budget, suite.methods)))
 
 
 @command("compare", "blocktune eval compare out/before out/after", of=group)
@@ -107,7 +107,7 @@ def compare(
     of=group,
 )
 def arena(
-    questions: Annotated[Path, Option(help="A clone of the arena's repository.")],
+    questions: Annotated[Path, Option(help="Clone of the KVShareArena repository.")],
     output: Annotated[Path, opt.in_folder("--output", "-o", help="Folder for the result files.")],
     method: Annotated[str, Option(help="A method, as in `blocktune answer`.")] = "naive",
     model: opt.Model = None,
@@ -116,7 +116,7 @@ def arena(
         list[str] | None, Option(help="qasper, multifieldqa_en or hotpotqa. Default: all.")
     ] = None,
     port: Annotated[
-        str, Option("--provenance", help="Who made the method: official, port or reference.")
+        str, Option("--provenance", help="Origin of the method: official, port or reference.")
     ] = "port",
     limit: opt.Limit = None,
     dtype: opt.Dtype = "auto",
@@ -129,11 +129,10 @@ def arena(
     chosen = parse_method(method)
     from blocktune.evaluation.arena import SUBSETS, load_exam, run_exam
 
-    # What is missing is said before a model loads.
-    known = [load_exam(questions, name) for name in subset or SUBSETS]
-    how = (None, dtype, device, quantize)
-    engine = opt.load_engine(model, adapter, *how, method=chosen)
-    for exam in known:
+    # Loaded before the model, so that missing files are reported at once.
+    exams = [load_exam(questions, name) for name in subset or SUBSETS]
+    engine = opt.load_engine(model, adapter, None, dtype, device, quantize, method=chosen)
+    for exam in exams:
         with resumable(f"the rows so far are in {output}"):
             path = run_exam(engine, chosen, exam, output, limit=limit, port=port)
         summary = json.loads(path.read_text())["summary"]
@@ -145,10 +144,10 @@ def arena(
 def report(
     run: Run,
     title: Annotated[
-        str | None, Option(help="Title of the page. Default: the folder's name.")
+        str | None, Option(help="Title of the page. Default: the name of the folder.")
     ] = None,
 ) -> None:
-    """Write the report of a run: one HTML file without network, and its pictures as PNGs."""
+    """Write the report of a run: one HTML file that works offline, and its plots as PNGs."""
     from blocktune.evaluation.report import write_report
 
     typer.echo(write_report(run, title))
@@ -161,13 +160,13 @@ def report(
     "A stopped command continues where it stopped: repeat it.",
 )
 def tune(
-    config: Annotated[Path, Option(help="YAML of the run; see eval/tuning/.")],
+    config: Annotated[Path, Option(help="YAML file of the run; see eval/tuning/.")],
     output: Annotated[Path, opt.in_folder("--output", "-o", help="Folder for rows, tuned.json.")],
     limit: opt.Limit = None,
-    model: Annotated[str | None, Option(help="Overrides the model of the file.")] = None,
+    model: Annotated[str | None, Option(help="Overrides the model of the YAML file.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Choose a method's parameters on held-out questions; a test split is refused."""
+    """Choose a method's parameters on held-out questions; test splits are refused."""
     from blocktune.evaluation.sweep import load_tuning
 
     spec = load_tuning(config)
@@ -180,16 +179,16 @@ def tune(
     from blocktune.tables import Table
 
     with resumable(f"the rows so far are in {output}"):
-        found = run(spec, output)
-    if found is None:  # of several processes the main one reports
+        result = run(spec, output)
+    if result is None:  # of several processes the main one reports
         return
-    names = list(found["best"]["values"])
+    names = list(result["best"]["values"])
     rows = []
-    for point in found["points"]:
+    for point in result["points"]:
         low, high = (100 * bound for bound in point["score_ci95"])
         numbers = (f"{100 * point['score']:.1f}", f"{low:.1f} to {high:.1f}")
         values = map(str, point["values"].values())
         rows.append((*values, *numbers, f"{point['recompute_ratio']:.0%}"))
-    headings = (*names, found["task"]["metric"], "95 %", "recomputed")
-    line = f"best: {found['best']['label']}; all points in {output / TUNED}"
-    opt.tell(as_json, found, Table(headings, rows, left=names), line)
+    headings = (*names, result["task"]["metric"], "95 %", "recomputed")
+    line = f"best: {result['best']['label']}; all points in {output / TUNED}"
+    opt.tell(as_json, result, Table(headings, rows, left=names), line)

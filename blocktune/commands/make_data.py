@@ -21,22 +21,20 @@ if TYPE_CHECKING:
 
 @command(
     "passages",
-    "BM25 over a corpus, one passage a record:",
+    "Search a corpus, one passage per record, by BM25:",
     "blocktune data passages nq --split train --corpus wiki.jsonl -o nq.jsonl",
-    "Your own retriever's file, one {id or question, passages} a line, best first:",
+    "Results of your own retriever, one {id or question, passages} per line, best first:",
     "blocktune data passages questions.jsonl --retrieved dpr.jsonl -o out.jsonl",
-    "The best of a question's own passages, such as TriviaQA's evidence:",
+    "Keep the best of each question's own passages, such as the evidence in TriviaQA:",
     "blocktune data passages triviaqa --own --k 10 -o triviaqa.jsonl",
     of=group,
 )
 def passages(
     source: Source,
     output: Output,
-    corpus: Annotated[
-        Path | None, Option(help="Search these passages by BM25: a file of passages.")
-    ] = None,
+    corpus: Annotated[Path | None, Option(help="File of passages to search by BM25.")] = None,
     retrieved: Annotated[
-        Path | None, Option(help="Take the passages that your retriever found: a file.")
+        Path | None, Option(help="File with the passages that your retriever found.")
     ] = None,
     own: Annotated[
         bool, Option("--own", help="Keep the best of each question's own passages, by BM25.")
@@ -51,34 +49,34 @@ def passages(
     ] = None,
     store: Annotated[
         str | None,
-        Option(metavar="PLACE[,NAME=VALUE...]", help="Keep the embeddings, as `answer --store`."),
+        Option(metavar="PLACE[,NAME=VALUE...]", help="Store of the embeddings; see `answer`."),
     ] = None,
     k: Annotated[int, Option(min=1, help="Passages per question.")] = 10,
     answerable: Annotated[
-        bool, Option("--answerable", help="Leave out questions whose passages hold no answer.")
+        bool, Option("--answerable", help="Skip questions whose passages contain no answer.")
     ] = False,
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
 ) -> None:
-    """Give questions their passages: by BM25, from your own retriever, or the best of their own."""
+    """Add passages to questions: by BM25, from your own retriever, or the best of their own."""
     if [corpus is not None, retrieved is not None, own].count(True) != 1:
         raise ValueError("give one of --corpus FILE, --retrieved FILE and --own")
     if (embedder is not None and corpus is None) or (store is not None and embedder is None):
-        raise ValueError("--embedder searches --corpus, and --store keeps what it embeds")
+        raise ValueError("--embedder needs --corpus, and --store needs --embedder; add it")
     opt.quiet_libraries()
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.sources.options import with_fields
 
-    whole = embed = None
+    originals = embed = None
     if embedder is not None:
         from blocktune.cache import ChunkStore
         from blocktune.cache.records import Embedder
 
         embed = Embedder(embedder, store and ChunkStore.open(store))
     if own:
-        whole = data.load_from(source, fields, limit=limit, split=split)
-        examples = list(retrieval.from_own(whole, k))
+        originals = data.load_from(source, fields, limit=limit, split=split)
+        examples = list(retrieval.from_own(originals, k))
     else:
         mapped = with_fields(source, fields)
         questions = retrieval.read_questions(mapped, limit=limit, split=split)
@@ -86,29 +84,29 @@ def passages(
             examples = retrieval.from_corpus(questions, load_chunks(corpus), k, embed)
         else:
             examples = list(retrieval.from_retriever(questions, retrieved, k))
-    _write_found(source, output, examples, whole, answerable)
+    _write_examples(source, output, examples, originals, answerable)
 
 
-def _write_found(
+def _write_examples(
     source: str,
     output: Path,
     examples: list[RagExample],
-    whole: list[RagExample] | None,
+    originals: list[RagExample] | None,
     answerable: bool,
 ) -> None:
-    """Writes questions with their passages; ``whole``: the same with all of their own."""
+    """Writes questions with their passages. ``originals``: the same with all own passages."""
     from blocktune.data.answers import holds_answer, is_verdict
 
-    held = list(map(holds_answer, examples, whole or repeat(None)))
-    kept = [e for e, holds in zip(examples, held, strict=True) if holds or not answerable]
+    answered = list(map(holds_answer, examples, originals or repeat(None)))
+    kept = [e for e, found in zip(examples, answered, strict=True) if found or not answerable]
     if not kept:
         raise ValueError(f"{source}: none of {len(examples)} questions is left; nothing is written")
     data.write_lines(output, kept)
-    untold = sum(map(is_verdict, examples)) if whole is None else 0
+    yes_no = sum(map(is_verdict, examples)) if originals is None else 0
     echo(
-        f"wrote {len(kept):,} questions to {output}; an answer is found in the passages of "
-        f"{sum(held) / len(held):.1%} of {len(examples):,}"
-        + (f" ({untold:,} ask for yes or no, which no passage tells)" if untold else "")
+        f"wrote {len(kept):,} questions to {output}; the passages contain an answer for "
+        f"{sum(answered) / len(answered):.1%} of {len(examples):,}"
+        + (f" ({yes_no:,} ask for yes or no, which passages do not contain)" if yes_no else "")
     )
 
 
@@ -117,7 +115,7 @@ def _write_found(
     "blocktune data answer train.jsonl --model M -o own-words.jsonl",
     "blocktune data answer '2wikimultihopqa?split=train' --limit 2000 -m M -o w.jsonl",
     "blocktune data answer q.jsonl -m M -o a.jsonl --temperature 0.7 --only-correct",
-    "To continue a run that was stopped, repeat the command.",
+    "A stopped command continues where it stopped: repeat it.",
     of=group,
 )
 def answer(
@@ -134,12 +132,12 @@ def answer(
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 16,
     only_correct: Annotated[
-        bool, Option("--only-correct", help="Leave out answers that mention no accepted one.")
+        bool, Option("--only-correct", help="Skip answers that contain no accepted answer.")
     ] = False,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
 ) -> None:
-    """Let a model write the answers that it will be trained on, reading all chunks in full."""
+    """Let a model write its own training answers, with full attention over all chunks."""
     from blocktune.methods import build
 
     full = build("full-prefill")
@@ -152,31 +150,31 @@ def answer(
 
     examples = data.load_from(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    facts = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
-    facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    facts |= {"top_p": top_p, "seed": seed}
+    settings = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
+    settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    settings |= {"top_p": top_p, "seed": seed}
 
     def ask(batch: Sequence[RagExample], number: int) -> list[str]:
-        """Answers a batch; its number moves the seed, or every batch would draw alike."""
-        drawn = replace(sampling, seed=sampling.seed + number)
-        length = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
-        return [a.text for a in engine.answer(batch, full, sampling=drawn, **length)]
+        """Answers a batch. Its number is added to the seed, so that batches differ."""
+        seeded = replace(sampling, seed=sampling.seed + number)
+        sizes = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
+        return [a.text for a in engine.answer(batch, full, sampling=seeded, **sizes)]
 
-    kept = resumable(f"the answers so far are in {output}.part")
-    with kept, Progress(console=Console(stderr=True)) as progress:
+    on_stop = resumable(f"the answers so far are in {output}.part")
+    with on_stop, Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("answering", total=len(examples))
-        done = regenerate(
+        result = regenerate(
             examples,
             ask,
             output,
-            facts={key: value for key, value in facts.items() if value is not None},
+            facts={key: value for key, value in settings.items() if value is not None},
             batch_size=batch_size,
             only_correct=only_correct,
             on_batch=lambda count: progress.update(bar, completed=count),
         )
     echo(
-        f"wrote {done.written:,} examples to {output} ({done.resumed:,} answered before, "
-        f"{done.empty:,} empty and {done.wrong:,} wrong ones left out)"
+        f"wrote {result.written:,} examples to {output} ({result.resumed:,} answered before, "
+        f"{result.empty:,} empty and {result.wrong:,} wrong answers left out)"
     )
 
 
@@ -184,7 +182,7 @@ def answer(
     "mix",
     "blocktune data mix mixture.yaml",
     "blocktune data mix mixture.yaml --tokenizer M -o mixed.jsonl",
-    "A mixture in YAML: every example of two sources, one of them in both modes:",
+    "A mixture in YAML. Every example of two sources, one of them in both modes:",
     "  draw: duplication        # or sampling, with size: 10000 and weights as shares",
     "  seed: 0",
     "  parts:",
@@ -196,34 +194,34 @@ def answer(
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
     output: Annotated[
-        Path | None, opt.in_file("--output", "-o", help="Also write the examples, JSON lines.")
+        Path | None, opt.in_file("--output", "-o", help="Also write the examples as JSON lines.")
     ] = None,
     tokenizer: Counter = None,
 ) -> None:
-    """Draw a mixture of sources and say what each part gives, in block and in full attention."""
+    """Draw a mixture of sources; show how many block and full examples each part gives."""
     from blocktune.data.mixture import load_mixture
     from blocktune.data.mixture import mix as draw
     from blocktune.data.sources.catalog import with_data_sets
     from blocktune.tables import Table
 
-    read = load_mixture(mixture)
-    mixed = draw(read, tokenizer=data.tokenizer_of(tokenizer))
+    mixture_spec = load_mixture(mixture)
+    mixed = draw(mixture_spec, tokenizer=data.tokenizer_of(tokenizer))
     total = len(mixed.examples)
     rows = []
     for source, loaded, block, full, epochs in mixed.parts:
         share = f"{(block + full) / total:.1%}"
         rows.append((source, f"{loaded:,}", f"{block:,}", f"{full:,}", share, f"{epochs:.2f}"))
     block, full = (f"{sum(getattr(p, mode) for p in mixed.parts):,}" for mode in ("block", "full"))
-    rows.append(("in all", "", block, full, "100.0%", ""))
+    rows.append(("total", "", block, full, "100.0%", ""))
     headings = ("source", "loaded", "block", "full", "share", "epochs")
     Table(headings, rows, title=str(mixture)).show()
     if output is None:
         return
 
-    def marked():
+    def with_modes():
         for item in mixed.examples:
-            [example] = with_data_sets([item.example], read.parts[item.part].source)
+            [example] = with_data_sets([item.example], mixture_spec.parts[item.part].source)
             yield replace(example, meta=example.meta | {"mode": item.mode})
 
-    count = data.write_lines(output, marked())
+    count = data.write_lines(output, with_modes())
     echo(f'wrote {count:,} examples to {output}, each with its mode in "meta"')

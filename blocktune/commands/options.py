@@ -1,4 +1,4 @@
-"""Options that several commands share, and the engine they describe."""
+"""Options that several commands share, and loading the engine that they describe."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ Store = Annotated[
     str | None,
     Option(
         metavar="PLACE[,NAME=VALUE...]",
-        help="Encoded chunks, read and added to: a folder or a URL (s3://, valkey://), then "
-        "memory, cpu, disk, remote, remote_bytes, policy (lru, lfu, fifo, gdsf), quota, ttl, codec "
-        "(as-is, fp8, int8, int4), press (NAME:RATIO of kvpress), trace. Such as "
-        "chunks/,disk=50GB,policy=gdsf. Default: memory only.",
+        help="Store of encoded chunks to read and add to: a folder or a URL (s3://, valkey://), "
+        "such as chunks/,disk=50GB,policy=gdsf. Settings: memory, cpu, disk, remote, remote_bytes, "
+        "policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
+        "(NAME:RATIO of kvpress), trace. Default: memory only.",
     ),
 ]
 Responses = Annotated[
     str | None,
     Option(
         metavar="exact|semantic:SIMILARITY[:MODEL]",
-        help="Keep whole answers in the store: for the same prompt, or also for questions over the "
-        "same chunks whose sentence embeddings are that similar (such as 0.95). Default: none.",
+        help="Reuse whole answers from the store for the same prompt (exact), or for similar "
+        "questions over the same chunks (semantic; least similarity such as 0.95). Default: none.",
     ),
 ]
 Dtype = Annotated[
-    str, of_model(help="float32, bfloat16, float16, or auto (as the model was saved).")
+    str, of_model(help="float32, bfloat16, float16, or auto (the dtype of the saved model).")
 ]
 Quantize = Annotated[
     str | None,
     of_model(help="Quantise the base while it loads: nf4 (4 bits, as in QLoRA) or int8."),
 ]
 Device = Annotated[
-    str | None, of_model(help="Such as cuda:0 or cpu. Default: a GPU if there is one.")
+    str | None, of_model(help="Device, such as cuda:0 or cpu. Default: a GPU if there is one.")
 ]
 Instruction = Annotated[
     str | None,
@@ -79,9 +79,9 @@ Format = Annotated[
     ),
 ]
 of_decoding = partial(Option, rich_help_panel="Decoding")
-MaxNewTokens = Annotated[int, of_decoding(min=1, help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, of_decoding(min=1, help="Maximum length of an answer, in tokens.")]
 Temperature = Annotated[
-    float, of_decoding(help="0 picks the likeliest token; higher values sample more evenly.")
+    float, of_decoding(help="0: greedy decoding. Higher values sample more evenly.")
 ]
 TopP = Annotated[
     float, of_decoding(help="Nucleus sampling: keep tokens up to this cumulative probability.")
@@ -90,22 +90,22 @@ Seed = Annotated[int, of_decoding(help="Random seed for sampling.")]
 BatchSize = Annotated[int, Option(min=1, help="Questions per batch.")]
 Limit = Annotated[int | None, Option(min=1, help="Use only the first N questions.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON for programs.")]
-# For outputs: a folder that should be a file, or the reverse, is refused before the work.
+# For outputs: a folder in place of a file, or the reverse, is refused before any work is done.
 in_file = partial(Option, dir_okay=False, readable=False, writable=True)
 in_folder = partial(Option, file_okay=False, readable=False, writable=True)
 
 
 def tell(as_json: bool, record: Any, *shown: str | Table) -> None:
-    """Prints a record as JSON for programs, or else what is for people: texts and tables."""
+    """Prints a record as JSON for programs, or else texts and tables for people."""
     if as_json:
         typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
         return
-    for one in shown:
-        typer.echo(one) if isinstance(one, str) else one.show()
+    for part in shown:
+        typer.echo(part) if isinstance(part, str) else part.show()
 
 
 def quiet_libraries() -> None:
-    """Silences progress bars and notes of the libraries below; their errors are still shown."""
+    """Silences progress bars and warnings of libraries; their errors are still shown."""
     import logging
     import warnings
 
@@ -113,9 +113,9 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
-    # A tied embedding gets its own weights where an adapter changes one end.
+    # If an adapter changes only one of two tied embeddings, that one gets its own weights.
     warnings.filterwarnings("ignore", message="(?s).*ensure_weight_tying")
-    # A filter, since they set their own level on import; it does not reach a logger's children.
+    # A filter, since they set their level on import. It does not apply to child loggers.
     for name in (
         *("bitsandbytes", "bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"),
         "DeepSpeed",
@@ -135,7 +135,7 @@ def load_engine(
     method: Method | None = None,
     words: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Loads an engine to answer by ``method``; ``words`` change its wording, see `wording`.
+    """Loads an engine that answers with ``method``. ``words`` override fields of its prompt format.
 
     A model with recurrent layers is loaded only for a method that reuses no chunks.
     """
@@ -155,15 +155,15 @@ def load_engine(
         **{"store": store, "dtype": dtype, "device": device, "quantize": quantize},
         recurrent=method is not None and not method.reuses_chunks,
     )
-    engine.store.warn_rejected = False  # one line at the end says it
+    engine.store.warn_rejected = False  # one line at the end reports them
     format = PromptFormat.from_dict(engine.format.to_dict() | dict(words or {}))
     if engine.adapter is not None and format != engine.adapter.format:
-        typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
+        typer.echo("note: the adapter was trained with a different prompt format", err=True)
     return engine if format == engine.format else engine.reworded(format)
 
 
 def wording(instruction: str | None, system: str | None, path: Path | None) -> dict[str, str]:
-    """What --instruction, --system and --format say of a `PromptFormat`; ValueError if wrong."""
+    """The fields of `PromptFormat` that the options set; ValueError if one is wrong."""
     from blocktune.parsing import load_yaml, mapping
     from blocktune.prompt import PromptFormat
 
@@ -178,7 +178,7 @@ def wording(instruction: str | None, system: str | None, path: Path | None) -> d
 
 
 def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
-    """The response cache that an option asks for."""
+    """The response cache of ``--response-cache``, or None without the option."""
     from blocktune.cache.responses import ResponseCache
 
     return None if text is None else ResponseCache.parse(text, store)

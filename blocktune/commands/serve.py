@@ -20,29 +20,29 @@ Adapters = Annotated[
     list[str] | None,
     Option(
         help="Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
-        "name that requests use. Repeatable: they share the weights of their base.",
+        "name that requests use. Repeatable; adapters share the weights of their base.",
     ),
 ]
 Name = Annotated[
     str | None,
     Option(
-        help="Name that requests use for --model. Default: its own; beside adapters it is "
-        "served only under a name."
+        help="Name that requests use for --model. Default: its own name. With adapters, the base "
+        "is served only if this is given."
     ),
 ]
 Method = Annotated[
     str | None,
     Option(
-        help="Reuse method of requests that name none. Default: what the adapter was trained "
-        "for, or naive."
+        help="Reuse method for requests that name none. Default: the method that the adapter was "
+        "trained for, else naive."
     ),
 ]
 StoreGb = Annotated[
     float,
-    Option(min=0.0, help="Memory for encoded chunks, and as much for exact prefixes.", **LIMITS),
+    Option(min=0.0, help="GiB for encoded chunks, and as much for exact prefixes.", **LIMITS),
 ]
 Host = Annotated[str, Option(help="Address to listen on.")]
-Port = Annotated[int, Option(min=0, max=65535, help="Port; 0 picks one.")]
+Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 ApiKey = Annotated[
     str | None,
     Option(
@@ -54,29 +54,28 @@ ApiKey = Annotated[
 Tenants = Annotated[
     Path | None,
     Option(
-        help="YAML of tenants: {acme: {key: ..., max_requests: 4, tokens_per_minute: 100000}}. "
-        "Tenants share no chunks.",
+        help="YAML file of tenants, which share no chunks: {acme: {key: ..., max_requests: 4, "
+        "tokens_per_minute: 100000}}.",
         **SAFETY,
     ),
 ]
 AllowedHosts = Annotated[
     list[str] | None,
     Option(
-        help="Host header to accept; repeatable. Default: this machine's names on a local "
-        "address, else all.",
+        help="Host header to accept; repeatable. Default: localhost if --host is local, else any.",
         **SAFETY,
     ),
 ]
-LogTexts = Annotated[bool, Option("--log-texts", help="Log answers.", **SAFETY)]
+LogTexts = Annotated[bool, Option("--log-texts", help="Log the text of answers.", **SAFETY)]
 SkipCheck = Annotated[
-    bool, Option("--skip-check", help="Answer without the check that reuse is exact.")
+    bool, Option("--skip-check", help="Start without checking that reuse is exact.")
 ]
 LimitPairs = Annotated[
     list[str] | None,
     Option(
-        help="name=value of a limit: body_bytes, body_s, chunks, prompt_tokens, new_tokens, "
-        "default_new_tokens, choices, request_s, queue, running, kv_bytes, pinned_bytes, "
-        "prefill_tokens; repeatable.",
+        help="Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
+        "new_tokens, default_new_tokens, choices, request_s, queue, running, kv_bytes, "
+        "pinned_bytes, prefill_tokens.",
         **LIMITS,
     ),
 ]
@@ -113,8 +112,8 @@ def serve(
     limit: LimitPairs = None,
     drain_s: DrainS = 120,
 ) -> None:
-    """Serve an OpenAI-compatible API with cached chunks, and a page to try it."""
-    import fastapi  # noqa: F401  # one line if the extra is missing, before a model is loaded
+    """Serve an OpenAI-compatible API with cached chunks, and a web page to try it."""
+    import fastapi  # noqa: F401  # reports a missing extra before a model is loaded
     import prometheus_client  # noqa: F401
     import uvicorn
 
@@ -122,15 +121,15 @@ def serve(
 
     if api_key is not None and tenants is not None:
         raise ValueError("give --api-key or --tenants, not both")
-    known = () if api_key is None else (Tenant(key=api_key),)
+    key_tenants = () if api_key is None else (Tenant(key=api_key),)
     config = ServerConfig(
         limits=launch.read_limits(limit or []),
-        tenants=known if tenants is None else load_tenants(tenants),
+        tenants=key_tenants if tenants is None else load_tenants(tenants),
         hosts=tuple(allowed_host or (LOCAL if host in LOCAL else ("*",))),
         log_texts=log_texts,
     )
     if host not in LOCAL and not config.tenants:
-        typer.echo(f"note: everybody who reaches {host}:{port} may ask; set --api-key", err=True)
+        typer.echo(f"note: anyone who reaches {host}:{port} can use it; set --api-key", err=True)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:  # before a model is loaded
         socket.create_server((host, port), family=family).close()
@@ -142,8 +141,8 @@ def serve(
         *(model, adapter or [], name, store, int(store_gb * 2**30)),
         **{"dtype": dtype, "device": device, "quantize": quantize},
     )
-    kept = opt.responses(response_cache, next(iter(engines.values())).store)
-    service = Service(engines, config, method, not skip_check, kept)
+    response_store = opt.responses(response_cache, next(iter(engines.values())).store)
+    service = Service(engines, config, method, not skip_check, response_store)
     uvicorn.run(
         create_app(service), host=host, port=port, **launch.uvicorn_options(config, drain_s)
     )
@@ -154,7 +153,7 @@ group = new_group("vllm", "Serve cached chunks from vLLM.")
 
 @group.callback()
 def _root() -> None:
-    """Keeps `serve` a subcommand while it is the only one."""
+    """Keeps `serve` a subcommand although it is the only one."""
 
 
 @command(
@@ -169,28 +168,28 @@ def _root() -> None:
 )
 def serve_vllm(
     context: typer.Context,
-    model: Annotated[str, Argument(help="Base model, as vLLM takes it.")],
-    store: Annotated[str, Option(help="Encoded chunks: a folder or URL, as of `answer --store`.")],
+    model: Annotated[str, Argument(help="Base model, as in `vllm serve`.")],
+    store: Annotated[str, Option(help="Store of encoded chunks: a folder or URL, see `answer`.")],
     adapter: Annotated[
         list[str] | None,
         Option(
-            help="Adapter that chunks were encoded with: a folder or a name on the HF Hub; "
+            help="Adapter used to encode the chunks: a folder or a name on the HF Hub; "
             "NAME=ADAPTER sets the name that requests use. Repeatable."
         ),
     ] = None,
     encode_wait: Annotated[
         float,
-        Option(min=0, help="Seconds that a request waits for `blocktune encode --follow`."),
+        Option(min=0, help="Seconds a request may wait for `blocktune encode --follow`."),
     ] = 30.0,
-    host_gb: Annotated[float, Option(min=0, help="Memory for hot chunks, in each rank.")] = 1.0,
+    host_gb: Annotated[float, Option(min=0, help="GiB of memory for chunks, in each rank.")] = 1.0,
     fingerprint: Annotated[
-        str | None, Option(help="Of the base's chunks, if the store has several that fit.")
+        str | None, Option(help="Fingerprint of the chunks to use, if several fit the base.")
     ] = None,
 ) -> None:
-    """Start vLLM's server with cached chunks, and chat completions over `documents`."""
+    """Start vLLM's server with cached chunks for chat completions with `documents`."""
     from blocktune.vllm import launch
 
     parts = [text.partition("=") for text in adapter or ()]
-    named = {name if tail else Path(name).name: tail or name for name, _, tail in parts}
+    adapters = {name if path else Path(name).name: path or name for name, _, path in parts}
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
-    launch.serve(model, named, store, context.args, **extra)
+    launch.serve(model, adapters, store, context.args, **extra)

@@ -1,4 +1,4 @@
-"""`blocktune store`: what a store of encoded chunks holds, and what is removed from it."""
+"""`blocktune store`: inspects, verifies, copies and removes the chunks of a store."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from blocktune.cache.shelf import Shelf
 from blocktune.commands.application import new_group
 from blocktune.commands.options import AsJson, tell
 
-SHORT = 12  # digits of a key or fingerprint that are shown
-LEAST_DIGITS = 6
+SHORT = 12  # number of digits of a key or fingerprint that are shown
+LEAST_DIGITS = 6  # that identify a key or fingerprint on the command line
 
 Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
 Model = Annotated[str, Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
-Document = Annotated[str, Option(help="Only chunks of this document: its id, or its title.")]
+Document = Annotated[str, Option(help="Only chunks of this document, by its id or title.")]
 Key = Annotated[str, Argument(help="Key of the chunk; its first digits are enough.")]
 Keys = Annotated[list[str], Argument(help="Keys, or their first digits.")]
-Undo = Annotated[bool, Option("--undo", help="Let them leave again.")]
+Undo = Annotated[bool, Option("--undo", help="Unpin the chunks.")]
 Other = Annotated[str, Argument(help="Folder or URL of the other store.")]
-DryRun = Annotated[bool, Option("--dry-run", help="Say what would be removed.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be removed.")]
 
 group = new_group(
     "store",
-    "Look into a store of encoded chunks (`--store`), verify it, and remove from it.",
+    "Inspect, verify, copy or clean up a store of encoded chunks (`--store`).",
     "blocktune store stat cache/",
     "blocktune store ls cache/ --model 3f2a91",
     "blocktune store verify s3://bucket/chunks",
@@ -45,7 +45,7 @@ group = new_group(
 
 @group.command()
 def stat(store: Place, as_json: AsJson = False) -> None:
-    """Chunks and bytes, by model, and how many of them are exact prefixes or states."""
+    """Count chunks and bytes by model, and by kind (such as exact prefixes)."""
     shelf = Shelf.open(store)
     models, kinds, tenants = map(shelf.ledger.counts, ("fingerprint", "kind", "tenant"))
     unreadable = models.pop("", {"chunks": 0})["chunks"]
@@ -56,17 +56,17 @@ def stat(store: Place, as_json: AsJson = False) -> None:
     tenants = {name: sums["bytes"] for name, sums in tenants.items() if name}
     record = total | {"unreadable": unreadable, "kinds": kinds, "tenants": tenants}
     damaged = f", {unreadable:,} unreadable" if unreadable else ""
-    lines = [f"{_counted(total)}, {len(models)} models{damaged}"]
+    lines = [f"{_sums(total)}, {len(models)} models{damaged}"]
     for fingerprint, sums in models.items():
         adapter = f" + {sums['adapter']}" if sums["adapter"] else ""
-        lines.append(f"  {fingerprint[:SHORT]}  {_counted(sums)}  {sums['base']}{adapter}")
-    lines += [f"  of kind {kind}: {_counted(s)}" for kind, s in kinds.items() if kind != "chunk"]
+        lines.append(f"  {fingerprint[:SHORT]}  {_sums(sums)}  {sums['base']}{adapter}")
+    lines += [f"  of kind {kind}: {_sums(s)}" for kind, s in kinds.items() if kind != "chunk"]
     tell(as_json, record | {"models": models}, *lines)
 
 
 @group.command()
 def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson = False) -> None:
-    """List chunks, one a line: key, kind, tokens, bytes, last use, model, document."""
+    """List chunks, one per line: key, kind, tokens, bytes, last use, model, document."""
     for row in Shelf.open(store).rows(model=model, document=document):
         record = _record(row)
         name = "  pinned" * bool(row.pinned) + "  " + " ".join(row.document.split())
@@ -80,13 +80,13 @@ def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson
 
 @group.command()
 def show(store: Place, key: Key, as_json: AsJson = False) -> None:
-    """One chunk: header, token ids, and whether it is sound."""
-    from blocktune.cache.chunk_file import ChunkFile  # which takes torch
+    """Show one chunk: its header and token ids, and whether it verifies."""
+    from blocktune.cache.chunk_file import ChunkFile  # imports torch
 
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
     problem, header = _problem(shelf.blobs, row.key), {}
-    with suppress(OSError, ValueError):  # damaged, or gone: the problem says so
+    with suppress(OSError, ValueError):  # damaged or gone, as ``problem`` says
         header, _ = shelf.blobs.facts(row.key)
     record = _record(row) | {"sound": problem is None, "problem": problem}
     record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
@@ -97,18 +97,18 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
 
 @group.command()
 def verify(store: Place, as_json: AsJson = False) -> None:
-    """Read every file, compare it with its checksums (and signature); exit code 1 if one fails.
+    """Compare every file with its checksums (and signature); exit code 1 if one fails.
 
-    The index of a folder that can be written is mended first.
+    The index of a writable folder is repaired first.
     """
     shelf = Shelf.open(store)
     blobs, index = shelf.blobs, shelf.mend()
-    found = {key: _problem(blobs, key) for key in blobs.keys()}  # noqa: SIM118
-    problems = {key: problem for key, problem in found.items() if problem}
+    results = {key: _problem(blobs, key) for key in blobs.keys()}  # noqa: SIM118
+    problems = {key: problem for key, problem in results.items() if problem}
     signed = "" if blobs.secret is None else " and signed"
-    sound = f"{len(found) - len(problems):,} of {len(found):,} chunks are sound{signed}"
-    lines = [*_mended(index), *(f"{key}: {problem}" for key, problem in problems.items())]
-    tell(as_json, {"chunks": len(found), "damaged": problems, "index": index}, *lines, sound)
+    sound = f"{len(results) - len(problems):,} of {len(results):,} chunks are sound{signed}"
+    lines = [*_describe_repairs(index), *(f"{key}: {problem}" for key, problem in problems.items())]
+    tell(as_json, {"chunks": len(results), "damaged": problems, "index": index}, *lines, sound)
     if problems:
         raise typer.Exit(1)
 
@@ -116,43 +116,45 @@ def verify(store: Place, as_json: AsJson = False) -> None:
 @group.command()
 def gc(
     store: Place,
-    max_size: Annotated[str, Option(help="50GB: remove what was used longest ago.")] = "",
-    unused_days: Annotated[float | None, Option(min=0, help="Remove what is older.")] = None,
-    damaged: Annotated[bool, Option("--damaged", help="Remove what does not verify.")] = False,
+    max_size: Annotated[str, Option(help="Such as 50GB: remove the least recently used.")] = "",
+    unused_days: Annotated[
+        float | None, Option(min=0, help="Remove chunks unused so long.")
+    ] = None,
+    damaged: Annotated[bool, Option("--damaged", help="Remove chunks that fail `verify`.")] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what stopped writers left, and chunks by size, age, damage or time to live.
+    """Remove unfinished files, expired chunks, and chunks by size, age or damage.
 
-    The index of a folder is compared with its files first. Pinned chunks stay.
+    The index of a folder is repaired first. Pinned chunks stay.
     """
     limit, shelf = parse_bytes(max_size) if max_size else None, Shelf.open(store)
     unfinished, index = (0, {}) if dry_run else (shelf.blobs.clean(), shelf.mend())
-    now, kept, doomed = time.time(), [], {}
+    now, kept, to_remove = time.time(), [], {}
     for row in shelf.rows():
-        over = row.expires is not None and row.expires <= now
-        if over or (damaged and _problem(shelf.blobs, row.key)):
-            doomed[row.key] = row.size
+        expired = row.expires is not None and row.expires <= now
+        if expired or (damaged and _problem(shelf.blobs, row.key)):
+            to_remove[row.key] = row.size
         elif row.fingerprint and not row.pinned:
             kept.append((row.used, row.key, row.size))
     total = sum(size for _, _, size in kept)
-    oldest = None if unused_days is None else now - unused_days * 86400
+    cutoff = None if unused_days is None else now - unused_days * 86400
     for used, key, size in sorted(kept):
-        if (oldest is not None and used < oldest) or (limit is not None and total > limit):
-            doomed[key] = size
+        if (cutoff is not None and used < cutoff) or (limit is not None and total > limit):
+            to_remove[key] = size
             total -= size
     if not as_json:
-        tell(False, None, *_mended(index))
-    _remove(shelf, doomed, dry_run, as_json, unfinished=unfinished, index=index)
+        tell(False, None, *_describe_repairs(index))
+    _remove(shelf, to_remove, dry_run, as_json, unfinished=unfinished, index=index)
 
 
 @group.command()
 def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
-    """Keep chunks of a folder whatever its budget is; only `rm` removes them."""
+    """Protect chunks of a folder from eviction; only `rm` removes them."""
     shelf = Shelf.open(store)
-    wanted = [row.key for row in _rows(shelf, keys)]
-    count = shelf.pin(wanted, not undo)
-    record = {"chunks": count, "pinned": not undo, "keys": wanted}
+    selected = [row.key for row in _rows(shelf, keys)]
+    count = shelf.pin(selected, not undo)
+    record = {"chunks": count, "pinned": not undo, "keys": selected}
     tell(as_json, record, f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
 
 
@@ -162,11 +164,11 @@ def rm(
     keys: Annotated[list[str] | None, Argument(help="Keys, or their first digits.")] = None,
     model: Model = "",
     document: Document = "",
-    adapter: Annotated[str, Option(help="Only of this adapter, as in `stat`.")] = "",
+    adapter: Annotated[str, Option(help="Only chunks of this adapter, as in `stat`.")] = "",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove chunks by their keys, or all of a model, an adapter or a document."""
+    """Remove chunks by their keys, or all chunks of a model, an adapter or a document."""
     shelf = Shelf.open(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
         raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
@@ -174,8 +176,8 @@ def rm(
         rows = _rows(shelf, keys)
     elif adapter:
         models = shelf.ledger.counts("fingerprint")
-        wanted = {fingerprint for fingerprint in models if shelf.names(fingerprint)[1] == adapter}
-        rows = [row for row in shelf.rows() if row.fingerprint in wanted]
+        selected = {fingerprint for fingerprint in models if shelf.names(fingerprint)[1] == adapter}
+        rows = [row for row in shelf.rows() if row.fingerprint in selected]
     else:
         rows = shelf.rows(model=_model(shelf, model), document=document)
     _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json)
@@ -185,7 +187,7 @@ def rm(
 def export_chunks(
     store: Place, target: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
-    """Copy chunks and manifests to another store, each verified; what is there is skipped."""
+    """Copy chunks and manifests to another store, verifying each; existing ones are skipped."""
     _copy(Shelf.open(store), Shelf.open(target, make=True), model, document, as_json)
 
 
@@ -193,20 +195,20 @@ def export_chunks(
 def import_chunks(
     store: Place, source: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
-    """Copy chunks and manifests from another store, each verified; what is there is skipped."""
+    """Copy chunks and manifests from another store, verifying each; existing ones are skipped."""
     _copy(Shelf.open(source), Shelf.open(store, make=True), model, document, as_json)
 
 
 @group.command()
 def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
-    """What other programs need to use the chunks: model, tokenizer, wording, shapes, RoPE."""
+    """Show what other programs need to use the chunks: model, tokenizer, prompt, shapes, RoPE."""
     blobs = Shelf.open(store).blobs
-    wanted = [one for one in blobs.fingerprints() if one.startswith(model)]
-    if not wanted:
+    selected = [name for name in blobs.fingerprints() if name.startswith(model)]
+    if not selected:
         which = f" of {model}" if model else ""
-        known = "`blocktune encode` and `answer --store` write one for each model"
-        raise ValueError(f"no manifest{which} in '{store}'; {known}")
-    records = [blobs.manifest(fingerprint) for fingerprint in wanted]
+        hint = "`blocktune encode` and `answer --store` write one for each model"
+        raise ValueError(f"no manifest{which} in '{store}'; {hint}")
+    records = [blobs.manifest(fingerprint) for fingerprint in selected]
     facts = [(name, json.dumps(value)) for record in records for name, value in record.items()]
     lines = (f"{name:14} {text[:300]}{' ... (--json)' * (len(text) > 300)}" for name, text in facts)
     tell(as_json, records, *lines)
@@ -223,19 +225,17 @@ def _problem(blobs: Blobs, key: str) -> str | None:
         return " ".join(str(error).split())
 
 
-def _mended(index: dict[str, int]) -> list[str]:
-    found = ", ".join(
+def _describe_repairs(index: dict[str, int]) -> list[str]:
+    counts = ", ".join(
         f"{count:,} {name.replace('_', ' ')}" for name, count in index.items() if count
     )
-    return [f"index mended: {found}"] if found else []
+    return [f"index repaired: {counts}"] if counts else []
 
 
-def _remove(
-    shelf: Shelf, doomed: dict[str, int], dry_run: bool, as_json: bool, **more: Any
-) -> None:
-    removed = {key: size for key, size in doomed.items() if dry_run or shelf.blobs.remove(key)}
+def _remove(shelf: Shelf, sizes: dict[str, int], dry_run: bool, as_json: bool, **more: Any) -> None:
+    removed = {key: size for key, size in sizes.items() if dry_run or shelf.blobs.remove(key)}
     if not dry_run:
-        shelf.ledger.remove(doomed)
+        shelf.ledger.remove(sizes)
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
     left = f", {more['unfinished']:,} unfinished files" if more.get("unfinished") else ""
     line = f"{'would remove' if dry_run else 'removed'} {len(removed):,} chunks"
@@ -243,9 +243,9 @@ def _remove(
 
 
 def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool) -> None:
-    whole = _model(source, model)
+    fingerprint = _model(source, model)
     counts = {"copied": 0, "bytes": 0, "there": 0, "unsound": 0}
-    for row in source.rows(model=whole, document=document):
+    for row in source.rows(model=fingerprint, document=document):
         if target.blobs.has(row.key):
             counts["there"] += 1
         elif _problem(source.blobs, row.key):
@@ -260,40 +260,40 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
                 raise ValueError(f"'{target.blobs.place}', {done}: {error.strerror}") from None
             counts["copied"] += 1
             counts["bytes"] += len(data)
-    for fingerprint in source.blobs.fingerprints():
-        if whole not in ("", fingerprint):
+    for name in source.blobs.fingerprints():
+        if fingerprint not in ("", name):
             continue
         try:
-            record = source.blobs.manifest(fingerprint)
-        except ValueError as error:  # the chunks are there all the same
+            record = source.blobs.manifest(name)
+        except ValueError as error:  # the chunks are copied all the same
             typer.echo(f"manifest not copied: {error}", err=True)
             continue
-        with suppress(ValueError):  # damaged: written again
-            if target.blobs.manifest(fingerprint) is not None:
+        with suppress(ValueError):  # a damaged manifest is replaced
+            if target.blobs.manifest(name) is not None:
                 continue
         target.blobs.write_manifest(record)
     line = f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}"
-    line += f", {counts['there']:,} were there, {counts['unsound']:,} are not sound and stayed"
-    tell(as_json, counts, f"{line} behind")
+    line += f"; {counts['there']:,} were already there, {counts['unsound']:,} failed to verify"
+    tell(as_json, counts, f"{line} and were not copied")
 
 
 def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:
-    return [_only(start, shelf.rows(start=start), "chunk") for start in starts]
+    return [_find_one(start, shelf.rows(start=start), "chunk") for start in starts]
 
 
 def _model(shelf: Shelf, start: str) -> str:
-    known = (one for one in shelf.ledger.counts("fingerprint") if one.startswith(start))
-    return start and _only(start, known, "model")
+    matches = (name for name in shelf.ledger.counts("fingerprint") if name.startswith(start))
+    return start and _find_one(start, matches, "model")
 
 
-def _only(start: str, found: Iterable, what: str) -> Any:
-    """What is named by its first digits."""
+def _find_one(start: str, matches: Iterable, kind: str) -> Any:
+    """Returns the only match of the first digits ``start``, or raises ValueError."""
     if not re.fullmatch(rf"[0-9a-f]{{{LEAST_DIGITS},64}}", start):
-        raise ValueError(f"a {what} is named by {LEAST_DIGITS} to 64 hex digits, got '{start}'")
-    found = list(found)
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} of the store's {what}s begin with '{start}'; see `ls`")
-    return found[0]
+        raise ValueError(f"a {kind} is named by {LEAST_DIGITS} to 64 hex digits, got '{start}'")
+    matches = list(matches)
+    if len(matches) != 1:
+        raise ValueError(f"{len(matches)} of the store's {kind}s begin with '{start}'; see `ls`")
+    return matches[0]
 
 
 def _record(row: Row) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def _record(row: Row) -> dict[str, Any]:
     return {"tokens": record.pop("num_tokens"), "bytes": record.pop("size")} | record
 
 
-def _counted(sums: dict[str, Any]) -> str:
+def _sums(sums: dict[str, Any]) -> str:
     return f"{sums['chunks']:,} chunks, {sums['tokens']:,} tokens, {_size(sums['bytes'])}"
 
 

@@ -1,6 +1,6 @@
-"""`blocktune train`, `merge` and `push`: adapters are made, merged and published.
+"""`blocktune train`, `merge` and `push`: train, merge and publish adapters.
 
-Training runs in this process, or in several whose failures are one line.
+Training runs in this process or in several launched ones. A failure is reported on one line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from blocktune.commands import options as opt
 from blocktune.commands.application import FAILURES, command
 from blocktune.parsing import load_yaml, mapping
 
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML as options
 
 
 @command(
@@ -31,14 +31,14 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
     "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
     "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M "
     "--output_dir out/mine",
-    "blocktune train --config R.yaml --overwrite   # forget the earlier run in its folder",
+    "blocktune train --config R.yaml --overwrite   # replace the earlier run in its folder",
     "A stopped command continues from its last checkpoint: repeat it.",
     "Every key of the YAML is also an option and overrides the file: see --help-all.",
     context_settings=PASS_ON,
 )
 def train(
     ctx: typer.Context,
-    config: Annotated[str | None, Option(help="YAML file of the run.")] = None,
+    config: Annotated[str | None, Option(help="YAML file with the settings of the run.")] = None,
     processes: Annotated[
         int | None, Option(min=1, help="Number of processes to start on this machine.")
     ] = None,
@@ -65,9 +65,9 @@ def train(
 
         train(arguments, publisher=Publisher())
         return
-    data, args, choice = parse(arguments)  # a mistake is reported once, not by every process
-    found = earlier_run(data, args, choice, None if launcher else processes)
-    if found == Path(args.output_dir) and not args.dry_run:
+    data, args, choice = parse(arguments)  # here, so that an error is reported only once
+    earlier = earlier_run(data, args, choice, None if launcher else processes)
+    if earlier == Path(args.output_dir) and not args.dry_run:
         typer.echo(FINISHED)
         return
     with stoppable(args.output_dir, args.overwrite):
@@ -75,11 +75,11 @@ def train(
 
 
 def launch(processes: int | None, launcher: str | None, program: list[str]) -> None:
-    """Runs a program in several processes: by torchrun, or as a YAML of accelerate says.
+    """Runs a program in several processes, by torchrun or by accelerate with the given YAML.
 
     Raises:
-        ValueError: What a process refused, or that it was ended by a signal.
-        typer.Exit: After a crash, whose one line is printed; with exit code 1.
+        ValueError: A process reported a user's mistake, or was ended by a signal.
+        typer.Exit: The program ended. After a crash one line is printed and the code is not 0.
         KeyboardInterrupt: After Ctrl-C.
     """
     if launcher is not None:
@@ -94,7 +94,7 @@ def launch(processes: int | None, launcher: str | None, program: list[str]) -> N
     failed = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
     if code == 0 or not failed:
         shutil.rmtree(folder)
-    if code < 0:  # the process could not report it
+    if code < 0:  # killed, so the process could not report anything
         raise ValueError(
             f"a training process was ended by signal {-code}; after signal 9 check the machine's "
             "memory. Nothing after the last checkpoint was saved"
@@ -109,7 +109,7 @@ def launch(processes: int | None, launcher: str | None, program: list[str]) -> N
 
 
 def _run(processes: int | None, launcher: str | None, program: list[str]) -> int:
-    """Exit code: the first failure's, negative after a signal."""
+    """Runs the program and returns the exit code of the first failure, negative for a signal."""
     import logging
     import subprocess
 
@@ -117,9 +117,9 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default; avoids its warning
     try:
-        if launcher is None:  # accelerate would start one process on a machine without GPUs
+        if launcher is None:  # not accelerate, which starts only one process without GPUs
             from torch.distributed.run import main
 
             main(["--nproc_per_node", str(processes), *program])
@@ -143,11 +143,11 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
     "blocktune merge out/block --output out/merged",
     "blocktune answer --adapter out/merged -i questions.jsonl --method block-attention",
     "blocktune merge out/kvlink --output out/merged-links --links added_tokens",
-    "An adapter trained on a 4-bit base is merged into the base's weights as plain "
-    "numbers; the command measures what quantising the result again would lose.",
+    "An adapter trained on a 4-bit base is merged into the unquantised base; the command "
+    "measures how much quantising the result again would change the logits.",
 )
 def merge(
-    adapter: Annotated[str, Argument(help="A folder, or USER/NAME\\[@REVISION].")],
+    adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
     output: Annotated[Path, opt.in_folder("--output", "-o", help="New folder for the model.")],
     model: Annotated[
         str | None, Option("--model", "-m", help="Base model. Default: the adapter's own.")
@@ -163,7 +163,7 @@ def merge(
     device: opt.Device = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Merge an adapter into its base and report how far the logits move."""
+    """Merge an adapter into its base and report how much the logits change."""
     opt.quiet_libraries()
     from blocktune.adapter.merge import merge_adapter
 
@@ -194,22 +194,22 @@ def push(
     adapter: Annotated[Path, Argument(help="Folder from `blocktune train` or `merge`.")],
     repo: Annotated[str, Option(help="USER/NAME on the HF Hub; created if missing.")],
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Check, show every file and the card, send nothing.")
+        bool, Option("--dry-run", help="Check and show all files and the card; upload nothing.")
     ] = False,
     private: Annotated[
         bool, Option("--private", help="Make the repository private if it is new.")
     ] = False,
     base_model: Annotated[
-        str | None, Option(help="Name of the base on the Hub, if it was trained from a local copy.")
+        str | None, Option(help="Name of the base on the Hub, if the run used a local copy.")
     ] = None,
     license: Annotated[
-        str | None, Option(help="Such as apache-2.0. Default: the base's own on the Hub.")
+        str | None, Option(help="Licence, such as apache-2.0. Default: the base's on the Hub.")
     ] = None,
     dataset: Annotated[
         list[str] | None, Option(help="Training data set on the Hub; repeatable.")
     ] = None,
     results: Annotated[
-        Path | None, Option(help="results.json of `blocktune eval`, for the card's table.")
+        Path | None, Option(help="results.json of `blocktune eval`, for the table in the card.")
     ] = None,
     model: Annotated[
         str | None,

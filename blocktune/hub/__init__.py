@@ -1,6 +1,6 @@
-"""Publishing on the Hugging Face Hub: which files, the model card, and the checks before.
+"""Publishing adapters on the Hugging Face Hub: the files, the model card, and checks before.
 
-Loading needs nothing from here: an adapter's name is accepted wherever its folder is.
+Loading does not need it: the name of an adapter on the Hub can be used in place of a folder.
 """
 
 from blocktune.hub.card import CardFacts

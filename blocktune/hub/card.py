@@ -1,6 +1,6 @@
-"""The model card: what was trained on what, how it is served, and what was measured.
+"""The model card: training, serving and results of an adapter.
 
-Results must be of the very adapter.
+Results must have been measured with the same adapter.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from blocktune.tables import Table, with_interval, written
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MARKED = "turborag"
-"""Serves one learned token on each side of a chunk, a document marker; KV Packet has several."""
+"""The method for one learned token on each side of a chunk, as a document marker."""
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the adapter's folder does not know."""
+    """Facts for the card that the adapter's folder does not have."""
 
-    base_model: str | None = None  # the base's name on the Hub; None: as the adapter says
-    license: str | None = None  # identifier that the Hub knows; None: the base's own
-    datasets: tuple[str, ...] = ()  # names on the Hub, besides those of its provenance
+    base_model: str | None = None  # name of the base on the Hub; None: as named in the adapter
+    license: str | None = None  # licence identifier of the Hub; None: that of the base
+    datasets: tuple[str, ...] = ()  # names on the Hub, in addition to those of the run
     results: Path | None = None  # ``results.json`` of `blocktune eval`, or None
 
 
@@ -48,10 +48,10 @@ def card(
     checks: list[Check],
     results: str = "Not evaluated.",
 ) -> str:
-    """The whole ``README.md`` of a repository.
+    """The complete ``README.md`` of a repository.
 
-    ``base`` is the base's name on the Hub, ``facts`` has its licence filled in, ``results`` are the
-    section of that name.
+    ``base`` is the name of the base on the Hub, ``facts`` has a licence, ``results`` is the text of
+    the section "Results".
     """
     method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
     summary = (
@@ -67,7 +67,7 @@ def card(
         pipeline_tag="text-generation",
         tags=["blocktune", "rag", "kv-cache", method.partition(" ")[0]],
     )
-    made = ModelCard.from_template(
+    text = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=repo.partition("/")[2],
@@ -84,14 +84,14 @@ def card(
         facts=_facts(info),
         checks=Table(
             ("check", "difference of logits"),
-            [(one.name, f"{one.max_abs_diff:.1e}") for one in checks],
+            [(check.name, f"{check.max_abs_diff:.1e}") for check in checks],
         ).markdown(),
     )
-    return str(made)
+    return str(text)
 
 
 def served_by(layout: LayoutSpec) -> str:
-    """The method, as ``--method`` takes it, that serves an adapter with nothing recomputed."""
+    """The method (for ``--method``) that serves an adapter without recomputing tokens."""
     if not layout.block:
         return "full-prefill"
     if layout.num_links and layout.num_headers + layout.num_trailers:
@@ -114,9 +114,9 @@ def _serves(name: str, layout: LayoutSpec) -> bool:
 
 
 def _facts(info: AdapterInfo) -> str:
-    """What the adapter's file says of layout and training, as YAML without what is default."""
-    plain = LayoutSpec().to_dict()
-    layout = {name: v for name, v in info.layout.to_dict().items() if v != plain[name]}
+    """Layout and training of the adapter as YAML, without default values."""
+    defaults = LayoutSpec().to_dict()
+    layout = {name: v for name, v in info.layout.to_dict().items() if v != defaults[name]}
     facts = {"layout": layout, "base_revision": info.base_revision, "rope": info.rope}
     facts |= {"link_mode": info.link_mode} if info.num_learned else {}
     facts |= {"scope": info.scope, "quantization": info.quantization}
@@ -125,12 +125,12 @@ def _facts(info: AdapterInfo) -> str:
 
 
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
-    """Data sets on the Hub that a run (`AdapterInfo.training`) trained on, with their licences."""
-    found, data = dict(training.get("data_sets") or {}), training.get("data") or ""
+    """Data sets on the Hub used by a run (`AdapterInfo.training`), with their licences."""
+    licences, data = dict(training.get("data_sets") or {}), training.get("data") or ""
     parts = data.get("parts", ()) if isinstance(data, Mapping) else [{"source": data}]
     for part in parts:
-        found |= data_sets_in(part["source"])
-    return found
+        licences |= data_sets_in(part["source"])
+    return licences
 
 
 NOTE = (
@@ -138,58 +138,58 @@ NOTE = (
     "prefill of the base answers. Recomputed: share of context tokens. TTFT: time to first token, "
     "chunks cached."
 )
-SHOWN = ("EM", "F1")  # titles of headline scores that have a column in any case
+SHOWN = ("EM", "F1")  # titles of main scores that always have a column of their own
 INTERVALS = (("em", "ci95"), ("f1", "f1_ci95"))
 
 
 def results_of(path: Path, folder: Path, info: AdapterInfo) -> str:
-    """Markdown of what `blocktune eval` measured of the base and of the adapter in ``folder``."""
+    """Markdown of the results of `blocktune eval` for the base and the adapter in ``folder``."""
     record = _read(path)
-    made = record.get("provenance", {})
-    if "base_fingerprint" not in made:
+    origin = record.get("provenance", {})
+    if "base_fingerprint" not in origin:
         raise ValueError(
-            f"{path} does not say which weights it measured, since an older blocktune wrote it, "
-            "so nothing ties it to this adapter; repeat its `blocktune eval`"
+            f"{path} was written by an older blocktune and does not name the weights it measured; "
+            "repeat its `blocktune eval`"
         )
-    if not same_base(made["base_fingerprint"], info.base_fingerprint):
+    if not same_base(origin["base_fingerprint"], info.base_fingerprint):
         raise ValueError(
-            f"{path} is of another base ({made['base_fingerprint']}) than '{folder}' "
+            f"{path} is of another base ({origin['base_fingerprint']}) than '{folder}' "
             f"({info.base_fingerprint}); evaluate this adapter"
         )
-    known, own = made.get("adapter_fingerprints", {}), adapter_fingerprint(folder)
-    others, methods = [], {}
-    for label, one in record["methods"].items():
-        # A mean over seeds is of several adapters; the others' score is not this one's.
-        alone = known.get(one["adapter"]) == own and len(one.get("seeds", ())) < 2
-        if one["adapter"] is None or alone:
-            methods[label] = one
+    fingerprints, fingerprint = origin.get("adapter_fingerprints", {}), adapter_fingerprint(folder)
+    left_out, methods = [], {}
+    for label, result in record["methods"].items():
+        # A mean over seeds includes other adapters.
+        is_same = fingerprints.get(result["adapter"]) == fingerprint
+        if result["adapter"] is None or (is_same and len(result.get("seeds", ())) < 2):
+            methods[label] = result
         else:
-            others.append(label)
-    whole = info.base_model == OWN_WEIGHTS  # then the "base" of the run is this very model
-    if not (methods if whole else any(one["adapter"] for one in methods.values())):
+            left_out.append(label)
+    whole = info.base_model == OWN_WEIGHTS  # then this model is the "base" of the evaluation
+    if not (methods if whole else any(result["adapter"] for result in methods.values())):
         raise ValueError(
             f"{path} measures no method with the adapter '{folder}' alone, but "
-            f"{', '.join(others) or 'the base'}; evaluate this adapter"
+            f"{', '.join(left_out) or 'the base'}; evaluate this adapter"
         )
     titles = {task.get("title") for task in record.get("tasks", {}).values()}
     title = titles.pop() if len(titles) == 1 else "score of the task"
-    has_own = title not in SHOWN and all("score" in one for one in methods.values())
+    has_own = title not in SHOWN and all("score" in result for result in methods.values())
     headings = ["method", "n", *([title or "score of the task"] if has_own else []), "EM", "F1"]
     headings += ["adjusted F1", "recomputed", "TTFT / full prefill"]
     scores = (("score", "score_ci95"),) * has_own + INTERVALS
     rows = []
-    for label, one in methods.items():
-        cells = [with_interval("score", one.get(key), one.get(ends)) for key, ends in scores]
-        cells += [written("score", one.get(key)) for key in ("adjusted_f1", "recompute_ratio")]
-        ttft = written("ratio", one.get("ttft_over_full_prefill"))
-        rows.append([label, f"{one['n']:,}", *cells, ttft])
-    made = public(made)
-    parts = [f"by `{made['command']}`"] if made.get("command") else []
-    parts += [f"at commit `{made['commit'][:12]}`"] if made.get("commit") else []
-    told = NOTE + (f" Made {', '.join(parts)}." if parts else "")
-    if others:
-        told += f" Left out, measured with other adapters: {', '.join(others)}."
-    return Table(headings, rows).markdown(right=True) + "\n\n" + told
+    for label, result in methods.items():
+        cells = [with_interval("score", result.get(key), result.get(ends)) for key, ends in scores]
+        cells += [written("score", result.get(key)) for key in ("adjusted_f1", "recompute_ratio")]
+        ttft = written("ratio", result.get("ttft_over_full_prefill"))
+        rows.append([label, f"{result['n']:,}", *cells, ttft])
+    origin = public(origin)
+    parts = [f"by `{origin['command']}`"] if origin.get("command") else []
+    parts += [f"at commit `{origin['commit'][:12]}`"] if origin.get("commit") else []
+    note = NOTE + (f" Made {', '.join(parts)}." if parts else "")
+    if left_out:
+        note += f" Left out, measured with other adapters: {', '.join(left_out)}."
+    return Table(headings, rows).markdown(right=True) + "\n\n" + note
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -198,8 +198,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     except OSError:
         raise ValueError(f"no results at '{path}'; make them with `blocktune eval`") from None
     methods = record.get("methods") if isinstance(record, dict) else None
-    wanted = {"n", "em", "ci95", "adapter"}
-    if not isinstance(methods, dict) or not all(wanted <= own.keys() for own in methods.values()):
+    required = {"n", "em", "ci95", "adapter"}
+    if not isinstance(methods, dict) or not all(required <= m.keys() for m in methods.values()):
         raise ValueError(
             f"{path}: not a results.json of `blocktune eval`; it needs 'methods', each with "
             "n, em, ci95 and adapter"

@@ -1,4 +1,4 @@
-"""From an adapter's folder to a repository on the Hub: checked first, sent in one commit."""
+"""Publishes an adapter's folder on the Hub: checks it first, then sends it in one commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PUBLISHED = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
-"""Names of what is published; checkpoints, logs and optimizer states stay at home."""
+"""Names of the files to publish; checkpoints, logs and optimizer states are not published."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _OF_THE_RUN = ("training_args.bin",)
 _OF_A_CHECKPOINT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
@@ -35,36 +35,36 @@ Source = Path | bytes
 
 
 def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
-    """What is sent of a folder, by name; JSON that names the base gets its name on the Hub."""
+    """The files to publish, by name, with the Hub's name of the base; ValueError for pickles."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for name in names:
         if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):
             raise ValueError(
-                f"'{folder}' is a checkpoint to resume from (it holds '{name}'); push "
+                f"'{folder}' is a checkpoint to resume from (it contains '{name}'); push "
                 f"the finished adapter, '{folder.parent}', or a copy of this folder without "
                 "*.pt and *.pth"
             )
         if any(fnmatch(name, pattern) for pattern in PICKLES) and name not in _OF_THE_RUN:
             raise ValueError(
-                f"'{folder}' holds '{name}', a pickle, which can run code where it is loaded; "
+                f"'{folder}' contains '{name}', a pickle, which can run code when it is loaded; "
                 "save its weights as safetensors and remove it"
             )
-    kept: dict[str, Source] = {name: folder / name for name in names if is_published(name)}
-    if not any(name.endswith(".safetensors") for name in kept):
-        raise ValueError(f"'{folder}' holds no weights (*.safetensors); nothing to publish")
+    files: dict[str, Source] = {name: folder / name for name in names if is_published(name)}
+    if not any(name.endswith(".safetensors") for name in files):
+        raise ValueError(f"'{folder}' has no weights (*.safetensors); nothing to publish")
     training, whole = public(info.training), info.base_model == OWN_WEIGHTS
     if "started_from" in training:
         training["started_from"] = base
-    named = replace(info, base_model=OWN_WEIGHTS if whole else base, training=training)
-    kept[INFO_FILE] = _json(named.to_dict())
-    if PEFT_FILE in kept:
-        own = {"base_model_name_or_path": base, "revision": info.base_revision}
-        kept[PEFT_FILE] = _json(load_json(folder / PEFT_FILE) | own)
-    return kept
+    public_info = replace(info, base_model=OWN_WEIGHTS if whole else base, training=training)
+    files[INFO_FILE] = _json(public_info.to_dict())
+    if PEFT_FILE in files:
+        base_fields = {"base_model_name_or_path": base, "revision": info.base_revision}
+        files[PEFT_FILE] = _json(load_json(folder / PEFT_FILE) | base_fields)
+    return files
 
 
 def is_published(name: str) -> bool:
-    """Whether a file of this name is one that `files_of` publishes."""
+    """Whether `files_of` publishes files of this name."""
     return any(fnmatch(name, pattern) for pattern in PUBLISHED)
 
 
@@ -77,7 +77,7 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class Publication:
-    """All that a repository ``USER/NAME`` will hold: name -> a file's path, or its content."""
+    """The contents of a repository ``USER/NAME``: names of files to their paths or contents."""
 
     repo: str
     files: dict[str, Source]
@@ -98,62 +98,62 @@ def prepare(
     device: str | None = None,
     token: str | None = None,
 ) -> Publication:
-    """Checks an adapter's folder and gathers what is published of it; nothing is sent.
+    """Checks an adapter's folder and collects the files to publish, without sending them.
 
-    The check runs on the base ``model`` (default: the adapter's own). ``token`` is to ask the Hub
-    for the base's licence.
+    The check runs on the base ``model`` (default: the adapter's own). ``token`` is used to ask the
+    Hub for the licence of the base.
 
     Raises:
-        ValueError: In one line, if a check fails, others cannot load the base, the licence is
-            unknown, the folder is not an adapter or holds pickled weights, or the results are of
-            another adapter.
+        ValueError: If a check fails, the base is a local folder, its licence is unknown, the folder
+            is not an adapter or has pickled weights, or the results are of another adapter.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
     check_repo(repo)
-    named = info.training.get("started_from", "") if info.base_model == OWN_WEIGHTS else None
-    base = on_the_hub(facts.base_model or (info.base_model if named is None else named))
+    is_full = info.base_model == OWN_WEIGHTS
+    name = info.training.get("started_from", "") if is_full else info.base_model
+    base = on_the_hub(facts.base_model or name)
     files = files_of(folder, info, base)
-    measured = [results_of(facts.results, folder, info)] if facts.results else []
+    results = [results_of(facts.results, folder, info)] if facts.results else []
     facts = replace(facts, license=facts.license or license_of(base, token))
     settings = {"dtype": dtype, "device": device, "quantize": info.quantization}
     checks = check_adapter(model, folder, **settings)
-    if failed := [one for one in checks if not one.passed]:
+    if failed := [check for check in checks if not check.passed]:
         first = failed[0]
         raise ValueError(
             f"'{folder}' is not pushed: {len(failed)} of {len(checks)} checks fail, first "
             f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
             "`blocktune check`"
         )
-    text = card(repo, info, base, facts, checks, *measured)
+    text = card(repo, info, base, facts, checks, *results)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
 
 def send(publication: Publication, private: bool = False, token: str | None = None) -> CommitInfo:
-    """Creates the repository if needed and commits all files at once; raises ValueError if refused.
+    """Creates the repository if needed and commits all files at once.
 
-    Files of an earlier push that this one does not have are deleted: weights left over would be
-    loaded with the new ones. ``private`` is for a new repository; without a ``token``, that of ``hf
-    auth login`` or ``HF_TOKEN`` is taken.
+    Files of an earlier push that are not in this one are deleted, since old weights would be loaded
+    with the new ones. ``private`` applies to a new repository. Without ``token``, that of ``hf auth
+    login`` or ``HF_TOKEN`` is used. Raises ValueError if the Hub refuses.
     """
     api = HfApi(token=token)
     try:
         api.create_repo(publication.repo, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(n, source) for n, source in publication.files.items()]
-        there = api.list_repo_files(publication.repo)
-        gone = [n for n in there if is_published(n) and n not in publication.files]
-        operations += [CommitOperationDelete(name) for name in gone]
+        present = api.list_repo_files(publication.repo)
+        old = [n for n in present if is_published(n) and n not in publication.files]
+        operations += [CommitOperationDelete(name) for name in old]
         return api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
     except (httpx.HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"the Hub refused '{publication.repo}': {reason}; log in with `hf auth login` or set "
-            "HF_TOKEN to a token that may write there"
+            "HF_TOKEN to a token with write access"
         ) from None
 
 
 def show(publication: Publication, console: Console) -> None:
-    """Prints every file with its size, and the card."""
+    """Prints all files with their sizes, and the card."""
     console.print(f"{publication.repo}: {len(publication.files)} files, nothing sent", style="bold")
     for name, source in sorted(publication.files.items()):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
@@ -162,7 +162,7 @@ def show(publication: Publication, console: Console) -> None:
 
 
 def check_repo(repo: str) -> None:
-    """Refuses a name that is not USER/NAME."""
+    """Raises ValueError if a name is not USER/NAME."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -172,7 +172,7 @@ def check_repo(repo: str) -> None:
 
 
 def on_the_hub(name: str) -> str:
-    """The base's name, if it can be one on the Hub."""
+    """Returns the name of a base; raises ValueError if it cannot be one on the Hub."""
     if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
         raise ValueError(
             f"the base is the local folder '{name}', which nobody else can load; give its name on "
@@ -182,7 +182,7 @@ def on_the_hub(name: str) -> str:
 
 
 def license_of(base: str, token: str | None = None) -> str:
-    """The licence that the card of a base on the Hub states."""
+    """The licence of a base, from its card on the Hub; ValueError if it has none."""
     try:
         data = HfApi(token=token).model_info(base).card_data
     except (httpx.HTTPError, HFValidationError, OSError):
@@ -193,16 +193,16 @@ def license_of(base: str, token: str | None = None) -> str:
 
 
 class Publisher:
-    """What ``push_to_hub`` of a training run asks; see `blocktune.training.run`."""
+    """Publishes for ``push_to_hub`` of a training run, see `blocktune.training.run`."""
 
     def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
-        """Refuses before the run what could not be published after it."""
+        """Raises ValueError before a run if its adapter could not be published."""
         check_repo(repo)
         served_by(layout)
         license_of(on_the_hub(base_model), token)
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
-        """Checks and pushes in one of a run's processes, when the others may be gone."""
+        """Checks and pushes in one process of a run; the others may have ended."""
         with alone():
             publication = prepare(folder, repo, CardFacts(), token=token)
         sent = send(publication, private=private, token=token)
@@ -211,10 +211,10 @@ class Publisher:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside the block, models load whole into this process, whatever trained before.
+    """Inside the block, models are loaded completely into this process.
 
-    After a run under ZeRO-3, transformers would split every model that it loads over the run's
-    processes, and wait for those that do not load it.
+    After a run with ZeRO-3, transformers would shard every model over the processes of the run, and
+    wait for processes that do not load it.
     """
     from transformers.integrations import deepspeed  # only after a training run
 

@@ -1,1 +1,1 @@
-"""Training: models that answer from chunks which never saw each other."""
+"""Training of models that answer from chunks that were encoded separately."""

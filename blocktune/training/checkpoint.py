@@ -1,4 +1,4 @@
-"""What a run leaves on disk: a folder appears whole, under its name, or not at all."""
+"""Saving and restoring of adapters and checkpoints. A folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ STAGING = ".saving"
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
-    """Every setting of a trainer, without secrets."""
+    """All settings of a trainer, without secrets."""
     return {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("token")}
 
 
 def adapter_info(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **named: Any
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **fields: Any
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
-    Neither the model nor the tokenizer has got its link tokens yet; ``named`` has the fields that
-    they do not tell.
+    Call it before link tokens are added to model and tokenizer. ``fields`` are those that do not
+    follow from the two.
     """
     config = model.config.get_text_config()
     return AdapterInfo(
@@ -57,30 +57,30 @@ def adapter_info(
         rope=dict(config.rope_parameters or {}),
         base_fingerprint=base_fingerprint(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        **named,
+        **fields,
     )
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Writes and restores what is blocktune's own in an adapter's folder."""
+    """Writes blocktune's own files, and the weights, into an adapter's folder."""
 
     info: AdapterInfo  # becomes ``blocktune.json``
     config: Mapping[str, Any] = field(default_factory=dict)  # becomes `CONFIG_FILE`
     links_only: bool = False  # the base is frozen and has no PEFT adapter, so it is not written
 
     def described(self, config: Mapping[str, Any] | None = None, **training: Any) -> AdapterFiles:
-        """With more settings, and more of the run's provenance."""
+        """A copy with more settings and more provenance of the run (``training``)."""
         info = replace(self.info, training=self.info.training | training)
         return replace(self, info=info, config={**(config or {}), **self.config})
 
     def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
         """Writes the trained weights of an unwrapped model: adapter or full model, and links.
 
-        ``state`` has the weights by name where a launch has split those in ``model``.
+        ``state`` has the weights by name if those in ``model`` are sharded over processes.
         """
         if hasattr(model, "peft_config"):
-            # Left to itself PEFT writes whole embeddings after a resize, not the trained rows.
+            # By default PEFT writes whole embeddings after a resize, not just the trained rows.
             model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         elif not self.links_only:
             state = model.state_dict() if state is None else state
@@ -104,9 +104,9 @@ class AdapterFiles:
     def write_info(
         self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
     ) -> None:
-        """Writes configuration and info, which makes the folder an adapter.
+        """Writes settings and ``blocktune.json``, which complete the adapter's folder.
 
-        A fully trained model is its own base: its folder serves as model and as adapter.
+        A fully trained model is its own base: its folder is both model and adapter.
         """
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
         info = self.info
@@ -116,7 +116,7 @@ class AdapterFiles:
                 info,
                 base_model=OWN_WEIGHTS,
                 base_fingerprint=base_fingerprint(model, state),
-                # With the tokens that were added: the folder's tokenizer is the base's from now on.
+                # With added tokens, since the saved tokenizer is now the base's.
                 tokenizer_hash=tokenizer_hash(AutoTokenizer.from_pretrained(folder)),
                 training=origin,
             )
@@ -124,23 +124,23 @@ class AdapterFiles:
 
 
 class SaveLayoutCallback(TrainerCallback):
-    """Writes what serving needs beside the adapter of any trainer.
+    """Adds the files that serving needs to the adapter of any trainer.
 
-    Whenever the trainer saves the model, the tokenizer, ``links.safetensors`` and
-    ``blocktune.json`` go into the same folder, so that `Engine.from_pretrained` serves it.
+    Whenever the trainer saves the model, this writes the tokenizer, ``links.safetensors`` and
+    ``blocktune.json`` to the same folder, so that `Engine.from_pretrained` can load it.
     """
 
     def __init__(self, collator: BlockDataCollator):
-        """Takes the trainer's collator, which knows how prompts are laid out and worded."""
+        """Takes the trainer's collator, which has the layout and format of prompts."""
         self.collator = collator
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        """Makes `save_pretrained` of the trainer's model write the files too."""
+        """Wraps `save_pretrained` of the trainer's model, so that it also writes the files."""
         collator = self.collator
         collator.num_tokens = links.link_base(model)
         tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        named = {"layout": collator.layout, "format": collator.format, "training": origin}
-        info = adapter_info(model, tokenizer, **named, scope=scope_of(model))
+        fields = {"layout": collator.layout, "format": collator.format, "training": origin}
+        info = adapter_info(model, tokenizer, **fields, scope=scope_of(model))
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
@@ -154,7 +154,7 @@ class SaveLayoutCallback(TrainerCallback):
         model.save_pretrained = save_pretrained
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Refuses a model that would ignore the layout."""
+        """Raises ValueError if the model would ignore the layout."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
 
@@ -162,19 +162,19 @@ class SaveLayoutCallback(TrainerCallback):
 class StagedSaving(Trainer):
     """Saves adapters and checkpoints through a staging folder.
 
-    A checkpoint is renamed when every rank has written its part, so that a kill leaves the older
-    checkpoints and no half of a new one.
+    A checkpoint gets its name only after every rank has written its part. A killed run thus leaves
+    its older checkpoints, and never a partial one.
     """
 
     files: AdapterFiles
     _staging: bool = False
-    _best: bool = False  # whether the weights are the best checkpoint's, not the last step's
+    _best: bool = False  # whether the weights are those of the best checkpoint, not the last step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's, without what a killed run was about to save.
+        """Trains as the Trainer does, after removing the partial files of a killed run.
 
-        A ValueError names what differs if the checkpoint to continue from is damaged, or of a run
-        with other settings, data or base.
+        Raises ValueError if the checkpoint to continue from is damaged, or comes from a run with
+        other settings, data or base.
         """
         self._best = False
         if resume_from_checkpoint:
@@ -185,7 +185,7 @@ class StagedSaving(Trainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def _continue_from(self, named: str | bool) -> None:
-        """Checks a checkpoint, and takes its provenance over; True names the last one."""
+        """Checks a checkpoint (True: the last one), and adopts its provenance."""
         folder = self.args.output_dir
         checkpoint = resume.last_checkpoint(folder) if named is True else Path(named)
         if checkpoint is None or not (checkpoint / INFO_FILE).is_file():
@@ -199,10 +199,10 @@ class StagedSaving(Trainer):
             "base model": before.base_model == now.base_model
             and before.base_fingerprint != now.base_fingerprint,
         }
-        for what in (name for name, differs in changed.items() if differs):
+        for name in (name for name, differs in changed.items() if differs):
             raise ValueError(
-                f"the {what} of '{checkpoint}' had another content; restore it to continue, or "
-                "start again with --overwrite"
+                f"the {name} changed since '{checkpoint}'; restore the old content to continue, "
+                "or start again with --overwrite"
             )
         self.files = self.files.described(**resume.history(checkpoint))
 
@@ -235,7 +235,7 @@ class StagedSaving(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter into ``output_dir``, its ``blocktune.json`` last."""
+        """Saves the adapter to ``output_dir``, with ``blocktune.json`` last."""
         target = Path(output_dir or self.args.output_dir)
         if _internal_call:
             super().save_model(str(target), _internal_call=True)
@@ -280,5 +280,5 @@ class StagedSaving(Trainer):
 
 
 def _has_model(folder: str) -> bool:
-    """Whether a checkpoint has more weights than a link table's."""
+    """Whether a checkpoint has weights other than a link table."""
     return {path.name for path in Path(folder).glob("*.safetensors")} != {links.LINKS_FILE}

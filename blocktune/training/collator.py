@@ -1,4 +1,4 @@
-"""From rows of a dataset to the tensors of one step; their order and layout vary by epoch."""
+"""Makes batches from the rows of a dataset. Their order and layout vary from epoch to epoch."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
 
 
 def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
-    """A generator for one example in one epoch.
+    """A random generator for one example in one epoch.
 
-    Never from a shared stream: an example varies alike in any batch, on any rank, and after a
-    resume.
+    It depends on nothing else, so an example varies the same way in any batch, on any rank, and
+    after a resume.
     """
     return random.Random("/".join(map(str, (seed, epoch, *keys))))
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What varies in the layout of a block example."""
+    """Random changes to the layout of a block example."""
 
-    block_dropout: float = 0.0  # chance that a chunk sees the one before (arXiv:2605.15913)
-    position_jitter: int = 0  # jump in positions before each chunk and the question
+    block_dropout: float = 0.0  # probability that a chunk sees the previous one (arXiv:2605.15913)
+    position_jitter: int = 0  # largest gap in positions before each chunk and the question
 
     def __post_init__(self):
         if not 0.0 <= self.block_dropout <= 1.0:
@@ -47,7 +47,7 @@ class Augmentation:
             raise ValueError(f"position_jitter must be at least 0, got {self.position_jitter}")
 
     def vary(self, layout: Layout, draw: random.Random) -> Layout:
-        """The rows of one block example ``(1, S)`` with wider groups and gaps in positions."""
+        """Joins chunks of one block example ``(1, S)`` at random, and shifts their positions."""
         if not self.block_dropout and not self.position_jitter:
             return layout
         groups, starts, gap = [], [], 0
@@ -57,21 +57,21 @@ class Augmentation:
             gap += draw.randint(0, self.position_jitter)
             starts.append(gap)
         end = gap + draw.randint(0, self.position_jitter)
-        own = torch.tensor(starts)[layout.chunk.clamp(min=0)]
-        moved = torch.where(layout.chunk == NO_CHUNK, end, own)
-        moved = moved.masked_fill(layout.kind == Kind.PREFIX, 0)
+        shifts = torch.tensor(starts)[layout.chunk.clamp(min=0)]
+        shift = torch.where(layout.chunk == NO_CHUNK, end, shifts)
+        shift = shift.masked_fill(layout.kind == Kind.PREFIX, 0)
         group = torch.tensor(groups)[layout.group.clamp(min=0)]
         group = torch.where(layout.group == GLOBAL, GLOBAL, group)
-        return replace(layout, group=group, position=layout.position + moved)
+        return replace(layout, group=group, position=layout.position + shift)
 
 
 FULL_ATTENTION = LayoutSpec(block=False)
-MAX_CACHED = 20_000  # rows whose tokens a collator keeps; later ones are tokenised in every epoch
-NO_SHARE = -1.0  # share of a packed prompt whose fresh rows are not chosen in a layer
+MAX_CACHED = 20_000  # rows whose tokens are kept in memory; others are tokenised in every epoch
+NO_SHARE = -1.0  # stands for the share of a prompt whose fresh rows are not chosen at a layer
 
 
 class LaidOut(NamedTuple):
-    """One example's rows, those its teacher reads, and its share of fresh tokens."""
+    """The rows of one example, those for its teacher, and its share of fresh tokens."""
 
     prompt: Prompt
     teacher: Prompt | None
@@ -80,35 +80,35 @@ class LaidOut(NamedTuple):
 
 @dataclass
 class BlockDataCollator:
-    """Lays examples out, packs what belongs to one row, and pads to the longest of the batch.
+    """Lays out examples, packs those that share a row, and pads to the longest row of the batch.
 
     Works in any trainer that keeps the columns (``remove_unused_columns=False``) and whose model
-    is attached (`blocktune.attach`). `BlockSFTTrainer` fills in what only it knows.
+    is attached (`blocktune.attach`). `BlockSFTTrainer` sets the fields that depend on the run.
     """
 
-    tokenizer: PreTrainedTokenizerBase  # the model's
+    tokenizer: PreTrainedTokenizerBase  # of the model
     layout: LayoutSpec = field(default_factory=LayoutSpec)  # how examples become rows
-    format: PromptFormat = field(default_factory=PromptFormat)  # how they are worded
-    link_base: int | None = None  # id of the first learned token, or None without any
-    max_length: int | None = None  # tokens of the longest example; longer ones are refused
-    num_tokens: int | None = None  # rows of the model's embedding, or None if unknown
+    format: PromptFormat = field(default_factory=PromptFormat)  # wording of the prompts
+    link_base: int | None = None  # id of the first learned token; None without learned tokens
+    max_length: int | None = None  # longest example in tokens; longer ones raise ValueError
+    num_tokens: int | None = None  # rows of the model's embedding; None if unknown
     augmentation: Augmentation = field(default_factory=Augmentation)  # of block examples
-    sampler: RecomputeSampler | None = None  # which tokens of block examples are fresh, or None
-    check_layer: int | None = None  # layer at which the sampler chooses, or None
-    has_teacher: bool = False  # lay out what a teacher reads: full attention, no tag of a mode
-    seed: int = 0  # of all draws
-    epoch: int = 0  # likewise; `BlockSFTTrainer` sets it
+    sampler: RecomputeSampler | None = None  # chooses fresh tokens of block examples, if any
+    check_layer: int | None = None  # layer at which the sampler chooses; None: beforehand
+    has_teacher: bool = False  # also lay out the teacher's prompts: full attention, no mode tags
+    seed: int = 0  # of all random choices
+    epoch: int = 0  # random choices depend on it; `BlockSFTTrainer` sets it
     _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def reader(self) -> PartReader:
-        """Tokenises a row."""
-        how = (self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens)
-        return PartReader(*how)
+        """Tokenises one example."""
+        settings = (self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens)
+        return PartReader(*settings)
 
     @property
     def row_growth(self) -> float:
-        """Rows over tokens that fresh rows make of a block example, at most."""
+        """Largest factor by which fresh rows lengthen a block example."""
         if self.sampler is None:
             return 1.0
         return 2.0 if self.check_layer is not None else 1.0 + self.sampler.high
@@ -117,14 +117,14 @@ class BlockDataCollator:
         """Makes a batch.
 
         Args:
-            records: Rows as `to_sample` reads them, or prepared ones (`prepare`).
+            records: Rows that `to_sample` can read, or rows of a prepared dataset (`prepare`).
 
         Returns:
-            ``input_ids``, ``labels`` and ``attention_mask`` (no padding; TRL counts tokens by it)
-            ``(B, S)``, and ``layout`` ``(B, S, fields)``. With a teacher also its own
+            ``input_ids``, ``labels`` and ``attention_mask`` (0 for padding; TRL counts tokens with
+            it) ``(B, S)``, and ``layout`` ``(B, S, fields)``. With a teacher also
             ``teacher_input_ids``, ``teacher_labels`` and ``teacher_layout``. With a sampler that
-            chooses at a layer also ``shares``, ``(B, prompts)`` float64: of each packed prompt the
-            share of tokens that stays fresh there, or `NO_SHARE`.
+            chooses at a layer also ``shares`` ``(B, prompts)`` float64: the share of tokens of
+            each packed prompt that stays fresh above that layer, or `NO_SHARE`.
 
         Raises:
             ValueError: If a row cannot be read, or is longer than ``max_length``.
@@ -143,15 +143,15 @@ class BlockDataCollator:
         return batch
 
     def _parts_of(self, record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """The token pieces of a row: prepared, kept from an earlier epoch, or made now."""
+        """The token pieces of a row: from a prepared dataset, from memory, or tokenised now."""
         if isinstance(record, RagExample):
             record = record.to_json()
         if "parts" in record:
             return record["parts"]
         if not record:
             raise ValueError(
-                "the rows have no columns left; set remove_unused_columns: false, and keep the "
-                "trainer from preparing them (dataset_kwargs: {skip_prepare_dataset: true})"
+                "the trainer removed all columns; set remove_unused_columns: false, and "
+                "dataset_kwargs: {skip_prepare_dataset: true}"
             )
         text = json.dumps(record, sort_keys=True, default=repr)
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -193,14 +193,14 @@ class BlockDataCollator:
 
 
 class EpochOrder(Sampler[int]):
-    """Rows of an epoch in an order that only seed and epoch decide.
+    """The order of an epoch's rows, which depends only on seed and epoch.
 
-    Transformers draws groups of similar length from the global stream, which a resume finds in
-    another state and dropout may move apart between ranks: rows would come twice or never.
+    Transformers draws groups of similar length from the global random generator. Its state differs
+    after a resume, and dropout can make it differ between ranks: rows would come twice or never.
 
-    The last ``num_blank`` rows teach nothing and come last. The ``group`` rows of one optimizer
-    step, over accumulation and ranks, are of similar length; None mixes all. ``epoch`` is to be set
-    before an epoch begins.
+    The last ``num_blank`` rows have no labels and stay last. The ``group`` rows of one optimizer
+    step, over accumulation and ranks, have similar length; None mixes all. Set ``epoch`` before an
+    epoch begins.
     """
 
     def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):

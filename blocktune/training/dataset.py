@@ -1,6 +1,6 @@
-"""From a user's rows to examples, and from examples to a dataset of token pieces.
+"""Converts a user's rows to examples, and examples to a dataset of token pieces.
 
-Rows of a forward pass are laid out batch by batch, by `blocktune.training.collator`.
+`blocktune.training.collator` then lays them out batch by batch.
 """
 
 from __future__ import annotations
@@ -38,62 +38,62 @@ PART = {
 }
 FEATURES = Features({"parts": [PART], "length": Value("int32"), "answer_length": Value("int32")})
 COLUMNS = list(FEATURES)
-ROWS_AT_A_TIME = 100  # rows that become columns together: as lists of numbers they are large
+ROWS_AT_A_TIME = 100  # rows converted to columns at once; as Python lists they take much memory
 
 
 class Sample(NamedTuple):
-    """An example in one mode, and how it is said there."""
+    """An example in one mode, block layout or full attention."""
 
     example: RagExample  # a conversation or a question over chunks
     block: bool  # in block layout; else in full attention
-    wording: PromptFormat | None = None  # its own, or None for the run's
-    turns: bool = False  # a conversation in full attention is turns of the chat template
+    wording: PromptFormat | None = None  # its own prompt format; None: the run's
+    turns: bool = False  # in full attention, write a conversation as turns of the chat template
 
 
 def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -> Sample:
-    """Reads a row of a Hugging Face `Dataset`, or a dict, in block layout.
+    """Converts a row of a Hugging Face `Dataset`, or a dict, to a sample in block layout.
 
     Args:
-        row: A `Sample` or `RagExample`; else ``question``, ``chunks`` and ``answers``; or
+        row: A `Sample` or `RagExample`; or columns ``question``, ``chunks`` and ``answers``; or
             ``messages`` (or ``prompt`` and ``completion``) with ``documents``; or any other record
-            that `load_examples` reads. Further columns are left out.
-        tokenizer: Of the model; for records that are cut into chunks.
-        fmt: The wording, for a row whose messages bring their own system turn.
+            that `load_examples` reads. Other columns are ignored.
+        tokenizer: The model's; used for records that are cut into chunks.
+        fmt: The run's prompt format, used for a row whose messages have a system turn.
 
     Raises:
-        ValueError: If it is none of these; names the column.
+        ValueError: If the row is none of these; names the column.
     """
     if isinstance(row, Sample):
         return row
     if not isinstance(row, RagExample):
         if not isinstance(row, Mapping):
             raise ValueError(f"a row must be a dict of columns, got {type(row).__name__}")
-        shape, known = find_shape([row], "a row"), RagExample.__dataclass_fields__
+        shape, names = find_shape([row], "a row"), RagExample.__dataclass_fields__
         if shape.key == "blocktune":
-            row = {key: value for key, value in row.items() if key in known}
+            row = {key: value for key, value in row.items() if key in names}
         row = shape.parser(None, tokenizer)(row)
     return Sample(row, True, own_wording(row, fmt))
 
 
 def own_wording(example: RagExample, fmt: PromptFormat) -> PromptFormat | None:
-    """The run's wording with the system's turn of an example that has one (``meta``); or None."""
+    """The run's format with the system turn in the example's ``meta``; None if it has none."""
     system = example.meta.get("system")
     return replace(fmt, system=system) if isinstance(system, str) else None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset of pieces and what was left out of it."""
+    """A dataset of token pieces, with counts of its examples."""
 
-    # columns `COLUMNS`: a row is the examples packed into it, one without packing; ``length``
-    # counts rows that are neither blanks nor fresh. Rows with an ``answer_length`` of 0 teach
-    # nothing; they stand last, see ``multiple_of``
+    # columns `COLUMNS`. A row holds the examples packed into it, or one without packing. ``length``
+    # counts its rows in the model without blanks and fresh ones. Rows with an ``answer_length`` of
+    # 0 have no labels and come last, see ``multiple_of`` of `prepare`
     dataset: Dataset
-    num_examples: int  # in the dataset; one in both modes counts twice
-    num_block: int  # those of them in block layout
-    num_dropped: int  # examples longer than the limit
-    data_sets: Mapping[str, str] = field(default_factory=dict)  # on the Hub, with licences
-    digest: str = ""  # of all tokens, in order: 16 hex digits
+    num_examples: int  # in the dataset; an example in both modes counts twice
+    num_block: int  # number of those in block layout
+    num_dropped: int  # number of examples longer than the limit
+    data_sets: Mapping[str, str] = field(default_factory=dict)  # names on the Hub to licences
+    digest: str = ""  # of all tokens in order: 16 hex digits
 
 
 def in_modes(
@@ -104,8 +104,8 @@ def in_modes(
 ) -> list[Sample]:
     """Decides which examples are trained in block layout, and keeps their order.
 
-    Exactly ``block_share`` of them, rounded and chosen by ``seed``, are in block layout, the rest
-    in full attention (KVLink: 0.4). With ``both`` every one is in both modes (Block-Attention).
+    A share of ``block_share``, rounded and chosen by ``seed``, is in block layout, the rest in full
+    attention (KVLink: 0.4). With ``both``, every example is in both modes (Block-Attention).
     """
     samples = [e if isinstance(e, Sample) else Sample(e, True) for e in examples]
     if both:
@@ -126,47 +126,47 @@ def prepare(
     position_gap: int = 0,
     multiple_of: int = 1,
 ) -> Prepared:
-    """Tokenises examples with an answer each, and packs them where asked.
+    """Tokenises examples that have answers, and packs them if ``pack_length`` is set.
 
     Args:
         samples: Examples and their modes.
-        read: Tokenises one.
-        limit: Longest example, in rows that are neither blanks nor fresh, and in positions.
-        drop_long: Leave longer examples out instead of refusing them.
-        pack_length: Rows of a packed row at most; None does not pack.
-        position_gap: Positions that a block example may jump at each of its chunks.
-        multiple_of: Rows that all ranks take at a time. Rows without an answer fill the last
-            round; left to it, accelerate would repeat the first ones, which then teach twice.
+        read: Tokenises an example.
+        limit: Most tokens of an example, learned ones included, and most positions.
+        drop_long: Drop longer examples instead of raising an error.
+        pack_length: Most tokens of a packed row; None does not pack.
+        position_gap: Largest gap in positions before each chunk of a block example.
+        multiple_of: Number of rows that all ranks take at a time. Rows without labels fill up the
+            last round; otherwise accelerate would repeat the first rows, which then count twice.
 
     Raises:
-        ValueError: If an example is too long, has no answer, or none is left.
+        ValueError: If an example is too long or has no answer, or if no example is left.
     """
     parts, num_dropped = [], 0
     for index, sample in enumerate(samples):
         part = read(index, sample)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
-        most = min(limit - gaps, pack_length or limit)
-        if part["length"] <= most:
+        longest = min(limit - gaps, pack_length or limit)
+        if part["length"] <= longest:
             parts.append(part)
         elif drop_long:
             num_dropped += 1
         else:
-            less = f" less {gaps} for position_jitter" if gaps else ""
+            gap_note = f" less {gaps} for position_jitter" if gaps else ""
             raise ValueError(
-                f"{_name(index, sample)} has {part['length']} tokens, the limit is {most} (the "
-                f"smaller of pack_length and max_length{less}; default: the model's context); "
+                f"{_name(index, sample)} has {part['length']} tokens, the limit is {longest} (the "
+                f"smaller of pack_length and max_length{gap_note}; default: the model's context); "
                 "shorten it or set long_examples: drop"
             )
     if not parts:
         raise ValueError(
-            f"no example to train on: {len(samples)} came, {num_dropped} had more than "
+            f"no example to train on: of {len(samples)}, {num_dropped} had more than "
             f"{min(limit, pack_length or limit)} tokens; check source, max_length and pack_length"
         )
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
     blank = _unanswered(min(parts, key=lambda part: part["length"]))
     rows += [[blank]] * (-len(rows) % multiple_of)
-    num_block, named = sum(p["block"] for p in parts), data_sets_of(s.example for s in samples)
-    return Prepared(_columns(rows), len(parts), num_block, num_dropped, named, _digest(parts))
+    num_block, data_sets = sum(p["block"] for p in parts), data_sets_of(s.example for s in samples)
+    return Prepared(_columns(rows), len(parts), num_block, num_dropped, data_sets, _digest(parts))
 
 
 def _columns(rows: list[list[dict[str, Any]]]) -> Dataset:
@@ -176,9 +176,9 @@ def _columns(rows: list[list[dict[str, Any]]]) -> Dataset:
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
-    """Packs parts into rows of ``room`` tokens: longest first, into the fullest row that fits.
+    """Packs parts into rows of ``room`` tokens: longest first, into the fullest row with space.
 
-    The parts of a row keep their order; the same input gives the same rows.
+    The parts of a row keep their order. The result is deterministic.
     """
     order = sorted(range(len(parts)), key=lambda index: (-parts[index]["length"], index))
     rows: list[list[int]] = []
@@ -195,7 +195,7 @@ def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, 
 
 
 def to_pieces(part: dict[str, Any]) -> Pieces:
-    """The pieces of one example of a row."""
+    """The token pieces of one example of a row."""
     chunks = tuple(tuple(chunk) for chunk in part["chunks"])
     turns = tuple((tuple(t["query"]), tuple(t["answer"])) for t in part["followups"])
     return Pieces(tuple(part["prefix"]), chunks, tuple(part["query"]), tuple(part["answer"]), turns)
@@ -203,16 +203,16 @@ def to_pieces(part: dict[str, Any]) -> Pieces:
 
 @dataclass
 class PartReader:
-    """Tokenises a sample: its part of a row of the dataset."""
+    """Tokenises a sample into its part of a dataset row."""
 
     tokenizer: PreTrainedTokenizerBase
-    fmt: PromptFormat  # the wording of samples that have none of their own
-    spec: LayoutSpec  # the block layout, for the count of learned tokens
-    has_teacher: bool = False  # keep the prefix that a teacher reads, which has no tag of a mode
-    num_tokens: int | None = None  # rows of the model's embedding; a token beyond them is refused
+    fmt: PromptFormat  # for samples that have no format of their own
+    spec: LayoutSpec  # the block layout, which has the number of learned tokens
+    has_teacher: bool = False  # also keep the teacher's prefix, which has no mode tag
+    num_tokens: int | None = None  # rows of the model's embedding; larger token ids are refused
 
     def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
-        """The part; ``index`` names the example in errors and in draws."""
+        """Returns the part; ``index`` names the example in errors and random choices."""
         block, fmt = sample.block, sample.wording or self.fmt
         target = sample.example.target
         try:
@@ -224,7 +224,7 @@ class PartReader:
                 require_embedded(self.tokenizer, self.num_tokens, *ids)
         except ValueError as error:
             raise ValueError(f"{_name(index, sample)}: {error}") from None
-        around = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
+        num_added = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
         return {
             "prefix": _ids(pieces.prefix),
             "chunks": [_ids(chunk) for chunk in pieces.chunks],
@@ -236,19 +236,19 @@ class PartReader:
             "teacher_prefix": _ids(plain),
             "block": block,
             "index": index,
-            "length": pieces.num_tokens + (around * len(pieces.chunks) if block else 0),
+            "length": pieces.num_tokens + (num_added * len(pieces.chunks) if block else 0),
         }
 
     def _pieces(self, sample: Sample, fmt: PromptFormat, target: str) -> Pieces:
         example, block = sample.example, sample.block
         if sample.turns and not block and example.conversation:
             return conversation_pieces(self.tokenizer, fmt, example.conversation, target)
-        asked = example.chunks, example.question, target, block, example.followups
-        return make_pieces(self.tokenizer, fmt, *asked)
+        fields = example.chunks, example.question, target, block, example.followups
+        return make_pieces(self.tokenizer, fmt, *fields)
 
 
 def _ids(ids: Sequence[int]) -> np.ndarray:
-    """Four bytes a token; Python's own numbers take ten times as many."""
+    """An array of 4 bytes per token; Python ints take ten times as much."""
     return np.array(ids, dtype=np.int32)
 
 
@@ -266,11 +266,11 @@ def _name(index: int, sample: Sample) -> str:
 
 
 def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
-    """The same prompt up to its first question."""
+    """The same prompt, cut after its first question."""
     turns = [part, *part["followups"]]
-    left_out = sum(len(turn["answer"]) for turn in turns)
-    left_out += sum(len(turn["query"]) for turn in part["followups"])
-    return part | {"answer": [], "followups": [], "length": part["length"] - left_out}
+    removed = sum(len(turn["answer"]) for turn in turns)
+    removed += sum(len(turn["query"]) for turn in part["followups"])
+    return part | {"answer": [], "followups": [], "length": part["length"] - removed}
 
 
 def _record(row: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Distillation from full attention: the teacher, what is kept of it, and what is compared.
+"""Distillation from full attention.
 
-The teacher is the model with its adapter off, or another model. The student can learn its
-next-token distributions, its hidden states, or its keys and values on the question's rows.
+The teacher is the model with its adapter off, or another model. The student can learn the teacher's
+next-token distributions, and its hidden states or keys and values on the question's rows.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ EPSILON = 1e-9
 class Distillation:
     """What the student learns from the teacher."""
 
-    weight: float = 0.0  # share of the divergence in the loss, in [0, 1]; the rest is cross-entropy
+    weight: float = 0.0  # of the divergence in the loss, in [0, 1]; the rest is cross-entropy
     temperature: float = 1.0  # of both distributions; its square scales the divergence
-    # tokens of the teacher that are kept per answer row; all others count as one. None keeps all.
-    # Bounds what is held of the teacher to ``2 * top_k`` numbers a row
+    # the teacher's likeliest tokens that are kept per answer row; all others are merged into one.
+    # None keeps all. Memory for the teacher is then ``2 * top_k`` numbers per row
     top_k: int | None = None
-    # states of the question's rows that are matched too: ``hidden`` (every layer's output), ``kv``
-    # (every layer's keys and values) or ``none``
+    # states of the question's rows to match as well: ``hidden`` (outputs of all layers), ``kv``
+    # (keys and values of all layers) or ``none``
     states: str = "none"
-    states_weight: float = 1.0  # factor on their relative squared error
+    states_weight: float = 1.0  # weight of their relative squared error in the loss
 
     def __post_init__(self):
         if not 0.0 <= self.weight <= 1.0:
@@ -54,7 +54,7 @@ class Distillation:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is anything to learn from a teacher."""
+        """Whether a teacher is needed."""
         return self.weight > 0 or self.matches_states
 
     @property
@@ -66,8 +66,8 @@ class Distillation:
 class TeacherProbs(NamedTuple):
     """The teacher's next-token distributions on the answer rows.
 
-    ``log_probs`` are ``(T, k)`` float32, of the vocabulary indices ``tokens``, or ``(T, V)`` of all
-    (then ``tokens`` is None).
+    ``log_probs`` ``(T, k)`` float32 belong to the token ids ``tokens`` ``(T, k)``. If ``tokens`` is
+    None, they are ``(T, V)`` for the whole vocabulary.
     """
 
     tokens: Tensor | None
@@ -75,7 +75,7 @@ class TeacherProbs(NamedTuple):
 
 
 def teacher_probs(logits: Tensor, temperature: float, top_k: int | None) -> TeacherProbs:
-    """The distributions of logits ``(T, V)``; of each row the ``top_k`` likeliest tokens if set."""
+    """The distributions of logits ``(T, V)``, reduced to the ``top_k`` likeliest tokens if set."""
     log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_k is None or top_k >= log_probs.shape[-1]:
         return TeacherProbs(None, log_probs)
@@ -86,9 +86,9 @@ def teacher_probs(logits: Tensor, temperature: float, top_k: int | None) -> Teac
 def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Tensor:
     """Forward Kullback-Leibler divergence KL(teacher || student), summed over rows, in nats.
 
-    With a top-k teacher all other tokens are one event, so that the divergence is never negative
-    and never above the whole one. ``student`` are logits ``(T, V)``; the result is scaled by the
-    square of the ``temperature`` (Hinton et al., 2015).
+    With a top-k teacher all other tokens form one event, so that the divergence is never negative
+    and never above that over all tokens. ``student`` are logits ``(T, V)``. The result is scaled by
+    the square of the ``temperature`` (Hinton et al., 2015).
     """
     log_q = torch.log_softmax(student.float() / temperature, dim=-1)
     if teacher.tokens is not None:
@@ -100,14 +100,14 @@ def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Te
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:
-    """Appends the logarithm of what is missing to 1."""
+    """Appends the log of the remaining probability."""
     rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=EPSILON)
     return torch.cat((log_probs, rest.log()), dim=-1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode (no dropout, no checkpointing) and without gradients for a while."""
+    """Puts a model in evaluation mode (no dropout, no checkpointing), without gradients."""
     was_training = model.training
     model.eval()
     try:
@@ -119,34 +119,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_teacher(model: nn.Module) -> Iterator[nn.Module]:
-    """The unwrapped model as it was before training: adapter off, no dropout, no gradients."""
+    """The unwrapped model as before training: adapter off, no dropout, no gradients."""
     off = model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
     with evaluating(model), off:
         yield model
 
 
 Teacher = Callable[[nn.Module], AbstractContextManager[nn.Module]]
-"""Opens the teacher of a step, given the unwrapped student."""
+"""Context manager that gives the teacher of a step, from the unwrapped student."""
 
 
 def find_teacher(
     name: str,
-    how: Distillation,
+    settings: Distillation,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     base_is_frozen: bool,
 ) -> Teacher | None:
-    """The teacher of a run, or None where nothing is distilled.
+    """The teacher of a run, or None without distillation.
 
-    It is ``self``, or a folder or repository name. ``model`` and ``tokenizer`` are the student's,
-    ready to train; ``base_is_frozen`` says whether it stays what it was without its adapter.
+    ``name`` is ``self``, a folder or a repository. ``model`` and ``tokenizer`` are the student's,
+    ready to train. ``base_is_frozen``: the model without its adapter does not change in training.
 
     Raises ValueError if the teacher cannot be found, or does not fit the student.
     """
-    if not how.is_on:
+    if not settings.is_on:
         return None
     if name != "self":
-        teacher = _load(name, how, model, tokenizer)
+        teacher = _load(name, settings, model, tokenizer)
 
         @contextmanager
         def opened(student: nn.Module) -> Iterator[nn.Module]:
@@ -162,20 +162,21 @@ def find_teacher(
     return as_teacher
 
 
-def _load(name: str, how: Distillation, student: nn.Module, tokenizer) -> nn.Module:
-    teacher, other = load_base(name, place=False, what="distill_teacher")
-    own, its = student.config.get_text_config(), teacher.config.get_text_config()
-    if tokenizer_hash(other) != tokenizer_hash(tokenizer) or own.vocab_size != its.vocab_size:
+def _load(name: str, settings: Distillation, student: nn.Module, tokenizer) -> nn.Module:
+    teacher, teacher_tokenizer = load_base(name, place=False, what="distill_teacher")
+    config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
+    same_tokens = tokenizer_hash(teacher_tokenizer) == tokenizer_hash(tokenizer)
+    if not same_tokens or config.vocab_size != teacher_config.vocab_size:
         raise ValueError(
             f"distill_teacher '{name}' has another tokenizer, chat template or vocabulary than the "
-            "student; take one of the same family (and link_mode 'table' for links)"
+            "student; use one of the same family (and link_mode 'table' for links)"
         )
-    mine, theirs = _shape(own, how.states), _shape(its, how.states)
-    for what, value in mine.items() if how.matches_states else ():
-        if theirs[what] != value:
+    expected, actual = _shape(config, settings.states), _shape(teacher_config, settings.states)
+    for part, value in expected.items() if settings.matches_states else ():
+        if actual[part] != value:
             raise ValueError(
-                f"distill_states: {how.states} compares layer by layer, and the {what} of "
-                f"'{name}' is {theirs[what]}, the student's {value}; set distill_states: none"
+                f"distill_states: {settings.states} compares layer by layer, but the {part} of "
+                f"'{name}' is {actual[part]}, the student's {value}; set distill_states: none"
             )
     attach(teacher)
     return teacher.eval().requires_grad_(False)
@@ -189,23 +190,23 @@ def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
         "number of key heads": config.num_key_value_heads,
         "width of a head": getattr(config, "head_dim", None)
         or config.hidden_size // config.num_attention_heads,
-        # Keys are turned to the teacher's positions by the student's frequencies.
+        # Keys are moved to the teacher's positions with the student's RoPE.
         "RoPE": config.rope_parameters,
     }
 
 
 class Recorder:
-    """A plan that keeps the keys and values ``(rows, K, D)`` of some rows of every layer."""
+    """An attention plan that records the keys and values ``(rows, K, D)`` of some rows."""
 
     def __init__(self, plan: Plan, rows: Tensor):
-        """Records ``rows`` ``(B, S)`` bool of what ``plan`` attends over."""
+        """Records the rows ``(B, S)`` bool in every layer, while ``plan`` attends over all."""
         self.plan, self.rows = plan, rows
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`."""
         pair = (key.transpose(1, 2)[self.rows], value.transpose(1, 2)[self.rows])
-        # Activation checkpointing attends a second time, and must find the same operations.
+        # Activation checkpointing runs this twice; the second run must do the same operations.
         self.states.setdefault(rule.layer, pair)
         return self.plan.attend(query, key, value, rule, params)
 
@@ -216,39 +217,39 @@ def question_rows(layout: Layout) -> Tensor:
 
 
 def row_weights(layout: Layout, labels: Tensor, rows: Tensor) -> Tensor:
-    """Weight of each row so that a prompt counts by its answer tokens, ``(rows,)`` float32.
+    """Weights of rows ``(rows,)`` float32 that sum to the number of answer tokens of a prompt.
 
-    The sum of the weights is the number of answer tokens, which losses are divided by: cutting a
-    batch in another way changes nothing.
+    Losses are divided by the number of all answer tokens, so they do not depend on how examples
+    are split into batches.
     """
     entry = torch.arange(len(labels), device=labels.device)[:, None]
     prompt = entry * (layout.sample.max() + 1) + layout.sample
     count = int(prompt.max()) + 1
     answers = torch.bincount(prompt[labels != IGNORED], minlength=count)
-    asked = torch.bincount(prompt[rows], minlength=count)
-    return (answers / asked.clamp(min=1))[prompt[rows]].float()
+    selected = torch.bincount(prompt[rows], minlength=count)
+    return (answers / selected.clamp(min=1))[prompt[rows]].float()
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance over the teacher's squared norm: ``(rows, ...)`` to ``(rows,)`` float32."""
+    """Squared distance over the teacher's squared norm, of ``(rows, ...)``: ``(rows,)`` float32."""
     student, teacher = student.float().flatten(1), teacher.float().flatten(1)
     norm = teacher.square().sum(-1)
     return (student - teacher).square().sum(-1) / norm.clamp(min=EPSILON)
 
 
 def relocated(keys: Tensor, shift: Tensor, rope: RopeSpec, layer: int) -> Tensor:
-    """Keys ``(rows, K, D)`` moved by ``shift`` ``(rows,)`` positions, differentiably."""
+    """Moves keys ``(rows, K, D)`` by ``shift`` ``(rows,)`` positions; differentiable."""
     form = rope.layers[layer].of_keys(keys.shape[-1])
     moved = relocate_keys(keys.transpose(0, 1)[None], shift[None], form)
     return moved[0].transpose(0, 1)
 
 
 def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpec) -> Tensor:
-    """How far the student's keys and values are from the teacher's, mean over layers, ``(rows,)``.
+    """Relative error of the student's keys and values, mean over layers: ``(rows,)``.
 
-    Both recorded the same rows in the same order. ``shift`` ``(rows,)`` is the distance from each
-    row's position to that in the teacher's layout; keys are moved by it first. Raises ValueError if
-    no gradient can reach the student's states.
+    Both recorders hold the same rows in the same order. ``shift`` ``(rows,)`` is the distance from
+    a row's position to its position for the teacher; the student's keys are moved by it first.
+    Raises ValueError if no gradient can reach the student's states.
     """
     if torch.is_grad_enabled() and not any(k.requires_grad for k, _ in student.states.values()):
         raise ValueError(
@@ -266,10 +267,10 @@ def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpe
 def hidden_errors(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], own: Tensor, other: Tensor
 ) -> Tensor:
-    """How far hidden states are apart, mean over layers, ``(rows,)``; embeddings are left out.
+    """Relative error of the student's hidden states, mean over layers: ``(rows,)``.
 
-    ``student`` and ``teacher`` are the models' ``output_hidden_states``; ``own`` and ``other`` mark
-    the same rows in their layouts, ``(B, S)`` bool.
+    ``student`` and ``teacher`` are the models' ``output_hidden_states``, of which embeddings are
+    left out. ``own`` and ``other`` mark the same rows in their layouts, ``(B, S)`` bool.
     """
     pairs = zip(student[1:], teacher[1:], strict=True)
     return torch.stack([relative_error(a[own], b[other]) for a, b in pairs]).mean(0)

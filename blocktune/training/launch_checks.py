@@ -1,4 +1,4 @@
-"""Runs that could not start, or would train something else than was asked for: refused at once."""
+"""Checks before a run: settings and launches that would fail, or train something else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def say(line: str) -> None:
 
 
 def launch_name(accelerator: Accelerator) -> str:
-    """How the processes share the work, e.g. ``DEEPSPEED stage 3``: as it is, not as asked."""
+    """The actual kind of parallelism, e.g. ``DEEPSPEED stage 3``."""
     kind, state = accelerator.distributed_type, accelerator.state
     if kind == DistributedType.DEEPSPEED:
         return f"{kind.value} stage {state.deepspeed_plugin.zero_stage}"
@@ -45,24 +45,24 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
 
 
 def refuse_test(source: str, split: str | None = None) -> None:
-    """Raises ValueError for examples of a test split, which are kept for a final comparison."""
+    """Raises ValueError for a test split, which is reserved for evaluation."""
     if is_test_split(source, split):
         raise ValueError(
             f"'{source}' is a test split; train on another one, such as 'worlds:train' or "
-            "'?split=train' (rename the file if it is none)"
+            "'?split=train' (if it is not a test split, rename the file)"
         )
 
 
 def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
-    """Raises ValueError where questions to evaluate on are named but never asked, or wanted."""
-    asked = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
-    if source and not asked:
+    """Raises ValueError if there is evaluation data but no evaluation, or the reverse."""
+    evaluates = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
+    if source and not evaluates:
         raise ValueError(
-            f"eval_data '{source}' would never be asked, since eval_strategy is 'no'; set "
+            f"eval_data '{source}' would never be used, since eval_strategy is 'no'; set "
             "eval_strategy: epoch, steps with eval_steps, or eval_on_start"
         )
-    if asked and not source:
-        raise ValueError("an evaluation needs questions; name them in eval_data")
+    if evaluates and not source:
+        raise ValueError("evaluation needs questions; name their source in eval_data")
 
 
 def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
@@ -72,8 +72,8 @@ def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if args.freeze_base and quantised:
         raise ValueError(
-            "freeze_base trains learned tokens alone, and transformers trains nothing on a "
-            "quantised base without an adapter; set use_peft: true, or load the base unquantised"
+            "freeze_base trains only learned tokens, but transformers cannot train a quantised "
+            "base without an adapter; set use_peft: true, or load the base unquantised"
         )
     if choice.attn_implementation is not None:
         raise ValueError(
@@ -88,7 +88,7 @@ def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
 
 
 def refuse_parallelism(accelerator: Accelerator) -> None:
-    """Raises ValueError under context or sequence parallelism, which drop the layout's mask."""
+    """Raises ValueError for context or sequence parallelism, which ignore the layout's mask."""
     parallel = accelerator.parallelism_config
     for kind in ("cp", "sp"):
         if parallel is not None and getattr(parallel, f"{kind}_enabled", False):
@@ -99,45 +99,45 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
 
 
 def is_set(variable: str) -> bool:
-    """Whether a launcher set a variable to true."""
+    """Whether a launcher set an environment variable to true."""
     return os.environ.get(variable, "false").lower() == "true"
 
 
 def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: bool) -> None:
-    """Raises ValueError if the processes, GPUs, DeepSpeed or FSDP that were asked for are not used.
+    """Raises ValueError if the requested processes, GPUs, DeepSpeed or FSDP are not used.
 
-    Such a run would train without an error, and its processes save over each other. ``n_gpu`` are
-    the GPUs that the Trainer would spread one process over.
+    Such a run would train without an error, and its processes would overwrite each other's files.
+    ``n_gpu`` is the number of GPUs that the Trainer would use in one process.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
-            f"the launcher started {started} processes and each of them trains alone; launch them "
-            "by `blocktune train --processes` or by a configuration of recipes/accelerate"
+            f"the launcher started {started} processes, but each would train alone; launch them "
+            "by `blocktune train --processes` or with a configuration of recipes/accelerate"
         )
     if n_gpu > 1:
         raise ValueError(
-            f"one process sees {n_gpu} GPUs and would separate prompts from their layouts "
-            f"between them; start one per GPU (blocktune train --processes {n_gpu}) "
-            "or show it one (CUDA_VISIBLE_DEVICES=0)"
+            f"one process sees {n_gpu} GPUs and would separate prompts from their layouts; start "
+            f"one process per GPU (blocktune train --processes {n_gpu}), or make only one GPU "
+            "visible (CUDA_VISIBLE_DEVICES=0)"
         )
     if is_set("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
         raise ValueError(
-            "the launcher asked for DeepSpeed and the Trainer runs without it; launch with "
-            "recipes/accelerate/zero2.yaml and pass no deepspeed option to the recipe"
+            "the launcher asked for DeepSpeed, but the Trainer runs without it; launch with "
+            "recipes/accelerate/zero2.yaml and set no deepspeed option in the recipe"
         )
     if is_set("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError(
-            "the launcher asked for FSDP, and accelerate has it for GPUs only: on CPUs it would "
-            "train as plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml there"
+            "the launcher asked for FSDP, which accelerate supports only on GPUs: on CPUs it would "
+            "train with plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
         )
 
 
 def wait_for_builds() -> None:
-    """Looks for builds of DeepSpeed's operators, which a process would wait for without a word.
+    """Waits for builds of DeepSpeed's operators by other processes, and reports it.
 
-    Says that it waits for one that runs. A build that was killed leaves its lock behind: if no
-    process of this machine holds it, a ValueError names the file to remove.
+    A killed build leaves its lock behind. If no process of this machine holds the lock, DeepSpeed
+    would wait forever; a ValueError then names the file to remove.
     """
     from torch.utils.cpp_extension import get_default_build_root  # seconds to import
 
@@ -154,7 +154,7 @@ def wait_for_builds() -> None:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process has the file open, as torch does while it builds."""
+    """Whether a process has the file open, as torch does during a build."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.readlink(link) == str(lock.resolve()):

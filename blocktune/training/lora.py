@@ -1,4 +1,4 @@
-"""A base made ready to train: PEFT, learned tokens, what is frozen, and a faster LoRA layer."""
+"""Prepares a base for training: PEFT, learned tokens, frozen weights, and a faster LoRA layer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def make_trainable(
     args: BlockSFTConfig,
     peft_config: PeftConfig | None,
 ) -> PreTrainedModel:
-    """Gives a base its learned tokens and its adapter, and freezes the rest.
+    """Adds learned tokens and an adapter to a base, and freezes the rest.
 
-    A PEFT model is trained as it is. Under ``link_mode: added_tokens`` the tokenizer gets them too.
-    Raises ValueError if nothing would be trained, or the settings exclude each other.
+    A PEFT model keeps its adapter. With ``link_mode: added_tokens`` the learned tokens are added to
+    the tokenizer too. Raises ValueError if nothing would be trained, or settings are incompatible.
     """
     learned, added = args.layout.num_learned, range(0)
     is_wrapped = hasattr(model, "peft_config")
     if is_wrapped and (peft_config is not None or args.freeze_base):
         raise ValueError("the model has an adapter already; leave out peft_config and freeze_base")
     if args.freeze_base and peft_config is not None:
-        raise ValueError("freeze_base trains the link table alone; drop it or use_peft")
+        raise ValueError("freeze_base trains only the link table; drop it or use_peft")
     if learned and args.link_mode == "added_tokens":
         if is_wrapped:
             raise ValueError("link_mode 'added_tokens' needs the bare model; pass peft_config too")
@@ -61,18 +61,18 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
         name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
         peft_config.trainable_token_indices = {name.split(".")[-1]: list(added)}
     add_in_product(peft_config, model)
-    set_seed(args.seed)  # LoRA's random half; the Trainer seeds after this
+    set_seed(args.seed)  # for LoRA's random A matrices; the Trainer sets its seed later
     return get_peft_model(model, peft_config)
 
 
 class AddedLora(Linear):
-    """PEFT's LoRA of a linear layer, the same numbers with fewer passes over memory.
+    """PEFT's LoRA layer with the same results and less memory traffic.
 
-    PEFT multiplies the product of A and B by its scale and adds it: two tensors as large as the
-    layer's output, written and read again, and their gradients likewise. Here BLAS adds it onto the
-    output in the product itself. All but plain LoRA of whole weights in one precision (dropout,
-    DoRA, autocast, adapters that are off, merged or several, weights that FSDP or ZeRO-3 shard)
-    goes PEFT's way.
+    PEFT scales the product of A and B and adds it to the output. That writes and reads two tensors
+    as large as the output, and their gradients. Here the matrix product adds to the output directly
+    (``addmm_``). This applies only to one plain LoRA adapter with unsharded weights in one
+    precision. All else is left to PEFT: dropout, DoRA, autocast, several, merged or disabled
+    adapters, and weights sharded by FSDP or ZeRO-3.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,7 +87,7 @@ class AddedLora(Linear):
         return out.unflatten(0, x.shape[:-1])
 
     def _plain_adapter(self, x: Tensor) -> str | None:
-        """The one adapter that applies, if it is nothing but whole A and B and a scale."""
+        """The name of the only active adapter, if it is plain LoRA with unsharded weights."""
         names = self.active_adapters
         if self.disable_adapters or self.merged or len(names) != 1 or x.ndim < 2:
             return None
@@ -114,11 +114,11 @@ def add_in_product(config: Any, model: nn.Module) -> None:
 
 @contextmanager
 def precision_kept(model: nn.Module) -> Iterator[None]:
-    """Trained weights leave the block as they came, on the device where they are then.
+    """Restores values and dtype of trainable weights after the block, on their current device.
 
-    TRL rounds what is trained on a quantised base to bfloat16, link rows too: steps smaller than
-    1/256 of a weight are lost, and serving, which reads float32 adapters, is off by as much.
-    QLoRA (arXiv:2305.14314) means products in bfloat16, which autocast makes of float32 weights.
+    With a quantised base, TRL rounds trainable weights (also link rows) to bfloat16. Updates below
+    1/256 of a weight would be lost, and serving, which reads float32 adapters, would differ as
+    much. QLoRA (arXiv:2305.14314) means bfloat16 products, which autocast makes from float32.
     """
     kept = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     yield

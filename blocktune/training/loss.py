@@ -1,4 +1,4 @@
-"""The loss of a step: cross-entropy of answer rows, divergence from a teacher, hidden states."""
+"""The loss of a step: cross-entropy, and divergence from a teacher and its states."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from blocktune.training.distillation import (
 class Sums(NamedTuple):
     """Sums over answer tokens: of one batch (tensors), or of all since the last log (numbers)."""
 
-    tokens: Any = 0.0  # how many
-    correct: Any = 0.0  # those that were the likeliest
+    tokens: Any = 0.0  # number of answer tokens
+    correct: Any = 0.0  # number of those that were the likeliest token
     rows: Any = 0.0  # rows of the batch that are not padding
-    total: Any = 0.0  # what is minimised, in nats; as a tensor float32 and differentiable
+    total: Any = 0.0  # the loss, in nats; as a tensor it is float32 and differentiable
     cross_entropy: Any = 0.0  # in nats
     divergence: Any = 0.0  # from the teacher over answer rows, in nats; 0 without a teacher
-    states: Any = 0.0  # weighted errors of the states; 0 where they are not matched
+    states: Any = 0.0  # weighted errors of the states; 0 if they are not matched
 
     def means(self, has_teacher: bool) -> dict[str, float]:
-        """Per answer token; the parts of the loss only where there are several."""
+        """Means per answer token. The parts of the loss are included only with a teacher."""
         if not self.tokens:
             return {}
         names = ("cross_entropy", "divergence", "states") if has_teacher else ()
@@ -48,14 +48,14 @@ class Sums(NamedTuple):
 
 
 class AnswerRows(NamedTuple):
-    """A model's outputs on the rows before answer tokens, prompt by prompt in their order."""
+    """A model's outputs on the rows that predict answer tokens, ordered by prompt."""
 
     logits: Tensor  # ``(T, V)``, T answer tokens
     targets: Tensor  # the tokens, ``(T,)``
     hidden: tuple[Tensor, ...] | None = None  # each layer's ``(B, S, hidden)``, if asked for
 
     def sums(self, layout: Layout) -> Sums:
-        """Scores the answers of a batch: cross-entropy alone."""
+        """Sums the cross-entropy and accuracy of a batch; nothing from a teacher."""
         logits = self.logits.float()
         total = F.cross_entropy(logits, self.targets, reduction="sum")
         with torch.no_grad():
@@ -66,27 +66,27 @@ class AnswerRows(NamedTuple):
 
 
 def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False) -> AnswerRows:
-    """Runs a model and keeps the logits of the rows before answer tokens.
+    """Runs a model and returns its outputs on the rows that predict answer tokens.
 
-    The model has blocktune's attention attached, and may be wrapped by PEFT, DDP or DeepSpeed. A
-    ValueError if it does not honour ``logits_to_keep``.
+    The model has blocktune's attention attached, and may be wrapped by PEFT, DDP or DeepSpeed.
+    Raises ValueError if it ignores ``logits_to_keep``.
     """
     targets = batch.labels[:, 1:]
-    # One index for all prompts of the batch: the rows before any prompt's answer tokens.
+    # One index for the whole batch: the rows that predict an answer token of any prompt.
     keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep}
-    wanted |= {"output_hidden_states": True} if hidden else {}
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep}
+    options |= {"output_hidden_states": True} if hidden else {}
     ids, positions = batch.input_ids, batch.layout.position
-    output = model(input_ids=ids, position_ids=positions, plan=plan, **wanted)
+    output = model(input_ids=ids, position_ids=positions, plan=plan, **options)
     if output.logits.shape[1] != keep.numel():
         raise ValueError(
-            f"the model gave logits of {output.logits.shape[1]} rows, {keep.numel()} were asked "
-            "for; its forward must honour logits_to_keep, as transformers' decoders do"
+            f"the model returned logits of {output.logits.shape[1]} rows, {keep.numel()} were "
+            "requested; its forward must support logits_to_keep, as transformers' decoders do"
         )
     targets = targets[:, keep]
-    learnt = targets != IGNORED
+    is_answer = targets != IGNORED
     return AnswerRows(
-        output.logits[learnt], targets[learnt], output.hidden_states if hidden else None
+        output.logits[is_answer], targets[is_answer], output.hidden_states if hidden else None
     )
 
 
@@ -94,36 +94,36 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
 class Objective:
     """Computes the loss of a batch."""
 
-    execution: str  # of attention
-    distillation: Distillation  # what is learnt from the teacher
-    # opens the teacher of a step, given the unwrapped student; None without one
+    execution: str  # of attention: ``split``, ``flex`` or ``dense``
+    distillation: Distillation  # settings of what to learn from the teacher
+    # gives the teacher of a step, from the unwrapped student; None without a teacher
     teacher: Callable[[nn.Module], AbstractContextManager[nn.Module]] | None = None
-    rope: RopeSpec | None = None  # the model's frequencies, where keys are matched
+    rope: RopeSpec | None = None  # of the model; needed to match keys
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor], bare: nn.Module) -> Sums:
-        """The loss of a collated batch; ``bare`` is the model unwrapped, for the teacher's pass."""
+        """The loss of a collated batch. ``bare`` is the unwrapped model, for the teacher."""
         student = batch_of(inputs)
         if self.teacher is None:
             plan = make_plan(self.execution, student.layout)
             return answer_rows(model, student, plan).sums(student.layout)
-        how, teacher_batch = self.distillation, batch_of(inputs, "teacher_")
-        # The teacher goes first: activation checkpointing runs the student's layers again later.
+        settings, teacher_batch = self.distillation, batch_of(inputs, "teacher_")
+        # The teacher runs first, since checkpointing runs the student's layers again in backward.
         with self.teacher(bare) as teacher:
-            known, its_states = self._run(teacher, teacher_batch)
-            probs = teacher_probs(known.logits, how.temperature, how.top_k)
-            del known
+            teacher_output, teacher_states = self._run(teacher, teacher_batch)
+            probs = teacher_probs(teacher_output.logits, settings.temperature, settings.top_k)
+            del teacher_output
         output, states = self._run(model, student)
         answers = output.sums(student.layout)
-        apart = divergence(output.logits, probs, how.temperature)
-        total = (1 - how.weight) * answers.total + how.weight * apart
+        kl = divergence(output.logits, probs, settings.temperature)
+        total = (1 - settings.weight) * answers.total + settings.weight * kl
         error = torch.zeros_like(total)
-        if how.matches_states:
-            error = self._error(student, teacher_batch, states, its_states)
-            total = total + how.states_weight * error
-        return answers._replace(total=total, divergence=apart.detach(), states=error.detach())
+        if settings.matches_states:
+            error = self._error(student, teacher_batch, states, teacher_states)
+            total = total + settings.states_weight * error
+        return answers._replace(total=total, divergence=kl.detach(), states=error.detach())
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[AnswerRows, Any]:
-        """A model's outputs, and the states that are matched: a `Recorder`, hidden ones or None."""
+        """A model's outputs, and the states to match: a `Recorder`, hidden states or None."""
         plan = make_plan(self.execution, batch.layout)
         if self.distillation.states == "kv":
             plan = Recorder(plan, question_rows(batch.layout))
@@ -131,13 +131,13 @@ class Objective:
         output = answer_rows(model, batch, plan, self.distillation.states == "hidden")
         return output, output.hidden
 
-    def _error(self, batch: Batch, teacher_batch: Batch, states: Any, its_states: Any) -> Tensor:
+    def _error(self, batch: Batch, teacher_batch: Batch, states: Any, teacher_states: Any):
         own, other = question_rows(batch.layout), question_rows(teacher_batch.layout)
         if self.distillation.states == "hidden":
-            errors = hidden_errors(states, its_states, own, other)
+            errors = hidden_errors(states, teacher_states, own, other)
         else:
             shift = teacher_batch.layout.position[other] - batch.layout.position[own]
-            errors = kv_errors(states, its_states, shift, self.rope)
+            errors = kv_errors(states, teacher_states, shift, self.rope)
         return (errors * row_weights(batch.layout, batch.labels, own)).sum()
 
 

@@ -1,4 +1,4 @@
-"""What a run prints and costs: options, the plan with memory and time, a line for each log."""
+"""The output of a run: its options, its plan with expected memory and time, and its log lines."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from blocktune.tables import Table, written
 
 ADAM_BYTES = 8  # two float32 moments per trainable parameter
 HIDDEN_COPIES, FFN_COPIES = 12, 4
-"""States that a layer keeps per row for backward, in units of the model's width (norms, q, k, v,
-output, residuals and their upcasts) and of its feed-forward width (gate, up, activation, product).
-Estimated; a kernel may keep fewer."""
+"""Tensors that a layer keeps for backward: of the model's width (norms, q, k, v, output, residuals
+and their upcasts), and of the feed-forward width (gate, up, activation, product). An estimate; a
+kernel may keep fewer."""
 LOGIT_BYTES = 12
-"""Logits, their log-softmax and its gradient in float32, per answer row and vocabulary entry."""
+"""Per answer row and vocabulary entry: logits, their log-softmax and its gradient, in float32."""
 EFFICIENCY = 0.4  # share of the measured matmul rate that a training step is expected to reach
 
 
 class Size(NamedTuple):
-    """A model's sizes that matter to cost."""
+    """The sizes of a model that determine memory and time."""
 
-    config: Any  # the decoder's configuration, for its widths
-    matmul: int  # weights that every row is multiplied with; active experts only, no output head
-    trained: int  # those of them that get gradients
+    config: Any  # of the decoder, for its widths
+    matmul: int  # weights that each row is multiplied by: active experts only, no output head
+    trained: int  # number of those that get gradients
     parameters: int  # number of all parameters
     trainable: int  # number of those that get gradients
-    fixed_bytes: int  # all parameters as they are stored, gradients and Adam's moments
-    state_bytes: int  # bytes of one number in an activation
+    fixed_bytes: int  # parameters as stored, gradients and Adam's moments
+    state_bytes: int  # bytes per number in an activation
 
 
 def size_of(model: nn.Module, state_bytes: int) -> Size:
-    """Reads the sizes off a model that is ready to train."""
+    """Measures a model that is ready to train."""
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    # Shapes, not storage: the codes of a 4-bit weight are half a byte each.
+    # By shape, not by storage: a 4-bit weight is stored in half a byte.
     matmul = sum(m.in_features * m.out_features for m in linear)
     trained = sum(m.in_features * m.out_features for m in linear if m.weight.requires_grad)
     weights = [(p, num_elements(p)) for p in model.parameters()]
@@ -66,10 +66,10 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
 
 
 def row_flops(size: Size, has_teacher: bool) -> float:
-    """Operations per row of a step: forward, backward to the states, gradients of what is trained.
+    """FLOPs per row of a step: forward, backward to the inputs, and weight gradients.
 
-    Products with weights only: attention's own, the output head on answer rows and activation
-    checkpointing are left out, so a utilisation from it is a lower bound.
+    Counts only products with weights. Attention scores, the output head and activation
+    checkpointing are left out, so a utilisation computed from it is a lower bound.
     """
     return 4.0 * size.matmul + 2.0 * size.trained + (2.0 * size.matmul if has_teacher else 0.0)
 
@@ -77,10 +77,10 @@ def row_flops(size: Size, has_teacher: bool) -> float:
 def peak_bytes(
     size: Size, rows: float, answer_rows: int, checkpointing: bool, mask_cells: float = 0.0
 ) -> float:
-    """Expected peak of one process without sharding: weights, gradients, Adam, states, masks.
+    """Expected peak memory of an unsharded process: weights, gradients, Adam, activations, masks.
 
-    ``rows`` are those of the largest batch, padding included; ``answer_rows`` of them get logits.
-    With ``checkpointing`` only each layer's input is kept, and one layer in full.
+    ``rows`` is the size of the largest batch with padding; ``answer_rows`` of them get logits. With
+    activation ``checkpointing`` only the input of each layer is kept, and one layer in full.
     """
     config, layers = size.config, size.config.num_hidden_layers
     ffn = (
@@ -95,9 +95,9 @@ def peak_bytes(
 
 @torch.no_grad()
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.05) -> float:
-    """Operations per second of plain matrix products on this device, the best of several.
+    """FLOPs per second of plain matrix products on this device, the best of several runs.
 
-    A training step is compared with it, since no data sheet names every machine.
+    Utilisation is relative to this measured rate, since data sheets do not cover every machine.
     """
     device = torch.device(device)
     side = 4096 if device.type == "cuda" else 384
@@ -119,10 +119,10 @@ def _wait(device: torch.device) -> None:
 
 @dataclass
 class Speedometer:
-    """Turns counts of tokens into rates, from one log to the next."""
+    """Computes speeds from the number of tokens since the last log."""
 
-    flops_per_token: float  # operations of one row, see `row_flops`
-    rate: float  # operations per second of matrix products on all processes together
+    flops_per_token: float  # see `row_flops`
+    rate: float  # FLOPs per second of matrix products, all processes together
     _last: tuple[float, float, int] = field(default=(0.0, 0.0, 0), init=False)
 
     def start(self, tokens: float, step: int) -> None:
@@ -130,12 +130,12 @@ class Speedometer:
         self._last = time.perf_counter(), tokens, step
 
     def read(self, tokens: float, step: int, last_step: int) -> dict[str, float]:
-        """Rates since the last reading, from the tokens so far (over all processes, no padding).
+        """Speeds since the last reading; ``tokens`` so far are of all processes, without padding.
 
         Returns:
-            ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate that went into
-            products with weights) and ``eta_s`` (seconds that are left at this speed). ``mfu`` is
-            left out above 1: the rate was measured while the machine was busy.
+            ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate spent on products
+            with weights) and ``eta_s`` (seconds left at this speed). ``mfu`` is omitted if it is
+            above 1, since the rate was then measured while the machine was busy.
         """
         then, old_tokens, old_step = self._last
         self.start(tokens, step)
@@ -148,10 +148,10 @@ class Speedometer:
 
 
 def make_plan(trainer: Trainer) -> dict[str, str]:
-    """What a `BlockSFTTrainer` that has not started will do, by the name of each property.
+    """Describes what a `BlockSFTTrainer` is about to do: texts by the name of a property.
 
-    The peak of memory is that of a process without sharding; the time is estimated at `EFFICIENCY`
-    of the measured matmul rate.
+    Peak memory is for a process without sharding. Time is estimated at `EFFICIENCY` of the measured
+    matmul rate.
     """
     args, info, prepared = trainer.args, trainer.files.info, trainer.prepared
     size, examples, limit = trainer.size, prepared.num_examples, trainer.exact_tokens
@@ -171,7 +171,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     if args.scope in SCOPED_ROWS:
         trained += f", on {SCOPED_ROWS[args.scope]} only"
     peak = written("bytes", expected_peak(trainer))
-    found = torch.accelerator.is_available()
+    has_gpu = torch.accelerator.is_available()
     time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
     plan = {
         "base": f"{info.base_model} ({_dtype(trainer)})",
@@ -180,9 +180,9 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "attention": args.attention_execution,
         "trainable": trained,
         "examples": f"{examples:,} ({prepared.num_dropped:,} dropped as too long)",
-        "tokens": f"{packed}{mean:,.0f} a row, longest {max(lengths):,}",
+        "tokens": f"{packed}{mean:,.0f} per row, longest {max(lengths):,}",
         "exact up to": limit and f"{limit:,} tokens; longer examples are dropped",
-        "device": args.device.type if found else "cpu (use_cpu, since no GPU was found)",
+        "device": args.device.type if has_gpu else "cpu (use_cpu, since no GPU was found)",
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",
         "steps": f"{steps:,}",
@@ -196,8 +196,8 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
 def _dtype(trainer: Trainer) -> str:
     model, args = trainer.model, trainer.args
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    held = quantization_of(model) or str(model.dtype).removeprefix("torch.")
-    return held if computed in (None, held) else f"{held}, computed in {computed}"
+    stored = quantization_of(model) or str(model.dtype).removeprefix("torch.")
+    return stored if computed in (None, stored) else f"{stored}, computed in {computed}"
 
 
 def _evaluation(trainer: Trainer) -> str | None:
@@ -213,39 +213,39 @@ def _evaluation(trainer: Trainer) -> str | None:
 
 
 def expected_peak(trainer: Trainer) -> float:
-    """`peak_bytes` of a trainer's largest possible batch."""
+    """`peak_bytes` for the largest possible batch of a trainer."""
     args, data = trainer.args, trainer.train_dataset
     width = max(data["length"]) * trainer.collator.row_growth
     rows = width * args.per_device_train_batch_size
     answers = max(data["answer_length"]) * args.per_device_train_batch_size
-    # At most: every row sees every other one, or there are as many masks as are kept.
+    # Upper bound: a mask of all rows by all rows, or the limit of the mask cache.
     masks = min(rows * width, KEPT_CELLS) if args.attention_execution == "split" else 0
     return peak_bytes(trainer.size, rows, answers, args.gradient_checkpointing, masks)
 
 
 def describe_layout(spec: LayoutSpec, block_share: float, both: bool, link_mode: str) -> str:
-    """One line: modes, placement, learned tokens."""
+    """A line with modes, placement and learned tokens."""
     if not spec.block:
         return "full attention"
     words = ["block and full, each example in both" if both else f"block {block_share:.0%}"]
     words.append(spec.placement)
     if spec.num_links:
         table = f"{link_mode}, by {spec.link_table}" if spec.link_table != "slot" else link_mode
-        words.append(f"{spec.num_links} links {spec.link_side} each ({table})")
+        words.append(f"{spec.num_links} links {spec.link_side} each chunk ({table})")
     if spec.num_headers or spec.num_trailers:
         words.append(f"{spec.num_headers} headers, {spec.num_trailers} trailers")
     return ", ".join(words + (["shared prefix"] if spec.shared_prefix else []))
 
 
 def describe_objective(args) -> str:
-    """One line: cross-entropy, divergence, states, fresh rows."""
-    how, words = args.distillation, []
-    if how.weight < 1:
+    """A line with the parts of the loss: cross-entropy, divergence, states, fresh rows."""
+    distillation, words = args.distillation, []
+    if distillation.weight < 1:
         words.append("cross-entropy")
-    if how.weight > 0:
-        words.append(f"{how.weight:.0%} KL to the teacher '{args.distill_teacher}'")
-    if how.matches_states:
-        words.append(f"{how.states} states x {how.states_weight:g}")
+    if distillation.weight > 0:
+        words.append(f"{distillation.weight:.0%} KL to the teacher '{args.distill_teacher}'")
+    if distillation.matches_states:
+        words.append(f"{distillation.states} states x {distillation.states_weight:g}")
     if args.recompute != "none":
         span = f"{args.recompute_min:.0%} to {args.recompute_max:.0%}"
         words.append(f"{span} of the tokens fresh ({args.recompute})")
@@ -253,7 +253,7 @@ def describe_objective(args) -> str:
 
 
 def print_options(console: Console | None = None) -> None:
-    """Prints every key with its default and what it means, a table for each group."""
+    """Prints a table for each group of keys, with defaults and descriptions."""
     from trl import ModelConfig
 
     from blocktune.training import config
@@ -271,48 +271,48 @@ def print_options(console: Console | None = None) -> None:
         (config.DataArgs, config.BlockSFTConfig, ModelConfig),
         ("key", "default", "meaning"),
     )
-    left = {field.name: field for holder in holders for field in fields(holder) if field.init}
+    remaining = {key.name: key for holder in holders for key in fields(holder) if key.init}
     for title, names in groups.items():
         rows = []
-        for one in [left.pop(name) for name in names if name in left]:
-            value = one.default if one.default_factory is MISSING else one.default_factory()
+        for key in [remaining.pop(name) for name in names if name in remaining]:
+            value = key.default if key.default_factory is MISSING else key.default_factory()
             shown = repr(value) if isinstance(value, str) else str(getattr(value, "value", value))
-            # The first sentence: transformers' texts have several paragraphs.
-            text = " ".join(str(one.metadata.get("help", "")).split())
+            # Only the first sentence, since descriptions of transformers have several paragraphs.
+            text = " ".join(str(key.metadata.get("help", "")).split())
             meaning = re.split(r"(?<=\w\w\w)\.\s", text, maxsplit=1)[0].removesuffix(".")
-            rows.append((one.name, shown, meaning))
+            rows.append((key.name, shown, meaning))
         Table(headings, rows, title, left=headings).show(console)
 
 
 class SteadyConsole(Console):
-    """A console that falls silent when its pipe is closed (``blocktune train ... | head``).
+    """A console that stops printing when its pipe is closed (``blocktune train ... | head``).
 
-    Rich would raise ``SystemExit``: a run would stop halfway without an error or an adapter.
+    Rich would raise ``SystemExit``, and the run would end early without an error or an adapter.
     """
 
     def on_broken_pipe(self) -> None:
         """Discards all further output."""
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
+    """A duration as text in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class LogLines(TrainerCallback):
-    """One line per log: step, loss, accuracy, learning rate, speed, and the time that is left."""
+    """Prints a line per log: step, loss, accuracy, learning rate, speed, and time left."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or SteadyConsole()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Prints what was logged, on the main process."""
+        """Prints the logged values, on the main process."""
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:

@@ -1,4 +1,4 @@
-"""The run that an output folder holds: continued by the same command, never mixed with another."""
+"""Continues the run in an output folder with the same command, and refuses other settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blocktune.adapter.load import PEFT_FILE, require_whole
 from blocktune.parsing import load_yaml
 
 CONFIG_FILE = "resolved_config.yaml"
-"""Every setting of a run by group; in its adapter and in every checkpoint."""
+"""Has all settings of a run, by group. Part of the adapter and of every checkpoint."""
 _INERT = re.compile(
     "output_dir|overwrite|dry_run|use_cpu|run_name|project|prediction_loss_only|disable_tqdm|debug|"
     "skip_memory_metrics|do_|local_rank|ddp_|deepspeed|fsdp|accelerator_config|parallelism_config|"
@@ -31,24 +31,24 @@ _INERT = re.compile(
     "(bf16|fp16)_full_eval|"
     "gradient_checkpointing|activation_|(per_device_)?train_batch_size|gradient_accumulation_steps"
 )
-"""Settings that may change when a run continues: they decide nothing that is learnt.
+"""Settings that may change when a run continues, since they do not affect the trained weights.
 
-How a step's rows are shared out may change too; their number may not (`_rows_per_step`)."""
+A step's rows may also be split among processes differently (see `_rows_per_step`)."""
 _LENGTH = ("max_steps", "num_train_epochs")
 _TRACES = ("command", "commit", "versions", "hardware", "world_size", "launch")
-"""What the provenance says of each start of a run."""
+"""Provenance that is kept for every start of a run."""
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint in a run's folder, or None."""
-    found = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
-    return None if found is None else Path(found)
+    checkpoint = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    return None if checkpoint is None else Path(checkpoint)
 
 
 def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a run in this folder has ended, and these settings do not make it longer.
+    """Whether the run in this folder has ended, and these settings do not make it longer.
 
-    Its state is written after its adapter. At a constant learning rate it may be trained longer.
+    Only a run with a constant learning rate can be made longer.
     """
     if not all((folder / name).is_file() for name in (INFO_FILE, TRAINER_STATE_NAME)):
         return False
@@ -60,25 +60,25 @@ def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def stoppable(output_dir: str | Path, overwrite: bool) -> Iterator[None]:
-    """Inside the block, Ctrl-C says what a run left, and how to continue it."""
+    """On Ctrl-C inside the block, reports the last checkpoint and how to continue."""
     try:
         yield
     except KeyboardInterrupt:
-        found = last_checkpoint(output_dir)
+        last = last_checkpoint(output_dir)
         how = " without --overwrite" if overwrite else ""
-        left = f"the last checkpoint is {found}; repeat the command{how} to continue"
-        nothing = "no checkpoint is saved yet; repeat the command to start again"
-        raise KeyboardInterrupt(left if found else nothing) from None
+        line = f"the last checkpoint is {last}; repeat the command{how} to continue"
+        no_checkpoint = "no checkpoint is saved yet; repeat the command to start again"
+        raise KeyboardInterrupt(line if last else no_checkpoint) from None
 
 
 def require_same_run(
     folder: Path, config: Mapping[str, Any], world_size: int | None = None
 ) -> None:
-    """Refuses to continue a run by other settings than it was started with; names all that differ.
+    """Raises ValueError if a run's settings differ from those in ``folder``, and names them all.
 
-    ``folder`` is a checkpoint, or a finished run's. ``config`` has settings by group, as in
-    `CONFIG_FILE`; groups that only one side has (a `BlockSFTTrainer` knows no data source) are not
-    compared. ``world_size`` are the processes that share a step's rows; None if not known yet.
+    ``folder`` is a checkpoint, or the folder of a finished run. ``config`` has settings by group,
+    as in `CONFIG_FILE`; only groups that both have are compared, since a `BlockSFTTrainer` knows
+    no data source. ``world_size`` is the number of processes, or None if it is not known yet.
     """
     old, new = _settings_of(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
     changed = list(_differences(old, new))
@@ -99,14 +99,14 @@ def require_same_run(
 def _settings_of(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
-            f"'{folder}' has no {CONFIG_FILE}, so what it was trained with is unknown; choose "
+            f"'{folder}' has no {CONFIG_FILE}, so the settings of its run are unknown; choose "
             "another output_dir, or start again with --overwrite"
         )
     return load_yaml(folder / CONFIG_FILE, "settings", "start again with --overwrite")
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    # Without a schedule, a longer run is the same run.
+    # With a constant learning rate, a longer run has the same steps up to now.
     is_constant = new["training"]["lr_scheduler_type"] == "constant"
     for group in old.keys() & new.keys():
         before, now = old[group], new[group]
@@ -122,24 +122,24 @@ def _rows_per_step(config: Mapping[str, Any], world_size: int) -> int:
     return rows * world_size
 
 
-_FIX = "remove the checkpoint to continue from the one before, or start again with --overwrite"
+_FIX = "remove the checkpoint to continue from the previous one, or start again with --overwrite"
 _STATES = {
-    "optimiser's state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
-    "schedule": ("scheduler.pt", "global_step*"),
-    "random numbers": ("rng_state*.pth",),
+    "optimiser state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    "learning rate schedule": ("scheduler.pt", "global_step*"),
+    "random states": ("rng_state*.pth",),
 }
-"""Files of a checkpoint: without one transformers would start that part anew, and say nothing."""
+"""Files of a checkpoint. If one is missing, transformers would silently start that part anew."""
 
 
 def require_loadable(checkpoint: Path) -> None:
-    """Refuses a checkpoint of which a file is cut off or missing, before anything is loaded.
+    """Checks the files of a checkpoint before anything is loaded.
 
     Raises:
-        ValueError: Names the file.
+        ValueError: If a file is truncated or missing; names the file.
     """
-    for what, names in _STATES.items():
-        if not any(found for name in names for found in checkpoint.glob(name)):
-            raise ValueError(f"'{checkpoint}' lacks the {what} ({names[0]}); {_FIX}")
+    for part, patterns in _STATES.items():
+        if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
+            raise ValueError(f"'{checkpoint}' lacks the {part} ({patterns[0]}); {_FIX}")
     for path in sorted(checkpoint.rglob("*")):
         is_archive = path.suffix in (".pt", ".pth", ".bin")  # torch.save writes zip files
         if is_archive and not zipfile.is_zipfile(path):
@@ -152,7 +152,7 @@ def require_loadable(checkpoint: Path) -> None:
 
 
 def history(checkpoint: Path) -> dict[str, Any]:
-    """Provenance of a run that continues: its step now, and what every earlier start was."""
+    """Provenance of a run that continues: the current step, and all earlier starts."""
     training = _training(checkpoint)
     step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
     before = {key: training[key] for key in _TRACES if key in training}
@@ -169,7 +169,7 @@ def _training(folder: Path) -> dict[str, Any]:
 
 
 def remove_run(folder: Path) -> None:
-    """Removes what an earlier run left: the adapter and the checkpoints, no other files."""
+    """Removes the adapter and the checkpoints of an earlier run, and no other files."""
     is_run = (folder / INFO_FILE).is_file()
     (folder / INFO_FILE).unlink(missing_ok=True)  # first: without it nothing loads
     for path in folder.glob("checkpoint-*"):
@@ -183,11 +183,11 @@ def remove_run(folder: Path) -> None:
 
 @contextmanager
 def leaving_no_empty_folder(folder: Path) -> Iterator[None]:
-    """Removes the folder and its parents afterwards, if the block made them and left them empty."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    """After the block, removes the folder and its parents if it made them and left them empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     finally:
         with suppress(OSError):
-            for path in made:
+            for path in new:
                 os.rmdir(path)

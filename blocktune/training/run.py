@@ -1,6 +1,6 @@
-"""One training run, the same for `blocktune train` and for `recipes/train.py`.
+"""A training run, for both `blocktune train` and `recipes/train.py`.
 
-Reads the options, loads base and data, hands them to `BlockSFTTrainer`, trains, saves, publishes.
+Reads the options, loads base and data, trains with `BlockSFTTrainer`, saves and publishes.
 """
 
 from __future__ import annotations
@@ -33,60 +33,60 @@ from blocktune.training.dataset import Sample, in_modes, own_wording, to_sample
 from blocktune.training.plan import LogLines, make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
 
-_HOLDERS = (DataArgs, BlockSFTConfig, ModelConfig)
-_TYPES = {name: str(t) for holder in _HOLDERS for name, t in get_type_hints(holder).items()}
+_OPTIONS = (DataArgs, BlockSFTConfig, ModelConfig)
+_TYPES = {name: str(t) for cls in _OPTIONS for name, t in get_type_hints(cls).items()}
 """Annotations of all options as text."""
 
 FINISHED = "the run is finished; --overwrite starts again"
 
 
 class Parser(TrlParser):
-    """TRL's parser over all options of a run; what is typed in ``argv`` wins over the YAML."""
+    """TRL's parser for all options of a run. Options in ``argv`` override the YAML."""
 
     def __init__(self, argv: Sequence[str] = ()):
-        super().__init__(_HOLDERS, prog="blocktune train", allow_abbrev=False)
+        super().__init__(_OPTIONS, prog="blocktune train", allow_abbrev=False)
         self._typed = {word.partition("=")[0].replace("-", "_") for word in argv}
 
     def set_defaults_from(self, path: str) -> list[str]:
-        """Takes what a YAML file says; returns its unknown keys.
+        """Takes defaults from a YAML file; returns its unknown keys.
 
-        Every value is read as if it were typed, so that a wrong type is refused here, by a
-        ValueError that names the file. The source of examples is left out if another one is typed.
+        Every value is parsed like an option, so that a wrong type raises a ValueError that names
+        the file. The source of examples is ignored if ``argv`` has one.
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
-        one_source, mixture = {"train_data", "train_limit"}, {"mixture"}
-        for typed, instead in (("__mixture", one_source), ("__train_data", mixture)):
+        single_source, mixture = {"train_data", "train_limit"}, {"mixture"}
+        for typed, ignored in (("__mixture", single_source), ("__train_data", mixture)):
             if typed in self._typed:
-                values = {key: value for key, value in values.items() if key not in instead}
-        known = {action.dest: action for action in reversed(self._actions)}  # X before no_X
-        for key in values.keys() & known.keys():
+                values = {key: value for key, value in values.items() if key not in ignored}
+        actions = {action.dest: action for action in reversed(self._actions)}  # X before no_X
+        for key in values.keys() & actions.keys():
             try:
-                values[key] = self._value(known[key], values[key])
+                values[key] = self._value(actions[key], values[key])
             except (argparse.ArgumentError, ValueError) as error:
                 reason = getattr(error, "message", None) or error
                 raise ValueError(f"{path}: {key}: {reason}") from None
-        self.set_defaults(**{key: value for key, value in values.items() if key in known})
-        return [str(key) for key in values if key not in known]
+        self.set_defaults(**{key: value for key, value in values.items() if key in actions})
+        return [str(key) for key in values if key not in actions]
 
     def _value(self, action: argparse.Action, value: Any) -> Any:
-        """A value of the YAML as the command line would read it."""
-        for kind, several in ((Mapping, "dict"), (list, "list")):
-            if isinstance(value, kind) and several not in _TYPES.get(action.dest, ""):
+        """Parses a value of the YAML as on the command line."""
+        for kind, name in ((Mapping, "dict"), (list, "list")):
+            if isinstance(value, kind) and name not in _TYPES.get(action.dest, ""):
                 raise ValueError(f"must be one value, got {value!r:.60}")
         if value is None and action.default is not None:
             raise ValueError(f"must have a value; leave it out for the default, {action.default}")
         if value is None or isinstance(value, Mapping):
             return value
         if isinstance(value, list):
-            return [self._value(action, one) for one in value]
+            return [self._value(action, item) for item in value]
         if value is False and "no" in (action.choices or ()):
-            return "no"  # which YAML reads as false
-        read = self._get_value(action, str(value))
-        self._check_value(action, read)
-        return read
+            return "no"  # YAML reads an unquoted no as false
+        parsed = self._get_value(action, str(value))
+        self._check_value(action, parsed)
+        return parsed
 
     def error(self, message: str):
-        """Raises ValueError, where argparse prints its usage and exits."""
+        """Raises ValueError; argparse itself would print its usage and exit."""
         raise ValueError(message)
 
 
@@ -101,19 +101,19 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     finder.add_argument("--config")
     finder.error = parser.error
-    own, rest = finder.parse_known_args(list(argv))
-    unknown = parser.set_defaults_from(own.config) if own.config is not None else []
+    given, rest = finder.parse_known_args(list(argv))
+    unknown = parser.set_defaults_from(given.config) if given.config is not None else []
     unknown += parser.parse_known_args(rest)[1]
     if unknown:
         name = next((word for word in unknown if word.startswith("--")), unknown[0])
-        known = [action.dest for action in parser._actions]
-        close = difflib.get_close_matches(name.lstrip("-"), known, n=1)
+        names = [action.dest for action in parser._actions]
+        close = difflib.get_close_matches(name.lstrip("-"), names, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see blocktune train --help-all"
         raise ValueError(f"unknown key or option '{name.lstrip('-')}'; {hint}")
     data, args, choice = parser.parse_args_into_dataclasses(rest)
     if choice.model_name_or_path and choice.model_revision == "main":  # TRL's default
-        choice.model_name_or_path, inside = load.pinned(choice.model_name_or_path)
-        choice.model_revision = inside or "main"
+        choice.model_name_or_path, revision = load.pinned(choice.model_name_or_path)
+        choice.model_revision = revision or "main"
     return data, args, choice
 
 
@@ -122,22 +122,22 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     publisher: Any = None,
 ) -> Path | None:
-    """Trains as told, saves the adapter, and publishes it where ``push_to_hub`` says so.
+    """Trains, saves the adapter, and publishes it with ``push_to_hub``.
 
     Args:
         argv: Command line without the program's name, e.g. ``["--config", "run.yaml"]``.
-        callbacks: More callbacks of transformers' Trainer, e.g. evaluation.
-        publisher: What ``push_to_hub`` is served by: `blocktune.hub.Publisher`, handed in since
-            training knows nothing of serving and checking.
+        callbacks: Additional callbacks of transformers' Trainer, e.g. evaluation.
+        publisher: A `blocktune.hub.Publisher` for ``push_to_hub``; an argument, since training
+            does not import the code that serves and checks.
 
     Returns:
         The adapter's folder, or None after a dry run.
 
     Raises:
-        ValueError: On anything a user can mend, in one line.
+        ValueError: For any error that a user can fix, in one line.
     """
     data, args, choice = parse(argv)
-    atexit.register(_leave_the_others)
+    atexit.register(_close_process_group)
     repo = checked_repo(args, choice.model_name_or_path, publisher)
     folder = _train(data, args, choice, callbacks)
     if repo and folder and os.environ.get("RANK", "0") == "0":
@@ -145,10 +145,10 @@ def train(
     return folder
 
 
-def _leave_the_others() -> None:
+def _close_process_group() -> None:
     """Ends the threads of the process group, which may abort a process that ends before them.
 
-    The launcher would then end the other processes too, as the one that still publishes.
+    The launcher would then end the other processes too, even one that is still publishing.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -174,7 +174,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
             print_plan(make_plan(trainer))
         if args.dry_run:
             return None
-        trainer.accelerator.wait_for_everyone()  # until all have looked for an earlier run
+        trainer.accelerator.wait_for_everyone()  # until all have checked for an earlier run
         if args.overwrite and is_first:
             resume.remove_run(folder)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -187,29 +187,29 @@ def _train(data, args, choice, callbacks) -> Path | None:
 def earlier_run(
     data: DataArgs, args: BlockSFTConfig, choice: ModelConfig, world_size: int | None = None
 ) -> Path | None:
-    """Where a run continues: None for a new one, ``output_dir`` itself if it is finished.
+    """The checkpoint to continue from: None for a new run, ``output_dir`` for a finished one.
 
-    Without ``resume_from_checkpoint`` that is the last checkpoint in ``output_dir``, if there is
-    one. ``world_size`` is the number of processes, None if not known yet. Raises ValueError if the
-    earlier run had other settings, or there is no such checkpoint.
+    Without ``resume_from_checkpoint`` it is the last checkpoint in ``output_dir``, if there is one.
+    ``world_size`` is the number of processes, or None if it is not known yet. Raises ValueError if
+    the earlier run had other settings, or there is no such checkpoint.
     """
     named, folder = str(args.resume_from_checkpoint or ""), Path(args.output_dir)
-    wanted = named.lower() not in ("", "false")
-    if args.overwrite and wanted:
+    resumes = named.lower() not in ("", "false")
+    if args.overwrite and resumes:
         raise ValueError("overwrite starts again; leave out resume_from_checkpoint")
     if args.overwrite:
         return None
     config = resolved(data, args, choice)
-    if wanted and named.lower() != "true":
-        found = Path(named)
+    if resumes and named.lower() != "true":
+        checkpoint = Path(named)
     else:
         finished = resume.is_finished(folder, config)
-        found = folder if finished else resume.last_checkpoint(folder)
-    if found is None and wanted:
+        checkpoint = folder if finished else resume.last_checkpoint(folder)
+    if checkpoint is None and resumes:
         raise ValueError(f"resume_from_checkpoint: there is no checkpoint in '{folder}'")
-    if found is not None:
-        resume.require_same_run(found, config, world_size)
-    return found
+    if checkpoint is not None:
+        resume.require_same_run(checkpoint, config, world_size)
+    return checkpoint
 
 
 def build(
@@ -218,13 +218,13 @@ def build(
     choice: ModelConfig,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> BlockSFTTrainer:
-    """Loads base and data and makes the trainer."""
+    """Loads base and data and creates the trainer."""
     launch_checks.refuse_missing_trackers(args.report_to)
     launch_checks.refuse_settings(args, choice)
     model, tokenizer = load.load_base(
         choice.model_name_or_path,
         dtype=choice.dtype or "auto",
-        device=str(PartialState().device),  # each process quantises onto its own
+        device=str(PartialState().device),  # each process quantises on its own device
         revision=choice.model_revision,
         quantize=get_quantization_config(choice),
         place=False,
@@ -251,16 +251,16 @@ def build(
 
 
 def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[str, dict]:
-    """Every setting of a run, by group, as ``resolved_config.yaml`` holds it."""
+    """All settings of a run by group, as in ``resolved_config.yaml``."""
     return {"data": vars(data).copy(), "model": vars(choice).copy(), "training": settings(args)}
 
 
 def samples_of(
     data: DataArgs, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[Sample]:
-    """The training examples and the modes they are trained in.
+    """The training examples and their modes, from ``train_data`` or a mixture.
 
-    Raises ValueError if a mixture and the options of one source are mixed, or disagree.
+    Raises ValueError if the options of a run contradict its mixture.
     """
     if data.mixture is None:
         launch_checks.refuse_test(data.train_data)
@@ -269,26 +269,27 @@ def samples_of(
         samples = [to_sample(example, tokenizer, data.format) for example in examples]
         return in_modes(samples, args.block_share, args.both_modes, args.seed)
     if args.both_modes:
-        raise ValueError("a mixture says the mode of each source; leave both_modes out")
+        raise ValueError("a mixture sets the mode of each source; leave both_modes out")
     mixture = load_mixture(data.mixture)
     for part in mixture.parts:
         launch_checks.refuse_test(part.source, part.split)
-    # A part's own wording: what it does not say is the run's.
+    # A part may override some fields of the run's format.
     run = data.format.to_dict()
-    worded = [p.format and PromptFormat.from_dict(run | dict(p.format)) for p in mixture.parts]
+    formats = [p.format and PromptFormat.from_dict(run | dict(p.format)) for p in mixture.parts]
     samples = []
-    for one in mix(mixture, tokenizer=tokenizer).examples:
-        wording = own_wording(one.example, worded[one.part] or data.format) or worded[one.part]
-        turns = mixture.parts[one.part].turns
-        samples.append(Sample(one.example, one.mode == BLOCK, wording, turns))
+    for item in mix(mixture, tokenizer=tokenizer).examples:
+        own = formats[item.part]
+        wording = own_wording(item.example, own or data.format) or own
+        turns = mixture.parts[item.part].turns
+        samples.append(Sample(item.example, item.mode == BLOCK, wording, turns))
     if args.has_block != any(sample.block for sample in samples):
-        wanted = "0 (full attention alone)" if args.has_block else "left out"
-        raise ValueError(f"the mixture's modes and block_share disagree: it should be {wanted}")
+        fix = "set block_share: 0" if args.has_block else "leave it out"
+        raise ValueError(f"block_share contradicts the modes of the mixture; {fix}")
     return samples
 
 
 _PUSH_OPTIONS = {
-    "hub_strategy": ("every_save", "end"),  # transformers' default, and what is done
+    "hub_strategy": ("every_save", "end"),  # the default of transformers, and the actual strategy
     "hub_always_push": (False,),
     "hub_revision": (None,),
 }
@@ -296,9 +297,10 @@ _PUSH_OPTIONS = {
 
 
 def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Any) -> str | None:
-    """Where a run is pushed to, or None; the Trainer, which would push unchecked, is not told.
+    """The repository to push a run to, or None. Resets ``push_to_hub``.
 
-    Raises ValueError if it cannot be pushed, or not as the options say.
+    Otherwise the Trainer would push without any check. Raises ValueError if the run cannot be
+    pushed as its options say.
     """
     if not args.push_to_hub:
         return None
@@ -310,8 +312,8 @@ def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Any) -> str |
     for name, accepted in _PUSH_OPTIONS.items():
         if (value := getattr(args, name)) not in accepted:
             raise ValueError(
-                f"{name}: {getattr(value, 'value', value)} is not supported; push_to_hub pushes "
-                "once, when the run is over, to the main branch; leave it out"
+                f"{name}: {getattr(value, 'value', value)} is not supported, since push_to_hub "
+                "pushes once, after the run, to the main branch; leave it out"
             )
     publisher.check(args.hub_model_id, base_model, args.layout, args.hub_token)
     args.push_to_hub = False

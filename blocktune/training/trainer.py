@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer over layouts: own collator, own loss, adapters that carry their layout."""
+"""TRL's SFTTrainer for layouts: with its own collator and loss, and adapters with a layout."""
 
 from __future__ import annotations
 
@@ -45,30 +45,30 @@ Rows = Dataset | Iterable[Mapping[str, Any] | RagExample | Sample]
 
 
 class BlockSFTTrainer(StagedSaving, SFTTrainer):
-    """Trains a model to answer from chunks that see only themselves (or as the layout says).
+    """Trains a model to answer from chunks that do not see each other (or as the layout says).
 
-    Used as TRL's `SFTTrainer`; `blocktune train` is this class behind a command. The layout, the
-    objective and what is frozen are options of `BlockSFTConfig`. The loss is the sum over answer
-    tokens divided by their number in the whole step, so it is the same for any split of a global
-    batch over accumulation steps and processes.
+    It is used like TRL's `SFTTrainer`; `blocktune train` runs it. `BlockSFTConfig` sets the layout,
+    the objective and what is frozen. The loss is the sum over answer tokens divided by their number
+    in the whole step. It is thus the same for any split of a global batch over accumulation steps
+    and processes.
 
     Args:
         model: A folder or repository name (loaded in float32), or a model; bare or PEFT.
         args: The configuration; default: `BlockSFTConfig` with TRL's output folder.
-        data_collator: A `BlockDataCollator`, whose ``format`` words the prompts.
+        data_collator: A `BlockDataCollator`; its ``format`` is that of the prompts.
         train_dataset: A Hugging Face `Dataset`, dicts or examples, see `to_sample`.
         eval_dataset: The same, or several by name; for the evaluation loss.
         processing_class: The model's tokenizer; default: loaded from the model's folder.
-        compute_metrics: As `SFTTrainer`'s, like the others below; costs a second forward pass.
-        peft_config: Adapter to train; None trains the whole model, unless it has one.
+        compute_metrics: As in `SFTTrainer`, like the others below; needs a second forward pass.
+        peft_config: Adapter to train; None trains the whole model or the adapter it has.
 
     Attributes:
-        prepared: The training set, with the count of examples left out.
-        files: Writes and restores adapters.
+        prepared: The training set, with the number of dropped examples.
+        files: Writes the files of adapters.
 
     Raises:
         ValueError: If the model is not supported, a row cannot be read or is too long, options
-            exclude each other, or context or sequence parallelism would drop the layout.
+            are incompatible, or context or sequence parallelism would ignore the layout.
     """
 
     _tag_names = ["blocktune", "trl", "sft"]  # noqa: RUF012 (TRL's own shape)
@@ -110,12 +110,12 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self.collator = replace(
             self.collator,
             link_base=info.link_base(model, tokenizer),
-            num_tokens=link_base(model),  # with the links that are tokens
+            num_tokens=link_base(model),  # now including added link tokens
             check_layer=args.sampler.check_layer(layers) if args.sampler else None,
         )
-        how, frozen = args.distillation, args.freeze_base or hasattr(model, "peft_config")
-        teacher = find_teacher(args.distill_teacher, how, model, tokenizer, frozen)
-        self.objective = Objective(args.attention_execution, how, teacher, rope)
+        distillation, frozen = args.distillation, args.freeze_base or hasattr(model, "peft_config")
+        teacher = find_teacher(args.distill_teacher, distillation, model, tokenizer, frozen)
+        self.objective = Objective(args.attention_execution, distillation, teacher, rope)
         self.order: EpochOrder | None = None
         self._sums = {"train": Sums(), "eval": Sums()}
         with precision_kept(model):
@@ -134,12 +134,12 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self._finish(info)
 
     def _describe(self, model: PreTrainedModel) -> AdapterInfo:
-        """What the adapter's folder will say of the run."""
+        """The contents of ``blocktune.json`` for this run."""
         args, prepared = self.args, self.prepared
         full = prepared.num_examples - prepared.num_block
         if args.scope == "encode" and full:
             raise ValueError(
-                f"scope 'encode' trains on rows of chunks, and {full:,} examples in full attention "
+                f"scope 'encode' trains on rows of chunks, but {full:,} examples in full attention "
                 "have none; set block_share: 1.0 without both_modes, or another scope"
             )
         origin = provenance(args.seed) | {
@@ -149,14 +149,14 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             "modes": {"block": prepared.num_block, "full": full},
             "objective": describe_objective(args),
         }
-        named = {"link_mode": args.link_mode, "link_seed": args.seed, "scope": args.scope}
-        named |= {"layout": args.layout, "format": self.collator.format, "training": origin}
-        return adapter_info(model, self.processing_class, **named)
+        fields = {"link_mode": args.link_mode, "link_seed": args.seed, "scope": args.scope}
+        fields |= {"layout": args.layout, "format": self.collator.format, "training": origin}
+        return adapter_info(model, self.processing_class, **fields)
 
     def _finish(self, info: AdapterInfo) -> None:
-        """What needs the Trainer's own set-up: the launch, the speed, the files."""
+        """Sets up what needs the Trainer to be initialised: launch checks, speed, files."""
         args, model = self.args, self.model
-        # The Trainer then counts the answer tokens of all accumulation steps and ranks.
+        # Makes the Trainer count the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
         refuse_parallelism(self.accelerator)
         refuse_lost_launch(self.accelerator, args.n_gpu, self.is_deepspeed_enabled)
@@ -166,7 +166,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             row_flops(self.size, self.objective.teacher is not None),
             matmul_rate(args.device, state_dtype) * self.accelerator.num_processes,
         )
-        self.add_callback(_Rhythm(self))
+        self.add_callback(_EpochCallback(self))
         self.files = AdapterFiles(info, {"training": settings(args)}, args.freeze_base).described(
             world_size=self.accelerator.num_processes, launch=launch_name(self.accelerator)
         )
@@ -199,13 +199,13 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         return self._prepare(rows, self.args.eval_batch_size).dataset
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's; ``eval_dataset`` may be rows as the constructor takes them."""
+        """Evaluates as the Trainer does; ``eval_dataset`` may be rows as for the constructor."""
         if not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_evaluation(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
-        """The loss under each prompt's layout; with outputs, also the logits of all rows."""
+        """The loss under each prompt's layout, and optionally the outputs of all rows."""
         bare = self.accelerator.unwrap_model(model)
         inputs = self._narrowed(bare, inputs)
         result = self.objective(model, inputs, bare)
@@ -221,7 +221,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             return loss, model(input_ids=inputs["input_ids"], layout=inputs["layout"])
 
     def _narrowed(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Asks the selector of fresh rows, where it chooses by what the model makes of them."""
+        """Chooses fresh rows by the model's own keys and values, if the selector needs them."""
         layout, layer = Layout.unpack(inputs["layout"]), self.collator.check_layer
         if layer is None:
             return inputs
@@ -234,18 +234,18 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         return {**inputs, "layout": layout.pack()}
 
     def _count(self, result: Sums) -> None:
-        """Adds up over ranks; means of micro-batches would weigh their tokens unequally."""
+        """Adds sums over all ranks. Means of micro-batches would weight their tokens unequally."""
         mode = "train" if self.model.training else "eval"
         own = torch.stack([value.detach().double() for value in result])
         sums = Sums(*self.accelerator.gather(own).view(-1, len(own)).sum(0).tolist())
         self._sums[mode] = Sums(*map(sum, zip(self._sums[mode], sums, strict=True)))
         if mode == "train":
             self._total_train_tokens += int(sums.rows)
-            self.state.num_input_tokens_seen = self._total_train_tokens  # a checkpoint keeps it
+            self.state.num_input_tokens_seen = self._total_train_tokens  # saved in checkpoints
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds means per answer token, speed in real tokens, utilisation and the time left."""
+        """Adds means per answer token, speed without padding, utilisation and time left."""
         mode = "train" if self.model.training else "eval"
         means = self._sums[mode].means(has_teacher=self.objective.teacher is not None)
         self._sums[mode] = Sums()
@@ -258,7 +258,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """As the Trainer's; the loss is per answer token, whatever the batches were."""
+        """Evaluates as the Trainer does, but with the mean loss over all answer tokens."""
         self._sums["eval"] = Sums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self._sums["eval"]
@@ -266,7 +266,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         return output
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """The order of the run's epochs; `_Rhythm` tells it which one begins."""
+        """The order of rows in each epoch; `_EpochCallback` sets the epoch."""
         args = self.args
         if args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
@@ -281,19 +281,19 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         return self.order
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Evaluation without augmentation, the same in every epoch."""
-        varied = self.data_collator
+        """Batches for evaluation: without augmentation, and the same in every epoch."""
+        train_collator = self.data_collator
         self.data_collator = replace(self.collator, augmentation=Augmentation(), epoch=0)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = varied
+            self.data_collator = train_collator
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
 
     def _send_telemetry(self) -> None:
-        """None is sent."""
+        """Sends nothing."""
 
 
 def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -> BlockSFTConfig:
@@ -308,14 +308,14 @@ def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -
 def _checked_collator(
     collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> BlockDataCollator:
-    """The collator with what the configuration says."""
+    """The collator with the settings of the configuration."""
     collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
     if not isinstance(collator, BlockDataCollator):
         name = type(collator).__name__
         raise ValueError(f"data_collator must be a BlockDataCollator, got {name}")
     if collator.layout != args.layout:
         raise ValueError(
-            f"data_collator lays out {collator.layout}, the configuration says {args.layout}; "
+            f"data_collator has {collator.layout}, but the configuration has {args.layout}; "
             "make the collator with layout=args.layout"
         )
     return replace(
@@ -328,8 +328,8 @@ def _checked_collator(
     )
 
 
-class _Rhythm(TrainerCallback):
-    """Starts the clock, and tells collator and order their epoch before its first batch."""
+class _EpochCallback(TrainerCallback):
+    """Starts the clock, and sets the epoch of collator and order before its first batch."""
 
     def __init__(self, trainer: BlockSFTTrainer):
         self.trainer = trainer
@@ -339,7 +339,7 @@ class _Rhythm(TrainerCallback):
         self.trainer.speed.start(self.trainer._total_train_tokens, state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # A resumed run counts epochs in fractions; rounding must not fall into the one before.
+        # After a resume the epoch is a fraction; rounding must not give the previous epoch.
         epoch = int((state.epoch or 0) + 1e-6)
         self.trainer.collator.epoch = epoch
         if self.trainer.order is not None:

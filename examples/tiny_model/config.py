@@ -1,4 +1,4 @@
-"""What pre-training can be told."""
+"""The settings of pre-training."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ KINDS = {
 }  # fmt: skip
 
 FALLING_WARMUP = 10
-"""Steps in which new optimisers gather their first averages, before rates that fall."""
+"""Warm-up steps of new optimisers in a stage with a falling learning rate."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the curriculum.
+    """A stage of the curriculum.
 
     Attributes:
-        passages: Most chunks of a context.
-        steps: Optimiser steps.
-        length: Most tokens of a sequence, S; longer ones are not drawn. The longer, the fewer
-            sequences make a step.
-        plain: First lessons: see `WorldConfig`; only questions of one passage.
-        until: Share of right answer tokens, over the steps between two lines of the log, with which
-            the stage is over before its steps are: when matching is found is a matter of chance.
-            The last stage of a segment takes all its steps.
-        falls: Whether the rates fall linearly. Such a stage starts from the saved weights with new
-            optimisers, and so does the one after it.
+        passages: Maximum number of chunks of a context.
+        steps: Number of optimiser steps.
+        length: Maximum tokens of a sequence, S; longer ones are not drawn. Longer sequences mean
+            fewer per step.
+        plain: Easy examples, see `WorldConfig`, with only questions about one passage.
+        until: The stage ends early when this share of answer tokens between two log lines is
+            correct, since it varies by chance when a model learns to retrieve. The last stage of a
+            segment takes all its steps.
+        falls: Whether learning rates fall linearly. Such a stage, and the one after it, start from
+            the saved weights with new optimisers.
     """
 
     passages: int
@@ -47,39 +47,40 @@ class PretrainConfig:
     """Model, data and optimisation of the tiny model.
 
     Attributes:
-        seed: Seeds weights, tokenizer corpus and worlds.
-        layers: Decoder layers, L.
+        seed: Random seed of weights, tokenizer corpus and worlds.
+        layers: Number of decoder layers, L.
         width: Hidden size.
-        ffn: Inner size of the MLP.
-        heads: Query heads, H.
-        kv_heads: Key and value heads, K; with two, or with smaller heads, retrieval is learnt
-            later: what a head moves must tell some hundred words apart.
+        ffn: Intermediate size of the MLP.
+        heads: Number of query heads, H.
+        kv_heads: Number of key and value heads, K. With only two, or with smaller heads, retrieval
+            is learnt later, since the values of a head must distinguish some hundred words.
         head_dim: Dimensions of a head, D.
-        rope_theta: Base of RoPE; large, so that enough dimensions hardly turn over a context.
-        vocab_size: Rows of the embeddings, and most tokens of the tokenizer. Fixed, so that random
-            weights do not hang on the worlds' words: some find matching late or never.
-        stages: Curriculum; short contexts first, or retrieval is not learnt.
-        questions: Most questions asked about one context, in successive turns.
+        rope_theta: Base of RoPE; large, so that enough dimensions hardly rotate over a context.
+        vocab_size: Rows of the embeddings, and maximum tokens of the tokenizer. Fixed, so that the
+            random weights do not depend on the words of the worlds; some seeds learn to retrieve
+            late or never.
+        stages: Curriculum; it must begin with short contexts, or retrieval is not learnt.
+        questions: Maximum number of questions about one context, in successive turns.
         kinds: Weight of each kind of question.
         aliased: As in `WorldConfig`, also for the tokenizer's worlds and the dev questions.
-        answer_weight: Weight of an answer token in the loss; all others weigh 1.
-        rows_per_step: Rows of one optimiser step if all sequences were of the stage's length; half
-            of them are pads.
-        micro_rows: Most rows of one forward pass on a CPU, padding included; few stay in cache.
+        answer_weight: Weight of an answer token in the loss; all others have weight 1.
+        rows_per_step: Rows of one optimiser step if all sequences had the stage's length; half of
+            them are padding.
+        micro_rows: Maximum rows of a forward pass on a CPU, padding included; few fit the cache.
         muon_lr: Peak learning rate of the matrices.
-        embedding_std: Initial spread of the embeddings. AdamW moves every number by about its
-            rate a step, and words of one class together: from the usual 0.02 their differences
-            soon drown, and names can no longer be told apart.
+        embedding_std: Initial standard deviation of the embeddings. AdamW changes each number by
+            about its rate per step, alike for words of one class. With the usual 0.02 their
+            differences soon become too small to distinguish names.
         adam_lr: Peak learning rate of embeddings and norms.
-        warmup: Steps of linear warm-up.
+        warmup: Number of linear warm-up steps.
         final_lr: Last learning rate, relative to the peak.
-        clip: Largest gradient norm.
-        device: ``cpu``, or ``cuda`` for one GPU, which computes in bfloat16: the lessons are the
-            same, the weights are not.
-        workers: Processes on a CPU, one thread each: on few cores faster than threads.
-        readers: Processes that draw the lessons; without, each worker draws its own in between.
-        eval_every: Steps between measurements on dev worlds.
-        eval_examples: Questions in such a measurement.
+        clip: Maximum gradient norm.
+        device: ``cpu``, or ``cuda`` for one GPU. A GPU computes in bfloat16, so that the data are
+            the same but the weights are not.
+        workers: Processes on a CPU, one thread each; on few cores faster than threads.
+        readers: Processes that prepare batches; with 0, each worker prepares its own.
+        eval_every: Steps between evaluations on dev worlds.
+        eval_examples: Number of questions of such an evaluation.
     """
 
     seed: int = 0
@@ -121,18 +122,18 @@ class PretrainConfig:
         longest = max(stage.length for stage in self.stages)
         if longest > self.rows_per_step // self.workers:
             raise ValueError(
-                f"a sequence of {longest} tokens does not fit into {self.rows_per_step} rows a "
+                f"a sequence of {longest} tokens does not fit into {self.rows_per_step} rows per "
                 f"step of {self.workers} processes; raise rows_per_step"
             )
 
     def scaled(self, factor: float) -> PretrainConfig:
-        """The same run with every stage ``factor`` times as long, for trials."""
+        """A copy with the steps of every stage multiplied by ``factor``, for trials."""
         stages = tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in self.stages)
         return replace(self, stages=stages)
 
     @property
     def total_steps(self) -> int:
-        """Steps of all stages."""
+        """Total number of steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     @property
@@ -143,7 +144,7 @@ class PretrainConfig:
 
     @property
     def segments(self) -> list[range]:
-        """The steps between one start with new optimisers and the next."""
+        """Ranges of steps with the same optimisers."""
         starts, step = [0], 0
         for before, stage in pairwise(self.stages):
             step += before.steps
@@ -152,10 +153,10 @@ class PretrainConfig:
         return [range(*ends) for ends in pairwise([*starts, self.total_steps])]
 
     def taken(self, steps: Sequence[int]) -> list[int]:
-        """How many steps had really been taken at each of ``steps``, the lines of a log.
+        """Number of steps actually taken at each of ``steps``, which are those of a log.
 
-        A stage that ends early leaves its other steps out: those of the next are numbered, and
-        drawn, as if it had not.
+        A stage that ends early skips its other steps. The next stage still has the same step
+        numbers, and thus the same data.
         """
         taken, before, counts = 0, 0, []
         for step in steps:
@@ -184,7 +185,7 @@ class PretrainConfig:
         )
 
     def model_config(self, bos: int, eos: int, pad: int) -> LlamaConfig:
-        """The model's shape: a stock Llama with grouped-query attention and tied embeddings."""
+        """A stock Llama configuration with grouped-query attention and tied embeddings."""
         return LlamaConfig(
             hidden_size=self.width,
             intermediate_size=self.ffn,

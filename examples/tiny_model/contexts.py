@@ -1,4 +1,4 @@
-"""Training sequences: one context, then many questions about it in successive turns."""
+"""Training sequences: a context, then many questions about it in successive turns."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Conversation(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Right-padded sequences: ids ``(B, S)`` int64 and weights ``(B, S)`` float32, 0 on pads."""
+    """Right-padded sequences: ids ``(B, S)`` int64, weights ``(B, S)`` float32 (0 for padding)."""
 
     ids: Tensor
     weights: Tensor
 
 
 def turns(context: Context, fmt: PromptFormat) -> Iterator[tuple[str, bool]]:
-    """Yields the pieces of a conversation as they are tokenised, and whether each is an answer.
+    """Yields the separately tokenised pieces of a conversation, and whether each is an answer.
 
-    The pieces up to the first answer are those of `blocktune.prompt.make_pieces`.
+    Up to the first answer, the pieces are those of `blocktune.prompt.make_pieces`.
     """
     yield f"{BOS}{USER}{fmt.instruction}\n\n", False
     for chunk in context.chunks:
@@ -43,7 +43,7 @@ def turns(context: Context, fmt: PromptFormat) -> Iterator[tuple[str, bool]]:
         opening = USER if number else ""
         yield f"{opening}{fmt.render_question(question.text)}{ASSISTANT}", False
         yield f"{question.response}{EOS}", True
-    # Densest of all lessons: a dozen tokens for each value that must be found.
+    # The densest training signal: a value to retrieve every dozen tokens.
     yield f"{USER}{RESTATE}{ASSISTANT}", False
     for number, (before, value, after) in enumerate(context.statements):
         yield f"{' ' if number else ''}{before.rstrip()}", False
@@ -53,10 +53,10 @@ def turns(context: Context, fmt: PromptFormat) -> Iterator[tuple[str, bool]]:
 
 
 class Lessons(Dataset):
-    """The batches of every step, for one of the processes that share it; each step on its own.
+    """The batches of every step, for one of the processes that share it.
 
-    Each step has its own random stream, so that it is the same wherever and in whatever
-    order steps are drawn.
+    Each step has its own random generator, so that it does not depend on the process or the order
+    in which steps are drawn.
     """
 
     def __init__(self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, rank: int = 0):
@@ -73,12 +73,12 @@ class Lessons(Dataset):
         stage, config = self.config.stage(step), self.config
         rng = Random(f"pretrain/{config.seed}/{step}/{self.rank}")
         drawn = self.draw(rng, stage, config.rows_per_step // stage.length // config.workers)
-        if config.device == "cuda":  # one shape a stage, for a graph of all kernels
+        if config.device == "cuda":  # one shape per stage, as needed for CUDA graphs
             return [_pad(drawn, self.pad_id, stage.length)]
         return list(micro_batches(drawn, config.micro_rows, self.pad_id))
 
     def draw(self, rng: Random, stage: Stage, count: int) -> list[Conversation]:
-        """Draws ``count`` sequences of a stage, at least one, none longer than it allows."""
+        """Draws ``count`` sequences of a stage (at least one) within its maximum length."""
         kinds = {"self-contained": 1.0} if stage.plain else self.config.kinds
         worlds = WorldConfig(
             num_passages=(1, stage.passages),
@@ -105,7 +105,7 @@ class Lessons(Dataset):
 
 
 def loader(lessons: Lessons, steps: range) -> DataLoader:
-    """Yields the batches of ``steps`` in order, drawn ahead by ``config.readers`` processes."""
+    """Yields the batches of ``steps`` in order, prefetched by ``config.readers`` processes."""
     readers = lessons.config.readers
     ahead = {"num_workers": readers, "prefetch_factor": 8} if readers else {}
     return DataLoader(lessons, batch_size=None, sampler=steps, **ahead)
@@ -120,7 +120,7 @@ def given_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def micro_batches(
     sequences: Sequence[Conversation], max_rows: int, pad_id: int
 ) -> Iterator[MicroBatch]:
-    """Groups sequences of similar length into batches of at most ``max_rows`` rows with pads."""
+    """Groups sequences of similar length into batches of at most ``max_rows`` padded rows."""
     group: list[Conversation] = []
     for sequence in sorted(sequences, key=lambda s: len(s.ids)):
         if group and (len(group) + 1) * len(sequence.ids) > max_rows:

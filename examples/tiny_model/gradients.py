@@ -1,4 +1,4 @@
-"""Optimisers, and the gradient of one step over all processes."""
+"""The optimisers, and the gradient of one step over all processes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from examples.tiny_model.muon import Muon
 
 
 class Tally(NamedTuple):
-    """Sums over one step, all processes: weighted loss, weights, answer tokens right and in all."""
+    """Sums over one step and all processes."""
 
-    loss: float
+    loss: float  # weighted
     weight: float
-    right: float
-    answers: float
+    right: float  # correct answer tokens
+    answers: float  # answer tokens
     tokens: float
 
 
 def make_optimizers(
     model: nn.Module, config: PretrainConfig
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon for the matrices, AdamW for embeddings and norms, each with its peak rate.
+    """Muon for the matrices, AdamW for embeddings and norms, each with its peak learning rate.
 
-    Their rates are scalar tensors on the model's device, to be filled before each step: a number
-    would be fixed in a CUDA graph.
+    The rates are scalar tensors on the model's device, to be set before each step, since a CUDA
+    graph would not update a number.
     """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -44,15 +44,15 @@ def make_optimizers(
 
 
 def backward(model: nn.Module, batches: Sequence[MicroBatch], given: Tensor) -> Tensor:
-    """Leaves the gradient of the weighted mean loss over all processes' tokens in the model.
+    """Computes gradients of the weighted mean loss over the tokens of all processes.
 
     Args:
-        model: Whose gradients are zero or None.
+        model: Its gradients must be zero or None.
         batches: This process's share of the step, on the model's device.
-        given: Answer tokens that need no context, `given_ids`; accuracy leaves them out.
+        given: Answer tokens that need no context, see `given_ids`; not counted in accuracy.
 
     Returns:
-        A `Tally` as a tensor ``(5,)`` float64, so that nothing waits for a GPU.
+        A `Tally` as a tensor ``(5,)`` float64, which avoids synchronising with a GPU.
     """
     sums = torch.zeros(len(Tally._fields), dtype=torch.float64, device=given.device)
     for batch in batches:
@@ -70,7 +70,7 @@ def backward(model: nn.Module, batches: Sequence[MicroBatch], given: Tensor) -> 
 
 
 def _accumulate(model, batch: MicroBatch, given: Tensor) -> Tensor:
-    """Adds the gradient of the weighted loss sum; causal masking makes right pads harmless."""
+    """Adds gradients of the weighted loss. Causal masking makes right padding harmless."""
     with torch.autocast("cuda", torch.bfloat16, enabled=batch.ids.is_cuda):
         logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     target, weight = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()

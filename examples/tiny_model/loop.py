@@ -1,4 +1,4 @@
-"""The pre-training loop: one GPU, or a few processes of one thread that share their gradients."""
+"""The pre-training loop: on one GPU, or in several single-threaded processes on a CPU."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ LOG_EVERY = 50
 
 
 def pretrain(config: PretrainConfig, output: Path) -> None:
-    """Trains tokenizer and model from nothing; saves both, the model in bfloat16.
+    """Trains tokenizer and model from scratch; saves both, the model in bfloat16.
 
     Args:
-        config: What to train; the same configuration draws the same data.
+        config: The settings; the same settings give the same data.
         output: Folder for model, tokenizer and ``log.jsonl``.
     """
     output.mkdir(parents=True, exist_ok=True)
-    made = provenance()
-    head = {"config": asdict(config), "command": made["command"], "commit": made["commit"]}
-    (output / LOG).write_text(json.dumps(head) + "\n")
+    origin = provenance()
+    header = {"config": asdict(config), "command": origin["command"], "commit": origin["commit"]}
+    (output / LOG).write_text(json.dumps(header) + "\n")
     texts = world_texts(PromptFormat(), config.seed, config.aliased)
     train_tokenizer(texts, config.vocab_size).save_pretrained(output)
     go_on(config, output)
 
 
 def go_on(config: PretrainConfig, output: Path) -> None:
-    """Goes on from the weights in ``output``, which must be those of a segment's end.
+    """Continues from the weights in ``output``, which must be those of the end of a segment.
 
     Raises:
-        ValueError: If the log's last step is not the end of a segment, or the run was started with
-            other settings; stages may be added, and the device may change.
+        ValueError: If the last step in the log is not the end of a segment, or the run was started
+            with other settings; stages may be added, and the device may change.
     """
     lines = (output / LOG).read_text().splitlines()
-    _must_be_of_this_run(json.loads(lines[0])["config"], config, output)
+    _require_same_run(json.loads(lines[0])["config"], config, output)
     done = json.loads(lines[-1]).get("step", 0)
     left = [part for part in config.segments if part.start >= done]
     if done != config.total_steps and (not left or left[0].start != done):
         ends = ", ".join(str(part.stop) for part in config.segments)
-        raise ValueError(f"{output} holds step {done}; one can go on from steps {ends} only")
+        raise ValueError(f"{output} has step {done}; a run can continue only from steps {ends}")
     for steps in left:
         _launch(config, output, steps)
 
@@ -77,10 +77,10 @@ def _launch(config: PretrainConfig, output: Path, steps: range) -> None:
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep freed memory, else every step pays for page faults (twice the time)."""
+    """Makes glibc keep freed memory; otherwise page faults double the time of a step."""
     try:
         libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # not glibc: slower, nothing else
+    except OSError:  # no glibc: only slower
         return
     trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD and so on, in <malloc.h>
     for option, size in ((mmap, 2_000_000_000), (trim, 2_000_000_000), (top_pad, 100_000_000)):
@@ -124,7 +124,7 @@ def _train(rank: int, config: PretrainConfig, output: Path, steps: range) -> Non
                 continue
             tally = Tally(*torch.stack(recent).sum(0).tolist())
             recent.clear()
-            _must_be_finite(tally.loss, done, output)
+            _require_finite(tally.loss, done, output)
             tokens, right = tokens + int(tally.tokens), tally.right / tally.answers
             entry = {"step": done, "passages": stage.passages}
             entry |= {"loss": tally.loss / tally.weight, "answer_accuracy": right}
@@ -140,34 +140,34 @@ def _train(rank: int, config: PretrainConfig, output: Path, steps: range) -> Non
                 break
 
 
-def _must_be_finite(loss: float, step: int, output: Path) -> None:
+def _require_finite(loss: float, step: int, output: Path) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss is {loss} by step {step} of {output}; start again with another --seed"
+            f"the loss is {loss} at step {step} of {output}; start again with another --seed"
         )
 
 
 _MAY_CHANGE = ("stages", "device", "workers", "readers", "eval_every", "eval_examples")
 
 
-def _must_be_of_this_run(begun: dict, config: PretrainConfig, output: Path) -> None:
-    now = json.loads(json.dumps(asdict(config)))
-    for key in now.keys() - set(_MAY_CHANGE):
-        if begun.get(key) != now[key]:
+def _require_same_run(old: dict, config: PretrainConfig, output: Path) -> None:
+    new = json.loads(json.dumps(asdict(config)))
+    for key in new.keys() - set(_MAY_CHANGE):
+        if old.get(key) != new[key]:
             raise ValueError(
-                f"{output} was begun with {key} = {begun.get(key)}, not {now[key]}; go on with the "
-                "same settings, or start again in another folder"
+                f"{output} was started with {key} = {old.get(key)}, not {new[key]}; continue with "
+                "the same settings, or start again in another folder"
             )
 
 
 def _so_far(output: Path) -> tuple[int, float]:
-    """Tokens and seconds of the run before."""
+    """Tokens and seconds of the run so far."""
     last = json.loads((output / LOG).read_text().splitlines()[-1])
     return last.get("tokens", 0), last.get("seconds", 0.0)
 
 
 def dev_examples(config: PretrainConfig):
-    """Questions over 10 chunks whose names no training world holds."""
+    """Questions over 10 chunks, with names that occur in no training world."""
     worlds = WorldConfig(
         split="dev",
         seed=config.seed,
@@ -179,7 +179,7 @@ def dev_examples(config: PretrainConfig):
 
 
 def _measure(rank, config, model, tokenizer, examples) -> dict[str, dict]:
-    """Each process answers its share; all get the result."""
+    """Evaluates on dev questions. Each process answers a share; all get the result."""
     model.eval()
     result = {}
     for setting in ("full", "naive"):

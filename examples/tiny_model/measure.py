@@ -1,4 +1,4 @@
-"""Greedy exact match on generated worlds, with and without what the answer needs."""
+"""Exact match of greedy decoding on generated worlds, with and without the needed context."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from blocktune.data.worlds import MARKER
 from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, make_pieces, stack
 
 SETTINGS = ("full", "naive", "no-context", "bridge-deleted")
-"""Full attention; chunks encoded alone; no chunks; the chunk of the last hop's fact taken out."""
+"""Full attention; chunks encoded separately; no chunks; without the chunk of the last hop."""
 
 
 def prompt_for(tokenizer: PreTrainedTokenizerBase, example: RagExample, setting: str) -> Prompt:
-    """Lays one question out as a setting wants it.
+    """Lays out a question in one of the `SETTINGS`.
 
     Raises:
         ValueError: If the setting is unknown.
@@ -38,18 +38,18 @@ def prompt_for(tokenizer: PreTrainedTokenizerBase, example: RagExample, setting:
 def greedy(
     model: PreTrainedModel, prompts: Sequence[Prompt], pad_id: int, eos_id: int, limit: int = 24
 ) -> list[list[int]]:
-    """Continues a batch of prompts greedily under their own visibility.
+    """Generates greedily from a batch of prompts with the masks of their layouts.
 
     Args:
         model: A stock model with ``sdpa`` attention.
         prompts: Laid-out prompts, without answers.
-        pad_id: Id of pad rows.
+        pad_id: Id of padding tokens.
         eos_id: Id that ends an answer; not returned.
-        limit: Most new tokens.
+        limit: Maximum number of new tokens.
     """
     batch = stack(prompts, pad_id, side="left")
     batch = batch.to(model.device)
-    seen = ~batch.layout.is_pad[:, None, None]  # (B, 1, 1, S): all that is decoded sees all rows
+    visible = ~batch.layout.is_pad[:, None, None]  # (B, 1, 1, S): new tokens see all rows
     mask = dense_mask(batch.layout) | torch.eye(
         batch.layout.num_rows, dtype=torch.bool, device=model.device
     )
@@ -64,14 +64,14 @@ def greedy(
         new.append(ids)
         if all((torch.cat(new, 1) == eos_id).any(1)):
             break
-        seen = torch.nn.functional.pad(seen, (0, 1), value=True)
-        mask, position = seen, position[:, -1:] + 1
+        visible = torch.nn.functional.pad(visible, (0, 1), value=True)
+        mask, position = visible, position[:, -1:] + 1
     rows = torch.cat(new, 1).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
 
 def is_correct(text: str, example: RagExample) -> bool:
-    """Whether what follows the last answer marker is exactly an accepted answer."""
+    """Whether the text after the last answer marker is an accepted answer."""
     return text.split(MARKER.strip())[-1].strip() in example.answers
 
 
@@ -82,7 +82,7 @@ def correct(
     setting: str,
     batch_size: int = 32,
 ) -> list[bool]:
-    """Answers every example greedily and says which answers are right, in order."""
+    """Answers all examples greedily; returns whether each answer is correct."""
     prompts = [prompt_for(tokenizer, example, setting) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     right = [False] * len(prompts)
@@ -109,7 +109,7 @@ def by_kind(examples: Iterable[RagExample], right: Iterable[bool]) -> dict[str, 
 
 
 def groups_of(example: RagExample) -> list[str]:
-    """The kind, and for cross-chunk and chains where their facts stand."""
+    """The kind, and for some kinds also a sub-kind by how its facts mention their subject."""
     mentions = example.meta["mentions"]
     if example.kind == "cross-chunk":
         return [example.kind, f"{example.kind}/{mentions[0]}"]
@@ -120,14 +120,14 @@ def groups_of(example: RagExample) -> list[str]:
 
 
 def chance(examples: Iterable[RagExample]) -> float:
-    """Exact match of a guesser who, the last hop's chunk being gone, knows the kind of answer.
+    """Upper bound on the exact match of guessing without the last hop's chunk.
 
-    It names a value of the same relation that another chunk states, when there is one: the share
-    of examples whose answer still occurs elsewhere in the context bounds it from above.
+    A guesser could only name a value of the same relation from another chunk. The bound is the
+    share of examples whose answer still occurs elsewhere in the context.
     """
-    left = []
+    occurs = []
     for example in examples:
-        gone = example.meta["fact_chunks"][-1]
-        others = [chunk for i, chunk in enumerate(example.chunks) if i != gone]
-        left.append(any(example.answers[0] in f"{c.title}\n{c.text}" for c in others))
-    return sum(left) / max(1, len(left))
+        removed = example.meta["fact_chunks"][-1]
+        others = [chunk for i, chunk in enumerate(example.chunks) if i != removed]
+        occurs.append(any(example.answers[0] in f"{c.title}\n{c.text}" for c in others))
+    return sum(occurs) / max(1, len(occurs))

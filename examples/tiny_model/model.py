@@ -1,4 +1,4 @@
-"""The tiny model: how it starts, and how it is saved."""
+"""Initialises and saves the tiny model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from examples.tiny_model.config import PretrainConfig
 
 
 def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model with random weights, whose embeddings spare it two detours.
+    """A model with random weights, whose embeddings are initialised to speed up learning.
 
-    A word starts out alike with and without its space: byte-level BPE has two tokens for it, one
-    for the start of a text (a title), and the model would first have to learn that they are one
-    name. And all embeddings have a vector in common (which no softmax over tied embeddings sees):
-    with it queries and keys have a constant part, the only thing that RoPE can turn into "the
-    token before", so that heads that look back are found early.
+    Byte-level BPE has two tokens for a word, with and without its space, and the model would first
+    have to learn that they are the same name. So both get the same embedding. Also, all embeddings
+    share a common vector, which does not affect the softmax over tied embeddings. It gives queries
+    and keys a constant part, from which RoPE can form heads that look at the previous token, so
+    that these are learnt early.
     """
     torch.manual_seed(config.seed)
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -32,7 +32,7 @@ def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
 
 
 def save(model: LlamaForCausalLM, output: Path) -> None:
-    """Writes the weights in bfloat16, which halves the download; training continues in float32."""
+    """Saves the weights in bfloat16, which halves the download; training continues in float32."""
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     state.pop("lm_head.weight", None)  # tied
     dtype, model.config.dtype = model.config.dtype, torch.bfloat16

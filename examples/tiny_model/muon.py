@@ -1,7 +1,7 @@
-"""Muon in float32: momentum whose update is made orthogonal, for the matrices of a small model.
+"""The optimiser Muon in float32: momentum with orthogonalised updates, for matrices.
 
-`torch.optim.Muon` runs its iteration in bfloat16: on a CPU without bfloat16 units a step then takes
-minutes instead of 0.3 s.
+`torch.optim.Muon` computes in bfloat16. On a CPU without bfloat16 units a step would take minutes
+instead of 0.3 s.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     """Moves the singular values of a matrix towards one, by Newton-Schulz iteration.
 
     Args:
-        matrix: ``(..., rows, columns)``, float32; bfloat16, as elsewhere, is slow on CPUs.
-        steps: Iterations.
+        matrix: ``(..., rows, columns)``, float32, since bfloat16 is slow on CPUs.
+        steps: Number of iterations.
 
-    Source: https://kellerjordan.github.io/posts/muon, its quintic coefficients.
+    Source: https://kellerjordan.github.io/posts/muon, for the quintic coefficients.
     """
     wide = matrix.mT if matrix.size(-2) > matrix.size(-1) else matrix
     x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -28,7 +28,7 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal, scaled by the matrix's shape; decoupled weight decay."""
+    """Orthogonalised Nesterov momentum, scaled by the matrix's shape; decoupled weight decay."""
 
     def __init__(
         self, params, lr: float | Tensor = 0.02, momentum: float = 0.95, decay: float = 0.01
@@ -37,8 +37,8 @@ class Muon(torch.optim.Optimizer):
 
         Args:
             params: Parameters with two axes.
-            lr: Step length, a number or a scalar tensor; the update's singular values are near one.
-            momentum: Share of the past in the running gradient.
+            lr: Learning rate, a number or a scalar tensor; singular values of updates are near one.
+            momentum: Momentum factor.
             decay: Weight decay, relative to ``lr``.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
@@ -47,15 +47,15 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """Updates every matrix that has a gradient."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
-                alike.setdefault(p.shape, []).append(p)
-            for params in alike.values():
+                by_shape.setdefault(p.shape, []).append(p)
+            for params in by_shape.values():
                 _step(params, group, self.state)
 
 
 def _step(params: list[nn.Parameter], group: dict, states: dict) -> None:
-    """Updates matrices of one shape as one batch: on a GPU the calls are what costs."""
+    """Updates all matrices of one shape in a batch, since kernel launches dominate on a GPU."""
     momenta = [states[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
     grads = [p.grad for p in params]
     torch._foreach_mul_(momenta, group["momentum"])

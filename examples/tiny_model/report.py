@@ -1,4 +1,4 @@
-"""Final numbers of the shipped model, its curves, and the README that states both."""
+"""Measures the included model, and writes its numbers, learning curves and README."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ COMMAND = "python -m examples.tiny_model.pretrain --output data/tiny"
 
 
 def write_report(folder: Path, num_examples: int, device: str = "cpu") -> None:
-    """Measures the model in ``folder`` as saved, and writes ``numbers.json``, picture and README.
+    """Measures the saved model in ``folder``; writes ``numbers.json``, a plot and a README.
 
     Args:
-        folder: What `pretrain` wrote.
-        num_examples: Test questions of each kind, over contexts of 10 chunks.
-        device: Where the model was trained, and is measured.
+        folder: Output folder of `pretrain`.
+        num_examples: Number of test questions of each kind, over contexts of 10 chunks.
+        device: Device on which the model was trained, and is measured.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     started = time.perf_counter()
@@ -55,50 +55,51 @@ def write_report(folder: Path, num_examples: int, device: str = "cpu") -> None:
 
 
 def taken_steps(config: dict[str, Any], log: list[dict]) -> list[int]:
-    """Steps that had been taken at each line of the log."""
+    """Number of steps taken at each line of the log."""
     stages = tuple(Stage(**stage) for stage in config["stages"])
     return PretrainConfig(stages=stages).taken([entry["step"] for entry in log])
 
 
 def final_numbers(folder: Path, num_examples: int, device: str) -> dict[str, Any]:
-    """Greedy exact match by setting and kind on test worlds, from the saved weights in float32.
+    """Exact match of greedy decoding by setting and kind, from the saved weights in float32.
 
-    ``em`` is that on worlds as they are by default; ``other`` that of full attention and naive
-    reuse on worlds with as few aliases as pre-training had, and on crowded worlds.
+    ``em`` is on default test worlds. ``other`` is with full attention and naive reuse on worlds
+    with as few aliases as in pre-training, and on crowded worlds.
     """
-    torch.set_float32_matmul_precision("highest")  # on a GPU, training has lowered it
+    torch.set_float32_matmul_precision("highest")  # since training on a GPU lowers it
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tables: dict[str, Any] = {setting: {} for setting in SETTINGS}
-    guess = {}
+    chances = {}
     for kind in QUESTION_KINDS:
         worlds = WorldConfig("test", seed=1, num_examples=num_examples, kinds={kind: 1.0})
         examples = list(generate_examples(worlds))
         for setting in SETTINGS:
             if setting == "bridge-deleted" and kind not in ("2-hop", "3-hop"):
                 continue
-            right = correct(model, tokenizer, examples, setting)
-            tables[setting] |= by_kind(examples, right)
-        guess[kind] = round(chance(examples), 4)
-    few = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["config"]["aliased"]
+            correct_answers = correct(model, tokenizer, examples, setting)
+            tables[setting] |= by_kind(examples, correct_answers)
+        chances[kind] = round(chance(examples), 4)
+    aliased = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["config"]["aliased"]
     other: dict[str, Any] = {}
-    for name, options in ((f"aliased={few}", {"aliased": few}), ("crowded=1", {"crowded": True})):
+    few = f"aliased={aliased}", {"aliased": aliased}
+    for name, options in (few, ("crowded=1", {"crowded": True})):
         kinds = {"cross-chunk": 1.0, "2-hop": 1.0}
         worlds = WorldConfig("test", seed=1, num_examples=2 * num_examples, kinds=kinds, **options)
         examples = list(generate_examples(worlds))
         for setting in ("full", "naive"):
-            right = correct(model, tokenizer, examples, setting)
-            other.setdefault(name, {})[setting] = by_kind(examples, right)
+            correct_answers = correct(model, tokenizer, examples, setting)
+            other.setdefault(name, {})[setting] = by_kind(examples, correct_answers)
     return {
         "parameters": model.num_parameters(),
         "em": tables,
         "other": other,
-        "answer_elsewhere": guess,
+        "answer_elsewhere": chances,
     }
 
 
 def hardware(device: str) -> str:
-    """The GPU, or cores and the instruction sets that matter; no machine names."""
+    """The GPU, or CPU cores and relevant instruction sets; no names of machines."""
     if device == "cuda":
         return f"one {torch.cuda.get_device_name()} and {os.cpu_count()} CPU cores"
     try:
@@ -110,7 +111,7 @@ def hardware(device: str) -> str:
 
 
 def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
-    """Draws loss and dev exact match over the steps that had been taken at each line."""
+    """Draws loss and exact match on dev worlds over the number of steps taken."""
     measured = [(step, e["dev"]) for step, e in zip(steps, log, strict=True) if "dev" in e]
     kinds = dict(
         zip(("self-contained", "cross-chunk", "2-hop"), ("blue", "red", "green"), strict=True)
@@ -130,8 +131,8 @@ def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
             ends[name] = values[-1], colours[colour]
         left.set(xlabel="step", title="Training: loss, and accuracy of answers", ylim=(0, 2.5))
         label_ends(left, ends)
-        known = [value for values in lines.values() for value in values if value is not None]
-        zoom(right, ground, zoomed_start(known), "exact match")
+        scores = [value for values in lines.values() for value in values if value is not None]
+        zoom(right, ground, zoomed_start(scores), "exact match")
         for name, values in lines.items():
             colour = colours[kinds[name.partition(",")[0]]]
             style = "-" if name.endswith("full") else ":"
@@ -145,7 +146,7 @@ def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
 
 def readme(numbers: dict[str, Any], log: list[dict]) -> str:
     """The model card."""
-    em, made, shape = numbers["em"], numbers["provenance"], numbers["config"]
+    em, origin, shape = numbers["em"], numbers["provenance"], numbers["config"]
     command = COMMAND + (" --device cuda" if shape["device"] == "cuda" else "")
     rows = [
         f"| {kind} | {cell['n']} | "
@@ -163,8 +164,8 @@ purpose is to make the cost of reusing cached chunks measurable.
 
 Made by `{command}` at commit `{numbers["trained"]["commit"]}`:
 {numbers["steps"]} steps, {log[-1]["tokens"] / 1e6:.1f} M tokens,
-{numbers["training_minutes"]} minutes on {made["hardware"]};
-measured at commit `{made["commit"]}` in {numbers["evaluation_minutes"]} minutes. The same command
+{numbers["training_minutes"]} minutes on {origin["hardware"]};
+measured at commit `{origin["commit"]}` in {numbers["evaluation_minutes"]} minutes. The same command
 with `--go-on` measures again.
 Weights are saved in bfloat16; the numbers are of the saved weights, computed in float32.
 
@@ -205,20 +206,20 @@ Files: `model.safetensors`, `config.json`, tokenizer and chat template; `log.jso
 
 
 def _targets(em: dict[str, dict]) -> Iterator[str]:
-    """Rows that say of each target what was measured and whether it is met."""
+    """Yields a table row for each target: the measured value, and whether it is met."""
     full, naive = em["full"], em["naive"]
-    for kind, least in (("self-contained", 0.9), ("2-hop", 0.75), ("cross-chunk", 0.9)):
-        got = full[kind]["em"]
-        yield f"| {kind}, full: at least {least} | {got:.3f} | {_yes(got >= least)} |"
+    for kind, target in (("self-contained", 0.9), ("2-hop", 0.75), ("cross-chunk", 0.9)):
+        value = full[kind]["em"]
+        yield f"| {kind}, full: at least {target} | {value:.3f} | {_yes(value >= target)} |"
     gap = max(full[k]["em"] - naive[k]["em"] for k in ("cross-chunk", "2-hop"))
     met = _yes(gap >= 0.25)
     yield f"| full over naive, cross-chunk or 2-hop: at least 0.25 | {gap:.3f} | {met} |"
-    blind = max(em["no-context"][k]["em"] for k in ("self-contained", "cross-chunk", "2-hop"))
-    yield f"| no context: at most 0.05 | {blind:.3f} | {_yes(blind <= 0.05)} |"
+    none = max(em["no-context"][k]["em"] for k in ("self-contained", "cross-chunk", "2-hop"))
+    yield f"| no context: at most 0.05 | {none:.3f} | {_yes(none <= 0.05)} |"
 
 
 def _elsewhere(other: dict[str, dict]) -> Iterator[str]:
-    """Rows of full attention and naive reuse on worlds of other forms."""
+    """Yields table rows for full attention and naive reuse on other worlds."""
     for name, em in other.items():
         for kind in ("cross-chunk", "2-hop"):
             full, naive = em["full"][kind]["em"], em["naive"][kind]["em"]

@@ -1,4 +1,4 @@
-"""One optimiser step: as it is on a CPU, as one CUDA graph for each shape on a GPU."""
+"""An optimiser step: direct on a CPU, as a CUDA graph for each shape on a GPU."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _WARM_UPS = 3
 
 
 class Stepper:
-    """Updates a model.
+    """Takes optimiser steps.
 
-    A step of so small a model is some thousand kernels of a few microseconds each, and to launch
-    them takes five times as long as to run them. Recorded as a graph they are launched at once.
+    A step of so small a model has some thousand kernels of a few microseconds each. Launching them
+    takes five times as long as running them. A CUDA graph launches them all at once.
     """
 
     def __init__(self, model: nn.Module, config: PretrainConfig, given: Tensor):
-        """Makes the optimisers, and on a GPU records a step for the shape of every stage.
+        """Creates the optimisers, and on a GPU records a step for the shape of every stage.
 
         Args:
-            model: On ``config.device``.
-            config: Of the run.
+            model: The model, on ``config.device``.
+            config: The settings of the run.
             given: See `backward`; on the model's device.
         """
         self.model, self.config, self.given = model, config, given
@@ -35,13 +35,13 @@ class Stepper:
         if config.device == "cuda":
             for length in sorted({stage.length for stage in config.stages}):
                 self._record(config.rows_per_step // length, length)
-            self._forget()
+            self._reset()
 
     def __call__(self, batches: Sequence[MicroBatch], rate: float) -> Tensor:
         """Takes one step.
 
         Args:
-            batches: Of this process; on a GPU one, of a stage's shape.
+            batches: The batches of this process; on a GPU only one, of a stage's shape.
             rate: Learning rate, relative to the peak.
 
         Returns:
@@ -53,9 +53,9 @@ class Stepper:
         if not self.graphs:
             return self._step(batches)
         (batch,) = batches
-        graph, held, sums = self.graphs[batch.ids.shape]
-        for mine, given in zip(held, batch, strict=True):
-            mine.copy_(given, non_blocking=True)
+        graph, static, sums = self.graphs[batch.ids.shape]
+        for target, source in zip(static, batch, strict=True):
+            target.copy_(source, non_blocking=True)
         graph.replay()
         return sums.clone()
 
@@ -68,8 +68,8 @@ class Stepper:
         return sums
 
     def _record(self, count: int, length: int) -> None:
-        """Records a step over ``(count, length)`` rows; batches of weight zero change nothing."""
-        held = MicroBatch(
+        """Records a step over ``(count, length)`` rows; with zero weights it has no gradient."""
+        static = MicroBatch(
             torch.zeros(count, length, dtype=torch.long, device=self.given.device),
             torch.zeros(count, length, device=self.given.device),
         )
@@ -77,15 +77,15 @@ class Stepper:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._step([held])
+                self._step([static])
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            sums = self._step([held])
-        self.graphs[held.ids.shape] = graph, held, sums
+            sums = self._step([static])
+        self.graphs[static.ids.shape] = graph, static, sums
 
-    def _forget(self) -> None:
-        """Back to no steps taken: the bias of AdamW's averages is corrected by their number."""
+    def _reset(self) -> None:
+        """Resets the optimisers' states and step counts, which AdamW's bias correction uses."""
         for optimizer, _ in self.optimizers:
             for state in optimizer.state.values():
                 for value in state.values():

@@ -14,7 +14,7 @@ BOS, EOS, PAD, SYSTEM, USER, ASSISTANT = SPECIAL = (
     "<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>",
 )  # fmt: skip
 RESTATE = "Repeat the facts."
-"""Asks for all facts of the context, in the last turn of a training conversation."""
+"""The last user turn of a training conversation, which asks for all facts of the context."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ('system', 'user', 'assistant') %}"
@@ -23,13 +23,13 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""One BOS, then each turn after its role's token; nothing is trimmed; EOS ends the assistant's."""
+"""One BOS, then each turn after the token of its role, untrimmed. EOS ends assistant turns."""
 
 
 def world_texts(
     fmt: PromptFormat, seed: int, aliased: float, num_worlds: int = 8000
 ) -> Iterator[str]:
-    """Yields the texts of training worlds, piece by piece, as prompts hold them."""
+    """Yields the pieces of text that occur in prompts of training worlds."""
     config = WorldConfig(
         seed=seed, num_examples=num_worlds * 5, questions_per_world=5, aliased=aliased
     )
@@ -47,11 +47,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
     Args:
         texts: Training texts; a common word becomes one token.
-        vocab_size: Most tokens: special ones, 256 bytes and merges.
+        vocab_size: Maximum number of tokens: special ones, 256 bytes and merges.
 
     Returns:
-        A tokenizer that gives any UTF-8 text back as it was. It adds no BOS: the chat
-        template does.
+        A lossless tokenizer for UTF-8 text. It adds no BOS, since the chat template does.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -105,12 +105,12 @@ def test_what_cannot_be_merged_is_refused(trained, tmp_path):
     (tmp_path / "full" / "a").write_text("")
     with pytest.raises(ValueError, match="is not empty; name a new folder"):
         merge_adapter(out, tmp_path / "full")
-    with pytest.raises(ValueError, match="were trained in the vocabulary; leave --links out"):
+    with pytest.raises(ValueError, match="were trained in the vocabulary; leave out --links"):
         merge_adapter(out, tmp_path / "new", links="table")
     with pytest.raises(ValueError, match="links must be 'table' or 'added_tokens', got 'no'"):
         merge_adapter(out, tmp_path / "new", links="no")
     merge_adapter(out, tmp_path / "merged")
-    with pytest.raises(ValueError, match="is a whole model already"):
+    with pytest.raises(ValueError, match="is a full model already"):
         merge_adapter(tmp_path / "merged", tmp_path / "again")
 
 

@@ -255,7 +255,7 @@ def test_vllm_serves_the_base_and_finds_all_that_was_encoded(run, tmp_path):
 
 
 def test_it_is_not_merged(run, tmp_path):
-    with pytest.raises(ValueError, match="scope 'encode' acts on rows of chunks only, and merged"):
+    with pytest.raises(ValueError, match="scope 'encode' acts on rows of chunks only, but merged"):
         merge_adapter(run / "out", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -277,8 +277,8 @@ def test_the_card_says_what_it_acts_on(run):
         ({"bias": "all"}, "a trained bias acts on others too"),
         ({"init_lora_weights": "pissa"}, "which changes the base, acts on others too"),
         ({"trainable_token_indices": [3]}, "trained embeddings"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "which sees no rows in the prompt's order"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "which sees no rows in the prompt's"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "whose rows are not in the prompt's order"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "whose rows are not in the prompt's"),
     ],
 )
 def test_what_would_act_on_other_rows_is_refused(options, line):
@@ -302,8 +302,8 @@ def test_a_scope_is_given_once():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"use_peft": False}, "and the model has none; set use_peft"),
-        ({"use_peft": False, "freeze_base": True, "num_links": 1}, "and the model has none"),
+        ({"use_peft": False}, "but the model has no LoRA; set use_peft"),
+        ({"use_peft": False, "freeze_base": True, "num_links": 1}, "but the model has no LoRA"),
         ({"both_modes": True}, "64 examples in full attention have none; set block_share"),
         ({"use_dora": True}, "a variant of LoRA"),
         ({"num_links": 1, "link_mode": "added_tokens"}, "trained embeddings"),

@@ -58,7 +58,7 @@ def test_the_follower_encodes_what_is_wanted_until_it_is_stopped(tmp_path, monke
     words = ["encode", "--follow", "--store", str(tmp_path), "-m", "data/tiny"]
     done = CliRunner().invoke(app, [*words, "--dtype", "float32", "--device", "cpu"])
     assert done.exit_code == 130
-    assert "2 chunks were wanted, and are encoded" in done.stdout
+    assert "encoded 2 chunks that readers missed" in done.stdout
     assert key_after(engine.fingerprint, (8, 9), (4,)) in ChunkStore(folder=tmp_path)
     assert queue.take(engine.fingerprint) == []
     assert CliRunner().invoke(app, words[:1] + words[2:]).exit_code == 2

@@ -113,4 +113,4 @@ def test_passages_by_embeddings_that_are_computed_once(blocktune, tmp_path, monk
 
 def test_an_embedder_needs_a_corpus(refused, tmp_path):
     line = ("data", "passages", "q.jsonl", "--own", "-o", tmp_path / "o", "--embedder", MODEL)
-    assert "--embedder searches --corpus" in refused(*line)
+    assert "--embedder needs --corpus" in refused(*line)

@@ -50,7 +50,7 @@ def test_help_teaches(blocktune, command):
 def test_help_of_the_group_says_what_a_source_is(blocktune):
     shown = blocktune("data", "--help").stdout
     assert all(command in shown for command in COMMANDS)
-    assert "A source is one word" in shown
+    assert "names a data source in the same way" in shown
 
 
 def test_list_names_sets_licences_generators_shapes_and_chunkers(blocktune):
@@ -106,7 +106,7 @@ def test_passages_from_a_corpus(blocktune, questions, corpus, tmp_path):
     out = tmp_path / "out.jsonl"
     result = blocktune("data", "passages", questions, "--corpus", corpus, "--k", 2, "-o", out)
     assert "wrote 2 questions" in result.stdout
-    assert "of 50.0% of 2" in result.stdout
+    assert "an answer for 50.0% of 2" in result.stdout
     first = load_examples(out)[0]
     assert first.chunks[0].title == "Anna Belt"
     assert len(first.chunks) == 2

@@ -59,7 +59,7 @@ def test_a_model_that_is_nowhere(refused):
 
 def test_a_parameter_of_no_method(refused, model):
     line = refused("answer", "--model", model, *QUESTION, *CHUNK, "--param", "k=2")
-    assert "--param needs the --method" in line
+    assert "--param sets a parameter of a method" in line
 
 
 def test_a_port_that_is_taken(refused, model):
@@ -180,8 +180,8 @@ def test_a_wording_that_is_none(refused, model, tmp_path, monkeypatch):
 
 def test_a_file_named_as_a_text(refused, model):
     line = refused("answer", "-m", model, *QUESTION, *CHUNK, "-c", "@notes.txt")
-    assert "--chunk is a text, got '@notes.txt'; for what a file holds write --chunk \"$(" in line
-    assert "--question is a text" in refused("answer", "-m", model, "-q", "@q.txt", *CHUNK)
+    assert "--chunk must be a text, got '@notes.txt'; for the contents of a file write" in line
+    assert "--question must be a text" in refused("answer", "-m", model, "-q", "@q.txt", *CHUNK)
 
 
 def test_the_only_line_of_a_file_is_not_taken_for_a_torn_answer(refused, model, tmp_path):

@@ -178,13 +178,13 @@ def test_encode_says_what_the_store_does_not_keep(blocktune, refused, model, tmp
     for limit in ("disk=1kB", "quota=1kB"):
         done = blocktune(*encode, f"{tmp_path / 'small'},{limit}")
         assert done.exit_code == 2
-        assert "4 chunks are not kept" in done.stderr  # and the prefix
+        assert "4 chunks were not stored" in done.stderr  # and the prefix
     done = blocktune(*encode, tmp_path / "whole")
-    assert "left for them" not in done.output
+    assert "were evicted" not in done.output
     size = max(path.stat().st_size for path in (tmp_path / "whole").rglob("*.safetensors"))
     done = blocktune(*encode, f"{tmp_path / 'one'},disk={size // 1000 + 1}kB")
     assert done.exit_code == 0
-    assert "3 chunks left for them" in done.output  # the prefix too
+    assert "3 chunks were evicted" in done.output  # the prefix too
     for place, word in (("", "no folder"), ("memory=1GB", "no folder"), ("x,ttl=0", "ttl")):
         assert word in refused(*encode, place)
     assert "'ttl' is given twice" in refused(*encode, "x,ttl=1s,ttl=2s")
@@ -243,7 +243,7 @@ def test_a_store_that_cannot_be_written_answers_and_encode_fails(
         path.unlink()
     record, said = run()
     assert record["answer"] == expected["answer"]
-    assert "not kept" in said
+    assert "not stored" in said
     line = refused("encode", "-m", model, "-i", documents, "--store", folder)
     assert "Read-only file system" in line
 
@@ -271,7 +271,7 @@ def test_processes_share_a_corpus_into_one_store_and_resume(model, tmp_path):
     assert all("encoded 5 chunks" in line for line in said)
     done = CliRunner().invoke(app, [*map(str, encode)])
     assert "encoded 0 chunks" in done.stdout
-    assert "10 were there" in done.stdout
+    assert "10 were already there" in done.stdout
     rows = list(Shelf.open(str(folder)).rows(document="d1"))
     assert len(rows) == 5
     assert all(row.seconds > 0 for row in rows)
@@ -305,7 +305,7 @@ def test_an_index_that_disagrees_with_the_files_is_mended(blocktune, folder, ask
     chunk_path(folder, key).parent.mkdir(parents=True)
     chunk_path(folder.parent / "other", key).rename(chunk_path(folder, key))
     text = blocktune("store", command, folder).stdout
-    assert text.startswith("index mended: 1 without file, 1 not indexed\n")
+    assert text.startswith("index repaired: 1 without file, 1 not indexed\n")
     assert asked(command)["index"] == MENDED
     listed = [line.split()[0] for line in blocktune("store", "ls", folder).stdout.splitlines()]
     assert listed == sorted(one[:12] for one in (KEYS[1], KEYS[2], key))

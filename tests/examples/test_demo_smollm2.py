@@ -24,7 +24,7 @@ def test_passages_hold_the_answers_to_their_questions():
 
 
 def test_a_question_stands_over_its_passage_and_hard_ones():
-    examples = demo.ask(10, 5)
+    examples = demo.load_questions(10, 5)
     assert len(examples) == 10
     for example in examples:
         [gold] = example.supporting
@@ -39,7 +39,7 @@ def test_it_answers_twice_and_draws_the_wait(small_benches, monkeypatch, tmp_pat
     monkeypatch.setattr("sys.argv", ["demo", *options, "--tokens", "128,256"])
     assert demo.main() == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "The same answer, word for word:" in said
+    assert "Identical answers:" in said
     assert (tmp_path / "ttft.png").stat().st_size > 5000
     options[1] = "nowhere"
     monkeypatch.setattr("sys.argv", ["demo", *options])
@@ -55,6 +55,6 @@ def test_without_a_network_it_is_left_out_in_one_line(monkeypatch, tmp_path, cap
     monkeypatch.setattr("sys.argv", ["demo"])
     assert demo.main() == 0
     error = capsys.readouterr().err
-    assert error.startswith("left out: ")
+    assert error.startswith("skipped: ")
     assert error.count("\n") == 1
     assert demo.PACKAGE in error

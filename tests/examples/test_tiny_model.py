@@ -130,7 +130,7 @@ def test_one_can_go_on_from_a_segments_end_and_from_nowhere_else(tmp_path):
     for _ in range(2):
         go_on(SMALL, tmp_path)
         ends.append((tmp_path / "model.safetensors").read_bytes())
-        with pytest.raises(ValueError, match="holds step 4; one can go on from steps 3, 6 only"):
+        with pytest.raises(ValueError, match="has step 4; a run can continue only from steps 3, 6"):
             go_on(replace(SMALL, stages=(Stage(5, 3, 300), Stage(5, 3, 300, falls=True))), tmp_path)
         for name, content in start.items():
             (tmp_path / name).write_bytes(content)
@@ -139,7 +139,7 @@ def test_one_can_go_on_from_a_segments_end_and_from_nowhere_else(tmp_path):
 
 def test_one_cannot_go_on_with_other_settings(tmp_path):
     pretrain(replace(SMALL, stages=SMALL.stages[:1]), tmp_path)
-    with pytest.raises(ValueError, match="begun with seed = 0, not 1; go on with the same"):
+    with pytest.raises(ValueError, match="started with seed = 0, not 1; continue with the same"):
         go_on(replace(SMALL, seed=1), tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_a_stage_is_over_when_its_accuracy_is_reached(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path):
-    with pytest.raises(Exception, match=r"loss is nan by step \d of .*; start again with another"):
+    with pytest.raises(Exception, match=r"loss is nan at step \d of .*; start again with another"):
         pretrain(replace(SMALL, adam_lr=float("inf")), tmp_path)
 
 

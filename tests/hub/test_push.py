@@ -112,7 +112,7 @@ def test_what_is_missing_is_named_in_one_line(run, facts, repo, line):
 
 def test_pickled_weights_are_refused(adapter):
     (adapter / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds 'adapter_model\.bin', a pickle"):
+    with pytest.raises(ValueError, match=r"contains 'adapter_model\.bin', a pickle"):
         prepare(adapter, "me/mine", FACTS)
 
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_a_run_is_refused(adapter):
 def test_a_folder_without_weights_is_refused(adapter):
     for path in adapter.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="has no weights"):
         prepare(adapter, "me/mine", FACTS)
 
 
@@ -153,7 +153,7 @@ def test_results_of_other_weights_are_refused(run, tmp_path, changes, line):
         ({"methods": {"naive": {"em": 1.0}}}, r"not a results\.json of `blocktune eval`"),
         (
             {"methods": {"a": {"n": 1, "em": 0, "ci95": [0, 0], "adapter": None}}},
-            "does not say which weights it measured, since an older blocktune wrote it",
+            "was written by an older blocktune and does not name the weights",
         ),
     ],
 )

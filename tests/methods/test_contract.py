@@ -49,14 +49,14 @@ def engine(weights, bare=False):
 
 
 @functools.cache
-def known(weights):
+def results_of(weights):
     return {}
 
 
 def subject(method: Method, **own) -> Subject:
-    """On an engine, and what is known of it, that all methods of these weights share."""
+    """On an engine, and earlier results, which all methods with these weights share."""
     engines = engine(method.weights), engine(method.weights, True)
-    return Subject(method, *engines, **({"known": known(method.weights)} | own))
+    return Subject(method, *engines, **({"results": results_of(method.weights)} | own))
 
 
 @pytest.mark.parametrize(("name", "claim"), CASES)
@@ -174,7 +174,7 @@ def test_keys_that_stay_where_they_were_made_are_found_out(claim, monkeypatch):
     monkeypatch.setattr(
         "blocktune.engine.assemble.rotate_keys", lambda keys, rotation, out: out.copy_(keys)
     )
-    assert not claims(build("naive"))[claim](subject(build("naive"), known={})).passed
+    assert not claims(build("naive"))[claim](subject(build("naive"), results={})).passed
 
 
 @torch.no_grad()

@@ -93,5 +93,5 @@ def test_fsdp_reads_its_version_and_offload_and_is_refused_on_cpus(
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(recipe), run_name="__main__")
     assert capsys.readouterr().err.endswith(
-        "use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml there\n"
+        "use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml\n"
     )

@@ -49,16 +49,16 @@ def test_a_source_that_is_typed_replaces_the_kind_that_the_yaml_names(tmp_path):
     path = str(write_run(tmp_path, train_data=None, mixture="mix.yaml"))
     data = parse(["--config", path, "--train-data=mine.jsonl"])[0]
     assert (data.mixture, data.train_data) == (None, "mine.jsonl")
-    with pytest.raises(ValueError, match="a mixture names its own sources"):
+    with pytest.raises(ValueError, match="a mixture has its own sources"):
         parse(["--config", path, "--train_data", "mine.jsonl", "--mixture", "mix.yaml"])
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"eval_data": "worlds:dev"}, "would never be asked, since eval_strategy is 'no'"),
-        ({"eval_strategy": "epoch"}, "name them in eval_data"),
-        ({"eval_on_start": True}, "name them in eval_data"),
+        ({"eval_data": "worlds:dev"}, "would never be used, since eval_strategy is 'no'"),
+        ({"eval_strategy": "epoch"}, "name their source in eval_data"),
+        ({"eval_on_start": True}, "name their source in eval_data"),
     ],
 )
 def test_an_evaluation_that_would_never_be(tmp_path, overrides, line):
@@ -94,16 +94,16 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"packing": True}, "block training needs packing: False, got True"),
         ({"padding_free": True}, "block training needs padding_free: False"),
         ({"use_liger_kernel": True}, "block training needs use_liger_kernel: False"),
-        ({"freeze_base": True}, "freeze_base trains the learned tokens alone"),
+        ({"freeze_base": True}, "freeze_base trains only the learned tokens"),
         ({"packing": True}, "pack_length packs by layout"),
         ({"both_modes": True, "block_share": 0.5}, "leave block_share out"),
-        ({"num_links": 1, "block_share": 0.0}, "need block examples, and there are none"),
+        ({"num_links": 1, "block_share": 0.0}, "need block examples, but there are none"),
         ({"num_links": 1, "link_table": "chunk"}, "needs max_chunks"),
         ({"num_links": 1, "num_trailers": 1}, "no method serves an adapter with link tokens and"),
         ({"block_dropout": 0.1, "shared_prefix": True}, "drop it or shared_prefix"),
-        ({"position_jitter": 3, "placement": "parallel"}, "puts them in one place"),
+        ({"position_jitter": 3, "placement": "parallel"}, "puts them at the same positions"),
         ({"distill_states": "all"}, "distill_states: invalid choice: 'all'"),
-        ({"mixture": "mix.yaml"}, "a mixture names its own sources"),
+        ({"mixture": "mix.yaml"}, "a mixture has its own sources"),
         ({"titled": "{title}"}, "format 'titled' must hold {text} and {title}"),
         ({"train_data": ""}, "train_data is missing"),
         (
@@ -131,7 +131,7 @@ def test_flash_attention_is_refused(tmp_path):
         ({"dtype": "float31"}, "dtype: invalid choice: 'float31'"),
         (
             {"freeze_base": True, "use_peft": False, "num_links": 1, "load_in_4bit": True},
-            "trains nothing on a quantised base without an adapter",
+            "cannot train a quantised base without an adapter",
         ),
     ],
 )

@@ -142,9 +142,9 @@ def test_one_process_is_one_process(single):
 @pytest.mark.parametrize(
     ("variable", "value", "line"),
     [
-        ("WORLD_SIZE", "2", "started 2 processes and each of them trains alone"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "asked for DeepSpeed and the Trainer runs without"),
-        ("ACCELERATE_USE_FSDP", "true", "asked for FSDP, and accelerate has it for GPUs only"),
+        ("WORLD_SIZE", "2", "started 2 processes, but each would train alone"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asked for DeepSpeed, but the Trainer runs without"),
+        ("ACCELERATE_USE_FSDP", "true", "asked for FSDP, which accelerate supports only on GPUs"),
     ],
 )
 def test_no_launch_is_lost_in_silence(tmp_path, monkeypatch, variable, value, line):

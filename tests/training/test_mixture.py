@@ -107,7 +107,7 @@ def test_a_parts_wording_is_strict(tmp_path):
 def test_modes_and_options_must_agree(tmp_path):
     path = mixture(tmp_path / "data", {"mode": "full"}, {"mode": "full"})
     write_run(tmp_path)
-    with pytest.raises(ValueError, match="it should be 0"):
+    with pytest.raises(ValueError, match="set block_share: 0"):
         make_trainer(tmp_path, train_data=None, mixture=path)
     with pytest.raises(ValueError, match="leave both_modes out"):
         make_trainer(tmp_path, train_data=None, mixture=path, both_modes=True)

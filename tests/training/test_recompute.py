@@ -188,7 +188,7 @@ def test_a_run_trains_however_its_batches_are_cut(tmp_path, name):
         ({"recompute": "random", "recompute_min": 0.4, "recompute_max": 0.2}, "min <= max"),
         ({"recompute": "random", "block_share": 0.0}, "raise block_share"),
         ({"recompute": "gradual-deviation"}, "chooses at several layers"),
-        ({"recompute": "query-attention"}, "by a pass over a served prompt"),
+        ({"recompute": "query-attention"}, "runs the model on a served prompt"),
         ({"recompute": "everything"}, "takes no budget"),
     ],
 )
