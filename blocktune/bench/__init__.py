@@ -1,1 +1,1 @@
-"""Speed on this machine, and the best that the machine can do."""
+"""Benchmarks: speed on this machine, compared with its measured limits."""

@@ -1,4 +1,4 @@
-"""Speed of split attention against full and dense-mask attention."""
+"""Benchmark of split attention against full attention and attention with a dense mask."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from blocktune.provenance import provenance
 
 HEADS, KV_HEADS, HEAD_DIM, THREADS, SEED = 8, 8, 64, 2, 0
 OPERATIONS = 14
-"""Per visible cell and dimension: two products forward and five backward, two operations each."""
+"""FLOPs per visible cell and dimension: two products forward, five backward, two FLOPs each."""
 
 
 def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> dict[str, Any]:
     """Times one layer of attention, forward and backward, in float32 on the CPU.
 
-    Split attention, full causal SDPA (``full``) and SDPA with the same visibility as a dense mask
-    (``dense``) take turns. Masks and plans are made beforehand, as a batch makes them once for all
-    layers. The last ``chunk`` tokens are the query, which sees everything. ``bound`` has the two
-    ratios if time were visible cells alone; ``share_of_matmul`` is of the machine's measured rate.
+    Split attention, full causal SDPA (``full``) and SDPA with the block mask as a dense tensor
+    (``dense``) run in turn. Masks and plans are built beforehand, as a batch builds them once for
+    all layers. The last ``chunk`` tokens are the query, which sees everything. ``bound`` holds the
+    ratios by visible cells alone; ``share_of_matmul`` is the share of the measured matmul rate.
     """
     if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
         raise ValueError(

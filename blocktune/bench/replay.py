@@ -1,10 +1,10 @@
-"""What a store of a given size and policy would have saved on a trace, and when reuse pays at all.
+"""Simulation of a store on a trace: hit rate and time saved by size and policy; break-even point.
 
-Simulated: nothing is encoded. A trace is requests and the chunks that they ask for: recorded by a
-store (the JSON lines of ``--store ...,trace=FILE``), published (Mooncake's ``hash_ids``, blocks of
-512 tokens; Azure's CSV, ``TIMESTAMP,ContextTokens,GeneratedTokens``, which names no contents: its
-lengths are filled with drawn chunks), or drawn. A name that ends in ``.gz`` is read as it is. Costs
-come from the trace where a store recorded them, else from `Costs`.
+Nothing is encoded. A trace is a sequence of requests with the chunks that each asks for. It may be
+recorded by a store (JSON lines of ``--store ...,trace=FILE``), published (Mooncake: ``hash_ids`` of
+blocks of 512 tokens; Azure: CSV with ``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts
+are filled with random chunks, since it names none), or random. Files may be gzipped (``.gz``).
+Costs are those that the store recorded, else those of `Costs`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import NamedTuple
 from blocktune.cache.ledger import About, Ledger
 
 WINDOWS = 10
-CHUNKS, EXPONENT = 10, 0.9  # of a drawn request, and of the law by which they recur
-BLOCK = 512  # tokens of a block of Mooncake's traces, and of drawn chunks
-SAME_REQUEST_S = 0.001  # look-ups of a recorded store this close to each other are one request
+CHUNKS, EXPONENT = 10, 0.9  # chunks of a random request; exponent of their Zipf distribution
+BLOCK = 512  # tokens per block in Mooncake's traces, and per random chunk
+SAME_REQUEST_S = 0.001  # recorded look-ups within this time of each other form one request
 
 
 class Use(NamedTuple):
-    """A chunk that a request asks for; ``num_bytes`` and ``seconds`` are 0 where unknown."""
+    """A chunk that a request uses. ``num_bytes`` and ``seconds`` are 0 if unknown."""
 
     key: str
     num_tokens: int
@@ -43,23 +43,23 @@ Request = tuple[Use, ...]
 
 @dataclass(frozen=True)
 class Costs:
-    """What a token costs. The defaults are of the size of Llama-3.1-8B in bfloat16 on one GPU."""
+    """Costs per token. The defaults approximate Llama-3.1-8B in bfloat16 on one GPU."""
 
     token_bytes: int = 131_072  # bytes of a token's keys and values
     token_s: float = 1e-4  # seconds to encode a token
-    pair_s: float = 1e-8  # seconds more for each earlier token that it attends to
-    load_bytes_s: float = 4e9  # bytes per second that are loaded and moved
+    pair_s: float = 1e-8  # additional seconds for each earlier token that it attends to
+    load_bytes_s: float = 4e9  # bytes loaded and moved per second
 
     def encode_s(self, tokens: int) -> float:
-        """Seconds to encode tokens after nothing."""
+        """Seconds to encode tokens without a prefix."""
         return self.token_s * tokens + self.pair_s * tokens * tokens / 2
 
     def load_s(self, tokens: int) -> float:
-        """Seconds to load tokens."""
+        """Seconds to load the keys and values of tokens."""
         return tokens * self.token_bytes / self.load_bytes_s
 
     def priced(self, use: Use) -> Use:
-        """With bytes and seconds."""
+        """Fills in bytes and seconds if they are unknown."""
         return use._replace(
             num_bytes=use.num_bytes or use.num_tokens * self.token_bytes,
             seconds=use.seconds or self.encode_s(use.num_tokens),
@@ -67,75 +67,75 @@ class Costs:
 
 
 class Outcome(NamedTuple):
-    """What one size and policy gives."""
+    """Result of a simulation with one size and policy."""
 
     policy: str  # see `blocktune.cache.ledger.POLICIES`
     budget: int  # bytes
     hit_rate: float  # hits per look-up
-    saved_s: float  # seconds of encoding that hits saved, less those of loading
-    saved: float  # the same as a share of encoding everything
-    peak_bytes: int  # most that it held
+    saved_s: float  # seconds of encoding saved by hits, minus seconds of loading
+    saved: float  # ``saved_s`` as a share of the time to encode everything
+    peak_bytes: int  # maximum size of the store
     windows: list[float]  # ``hit_rate`` of each tenth of the trace
 
 
 def touched_bytes(requests: Iterable[Request], costs: Costs = Costs()) -> int:
-    """Bytes of all different chunks of a trace."""
-    different = {use.key: costs.priced(use).num_bytes for one in requests for use in one}
-    return sum(different.values())
+    """Total bytes of the distinct chunks of a trace."""
+    sizes = {use.key: costs.priced(use).num_bytes for request in requests for use in request}
+    return sum(sizes.values())
 
 
 def replay(
     requests: Sequence[Request], budget: int, policy: str = "lru", costs: Costs = Costs()
 ) -> Outcome:
-    """Plays a trace against one tier of ``budget`` bytes; ``costs`` are of what it does not say."""
+    """Simulates a store of one tier with ``budget`` bytes; ``costs`` fill in what is unknown."""
     clock = count(1)
     ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: next(clock) * 1e-4)
-    there: dict[str, int] = {}
+    stored: dict[str, int] = {}
     windows = [[0, 0] for _ in range(WINDOWS)]
-    saved_s, whole_s, held, peak = 0.0, 0.0, 0, 0
+    saved_s, encode_s, held, peak = 0.0, 0.0, 0, 0
     with ledger.transaction():
         for index, request in enumerate(requests):
             window = windows[index * WINDOWS // len(requests)]
             for use in map(costs.priced, request):
-                whole_s += use.seconds
-                window[1] += 1
-                if use.key in there:
+                encode_s += use.seconds
+                window[1] += 1  # look-ups; window[0] counts hits
+                if use.key in stored:
                     window[0] += 1
                     saved_s += use.seconds - use.num_bytes / costs.load_bytes_s
                     ledger.use(use.key)
                     continue
-                doomed = ledger.leaving(use.num_bytes, use.tenant, use.key)
-                if doomed is None:
+                evicted = ledger.leaving(use.num_bytes, use.tenant, use.key)
+                if evicted is None:
                     continue
-                ledger.remove(doomed)
-                held += use.num_bytes - sum(there.pop(key) for key in doomed)
+                ledger.remove(evicted)
+                held += use.num_bytes - sum(stored.pop(key) for key in evicted)
                 peak = max(peak, held)
                 ledger.add(use.key, use.num_bytes, About(seconds=use.seconds, tenant=use.tenant))
-                there[use.key] = use.num_bytes
+                stored[use.key] = use.num_bytes
     hits, lookups = (sum(window[n] for window in windows) for n in (0, 1))
     rates = [hit / max(uses, 1) for hit, uses in windows]
-    return Outcome(policy, budget, hits / max(lookups, 1), saved_s, saved_s / whole_s, peak, rates)
+    return Outcome(policy, budget, hits / max(lookups, 1), saved_s, saved_s / encode_s, peak, rates)
 
 
 class BreakEven(NamedTuple):
-    """Mean seconds to the first token at one share of repeated chunks, by way of caching."""
+    """Mean seconds to the first token by kind of cache, at one share of repeated chunks."""
 
-    repeated: float
-    none_s: float
-    prefix_s: float
-    reuse_s: float
+    repeated: float  # share of chunks that an earlier request had
+    none_s: float  # without a cache
+    prefix_s: float  # with prefix caching
+    reuse_s: float  # with chunk reuse
 
 
 def break_even(
     recompute: float = 0.0, requests: int = 2000, costs: Costs = Costs()
 ) -> list[BreakEven]:
-    """Chunk reuse against prefix caching over the share of chunks that were seen before.
+    """Compares chunk reuse with prefix caching, by share of repeated chunks.
 
-    Retrieval orders chunks freely, so a prefix is shared only if it begins with the same chunks in
-    the same order. Both caches are unbounded. ``recompute`` is the share of the reused tokens that
-    the method computes again; each point has ``requests`` of `CHUNKS` of `BLOCK` tokens.
+    Retrieved chunks come in any order, so prompts share a prefix only if they start with the same
+    chunks in the same order. Both caches are unbounded. ``recompute`` is the share of tokens that
+    the method recomputes. A point is simulated with ``requests`` of `CHUNKS` of `BLOCK` tokens.
     """
-    found, whole = [], costs.encode_s(CHUNKS * BLOCK)
+    points, full_s = [], costs.encode_s(CHUNKS * BLOCK)
     for step in range(11):
         prefix_s, hits, draw = 0.0, 0, random.Random(0)
         seen: set[str] = set()
@@ -145,22 +145,22 @@ def break_even(
             draw.shuffle(keys)
             starts = [tuple(keys[: n + 1]) for n in range(CHUNKS)]
             shared = BLOCK * len(list(takewhile(prefixes.__contains__, starts)))
-            prefix_s += whole - costs.encode_s(shared) + costs.load_s(shared)
+            prefix_s += full_s - costs.encode_s(shared) + costs.load_s(shared)
             hits += len(seen.intersection(keys))
             seen.update(keys)
             prefixes.update(starts)
         reuse_s = (requests * CHUNKS - hits) * costs.encode_s(BLOCK) + costs.load_s(hits * BLOCK)
-        reuse_s = reuse_s / requests + recompute * whole
-        found.append(BreakEven(hits / requests / CHUNKS, whole, prefix_s / requests, reuse_s))
-    return found
+        reuse_s = reuse_s / requests + recompute * full_s
+        points.append(BreakEven(hits / requests / CHUNKS, full_s, prefix_s / requests, reuse_s))
+    return points
 
 
 COLOURS = {"gdsf": 2, "lru": 3, "lfu": 4, "fifo": 1}
-"""Of each policy, its place in the palette."""
+"""Index of each policy's colour in the palette."""
 
 
 def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
-    """Hit rate and the share of seconds saved against the budget, and hit rate over time."""
+    """Plots hit rate and share of time saved against the budget, and hit rate over time."""
     from blocktune.evaluation.report import style
 
     largest = max(outcome.budget for outcome in outcomes)
@@ -169,13 +169,13 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
     def draw(figure, ground) -> None:
         axes, ends = figure.subplots(1, 3), {}
         for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
-            mine = sorted((o for o in outcomes if o.policy == policy), key=lambda o: o.budget)
-            budgets, colour = [o.budget / 1e9 for o in mine], ground.series[COLOURS[policy]]
+            line = sorted((o for o in outcomes if o.policy == policy), key=lambda o: o.budget)
+            budgets, colour = [o.budget / 1e9 for o in line], ground.series[COLOURS[policy]]
             look = {"color": colour, "marker": "o", "markersize": 3}
-            axes[0].plot(budgets, [o.hit_rate for o in mine], **look)
-            axes[1].plot(budgets, [o.saved for o in mine], **look)
-            axes[2].plot(range(1, WINDOWS + 1), mine[-1].windows, **look)
-            ends[policy] = mine[-1].windows[-1], colour
+            axes[0].plot(budgets, [o.hit_rate for o in line], **look)
+            axes[1].plot(budgets, [o.saved for o in line], **look)
+            axes[2].plot(range(1, WINDOWS + 1), line[-1].windows, **look)
+            ends[policy] = line[-1].windows[-1], colour
         titles = ("Hits", "Encoding time saved", f"Hits at {largest / 1e9:.3g} GB")
         for axis, title in zip(axes, titles, strict=True):
             axis.set(title=title, ylim=(0, None), xlabel="budget, GB", xscale="log")
@@ -190,7 +190,7 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
 
 
 def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) -> Path:
-    """Mean time to first token over the share of repeated chunks."""
+    """Plots the mean time to first token against the share of repeated chunks."""
     from blocktune.evaluation.report import style
 
     first = next(iter(by_recompute.values()))
@@ -217,11 +217,11 @@ def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) 
 def zipf_requests(
     requests: int = 10_000, novel: float = 0.3, seed: int = 0, catalogue: int = 10_000
 ) -> Iterator[Request]:
-    """Sustained novelty: chunks that recur by a Zipf law among ever new ones.
+    """Generates random requests that mix new chunks with repeated ones.
 
-    A chunk of a request is new with probability ``novel``, and never comes back; else it is the
-    ``n``-th of a ``catalogue`` with weight ``n ** -EXPONENT``. Lengths are 64 to 2,048 tokens, in
-    octaves, so that chunks differ in what encoding them saves per byte.
+    A chunk is new with probability ``novel``, and then never occurs again. Otherwise it is drawn
+    from a ``catalogue``, the ``n``-th chunk with weight ``n ** -EXPONENT`` (Zipf). Lengths are
+    powers of two from 64 to 2,048 tokens, so that chunks differ in time saved per byte.
     """
     draw = random.Random(seed)
     sizes = [2 ** draw.randrange(6, 12) for _ in range(catalogue)]
@@ -238,7 +238,7 @@ def zipf_requests(
 
 
 def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
-    """Requests of a file, or drawn where ``path`` is ``zipf``; a ValueError names a wrong line."""
+    """Reads a trace, or generates one if ``path`` is ``zipf``. Raises ValueError for a bad line."""
     if str(path) == "zipf":
         return list(zipf_requests(limit or 10_000))
     opened = gzip.open if str(path).endswith(".gz") else open
@@ -247,8 +247,7 @@ def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
             first = file.readline()
             lines = iter((first, *file))
             azure = first.startswith("TIMESTAMP,")
-            made = islice(_azure(lines) if azure else _json_lines(lines), limit)
-            requests = list(made)
+            requests = list(islice(_azure(lines) if azure else _json_lines(lines), limit))
     except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError) as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__} "
         raise ValueError(f"cannot read the trace '{path}': {kind}{error}") from None
@@ -256,7 +255,7 @@ def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
         raise ValueError(f"{path}: an empty trace")
     for use in chain.from_iterable(requests):
         if use.num_tokens < 1 or use.num_bytes < 0 or use.seconds < 0:
-            raise ValueError(f"{path}: a chunk has tokens, and 0 bytes and seconds or more: {use}")
+            raise ValueError(f"{path}: tokens must be above 0, bytes and seconds 0 or more: {use}")
     return requests
 
 
@@ -266,18 +265,18 @@ def _json_lines(lines: Iterator[str]) -> Iterator[Request]:
     if "hash_ids" in first:
         for record in chain([first], records):
             left = count(record["input_length"], -BLOCK)
-            sizes = zip(record["hash_ids"], left, strict=False)  # the lengths have no end
+            sizes = zip(record["hash_ids"], left, strict=False)  # ``left`` is infinite
             yield tuple(Use(str(block), max(1, min(BLOCK, size))) for block, size in sizes)
         return
     if "op" not in first:
         raise ValueError("neither of a store nor Mooncake's; see `--help`")
     everything = [first, *records]
-    made = {record["key"]: record for record in everything if record["op"] == "put"}
+    puts = {record["key"]: record for record in everything if record["op"] == "put"}
     gets = [record for record in everything if record["op"] == "get"]
-    ends = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
-    numbers = accumulate(ends, initial=0)  # one number even of no look-up
+    starts_new = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
+    numbers = accumulate(starts_new, initial=0)  # request number of each look-up; never empty
     for _, group in groupby(zip(numbers, gets, strict=False), key=lambda pair: pair[0]):
-        yield tuple(_use(record, made.get(record["key"], {})) for _, record in group)
+        yield tuple(_use(record, puts.get(record["key"], {})) for _, record in group)
 
 
 def _use(got: dict, put: dict) -> Use:
@@ -292,7 +291,7 @@ def _records(lines: Iterator[str]) -> Iterator[dict]:
         except ValueError:
             record = None
         if record is None and not line.endswith("\n"):
-            return  # a stopped store left it half-written
+            return  # the last line is incomplete if the store was stopped
         if not isinstance(record, dict):
             raise ValueError(f"line {number}: not a JSON object")
         if record:
@@ -314,6 +313,6 @@ def _azure(lines: Iterator[str]) -> Iterator[Request]:
 
 
 def _rank(draw: random.Random, most: int) -> int:
-    """1 to ``most`` with weights ``rank ** -EXPONENT``, by inverting the integral."""
+    """Draws from 1 to ``most`` with weights ``rank ** -EXPONENT``, by the inverse integral."""
     power = 1 - EXPONENT
     return min(most, int((1 + draw.random() * ((most + 1) ** power - 1)) ** (1 / power)))

@@ -1,4 +1,4 @@
-"""Time to the first logits of reuse methods, and fair timing on a busy machine."""
+"""Benchmark of reuse methods' prefill, and helpers for fair timing on a busy machine."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from blocktune.provenance import provenance
 from blocktune.testing import byte_tokenizer, random_llama
 
 TARGETS = {"cacheblend_over_full": 0.35, "epic_over_full": 0.12, "naive_over_query_only": 1.8}
-"""Goals of the project, on two cores with the default setting."""
+"""The project's goals, on two cores with the default setting."""
 PRODUCT, COPIED = 2048, 1 << 28
-"""Rows of the square product and bytes of the copy that the machine's rates are measured on."""
+"""Rows of the square matrices, and bytes copied, in measurements of the machine's rates."""
 
 
 @dataclass(frozen=True)
 class ReuseBench:
-    """A random Llama in float32, and a prompt of random tokens whose chunks are in memory."""
+    """Setting: a random Llama in float32, and a prompt of random tokens with chunks in memory."""
 
-    tokens: int = 8192  # of the prompt
-    chunk: int = 512  # tokens per chunk; the last one takes what is left
-    question: int = 64  # its tokens, at the end of the prompt
-    ratio: float = 0.15  # that ``cacheblend`` recomputes
+    tokens: int = 8192  # tokens of the prompt
+    chunk: int = 512  # tokens per chunk; the last chunk may be shorter
+    question: int = 64  # tokens of the question, at the end of the prompt
+    ratio: float = 0.15  # share of tokens that ``cacheblend`` recomputes
     k: int = 16  # tokens that ``epic`` recomputes at the start of each chunk
     layers: int = 12
     width: int = 768  # hidden size
     intermediate: int = 2048  # width of the feed-forward
     heads: int = 12
     kv_heads: int = 4
-    threads: int = 2  # that PyTorch may use
-    repeats: int = 5  # timed rounds, after one that is not timed
+    threads: int = 2  # threads of PyTorch
+    repeats: int = 5  # timed rounds, after an untimed one
     seed: int = 0  # of weights and tokens
 
     def __post_init__(self):
@@ -56,7 +56,7 @@ class ReuseBench:
             )
 
     def engine(self, store: ChunkStore | None = None) -> Engine:
-        """An engine over the model, with empty caches, or with ``store``."""
+        """Builds an engine over the model, with empty caches, or with ``store``."""
         tokenizer = byte_tokenizer()
         model = random_llama(
             len(tokenizer),
@@ -71,18 +71,18 @@ class ReuseBench:
         return Engine(model, tokenizer, store=store)
 
     def pieces(self, vocab_size: int) -> Pieces:
-        """The prompt."""
+        """The random prompt of this setting."""
         return random_pieces(vocab_size, self.tokens, self.chunk, self.question, self.seed)
 
 
 TINY = ReuseBench(
     256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, threads=1, repeats=1
 )
-"""Small enough for a test; its ratios mean nothing."""
+"""Small setting for tests; its ratios are meaningless."""
 
 
 def random_pieces(vocab_size: int, tokens: int, chunk: int, question: int, seed: int) -> Pieces:
-    """Random chunks and a random question, no prefix; ``tokens`` in all."""
+    """Random chunks and a random question without a prefix, ``tokens`` in total."""
     draw = torch.Generator().manual_seed(seed)
     ids = tuple(torch.randint(vocab_size, (tokens,), generator=draw).tolist())
     context = ids[:-question]
@@ -91,19 +91,19 @@ def random_pieces(vocab_size: int, tokens: int, chunk: int, question: int, seed:
 
 
 def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
-    """The usage of a method whose chunks are cached."""
+    """Usage of a method on a prompt whose chunks are cached."""
     return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
 
 
 WARM_S = 3.0
-"""A work of this many seconds or more needs no round to warm up."""
+"""Work that takes longer than this many seconds needs no warm-up round."""
 
 
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every round, by name: in turn, so that other load affects all works alike.
+    """Times functions in turn, so that other load on the machine affects all alike.
 
-    The first round warms up and does not count, but of a work that takes longer than `WARM_S` it
-    does: there is nothing to warm up. A work may return its own seconds as a float.
+    Returns seconds per round, by name. The first round is a warm-up and does not count, except for
+    work that takes longer than `WARM_S`. A function may return its own seconds as a float.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
@@ -113,8 +113,8 @@ def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[
             gc.collect()
             gc.freeze()  # the next collection looks at new objects only
             start = time.perf_counter()
-            own = work()
-            seconds = own if isinstance(own, float) else time.perf_counter() - start
+            result = work()
+            seconds = result if isinstance(result, float) else time.perf_counter() - start
             if turn or seconds > WARM_S:
                 times[name].append(seconds)
     gc.unfreeze()
@@ -122,25 +122,25 @@ def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def ratios(times: Mapping[str, list[float]], over: str, under: str) -> list[float]:
-    """The ratio of the seconds of two works within each round."""
+    """Ratio of two timings in each round: ``over`` divided by ``under``."""
     return [a / b for a, b in zip(times[over], times[under], strict=True)]
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Median, minimum (``least``) and maximum (``greatest``)."""
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
 def matmul_rate(repeats: int = 5) -> float:
-    """Floating-point operations per second of a square float32 product, the best of several."""
+    """FLOPs per second of a square float32 matrix product, the best of several runs."""
     left, right = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
     return 2 * PRODUCT**3 / min(take_turns({"": lambda: left @ right}, repeats)[""])
 
 
 def copy_rate(repeats: int = 5) -> float:
-    """Bytes per second of copying one tensor into another, the best of several.
+    """Bytes per second of copying a tensor into another, the best of several runs.
 
-    A copied byte is read and written, and counts once.
+    A copied byte counts once, although it is read and written.
     """
     source = torch.ones(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -149,7 +149,7 @@ def copy_rate(repeats: int = 5) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Lets PyTorch use ``count`` threads inside the block."""
+    """Context manager in which PyTorch uses ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -159,13 +159,13 @@ def threads(count: int) -> Iterator[None]:
 
 
 def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
-    """Times prefills by several methods in turn, chunks encoded beforehand and kept in memory.
+    """Times prefills by several methods in turn, over chunks that are already in memory.
 
-    A method's time covers everything from token pieces to the logits after the question: looking up
-    chunks, moving their keys, joining caches, selecting, computing. ``full`` is the faster of this
-    engine's and the stock model's full prefill in each round; ``query_only`` computes the question
-    over an assembled cache. Ratios are medians of those within each round; ``cost`` is what each
-    method moved and computed, and the seconds for it at the machine's measured rates.
+    A method's time covers everything from token ids to the logits after the question: looking up
+    chunks, relocating their keys, joining caches, selecting tokens, computing. ``full`` is the
+    faster of this engine's and the stock model's full prefill in each round; ``query_only``
+    computes the question over an assembled cache. Ratios are medians of the ratios in each round.
+    ``cost`` holds the bytes moved and FLOPs of each method, and their time at the machine's rates.
     """
     bench = bench or ReuseBench()
     with threads(bench.threads), torch.no_grad():
@@ -183,7 +183,7 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
         copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
     over = {name: spread(ratios(times, *name.split("_over_"))) for name in TARGETS}
     return {
-        **{name: one["median"] for name, one in over.items()},
+        **{name: values["median"] for name, values in over.items()},
         "spread": over,
         "seconds": {name: spread(values) for name, values in times.items()},
         "targets": TARGETS,
@@ -202,9 +202,10 @@ def time_methods(
     repeats: int,
     **more: Callable[[], object],
 ) -> dict[str, list[float]]:
-    """Seconds of prefills by each method, of ``more`` works, and of full prefill, in turn.
+    """Times the prefill of each method, the functions ``more``, and full prefill, in turn.
 
-    ``full`` is the faster of this engine's (``full_engine``) and the stock model's in each round.
+    ``full`` is the faster of ``full_engine`` (this engine) and ``full_stock`` (the stock model) in
+    each round. Returns seconds of each round, by name.
     """
     ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query], device=engine.model.device)
     full = {
@@ -217,7 +218,7 @@ def time_methods(
 
 
 def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:
-    """Computes the question again over the cache of a run, writing over its own columns."""
+    """Returns a function that recomputes the question over a run's cache, in the same columns."""
     rows = computed_rows(run.batch, run.batch.layout.kind == Kind.QUERY)
 
     def work() -> object:
@@ -235,7 +236,7 @@ def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:
 
 
 def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
-    """What a method moved and computed, and the least time for it on this machine."""
+    """Bytes moved and FLOPs of a method, and the minimum time for them on this machine."""
     return {
         "recompute_ratio": usage.recompute_ratio,
         "bytes_read": usage.bytes_read,

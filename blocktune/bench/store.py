@@ -1,4 +1,4 @@
-"""How fast a store gives back the chunks of a prompt, against copying the same bytes."""
+"""Benchmark of the chunk store: loading a prompt's chunks compared with copying their bytes."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from blocktune.provenance import provenance
 
 TARGETS = {"disk_over_copy": 0.6, "memory_over_copy": 0.8}
 TARGETS |= {"lookup_p99_s": 1e-3, "match_p99_s": 5e-3}
-"""Goals of the project: shares of the copy bandwidth; a million keys, 4,096 tokens of a million."""
+"""The project's goals: shares of copy bandwidth, and times with a million keys or tokens."""
 
 
 def bench_store(
     setting: ReuseBench, folder: Path | None = None, keys: int = 1_000_000
 ) -> dict[str, object]:
-    """Times loading and joining a prompt's chunks, look-ups among ``keys``, and what codecs cost.
+    """Times loading and joining a prompt's chunks, and look-ups among ``keys``; measures codecs.
 
-    Copying reads the same files, or copies the same tensors, into memory that the process has
-    written before, and loading finds such memory as well. All files are in the page cache, and this
-    process has verified them. ``ratios`` are of bandwidths in wall time, ``cpu_ratios`` in the
-    process's CPU time. Chunks are written into ``folder``, by default the system's temporary one.
+    The baseline reads the same files, or copies the same tensors. Both it and loading write to
+    memory that the process has used before. All files are in the page cache and already verified by
+    this process. ``ratios`` compare bandwidths in wall time, ``cpu_ratios`` in the process's CPU
+    time. Chunks are written into ``folder``, by default the system's folder for temporary files.
     """
     _keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
@@ -57,10 +57,10 @@ def bench_store(
         works: dict[str, Callable[[], object]] = {}
         for name, engine in (("disk", disk), ("memory", memory)):
             works[name] = partial(_load, engine, moved, pieces)
-            works[name]()  # encodes
+            works[name]()  # encodes the chunks
         files = sorted((Path(place) / "disk").rglob("*.safetensors"))
         held = list(memory.store.held().values())
-        time.sleep(SETTLED_S + 0.1)  # a file that is younger is verified each time
+        time.sleep(SETTLED_S + 0.1)  # a younger file is verified at each load
         tensors = [tensor for entry in held for _, tensor in entry.tensors()]
         copies = [tensor.clone() for tensor in tensors]
         works["copy"] = lambda: [new.copy_(old) for new, old in zip(copies, tensors, strict=True)]
@@ -72,8 +72,8 @@ def bench_store(
     return {
         "ratios": _over_copy(times),
         "cpu_ratios": _over_copy(cpu),
-        "seconds": {name: spread(one) for name, one in times.items()},
-        "cpu_seconds": {name: spread(one) for name, one in cpu.items()},
+        "seconds": {name: spread(seconds) for name, seconds in times.items()},
+        "cpu_seconds": {name: spread(seconds) for name, seconds in cpu.items()},
         "bytes": sum(entry.num_bytes for entry in held),
         "lookup": {"keys": keys} | lookups,
         "prefixes": {"tokens": keys} | _matches(keys),
@@ -85,31 +85,28 @@ def bench_store(
 
 
 class CodecError(NamedTuple):
-    """Bytes of a file's tensors per token, and errors relative to the keys (rotated) and values.
+    """Size and error of a codec. Errors are relative root mean squares over all layers."""
 
-    Root mean squares.
-    """
-
-    bytes_per_token: float
-    key_error: float
+    bytes_per_token: float  # of the tensors in a file
+    key_error: float  # of the rotated keys
     value_error: float
 
 
 def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> CodecError:
-    """What a codec costs for one chunk."""
-    tensors, back = encoded(entry, codec, rope)[1], round_trip(entry, codec, rope)
+    """Measures size and error of a codec on one chunk."""
+    tensors, decoded = encoded(entry, codec, rope)[1], round_trip(entry, codec, rope)
 
-    def error(of: Callable[[ChunkKV], tuple[Tensor, ...]]) -> float:
-        pairs = list(zip(of(entry), of(back), strict=True))
-        wrong = sum(float((one.double() - other.double()).square().sum()) for one, other in pairs)
-        return math.sqrt(wrong / sum(float(one.double().square().sum()) for one, _ in pairs))
+    def error(states: Callable[[ChunkKV], tuple[Tensor, ...]]) -> float:
+        pairs = list(zip(states(entry), states(decoded), strict=True))
+        squares = sum(float((old.double() - new.double()).square().sum()) for old, new in pairs)
+        return math.sqrt(squares / sum(float(old.double().square().sum()) for old, _ in pairs))
 
     num_bytes = sum(tensor.nbytes for tensor in tensors.values()) / entry.num_tokens
     return CodecError(num_bytes, error(lambda kv: kv.keys), error(lambda kv: kv.values))
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc reuse what was freed: zeroed pages of the system take longer than loading."""
+    """Makes glibc reuse freed memory, since new zeroed pages take longer than loading."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -117,14 +114,14 @@ def _keep_freed_memory() -> None:
 
 
 def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
-    """Everything from token pieces to a cache that holds their chunks in place."""
+    """Does everything from token ids to a cache that holds their chunks in place."""
     from_chunks(ServedBatch.stacked(engine.state, [prompt], [pieces], build("naive")))
 
 
 def _times(
     works: Mapping[str, Callable[[], object]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Wall and CPU seconds of every round that counts, by name."""
+    """Measures wall and CPU seconds of every round that counts, by name."""
     cpu: dict[str, list[float]] = {name: [] for name in works}
 
     def clocked(name: str, work: Callable[[], object]) -> None:
@@ -149,7 +146,7 @@ def _read(files: list[Path], buffers: list[memoryview]) -> None:
 
 
 def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:
-    """Seconds of look-ups in a folder whose index holds ``count`` keys, also of CPU time."""
+    """Times look-ups in a folder whose index holds ``count`` keys, in wall and CPU seconds."""
     store = ChunkStore(config=StoreConfig(folder=folder, memory=0, disk=1 << 50))
     draw = random.Random(0)
     rows = (
@@ -164,46 +161,46 @@ def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in ("hit", "miss", "hit_cpu", "miss_cpu")}
     for index, key in enumerate(keys):
         started, kind = time.thread_time(), "miss" if index % 2 else "hit"
-        found = store.lookup(key, kv.token_ids, kv.fingerprint)
+        lookup = store.lookup(key, kv.token_ids, kv.fingerprint)
         times[f"{kind}_cpu"].append(time.thread_time() - started)
-        times[kind].append(found.lookup_s + found.load_s)
+        times[kind].append(lookup.lookup_s + lookup.load_s)
     return _percentiles(times)
 
 
 def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, float]:
-    """Seconds to match prompts in a prefix tree of ``tokens`` tokens, also of CPU time."""
+    """Times matching prompts in a prefix tree of ``tokens`` tokens, in wall and CPU seconds."""
     draw, tree, model = random.Random(0), PrefixTree(1 << 40), "ab" * 32
     states = torch.zeros(1, 1, length, 1)
     layer = SimpleNamespace(keys=states, values=states)
     cache = SimpleNamespace(exact=True, num_columns=length, layers=[layer])
-    known = [tuple(draw.randrange(32_000) for _ in range(length))]
+    prompts = [tuple(draw.randrange(32_000) for _ in range(length))]
 
     def prompt() -> tuple[int, ...]:
-        """As deep as a random one goes, and then on its own."""
-        shared = draw.choice(known)[: draw.randrange(length)]
+        """Makes a prompt that shares a random prefix with an earlier prompt."""
+        shared = draw.choice(prompts)[: draw.randrange(length)]
         return shared + tuple(draw.randrange(32_000) for _ in range(length - len(shared)))
 
     held = 0
     while held < tokens:
-        held += tree.insert(cut_exact(cache, 0, known[-1], model))
-        known.append(prompt())
+        held += tree.insert(cut_exact(cache, 0, prompts[-1], model))
+        prompts.append(prompt())
     times: dict[str, list[float]] = {"match": [], "match_cpu": []}
-    for asked in [prompt() for _ in range(timed)]:
-        started = time.perf_counter(), time.thread_time()
-        with tree.match(model, asked):
-            times["match"].append(time.perf_counter() - started[0])
-            times["match_cpu"].append(time.thread_time() - started[1])
+    for token_ids in [prompt() for _ in range(timed)]:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        with tree.match(model, token_ids):
+            times["match"].append(time.perf_counter() - wall)
+            times["match_cpu"].append(time.thread_time() - cpu)
     return _percentiles(times)
 
 
 def _percentiles(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {
-        f"{name}_p{share}_s": sorted(one)[len(one) * share // 100]
-        for name, one in times.items()
-        for share in (50, 99)
+        f"{name}_p{percent}_s": sorted(seconds)[len(seconds) * percent // 100]
+        for name, seconds in times.items()
+        for percent in (50, 99)
     }
 
 
 STORE = ReuseBench(width=512, intermediate=512, heads=8, kv_heads=8, layers=12, threads=1)
-"""A narrow model with 49 kB a token: encoding is quick, the chunks are large. One core each way."""
+"""A narrow model with 49 kB per token: encoding is quick, but the chunks are large. One thread."""
 QUICK = replace(STORE, tokens=300, chunk=64, question=16, layers=2, repeats=1, threads=1)

@@ -1,4 +1,4 @@
-"""Cached chunks on vLLM against its own prefill and prefix cache, on a random Llama."""
+"""Benchmark of cached chunks in vLLM against its prefill and prefix cache, on a random Llama."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from blocktune.testing import byte_tokenizer, random_llama
 from blocktune.vllm import ChunkLLM, Rendered
 
 TARGETS = {"cached_over_full": 0.06, "cached_over_copy": 2.0, "requests_over_prefix_cache": 3.0}
-"""Goals of the project: at 4,096 tokens, from the shortest to the longest, and on the trace."""
+"""The project's goals: at 4,096 tokens, between shortest and longest prompt, and on the trace."""
 GOAL_AT = 4096
 
 
 @dataclass(frozen=True)
 class VllmBench:
-    """Prompts of random tokens, whose chunks are in the store and in memory.
+    """Setting: prompts of random tokens, whose chunks are in the store and in memory.
 
-    The trace is of questions over ``most`` chunks each, drawn and shuffled from ``corpus``: few
-    prompts share a prefix.
+    The trace has ``trace`` questions over ``most`` chunks each, in random order from a ``corpus``
+    of chunks, so few prompts share a prefix.
     """
 
-    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    chunk: int = 128
-    question: int = 32
+    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)  # prompt lengths
+    chunk: int = 128  # tokens per chunk
+    question: int = 32  # tokens of the question
     layers: int = 8
-    width: int = 512
+    width: int = 512  # hidden size
     heads: int = 8
     kv_heads: int = 8
-    repeats: int = 7
+    repeats: int = 7  # timed rounds, after an untimed one
     corpus: int = 24
     most: int = 12
     trace: int = 16
@@ -51,34 +51,33 @@ TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, 
 
 
 def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
-    """Times first tokens and a trace; ``options`` are those of `vllm.LLM`.
+    """Times first tokens by prompt length, and a trace; ``options`` are passed to `vllm.LLM`.
 
-    For each length the seconds of processor time (``cpu_s``, all threads of this process) and of
-    the clock (``wall_s``) of a full prefill, of cached chunks in memory (``cached``) and on disk
-    (``disk``), and of another question over chunks that vLLM still has in its pages (``paged``:
-    nothing is loaded); ``cached_over_full`` is in processor time. ``copy_s`` is that of copying the
-    keys and values once from memory to memory, ``write_s`` of copying them into vLLM's pages by its
-    own kernel, where they lie ready. ``load_over_write``: how much longer the longest prompt's load
-    takes than the shortest's (``cached`` without ``paged``), in such copies of the bytes that are
-    more; ``load_over_copy`` and ``cached_over_copy`` in copies from memory to memory.
+    For each length, there are CPU seconds (``cpu_s``, all threads of this process) and wall-clock
+    seconds (``wall_s``) of a full prefill (``full``), of cached chunks in memory (``cached``) and
+    on disk (``disk``), and of another question over chunks that are still in vLLM's pages
+    (``paged``). ``copy_s`` and ``write_s`` are CPU seconds of copying the keys and values in
+    memory, and of writing them into vLLM's pages with its kernel. Ratios are of CPU seconds. Load
+    time is ``cached`` minus ``paged``; ``load_over_write`` and ``load_over_copy`` divide its growth
+    from the shortest to the longest prompt by that of ``write_s`` and ``copy_s``.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its processor time is ours
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes where the JSON goes
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB, instead of most of the machine's
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # to measure its CPU time
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes to stdout, like the JSON
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; default: most of the memory
     draw = random.Random(setting.seed)
     with TemporaryDirectory() as folder:
         model = _save_model(Path(folder) / "model", setting)
-        usual = {"enforce_eager": True, "disable_log_stats": True, "max_num_seqs": 4}
-        usual |= {"max_model_len": max(setting.tokens) + 64, "dtype": "float32"}
-        llm = ChunkLLM(model, store=Path(folder) / "store", host_gb=4, **usual | options)
-        llm.encode(())  # the store describes the model now
+        defaults = {"enforce_eager": True, "disable_log_stats": True, "max_num_seqs": 4}
+        defaults |= {"max_model_len": max(setting.tokens) + 64, "dtype": "float32"}
+        llm = ChunkLLM(model, store=Path(folder) / "store", host_gb=4, **defaults | options)
+        llm.encode(())  # writes the model's manifest to the store
         lengths = {str(n): _time_length(llm, setting, n, draw) for n in setting.tokens}
         trace = _time_trace(llm, setting, draw)
     goal = str(min(setting.tokens, key=lambda n: abs(n - GOAL_AT)))
-    found = {"cached_over_full": lengths[goal]["cached_over_full"]}
-    found |= _growth(lengths)
-    found["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
-    record = {"setting": asdict(setting), "targets": TARGETS, "found": found}
+    ratios = {"cached_over_full": lengths[goal]["cached_over_full"]}
+    ratios |= _growth(lengths)
+    ratios["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
+    record = {"setting": asdict(setting), "targets": TARGETS, "found": ratios}
     return record | {"lengths": lengths, "trace": trace, "provenance": provenance()}
 
 
@@ -115,33 +114,33 @@ def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[s
     count = (tokens - setting.question) // setting.chunk
     chunks = [_ids(draw, setting.chunk) for _ in range(count)]
     times: dict[str, list[tuple[float, float]]] = {}
-    for round in range(setting.repeats + 1):  # the first one is not counted
+    for round in range(setting.repeats + 1):  # the first round is a warm-up
         cached, other = (_prompt(llm, chunks, _ids(draw, setting.question)) for _ in range(2))
-        for name, one in (
+        for name, prompt in (
             ("full", cached._replace(plan=None)),
             ("disk", cached),
             ("cached", cached),
             ("paged", other),
         ):
-            if name == "full" and round > 1:  # long enough to be timed once
+            if name == "full" and round > 1:  # slow enough to be timed only once
                 continue
             if name != "paged":
                 llm.llm.reset_prefix_cache(reset_connector=name == "disk")
-            times.setdefault(name, []).append(_timed(llm, [one]))
-    found: dict[str, Any] = {
+            times.setdefault(name, []).append(_timed(llm, [prompt]))
+    result: dict[str, Any] = {
         name: {
             "cpu_s": statistics.median(cpu for cpu, _ in values[1:]),
             "wall_s": statistics.median(wall for _, wall in values[1:]),
         }
         for name, values in times.items()
     }
-    found["cached_over_full"] = found["cached"]["cpu_s"] / found["full"]["cpu_s"]
+    result["cached_over_full"] = result["cached"]["cpu_s"] / result["full"]["cpu_s"]
     size = setting.width // setting.heads * setting.kv_heads * setting.layers * 2
-    found["bytes"] = size * count * setting.chunk * 4
-    found["copy_s"] = _copy_s(found["bytes"])
+    result["bytes"] = size * count * setting.chunk * 4
+    result["copy_s"] = _copy_s(result["bytes"])
     llm.llm.reset_prefix_cache()
-    found["write_s"] = _write_s(count, setting)
-    return found
+    result["write_s"] = _write_s(count, setting)
+    return result
 
 
 def _copy_s(count: int) -> float:
@@ -155,7 +154,7 @@ def _copy_s(count: int) -> float:
 
 
 def _write_s(count: int, setting: VllmBench) -> float:
-    """Writes ``count`` chunks of random states, which the processor's cache holds."""
+    """CPU seconds to write ``count`` chunks into vLLM's pages, from states in the CPU's cache."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     keys = torch.rand(setting.chunk, setting.kv_heads, setting.width // setting.heads)
@@ -200,10 +199,10 @@ def _time_trace(llm: ChunkLLM, setting: VllmBench, draw: random.Random) -> dict[
     for name in ("prefix_cache", "cached_chunks"):
         llm.llm.reset_prefix_cache(reset_connector=True)
         plain = name == "prefix_cache"
-        asked = [one._replace(plan=None) if plain else one for one in prompts]
+        requests = [prompt._replace(plan=None) if plain else prompt for prompt in prompts]
         started = time.perf_counter()
-        for one in asked:
-            _timed(llm, [one])
+        for request in requests:
+            _timed(llm, [request])
         rates[name] = setting.trace / (time.perf_counter() - started)
     ratio = rates["cached_chunks"] / rates["prefix_cache"]
     return {f"{name}_per_s": rate for name, rate in rates.items()} | {

@@ -1,4 +1,4 @@
-"""Data: from sources over examples to mixtures."""
+"""Training and evaluation data: sources, examples and mixtures."""
 
 from blocktune.lazy import exports
 

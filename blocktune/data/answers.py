@@ -1,7 +1,7 @@
-"""Answers: whether a text contains an accepted one, and answers rewritten by a model.
+"""Answer matching, and regenerating training answers with a model.
 
-Training on the base model's own words rather than the data set's preserves its other abilities;
-Block-Attention and KVLink used a larger model's words.
+Training on answers in the base model's own words, instead of those of the data set, preserves its
+other abilities. Block-Attention and KVLink used answers of a larger model.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ _WORDS = re.compile(r"\w+")
 
 
 def mentions(text: str, answers: Iterable[str]) -> bool:
-    """Whether the text contains the words of an answer, in order, in any case."""
-    padded = f" {_plain(text)} "
-    return any(f" {words} " in padded for words in map(_plain, answers) if words)
+    """Whether a text contains the words of an answer, in order; ignores case and punctuation."""
+    padded = f" {_normalize(text)} "
+    return any(f" {words} " in padded for words in map(_normalize, answers) if words)
 
 
 def gives_answer(reply: str, answers: Iterable[str]) -> bool:
     """Whether a reply mentions an answer, or starts with it if the answer is yes or no."""
-    verdicts, named = _apart(answers)
-    first, _, _ = _plain(reply).partition(" ")
-    return first in verdicts or mentions(reply, named)
+    verdicts, others = _split_verdicts(answers)
+    first, _, _ = _normalize(reply).partition(" ")
+    return first in verdicts or mentions(reply, others)
 
 
 def holds_answer(example: RagExample, whole: RagExample | None = None) -> bool:
-    """Whether an example's chunks can give an answer.
+    """Whether an example can be answered from its chunks.
 
-    They mention it; or it is yes or no, and all chunks that support it in ``whole``, the question
-    with all chunks of its source, are among them.
+    True if a chunk mentions an answer. For a yes/no answer, true if the example still has all
+    supporting chunks of ``whole``, which is the same question with all chunks of its source.
     """
-    verdicts, named = _apart(example.answers)
-    if any(chunk_mentions(chunk, named) for chunk in example.chunks):
+    verdicts, others = _split_verdicts(example.answers)
+    if any(chunk_mentions(chunk, others) for chunk in example.chunks):
         return True
     supported = whole is not None and len(example.supporting) == len(whole.supporting) > 0
     return bool(verdicts) and supported
 
 
 def is_verdict(example: RagExample) -> bool:
-    """Whether an answer is yes or no."""
-    return bool(_apart(example.answers)[0])
+    """Whether one of the accepted answers is yes or no."""
+    return bool(_split_verdicts(example.answers)[0])
 
 
 def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
@@ -60,37 +60,38 @@ def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
 
 
 def evidence(example: RagExample) -> frozenset[int]:
-    """Indices of chunks that must not be dropped.
+    """Indices of the chunks that must not be dropped.
 
-    The supporting ones, else those that mention an answer other than yes and no, else all.
+    These are the supporting chunks; if none are marked, the chunks that mention an answer other
+    than yes or no; if there are none, all chunks.
     """
     if example.supporting:
         return frozenset(example.supporting)
-    _, named = _apart(example.answers)
-    found = frozenset(
-        index for index, chunk in enumerate(example.chunks) if chunk_mentions(chunk, named)
+    _, others = _split_verdicts(example.answers)
+    with_answer = frozenset(
+        index for index, chunk in enumerate(example.chunks) if chunk_mentions(chunk, others)
     )
-    return found or frozenset(range(len(example.chunks)))
+    return with_answer or frozenset(range(len(example.chunks)))
 
 
-def _apart(answers: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Answers that are yes or no, and all others."""
+def _split_verdicts(answers: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Splits answers into yes/no verdicts (normalised) and all others."""
     answers = list(answers)
-    verdicts = {_plain(answer) for answer in answers} & set(VERDICTS)
-    return verdicts, [answer for answer in answers if _plain(answer) not in VERDICTS]
+    verdicts = {_normalize(answer) for answer in answers} & set(VERDICTS)
+    return verdicts, [answer for answer in answers if _normalize(answer) not in VERDICTS]
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(_WORDS.findall(text.casefold()))
 
 
 Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
-"""From a batch and its number to one answer each; the number seeds what is drawn."""
+"""Answers a batch of examples, given the batch's number, which seeds the sampling."""
 
 
 @dataclass(frozen=True)
 class Regenerated:
-    """Counts: examples written, answers of an earlier run, and those left out, empty or wrong."""
+    """Number of examples written, answers reused from an interrupted run, and answers dropped."""
 
     written: int
     resumed: int
@@ -110,31 +111,32 @@ def regenerate(
 ) -> Regenerated:
     """Writes the examples with the model's answers as their ``response``.
 
-    Answers are kept in ``OUTPUT.part`` a batch at a time; the same command continues after the last
-    whole batch and writes the same file as an uninterrupted run. ``OUTPUT`` appears at the end.
+    Answers are appended to ``OUTPUT.part`` after each batch; ``OUTPUT`` is created at the end. If
+    interrupted, the same command continues after the last complete batch, with the same result.
 
-    ``facts`` are all else that decides the answers (model, decoding): they and ``batch_size`` must
-    be the same when a run is continued, and ``meta`` records them. ``only_correct`` leaves out what
-    gives no accepted answer, see `gives_answer`. ``on_batch`` is told how many examples are done.
+    ``facts`` describe what else determines the answers (model, decoding), and are recorded in
+    ``meta``. A run can only be continued with the same ``facts`` and ``batch_size``. With
+    ``only_correct``, examples whose reply gives no accepted answer are dropped, see `gives_answer`.
+    ``on_batch`` is called with the number of examples done.
 
     Raises:
-        ValueError: If the part was started by another command, an example has no accepted answer
-            to compare with, or no answer can be kept.
+        ValueError: If the part file belongs to another command, an example has no accepted answer
+            to compare with, or no answer is left to write.
     """
     for example in examples if only_correct else ():
         if not example.answers:
             name = example.id or example.question
             raise ValueError(
                 f"example '{name:.40}' has no accepted answer to compare with; omit only_correct "
-                "or give it 'answers'"
+                "or add 'answers' to it"
             )
     output = Path(output)
     if output.is_dir():
         raise ValueError(f"'{output}' is a folder; name a file")
     part = output.with_name(output.name + ".part")
-    record = [[example.to_json() for example in examples], dict(facts), batch_size]
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
-    header = json.dumps({"key": hashlib.sha256(text.encode()).hexdigest()})
+    identity = [[example.to_json() for example in examples], dict(facts), batch_size]
+    identity_json = json.dumps(identity, sort_keys=True, ensure_ascii=False)
+    header = json.dumps({"key": hashlib.sha256(identity_json.encode()).hexdigest()})
     with resumed(part) as lines:
         if not lines:
             append_lines(part, [header])
@@ -144,9 +146,9 @@ def regenerate(
                 f"that command, or remove '{part}' to start over"
             )
         answers = [text for line in lines[1:] for text in json.loads(line)]
-        before = len(answers)
-        on_batch(before)
-        for start in range(before, len(examples), batch_size):
+        num_resumed = len(answers)
+        on_batch(num_resumed)
+        for start in range(num_resumed, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             texts = list(answer(batch, start // batch_size))
             if len(texts) != len(batch):
@@ -165,10 +167,10 @@ def regenerate(
             written.append(replace(example, response=text.strip(), meta=meta))
     if not written:
         raise ValueError(
-            f"nothing to write to {output.name}: of {len(answers)} answers {empty} are empty and "
-            f"{wrong} mention no accepted one"
+            f"nothing to write to {output.name}: of {len(answers)} answers, {empty} are empty and "
+            f"{wrong} are wrong"
         )
     with replacing(output) as temporary:
         write_jsonl(temporary, written)
     part.unlink()
-    return Regenerated(len(written), before, empty, wrong)
+    return Regenerated(len(written), num_resumed, empty, wrong)

@@ -1,6 +1,6 @@
-"""Varied contexts for the same question: chunk order, chunk count, number of distractors.
+"""Data augmentation of contexts: chunk order, number of chunks, number of distractors.
 
-Block dropout and position offsets change the layout, not the text: see `LayoutSpec`.
+Block dropout and position jitter change the layout, not the text: see `LayoutSpec`.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Augment:
-    """How contexts are varied; chunks with `evidence` are never dropped."""
+    """How contexts are varied. Chunks with `evidence` are never dropped."""
 
     shuffle: bool = False  # put the chunks into a random order
-    num_chunks: Range | None = None  # chunks in the context: N, or [low, high]; None: as it is
-    num_distractors: Range | None = None  # the same for chunks that hold no evidence. Not both
-    seed: int = 0  # of all draws; example ``i`` of a source is always varied in the same way
+    num_chunks: Range | None = None  # number of chunks, N or [low, high]; None: unchanged
+    num_distractors: Range | None = None  # chunks without evidence; excludes num_chunks
+    seed: int = 0  # example ``i`` of a source is always varied in the same way
 
     def __post_init__(self):
         for name, least in (("num_chunks", 1), ("num_distractors", 0)):
             if (value := getattr(self, name)) is not None:
-                both = [value] * 2 if type(value) is int else value
-                whole = isinstance(both, list | tuple) and [type(v) for v in both] == [int, int]
-                if not whole or not least <= both[0] <= both[1]:
+                pair = [value] * 2 if type(value) is int else value
+                valid = isinstance(pair, list | tuple) and [type(v) for v in pair] == [int, int]
+                if not valid or not least <= pair[0] <= pair[1]:
                     raise ValueError(
                         f"augment '{name}' must be a number of at least {least} or [low, high], "
                         f"got {value!r}"
                     )
-                object.__setattr__(self, name, tuple(both))
+                object.__setattr__(self, name, tuple(pair))
         if self.num_chunks and self.num_distractors:
             raise ValueError("augment: give num_chunks or num_distractors, not both")
 
 
 def augment(
-    example: RagExample, index: int, how: Augment, pool: Sequence[Chunk] = ()
+    example: RagExample, index: int, config: Augment, pool: Sequence[Chunk] = ()
 ) -> RagExample:
-    """A new example with a varied context; its number ``index`` and ``how.seed`` decide all draws.
+    """Returns the example with a varied context; ``index`` and ``config.seed`` seed all draws.
 
-    Distractors come from the ``pool`` of other examples' chunks if its own are too few, except
-    those that mention an accepted answer or are in the context already. Raises ValueError if there
-    are too few for the number that was drawn.
+    If the example has too few distractors, more are drawn from ``pool``, the chunks of other
+    examples, except those that mention an accepted answer or are in the context already. Raises
+    ValueError if the pool has too few.
     """
-    rng = Random(f"augment/{how.seed}/{index}")
+    rng = Random(f"augment/{config.seed}/{index}")
     needed = evidence(example)
     chosen = [(chunk, i in example.supporting) for i, chunk in enumerate(example.chunks)]
-    if drawn := how.num_distractors or how.num_chunks:
-        count = rng.randint(*drawn) - (0 if how.num_distractors else len(needed))
+    if bounds := config.num_distractors or config.num_chunks:
+        count = rng.randint(*bounds) - (0 if config.num_distractors else len(needed))
         count = max(0, count)
         own = [i for i in range(len(chosen)) if i not in needed]
         kept = needed.union(rng.sample(own, min(count, len(own))))
         chosen = [pair for i, pair in enumerate(chosen) if i in kept]
         added = _draw(rng, example, count + len(needed) - len(chosen), pool)
-        for chunk in added:  # anywhere, so that those of others are not always last
+        for chunk in added:  # at random places, so that added chunks are not always last
             chosen.insert(rng.randint(0, len(chosen)), (chunk, False))
-    if how.shuffle:
+    if config.shuffle:
         rng.shuffle(chosen)
     supporting = tuple(i for i, (_, supports) in enumerate(chosen) if supports)
     return replace(example, chunks=tuple(chunk for chunk, _ in chosen), supporting=supporting)
@@ -86,9 +86,9 @@ def _draw(rng: Random, example: RagExample, count: int, pool: Sequence[Chunk]) -
 
 
 def _shuffled(rng: Random, size: int) -> Iterator[int]:
-    """A random order of ``range(size)``, computed lazily since pools are large."""
-    moved: dict[int, int] = {}
-    for here in range(size):
-        there = rng.randrange(here, size)
-        yield moved.get(there, there)
-        moved[there] = moved.get(here, here)
+    """Yields ``range(size)`` in random order, by a lazy Fisher-Yates shuffle: pools are large."""
+    swapped: dict[int, int] = {}
+    for position in range(size):
+        target = rng.randrange(position, size)
+        yield swapped.get(target, target)
+        swapped[target] = swapped.get(position, position)

@@ -1,7 +1,7 @@
-"""Chunkers cut a long text or a conversation into spans that are cached separately.
+"""Chunkers: split a long text or a conversation into spans, which are cached separately.
 
-They cut at delimiters, after a number of tokens or sentences, or between messages. The spans of a
-text, joined, are the text.
+They split at delimiters, after a number of tokens or sentences, or between messages. Without
+overlap, the concatenated spans of a text are the text.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from blocktune.prompt.format import Chunk
 from blocktune.registry import Registry, require_count, require_one_of
 
 CHUNKERS = Registry("chunker", "blocktune.data.chunking")
-"""A class of this file, or of a plug-in, is registered by ``@CHUNKERS.register("name")``."""
+"""Chunker classes by name, registered with ``@CHUNKERS.register("name")``, also by plug-ins."""
 build_chunker = CHUNKERS.build
 
 SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
-"""How a message's role is written in front of its text."""
+"""How a message's role is written in front of its text in a chunk."""
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 
 
@@ -39,39 +39,39 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunker(ABC):
-    """Cuts text into spans without changing it; the fields of a subclass are its keys in YAML."""
+    """Splits text into spans without changing it. A subclass's fields are its options in YAML."""
 
     @abstractmethod
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans of a text, in order; one that counts tokens needs the tokenizer."""
+        """Spans of a text, in order. Chunkers that count tokens need the tokenizer."""
 
     def split_messages(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None
     ) -> list[str]:
-        """Spans of a conversation; by default each message is cut separately."""
+        """Spans of a conversation; by default each message is split separately."""
         return [span for message in messages for span in self.split(str(message), tokenizer)]
 
 
 def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ...]:
-    """Chunks of the spans after `tidy`."""
+    """Makes chunks of spans, after `tidy`."""
     return tuple(Chunk(text, title) for text in tidy(spans))
 
 
 def tidy(spans: Iterable[str]) -> list[str]:
-    """Non-blank spans, without leading blank lines and trailing space.
+    """Drops blank spans, and removes leading blank lines and trailing white space from the others.
 
-    If a span ends within a line, the next has no indent to keep.
+    A span keeps the indent of its first line only if it starts at the start of a line.
     """
-    texts, opens_line = [], True
+    texts, at_line_start = [], True
     for span in spans:
-        if text := trimmed(span if opens_line else span.lstrip(" \t")):
+        if text := trimmed(span if at_line_start else span.lstrip(" \t")):
             texts.append(text)
-        opens_line = span.endswith("\n")
+        at_line_start = span.endswith("\n")
     return texts
 
 
 def trimmed(text: str) -> str:
-    """Text without leading blank lines and trailing space; its first line keeps its indent."""
+    """Removes leading blank lines and trailing white space; the first line keeps its indent."""
     return _BLANK_LINES.sub("", text).rstrip()
 
 
@@ -94,15 +94,15 @@ UNITS = ("turn", "message")
 @CHUNKERS.register("delimiter")
 @dataclass(frozen=True)
 class Delimiter(Chunker):
-    """Cuts after each occurrence of one delimiter, then joins the shortest neighbours.
+    """Splits after each occurrence of one delimiter, then joins the shortest neighbours.
 
     Source: Block-Attention, ``src/data/tools.py`` (fewer than 15 chunks).
     """
 
-    # what to cut after; None uses the first of a blank line, ``---``, ``===``, newline and tab,
-    # newline, that the text contains
+    # None: the first of these that the text contains: blank line, ``---``, ``===``, newline + tab,
+    # newline
     delimiter: str | None = None
-    max_chunks: int = 14  # neighbours with the fewest characters are joined down to this number
+    max_chunks: int = 14  # the shortest neighbouring spans are joined until this many are left
 
     def __post_init__(self):
         if self.delimiter == "":
@@ -111,14 +111,14 @@ class Delimiter(Chunker):
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans that end with the delimiter, except perhaps the last."""
-        among = STRONGEST_FIRST if self.delimiter is None else (self.delimiter,)
-        found = next((mark for mark in among if mark in text.strip()), None)
-        if found is None:
+        candidates = STRONGEST_FIRST if self.delimiter is None else (self.delimiter,)
+        delimiter = next((mark for mark in candidates if mark in text.strip()), None)
+        if delimiter is None:
             return [text]
         spans: list[str] = []
-        *parts, last = text.split(found)
-        for span in [*(part + found for part in parts), *([last] if last else [])]:
-            # A span without text belongs to the one before, at the start to the one after.
+        *parts, last = text.split(delimiter)
+        for span in [*(part + delimiter for part in parts), *([last] if last else [])]:
+            # A blank span is joined to the span before it, at the start to the span after it.
             if spans and not (span.strip() and spans[-1].strip()):
                 spans[-1] += span
             else:
@@ -135,16 +135,16 @@ class Delimiter(Chunker):
 @CHUNKERS.register("fixed")
 @dataclass(frozen=True)
 class Fixed(Chunker):
-    """Cuts every ``size`` tokens of the model's tokenizer, with an ``overlap``.
+    """Splits after every ``size`` tokens of the model's tokenizer, with an ``overlap``.
 
-    Spans are slices of the text, found by the tokenizer's offsets; tokenized separately, a span
-    may have one token more or less at its ends.
+    Spans are slices of the text, cut at the tokenizer's offsets. When a span is tokenised by
+    itself, it may have a token more or less at either end.
 
-    Source: KVLink cuts XSum every 100 tokens; TurboRAG documents every 512 with 10 of overlap.
+    Source: KVLink splits XSum every 100 tokens; TurboRAG documents every 512 with an overlap of 10.
     """
 
-    size: int = 100  # tokens of a span
-    overlap: int = 0  # tokens that a span shares with the previous one
+    size: int = 100  # tokens per span
+    overlap: int = 0  # tokens that a span shares with the previous span
 
     def __post_init__(self):
         require_count("chunker 'fixed': overlap", self.overlap)
@@ -158,13 +158,13 @@ class Fixed(Chunker):
             )
         if not tokenizer.is_fast:
             raise ValueError(
-                f"chunker 'fixed' needs the offsets of a fast tokenizer, "
+                f"chunker 'fixed' needs the offsets of a fast tokenizer, but "
                 f"'{tokenizer.name_or_path}' is slow; use chunker 'sentence'"
             )
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        # A span reaches from its first token's start to the start of the token after its last.
+        # A span ends where the token after it starts: no character between tokens is lost.
         starts = [start for start, _ in encoded["offset_mapping"]]
         count, spans = max(1, len(starts)), []
         for first in range(0, count, self.size - self.overlap):
@@ -179,23 +179,23 @@ class Fixed(Chunker):
 @CHUNKERS.register("sentence")
 @dataclass(frozen=True)
 class Sentence(Chunker):
-    """Groups whole sentences, found by the library sentencex."""
+    """Groups whole sentences, which the library sentencex detects."""
 
-    size: int = 4  # sentences of a span
-    language: str = "en"  # ISO code of one of about 240 languages
+    size: int = 4  # sentences per span
+    language: str = "en"  # ISO code; about 240 languages are supported
 
     def __post_init__(self):
         require_count("chunker 'sentence': size", self.size, 1)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans of ``size`` sentences, each with the space after it."""
+        """Spans of ``size`` sentences, each with the white space that follows it."""
         sentences = sentences_of(text, self.language)
         starts = range(0, len(sentences), self.size)
         return ["".join(sentences[start : start + self.size]) for start in starts] or [text]
 
 
 def sentences_of(text: str, language: str = "en") -> list[str]:
-    """Sentences whose concatenation is the text; blank ones are joined to the previous one."""
+    """Splits a text into sentences, whose concatenation is the text. Joins blank ones to others."""
     from sentencex import segment
 
     sentences: list[str] = []
@@ -210,14 +210,14 @@ def sentences_of(text: str, language: str = "en") -> list[str]:
 @CHUNKERS.register("message")
 @dataclass(frozen=True)
 class PerMessage(Chunker):
-    """Makes each turn or message a chunk; a single text is cut at its delimiters.
+    """Makes each turn or message a chunk. A single text is split as by `Delimiter`.
 
-    A turn is a user message with its replies (KVLink). A system message is a chunk of its own.
+    A turn is a user message with its replies (KVLink). A system message is a chunk by itself.
 
-    Source: Block-Attention cuts conversations by message and single questions by delimiter.
+    Source: Block-Attention splits conversations by message, and single questions by delimiter.
     """
 
-    unit: str = "turn"
+    unit: str = "turn"  # or ``message``
 
     def __post_init__(self):
         require_one_of("chunker 'message': unit", self.unit, UNITS)
@@ -229,13 +229,13 @@ class PerMessage(Chunker):
     def split_messages(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None
     ) -> list[str]:
-        """A turn starts with a user message, or after a system message."""
+        """Spans of turns or messages. A turn starts at a user message or after a system message."""
         spans: list[list[str]] = []
-        before = None
+        last_role = None
         for message in messages:
-            opens = message.role in ("user", "system") or before in (None, "system")
-            if opens or self.unit == "message":
+            starts_turn = message.role in ("user", "system") or last_role in (None, "system")
+            if starts_turn or self.unit == "message":
                 spans.append([])
             spans[-1].append(str(message))
-            before = message.role
+            last_role = message.role
         return ["\n".join(span) for span in spans]

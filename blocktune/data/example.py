@@ -1,4 +1,4 @@
-"""One question over retrieved chunks: the record that every source turns into."""
+"""A question over retrieved chunks: the record into which every source is converted."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from blocktune.prompt.format import Chunk, require_unicode
 
 TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
 TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "data")
-"""Where a passage's text is found, the first that is present (LangChain, Pyserini, Cohere)."""
-_INNER = ("data", "document", "node", "payload", "_source")
-"""Where a search engine's hit holds the passage itself, beside the score and the id."""
+"""Fields that may hold a passage's text, in order of preference (LangChain, Pyserini, Cohere)."""
+_NESTED_KEYS = ("data", "document", "node", "payload", "_source")
+"""Fields in which a search engine's hit holds the passage, next to its score and id."""
 
 CHUNK_WANTED = 'a string or {"text", "title"?}'
 
 
 @dataclass(frozen=True)
 class RagExample:
-    """A question, the chunks it is asked over, and what counts as an answer.
+    """A question, its context of retrieved chunks, and the accepted answers.
 
     Attributes:
         question: The question, never blank.
@@ -30,22 +30,22 @@ class RagExample:
             pairs, objects with one of `TEXT_KEYS`, columns (``{"title": [...], "text": [...]}``)
             and LangChain documents are converted to a tuple of `Chunk`; keys other than text and
             title become the chunk's ``metadata``.
-        answers: Accepted answers, the preferred one first; empty if unknown. One text is one, and
-            numbers are taken as text.
-        response: What a model should write when it differs from ``answers[0]``
+        answers: Accepted answers, the preferred one first; empty if unknown. May be given as one
+            string; numbers are converted to strings.
+        response: Training target, if it differs from ``answers[0]``
             (``'Anna Belt. Answer: Port Alder'``), or None.
-        kind: Reported separately, e.g. ``'2-hop'`` or ``'comparison'``.
-        id: The source's identifier.
-        supporting: Indices of the chunks that hold the evidence, of all turns.
-        meta: Whatever else the source knows; must survive JSON.
-        followups: Further questions about the same chunks, each with what a model should write;
-            training takes them as turns after the first. Serving asks ``question`` alone.
-        conversation: Where the source is one: the messages up to the response as (role, text):
-            optionally the system's, then the user's and the assistant's in turn, ending with the
-            user's. ``chunks`` and ``question`` hold the same; a mixture's ``turns`` trains on it.
+        kind: Category, reported separately, e.g. ``'2-hop'`` or ``'comparison'``.
+        id: Identifier in the source.
+        supporting: Indices of the chunks that hold the evidence, for all turns.
+        meta: Other data of the source; must be JSON-serialisable.
+        followups: Further questions about the same chunks, each with its target response. Training
+            adds them as later turns. Serving asks only ``question``.
+        conversation: If the source is a conversation, its messages before the response as
+            (role, text): optionally system, then user and assistant in turn, with user last.
+            ``chunks`` and ``question`` hold the same text; a mixture's ``turns`` trains on it.
 
     Raises:
-        ValueError: If a field is not of its type, in one line that names the field.
+        ValueError: If a field has the wrong type; one line that names the field.
     """
 
     question: str
@@ -62,8 +62,8 @@ class RagExample:
     def __post_init__(self):
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         set_field("chunks", read_chunks(self.chunks))
-        several = self.answers if isinstance(self.answers, list | tuple) else (self.answers,)
-        set_field("answers", tuple(map(_as_text, several)))
+        answers = self.answers if isinstance(self.answers, list | tuple) else (self.answers,)
+        set_field("answers", tuple(map(_as_text, answers)))
         if type(self.id) is int:
             set_field("id", str(self.id))
         set_field("supporting", _as_tuple(self.supporting))
@@ -71,7 +71,7 @@ class RagExample:
             turns = _as_tuple(getattr(self, name))
             set_field(name, tuple(map(_as_tuple, turns)) if isinstance(turns, tuple) else turns)
         indices = range(len(self.chunks))
-        supports = isinstance(self.supporting, tuple) and all(
+        valid_indices = isinstance(self.supporting, tuple) and all(
             type(index) is int and index in indices for index in self.supporting
         )
         for name, accepted, wanted in (
@@ -80,7 +80,7 @@ class RagExample:
             ("response", self.response is None or _is_text(self.response), "a string or null"),
             ("kind", isinstance(self.kind, str), "a string"),
             ("id", isinstance(self.id, str), "a string"),
-            ("supporting", supports, f"a list of chunk indices from 0 to {indices[-1]}"),
+            ("supporting", valid_indices, f"a list of chunk indices from 0 to {indices[-1]}"),
             ("meta", isinstance(self.meta, dict), "an object"),
             ("followups", _is_turns(self.followups), "a list of [question, response]"),
             (
@@ -98,19 +98,19 @@ class RagExample:
 
     @property
     def target(self) -> str:
-        """What training asks the model to write: ``response``, else the first answer."""
+        """Training target: ``response`` if given, else the first answer."""
         if self.response is None and not self.answers:
             name = self.id or self.question
             raise ValueError(f"example '{name}' has no answer to train on; give it 'answers'")
         return self.answers[0] if self.response is None else self.response
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain JSON types; fields that hold their default are left out."""
+        """Converts to plain JSON types. Empty fields are left out."""
         record = {"id": self.id, "kind": self.kind, "question": self.question}
         chunks = (
             {"title": c.title, "text": c.text, "metadata": {**c.metadata}} for c in self.chunks
         )
-        record["chunks"] = [{k: value for k, value in one.items() if value} for one in chunks]
+        record["chunks"] = [{k: v for k, v in chunk.items() if v} for chunk in chunks]
         record |= {"answers": list(self.answers), "response": self.response}
         record |= {"supporting": list(self.supporting), "meta": self.meta}
         for name in ("followups", "conversation"):
@@ -119,12 +119,12 @@ class RagExample:
 
     @classmethod
     def from_json(cls, record: Any, where: str = "") -> RagExample:
-        """Reads one record: a line of a file, or a row of a Hugging Face data set.
+        """Converts a decoded record: a line of a file, or a row of a Hugging Face data set.
 
-        ``answer`` is read as ``answers``. Fields that are not known are kept in ``meta``, unless
-        one is a misspelling of a field that is missing. A field that is null is left out, as tables
-        write it where rows differ. A ValueError, which ``where`` (such as ``'docs.jsonl, line 7'``)
-        opens, names the field, what was wanted and what came.
+        ``answer`` is read as ``answers``. Null fields are ignored, since tables fill missing fields
+        with null. Unknown fields are kept in ``meta``. Raises ValueError if a field is wrong or
+        missing, or an unknown one looks like a misspelling of a missing one; the message starts
+        with ``where`` (such as ``'docs.jsonl, line 7'``).
         """
         try:
             return cls(**_decode(record))
@@ -132,7 +132,7 @@ class RagExample:
             raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-FIELDS = tuple(f.name for f in fields(RagExample))  # names of the fields of a record
+FIELDS = tuple(f.name for f in fields(RagExample))
 
 
 def unknown_fields(record: Mapping[str, Any]) -> list[str]:
@@ -142,7 +142,7 @@ def unknown_fields(record: Mapping[str, Any]) -> list[str]:
 
 
 def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
-    """Writes one example a line and returns their number."""
+    """Writes one example per line. Returns the number of examples."""
     count = 0
     with open(path, "w", encoding="utf-8") as out:
         for example in examples:
@@ -152,28 +152,28 @@ def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
 
 
 def brief(value: Any) -> str:
-    """``value`` as JSON on one short line, for error messages."""
+    """Formats a value as JSON of at most 60 characters, for error messages."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def field_error(name: str, wanted: str, got: Any) -> ValueError:
-    """The one form of a field's error."""
+    """The error for a field with a wrong value, the same for all readers."""
     return ValueError(f'field "{name}" must be {wanted}, got {brief(got)}')
 
 
 def near_miss(keys: Iterable[str], missing: Sequence[str]) -> tuple[str, str] | None:
-    """The first key that looks like a misspelling of a missing field, and that field."""
+    """Finds the first key that looks like a misspelling of a missing field; returns both."""
     for key in keys:
-        found = difflib.get_close_matches(str(key).lower(), missing, n=1, cutoff=0.8)
-        if found and len(key) > 3 and abs(len(key) - len(found[0])) <= 1:
-            return key, found[0]
+        matches = difflib.get_close_matches(str(key).lower(), missing, n=1, cutoff=0.8)
+        if matches and len(key) > 3 and abs(len(key) - len(matches[0])) <= 1:
+            return key, matches[0]
     return None
 
 
 def read_chunks(value: Any, name: str = "chunks") -> tuple[Chunk, ...]:
-    """Reads the passages of a question, at least one, in any form of `RagExample.chunks`."""
+    """Converts a question's passages, at least one, from any form that `RagExample.chunks` has."""
     if isinstance(value, tuple) and value and all(type(chunk) is Chunk for chunk in value):
         return value
     entries = passages_in(value, name)
@@ -186,7 +186,7 @@ def read_chunks(value: Any, name: str = "chunks") -> tuple[Chunk, ...]:
 
 
 def passages_in(value: Any, name: str) -> list[Any]:
-    """The passages that a value holds, each for `chunk_fields`."""
+    """Splits a value into passages, each in a form that `chunk_fields` reads."""
     if isinstance(value, str | Chunk) or hasattr(value, "page_content"):
         return [value]
     if isinstance(value, Mapping):
@@ -202,75 +202,75 @@ def passages_in(value: Any, name: str) -> list[Any]:
 
 
 def read_chunk(value: Any, name: str) -> Chunk:
-    """Reads one passage; see `RagExample.chunks` for its forms; ``name`` is the field in errors."""
+    """Converts a passage of any form of `RagExample.chunks`. Errors name the field ``name``."""
     if isinstance(value, Chunk):
         return value
     try:
         return Chunk(**chunk_fields(value, name))
     except ValueError as error:
-        named = str(error).startswith("field ")
-        raise ValueError(str(error) if named else f'field "{name}": {error}') from None
+        names_field = str(error).startswith("field ")
+        raise ValueError(str(error) if names_field else f'field "{name}": {error}') from None
 
 
 def chunk_fields(value: Any, name: str) -> dict[str, Any]:
-    """Text, title and metadata of a passage, none of them checked."""
+    """Extracts text, title and metadata of a passage, without validating them."""
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str):
         value = {"title": value[0], "text": value[1]}
     elif hasattr(value, "page_content"):  # LangChain's Document
-        known = {key: getattr(value, key, None) for key in ("page_content", "metadata", "id")}
-        value = {key: given for key, given in known.items() if given is not None}
+        attributes = {key: getattr(value, key, None) for key in ("page_content", "metadata", "id")}
+        value = {key: given for key, given in attributes.items() if given is not None}
     elif isinstance(value, Mapping) and isinstance(value.get("kwargs"), Mapping):
         value = value["kwargs"]  # LangChain's Document as its `dumps` writes it
     if not isinstance(value, Mapping):
         raise field_error(name, CHUNK_WANTED, value)
-    value = {key: None if _is_null(one) else one for key, one in value.items()}
-    for key in _INNER:
+    value = {key: None if _is_null(given) else given for key, given in value.items()}
+    for key in _NESTED_KEYS:
         if isinstance(value.get(key), Mapping):
             value = {**value, key: None, **value[key]}
     key = next((key for key in TEXT_KEYS if value.get(key) is not None), None)
     missing = ["text"] * (key is None) + ["title"] * ("title" not in value)
-    meant = near_miss((k for k in value if k not in TEXT_KEYS), missing)
-    if key is None or meant:
-        hint = f'; did you mean "{meant[1]}" by "{meant[0]}"?' if meant else ""
+    misspelt = near_miss((k for k in value if k not in TEXT_KEYS), missing)
+    if key is None or misspelt:
+        hint = f'; did you mean "{misspelt[1]}" by "{misspelt[0]}"?' if misspelt else ""
         raise ValueError(f"{field_error(name, CHUNK_WANTED, value)}{hint}")
     text = value[key]
     if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
         text = " ".join(sentence.strip() for sentence in text)
-    known = value.get("metadata")
+    nested = value.get("metadata")
     metadata = {k: v for k, v in value.items() if k not in (key, "title") and v is not None}
-    if isinstance(known, Mapping):
+    if isinstance(nested, Mapping):
         del metadata["metadata"]
-        metadata = {**known, **metadata}
+        metadata = {**nested, **metadata}
     return {"text": text, "title": _as_text(value.get("title")), "metadata": metadata}
 
 
 def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
-    """Accepted answers, each once: text, a list, SQuAD's ``{"text"}`` or TriviaQA's ``{"value"}``.
+    """Distinct accepted answers of text, a list, SQuAD's ``{"text"}`` or TriviaQA's ``{"value"}``.
 
-    Blank aliases, which public sets hold, are dropped; if all are blank, all stay.
+    Drops blank answers, which public data sets contain, unless all are blank.
     """
     wanted = 'text, a list of texts, {"text"} or {"value", "aliases"}'
-    several = value = _as_text(value)
+    answers = value = _as_text(value)
     if isinstance(value, str):
-        several = [value]
+        answers = [value]
     elif isinstance(value, Mapping) and "value" in value:
-        several = [value["value"], *(value.get("aliases") or ())]
+        answers = [value["value"], *(value.get("aliases") or ())]
     elif isinstance(value, Mapping):
-        several = value.get("text")
-        several = [several] if isinstance(several, str) else several
-    if not isinstance(several, list | tuple):
+        answers = value.get("text")
+        answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, list | tuple):
         raise field_error(name, wanted, value)
-    texts = [a.get("text") if isinstance(a, Mapping) else _as_text(a) for a in several]
+    texts = [a.get("text") if isinstance(a, Mapping) else _as_text(a) for a in answers]
     if not all(isinstance(text, str) for text in texts):
         raise field_error(name, wanted, value)
-    once = tuple(dict.fromkeys(texts))
-    return tuple(text for text in once if text.strip()) or once
+    distinct = tuple(dict.fromkeys(texts))
+    return tuple(text for text in distinct if text.strip()) or distinct
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether messages are such as every chat template takes; see `RagExample.conversation`."""
+    """Whether messages alternate as chat templates require; see `RagExample.conversation`."""
     if not _is_turns(value):
         return False
     roles = [role for role, _ in value]
@@ -285,9 +285,9 @@ def _decode(record: Any) -> dict[str, Any]:
         raise ValueError(f"must be an object, got {brief(record)}")
     given = {key: value for key, value in record.items() if not _is_null(value)}
     unknown = unknown_fields(record)
-    if meant := near_miss(unknown, [name for name in FIELDS if name not in given]):
+    if match := near_miss(unknown, [name for name in FIELDS if name not in given]):
         known = ", ".join(FIELDS)
-        raise ValueError(f'unknown field "{meant[0]}"; did you mean "{meant[1]}"? known: {known}')
+        raise ValueError(f'unknown field "{match[0]}"; did you mean "{match[1]}"? known: {known}')
     if missing := [key for key in ("question", "chunks") if key not in given]:
         raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(FIELDS)}')
     values = {key: given[key] for key in FIELDS if key in given}
@@ -296,14 +296,14 @@ def _decode(record: Any) -> dict[str, Any]:
     elif isinstance(given.get("answers"), Mapping):
         values["answers"] = read_answers(given["answers"])
     if unknown and isinstance(values.setdefault("meta", {}), dict):
-        if twice := sorted(values["meta"].keys() & set(unknown)):
-            raise ValueError(f'field "{twice[0]}" is given twice, in the record and in "meta"')
+        if repeated := sorted(values["meta"].keys() & set(unknown)):
+            raise ValueError(f'field "{repeated[0]}" is given twice, in the record and in "meta"')
         values["meta"] = values["meta"] | {key: given[key] for key in unknown}
     return values
 
 
 def _is_null(value: Any) -> bool:
-    """Whether a field is left out: null, or NaN, which pandas writes in its place."""
+    """Whether a field is missing: null, or NaN, which pandas writes instead."""
     return value is None or (isinstance(value, float) and value != value)
 
 

@@ -1,4 +1,4 @@
-"""Mixtures: several sources, each with a weight and the attention it is trained in."""
+"""Training mixtures: several sources, each with a weight and an attention mode."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ DRAWS = ("duplication", "sampling")
 class Part:
     """One source of a mixture."""
 
-    source: str  # what `load_examples` reads
-    mode: str = BLOCK  # attention: ``block``, ``full``, or ``both``: each example twice
-    # under sampling the share of all examples, relative to the other parts' weights; under
-    # duplication how often the part's examples are taken, 0.5 for half of them
+    source: str  # as in `load_examples`
+    mode: str = BLOCK  # attention: ``block``, ``full``, or ``both`` (each example twice)
+    # with draw ``sampling``: share of all examples, relative to the other parts' weights; with
+    # ``duplication``: how often each example is taken, 0.5 for half of the examples
     weight: float = 1.0
-    limit: int | None = None  # load the first examples only
-    split: str | None = None  # of a Hub data set, ``train`` unless the source names another
-    chunker: Chunker | None = None  # cuts conversations and documents; None: the source's own
-    augment: Augment | None = None  # how contexts are varied, each time an example is taken
-    # fields of `PromptFormat` that differ for this part, e.g. ``instruction``: conversations do not
-    # ask for an answer "from the passages below"
+    limit: int | None = None  # load only the first examples
+    split: str | None = None  # split of a Hub data set; default: the source's, else ``train``
+    chunker: Chunker | None = None  # splits conversations and documents; None: the source's own
+    augment: Augment | None = None  # varies the context, anew each time an example is taken
+    # fields of `PromptFormat` that differ for this part, e.g. ``instruction``, since conversations
+    # do not ask for an answer "from the passages below"
     format: Mapping[str, Any] | None = None
-    # in full attention, make conversations turns of the chat template (as KVLink trains) instead of
-    # chunks of one turn; those whose roles do not alternate stay chunks
+    # in full attention, conversations become turns of the chat template (as KVLink trains) instead
+    # of chunks in one turn; conversations whose roles do not alternate remain chunks
     turns: bool = False
 
     def __post_init__(self):
@@ -52,19 +52,19 @@ class Part:
         if self.turns and self.mode == BLOCK:
             raise ValueError("'turns' belong to full attention; set mode: full")
         if self.format is not None:
-            _ = PromptFormat.from_dict(self.format)  # raises if it is not valid
+            _ = PromptFormat.from_dict(self.format)  # validates it
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a model is trained on."""
+    """Training data of a model: its parts, and how examples are drawn from them."""
 
     parts: tuple[Part, ...]  # the sources
-    # ``duplication``: every part in full, in each of its modes (Block-Attention); ``sampling``:
-    # ``size`` examples, shared out by weight (KVLink: 60 full to 40 block)
+    # ``duplication``: all examples of every part, in each of its modes (Block-Attention);
+    # ``sampling``: ``size`` examples, divided by weight (KVLink: 60 full to 40 block)
     draw: str = "duplication"
-    size: int | None = None  # total number of examples, for sampling only
-    seed: int = 0  # of the order and the draws
+    size: int | None = None  # total number of examples, only for sampling
+    seed: int = 0  # seeds order and draws
 
     def __post_init__(self):
         if not self.parts:
@@ -81,19 +81,19 @@ class Mixture:
             raise ValueError("mode: both belongs to draw: duplication; name the part once per mode")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for an adapter's provenance; unset fields are omitted."""
+        """Converts to plain JSON types, for an adapter's provenance. Unset fields are omitted."""
         parts = []
         for part in self.parts:
             record = {**vars(part), "augment": part.augment and asdict(part.augment)}
-            if (own := part.chunker) is not None:
-                record["chunker"] = {"name": CHUNKERS.name_of(own), **asdict(own)}
+            if (chunker := part.chunker) is not None:
+                record["chunker"] = {"name": CHUNKERS.name_of(chunker), **asdict(chunker)}
             parts.append({key: value for key, value in record.items() if value is not None})
         record = {"draw": self.draw, "size": self.size, "seed": self.seed, "parts": parts}
         return {key: value for key, value in record.items() if value is not None}
 
 
 def load_mixture(path: str | Path) -> Mixture:
-    """Reads a mixture; relative paths in it start from the current directory."""
+    """Reads a mixture from YAML. Its relative paths are relative to the current directory."""
     try:
         return load_spec(path, "mixture", "give a YAML file", parse_mixture)
     except FileNotFoundError as error:
@@ -101,7 +101,7 @@ def load_mixture(path: str | Path) -> Mixture:
 
 
 def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
-    """Builds a mixture from decoded YAML; ``where`` opens every error."""
+    """Builds a mixture from decoded YAML; error messages start with ``where``."""
     parts = []
     for index, entry in enumerate(
         entries(mapping(record, where).get("parts"), f"{where}: 'parts'")
@@ -117,7 +117,7 @@ def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
 
 
 class MixedExample(NamedTuple):
-    """An example, the attention it is trained in (``block`` or ``full``), and its part's number."""
+    """An example, its attention mode (``block`` or ``full``), and the index of its part."""
 
     example: RagExample
     mode: str
@@ -125,7 +125,7 @@ class MixedExample(NamedTuple):
 
 
 class PartCount(NamedTuple):
-    """Counts of a part: rows loaded, examples taken in each mode, and epochs over the rows."""
+    """Counts of a part: examples loaded, taken in each mode, and epochs over the loaded ones."""
 
     source: str
     loaded: int
@@ -142,11 +142,11 @@ class Mixed(NamedTuple):
 
 
 def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Mixed:
-    """Loads all parts, draws and shuffles; ``tokenizer`` is for chunkers that count tokens.
+    """Loads all parts, draws examples and shuffles them.
 
-    A part's rows are taken in a seeded order, each once before any is taken again, and augmented
-    again each time. Under duplication an example has the same context in both modes. A ValueError
-    if a part's weight selects no example.
+    A part's examples are taken in seeded random order, each once per epoch, and augmented anew each
+    time. With mode ``both``, an example has the same context in both modes. ``tokenizer`` is needed
+    by chunkers that count tokens. Raises ValueError if a part's weight selects no example.
     """
     loaded = [
         load_examples(
@@ -158,26 +158,26 @@ def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -
         )
         for part in mixture.parts
     ]
-    wanted = _counts(mixture, [len(examples) for examples in loaded])
+    sizes = _counts(mixture, [len(examples) for examples in loaded])
     drawn: list[MixedExample] = []
     counts: list[PartCount] = []
     for number, part in enumerate(mixture.parts):
-        examples, size, modes = loaded[number], wanted[number], MODES[part.mode]
+        examples, size, modes = loaded[number], sizes[number], MODES[part.mode]
         taken = _take(examples, size, part, Random(f"mix/{mixture.seed}/{number}"))
         drawn += [MixedExample(example, mode, number) for example in taken for mode in modes]
-        given = {mode: size if mode in modes else 0 for mode in (BLOCK, FULL)}
+        by_mode = {mode: size if mode in modes else 0 for mode in (BLOCK, FULL)}
         epochs = size / len(examples)
-        counts.append(PartCount(part.source, len(examples), given[BLOCK], given[FULL], epochs))
+        counts.append(PartCount(part.source, len(examples), by_mode[BLOCK], by_mode[FULL], epochs))
     Random(f"mix/{mixture.seed}").shuffle(drawn)
     return Mixed(drawn, counts)
 
 
 def _counts(mixture: Mixture, available: Sequence[int]) -> list[int]:
-    """Examples to take of each part; under sampling they add up to ``size``."""
+    """Number of examples to take from each part; with sampling, the sum is ``size``."""
     weights = [part.weight for part in mixture.parts]
     if mixture.size is None:
         counts = [round(weight * rows) for weight, rows in zip(weights, available, strict=True)]
-    else:  # whole numbers by largest remainder
+    else:  # rounded by largest remainder
         exact = [mixture.size * weight / sum(weights) for weight in weights]
         counts = list(map(int, exact))
         by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
@@ -196,7 +196,7 @@ def _take(examples: Sequence[RagExample], size: int, part: Part, rng: Random) ->
     pool = list(dict.fromkeys(chunk for e in examples for chunk in e.chunks))
     rows, order, taken = len(examples), [], []
     for number in range(size):
-        order = order or rng.sample(range(rows), rows)[::-1]  # a new one for every turn
+        order = order or rng.sample(range(rows), rows)[::-1]  # a new order each epoch
         index = order.pop()
         example = examples[index]
         if part.augment:

@@ -1,6 +1,6 @@
-"""Needle in a haystack over a grid: one needle, at every depth of every length.
+"""Needle in a haystack: prompts over a grid of lengths and needle depths.
 
-RULER's other tasks run through ``blocktune``'s model for lm-eval; see docs/data.md.
+RULER's other tasks run in lm-eval with ``blocktune``'s model; see docs/data.md.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ INSTRUCTION = (
 FORMAT = PromptFormat(
     instruction=INSTRUCTION, titled="{title}\n{text}\n", untitled="{text}\n", question="{question}"
 )
-"""RULER's wording, by which prompts are measured."""
+"""RULER's wording, with which prompt lengths are computed."""
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
 LEAD = "The special magic number for {key} mentioned in the provided text is"
-"""How RULER opens the answer for the model."""
-MAX_NEW_TOKENS = 128  # tokens of an answer, part of the length as RULER counts it
+"""Start of the answer, which RULER gives to the model."""
+MAX_NEW_TOKENS = 128  # tokens reserved for the answer; RULER counts them as part of the length
 
 
 @dataclass(frozen=True)
 class NeedleConfig:
-    """What to generate."""
+    """The grid of lengths and depths, and how its examples are made."""
 
-    lengths: tuple[int, ...] = (1024, 2048, 4096)  # tokens of the prompt with its answer
+    lengths: tuple[int, ...] = (1024, 2048, 4096)  # tokens of prompt and answer
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)  # percent of the context before the needle
-    n: int = 10  # examples of each length and depth
-    seed: int = 0  # another seed gives other needles
-    chunk: int = 256  # tokens of a chunk
-    haystack: str | None = None  # file of prose, or JSON with ``"text"``; None: generated
-    tokenizer: str | None = None  # folder or name of the one that counts; None: the model's
+    n: int = 10  # examples per length and depth
+    seed: int = 0  # of the needles
+    chunk: int = 256  # tokens per chunk
+    haystack: str | None = None  # text file, or JSON with ``"text"``; None: generated text
+    tokenizer: str | None = None  # folder or name; counts tokens; None: the model's
 
     def __post_init__(self):
         if not all(0 <= depth <= 100 for depth in self.depths):
@@ -59,22 +59,22 @@ class NeedleConfig:
 def generate_needles(
     config: NeedleConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[RagExample]:
-    """Yields the grid, length by length; ``kind`` names the cell: ``4096 tokens, depth 25 %``.
+    """Yields the examples, length by length. ``kind`` is the cell: ``4096 tokens, depth 25 %``.
 
-    Every cell of a seed hides the same needles in the same prose. ValueError if a length does
-    not hold even the question.
+    With one seed, every cell hides the same needles in the same text. Raises ValueError if a length
+    is too short for the question.
 
-    Source: RULER's niah_single_2 (arXiv:2404.06654), at depths of our own and in chunks; RULER
-    takes Paul Graham's essays, which cannot be shipped: name them by ``haystack``.
+    Source: RULER's niah_single_2 (arXiv:2404.06654), here with chosen depths and in chunks. RULER
+    uses Paul Graham's essays, which we may not ship: pass them as ``haystack``.
     """
     file = config.haystack
     source = _sentences_of_file(file) if file else _generated_sentences()
-    read: list[str] = []
+    sentences: list[str] = []
 
     def prose(number: int) -> list[str]:
-        """The first sentences, the same ones every time."""
-        read.extend(islice(source, max(0, number - len(read))))
-        return read[:number]
+        """The first ``number`` sentences of the source, the same in every call."""
+        sentences.extend(islice(source, max(0, number - len(sentences))))
+        return sentences[:number]
 
     for length in config.lengths:
         for depth in config.depths:
@@ -87,7 +87,7 @@ def generate_needles(
 
 @functools.cache
 def _words(part: str) -> tuple[str, ...]:
-    """RULER's words of a part of speech, by the library wonderwords."""
+    """All words of a part of speech in the library wonderwords, which RULER uses."""
     from wonderwords import RandomWord
 
     return tuple(RandomWord().filter(include_categories=[part]))
@@ -109,7 +109,7 @@ def _sentences_of_file(file: str) -> Iterator[str]:
 
 
 def _generated_sentences() -> Iterator[str]:
-    """Sentences of the split ``test``, world after world without end."""
+    """Yields sentences of generated worlds (split ``test``) without end."""
     for seed in count():
         for example in generate_examples(WorldConfig(split="test", seed=seed, num_examples=50)):
             for chunk in example.chunks:
@@ -128,7 +128,7 @@ def _example(
     question = QUESTION.format(**needle)
 
     def hide(size: int) -> tuple[tuple[Chunk, ...], int]:
-        """Chunks of that many sentences and the needle, and which of them holds it."""
+        """Makes chunks of ``size`` sentences and the needle; also returns the needle's chunk."""
         sentences = prose(size)
         place = int(size * depth / 100)
         sentences.insert(place, NEEDLE.format(**needle))
@@ -143,14 +143,14 @@ def _example(
     size = largest(lambda size: tokens(size) <= length, least=1)
     if size is None:
         raise ValueError(f"needle: a prompt has at least {tokens(1)} tokens, got length {length}")
-    chunks, holding = hide(size)
+    chunks, needle_chunk = hide(size)
     return RagExample(
         question=question,
         chunks=chunks,
         answers=(needle["value"],),
         kind=f"{length} tokens, depth {depth:g} %",
         id=f"needle-{length}-{depth:g}-{config.seed}-{index}",
-        supporting=(holding,),
+        supporting=(needle_chunk,),
         meta={
             "scorer": "ruler_recall",
             "max_new_tokens": MAX_NEW_TOKENS,
@@ -165,11 +165,11 @@ def _example(
 def pack(
     sentences: Sequence[str], size: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Indices of sentences by chunk, each of up to ``size`` tokens, or one longer sentence."""
+    """Groups sentence indices into chunks of up to ``size`` tokens, or of one longer sentence."""
     distinct = list(dict.fromkeys(sentences))
-    spelled = [sentence + " " for sentence in distinct]
-    ids = tokenizer(spelled, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = {sentence: len(own) for sentence, own in zip(distinct, ids, strict=True)}
+    spaced = [sentence + " " for sentence in distinct]
+    encodings = tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = {sentence: len(ids) for sentence, ids in zip(distinct, encodings, strict=True)}
     groups: list[list[int]] = []
     room = 0
     for index, sentence in enumerate(sentences):
@@ -182,7 +182,7 @@ def pack(
 
 
 def largest(fits: Callable[[int], bool], least: int) -> int | None:
-    """The largest size that fits, by doubling and halving; None if ``least`` does not."""
+    """Finds the largest size that fits, by doubling, then bisection. None if ``least`` does not."""
     if not fits(least):
         return None
     low, high = least, max(2 * least, 8)

@@ -1,4 +1,4 @@
-"""Passages for questions that have none, by BM25 or a retriever's file, and the best of many."""
+"""Retrieval: adds passages to questions by BM25, embeddings or a retriever's file; re-ranking."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from blocktune.data.example import RagExample, field_error, read_chunks
 from blocktune.data.sources.catalog import CATALOG, DATA_SETS, data_sets_in
 from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source, read_options
-from blocktune.data.sources.records import at, read_records
+from blocktune.data.sources.records import parse_record, read_records
 from blocktune.data.sources.schemas import PASSAGES, answers_of, id_of
 from blocktune.prompt.format import Chunk
 
 Embed = Callable[[Sequence[str]], Any]
-"""Texts to vectors."""
+"""Embeds ``N`` texts as unit vectors, ``(N, D)``."""
 
 
 class Hit(NamedTuple):
-    """A chunk's number in the corpus, and its score."""
+    """Index of a chunk in the corpus, and its score."""
 
     index: int
     score: float
 
 
 class Index:
-    """An index over at least one chunk, titles included.
+    """A search index over the titles and texts of chunks, at least one.
 
-    By Lucene's BM25, as bm25s has it (arXiv:2407.03618), without English stop words; or by cosine
-    similarity, where ``embed`` gives texts vectors of length 1, ``(N, D)``.
+    Scores are Lucene's BM25 without English stop words, by bm25s (arXiv:2407.03618), or cosine
+    similarities if ``embed`` is given.
     """
 
     def __init__(self, chunks: Sequence[Chunk], embed: Embed | None = None):
@@ -46,12 +46,12 @@ class Index:
         self._scores = _bm25(texts) if embed is None else _cosine(texts, embed)
 
     def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """The ``k`` best chunks of each question; equal scores keep the order of the corpus."""
+        """Finds the ``k`` best chunks for each question. Ties are in the order of the corpus."""
         best, k = [], min(k, len(self.chunks))
         for scores in self._scores(list(questions)):
-            # All that reach the k-th score: equal ones keep the order of the corpus.
-            (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
-            order = near[np.argsort(-scores[near], kind="stable")][:k]
+            # Candidates are all chunks that reach the k-th score, so that ties are stable.
+            (candidates,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
+            order = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
             best.append([Hit(int(index), float(scores[index])) for index in order])
         return best
 
@@ -76,7 +76,7 @@ def _cosine(texts: list[str], embed: Embed) -> Callable[[list[str]], np.ndarray]
 
 
 class Question(NamedTuple):
-    """A question, its accepted answers, and the data sets it is from (`data.attribution`)."""
+    """A question without passages, its accepted answers, and its data sets with their licences."""
 
     question: str
     answers: tuple[str, ...]
@@ -88,14 +88,14 @@ class Question(NamedTuple):
 def read_questions(
     source: str | Path, *, limit: int | None = None, split: str | None = None
 ) -> Iterator[Question]:
-    """Reads the questions of a file, or of a Hub data set by a short name or ``hf:NAME``."""
-    named = parse_source(str(source))
-    known = named.name in CATALOG or named.name.startswith("hf:") or Path(named.name).is_file()
-    if not known:
+    """Reads questions from a file, or from a Hub data set by its short name or ``hf:NAME``."""
+    parsed = parse_source(str(source))
+    exists = parsed.name in CATALOG or parsed.name.startswith("hf:") or Path(parsed.name).is_file()
+    if not exists:
         raise ValueError(f"no file '{source}'; give a file, 'hf:NAME', or a name: triviaqa, nq")
-    records = open_records(named, read_options(named, split=split), limit)
-    sets = data_sets_in(named.text)
-    questions = (at(record, _question) for record in records)
+    records = open_records(parsed, read_options(parsed, split=split), limit)
+    sets = data_sets_in(parsed.text)
+    questions = (parse_record(record, _question) for record in records)
     credited = (q._replace(data_sets={**q.data_sets, **sets}) for q in questions)
     return islice(credited, limit)
 
@@ -107,12 +107,12 @@ def _question(record: Mapping[str, Any]) -> Question:
     kind = record.get("kind") or record.get("type") or ""
     kind = kind if isinstance(kind, str) else ""
     meta = record.get("meta")
-    named = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
-    named = named if isinstance(named, Mapping) else {}
+    sets = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
+    sets = sets if isinstance(sets, Mapping) else {}
     answers = answers_of(record)
     if not all(answer.strip() for answer in answers):
         raise field_error("answers", "text that is not blank", answers)
-    return Question(text.strip(), answers, id_of(record), kind, named)
+    return Question(text.strip(), answers, id_of(record), kind, sets)
 
 
 def from_corpus(
@@ -121,12 +121,12 @@ def from_corpus(
     k: int,
     embed: Embed | None = None,
 ) -> list[RagExample]:
-    """The ``k`` best passages of a corpus, best first; ``meta`` holds their scores."""
+    """Gives each question the ``k`` best passages of a corpus, with their scores in ``meta``."""
     index = Index(corpus, embed)
     questions = list(questions)
-    found = index.search([question.question for question in questions], k)
+    results = index.search([question.question for question in questions], k)
     examples = []
-    for question, hits in zip(questions, found, strict=True):
+    for question, hits in zip(questions, results, strict=True):
         scores = [round(hit.score, 4) for hit in hits]
         meta = {"retriever": "bm25" if embed is None else "dense", "scores": scores}
         chunks = tuple(index.chunks[hit.index] for hit in hits)
@@ -135,28 +135,28 @@ def from_corpus(
 
 
 def from_retriever(questions: Iterable[Question], path: str | Path, k: int) -> Iterator[RagExample]:
-    """The first ``k`` passages that a retriever's file has for each question.
+    """Gives each question its first ``k`` passages of a retriever's output file.
 
-    A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
-    of `PASSAGES`, best first, in any form that `RagExample` reads; a passage's id and score stay
-    with it. Else a ValueError names file, line and field.
+    A record of the file has ``id``, ``question`` or both, and ``passages``, ``ctxs`` (DPR, FiD) or
+    another of `PASSAGES`, best first, in any form that `RagExample` reads. Ids and scores of
+    passages are kept as metadata. Raises ValueError, which names file, line and field.
     """
-    found: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+    retrieved: dict[tuple[str, str], tuple[Chunk, ...]] = {}
     for record in read_records(path):
-        key, asked, chunks = at(record, _retrieved)
-        found |= {name: chunks for name in (("id", key), ("question", asked)) if name[1]}
+        key, text, chunks = parse_record(record, _retrieved)
+        retrieved |= {name: chunks for name in (("id", key), ("question", text)) if name[1]}
     for question in questions:
-        by_id = found.get(("id", question.id)) if question.id else None
-        if not (chunks := by_id or found.get(("question", question.question))):
+        by_id = retrieved.get(("id", question.id)) if question.id else None
+        if not (chunks := by_id or retrieved.get(("question", question.question))):
             name = question.id or question.question
             raise ValueError(f"{Path(path).name} has no passages for question '{name:.60}'")
         yield _example(question, chunks[:k], {"retriever": Path(path).name})
 
 
 def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
-    """The ``k`` best of each example's own chunks by BM25, best first.
+    """Keeps the ``k`` best chunks of each example by BM25, best first.
 
-    Source: Block-Attention and KVLink re-rank a question's own paragraphs (with Contriever).
+    Source: Block-Attention and KVLink re-rank each question's paragraphs (with Contriever).
     """
     for example in examples:
         (hits,) = Index(example.chunks).search([example.question], k)
@@ -175,6 +175,7 @@ def _example(question: Question, chunks: tuple[Chunk, ...], meta: dict[str, Any]
 
 
 def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
+    """Id, question and passages of a record of a retriever's file."""
     name = next((name for name in ("passages", *PASSAGES) if name in record), "passages")
     key, question = record.get("id"), record.get("question")
     if not key and not isinstance(question, str):

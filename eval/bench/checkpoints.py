@@ -1,11 +1,10 @@
-"""Where to keep recurrent states along a prompt: optimal placement against the usual rules.
+"""Placement of recurrent-state checkpoints along a prompt: optimal placement against simple rules.
 
     python eval/bench/checkpoints.py --output eval/results/bench/checkpoints.png
 
-Draws the figure of sparse prefix caching (arXiv:2605.05219): tokens that a prompt computes again
-against the checkpoints of a cached entry, for questions over one document and for system prompts
-that turn off from each other. Placements are learnt from the first half of a trace and judged on
-the other; traces are made by a seed, and no model runs.
+Draws the figure of sparse prefix caching (arXiv:2605.05219): recomputed tokens of a prompt against
+checkpoints per cached entry, for questions over a document and for system prompts that diverge.
+Placements are learnt from the first half of a trace and evaluated on the second. No model runs.
 """
 
 import argparse
@@ -25,17 +24,17 @@ BLOCKS = (4096, 2048, 1024, 512, 256)
 
 
 class Entry(NamedTuple):
-    """A cached prompt, and how deep each later request shares it."""
+    """A cached prompt, and the number of its tokens that each later request shares."""
 
     num_tokens: int
-    depths: list[int]
+    depths: list[int]  # shared tokens, by request
 
 
 def document(rng: Random, requests: int) -> Entry:
-    """Questions over a document: two in five share all of it, the others what is before a section.
+    """Questions over a document: 40 % share all of it, the others the text up to a section's end.
 
-    Sections have 200 to 1,200 tokens; early ones are asked about more often (a Zipf law). One
-    request in ten turns off within a section.
+    Sections have 200 to 1,200 tokens; early ones are asked about more often (a Zipf law). 10 % of
+    the other requests diverge within a section.
     """
     ends = list(accumulate(rng.randint(200, 1200) for _ in range(rng.randint(4, 24))))
     weights = [1 / rank for rank in range(1, len(ends) + 1)]
@@ -50,9 +49,9 @@ def document(rng: Random, requests: int) -> Entry:
 
 
 def system_prompt(rng: Random, requests: int) -> Entry:
-    """Variants of a system prompt: edited at one of its settings, a few of them often.
+    """Variants of a system prompt, edited at one of ten places, some more popular than others.
 
-    A request shares what is before the edit; one in five is edited anywhere.
+    A request shares the text before the edit; 20 % of requests are edited at a random place.
     """
     length = rng.randint(1000, 8000)
     places = rng.sample(range(50, length), 10)
@@ -67,7 +66,7 @@ def system_prompt(rng: Random, requests: int) -> Entry:
 
 
 def placements(entry: Entry) -> dict[str, list[tuple[int, ...]]]:
-    """What each rule keeps of an entry at each of its settings; only the first two saw requests."""
+    """Checkpoints of an entry by rule, for each setting. Only the first two rules see requests."""
     tokens, half = entry.num_tokens, len(entry.depths) // 2
     seen, later = Counter(entry.depths[:half]), Counter(entry.depths[half:])
     return {
@@ -80,48 +79,48 @@ def placements(entry: Entry) -> dict[str, list[tuple[int, ...]]]:
 
 
 def recomputed_tokens(weights: Counter, checkpoints: tuple[int, ...]) -> float:
-    """Mean tokens between the deepest checkpoint that serves a prompt and its shared depth."""
-    placed = (0, *checkpoints)
-    deepest = {depth: max(point for point in placed if point <= depth) for depth in weights}
+    """Mean number of shared tokens after the last checkpoint that a request can use."""
+    starts = (0, *checkpoints)
+    deepest = {depth: max(start for start in starts if start <= depth) for depth in weights}
     total = sum(weight * (depth - deepest[depth]) for depth, weight in weights.items())
     return total / weights.total()
 
 
 def measure(entries: list[Entry]) -> dict[str, list[tuple[float, float]]]:
-    """Of each rule its points: checkpoints of an entry and tokens computed again, means."""
+    """Points of each rule: mean checkpoints per entry, and mean tokens recomputed."""
     lines: dict[str, list[list[tuple[int, float]]]] = {}
     for entry in entries:
         later = Counter(entry.depths[len(entry.depths) // 2 :])
-        for rule, made in placements(entry).items():
-            points = [(len(points), recomputed_tokens(later, points)) for points in made]
+        for rule, by_setting in placements(entry).items():
+            points = [(len(places), recomputed_tokens(later, places)) for places in by_setting]
             lines.setdefault(rule, []).append(points)
     return {
-        rule: [tuple(map(fmean, zip(*points, strict=True))) for points in zip(*own, strict=True)]
-        for rule, own in lines.items()
+        rule: [tuple(map(fmean, zip(*points, strict=True))) for points in zip(*runs, strict=True)]
+        for rule, runs in lines.items()
     }
 
 
 COLOURS = {"dynamic programme": 3, "evenly": 1, "halving": 5, "blocks": 2, "best, knowing all": 0}
-"""Of each rule, its place in the palette."""
+"""Index of each rule's colour in the palette."""
 
 
 def draw(results: dict, path: Path) -> Path:
-    """A panel for each trace."""
+    """Draws a panel for each trace."""
 
     def panels(figure, ground: Ground) -> None:
         axes = figure.subplots(1, len(results), sharey=True)
-        for one, (name, lines) in zip(axes, results.items(), strict=True):
+        for axis, (name, lines) in zip(axes, results.items(), strict=True):
             for rule, points in lines.items():
                 colour = ground.series[COLOURS[rule]]
                 bound = rule.startswith("best")
                 style = {"linestyle": ":", "marker": ""} if bound else {"marker": "o"}
-                one.plot(*zip(*points, strict=True), color=colour, markersize=3, **style)
-            one.set_xscale("log", base=2)
-            one.set_yscale("log")
-            one.set_ylim(bottom=1)
-            one.xaxis.set_major_formatter("{x:g}")
-            one.set_xlabel("checkpoints of an entry")
-            one.set_title(name)
+                axis.plot(*zip(*points, strict=True), color=colour, markersize=3, **style)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_ylim(bottom=1)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_xlabel("checkpoints of an entry")
+            axis.set_title(name)
         axes[0].set_ylabel("tokens computed again, mean")
         axes[0].legend(list(next(iter(results.values()))), frameon=False, fontsize=8)
 
@@ -131,7 +130,7 @@ def draw(results: dict, path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--entries", type=int, default=30)
-    parser.add_argument("--requests", type=int, default=400, help="of each entry")
+    parser.add_argument("--requests", type=int, default=400, help="per entry")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("eval/results/bench/checkpoints.png"))
     args = parser.parse_args()

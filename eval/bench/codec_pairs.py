@@ -1,11 +1,11 @@
-"""What a codec costs on real questions: each is answered from chunks as they are and from coded.
+"""Accuracy cost of a codec: each question is answered from uncompressed and from coded chunks.
 
     python eval/bench/codec_pairs.py BASE DATA --rows out/rows.jsonl \\
         --output eval/results/bench/codec_pairs.json
 
 ``BASE`` and ``DATA`` are a model and a source of worlds, such as ``data/tiny`` and
-``worlds:test?seed=1&n=200``, or the base and a part of the data of `eval/real/study.py`, such as
-``base`` and ``data/test-5``. Writes a row a question, and continues where it stopped.
+``worlds:test?seed=1&n=200``, or the base model and a part of the data of `eval/real/study.py`, such
+as ``base`` and ``data/test-5``. Writes one row per question, and continues where it stopped.
 """
 
 import argparse
@@ -32,41 +32,41 @@ METHODS = {
 
 
 def length(example) -> int:
-    """Characters of its chunks."""
+    """Length of an example's chunks in characters."""
     return sum(len(chunk.text) for chunk in example.chunks)
 
 
 def answer(engine: Engine, task, example, codec: str) -> dict[str, float]:
-    """F1 by method: of full prefill, from chunks as they are, and from coded ones."""
+    """F1 by method: with chunks as they are, with coded chunks, and with full prefill."""
 
     def f1(method) -> float:
         engine.forget_prefixes()
-        [made] = engine.answer([example], method, max_new_tokens=task.max_new_tokens)
-        text = extract_answer(task.cut(made.text), task.answer_marker)
+        [reply] = engine.answer([example], method, max_new_tokens=task.max_new_tokens)
+        text = extract_answer(task.cut(reply.text), task.answer_marker)
         return METRICS["f1"].score(text, example.answers, None)
 
     engine.forget()
-    found = {f"{name}, as-is": f1(method) for name, method in METHODS.items()}
+    scores = {f"{name}, as-is": f1(method) for name, method in METHODS.items()}
     for key, entry in engine.store.held().items():
         engine.store.put(key, round_trip(entry, codec, engine.state.rope))
-    found |= {f"{name}, {codec}": f1(method) for name, method in METHODS.items()}
-    return found | {"full-prefill": f1(build("full-prefill"))}
+    scores |= {f"{name}, {codec}": f1(method) for name, method in METHODS.items()}
+    return scores | {"full-prefill": f1(build("full-prefill"))}
 
 
 def summary(rows: list[dict[str, float]], codec: str) -> dict[str, object]:
-    """Means and paired differences with 95 % intervals, over all questions and those adjusted."""
-    found: dict[str, object] = {}
+    """Means and paired differences with 95 % intervals; ``adjusted`` as in `eval/real`."""
+    results: dict[str, object] = {}
     for part, kept in (("all", rows), ("adjusted", [r for r in rows if r["full-prefill"] > 0])):
         scores = {name: [row[name] for row in kept] for name in rows[0]}
-        found[part] = {"n": len(kept), "full-prefill": fmean(scores["full-prefill"])}
+        results[part] = {"n": len(kept), "full-prefill": fmean(scores["full-prefill"])}
         for name in METHODS:
-            one, other = f"{name}, {codec}", f"{name}, as-is"
-            minus = difference(scores[one], scores[other])
-            changed = sum(row[one] != row[other] for row in kept)
-            means = {"as-is": fmean(scores[other]), codec: fmean(scores[one])}
+            coded, plain = f"{name}, {codec}", f"{name}, as-is"
+            minus = difference(scores[coded], scores[plain])
+            changed = sum(row[coded] != row[plain] for row in kept)
+            means = {"as-is": fmean(scores[plain]), codec: fmean(scores[coded])}
             means |= {"minus": minus.mean, "ci95": minus.ci95}
-            found[part][name] = means | {"changed": changed}
-    return found
+            results[part][name] = means | {"changed": changed}
+    return results
 
 
 if __name__ == "__main__":
@@ -74,30 +74,30 @@ if __name__ == "__main__":
     parser.add_argument("base")
     parser.add_argument("data", type=Path)
     parser.add_argument("--sets", nargs="+", default=["hotpotqa", "squad", "2wiki"])
-    parser.add_argument("--questions", type=int, default=70, help="of each set, shortest first")
+    parser.add_argument("--questions", type=int, default=70, help="per data set, shortest first")
     parser.add_argument("--codec", default="fp8")
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     task = parse_task({"task": "eval/tasks/jsonl.yaml"})
-    if given.data.is_dir():
-        sets = [load_examples(given.data / f"{name}.jsonl") for name in given.sets]
+    if args.data.is_dir():
+        sets = [load_examples(args.data / f"{name}.jsonl") for name in args.sets]
     else:
-        task = parse_task({"name": "worlds", "source": str(given.data), "answer_marker": "Answer:"})
-        sets = [load_examples(str(given.data))]
-    asked = [sorted(one, key=length)[: given.questions] for one in sets]
-    asked = [one for one in chain(*zip_longest(*asked)) if one is not None]
-    known = [json.loads(line) for line in whole_lines(given.rows)] if given.rows.exists() else []
-    done = {row.pop("id"): row for row in known}
-    engine = Engine.from_pretrained(given.base, dtype="float32")
+        task = parse_task({"name": "worlds", "source": str(args.data), "answer_marker": "Answer:"})
+        sets = [load_examples(str(args.data))]
+    shortest = [sorted(examples, key=length)[: args.questions] for examples in sets]
+    questions = [example for example in chain(*zip_longest(*shortest)) if example is not None]
+    rows = [json.loads(line) for line in whole_lines(args.rows)] if args.rows.exists() else []
+    done = {row.pop("id"): row for row in rows}
+    engine = Engine.from_pretrained(args.base, dtype="float32")
     engine = engine.reworded(task.worded(engine.format))
-    for example in asked:
+    for example in questions:
         if example.id not in done:
-            done[example.id] = answer(engine, task, example, given.codec)
-            with given.rows.open("a", encoding="utf-8") as out:
+            done[example.id] = answer(engine, task, example, args.codec)
+            with args.rows.open("a", encoding="utf-8") as out:
                 out.write(json.dumps({"id": example.id} | done[example.id]) + "\n")
-    found = summary([done[example.id] for example in asked], given.codec)
-    print(json.dumps(found, indent=1))
-    if given.output is not None:
-        setting = {name: str(value) for name, value in vars(given).items()}
-        replace_json(given.output, found | {"setting": setting, "provenance": provenance()})
+    results = summary([done[example.id] for example in questions], args.codec)
+    print(json.dumps(results, indent=1))
+    if args.output is not None:
+        setting = {name: str(value) for name, value in vars(args).items()}
+        replace_json(args.output, results | {"setting": setting, "provenance": provenance()})

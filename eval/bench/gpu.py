@@ -1,6 +1,6 @@
-"""Measures the GPU path at the shape of Llama 3.1 8B with random weights, as JSON.
+"""Measures attention, training and cached answers on a GPU, with the layers of Llama 3.1 8B.
 
-`eval/bench/gpu.sh` runs it after the GPU tests; `--tiny` shrinks every size to run on a CPU.
+The weights are random. `eval/bench/gpu.sh` runs it after the GPU tests; `--tiny` runs on a CPU.
 """
 
 import argparse

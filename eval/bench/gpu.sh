@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The GPU path: its tests, then attention, a training step and a cached answer at the shape of
-# Llama 3.1 8B with random weights. Writes one JSON file under eval/results/gpu/.
+# Runs the GPU tests, then measures attention, a training step and cached answers with the layers of
+# Llama 3.1 8B and random weights. Writes one JSON file under eval/results/gpu/.
 #
-#   bash eval/bench/gpu.sh                    # everything, one GPU
+#   bash eval/bench/gpu.sh                    # everything, on one GPU, with 8 layers
 #   bash eval/bench/gpu.sh --layers 32        # the full depth
 #   bash eval/bench/gpu.sh --tiny --output F  # the same code on a CPU, in seconds (CI runs this)
 set -euo pipefail

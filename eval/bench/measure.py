@@ -1,4 +1,4 @@
-"""Seconds of attention, a training step and cached answers, and what the machine can do at most."""
+"""Measures attention, a training step and cached answers, and the machine's maximum rates."""
 
 import random
 import time
@@ -21,12 +21,12 @@ from blocktune.prompt import Chunk
 from blocktune.training.plan import matmul_rate
 
 FORWARD, BACKWARD = 4, 10
-"""Operations of attention for each visible pair of rows and dimension: two products, then five."""
+"""FLOPs of attention per visible pair of rows and dimension: two matrix products, then five."""
 METHODS = ("full-prefill", "naive", "cacheblend", "epic")
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """The fastest of some runs after two for warming up (compilation, caches)."""
+    """Seconds of the fastest of ``repeats`` runs, after two warm-up runs (compilation, caches)."""
 
     def timed() -> float:
         start = time.perf_counter()
@@ -41,7 +41,7 @@ def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
 
 
 def measure_machine(shape: Shape) -> dict:
-    """Rates of a plain matrix product and of a plain copy: what bounds everything else."""
+    """Measures the rates of a matrix product and of a copy, which bound everything else."""
     source = torch.zeros(2**28 if shape.device == "cuda" else 2**22, device=shape.device)
     target = torch.empty_like(source)
     copy_s = seconds(lambda: target.copy_(source), shape.device)
@@ -52,13 +52,13 @@ def measure_machine(shape: Shape) -> dict:
 
 
 def measure_attention(shape: Shape, matmul: float) -> dict:
-    """Forward and backward of one attention layer: split and flex against SDPA, causal and masked.
+    """Times one attention layer, forward and backward: split and flex against SDPA.
 
-    Flex is measured on CUDA only, the one place where it trains.
+    Flex is measured only on CUDA, since it cannot train elsewhere.
 
     Args:
-        shape: Of the layer and the prompt.
-        matmul: Operations per second, for the time that the visible pairs alone would take.
+        shape: Sizes of the layer and the prompt.
+        matmul: FLOPs per second, for the lower bounds.
     """
     layout = shape.prompt().layout.to(shape.device)
     dim, draw = shape.hidden // shape.heads, torch.Generator(shape.device).manual_seed(0)
@@ -94,8 +94,8 @@ def measure_attention(shape: Shape, matmul: float) -> dict:
     }
     for name in ("split", "flex") if shape.device == "cuda" else ("split",):
         forward = planned(name)
-        wrong_by = forward().transpose(1, 2) - sdpa(attn_mask=mask)
-        result[f"{name}_max_abs_diff"] = wrong_by.abs().max().item()
+        difference = forward().transpose(1, 2) - sdpa(attn_mask=mask)
+        result[f"{name}_max_abs_diff"] = difference.abs().max().item()
         result[f"{name}_s"] = trained(forward)
         result[f"{name}_over_full"] = result[f"{name}_s"] / result["full_s"]
         result[f"{name}_over_dense"] = result[f"{name}_s"] / result["dense_s"]
@@ -103,11 +103,11 @@ def measure_attention(shape: Shape, matmul: float) -> dict:
 
 
 def measure_training(shape: Shape, matmul: float) -> dict:
-    """One LoRA step under split attention: forward, loss on the answer, backward, AdamW.
+    """Times a LoRA step in split attention: forward, loss on the answer, backward, AdamW.
 
     Args:
-        shape: Of the model and the prompt.
-        matmul: Operations per second, for the time that products with weights alone would take.
+        shape: Sizes of the model and the prompt.
+        matmul: FLOPs per second, for the lower bound by products with weights.
     """
     answer = shape.question
     prompt = shape.prompt(answer)
@@ -138,10 +138,10 @@ def measure_training(shape: Shape, matmul: float) -> dict:
 
     step_s, rows = seconds(step, shape.device, repeats=3), len(prompt.ids)
     result = {"rows": rows, "step_s": step_s, "tokens_per_s": rows / step_s}
-    # Forward, forward again for the checkpoints, and gradients of states but not of weights.
-    layers = shape.hidden * (2 * shape.hidden + 2 * shape.hidden * shape.kv_heads // shape.heads)
-    layers += 3 * shape.hidden * shape.intermediate
-    result["weights_bound_s"] = 3 * 2 * shape.layers * layers * rows / matmul
+    # Forward, forward again for checkpointing, and gradients of activations but not of weights.
+    weights = shape.hidden * (2 * shape.hidden + 2 * shape.hidden * shape.kv_heads // shape.heads)
+    weights += 3 * shape.hidden * shape.intermediate
+    result["weights_bound_s"] = 3 * 2 * shape.layers * weights * rows / matmul
     result["losses"] = [loss.item() for loss in losses]
     if shape.device == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -149,7 +149,7 @@ def measure_training(shape: Shape, matmul: float) -> dict:
 
 
 def measure_cached_answer(shape: Shape, repeats: int = 3) -> dict:
-    """The fastest of some answers by each method, every chunk already cached."""
+    """Measures the fastest of ``repeats`` answers by each method, with all chunks cached."""
     engine = Engine(shape.model(), word_tokenizer(shape.vocabulary))
     example = random_example(shape)
     engine.encode(example.chunks)
@@ -171,13 +171,13 @@ def measure_cached_answer(shape: Shape, repeats: int = 3) -> dict:
 
 
 def fastest(engine: Engine, example: RagExample, method: str, repeats: int) -> Usage:
-    """The usage of the fastest answer; one before them warms up kernels and the allocator."""
+    """Usage of the fastest answer, after one that warms up kernels and the allocator."""
     answers = [engine.answer([example], method, max_new_tokens=8) for _ in range(repeats + 1)]
     return min((answer.usage for [answer] in answers[1:]), key=lambda usage: usage.ttft_s)
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """One token a word, so that a chunk's length is known; no file is needed."""
+    """Builds a tokenizer with one token per word, so that the lengths of chunks are known."""
     words = {f"w{index}": index + 2 for index in range(min(size, 4096) - 2)}
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1} | words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""The sizes that are measured, and what is built from them: configs, models, prompts."""
+"""Sizes of the measured models and prompts, and functions that build both."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama decoder and a prompt; `tokens` counts the context, in chunks of `chunk`."""
+    """Sizes of a Llama decoder and a prompt; the context has `tokens`, in chunks of `chunk`."""
 
     hidden: int
     intermediate: int
@@ -41,7 +41,7 @@ class Shape:
         )
 
     def model(self) -> LlamaForCausalLM:
-        """Random weights, made where they are used."""
+        """Builds the model with random weights, directly on its device."""
         torch.manual_seed(0)
         with torch.device(self.device):
             model = LlamaForCausalLM._from_config(self.config(), dtype=self.torch_dtype)
@@ -52,7 +52,7 @@ class Shape:
         return getattr(torch, self.dtype)
 
     def prompt(self, answer: int = 0) -> Prompt:
-        """Random tokens under block attention, the last `answer` of them with a loss."""
+        """Builds a prompt of random tokens in block attention, with an answer for the loss."""
         draw = torch.Generator().manual_seed(0)
 
         def tokens(count: int) -> tuple[int, ...]:

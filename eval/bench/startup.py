@@ -1,8 +1,8 @@
-"""CPU seconds of the commands that need no model, and of a first answer on data/tiny.
+"""CPU seconds of commands that need no model, and of a first answer by data/tiny.
 
     python eval/bench/startup.py --repeats 5
 
-Prints the fastest and the median of each, beside a Python that does nothing.
+Prints the minimum and the median of each, and those of an empty Python program.
 """
 
 import argparse

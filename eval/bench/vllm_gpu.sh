@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The vLLM connector on CUDA: its tests, then `blocktune bench vllm`. Needs vLLM (VLLM_VENV).
-# Proven on CPUs only so far; unproven until this has run: CUDA paged layouts (FlashAttention,
-# FlashInfer, Triton), the V2 model runner, CUDA graphs, loads on a stream of their own and the
-# forward pass that waits for their layers, vLLM's rotary kernel with tables in float32, speed.
+# Tests the vLLM connector on CUDA, then runs `blocktune bench vllm`. Needs vLLM (VLLM_VENV).
+# So far it is tested only on CPUs. Untested until this script has run: paged layouts on CUDA
+# (FlashAttention, FlashInfer, Triton), the V2 model runner, CUDA graphs, loading on a separate
+# stream with a forward pass that waits by layer, vLLM's rotary kernel in float32, and speed.
 #
 #   VLLM_VENV=/opt/vllm bash eval/bench/vllm_gpu.sh [OUTPUT.json]
 set -euo pipefail

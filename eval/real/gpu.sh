@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The study on one GPU. Every step can be repeated by itself and continues where it stopped.
+# Runs the study on one GPU. Each step can be repeated alone, and continues where it stopped.
 #
 #   bash eval/real/gpu.sh DATA                      # all steps
 #   bash eval/real/gpu.sh DATA base choice          # some of them
-#   GGUF=SmolLM2-135M-Instruct.Q4_1.gguf bash eval/real/gpu.sh DATA    # where there is no hub
+#   GGUF=SmolLM2-135M-Instruct.Q4_1.gguf bash eval/real/gpu.sh DATA    # without access to the Hub
 #   OUT=out/llama MODEL=meta-llama/Llama-3.1-8B-Instruct bash eval/real/gpu.sh DATA
-#   SETTINGS=dry bash eval/real/gpu.sh DATA         # every step in small, on a CPU
+#   SETTINGS=dry bash eval/real/gpu.sh DATA         # a small test run of every step, on a CPU
 #
-# Prints the seconds that each step took: they are part of the result.
+# Prints the seconds of each step, and appends them to seconds.txt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-data="${1:?folder of the question sets, see eval/real/README.md}"
+data="${1:?folder of the data sets, see eval/real/README.md}"
 shift
 python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
 out="${OUT:-out/real}"

@@ -1,4 +1,4 @@
-"""Tables of a study: F1 by set, adjusted F1 and PGR with intervals, paired over questions."""
+"""Tables of a study: F1 by data set, adjusted F1 and PGR, with intervals paired over questions."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def write_report(output: Path, results: Path, settings: str, steps: list[str]) -
     Raises:
         ValueError: If no method has answered yet.
     """
-    found: dict[str, Any] = {"runs": {}}
+    report: dict[str, Any] = {"runs": {}}
     for folder in sorted(output.glob("*-*/rows")):
-        found["runs"][folder.parent.name] = _run(folder.parent)
-    if not found["runs"]:
+        report["runs"][folder.parent.name] = _run(folder.parent)
+    if not report["runs"]:
         raise ValueError(f"{output} has no rows yet; run the steps choice or test first")
-    found["trainings"] = {f.parent.name: _training(f) for f in sorted(_states(output))}
+    report["trainings"] = {f.parent.name: _training(f) for f in sorted(_states(output))}
     counts = output / "data/counts.json"
-    found["data"] = json.loads(counts.read_text()) if counts.exists() else None
-    found["settings"] = settings
+    report["data"] = json.loads(counts.read_text()) if counts.exists() else None
+    report["settings"] = settings
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    found["provenance"] = {
+    report["provenance"] = {
         "command": f"python eval/real/study.py {' '.join(steps)} --settings {settings}",
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
@@ -42,21 +42,21 @@ def write_report(output: Path, results: Path, settings: str, steps: list[str]) -
         "machine": f"{os.cpu_count()} cores, {gpu}",
     }
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{settings}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    page = _page(found)
+    (results / f"{settings}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    page = _page(report)
     (results / f"{settings}.md").write_text(page, encoding="utf-8")
     print(page)
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """Every method over the questions that all of them have answered."""
+    """Scores of every method over the questions that all methods have answered."""
     suite = yaml.safe_load((folder / "suite.yaml").read_text())
     labels = [m if isinstance(m, str) else m.get("label", m["name"]) for m in suite["methods"]]
     rows = {label: _rows(folder / "rows", label) for label in labels}
-    rows = {label: own for label, own in rows.items() if own}
+    rows = {label: answered for label, answered in rows.items() if answered}
     if FULL not in rows:
-        raise ValueError(f"{folder} has no rows of {FULL}, which all others are measured by")
-    common = [key for key in rows[FULL] if all(key in own for own in rows.values())]
+        raise ValueError(f"{folder} has no rows of {FULL}, with which all methods are compared")
+    common = [key for key in rows[FULL] if all(key in answered for answered in rows.values())]
     if not common:
         raise ValueError(f"{folder}: no question has been answered by all methods yet")
     f1 = {m: np.array([own[key]["f1"] for key in common]) for m, own in rows.items()}
@@ -82,7 +82,7 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def _rows(folder: Path, label: str) -> dict[tuple[str, str], dict]:
-    """(set, id) -> row; of a run that has not ended too, which keeps a part for each process."""
+    """(data set, id) -> row, also from the per-process part files of an unfinished run."""
     paths = [folder / f"{label}.jsonl", *folder.glob(f"{label}.part*.jsonl")]
     texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     rows = [json.loads(line) for text in texts for line in text.splitlines()]
@@ -90,7 +90,7 @@ def _rows(folder: Path, label: str) -> dict[tuple[str, str], dict]:
 
 
 def _scores(method: str, f1: dict[str, np.ndarray], sets: np.ndarray) -> dict[str, Any]:
-    """F1 of all, by set and over the multi-hop sets; all in [0, 1]."""
+    """Scores by data set, over the multi-hop sets and over all sets, in [0, 1]."""
     parts = {name: sets == name for name in dict.fromkeys(sets.tolist())}
     parts |= {"multi-hop": np.isin(sets, MULTI_HOP), "all": np.ones(len(sets), bool)}
     return {name: _part(method, f1, mask) for name, mask in parts.items() if mask.any()}
@@ -99,30 +99,30 @@ def _scores(method: str, f1: dict[str, np.ndarray], sets: np.ndarray) -> dict[st
 def _part(method: str, f1: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, Any]:
     own, full = f1[method][mask], f1[FULL][mask]
     kept = full > 0
-    said = {
+    scores = {
         "f1": _interval(own),
         "minus_full": _interval(own - full),
         "adjusted_f1": _interval(own[kept]),
         "kept": int(kept.sum()),
     }
     if BLEND in f1:
-        said["minus_cacheblend"] = _interval(own - f1[BLEND][mask])
+        scores["minus_cacheblend"] = _interval(own - f1[BLEND][mask])
     if NONE in f1:
         none = f1[NONE][mask]
-        said["pgr"] = _ratio(own - none, full - none)
+        scores["pgr"] = _ratio(own - none, full - none)
     if CONTROL in f1:
-        # The filter is the base's full prefill, which no recipe was trained to please.
-        said["of_control"] = _ratio(own[kept], f1[CONTROL][mask][kept])
-    return said
+        # The filter is the base's full prefill, so it favours no recipe.
+        scores["of_control"] = _ratio(own[kept], f1[CONTROL][mask][kept])
+    return scores
 
 
 def _draws(n: int) -> np.ndarray:
-    """Indices of the bootstrap, the same for every method: ``(DRAWS, n)``."""
+    """Bootstrap indices ``(DRAWS, n)``, the same for every method."""
     return np.random.default_rng(0).integers(n, size=(DRAWS, n))
 
 
 def _interval(values: np.ndarray) -> list[float] | None:
-    """Mean with its 95 % interval, by a percentile bootstrap over questions."""
+    """Mean and its 95 % interval, by a percentile bootstrap over questions."""
     if not len(values):
         return None
     means = values[_draws(len(values))].mean(1)
@@ -130,15 +130,15 @@ def _interval(values: np.ndarray) -> list[float] | None:
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> list[float] | None:
-    """Ratio of two means with its interval; None where the denominator may be 0."""
+    """Ratio of two means and its interval; None if the denominator may be 0."""
     if not len(above):
         return None
     drawn = _draws(len(above))
-    low = below[drawn].mean(1)
-    if (low <= 0).any():
+    denominator = below[drawn].mean(1)
+    if (denominator <= 0).any():
         return None
-    spread = np.percentile(above[drawn].mean(1) / low, [2.5, 97.5])
-    return [float(above.mean() / below.mean()), *map(float, spread)]
+    interval = np.percentile(above[drawn].mean(1) / denominator, [2.5, 97.5])
+    return [float(above.mean() / below.mean()), *map(float, interval)]
 
 
 def _states(output: Path) -> list[Path]:
@@ -146,24 +146,24 @@ def _states(output: Path) -> list[Path]:
 
 
 def _training(path: Path) -> dict[str, Any]:
-    """Steps, tokens and last loss of a training that has ended."""
+    """Commit, steps, tokens and losses of a finished training."""
     state = json.loads(path.read_text())
     logs = [entry for entry in state["log_history"] if "num_tokens" in entry]
-    about = json.loads(path.with_name("blocktune.json").read_text())["training"]
+    training = json.loads(path.with_name("blocktune.json").read_text())["training"]
     return {
-        "commit": about["commit"],
+        "commit": training["commit"],
         "steps": state["global_step"],
         "tokens": int(logs[-1]["num_tokens"]),
         "losses": [round(entry["loss"], 3) for entry in logs if "loss" in entry],
     }
 
 
-def _page(found: dict[str, Any]) -> str:
-    lines = [f"# Real questions, settings `{found['settings']}`", ""]
-    where = found["provenance"]
+def _page(report: dict[str, Any]) -> str:
+    lines = [f"# Real questions, settings `{report['settings']}`", ""]
+    where = report["provenance"]
     commit = (where["commit"] or "unknown")[:7]
     lines += [f"`{where['command']}` at `{commit}`, {where['machine']}.", ""]
-    for name, run in found["runs"].items():
+    for name, run in report["runs"].items():
         asked = ", ".join(f"{key} {n}" for key, n in run["questions"].items())
         sets = [*run["questions"], "multi-hop"]
         head = ["method", *sets, "minus full", "adjusted", "PGR", "of control", "recomputed"]
@@ -171,10 +171,10 @@ def _page(found: dict[str, Any]) -> str:
         lines += [f"## {name}", "", f"Questions: {asked}. F1 in %, 95 % intervals.", ""]
         lines += [_line(head), _line(["---"] * len(head))]
         for method, scores in run["methods"].items():
-            whole = scores["multi-hop"]
+            multi_hop = scores["multi-hop"]
             cells = [_points(scores[s]["f1"]) if s in scores else "" for s in sets]
-            cells += [_points(whole["minus_full"]), _points(whole["adjusted_f1"])]
-            cells += [_points(whole.get("pgr")), _points(whole.get("of_control"))]
+            cells += [_points(multi_hop["minus_full"]), _points(multi_hop["adjusted_f1"])]
+            cells += [_points(multi_hop.get("pgr")), _points(multi_hop.get("of_control"))]
             timed = scores["ttft_over_full"]
             cells += [f"{100 * scores['recomputed']:.0f} %", f"{timed:.2f}" if timed else ""]
             lines.append(_line([method, *cells, f"{100 * scores['same_answer_as_full']:.0f} %"]))
@@ -184,17 +184,17 @@ def _page(found: dict[str, Any]) -> str:
         "answer*: word for word that of the base's full prefill.",
         "",
     ]
-    wide = {n: run for n, run in found["runs"].items() if n.startswith(("long-", *PLACES))}
+    wide = {n: run for n, run in report["runs"].items() if n.startswith(("long-", *PLACES))}
     if wide:
         lines += ["## Many passages, and the place of the evidence", ""]
         lines += ["F1 over the multi-hop sets, in %.", "", _line(["method", *wide])]
         lines += [_line(["---"] * (len(wide) + 1))]
         for method in dict.fromkeys(m for run in wide.values() for m in run["methods"]):
-            found_in = [run["methods"].get(method) for run in wide.values()]
-            cells = [(one and _points(one["multi-hop"]["f1"])) or "" for one in found_in]
+            by_run = [run["methods"].get(method) for run in wide.values()]
+            cells = [(scores and _points(scores["multi-hop"]["f1"])) or "" for scores in by_run]
             lines.append(_line([method, *cells]))
         lines.append("")
-    for name, run in found["trainings"].items():
+    for name, run in report["trainings"].items():
         commit = (run["commit"] or "unknown")[:7]
         lines.append(f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens, at `{commit}`")
     return "\n".join(lines) + "\n"
@@ -204,8 +204,8 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _points(found: list[float] | None) -> str:
-    if found is None:
+def _points(interval: list[float] | None) -> str:
+    if interval is None:
         return ""
-    mean, low, high = (100 * value for value in found)
+    mean, low, high = (100 * value for value in interval)
     return f"{mean:.1f} ({low:.1f} to {high:.1f})"

@@ -1,12 +1,12 @@
-"""Folds the adapter of a RAG base and one tuned on that base into a small one over the stock model.
+"""Folds a RAG base's adapter and one tuned on that base into one small adapter of the stock model.
 
     python eval/real/ship.py out/real/base-adapter out/real/tuned/block_attention-0 --rank 18 \\
       --output data/smollm2-block --base-model HuggingFaceTB/SmolLM2-135M-Instruct \\
       --license apache-2.0
 
-Of each module the sum of both products is cut by its singular values and kept in bfloat16; modules
-whose sums lose more get higher ranks, on average --rank. Prints how far the products are off, and
-the logits on a probe; then runs the checks of `blocktune push` and writes its card beside them.
+For each module, the sum of both LoRA products is approximated by a truncated SVD in bfloat16.
+Modules that would lose more get higher ranks; the average is --rank. Prints the errors of the
+products and of the logits on a probe, runs the checks of `blocktune push`, and writes a model card.
 """
 
 from __future__ import annotations
@@ -37,72 +37,72 @@ MOST_BYTES = 12_000_000
 
 
 class Folded(NamedTuple):
-    """A product ``B A`` of one module, and what cutting and rounding changed of it."""
+    """A truncated product ``B A`` of one module, and its error."""
 
     a: Tensor  # (R, in), bfloat16
     b: Tensor  # (out, R), bfloat16
-    lost: float  # Frobenius norm of the change
-    norm: float  # and of the whole product
+    lost: float  # Frobenius norm of the error by truncation and rounding
+    norm: float  # Frobenius norm of the exact product
 
 
 def fold(pairs: list[tuple[Tensor, Tensor]], rank: int) -> Folded:
-    """The best product of a rank for a sum of products, by its singular values.
+    """Finds the best approximation of a given rank for a sum of products, by a truncated SVD.
 
     Args:
         pairs: ``A`` ``(r, in)`` and ``B`` ``(out, r)`` of each product, scaled.
-        rank: Of the result; zeros fill up what the sum does not have.
+        rank: Rank of the result; padded with zeros if the sum has a lower rank.
     """
-    a = torch.cat([one.double() for one, _ in pairs])
-    b = torch.cat([one.double() for _, one in pairs], dim=1)
+    a = torch.cat([a.double() for a, _ in pairs])
+    b = torch.cat([b.double() for _, b in pairs], dim=1)
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.T)
-    u, sizes, v = torch.linalg.svd(upper @ lower.T)
-    roots = sizes[:rank].sqrt()
+    u, singular, v = torch.linalg.svd(upper @ lower.T)
+    roots = singular[:rank].sqrt()
     new_b = a.new_zeros(len(b), rank)
     new_a = a.new_zeros(rank, a.shape[1])
     new_b[:, : len(roots)] = left @ u[:, :rank] * roots
     new_a[: len(roots)] = (right @ v[:rank].T * roots).T
     new_a, new_b = new_a.bfloat16().contiguous(), new_b.bfloat16().contiguous()
     lost = float((new_b.double() @ new_a.double() - b @ a).norm())
-    return Folded(new_a, new_b, lost, float(sizes.norm()))
+    return Folded(new_a, new_b, lost, float(singular.norm()))
 
 
 def share_out(spectra: dict[str, Tensor], sizes: dict[str, int], rank: int) -> dict[str, int]:
-    """Ranks of modules that keep the most of their products together.
+    """Chooses ranks of modules that minimise the total error within a budget of parameters.
 
     Args:
-        spectra: Singular values of each module's product, falling.
-        sizes: Numbers that one rank of it takes.
-        rank: All ranks take no more than this one everywhere would.
+        spectra: Singular values of each module's product, in descending order.
+        sizes: Parameters per rank of each module.
+        rank: Average rank; the budget is what this rank in every module would take.
     """
-    left, found = rank * sum(sizes.values()), dict.fromkeys(spectra, 0)
-    steps = [(float(s) ** 2 / sizes[m], m) for m, own in spectra.items() for s in own]
+    left, ranks = rank * sum(sizes.values()), dict.fromkeys(spectra, 0)
+    steps = [(float(s) ** 2 / sizes[m], m) for m, spectrum in spectra.items() for s in spectrum]
     for gain, module in sorted(steps, reverse=True):
         if gain > 0 and sizes[module] <= left:
-            found[module] += 1
+            ranks[module] += 1
             left -= sizes[module]
-    return {module: own for module, own in found.items() if own}
+    return {module: chosen for module, chosen in ranks.items() if chosen}
 
 
 def read_lora(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """``A`` and the scaled ``B`` of each module of a PEFT adapter.
+    """Reads ``A`` and the scaled ``B`` of each module of a PEFT adapter.
 
     Raises:
-        ValueError: If the adapter holds more than plain LoRA of one rank.
+        ValueError: If the adapter is not plain LoRA of a single rank.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    more = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora")
-    if held := [name for name in more if config.get(name)]:
-        raise ValueError(f"'{folder}' has {held[0]}; only plain LoRA of one rank can be folded")
-    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    unsupported = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora")
+    if present := [name for name in unsupported if config.get(name)]:
+        raise ValueError(f"'{folder}' has {present[0]}; only plain LoRA of one rank can be folded")
+    divisor = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, weight in load_file(folder / WEIGHTS).items():
         module, mark, kind = name.partition(".lora_")
         if not mark or kind not in ("A.weight", "B.weight"):
             raise ValueError(f"'{folder}' holds '{name}'; only plain LoRA can be folded")
-        found[module][kind[0]] = weight
-    scale = config["lora_alpha"] / root
-    return {name: (one["A"], one["B"] * scale) for name, one in found.items()}
+        modules[module][kind[0]] = weight
+    scale = config["lora_alpha"] / divisor
+    return {name: (pair["A"], pair["B"] * scale) for name, pair in modules.items()}
 
 
 def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[str, float]:
@@ -112,12 +112,12 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
         base: Adapter of the RAG base.
         tuned: Adapter that was tuned on the merged base.
         output: New folder.
-        rank: Of the modules, on average.
-        name: Of the stock model, for those who load the adapter.
+        rank: Average rank of the modules.
+        name: Name of the stock model, written into the adapter.
 
     Returns:
-        ``error``: norm of what all products lost together, of their norm; ``worst`` module's;
-        ``bytes`` of the weights.
+        ``error``, the relative Frobenius norm of the error over all products; ``worst``, that of
+        the worst module; ``bytes`` of the weights.
 
     Raises:
         ValueError: If one of the adapters cannot be folded, or the result is too large.
@@ -127,16 +127,16 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
         if info.scope != "both" or info.num_learned or info.quantization:
             raise ValueError(
                 f"'{folder}' acts on some rows only, has learned tokens or a quantised base; "
-                "fold adapters of scope both on a plain base"
+                "give adapters of scope both on an unquantised base"
             )
     parts = [read_lora(base), read_lora(tuned)]
     modules = sorted(set().union(*parts))
     sums = {m: [part[m] for part in parts if m in part] for m in modules}
-    spectra = {m: torch.linalg.svdvals(sum(b @ a for a, b in own)) for m, own in sums.items()}
-    sizes = {m: own[0][0].shape[1] + own[0][1].shape[0] for m, own in sums.items()}
+    spectra = {m: torch.linalg.svdvals(sum(b @ a for a, b in pairs)) for m, pairs in sums.items()}
+    sizes = {m: pairs[0][0].shape[1] + pairs[0][1].shape[0] for m, pairs in sums.items()}
     ranks = share_out(spectra, sizes, rank)
-    folded = {m: fold(own, ranks.get(m, 0)) for m, own in sums.items()}
-    size = sum(2 * (one.a.numel() + one.b.numel()) for one in folded.values())
+    folded = {m: fold(pairs, ranks.get(m, 0)) for m, pairs in sums.items()}
+    size = sum(2 * (f.a.numel() + f.b.numel()) for f in folded.values())
     if size > MOST_BYTES:
         fits = rank * MOST_BYTES // size
         raise ValueError(f"rank {rank} takes {size:,} bytes, above {MOST_BYTES:,}; try {fits}")
@@ -149,40 +149,40 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
     (output / WEIGHTS).chmod(0o644)
     config = json.loads((tuned / CONFIG).read_text(encoding="utf-8"))
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "base_model_name_or_path": name}
-    named = {m.removeprefix("base_model.model."): own for m, own in ranks.items()}
-    config["target_modules"] = list(named)
-    config["rank_pattern"] = config["alpha_pattern"] = named  # a scale of 1
+    by_name = {m.removeprefix("base_model.model."): chosen for m, chosen in ranks.items()}
+    config["target_modules"] = list(by_name)
+    config["rank_pattern"] = config["alpha_pattern"] = by_name  # alpha = rank: a scale of 1
     text = json.dumps(config, indent=2) + "\n"
     (output / CONFIG).write_text(text, encoding="utf-8")
     for path in tuned.iterdir():
         if path.name.startswith(("tokenizer", "chat_template", "special_tokens")):
             shutil.copy(path, output / path.name)
-    found = {
+    result = {
         "error": math.hypot(*lost) / math.hypot(*norms),
         "worst": max(a / b for a, b in zip(lost, norms, strict=True) if b),
         "bytes": size,
     }
-    made = {"folded_from": [first.training, second.training], "rank": rank, **found}
+    origin = {"folded_from": [first.training, second.training], "rank": rank, **result}
     replace(
         second,
         base_model=name,
         base_revision=None,
         base_fingerprint=first.base_fingerprint,
         tokenizer_hash=first.tokenizer_hash,
-        training=public({**second.training, **made}),
+        training=public({**second.training, **origin}),
     ).save(output)
-    return found
+    return result
 
 
 @torch.no_grad()
 def logits_off(model: str, base: Path, tuned: Path, output: Path) -> dict[str, float]:
-    """Compares the folded adapter with the two it was made of, in float32, on a probe."""
+    """Compares logits of the folded adapter and the two original ones on a probe, in float32."""
 
     def logits(*adapters: Path) -> Tensor:
-        made, tokenizer = load_base(model, dtype="float32", device="cpu")
+        loaded, tokenizer = load_base(model, dtype="float32", device="cpu")
         for adapter in adapters:
-            made, _ = load_adapter(made, tokenizer, adapter, merge=True)
-        return made(tokenizer("\n".join(PROBE), return_tensors="pt")["input_ids"]).logits[0]
+            loaded, _ = load_adapter(loaded, tokenizer, adapter, merge=True)
+        return loaded(tokenizer("\n".join(PROBE), return_tensors="pt")["input_ids"]).logits[0]
 
     wanted, got = logits(base, tuned), logits(output)
     return {
@@ -206,20 +206,20 @@ def main() -> int:
     add("--dataset", action="append", default=[], help="on the Hub; repeatable")
     add("--model", help="the stock model to check on; default: what the base names")
     add("--repo", help="USER/NAME in the card; default: USER and the folder's name")
-    given = parser.parse_args()
+    args = parser.parse_args()
     quiet_libraries()
     try:
-        model = given.model or AdapterInfo.load(given.base).base_model
-        found = ship(given.base, given.tuned, given.output, given.rank, given.base_model)
-        found |= logits_off(model, given.base, given.tuned, given.output)
-        facts = CardFacts(given.base_model, given.license, tuple(given.dataset))
-        repo = given.repo or f"USER/{given.output.name}"
-        publication = prepare(given.output, repo, facts, model=model, dtype="float32")
+        model = args.model or AdapterInfo.load(args.base).base_model
+        result = ship(args.base, args.tuned, args.output, args.rank, args.base_model)
+        result |= logits_off(model, args.base, args.tuned, args.output)
+        facts = CardFacts(args.base_model, args.license, tuple(args.dataset))
+        repo = args.repo or f"USER/{args.output.name}"
+        publication = prepare(args.output, repo, facts, model=model, dtype="float32")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    (given.output / "README.md").write_text(publication.card, encoding="utf-8")
-    print(json.dumps(found, indent=1))
+    (args.output / "README.md").write_text(publication.card, encoding="utf-8")
+    print(json.dumps(result, indent=1))
     return 0
 
 

@@ -1,19 +1,19 @@
-"""What tuning is worth on real questions, beside methods without training.
+"""Study on real questions: recipes of tuning compared with training-free methods.
 
     python eval/real/study.py all --settings gpu --data DATA --output out/real
 
-Steps, in this order; each can be repeated, and continues where it stopped:
+The steps, in order; each can be repeated, and continues where it stopped:
 
     prepare    questions with hard distractors, split into base, rows, choice and test
-    base       a RAG base: LoRA in full attention on real questions, merged in float32
-    choice     does the base read? by full prefill, no context, naive, CacheBlend
-    tune       every recipe from the base, on the same rows
-    test       all methods and recipes on the questions of the tables
-    long       the main ones over 20 passages and more, up to 8k tokens
+    base       RAG base: LoRA in full attention on real questions, merged in float32
+    choice     check that the base reads: full prefill, no context, naive, CacheBlend
+    tune       all recipes, from the base, on the same rows
+    test       all methods and recipes on the test questions
+    long       main methods and recipes over 20 and more passages, up to 8k tokens
     place      the same with the evidence first, in the middle or last
     report     tables with paired intervals, as Markdown and JSON
 
-All numbers of a run are in settings.yaml; a changed setting needs a new --output.
+All numbers of a run are in settings.yaml. Changed settings need a new --output.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 HERE = Path(__file__).parent
 STEPS = ("prepare", "base", "choice", "tune", "test", "long", "place", "report")
 SETS = ("hotpotqa", "2wiki", "squad", "musique")
-"""The last is never trained on: nothing is chosen by it."""
+"""Data sets. The last is neither trained on nor used to choose settings."""
 INSTRUCTION = "Answer the question from the passages below. Give only the answer, in a few words."
 RECIPES = {
     "block_attention": "block-attention",
@@ -50,9 +50,9 @@ RECIPES = {
 }
 """Recipe -> the method that serves it."""
 VARIANTS = {"writer_packet": ("writer", {"num_headers": 8, "num_trailers": 8})}
-"""Recipes that are another file with other options."""
+"""Recipes that use the file of another recipe, with other options."""
 BLENDED = ("block_attention", "block_distill")
-"""Recipes that are also served with 15 % recomputed on top."""
+"""Recipes that are also served with CacheBlend, which recomputes 15 %."""
 UNTUNED = [
     "full-prefill",
     "no-context",
@@ -68,38 +68,38 @@ UNTUNED = [
     "relaxkv",
     {"name": "fusionrag", "params": {"neighbours": 5}},
 ]
-"""cache-craft has every chunk from one earlier prompt; fusionrag's neighbours are of the same batch
-of prompts. The others' shares are 15 % of the tokens, agentkvshift's twice 10 % a chunk."""
+"""Methods without training. cache-craft takes every chunk from one earlier prompt; fusionrag's
+neighbours come from the same batch. agentkvshift recomputes twice 10 % of a chunk, others 15 %."""
 CHOICE = [UNTUNED[0], UNTUNED[1], UNTUNED[2], UNTUNED[4]]
 LONG = [*UNTUNED[:5], UNTUNED[7], UNTUNED[8]]
 LONG_TUNED = ("block_attention", "block_distill", "kvlink", "writer", "full_control")
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """Writes a Llama in GGUF as a float32 checkpoint (needs the package ``gguf``).
+    """Converts a Llama in GGUF to a float32 checkpoint (needs the package ``gguf``).
 
-    `save_pretrained` refuses a model that transformers has read from GGUF, hence the fresh one.
+    The weights are copied into a new model, since `save_pretrained` refuses one read from GGUF.
 
     Args:
-        gguf: The file; quantised weights are expanded to float32.
+        gguf: The file; quantised weights are dequantised to float32.
         output: Folder for the checkpoint.
     """
-    read = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    kept = read.config.to_dict()
+    config = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "model_type", "transformers_version"):
-        kept.pop(key, None)
-    kept["rms_norm_eps"] = round(kept["rms_norm_eps"], 12)  # GGUF holds it as float32
-    model = LlamaForCausalLM(LlamaConfig(**kept | {"architectures": ["LlamaForCausalLM"]}))
-    model.load_state_dict(read.state_dict())
-    model.generation_config.eos_token_id = kept["eos_token_id"]
+        config.pop(key, None)
+    config["rms_norm_eps"] = round(config["rms_norm_eps"], 12)  # GGUF stores it as float32
+    model = LlamaForCausalLM(LlamaConfig(**config | {"architectures": ["LlamaForCausalLM"]}))
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config.eos_token_id = config["eos_token_id"]
     model.save_pretrained(output)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
 
 
 class Study:
-    """One run: its settings and where everything lies."""
+    """One run of the study: its settings, paths and steps."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, args.output
@@ -109,37 +109,37 @@ class Study:
         self.names = args.recipes or list(RECIPES)
 
     def check(self) -> None:
-        """Refuses an output folder whose data or weights were made with other settings."""
-        made = {key: self.settings[key] for key in ("model", "prepare", "base", "tune")}
-        kept = self.out / "settings.yaml"
-        if not kept.exists():
+        """Raises ValueError if data or weights in the output folder have other settings."""
+        settings = {key: self.settings[key] for key in ("model", "prepare", "base", "tune")}
+        path = self.out / "settings.yaml"
+        if not path.exists():
             self.out.mkdir(parents=True, exist_ok=True)
-            kept.write_text(yaml.safe_dump(made), encoding="utf-8")
-        elif yaml.safe_load(kept.read_text()) != made:
-            raise ValueError(f"{kept} differs from '{self.args.settings}'; use a new --output")
+            path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        elif yaml.safe_load(path.read_text()) != settings:
+            raise ValueError(f"{path} differs from '{self.args.settings}'; use a new --output")
 
     def prepare(self) -> None:
         if (self.out / "data/counts.json").exists():
             return
         if not self.args.data:
-            raise ValueError("prepare needs --data, the folder of the question sets; see README.md")
+            raise ValueError("prepare needs --data, the folder of the data sets; see README.md")
         print(prepare(self.args.data, self.out / "data", self.settings["prepare"]))
 
     def prepare_long(self) -> dict[str, Any]:
-        """Writes the data of `long` and `place` once; returns their settings."""
-        own = self.settings["long"]
-        if not (self.out / f"data/last-{own['place']}").exists():
+        """Writes the data of `long` and `place`, if not done; returns their settings."""
+        settings = self.settings["long"]
+        if not (self.out / f"data/last-{settings['place']}").exists():
             if not self.args.data:
-                raise ValueError("long and place need --data, the folder of the question sets")
+                raise ValueError("long and place need --data, the folder of the data sets")
             print(prepare_long(self.args.data, self.out / "data", self.settings))
-        return own
+        return settings
 
     def base(self) -> None:
         adapter = self.out / "base-adapter"
         options = {"train_data": self.out / "data/base.jsonl"} | self.settings["base"]
         self.train("full_control", adapter, self.settings["model"], options, 0)
         if not (self.out / "base/config.json").exists():
-            # bfloat16 would round away part of the adapter: the merged model is the reference
+            # in float32: bfloat16 would round away part of the adapter
             self.run("merge", adapter, "--output", self.out / "base", "--dtype", "float32")
 
     def choice(self) -> None:
@@ -154,7 +154,7 @@ class Study:
             runs = [(name, seed) for seed in self.seeds for name in self.names]
             list(pool.map(lambda r: self.train(r[0], self.adapter(*r), model, options, r[1]), runs))
         for adapter in [self.adapter(*run) for run in runs if run[0] == "writer"]:
-            # among others: full attention is the base's, bit for bit
+            # checks, among others, that full attention is bit-identical to the base
             self.run("check", "--model", model, "--adapter", adapter, "--dtype", "float32")
 
     def test(self) -> None:
@@ -169,19 +169,19 @@ class Study:
             self.ask(f"test-{number}", UNTUNED + tuned, self.settings.get("test_limit"), SETS)
 
     def long(self) -> None:
-        own = self.prepare_long()
+        settings = self.prepare_long()
         methods = LONG + self.tuned([n for n in self.names if n in LONG_TUNED])
-        for number in own["passages"]:
-            self.ask(f"long-{number}", methods, own["limit"], SETS)
+        for number in settings["passages"]:
+            self.ask(f"long-{number}", methods, settings["limit"], SETS)
 
     def place(self) -> None:
-        own = self.prepare_long()
+        settings = self.prepare_long()
         methods = LONG + self.tuned([n for n in self.names if n in LONG_TUNED])
         for place in PLACES:
-            self.ask(f"{place}-{own['place']}", methods, own["limit"], SETS)
+            self.ask(f"{place}-{settings['place']}", methods, settings["limit"], SETS)
 
     def tuned(self, names: list[str]) -> list[dict[str, Any]]:
-        """Methods of a suite: these recipes, as far as they are trained."""
+        """Suite entries of the given recipes, of those that are trained."""
         tuned: list[dict[str, Any]] = []
         for name in names:
             trained = [seed for seed in self.seeds if _is_complete(self.adapter(name, seed))]
@@ -201,15 +201,15 @@ class Study:
         return self.out / "tuned" / f"{name}-{seed}"
 
     def train(self, recipe: str, folder: Path, model: Any, options: dict, seed: int) -> None:
-        """Trains one adapter, from its last checkpoint if it has one."""
+        """Trains one adapter, unless it is complete; continues from its last checkpoint."""
         if _is_complete(folder):
             return
-        file, more = VARIANTS.get(recipe, (recipe, {}))
+        file, variant = VARIANTS.get(recipe, (recipe, {}))
         path = Path("recipes") / f"{file}.yaml"
         if not yaml.safe_load(path.read_text()).get("use_peft"):
             options = {k: v for k, v in options.items() if not k.startswith(("lora_", "learning_"))}
         options = {"model_name_or_path": model, **options, "instruction": INSTRUCTION, "seed": seed}
-        options |= more
+        options |= variant
         options |= self.settings.get("recipes", {}).get(recipe, {})
         if list(folder.glob("checkpoint-*")):
             options["resume_from_checkpoint"] = True
@@ -217,7 +217,7 @@ class Study:
         self.run("train", "--config", path, "--output_dir", folder, *words, log=f"{folder}.log")
 
     def ask(self, part: str, methods: list, limit: int | None, sets: tuple[str, ...]) -> None:
-        """Answers the questions of a part of the data."""
+        """Runs `blocktune eval` on a part of the data."""
         sets = tuple(name for name in sets if name in (self.args.sets or sets))
         if wanted := self.args.methods:
             labels = [m if isinstance(m, str) else m.get("label", m["name"]) for m in methods]
@@ -241,7 +241,7 @@ class Study:
     def run(self, *words: Any, log: str | None = None) -> None:
         """Runs `blocktune`, or with --plan only prints the command."""
         command = [sys.executable, "-m", "blocktune.cli", *map(str, words)]
-        if words[0] == "eval" and self.args.jobs > 1:  # a small model leaves most of a GPU idle
+        if words[0] == "eval" and self.args.jobs > 1:  # one small model leaves a GPU mostly idle
             start = f"-m torch.distributed.run --standalone --nproc_per_node {self.args.jobs}"
             command[1:1] = start.split()
         print(shlex.join(["python", *command[1:]]), flush=True)
@@ -256,7 +256,7 @@ class Study:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a training has ended: its state is written last."""
+    """Whether a training has finished, which writes its state last."""
     return (folder / "trainer_state.json").exists() and (folder / "blocktune.json").exists()
 
 
@@ -267,15 +267,15 @@ def main() -> int:
     add = parser.add_argument
     add("steps", nargs="+", choices=(*STEPS, "all"))
     add("--settings", default="gpu", help="gpu, cpu or dry, of settings.yaml")
-    add("--data", type=Path, help="folder of the question sets (prepare only)")
-    add("--model", help="instead of the settings' base: a folder or a name on the Hub")
+    add("--data", type=Path, help="folder of the data sets (prepare, long and place)")
+    add("--model", help="folder or name on the Hub; default: the settings' base model")
     add("--gguf", type=Path, help="convert this file into the folder --model first")
     add("--output", type=Path, default=Path("out/real"), help="data, weights and rows")
     add("--results", type=Path, default=Path("eval/results/real"), help="tables")
     add("--recipes", nargs="+", choices=RECIPES, help="tune and test only these")
     add("--methods", nargs="+", help="ask only these, by label, such as 'cacheblend 15 %%'")
-    add("--sets", nargs="+", choices=SETS, help="ask questions of these sets only")
-    add("--jobs", type=int, default=1, help="trainings, and processes that answer")
+    add("--sets", nargs="+", choices=SETS, help="ask only questions of these data sets")
+    add("--jobs", type=int, default=1, help="number of parallel trainings or evaluation processes")
     add("--plan", action="store_true", help="print the commands of the steps after prepare")
     args = parser.parse_args()
     study = Study(args)

@@ -111,7 +111,7 @@ def test_a_model_that_skips_a_question_is_our_bug(tmp_path):
 def test_nothing_right_writes_nothing(tmp_path):
     path = tmp_path / "out.jsonl"
     for _ in range(2):  # the answers are kept, to be read again with another filter
-        with pytest.raises(ValueError, match="of 10 answers 0 are empty and 10 mention no accep"):
+        with pytest.raises(ValueError, match="of 10 answers, 0 are empty and 10 are wrong"):
             run(path, lambda batch, number: ["x"] * len(batch), only_correct=True)
     assert not path.exists()
     assert run(path, None).written == 10

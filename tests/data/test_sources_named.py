@@ -5,9 +5,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from blocktune.commands.errors import explain
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 
+from blocktune.commands.application import explain
 from blocktune.data import load_examples
 from blocktune.data.sources import records as hub
 from blocktune.data.sources.catalog import data_set

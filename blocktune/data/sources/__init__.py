@@ -1,1 +1,1 @@
-"""Sources of examples: files of public sets, the Hugging Face Hub, generated ones."""
+"""Sources of examples: files, data sets on the Hugging Face Hub, and generators."""

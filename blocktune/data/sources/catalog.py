@@ -1,6 +1,6 @@
-"""Public data sets with a short name: location on the Hub, licence, what a record becomes.
+"""Catalogue of public data sets with short names: place on the Hub, licence, conversion.
 
-A set is downloaded when it is first loaded. Licences are as stated by the authors or the Hub;
+A data set is downloaded when it is first loaded. Licences are as stated by the authors or the Hub;
 read them before you publish a model trained on the data.
 """
 
@@ -16,38 +16,38 @@ import yaml
 from blocktune.data.example import RagExample
 
 DATA_SETS = "data_sets"
-"""Key in an example's ``meta``: name on the Hub -> licence. A file does not name its data set."""
+"""Key in an example's ``meta`` for its data sets: name on the Hub -> licence."""
 _TEST = re.compile(r"(?<![a-z])test(?![a-z])")
 _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set on the Hugging Face Hub, its licence as stated, and what a record becomes."""
+    """A data set on the Hugging Face Hub."""
 
-    hub: str
-    licence: str
-    becomes: str
+    hub: str  # repository
+    licence: str  # as stated by the authors or the Hub
+    becomes: str  # what a record is converted to, in words
     config: str | None = None
-    shape: str | None = None  # as in ``as=``; None if fields tell it, or without passages
-    # branch, if not the main one: the Hub's own parquet copy of a repository with a loading script
+    shape: str | None = None  # as in ``as=``; None if detected by fields, or without passages
+    # branch other than main: the Hub's parquet copy of a repository that has a loading script
     revision: str | None = None
     split: str = "validation"  # the default split
-    streamed: bool = False  # too large to download as a whole; a limit is needed
+    streamed: bool = False  # too large to download as a whole; needs a limit
 
     @property
     def at(self) -> str:
-        """Repository and configuration, as after ``hf:``."""
+        """Repository and configuration, in the form used after ``hf:``."""
         return self.hub + (f":{self.config}" if self.config else "")
 
 
 _FILE = Path(__file__).with_name("catalog.yaml")
 CATALOG = {name: DataSet(**entry) for name, entry in yaml.safe_load(_FILE.read_text()).items()}
-"""By short name."""
+"""The data sets by short name."""
 
 
 def data_set(name: str) -> DataSet:
-    """The data set of a name: one of `CATALOG`, ``owner/name[:config]``, or a folder."""
+    """Returns the data set of a name in `CATALOG`, of ``owner/name[:config]``, or of a folder."""
     if name in CATALOG:
         return CATALOG[name]
     path, _, config = name.partition(":")
@@ -55,37 +55,37 @@ def data_set(name: str) -> DataSet:
 
 
 def data_sets_in(source: str) -> dict[str, str]:
-    """Data sets on the Hub that a source names, with their licences; none for a file."""
-    written = source.partition("?")[0]
-    name = written.removeprefix("hf:")
+    """The data set on the Hub that a source refers to -> its licence; empty for a file."""
+    full_name = source.partition("?")[0]
+    name = full_name.removeprefix("hf:")
     # hf: may also be followed by a local folder.
-    on_hub = written.startswith("hf:") and _ON_HUB.fullmatch(name) and not Path(name).exists()
+    on_hub = full_name.startswith("hf:") and _ON_HUB.fullmatch(name) and not Path(name).exists()
     if name not in CATALOG and not on_hub:
         return {}
-    named = data_set(name)
-    return {named.hub: named.licence}
+    entry = data_set(name)
+    return {entry.hub: entry.licence}
 
 
 def data_sets_of(examples: Iterable[RagExample]) -> dict[str, str]:
-    """The data sets that examples name in their ``meta``: name on the Hub -> licence."""
-    named = (example.meta.get(DATA_SETS) for example in examples)
-    return {k: v for one in named if isinstance(one, Mapping) for k, v in one.items()}
+    """The data sets in the ``meta`` of examples: name on the Hub -> licence."""
+    entries = (example.meta.get(DATA_SETS) for example in examples)
+    return {k: v for entry in entries if isinstance(entry, Mapping) for k, v in entry.items()}
 
 
 def with_data_sets(examples: Iterable[RagExample], source: str) -> Iterator[RagExample]:
-    """Adds the data sets of the source that examples were loaded from to their ``meta``."""
-    named = data_sets_in(source)
+    """Adds the data set of a source to the ``meta`` of examples that were loaded from it."""
+    of_source = data_sets_in(source)
     for example in examples:
-        found = data_sets_of([example]) | named
-        yield replace(example, meta=example.meta | ({DATA_SETS: found} if found else {}))
+        sets = data_sets_of([example]) | of_source
+        yield replace(example, meta=example.meta | ({DATA_SETS: sets} if sets else {}))
 
 
 def is_test_split(source: str, split: str | None = None) -> bool:
-    """Whether questions are of a final comparison: the split, an option or the file says ``test``.
+    """Whether a source holds test questions: its split, an option or the file name says ``test``.
 
-    ``split`` is what is read if the source names none.
+    ``split`` is the split that is read if the source names none.
     """
     name, _, options = source.partition("?")
     default = split if split and "split=" not in options else ""
-    shown = f"{Path(name).name}?{options}?{default}".lower()  # not the folders above a file
-    return _TEST.search(shown) is not None
+    words = f"{Path(name).name}?{options}?{default}".lower()  # without the folders of a file
+    return _TEST.search(words) is not None

@@ -1,4 +1,4 @@
-"""Sources as one string, ``NAME?key=value&key=value``: its options, and the generated sources."""
+"""Source names, ``NAME?key=value&key=value``: their options, and the generators."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from blocktune.parsing import build_config, parse_yaml
 
 
 class SourceName(NamedTuple):
-    """A parsed source: the text before ``?``, and the options after it."""
+    """A parsed source."""
 
-    text: str
-    name: str
-    options: dict[str, str]
+    text: str  # the whole string
+    name: str  # the part before ``?``
+    options: dict[str, str]  # the part after ``?``
 
 
 def parse_source(source: str) -> SourceName:
-    """Parses a source; a file whose name holds a question mark has no options."""
+    """Parses a source. An existing file whose name contains a question mark has no options."""
     if Path(source).is_file():
         return SourceName(source, source, {})
     name, _, query = source.partition("?")
@@ -40,7 +40,7 @@ def parse_source(source: str) -> SourceName:
 
 
 def with_fields(source: str, mapping: str | None) -> str:
-    """A source with ``--fields question=input,chunks=context`` written as its option."""
+    """Appends ``--fields question=input,chunks=context`` to a source as an option."""
     if mapping is None:
         return source
     pairs = [pair.replace("=", ":", 1) for pair in mapping.split(",")]
@@ -50,7 +50,7 @@ def with_fields(source: str, mapping: str | None) -> str:
 
 
 def _mapping(text: str) -> dict[str, str]:
-    """Reads ``question:input,chunks:context``."""
+    """Parses ``question:input,chunks:context`` to new name -> old name."""
     pairs = [tuple(map(str.strip, pair.partition(":")[::2])) for pair in text.split(",")]
     if not all(new and old for new, old in pairs) or len(dict(pairs)) < len(pairs):
         raise ValueError(
@@ -65,18 +65,18 @@ KNOWN = ("split", "as", "fields", "chunker", "tokenizer", "shots", "shots_from",
 
 @dataclass(frozen=True)
 class Reading:
-    """What the options after ``?`` say; all other options are the chunker's."""
+    """Options of a source (`KNOWN`); all others belong to the chunker."""
 
     split: str | None = None  # of a Hub data set
-    shape: str | None = None  # record shape (``as=``), or None to tell it by the fields
-    fields: Mapping[str, str] | None = None  # to rename first: new name -> old name
-    chunker: Chunker | None = None  # cuts records that have no chunks of their own
+    shape: str | None = None  # record shape (``as=``); None: detected by the fields
+    fields: Mapping[str, str] | None = None  # fields to rename: new name -> old name
+    chunker: Chunker | None = None  # splits records that have no chunks
     tokenizer: PreTrainedTokenizerBase | None = None  # counts tokens for the chunker
-    shots: int | None = None  # solved examples as chunks, for ``few-shot``; None means 5
-    shots_from: str | None = None  # split that they are drawn from; None means the one that is read
-    seed: int | None = None  # of that draw; None means 0
-    # seed of a random order, so that a limit samples the whole set (MuSiQue's files are sorted by
-    # hops); None keeps the order
+    shots: int | None = None  # solved examples given as chunks, for ``few-shot``; None: 5
+    shots_from: str | None = None  # split that the shots are drawn from; None: the same split
+    seed: int | None = None  # of the choice of shots; None: 0
+    # seed of a random order, so that a limit samples the whole data set (MuSiQue's files are sorted
+    # by hops); None keeps the order
     shuffle: int | None = None
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ def read_options(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chunker: Chunker | None = None,
 ) -> Reading:
-    """Reads a source's options; arguments override them. A ValueError names the source."""
+    """Reads a source's options; arguments override them. Raises ValueError, naming the source."""
     options = dict(source.options)
     own = {key: options.pop(key) for key in KNOWN if key in options}
     if options and "chunker" not in own:
@@ -134,24 +134,22 @@ Tokenizer = PreTrainedTokenizerBase | None
 
 
 class Generator(NamedTuple):
-    """A source that is generated from a seed, with no file and no network.
+    """A source that is generated from a seed, without files or network."""
 
-    ``read`` gets what follows the colon, the options, and a tokenizer or None.
-    """
-
+    # arguments: the text after the colon, the options, and a tokenizer or None
     read: Callable[[str, dict[str, str], Tokenizer], Examples]
-    becomes: str
-    example: str
+    becomes: str  # what it generates, in words
+    example: str  # a complete source
 
 
 def generators() -> dict[str, Generator]:
-    """`GENERATORS`, with those of plug-ins."""
+    """`GENERATORS`, after all plug-ins are loaded."""
     plugins.load_all()
     return GENERATORS
 
 
 def generate(source: SourceName, tokenizer: Tokenizer) -> Examples | None:
-    """Examples of a generated source, or None; an unknown prefix loads the plug-ins."""
+    """Generates examples; None if no generator has the prefix. Loads plug-ins if necessary."""
     prefix, colon, rest = source.name.partition(":")
     if not colon or (prefix not in GENERATORS and prefix not in generators()):
         return None
@@ -159,7 +157,7 @@ def generate(source: SourceName, tokenizer: Tokenizer) -> Examples | None:
 
 
 def refuse_rest(what: str, rest: str) -> None:
-    """Refuses text after the colon of a generator that has options alone."""
+    """Raises ValueError for text after the colon of a generator that has only options."""
     if rest:
         raise ValueError(f"'{what}:' is followed by options, '{what}:?n=10'; got '{what}:{rest}'")
 
@@ -194,4 +192,4 @@ GENERATORS: dict[str, Generator] = {
         "needle:?lengths=1024,4096&depths=0,50,100&n=20&tokenizer=MODEL",
     ),
 }
-"""By what precedes the colon; a plug-in enters its own here."""
+"""Generators by the prefix before the colon. Plug-ins add their own."""

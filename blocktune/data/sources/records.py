@@ -1,4 +1,4 @@
-"""Records of local files and of the Hugging Face Hub, each with the place that an error names."""
+"""Reads raw records from files and the Hugging Face Hub, each with its place for error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from blocktune.prompt.format import require_unicode
 WANTED = "a JSON list, JSON lines, CSV, Parquet or Arrow (also .gz, .bz2, .xz)"
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow file", b"\xff\xff\xff\xff": "arrow stream"}
-_OTHERS = {
+_UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Office file",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"%PDF": "a PDF",
@@ -33,14 +33,14 @@ _OTHERS = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-_LONE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells half of a surrogate pair, or a whole one
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escape of a surrogate, paired or lone
 
 MOST_PARAGRAPHS = 10
-"""Paragraphs of a SQuAD article that one question is asked over, as in HotpotQA."""
+"""Number of paragraphs in the context of a SQuAD question, as in HotpotQA."""
 
 
 _WRAPPERS = ("data", "rows", "examples", "instances", "records", "questions")
-"""Fields that hold a file's records where the file is one object."""
+"""Fields that may hold the records if the file is a single object."""
 
 
 class Record(NamedTuple):
@@ -51,25 +51,26 @@ class Record(NamedTuple):
 
 
 class LeftOut(Exception):
-    """Raised for a row that cannot become an example, which the source is known to contain."""
+    """Raised for an unusable row of a kind that its data set is known to contain."""
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Reads a file; the format is detected by its content, and CSV by its suffix.
+    """Reads a file. The format is detected by content, except CSV, which is detected by suffix.
 
-    SQuAD's articles give one record per question. A ValueError names file and line if the file is
-    missing, empty or of no known format, an object has a key twice, or a string is not text.
+    SQuAD articles are split into one record per question. Raises ValueError, naming file and line,
+    if the file is missing, empty or of an unknown format, an object has a duplicate key, or a
+    string is not valid Unicode.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"'{path}' is not a file; give {WANTED}")
     head = path.open("rb").read(8)
-    if kind := _told_by(head, _TABLES):
+    if kind := _by_magic(head, _TABLES):
         yield from _from_table(path, kind)
         return
-    if kind := _told_by(head, _OTHERS):
+    if kind := _by_magic(head, _UNSUPPORTED):
         raise ValueError(f"{path.name} looks like {kind}, which is not read; give {WANTED}")
-    opener = _told_by(head, _COMPRESSED) or open
+    opener = _by_magic(head, _COMPRESSED) or open
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
@@ -77,7 +78,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
                 yield from _from_csv(path.name, stream)
                 return
             for record in _from_json(path.name, stream):
-                yield from _unfolded(record)
+                yield from _expand(record)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text ({error}); give {WANTED}") from None
     except RecursionError:
@@ -86,7 +87,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
         raise ValueError(f"{path.name} is damaged ({error}); copy it again") from None
 
 
-def _told_by(head: bytes, table: Mapping[bytes, Any]) -> Any:
+def _by_magic(head: bytes, table: Mapping[bytes, Any]) -> Any:
+    """Looks up a file's first bytes in a table of magic numbers."""
     return next((kind for magic, kind in table.items() if head.startswith(magic)), None)
 
 
@@ -113,7 +115,7 @@ def _from_json(name: str, stream) -> Iterator[Record]:
 
 def _decoded(text: str, where: str, wanted: str = "") -> Any:
     try:
-        value = json.loads(text, object_pairs_hook=_each_once)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except ValueError as error:  # also a key given twice, or a number of 5,000 digits
         reason = getattr(error, "msg", error)
         if not wanted and isinstance(error, json.JSONDecodeError):
@@ -121,17 +123,17 @@ def _decoded(text: str, where: str, wanted: str = "") -> Any:
         elif not text.lstrip().startswith(("{", "[", '"')):
             wanted += ', such as {"text": "a passage"}'
         raise ValueError(f"{where}: not JSON ({reason}){wanted}") from None
-    if _LONE.search(text):
+    if _SURROGATE.search(text):
         _require_text(value, "", where)
     return value
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"'{key}' is given twice in one object")
-    return made
+    return unique
 
 
 def _require_text(value: Any, name: str, where: str) -> None:
@@ -146,9 +148,9 @@ def _require_text(value: Any, name: str, where: str) -> None:
 
 
 def _from_csv(name: str, stream) -> Iterator[Record]:
-    """Rows by the header's names; a cell that holds a list or an object is decoded.
+    """Reads rows as objects, with names from the header. Cells with a list or object are decoded.
 
-    What separates the header's names is the most frequent of comma, tab and semicolon.
+    The delimiter is whichever of comma, tab and semicolon is most frequent in the header.
     """
     csv.field_size_limit(sys.maxsize)  # a context is longer than the default of 128 KiB
     header = stream.readline()
@@ -156,8 +158,8 @@ def _from_csv(name: str, stream) -> Iterator[Record]:
     rows = csv.DictReader(stream, delimiter=max(",\t;", key=header.count))
     try:
         names = rows.fieldnames or []
-        if twice := [column for column in names if names.count(column) > 1]:
-            raise ValueError(f"{name}: the header gives the column '{twice[0]}' twice")
+        if repeated := [column for column in names if names.count(column) > 1]:
+            raise ValueError(f"{name}: the header gives the column '{repeated[0]}' twice")
         for row in rows:
             where = f"{name}, line {rows.line_num}"
             if None in row or None in row.values():
@@ -171,7 +173,7 @@ def _from_csv(name: str, stream) -> Iterator[Record]:
 
 def _cell(text: str) -> Any:
     if text[:1] in ("[", "{"):
-        for read in (json.loads, ast.literal_eval):  # as JSON, or as pandas writes a list
+        for read in (json.loads, ast.literal_eval):  # pandas writes Python literals
             try:
                 return read(text)
             except (ValueError, SyntaxError):
@@ -202,31 +204,31 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
         raise ValueError(f"{path.name} is not a whole {kind} file ({reason})") from None
 
 
-def _unfolded(record: Record) -> Iterator[Record]:
-    """A record, or those that it holds.
+def _expand(record: Record) -> Iterator[Record]:
+    """Yields a record, or the records nested in it.
 
-    A record may hold them in a list (unless it is a passage itself), in columns, keyed by question
-    id, or nested as in SQuAD: articles, then questions.
+    Records may be nested in a list (unless the outer one is a passage), in columns, in an object
+    keyed by question id, or in SQuAD's articles.
     """
     value = record.value if isinstance(record.value, Mapping) else {}
-    lists = [key for key, one in value.items() if isinstance(one, list | dict)]
+    lists = [key for key, entry in value.items() if isinstance(entry, list | dict)]
     is_passage = any(isinstance(value.get(key), str) for key in TEXT_KEYS)
     paragraphs, question = value.get("paragraphs"), value.get("question")
-    held: Iterable[tuple[str, Any]] = ()
+    nested: Iterable[tuple[str, Any]] = ()
     if len(lists) == 1 and lists[0] in _WRAPPERS and question is None and not is_passage:
-        held = ((f"{lists[0]}[{index}]", one) for index, one in enumerate(value[lists[0]]))
+        nested = ((f"{lists[0]}[{index}]", entry) for index, entry in enumerate(value[lists[0]]))
     elif isinstance(question, list) and all(
         isinstance(column, list) and len(column) == len(question) for column in value.values()
     ):
         rows = (dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True))
-        held = ((f"row {index}", row) for index, row in enumerate(rows, start=1))
-    elif {"row_idx", "row"} <= value.keys():  # as the Hub's viewer gives them
-        held = [("row", value["row"])]
-    elif value and all(isinstance(one, Mapping) and "question" in one for one in value.values()):
-        held = ((str(key), {"id": str(key)} | one) for key, one in value.items())
-    if held:
-        for name, one in held:
-            yield from _unfolded(Record(f"{record.where}, {name}", one))
+        nested = ((f"row {index}", row) for index, row in enumerate(rows, start=1))
+    elif {"row_idx", "row"} <= value.keys():  # from the Hub's data set viewer
+        nested = [("row", value["row"])]
+    elif value and all(isinstance(v, Mapping) and "question" in v for v in value.values()):
+        nested = ((str(key), {"id": str(key)} | entry) for key, entry in value.items())
+    if nested:
+        for name, entry in nested:
+            yield from _expand(Record(f"{record.where}, {name}", entry))
     elif isinstance(paragraphs, list) and any(
         isinstance(p, Mapping) and {"context", "qas"} <= p.keys() for p in paragraphs
     ):
@@ -236,21 +238,21 @@ def _unfolded(record: Record) -> Iterator[Record]:
 
 
 def _questions_of(article: Record) -> Iterator[Record]:
-    """A SQuAD article's questions, each over its own and other paragraphs of the article.
+    """Makes a record of each question of a SQuAD article, over its own and other paragraphs.
 
-    The others, `MOST_PARAGRAPHS` - 1 at most, are drawn by the question's id; order is kept.
+    Up to `MOST_PARAGRAPHS` - 1 others are drawn, seeded by the question's id, and kept in order.
     """
     title, paragraphs = article.value.get("title"), article.value["paragraphs"]
     for own, paragraph in enumerate(paragraphs):
         try:
             questions = list(paragraph["qas"])
             chunks = [{"title": title, "text": p["context"]} for p in paragraphs]
-            for index, asked in enumerate(questions):
+            for index, question in enumerate(questions):
                 where = f"{article.where}, paragraphs[{own}].qas[{index}]"
-                rng = Random(f"squad/{asked.get('id', where)}")
+                rng = Random(f"squad/{question.get('id', where)}")
                 others = [i for i in range(len(chunks)) if i != own]
                 kept = sorted([own, *rng.sample(others, min(len(others), MOST_PARAGRAPHS - 1))])
-                fields = {**asked, "chunks": [chunks[i] for i in kept]}
+                fields = {**question, "chunks": [chunks[i] for i in kept]}
                 yield Record(where, fields | {"supporting": [kept.index(own)]})
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
@@ -262,9 +264,9 @@ def _questions_of(article: Record) -> Iterator[Record]:
 def read_hub(
     source: DataSet, split: str | None = None, limit: int | None = None, shuffle: int | None = None
 ) -> Iterator[Record]:
-    """Reads a data set with ``datasets``; a large set needs a limit.
+    """Reads a data set with the library ``datasets``. A streamed data set needs a limit.
 
-    ``shuffle`` is the seed of another order; a streamed set is shuffled within a buffer.
+    ``shuffle`` seeds a random order; a streamed data set is shuffled only within a buffer.
     """
     split = split or source.split
     name = source.at
@@ -285,15 +287,15 @@ def read_hub(
         else:
             order = Random(shuffle).sample(range(len(rows)), len(rows))
             numbered = ((index + 1, rows[index]) for index in order)
-        for number, row in numbered:  # as in the set, except in a shuffled stream
+        for number, row in numbered:  # number within the data set, except in a shuffled stream
             yield Record(f"{name} ({split}), record {number}", row)
-    except Exception as error:  # of any type, since files may hold anything
+    except Exception as error:  # damaged or unexpected files raise errors of any type
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"cannot load 'hf:{name}' (split '{split}'): {reason}") from None
 
 
-def at(record: Record, parse) -> Any:
-    """Parses a record and puts its place before an error."""
+def parse_record(record: Record, parse) -> Any:
+    """Applies ``parse`` to a record's value. Errors become a ValueError that names its place."""
     try:
         if not isinstance(record.value, dict | str):
             raise ValueError(f"must be an object, got {type(record.value).__name__}")

@@ -1,4 +1,4 @@
-"""Records of questions over passages, as public data sets have them, read as examples."""
+"""Converters of question-answering records, in the formats of public data sets, to examples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blocktune.data.sources.records import LeftOut
 from blocktune.prompt.format import Chunk
 
 PASSAGES = ("ctxs", "passages", "contexts", "retrieved_contexts", "documents", "docs")
-"""Fields that hold a question's passages, beside blocktune's own ``chunks``."""
+"""Fields that may hold a question's passages, besides blocktune's own ``chunks``."""
 SUMMARIZE = "Write a short summary of the text above."
 
 _NUMBERED = re.compile(r"^(?=Passage \d+:\n)", re.MULTILINE)
@@ -29,7 +29,7 @@ _NUMBERED = re.compile(r"^(?=Passage \d+:\n)", re.MULTILINE)
 
 
 class Cutter(NamedTuple):
-    """A chunker with the tokenizer it may count by."""
+    """A chunker, with the tokenizer that it needs to count tokens."""
 
     chunker: Chunker
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -44,7 +44,7 @@ class Cutter(NamedTuple):
 
 
 def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
-    """Blocktune's own record; ``chunks`` may be one text, which a cutter cuts."""
+    """Converts blocktune's own format, in which ``chunks`` may be one text that a cutter splits."""
     if record.get("is_impossible") is True and not record.get("response"):
         raise LeftOut("marked as impossible to answer")
     answers = record.get("answers")
@@ -59,23 +59,23 @@ def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExa
 
 
 def parse_musique(record: Mapping[str, Any]) -> RagExample:
-    """MuSiQue: 20 paragraphs, the hops in the id (``'3hop1__...'``).
+    """Converts MuSiQue: 20 paragraphs; the id gives the number of hops (``'3hop1__...'``).
 
     Source: https://github.com/StonyBrookNLP/musique, ``musique_*_v1.0_*.jsonl``.
     """
     if record.get("answerable") is False:
         raise LeftOut("not answerable from its paragraphs")
     hops = len(record.get("question_decomposition") or ())
-    named = re.match(r"(\d+)hop", str(record.get("id", "")))
-    hops = int(named[1]) if named else hops
+    match = re.match(r"(\d+)hop", str(record.get("id", "")))
+    hops = int(match[1]) if match else hops
     return _example(record, "paragraphs", kind=f"{hops}-hop" if hops else "")
 
 
 def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
-    """HotpotQA and 2WikiMultihopQA, as released and as on the Hub; SQuAD as on the Hub.
+    """Converts HotpotQA and 2WikiMultihopQA, original or from the Hub, and SQuAD from the Hub.
 
-    ``context`` holds passages in any form that `RagExample` reads, or is one text. Rows without a
-    context are known in 2WikiMultihopQA extracts and left out.
+    ``context`` is one text, or passages in any form that `RagExample` reads. Some copies of
+    2WikiMultihopQA have rows without a context, which are left out.
 
     Source: https://hotpotqa.github.io, https://github.com/Alab-NII/2wikimultihop.
     """
@@ -93,7 +93,7 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
 
 
 def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
-    """A question over `PASSAGES`: CacheBlend's and FiD's ``ctxs``, RAGAS' ``contexts``.
+    """Converts a question with `PASSAGES`: CacheBlend's and FiD's ``ctxs``, RAGAS' ``contexts``.
 
     Source: https://github.com/YaoJiayi/CacheBlend, ``inputs/``.
     """
@@ -102,10 +102,10 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
 
 
 def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """LongBench and InfiniteBench: ``input`` is the question, ``context`` one long text.
+    """Converts LongBench and InfiniteBench: ``input`` is the question, ``context`` one long text.
 
-    The context is cut where its passages are numbered, else by the cutter. Summaries have no
-    question of their own.
+    The context is split at its numbered passages, else by the cutter. Summarisation tasks have a
+    blank question, which becomes `SUMMARIZE`.
 
     Source: LongBench, arXiv:2308.14508.
     """
@@ -128,7 +128,9 @@ def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 
 def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """TriviaQA ``rc``: its evidence pages, cut; ``blocktune data passages`` keeps the best chunks.
+    """Converts TriviaQA ``rc``. The chunks are all its evidence pages, split by the cutter.
+
+    ``blocktune data passages`` can select the best chunks.
 
     Source: TriviaQA, arXiv:1705.03551, as on the Hub.
     """
@@ -143,10 +145,10 @@ def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 def _pages(record: Mapping[str, Any], field: str, texts: str) -> list[tuple[str | None, str]]:
     pages = record.get(field) or {}
-    found = pages.get(texts, []) if isinstance(pages, Mapping) else None
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    bodies = pages.get(texts, []) if isinstance(pages, Mapping) else None
+    if not isinstance(bodies, list) or not all(isinstance(text, str) for text in bodies):
         raise field_error(field, f'an object of lists "title", "{texts}"', pages)
-    return list(zip(pages.get("title", [None] * len(found)), found, strict=False))
+    return list(zip(pages.get("title", [None] * len(bodies)), bodies, strict=False))
 
 
 def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
@@ -166,18 +168,18 @@ def _example(
     kind: str,
     supporting: Collection[str] = (),
 ) -> RagExample:
-    """Builds the example from the passages in the field ``name``.
+    """Builds an example from the passages in the field ``name``.
 
-    A blank passage has nothing to encode and is counted in ``meta``. ``supporting`` are titles of
-    passages that hold the evidence, beside those that say so.
+    Drops blank passages and counts them in ``meta``. ``supporting`` holds titles of supporting
+    passages, in addition to passages with ``is_supporting``.
     """
     entries = passages_in(record.get(name), name)
     passages = [chunk_fields(entry, f"{name}[{i}]") for i, entry in enumerate(entries)]
-    full = [p for p in passages if not (isinstance(p["text"], str) and not p["text"].strip())]
-    if entries and not full:
+    kept = [p for p in passages if not (isinstance(p["text"], str) and not p["text"].strip())]
+    if entries and not kept:
         raise LeftOut("no passage with text")
-    blank = len(passages) - len(full)
-    chunks = read_chunks(full, name)
+    blank = len(passages) - len(kept)
+    chunks = read_chunks(kept, name)
     return RagExample(
         question=record.get("question"),
         chunks=chunks,
@@ -194,7 +196,7 @@ def _example(
 
 
 def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """``answers``, else ``answer``, and aliases; none where a test set is released without."""
+    """Answers and aliases of a record; empty for a test set that is released without answers."""
     name = "answer" if record.get("answers") is None else "answers"
     if record.get(name) is None:
         return ()
@@ -202,5 +204,5 @@ def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def id_of(record: Mapping[str, Any]) -> str:
-    """The identifier of a record, or an empty text."""
+    """The identifier of a record, or an empty string."""
     return next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")

@@ -1,7 +1,4 @@
-"""Records that are not a question over passages: conversations, documents, summaries, pairs.
-
-A chunker cuts them; the last piece is what the model writes.
-"""
+"""Converters of records that are no question over passages: conversations, documents, pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from blocktune.data.sources.schemas import SUMMARIZE, Cutter, id_of
 from blocktune.prompt.format import Chunk
 
 CONTINUE = "Continue the text above."
-POOL = 1000  # instances that shots are drawn from: the first of a source, whatever its limit
+POOL = 1000  # shots are drawn from the first 1,000 instances of a source, whatever its limit
 _ROLES = {role: role for role in SPEAKERS} | {
     "human": "user",
     "gpt": "assistant",
@@ -30,7 +27,7 @@ _ROLES = {role: role for role in SPEAKERS} | {
     "developer": "system",
     "function": "tool",
 }
-_CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")  # a fence, or a line indented like code
+_CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")  # a Markdown code fence or an indented line
 _PAIRS = (
     ("dialogue", "summary", "Dialogue", "Summary"),
     ("document", "summary", "Document", "Summary"),
@@ -38,14 +35,14 @@ _PAIRS = (
     ("prompt", "completion", "Input", "Output"),
     ("input", "output", "Input", "Output"),
 )
-"""Fields of a task's instances, and their names in a shot."""
+"""Input and output field of few-shot tasks, and the labels of both in a shot."""
 
 
 def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """A conversation: the last user message asks, the assistant's reply to it is the response.
+    """Converts a conversation: the last user message is the question, its reply the response.
 
-    Earlier messages are cut into chunks. A single question is itself cut, and its last piece is
-    the question; one with code is left out, since cutting would break it.
+    Earlier messages are split into chunks. If there are none, the user message itself is split, and
+    its last span is the question. It is left out if it contains code, which splitting would break.
 
     Source: KVLink's ``sft_mem`` and Block-Attention's Tulu-3 data (Tulu: ``messages``).
     """
@@ -55,36 +52,36 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
         messages.pop()
     if len(messages) < 2 or messages[-2].role != "user":
         raise LeftOut("no user message with a reply")
-    *history, asked, reply = messages
-    question = asked.text
+    *history, last, reply = messages
+    question = last.text
     chunks = chunks_of(cutter.messages(history))
     if all(message.role == "system" for message in history):
-        if _CODE.search(asked.text):
+        if _CODE.search(last.text):
             raise LeftOut("a single message that holds code")
-        *spans, question = tidy(cutter.text(asked.text))
+        *spans, question = tidy(cutter.text(last.text))
         chunks += tuple(map(Chunk, spans))
     if not chunks:
         raise LeftOut("a single message that the chunker leaves whole")
-    said = tuple((message.role, message.text) for message in (*history, asked))
+    turns = tuple((message.role, message.text) for message in (*history, last))
     return RagExample(
         question=trimmed(question),
         chunks=chunks,
         response=reply.text,
         kind="chat",
         id=id_of(record),
-        conversation=said if is_conversation(said) else (),
+        conversation=turns if is_conversation(turns) else (),
     )
 
 
 def parse_grounded(record: Mapping[str, Any]) -> RagExample:
-    """A conversation over ``documents``: the user asks, every reply is one to learn.
+    """Converts a conversation over ``documents``; every reply is a training target.
 
-    ``meta["system"]`` is the system's turn, which training puts into the prompt.
+    ``meta["system"]`` holds the system message, which training puts into the prompt.
     """
     if record.get("messages") is not None:
         messages = _messages(record, "messages")
     else:
-        messages = [*_said(record, "prompt"), *_said(record, "completion")]
+        messages = [*_trl_messages(record, "prompt"), *_trl_messages(record, "completion")]
     meta = {"system": messages.pop(0).text} if messages and messages[0].role == "system" else {}
     roles = [message.role for message in messages]
     if roles != ["user"] and (not roles or roles != ["user", "assistant"] * (len(roles) // 2)):
@@ -100,8 +97,8 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
     )
 
 
-def _said(record: Mapping[str, Any], name: str) -> list[Message]:
-    """The messages of TRL's ``prompt`` or ``completion``, either of which may be a text."""
+def _trl_messages(record: Mapping[str, Any], name: str) -> list[Message]:
+    """Reads the messages of TRL's ``prompt`` or ``completion``, each of which may be a string."""
     value = record.get(name)
     if isinstance(value, str | None):
         role = "user" if name == "prompt" else "assistant"
@@ -110,7 +107,7 @@ def _said(record: Mapping[str, Any], name: str) -> list[Message]:
 
 
 def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """A plain text: all spans but the last are chunks, the last is what the model writes.
+    """Converts a plain text: its last span is the training target, the others are chunks.
 
     Source: KVLink's ``text_mem`` on FineWeb.
     """
@@ -124,7 +121,7 @@ def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 
 def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """A text and its summary; MultiNews' documents, separated by ``|||||``, stay whole.
+    """Converts a text with its summary. Each of MultiNews' documents (``|||||``) is one chunk.
 
     Source: KVLink's ``xsum``; MultiNews, arXiv:1906.01749.
     """
@@ -138,25 +135,25 @@ def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 
 def parse_pair(record: Mapping[str, Any]) -> RagExample:
-    """One instance of a task, whose only chunk is itself as a shot; see `with_shots`.
+    """Converts an input-output pair. Its only chunk is the solved pair, for use by `with_shots`.
 
     Source: CacheBlend's SAMSum, where each solved example in the context is a chunk.
     """
-    there = [pair for pair in _PAIRS if pair[0] in record and pair[1] in record]
-    said = [pair for pair in there if None not in (record[pair[0]], record[pair[1]])]
-    for field, target, name, label in said or there:
-        given, wanted = _text(record, field).strip(), _text(record, target).strip()
+    present = [pair for pair in _PAIRS if pair[0] in record and pair[1] in record]
+    filled = [pair for pair in present if None not in (record[pair[0]], record[pair[1]])]
+    for field, target, name, label in filled or present:
+        given, answer = _text(record, field).strip(), _text(record, target).strip()
         question = f"{name}:\n{given}\n{label}:"
-        shot = Chunk(f"{question} {wanted}")
-        return RagExample(question, (shot,), (wanted,), None, "few-shot", id_of(record))
+        shot = Chunk(f"{question} {answer}")
+        return RagExample(question, (shot,), (answer,), None, "few-shot", id_of(record))
     known = "; ".join(f"{field}, {target}" for field, target, *_ in _PAIRS)
     raise ValueError(f"a pair must have the fields of one of {known}; got {', '.join(record)}")
 
 
 def parse_session(record: Mapping[str, Any]) -> RagExample:
-    """MT-RAG: a conversation over retrieved ``contexts``; the last message asks.
+    """Converts MT-RAG: a conversation over retrieved ``contexts``.
 
-    The messages before it are of this conversation alone, so they are part of the question.
+    All its messages become the question: they are no passages that others could reuse.
 
     Source: https://github.com/IBM/mt-rag-benchmark, reference tasks.
     """
@@ -183,18 +180,18 @@ def with_shots(
     seed: int = 0,
     others: Iterable[RagExample] | None = None,
 ) -> Iterator[RagExample]:
-    """Few-shot: gives every instance ``shots`` other solved instances as chunks, never itself.
+    """Gives every example ``shots`` other solved examples as chunks (few-shot).
 
-    They come from ``others``, e.g. another split, or the examples themselves. Example ``i`` gets
-    the same ones for any number of examples.
+    They are drawn from ``others``, e.g. another split, or else from ``examples``, but never the
+    example itself. The draw for example ``i`` does not depend on the number of examples.
     """
     examples = iter(examples)
     pool = list(islice(examples if others is None else others, POOL))
-    spare = shots + (others is None)
-    if len(pool) < spare:
-        raise ValueError(f"{shots} shots need {spare} instances, got {len(pool)}; lower shots")
+    needed = shots + (others is None)  # the example itself may be drawn
+    if len(pool) < needed:
+        raise ValueError(f"{shots} shots need {needed} instances, got {len(pool)}; lower shots")
     for index, example in enumerate(examples if others is not None else chain(pool, examples)):
-        drawn = Random(f"shots/{seed}/{index}").sample(range(len(pool)), spare)
+        drawn = Random(f"shots/{seed}/{index}").sample(range(len(pool)), needed)
         kept = drawn if others is not None else [i for i in drawn if i != index]
         yield replace(example, chunks=tuple(pool[i].chunks[0] for i in kept[:shots]))
 
@@ -210,7 +207,7 @@ def _messages(record: Mapping[str, Any], name: str) -> list[Message]:
 def _message(name: str, entry: Mapping[str, Any]) -> Message:
     role = entry.get("role", entry.get("from", entry.get("speaker")))
     text = entry.get("content", entry.get("value", entry.get("text")))
-    if isinstance(text, list):  # parts, of which those of text are kept
+    if isinstance(text, list):  # content parts; only text is kept
         text = "".join(part.get("text") or "" for part in text if isinstance(part, Mapping))
     if role not in _ROLES or not isinstance(text, str | None):
         raise field_error(name, f"messages of the roles {', '.join(_ROLES)}, with text", entry)
@@ -218,7 +215,7 @@ def _message(name: str, entry: Mapping[str, Any]) -> Message:
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:
-    value = record.get(field, 0)  # absent is a mistake, null is a row without it
+    value = record.get(field, 0)  # a missing field is an error; null is an unusable row
     if not isinstance(value, str | None):
         raise field_error(field, "a string", record.get(field))
     if not (value or "").strip():
