@@ -1,4 +1,4 @@
-"""The table over all recipes and seeds as Markdown, beside the JSON file that it is made from."""
+"""Renders the results of all recipes and seeds as a Markdown page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ HEADINGS = (
 
 
 def page_of(report: Mapping[str, Any]) -> str:
-    """Title, verdicts, table, provenance."""
+    """The page: title, verdict, table and provenance."""
     lines = ["# 2,000 samples, LoRA, disjoint worlds", "", _verdict(report), ""]
     rows = [
         _baseline(name.replace("_", "-"), report[name])
         for name in ("full_prefill", "cacheblend", "naive")
     ]
-    for name, found in report["recipes"].items():
+    for name, recipe in report["recipes"].items():
         bold = f"**{name}**" if name == report["best"]["recipe"] else name
-        rows.append(_recipe(bold, found))
+        rows.append(_recipe(bold, recipe))
     if control := report["control"]:
         rows.append(_recipe(f"{control['recipe']}, by full prefill", control))
     filled = [i for i in range(len(HEADINGS)) if any(row[i] for row in rows)]
@@ -33,12 +33,12 @@ def page_of(report: Mapping[str, Any]) -> str:
     sources = sorted({adapter["data"] for adapter in origin["adapters"].values()})
     lines += [
         "",
-        "Zero tokens recomputed; adjusted F1 in % over the questions that the base answers by full "
-        "prefill, raw F1 over all, ± half the 95 % interval; differences in points with their "
-        "paired intervals over questions, seeds averaged first; plain is `block_attention`. Tokens "
-        "and seconds of one seed, as its training logged them. Trained on "
-        f"{', '.join(sources)}: a sample is a context, with as many questions as `turns` says. "
-        f"Asked on {', '.join(report['asked_on'])}.",
+        "No tokens are recomputed. Adjusted F1 in % is over the questions that the base model "
+        "answers by full prefill, raw F1 over all, each ± half its 95 % interval. Differences are "
+        "in points with paired intervals over questions, after averaging over seeds; plain is "
+        "`block_attention`. Tokens and seconds are per seed, as logged in training. Trained on "
+        f"{', '.join(sources)}; a sample is a context with `turns` questions. "
+        f"Evaluated on {', '.join(report['asked_on'])}.",
         "",
         f"Made by `{origin['command']}` at commit `{origin['commit']}`, on {_machine(origin)}.",
     ]
@@ -46,25 +46,25 @@ def page_of(report: Mapping[str, Any]) -> str:
 
 
 def _machine(origin: Mapping[str, Any]) -> str:
-    found = origin["hardware"]
-    return ", ".join([*found["gpus"], f"{found['processor']} with {found['cores']} cores"])
+    parts = origin["hardware"]
+    return ", ".join([*parts["gpus"], f"{parts['processor']} with {parts['cores']} cores"])
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
     best = report["best"]
-    said = [
+    claims = [
         ("reaches 97 % of full prefill", best["minus_97_percent_of_full_prefill"]),
         ("beats CacheBlend at 15 %", best["minus_cacheblend"]),
         ("costs at most a point in full attention", best["full_attention"]["change"]),
     ]
-    words = [f"{what}: {'yes' if found['met'] else 'no'} ({_span(found)})" for what, found in said]
-    alone = best["seeds_minus_97_percent"].values()
+    tests = [f"{text}: {'yes' if gap['met'] else 'no'} ({_span(gap)})" for text, gap in claims]
+    seeds = best["seeds_minus_97_percent"].values()
     return (
         f"Best on {report['chosen_on']['source']}: `{best['recipe']}`, served by "
-        f"`{best['method']}`, {_percent(best['adjusted_f1'])} % of adjusted F1 on {best['n']:,} of "
-        f"{best['asked']:,} held-out questions. On the interval it " + "; it ".join(words) + f". "
-        f"Of its {len(alone)} seeds {sum(seed['met'] for seed in alone)} reach 97 % by themselves. "
-        f"Over all questions, also those that full prefill fails, it has "
+        f"`{best['method']}`, adjusted F1 {_percent(best['adjusted_f1'])} % on {best['n']:,} of "
+        f"{best['asked']:,} held-out questions. By the interval, it " + "; it ".join(tests) + f". "
+        f"{sum(seed['met'] for seed in seeds)} of its {len(seeds)} seeds reach 97 % by themselves. "
+        f"On all questions, including those that full prefill fails, it has "
         f"{_share(best['raw_of_full_prefill'])} of full prefill's F1."
     )
 
