@@ -58,9 +58,7 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     for label in shared:
         a, b = _scores(left[label]), _scores(right[label])
         if not (both := [key for key in b if key in a]):
-            raise ValueError(
-                f"the runs asked '{label}' no common question; compare runs of one task"
-            )
+            raise ValueError(f"the runs have no common question for '{label}'; compare one task")
         pairs[label] = [a[key] for key in both], [b[key] for key in both]
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
     adjusted, changes = holm(p), []
@@ -121,7 +119,7 @@ def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
     if p < ALPHA:
         return "differs"
     if needed is not None and needed > n:
-        return f"chance at this n; needs about {needed:,}"
+        return f"within chance; needs about {needed:,} questions"
     return "within chance"
 
 
@@ -210,5 +208,5 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
                 for n, mean, needed in unclear
             )
             count = next(iter(results["methods"].values()))["n"]
-            notes.append(f"{count:,} questions are too few to tell from {other}: {listed}.")
+            notes.append(f"{count:,} questions cannot tell these methods from {other}: {listed}.")
     return notes

@@ -1,7 +1,7 @@
 """Statistics of scores: confidence intervals in closed form, significance tests, power.
 
-The sample is the questions, with scores in [0, 1]. No interval has zero width: even if a method is
-right on all of a few questions, it may be wrong on the next one. A bootstrap would miss that.
+The sampling units are questions, with scores in [0, 1]. No interval has zero width: a method that
+is right on all of a few questions may be wrong on the next one, which a bootstrap would miss.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ class MethodSpec:
         if not self.label:
             object.__setattr__(self, "label", self.name)
         if "/" in self.label or self.label.startswith("."):
-            raise ValueError(f"label must name a file, got '{self.label}'; leave out slashes")
+            raise ValueError(
+                f"label must name a file, got '{self.label}'; remove slashes and a leading dot"
+            )
 
     def entry(self) -> dict[str, Any]:
         """The keys that were given, as `blocktune.methods.build_entry` takes them."""
@@ -241,7 +243,7 @@ def check_pools(pools: Any, labels: Sequence[str]) -> None:
     """Raises ValueError if a pool is not a list of two or more labels, or its name is a label."""
     for name, members in mapping(pools, "pool").items():
         if name in labels:
-            raise ValueError(f"pool '{name}' has the label of a method; rename it")
+            raise ValueError(f"pool '{name}' has the label of a method; rename the pool")
         if not isinstance(members, list) or len(members) < 2 or not set(members) <= set(labels):
             raise ValueError(
                 f"pool '{name}' must be a list of two or more method labels, got {members!r:.60}; "

@@ -69,27 +69,27 @@ def _verdict(report: Mapping[str, Any]) -> str:
     )
 
 
-def _baseline(name: str, found: Mapping[str, Any]) -> list[str]:
-    alone = found["em"].get("self-contained")
+def _baseline(name: str, numbers: Mapping[str, Any]) -> list[str]:
+    alone = numbers["em"].get("self-contained")
     return [
-        f"base, {name}", _score(found), *[""] * 7, _raw(found), _percent(alone), *[""] * 4,
+        f"base, {name}", _score(numbers), *[""] * 7, _raw(numbers), _percent(alone), *[""] * 4,
     ]  # fmt: skip
 
 
-def _recipe(name: str, found: Mapping[str, Any]) -> list[str]:
-    full, cost = found.get("full_attention"), found["cost"]
+def _recipe(name: str, numbers: Mapping[str, Any]) -> list[str]:
+    full, cost = numbers.get("full_attention"), numbers["cost"]
     return [
         name,
-        _score(found),
-        ", ".join(_percent(seed) for seed in found["seeds"].values()),
-        _share(found.get("of_full_prefill")),
-        _share(found.get("of_control")),
-        _span(found.get("minus_97_percent_of_full_prefill")),
-        _span(found.get("minus_cacheblend")),
-        _span(found.get("minus_naive")),
-        _span(found.get("minus_plain")),
-        _raw(found),
-        _percent(found["em"].get("self-contained")),
+        _score(numbers),
+        ", ".join(_percent(seed) for seed in numbers["seeds"].values()),
+        _share(numbers.get("of_full_prefill")),
+        _share(numbers.get("of_control")),
+        _span(numbers.get("minus_97_percent_of_full_prefill")),
+        _span(numbers.get("minus_cacheblend")),
+        _span(numbers.get("minus_naive")),
+        _span(numbers.get("minus_plain")),
+        _raw(numbers),
+        _percent(numbers["em"].get("self-contained")),
         f"{_percent(full['em'])} ({_span(full['change'])})" if full else "",
         f"{cost['tokens']:,.0f}",
         f"{cost['seconds']:,.0f}",
@@ -97,23 +97,23 @@ def _recipe(name: str, found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _score(found: Mapping[str, Any]) -> str:
-    return with_half(found["adjusted_f1"], found["ci95"], 1)
+def _score(numbers: Mapping[str, Any]) -> str:
+    return with_half(numbers["adjusted_f1"], numbers["ci95"], 1)
 
 
-def _raw(found: Mapping[str, Any]) -> str:
-    return with_half(found["raw_f1"], found["raw_ci95"], 1)
+def _raw(numbers: Mapping[str, Any]) -> str:
+    return with_half(numbers["raw_f1"], numbers["raw_ci95"], 1)
 
 
-def _span(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _span(numbers: Mapping[str, Any] | None) -> str:
+    if numbers is None:
         return ""
-    low, high = found["ci95"]
-    return f"{100 * found['mean']:+.1f}, {100 * low:+.1f} to {100 * high:+.1f}"
+    low, high = numbers["ci95"]
+    return f"{100 * numbers['mean']:+.1f}, {100 * low:+.1f} to {100 * high:+.1f}"
 
 
-def _share(found: Mapping[str, Any] | None) -> str:
-    return f"{100 * found['mean']:.0f} %" if found else ""
+def _share(numbers: Mapping[str, Any] | None) -> str:
+    return f"{100 * numbers['mean']:.0f} %" if numbers else ""
 
 
 def _percent(share: float | None) -> str:
