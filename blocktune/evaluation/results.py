@@ -214,7 +214,7 @@ def summarize(
             "f1": raw.mean,
             "substring_em": fmean(row.substring_em for row in own),
             "score": score.mean,
-            "scores": _further(own),
+            "scores": _further_metrics(own),
             "adjusted_f1": adjusted.mean,
             "n_kept": adjusted.num_kept,
             "adjusted_f1_bias": adjusted.bias,
@@ -251,7 +251,7 @@ def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
     return sum(row.usage["flops"] for row in own) / sum(row.usage["flops"] for row in full)
 
 
-def _further(own: Sequence[Row]) -> dict[str, float]:
+def _further_metrics(own: Sequence[Row]) -> dict[str, float]:
     """Means of the further metrics that all rows have; tasks may have different metrics."""
     names = [name for name in own[0].scores if all(name in row.scores for row in own)]
     return {name: fmean(row.scores[name] for row in own) for name in names}

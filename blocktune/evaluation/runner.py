@@ -87,9 +87,9 @@ def run_suite(
     Answers do not depend on where a run was interrupted or how many processes share it: the
     batches are always the same, and the caches only hold the chunks of the current batch.
 
-    Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``, and returns the
-    latter (see `build_results`), or None except in the main process. ``command`` is recorded in
-    the results (default: ``sys.argv``). ``processes`` defaults to those of the launcher.
+    Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
+    content of ``results.json`` (see `build_results`), or None except in the main process.
+    ``command`` is recorded (default: ``sys.argv``); ``processes`` are by default the launcher's.
 
     Raises:
         ValueError: Before the first question, if something cannot be run, or ``output`` has
@@ -148,7 +148,7 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
 def _answer_all(
     ready: Ready, files: Mapping[str, RowFile], processes: Processes, progress: Progress
 ) -> None:
-    """Asks all methods each batch before the next one, so that they share its encoded chunks."""
+    """Lets all methods answer a batch before the next one, so that they share encoded chunks."""
     work, chunks = processes.share(_missing(ready, files)), _BatchChunks()
     bar = progress.add_task("", total=sum(len(batch) * len(specs) for batch, specs in work))
     for batch, specs in work:

@@ -184,10 +184,10 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
 
 
 def _points(
-    axes: Axes, ground: Ground, label: str, x: Sequence[float], y: Sequence[float], **reach: Any
+    axes: Axes, ground: Ground, label: str, x: Sequence[float], y: Sequence[float], **bars: Any
 ) -> None:
     """Draws points of one method with their intervals, in its colour and marker."""
-    axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(ground, label), **reach)
+    axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(ground, label), **bars)
 
 
 def _below(label: str, score: float) -> str:
