@@ -17,7 +17,7 @@ from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
 
-COMMON_METRICS = ("em", "f1", "substring_em")  # metrics of the extracted answer that every row has
+COMMON = ("em", "f1", "substring_em")  # metrics of the extracted answer that every row has
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,7 @@ def make_row(
         kind=example.kind,
         prediction=answer.text,
         answer=extracted,
-        **{
-            metric: METRICS[metric].score(extracted, example.answers, None)
-            for metric in COMMON_METRICS
-        },
+        **{metric: METRICS[metric].score(extracted, example.answers, None) for metric in COMMON},
         recompute_ratio=answer.usage.recompute_ratio,
         usage=usage,
         score=scores[task.metric],
