@@ -1,8 +1,8 @@
-"""KVShareArena (arXiv:2609.10266): its frozen questions by any method, as its result files.
+"""Answers the frozen questions of KVShareArena (arXiv:2609.10266) and writes its result files.
 
-Questions, prompts and checksums come from a clone of the arena's repository; what is written passes
-its ``kva validate`` and is scored by its ``kva score``. Only the track of retrieved evidence is
-answered: the other one replays token ids of reports that one model wrote.
+Questions, prompts and checksums come from a clone of the arena's repository. The result files pass
+its ``kva validate``, and its ``kva score`` scores them. Only the track of retrieved evidence is
+supported: the other track replays token ids of reports that one particular model wrote.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ SUBSETS = ("qasper", "multifieldqa_en", "hotpotqa")
 QUESTIONS, ASSETS = Path("data/queryset"), Path("kvsharearena/assets")
 SCHEMA, PROMPT_KEY = "kva.result.v1", "P_c"
 COSTS = (
-    "recomputed and dense layer-tokens: payload tokens computed in each layer, counted on what was "
-    "executed; kv_bytes: keys and values of the payload as they are held; ttft_ms: from request to "
-    "first token, with lookup, join and rotation; chunks were encoded before"
+    "recomputed and dense layer-tokens: payload tokens computed in each layer, counted during "
+    "execution; kv_bytes: keys and values of the payload as stored in the cache; ttft_ms: from "
+    "request to first token, with lookup, join and rotation; chunks were encoded before"
 )
 
 
 @dataclass(frozen=True)
 class Exam:
-    """One subset: its questions, and what stands around chunks and question in every prompt."""
+    """One subset of the arena: its questions and its prompt template."""
 
     subset: str  # one of `SUBSETS`
-    rows: tuple[Mapping[str, Any], ...]  # ``_id``, ``input``, ``answers`` and ``chunks``, in order
-    sha256: str  # of the file of questions
-    system: str  # the system turn
-    around: tuple[str, str, str]  # text before the chunks, before the question, after it
-    max_new_tokens: int  # tokens to decode at most
+    rows: tuple[Mapping[str, Any], ...]  # questions: ``_id``, ``input``, ``answers``, ``chunks``
+    sha256: str  # digest of the question file
+    system: str  # system message
+    around: tuple[str, str, str]  # text before the chunks, before the question, and after it
+    max_new_tokens: int  # largest number of tokens to decode
 
     def pieces(self, row: Mapping[str, Any], engine: Engine) -> Pieces:
-        """The tokens of a prompt: every chunk is tokenised by itself, as the arena does."""
+        """The tokens of a prompt; each chunk is tokenised separately, as in the arena."""
         tokenizer, (before, between, after) = engine.tokenizer, self.around
         texts = UserText(tokenizer)
         tail = between + texts.safe(row["input"]) + after
         frame = render_frame(tokenizer, self.system, before, tail)
         prefix = with_bos(tokenizer, encode(tokenizer, frame.before))
-        chunks = [encode(tokenizer, one, split_special_tokens=True) for one in row["chunks"]]
+        chunks = [encode(tokenizer, text, split_special_tokens=True) for text in row["chunks"]]
         return Pieces(prefix, tuple(filter(None, chunks)), texts.encode(frame.after))
 
 
 def load_exam(folder: Path, subset: str) -> Exam:
-    """Reads a subset from a clone; ValueError if a file or field is missing or changed."""
+    """Reads a subset from a clone; ValueError if it is unknown, incomplete or was changed."""
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset '{subset}'; the arena has {', '.join(SUBSETS)}")
     name = f"{subset}_n100.jsonl"
@@ -76,8 +76,8 @@ def load_exam(folder: Path, subset: str) -> Exam:
     longbench = json.loads(_read(folder / ASSETS / "longbench_config.json"))
     before, _, rest = longbench["dataset2prompt"][subset].partition("{context}")
     between, _, after = rest.partition("{input}")
-    most = int(longbench["dataset2maxlen"][subset])
-    return Exam(subset, rows, digest, prompts[PROMPT_KEY], (before, between, after), most)
+    max_new_tokens = int(longbench["dataset2maxlen"][subset])
+    return Exam(subset, rows, digest, prompts[PROMPT_KEY], (before, between, after), max_new_tokens)
 
 
 def _read(path: Path) -> bytes:
@@ -97,45 +97,45 @@ def run_exam(
     limit: int | None = None,
     port: str = "port",
 ) -> Path:
-    """Answers an exam, writes its result file, and returns its path; a stopped run continues.
+    """Answers an exam, writes its result file and returns the path. An interrupted run resumes.
 
-    The engine's store and memory of prefixes are emptied after every question. ``output`` gets the
-    rows so far, too. Under a ``limit`` the file is not what ``kva validate`` wants. ``port`` says
-    who made the method: ``official``, ``port`` or ``reference``.
+    The engine's store and prefix cache are emptied after every question. Answers are also saved to
+    ``output`` one by one. With a ``limit``, ``kva validate`` rejects the file. ``port`` is the
+    provenance of the method's code: ``official``, ``port`` or ``reference``.
 
     Raises:
-        ValueError: If chunks of the method come from earlier prompts, a prompt does not fit into
-            the model's context, or the rows there are of other weights or questions.
+        ValueError: If the method takes chunks from earlier prompts, a prompt does not fit into the
+            model's context, or ``output`` has answers of other weights, methods or questions.
     """
     if method.history is not None:
         raise ValueError(
-            f"method '{method.name}' takes chunks out of earlier prompts, and the arena wants each "
+            f"method '{method.name}' takes chunks out of earlier prompts, but the arena wants each "
             "encoded by itself; choose another method"
         )
     slug = re.sub(r"[^a-z0-9_.-]+", "-", method.name.lower()).strip("-")
     rows_file = output / f"{slug}_re_{exam.subset}.rows.jsonl"
     about = {"fingerprint": engine.fingerprint, "method": repr(method), "sha256": exam.sha256}
-    asked = exam.rows[:limit]
+    questions = exam.rows[:limit]
     with resumed(rows_file) as lines:
         if lines and lines[0] != json.dumps(about):
             raise ValueError(
-                f"{rows_file} is of other weights, method or questions; name a new output"
+                f"{rows_file} is of other weights, method or questions; give another output folder"
             )
         if not lines:
             append_lines(rows_file, [json.dumps(about)])
-        known = {row["_id"]: row for row in map(json.loads, lines[1:])}
-        for row in asked:
-            if row["_id"] not in known:
-                known[row["_id"]] = answered(engine, method, exam, row)
-                append_lines(rows_file, [json.dumps(known[row["_id"]])])
-    results = [known[row["_id"]] for row in asked]
+        answers = {row["_id"]: row for row in map(json.loads, lines[1:])}
+        for row in questions:
+            if row["_id"] not in answers:
+                answers[row["_id"]] = answered(engine, method, exam, row)
+                append_lines(rows_file, [json.dumps(answers[row["_id"]])])
+    results = [answers[row["_id"]] for row in questions]
     path = output / f"{slug}_re_{exam.subset}.json"
     replace_json(path, _document(engine, method, exam, results, slug, port))
     return path
 
 
 def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any]) -> dict[str, Any]:
-    """One question: its answer and its cost, with the chunks encoded beforehand."""
+    """Answers one question after encoding its chunks; returns the answer with its cost."""
     pieces = exam.pieces(row, engine)
     if not method.keeps_context:
         pieces = pieces._replace(chunks=())
@@ -147,7 +147,7 @@ def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any])
     [answer] = run.answers(Sampling(), exam.max_new_tokens, streams=[0])
     usage, payload = answer.usage, sum(map(len, pieces.chunks))
     held = sum(run.cache.bytes_per_column(layer) for layer in range(state.num_layers))
-    engine.forget()  # a prompt's chunks are as large as the model
+    engine.forget()  # the chunks of one prompt may take as much memory as the model
     return {
         "_id": row["_id"],
         "golds": row["answers"],
@@ -163,8 +163,8 @@ def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any])
 
 
 def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -> dict[str, Any]:
-    made = provenance()
-    versions, info = made["versions"], engine.adapter
+    origin = provenance()
+    versions, info = origin["versions"], engine.adapter
     recomputed, dense = (
         sum(row[key] for row in results)
         for key in ("recomputed_layer_tokens", "dense_payload_layer_tokens")
@@ -178,14 +178,14 @@ def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -
         "n": len(results),
         "backend": backend,
         "versions": versions,
-        "git_rev": made["commit"],
+        "git_rev": origin["commit"],
         "prompt_key": PROMPT_KEY,
         "max_new_tokens": exam.max_new_tokens,
         "queryset": {"file": f"{exam.subset}_n100.jsonl", "sha256": exam.sha256},
         "f1_raw": sum(row["f1_raw"] for row in results) / len(results),
         "recompute_fraction": recomputed / max(1, dense),
-        "command": made["command"],
-        "hardware": made["hardware"],
+        "command": origin["command"],
+        "hardware": origin["hardware"],
     }
     card = {
         "name": method.name,

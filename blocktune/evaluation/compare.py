@@ -1,4 +1,4 @@
-"""What differs, beyond chance: two runs in a table, one run in sentences."""
+"""Tests differences for significance: between two runs, and between the methods of one run."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from blocktune.tables import Table, with_interval, written
 
 
 class Change(NamedTuple):
-    """One method in two runs, B minus A over the ``n`` questions that both answered."""
+    """One method in two runs, A and B, compared on the questions that both answered."""
 
     label: str
-    n: int
+    n: int  # number of common questions
     before: float  # score in A
     after: float  # score in B
-    mean: float  # the difference, with its interval ``ci95``
-    ci95: list[float]
-    p: float  # for this comparison alone; ``p_holm``: for all methods of the table together
-    p_holm: float
-    wins: int  # questions on which B is better; ``losses``: on which A is
-    losses: int
-    n_needed: int | None  # questions that would show this difference, or None
+    mean: float  # B minus A
+    ci95: list[float]  # its 95 % interval
+    p: float  # p-value of this comparison alone
+    p_holm: float  # p-value after Holm's correction for all methods that are compared
+    wins: int  # questions on which B is better
+    losses: int  # questions on which A is better
+    n_needed: int | None  # questions that would be enough to show this difference, or None
 
 
 def load_results(folder: str | Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
-    """Compares the methods that the runs in two folders share; ValueError if there is none."""
+    """Compares the methods that two runs share. Raises ValueError if there is none."""
     old, new = load_results(before)["methods"], load_results(after)["methods"]
     shared = [label for label in old if label in new]
     if not shared:
@@ -58,45 +58,43 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     for label in shared:
         a, b = _scores(left[label]), _scores(right[label])
         if not (both := [key for key in b if key in a]):
-            raise ValueError(
-                f"the runs asked '{label}' no common question; compare runs of one task"
-            )
+            raise ValueError(f"the runs have no common question for '{label}'; compare one task")
         pairs[label] = [a[key] for key in both], [b[key] for key in both]
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
     adjusted, changes = holm(p), []
     for label, (a, b) in pairs.items():
-        above, able = difference(b, a), power(b, a, p[label], adjusted[label])
+        gain, shown = difference(b, a), power(b, a, p[label], adjusted[label])
         wins, losses = sum(map(gt, b, a)), sum(map(lt, b, a))
-        tested = p[label], adjusted[label], wins, losses, able and able.n_needed
-        changes.append(Change(label, len(a), fmean(a), fmean(b), above.mean, above.ci95, *tested))
+        tests = p[label], adjusted[label], wins, losses, shown and shown.n_needed
+        changes.append(Change(label, len(a), fmean(a), fmean(b), gain.mean, gain.ci95, *tests))
     return changes
 
 
 def _rows(
     folder: str | Path, methods: Mapping[str, Any], labels: Sequence[str]
 ) -> dict[str, Sequence[Row]]:
-    """Rows of a run by label; for pooled seeds, their means."""
+    """Rows of a run by label; the mean of the seeds for a pool."""
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
-    read = [one for label in labels for one in pools.get(label, [label])]
-    return with_pools(read_all(Path(folder), read), pools)
+    members = [member for label in labels for member in pools.get(label, [label])]
+    return with_pools(read_all(Path(folder), members), pools)
 
 
 def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
-    """Scores by task, identifier and, since a source may repeat it, how often it came before."""
+    """Scores by task, id and occurrence (from 0), since a source may repeat an id."""
     seen: Counter[tuple[str, str]] = Counter()
-    found = {}
+    scores = {}
     for row in rows:
         name = (row.task, row.id)
-        found[*name, seen[name]] = row.score
+        scores[*name, seen[name]] = row.score
         seen[name] += 1
-    return found
+    return scores
 
 
 def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
-    """What `compare` returned as a table; ``names`` holds the headings ``before`` and ``after``."""
+    """The result of `compare` as a table; ``names`` has the headings ``before`` and ``after``."""
     headings = ("method", names["before"], names["after"], "difference", "+/-", "p", "n", "verdict")
     note = (
-        "Score in %; the difference with its own 95 % interval; p and verdict after Holm's "
+        "Score in %; difference with its 95 % interval (not corrected); p and verdict after Holm's "
         "correction for all rows."
     )
     rows = [
@@ -115,26 +113,26 @@ def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
 
 
 def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
-    """The verdict on a difference: real, none, or too few questions to tell."""
+    """Says in words whether a difference is significant, or needs more questions to tell."""
     if mean == 0:
         return "the same"
     if p < ALPHA:
         return "differs"
     if needed is not None and needed > n:
-        return f"chance at this n; needs about {needed:,}"
+        return f"within chance; needs about {needed:,} questions"
     return "within chance"
 
 
-MOST = 8  # methods that are worth a sentence each; more are worth a table
+MOST = 8  # up to this many methods get a sentence each
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """Sentences about results: what naive reuse loses, what each other method wins back.
+    """Sentences about results: what naive reuse loses, and how much of it other methods recover.
 
-    A difference counts as real if Holm's p over all pairs of the run is below `ALPHA`, as in the
-    tables' verdicts and in `power_notes`. Methods with an adapter are also compared with one
-    another. Of more than `MOST` methods only those are named that nothing beats at less
-    recomputation. Without both baselines there is nothing to say.
+    A difference is significant if its p-value, after Holm's correction for all pairs of the run, is
+    below `ALPHA`, as in the tables' verdicts and in `power_notes`. Methods with an adapter are also
+    compared with each other. If there are more than `MOST` methods, only those on the Pareto front
+    are named. Returns no sentences if a baseline is missing.
     """
     methods = results["methods"]
     full, naive = (plain_label(results, name) for name in (ORACLE, FLOOR))
@@ -157,8 +155,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         said += [_gain(methods[label], label) for label in shown]
         if rest := len(others) - len(shown):
             said.append(
-                f"{rest} other methods score no higher than one of these, or than a baseline, that "
-                "recomputes no more; the table holds them."
+                f"{rest} other methods score no higher than one of these, or a baseline, that "
+                "recomputes no more; see the table."
             )
     else:
         p = f"p = {lost['p_holm']:.2g}, corrected for all pairs"
@@ -166,9 +164,9 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         said = [f"Full prefill minus naive reuse: {points}{chance}."]
     tuned = [label for label, summary in methods.items() if summary["adapter"]]
     for other, label in combinations(tuned, 2) if len(tuned) <= MOST else ():
-        found = methods[label]["score_minus"][other]
-        chance = "" if is_shown(found) else ": within chance at this number of questions"
-        points = with_interval("score", found["mean"], found["ci95"])
+        minus = methods[label]["score_minus"][other]
+        chance = "" if is_shown(minus) else ": within chance at this number of questions"
+        points = with_interval("score", minus["mean"], minus["ci95"])
         said.append(f"{label} minus {other}: {points} points{chance}.")
     return said
 
@@ -176,7 +174,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
 def _gain(summary: Mapping[str, Any], label: str) -> str:
     closed, ci95 = summary["score_gap_recovered"], summary["score_gap_recovered_ci95"]
     if closed is None:
-        return f"{label}: the gap is too uncertain for a share of it."
+        return f"{label}: the gap is too uncertain to say what share of it is closed."
     share = with_interval("gap", closed, ci95) if closed >= 0 else "none"
     fresh, ratio = summary["recompute_ratio"], summary["ttft_over_full_prefill"]
     cost = f"recomputing {100 * fresh:.0f} % of the context" if fresh else "recomputing nothing"
@@ -185,15 +183,15 @@ def _gain(summary: Mapping[str, Any], label: str) -> str:
 
 
 def is_shown(difference: Mapping[str, Any]) -> bool:
-    """Whether a difference of results is more than chance, all pairs of the run considered."""
+    """Whether a difference is significant after Holm's correction for all pairs of the run."""
     return difference["p_holm"] < ALPHA
 
 
 def power_notes(results: Mapping[str, Any]) -> list[str]:
-    """Sentences about what this many questions cannot tell apart.
+    """Sentences about differences that would need more questions to be significant.
 
-    Methods are compared with full prefill and naive reuse; a difference that Holm's correction
-    leaves within chance is named with the number of questions that would show it.
+    Methods are compared with full prefill and naive reuse. For each difference that is within
+    chance after Holm's correction, the number of questions that would be enough is given.
     """
     notes = []
     for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):
@@ -205,10 +203,10 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
             and (minus["n_needed"] or 0) > summary["n"]
         ]
         if unclear:
-            named = "; ".join(
+            listed = "; ".join(
                 f"{n} ({written('score', mean)} points; {needed:,} would be enough)"
                 for n, mean, needed in unclear
             )
             count = next(iter(results["methods"].values()))["n"]
-            notes.append(f"{count:,} questions are too few to tell from {other}: {named}.")
+            notes.append(f"{count:,} questions cannot tell these methods from {other}: {listed}.")
     return notes

@@ -1,4 +1,4 @@
-"""How close next-token distributions are to full prefill's: a suite's methods, ranges of layers."""
+"""Compares next-token distributions with full prefill's, for methods and for ranges of layers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from blocktune.methods import build
 
 
 class Agreement(NamedTuple):
-    """Closeness over the tokens of full prefill's own answer."""
+    """Agreement of a method with full prefill, over the tokens of full prefill's answer."""
 
     kl: float  # mean of KL(full prefill || method), in nats
-    top1: float  # share of tokens that both find likeliest
-    tokens: int  # how many were compared
+    top1: float  # share of positions at which both have the same most likely token
+    tokens: int  # number of positions compared
 
 
 def agreement(full: Tensor, own: Tensor) -> Agreement:
-    """Compares next-token distributions after the same tokens, given as logits ``(T, V)``."""
+    """Compares next-token distributions at the same positions, given as logits ``(T, V)``."""
     wanted, given = full.double().log_softmax(-1), own.double().log_softmax(-1)
     kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
     same = (wanted.argmax(-1) == given.argmax(-1)).double().mean().item()
@@ -33,13 +33,13 @@ def agreement(full: Tensor, own: Tensor) -> Agreement:
 
 
 class Forced:
-    """Stands for `Sampling`: decodes ``ids``, or greedily if None, and keeps the logits of each."""
+    """Takes the place of `Sampling`: decodes ``ids``, or greedily if None, and keeps the logits."""
 
     def __init__(self, ids: list[int] | None = None):
         self.ids, self.logits = ids, []
 
     def picker(self, device: torch.device, *streams: Any) -> Callable[[Tensor], Tensor]:
-        """As `Sampling.picker`, for a batch of one prompt."""
+        """Like `Sampling.picker`, for a batch of one prompt."""
 
         def pick(logits: Tensor) -> Tensor:
             self.logits.append(logits[0].float().cpu())
@@ -51,34 +51,35 @@ class Forced:
 
 
 def forced_logits(run: Any, num_tokens: int, ids: list[int] | None = None) -> Forced:
-    """Decodes after a prefill of one prompt and keeps the logits of each step."""
+    """Decodes ``ids``, or ``num_tokens`` greedily, after a prefill of one prompt; keeps logits."""
     forced = Forced(ids)
-    made = [int(token[0]) for token in run.tokens(forced, len(ids) if ids else num_tokens)]
-    forced.ids = forced.ids or made
+    decoded = [int(token[0]) for token in run.tokens(forced, len(ids) if ids else num_tokens)]
+    forced.ids = forced.ids or decoded
     return forced
 
 
 def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Every method against full prefill on the same weights, on the first questions of each task.
+    """Compares every method with full prefill on the first questions of each task.
 
-    Tuning moves distributions too; here only what reuse changes is measured. ``step`` is called
-    after every prompt. Returns label -> means over prompts of the fields of `Agreement`.
+    Full prefill uses the same weights as the method, so the effect of reuse is measured, not that
+    of tuning. ``step`` is called after every prompt. Returns the means of the fields of `Agreement`
+    over the prompts, by label.
     """
     suite = ready.suite
-    found: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in suite.methods}
+    compared: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in suite.methods}
     for task in suite.tasks:
         for example in ready.of(task, suite.fidelity.num):
             for spec in suite.methods:
                 given = ready.engine(spec, task), example, ready.methods[spec.label]
-                found[spec.label].append(_compare(*given, suite.fidelity.tokens))
+                compared[spec.label].append(_compare(*given, suite.fidelity.tokens))
                 step()
-    return {label: mean_of(compared) for label, compared in found.items()}
+    return {label: mean_of(agreements) for label, agreements in compared.items()}
 
 
 def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> dict[str, Any]:
     oracle, words = build("full-prefill"), engine.format
     if engine.prompts.spec(method).block and words.full_tag != words.block_tag:
-        # Full attention after the same tag: what reuse changes is measured, not what a tag does.
+        # Full prefill reads the same mode tag, so that only the effect of reuse is measured.
         engine = engine.reworded(replace(words, full_tag=words.block_tag))
     wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
     own = forced_logits(engine.prefilled([example], method), num_tokens, wanted.ids)
@@ -87,16 +88,15 @@ def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> 
 
 @dataclass(frozen=True)
 class ProfiledRange:
-    """One range of layers that was recomputed."""
+    """Result of recomputing one contiguous range of layers."""
 
-    first_layer: int  # first of them, 0-based
-    num_layers: int  # how many
-    ratio: float  # share of the layers, as ``droidspeak`` takes it
-    # nats by which the first answer token's distribution differs from a full prefill's (KL from
-    # full prefill), mean over the examples
+    first_layer: int  # first layer of the range, 0-based
+    num_layers: int  # length of the range
+    ratio: float  # share of the model's layers, the parameter of ``droidspeak``
+    # KL(full prefill || this range) of the first answer token in nats, mean over the examples
     divergence: float
-    agreement: float  # share of the examples whose likeliest first token is the full prefill's
-    efficient: bool = False  # whether no range of as few layers diverges less
+    agreement: float  # share of the examples with the same most likely first token
+    efficient: bool = False  # whether no range of as many or fewer layers has less divergence
 
 
 @torch.no_grad()
@@ -108,16 +108,16 @@ def profile_layers(
     batch_size: int = 8,
     progress: Callable[[list[tuple[int, int]]], Iterator[tuple[int, int]]] = iter,
 ) -> list[ProfiledRange]:
-    """Tries every contiguous range of layers on held-out examples: O(layers squared) passes.
+    """Tries every contiguous range of layers on held-out examples, in O(layers squared) passes.
 
-    ``progress`` wraps the ranges ``(first, length)`` to try, up to ``most_layers`` long. The
-    results are ordered by length, then first layer; the efficient ones are marked.
+    Ranges have up to ``most_layers`` layers; ``progress`` wraps the list of ``(first, length)``.
+    The results are ordered by length, then by first layer; efficient ranges are marked.
 
     Raises:
         ValueError: If there is no example, or ``most_layers`` is out of range.
 
-    Source: DroidSpeak arXiv:2411.02820, offline profiling. Its quality is a task's score; here it
-    is how far the model's next token is from a full prefill's, which needs fewer examples.
+    Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
+    divergence of the first answer token from full prefill's is used, which needs fewer examples.
     """
     depth = engine.prompts.num_layers
     longest = depth if most_layers is None else most_layers
@@ -134,8 +134,8 @@ def profile_layers(
         served = _first_tokens(engine, examples, method, batch_size)
         kl, top1, _ = agreement(full, served)
         tried.append(ProfiledRange(first, length, length / depth, kl, top1))
-    least = {n: min(one.divergence for one in tried if one.num_layers <= n) for _, n in ranges}
-    return [replace(one, efficient=one.divergence <= least[one.num_layers]) for one in tried]
+    least = {n: min(r.divergence for r in tried if r.num_layers <= n) for _, n in ranges}
+    return [replace(r, efficient=r.divergence <= least[r.num_layers]) for r in tried]
 
 
 def _first_tokens(engine: Engine, examples, method, batch_size: int) -> torch.Tensor:

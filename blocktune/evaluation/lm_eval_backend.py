@@ -1,10 +1,10 @@
-"""blocktune as a model of lm-evaluation-harness, with chunks apart or in full attention.
+"""blocktune as a model of lm-evaluation-harness, with block attention or full attention.
 
     python -m blocktune.evaluation.lm_eval_backend --model blocktune \
       --model_args pretrained=MODEL,adapter=ADAPTER,mode=block --tasks mmlu --num_fewshot 5
 
-It measures what tuning for reuse costs on other tasks, in both modes. A prompt's parts, which the
-harness joins by blank lines (few-shot examples), are its chunks; the last part is the query.
+It measures what tuning for reuse costs on other tasks, in both modes. The parts of a prompt that
+the harness separates by blank lines (few-shot examples) are its chunks; the last is the query.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ MODES = ("block", "full")
 
 @register_model("blocktune")
 class BlocktuneLM(LM):
-    """The harness's interface over an `Engine`: of a base and an adapter, or one that is given.
+    """The harness's model interface over an `Engine`, loaded by name or passed as ``engine``.
 
     Args:
-        mode: ``block``: chunks see only themselves, as the adapter was trained (plain chunks on a
-            base model); ``full``: full attention.
-        separator: Parts of a prompt end with it; escaped line breaks are understood.
-        device: None takes a GPU when there is one, and so does ``cuda:0``, which the harness
-            passes where the user names no device.
-        max_gen_toks: Longest generation where a task does not say.
-        **ignored: What the harness passes to every model, such as ``max_batch_size``.
+        mode: ``block``: each chunk attends only to itself, in the layout that the adapter was
+            trained with (naive reuse on a base model); ``full``: full attention.
+        separator: The end of each part of a prompt; a backslash and ``n`` are a line break.
+        device: None or ``cuda:0`` (the harness's default): a GPU if there is one, else the CPU.
+        max_gen_toks: Longest generation for tasks that set no limit.
+        **ignored: Options that the harness passes to every model, such as ``max_batch_size``.
     """
 
     def __init__(
@@ -67,17 +66,17 @@ class BlocktuneLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """Name of the tokenizer in the harness's request cache."""
         return self.engine.tokenizer.name_or_path.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The tokenizer's own."""
+        """The tokenizer's chat template."""
         return self.engine.tokenizer.chat_template or ""
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as text; BOS is added later, once."""
+        """The conversation as text, without BOS, which is added later."""
         text = self.engine.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -87,20 +86,20 @@ class BlocktuneLM(LM):
         return text.removeprefix(self.engine.tokenizer.bos_token or "")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each continuation after its context, and whether it is the likeliest one."""
+        """Log-likelihood of each continuation, and whether greedy decoding would produce it."""
         pieces = [self.pieces(*request.args) for request in requests]
         return [
             scored for batch in _batches(pieces, self.batch_size) for scored in self._score(batch)
         ]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Of whole texts, in windows of the model's context; they have no chunks."""
+        """Log-likelihood of whole texts without chunks, in windows of the model's context."""
         bos, eos = self.engine.tokenizer.bos_token_id, self.engine.tokenizer.eos_token_id
-        how = {"prefix_token": eos if bos is None else bos, "context_len": 1}
-        how["max_seq_len"] = self.engine.prompts.max_tokens - 1
+        limits = {"prefix_token": eos if bos is None else bos, "context_len": 1}
+        limits["max_seq_len"] = self.engine.prompts.max_tokens - 1
         sums = []
         for request in requests:
-            windows = get_rolling_token_windows(token_list=list(self._ids(request.args[0])), **how)
+            windows = get_rolling_token_windows(list(self._ids(request.args[0])), **limits)
             pairs = map(make_disjoint_window, windows)
             pieces = [Pieces((), (), tuple(before), tuple(after)) for before, after in pairs]
             batches = _batches(pieces, self.batch_size)
@@ -108,7 +107,7 @@ class BlocktuneLM(LM):
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy continuations up to one of the task's stop strings."""
+        """Greedy continuations, each cut before the first of the task's stop strings."""
         texts = []
         for request in requests:
             context, options = request.args
@@ -131,8 +130,8 @@ class BlocktuneLM(LM):
     def pieces(self, context: str, continuation: str = "") -> Pieces:
         """Chunks, query and continuation as tokens, the same in both modes.
 
-        White space between context and continuation is tokenised with the continuation, as the
-        harness does.
+        White space between context and continuation is tokenised with the continuation, as in the
+        harness.
         """
         stripped = context.rstrip() if continuation else context
         continuation = context[len(stripped) :] + continuation
@@ -142,7 +141,7 @@ class BlocktuneLM(LM):
         answer = self._ids(last + continuation)[len(query) :]
         bos = self.engine.tokenizer.bos_token_id
         start = self.engine.tokenizer.eos_token_id if bos is None else bos
-        if not query:  # the first scored token needs one before it
+        if not query:  # the first scored token needs a token before it
             return Pieces((), chunks, (start,), answer)
         return Pieces(() if bos is None else (bos,), chunks, query, answer)
 
@@ -160,10 +159,10 @@ class BlocktuneLM(LM):
         scored = []
         for index in range(len(pieces)):
             rows = (batch.labels[index] != IGNORED).nonzero().squeeze(1)
-            log = logits[index, rows - 1].float().log_softmax(-1)
+            log_probs = logits[index, rows - 1].float().log_softmax(-1)
             wanted = batch.labels[index, rows]
-            picked = log.gather(1, wanted[:, None])
-            scored.append((picked.sum().item(), bool((log.argmax(1) == wanted).all())))
+            picked = log_probs.gather(1, wanted[:, None])
+            scored.append((picked.sum().item(), bool((log_probs.argmax(1) == wanted).all())))
         return scored
 
     def _ids(self, text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""How an answer is scored: each metric names its source; `METRICS` is what a task can ask for."""
+"""Metrics that score one answer, each with its source; `METRICS` lists those for tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TO_SPACES = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
 def normalize_answer(text: str) -> str:
-    """Lowers case, drops ASCII punctuation, then articles, and squeezes spaces, in that order.
+    """Lower-cases, removes ASCII punctuation, then articles, and collapses white space.
 
     Source: ``normalize_answer`` of SQuAD's evaluation script (v1.1 and v2.0 are the same).
     """
@@ -26,7 +26,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the normalised prediction equals a normalised answer.
+    """1 if the normalised prediction equals a normalised answer, else 0.
 
     Source: ``compute_exact`` of SQuAD's evaluation script.
     """
@@ -35,7 +35,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
-    """F1 of the bags of normalised words; two empty bags agree, one empty bag scores 0.
+    """F1 of the bags of normalised words; two empty bags score 1, one empty bag 0.
 
     Source: ``compute_f1`` of SQuAD's evaluation script, v2.0.
     """
@@ -48,12 +48,12 @@ def qa_f1(prediction: str, answers: Sequence[str]) -> float:
 
     Source: ``qa_f1_score`` of LongBench, arXiv:2308.14508, as EPIC and kvpress report it.
     """
-    found = word_f1(prediction, answers)
-    return found if normalize_answer(prediction) else 0.0
+    score = word_f1(prediction, answers)
+    return score if normalize_answer(prediction) else 0.0
 
 
 def chatrag_f1(prediction: str, answers: Sequence[str]) -> float:
-    """`qa_f1` with spaces in place of punctuation: "Port-Alder" is two words, "Port Alder".
+    """`qa_f1` with punctuation replaced by spaces, so "Port-Alder" is two words.
 
     Source: ChatRAG-Bench (arXiv:2401.10225) as APE's code scores it.
     """
@@ -65,11 +65,11 @@ def _spaced(text: str) -> str:
 
 
 def substring_em(prediction: str, answers: Sequence[str]) -> float:
-    """1 if a normalised answer is a substring of the normalised prediction.
+    """1 if a normalised answer is a substring of the normalised prediction, else 0.
 
     Source: ``best_subspan_em`` of Lost in the Middle (arXiv:2307.03172), as Block-Attention and
-    KVLink use it. Departure: an answer that normalises to nothing only matches nothing, where
-    the source finds it in every prediction.
+    KVLink use it. Departure: an answer that is empty after normalisation only matches an empty
+    prediction; in the source it matches every prediction.
     """
     predicted = normalize_answer(prediction)
 
@@ -81,10 +81,10 @@ def substring_em(prediction: str, answers: Sequence[str]) -> float:
 
 
 def extract_answer(text: str, marker: str | None = None) -> str:
-    """What is scored of a model's output.
+    """The part of a model's output that is scored.
 
-    That is the text after the last ``marker``, such as ``'Answer:'``, or the whole output where
-    there is none, without surrounding space and one final period.
+    This is the text after the last ``marker``, such as ``'Answer:'``, or the whole output if it has
+    no marker, without surrounding white space and one final period.
     """
     answer = text.rpartition(marker)[2] if marker else text
     return answer.strip().removesuffix(".").rstrip()
@@ -102,7 +102,7 @@ def _accepted(answers: Sequence[str]) -> Sequence[str]:
 
 
 def bag_f1(predicted: Sequence, wanted: Sequence) -> float:
-    """F1 of two bags; two empty ones agree, one empty one scores 0."""
+    """F1 of two bags (multisets); two empty bags score 1, one empty bag 0."""
     if not predicted or not wanted:
         return float(predicted == wanted)
     shared = (Counter(predicted) & Counter(wanted)).total()
@@ -113,16 +113,16 @@ def bag_f1(predicted: Sequence, wanted: Sequence) -> float:
 
 
 def token_f1(prediction: str, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> float:
-    """F1 of the bags of token ids of the normalised texts, without the first token of each.
+    """F1 of the bags of token ids of the normalised texts, without BOS.
 
-    Only the first line counts, and one that opens with yes or no counts as that word.
+    Only the first line of the prediction counts; if it begins with yes or no, only that word.
 
-    Scores of different tokenizers do not compare.
+    Scores of different tokenizers cannot be compared.
 
     Source: ``compute_f1`` and ``parse_generation`` of github.com/YaoJiayi/CacheBlend,
-    ``example/utils.py``. There the first token is dropped because it is BOS; a tokenizer that adds
-    none (Qwen) would lose a word, so it is dropped only where it is BOS. Departure: a blank
-    prediction is scored, where the source fails.
+    ``example/utils.py``. Departures: the source always drops the first token, which is a word if
+    the tokenizer adds no BOS (Qwen); here only BOS is dropped. A blank prediction is scored, while
+    the source fails.
     """
     predicted = _ids(tokenizer, normalize_answer(first_line(prediction)))
     return best(
@@ -131,11 +131,11 @@ def token_f1(prediction: str, answers: Sequence[str], tokenizer: PreTrainedToken
 
 
 def first_line(text: str) -> str:
-    """The first line, shortened to yes or no where it opens so."""
+    """The first line, shortened to "Yes" or "No" if it begins with that."""
     line = text.lstrip("\n").split("\n")[0]
     if line.startswith(("Yes", "yes")):
         return "Yes"
-    # The source looks for "No" behind leading space, but for "Yes" only at the very start.
+    # As in the source: "No" may follow white space, "Yes" must be at the very start.
     if line.split() and line.split()[0].startswith(("No", "no")):
         return "No"
     return line
@@ -143,15 +143,15 @@ def first_line(text: str) -> str:
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
-    opens = bool(ids) and ids[0] == tokenizer.bos_token_id
-    return ids[1:] if opens else ids
+    has_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
+    return ids[1:] if has_bos else ids
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence of stemmed words, the best over the answers.
+    """F-measure of the longest common subsequence of stemmed words, best over the answers.
 
-    Source: Lin (2004), as CacheBlend computes it: package ``rouge-score`` with stemming, which
-    comes with the extra ``eval``.
+    Source: Lin (2004), as CacheBlend computes it: the package ``rouge-score`` with stemming. It is
+    installed by the extra ``eval``.
     """
     scorer = _scorer()
     return best(lambda answer: scorer.score(answer, prediction)["rougeL"].fmeasure, answers)
@@ -168,12 +168,12 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the wanted strings that occur in the output, ignoring case.
+    """Share of ``answers`` that occur in the output, ignoring case.
 
-    Every entry of ``answers`` is wanted: the values of a needle, the words of a list.
+    Unlike in other metrics, all answers are wanted: the values of a needle, the words of a list.
 
-    Source: ``string_match_all`` of github.com/NVIDIA/RULER, ``scripts/eval``; its mean over
-    examples, in percent and rounded to two places, is the published number.
+    Source: ``string_match_all`` of github.com/NVIDIA/RULER, ``scripts/eval``. RULER publishes the
+    mean over examples in percent, rounded to two decimals.
     """
     text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
     return sum(answer.lower() in text for answer in _accepted(answers)) / len(answers)
@@ -185,8 +185,8 @@ ScoreText = Callable[[str, Sequence[str], PreTrainedTokenizerBase], float]
 class Metric(NamedTuple):
     """A score in [0, 1]."""
 
-    title: str  # as tables call it
-    score: ScoreText  # from the output, the accepted answers and the model's tokenizer
+    title: str  # its name in tables
+    score: ScoreText  # takes the output, the accepted answers and the model's tokenizer
 
 
 def _plain(title: str, metric: Callable[[str, Sequence[str]], float]) -> Metric:
@@ -203,32 +203,32 @@ METRICS = {
     "rouge_l": _plain("ROUGE-L", rouge_l),
     "ruler_recall": _plain("recall", ruler_recall),
 }
-"""By the name that YAML uses."""
+"""Metrics by their name in YAML."""
 
 
 def require_metrics(names: Iterable[str]) -> None:
-    """Refuses names that no metric has."""
+    """Raises ValueError if a name is not in `METRICS`."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric '{name}'; available: {', '.join(METRICS)}")
 
 
 class AdjustedF1(NamedTuple):
-    """Mean F1 over the examples that full prefill does not fail, and what this filter hides."""
+    """Mean F1 over the examples on which full prefill scores above 0, and the filter's bias."""
 
-    mean: float | None  # None where full prefill fails all
-    num_kept: int  # examples that full prefill does not fail
-    # F1 that the method earns on the others, per kept example: by so much the adjusted gap to full
-    # prefill is wider than the raw gap. None where nothing is kept
+    mean: float | None  # None if full prefill scores 0 on all examples
+    num_kept: int  # number of examples on which full prefill scores above 0
+    # sum of the method's F1 on the dropped examples over ``num_kept``: the adjusted gap to full
+    # prefill is wider than the raw gap by that much; None if no example is kept
     bias: float | None
 
 
 def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
-    """Mean F1 over the examples on which full prefill scores above zero.
+    """Mean F1 over the examples on which full prefill scores above 0.
 
-    It asks what reuse loses of what the model could do, so it drops questions that the model cannot
-    answer. The filter looks at full prefill's own luck and thus favours it: read it beside the raw
-    F1 and the ``bias``. Both arguments are F1 of the same examples.
+    It measures what reuse loses on questions that the model can answer. The filter favours full
+    prefill, because it also keeps the questions that full prefill got right by luck; so report the
+    raw F1 and the ``bias`` as well. Both arguments are F1 scores of the same examples.
 
     Source: arXiv:2603.20218, evaluation set-up.
     """

@@ -1,4 +1,4 @@
-"""What a suite needs before its first question: loaded and checked once, to fail early."""
+"""Loads and checks everything that a suite needs before its first question, to fail early."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Load = Callable[[Suite, str | None], Any]  # ``(suite, adapter) -> engine``
 
 
 class TaskQuestion(NamedTuple):
-    """An example, the task it belongs to, and a name for it where it has no id."""
+    """An example, its task, and a name for it in case it has no id."""
 
     task: TaskSpec
     example: RagExample
@@ -32,28 +32,28 @@ class TaskQuestion(NamedTuple):
 
 @dataclass(frozen=True)
 class Ready:
-    """A suite that can run."""
+    """A suite that is loaded, checked and ready to run."""
 
-    suite: Suite  # what was asked for
+    suite: Suite  # the suite itself
     methods: Mapping[str, Method]  # label -> built method
-    engines: Mapping[str | None, Any]  # by adapter (None: base); all loaded, to be timed in turn
-    questions: tuple[TaskQuestion, ...]  # of all tasks, in order
-    timed: tuple[RagExample, ...]  # examples to time; empty if that is not asked for
-    worded: Mapping[tuple[str | None, str], Any]  # by (adapter, task), in the task's wording
+    engines: Mapping[str | None, Any]  # by adapter (None: base); all loaded, to be timed in turns
+    questions: tuple[TaskQuestion, ...]  # questions of all tasks, in order
+    timed: tuple[RagExample, ...]  # examples to time; empty without timing
+    worded: Mapping[tuple[str | None, str], Any]  # engines in the task's wording, (adapter, task)
 
     def engine(self, spec: MethodSpec, task: TaskSpec) -> Any:
-        """The engine that has the method's weights and asks in the task's wording."""
+        """The engine with the method's weights and the task's wording."""
         return self.worded[spec.adapter, task.name]
 
     def of(self, task: TaskSpec, limit: int | None = None) -> list[RagExample]:
-        """The examples of a task."""
+        """The examples of a task, at most ``limit``."""
         return [q.example for q in self.questions if q.task is task][:limit]
 
     def fingerprints(self) -> dict[str, Any]:
-        """Digests of the base and, by name, of adapters (not of releases), for the provenance."""
+        """Digests of the base model and of adapters that are no releases, for the provenance."""
         if None in self.engines:
             base = base_fingerprint(self.engines[None].model)
-        else:  # adapters are merged into the model; each was held to the base
+        else:  # adapters are merged into the model; each was checked against the base
             base = next(iter(self.engines.values())).adapter.base_fingerprint
         named = [name for name in self.engines if name is not None and find_release(name) is None]
         return {
@@ -63,18 +63,18 @@ class Ready:
 
 
 def load_engine(suite: Suite, adapter: str | None) -> Engine:
-    """The base model of a suite, with one of its adapters or none."""
-    how = {"dtype": suite.dtype, "device": suite.device, "quantize": suite.quantize}
-    how["recurrent"] = not any(build_entry(one.entry()).reuses_chunks for one in suite.methods)
-    return Engine.from_pretrained(suite.model, adapter, store=suite.store, **how)
+    """Loads the base model of a suite, with one of its adapters or none."""
+    options = {"dtype": suite.dtype, "device": suite.device, "quantize": suite.quantize}
+    options["recurrent"] = not any(build_entry(m.entry()).reuses_chunks for m in suite.methods)
+    return Engine.from_pretrained(suite.model, adapter, store=suite.store, **options)
 
 
 def prepare(suite: Suite, load: Load = load_engine) -> Ready:
-    """Builds methods, reads questions, loads weights and checks that all of them fit together.
+    """Builds methods, reads questions, loads weights and checks that they fit together.
 
     Raises:
-        ValueError: If a method is unknown or not made for its weights, a question has no answer,
-            a prompt is unsound, or one does not fit into the model's context.
+        ValueError: If a method is unknown or does not suit its weights, a question has no answer,
+            or a prompt is malformed or does not fit into the model's context.
     """
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
@@ -93,35 +93,35 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
 
 
 def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str | None, str], Any]:
-    """One engine for each wording: tasks that share it share the caches of exact prefixes too."""
-    made: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
+    """One engine per wording, so that tasks with the same wording share exact prefix caches."""
+    built: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
     worded = {}
     for task in suite.tasks:
         for adapter, engine in engines.items():
             words = task.worded(engine.format)
-            if (adapter, words) not in made:
-                made[adapter, words] = engine.reworded(words)
-            worded[adapter, task.name] = made[adapter, words]
+            if (adapter, words) not in built:
+                built[adapter, words] = engine.reworded(words)
+            worded[adapter, task.name] = built[adapter, words]
     return worded
 
 
 def tell_rewording(
     engines: Mapping[str | None, Any], worded: Mapping[tuple[str | None, str], Any]
 ) -> None:
-    """Warns where an adapter is asked (``worded``) in other words than it was trained in."""
+    """Warns if a task's wording (``worded``) differs from the one an adapter was trained with."""
     for (adapter, task), engine in worded.items():
-        changed = _changed(engines[adapter].format, engine.format)
-        if adapter is not None and changed:
+        fields = _differing(engines[adapter].format, engine.format)
+        if adapter is not None and fields:
             logger.warning(
                 "task '%s' asks '%s' in other words than it was trained in (%s): train with the "
-                "task's, or leave them out of the task's prompt",
-                *(task, adapter, changed),
+                "task's wording, or leave these keys out of the task's prompt",
+                *(task, adapter, fields),
             )
 
 
-def _changed(one: PromptFormat, two: PromptFormat) -> str:
-    """Names of the fields in which two wordings differ."""
-    before, after = one.to_dict(), two.to_dict()
+def _differing(first: PromptFormat, second: PromptFormat) -> str:
+    """Names of the fields in which two prompt formats differ."""
+    before, after = first.to_dict(), second.to_dict()
     return ", ".join(key for key in after if after[key] != before[key])
 
 
@@ -140,7 +140,7 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
 
 
 def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[RagExample, ...]:
-    """Examples to time, filled with chunks of later questions, also of those beyond a limit."""
+    """Examples to time, filled with chunks of later questions, if needed beyond the limit."""
     num, wanted = min(suite.ttft.num, len(examples)), suite.ttft.chunks or 0
     if num and sum(len(example.chunks) for example in examples) < wanted:
         source = suite.tasks[0].full_source()
@@ -149,29 +149,29 @@ def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[Ra
 
 
 def _check_fit(ready: Ready) -> None:
-    """Lays out every prompt once for each set of weights, wording and kind of layout."""
+    """Checks that all prompts fit into the context, once per adapter, wording and layout."""
     done, first = set(), ready.suite.tasks[0]
-    asked = [(task, example, task.max_new_tokens) for task, example, _ in ready.questions]
-    asked += [(first, example, 1) for example in ready.timed]
+    prompts = [(task, example, task.max_new_tokens) for task, example, _ in ready.questions]
+    prompts += [(first, example, 1) for example in ready.timed]
     for spec in ready.suite.methods:
         method = ready.methods[spec.label]
         layout = ready.engine(spec, first).prompts.spec(method)
         if (spec.adapter, layout) not in done and method.keeps_context:
             done.add((spec.adapter, layout))
-            for task, example, num_new in asked:
+            for task, example, num_new in prompts:
                 make = ready.engine(spec, task).prompts
                 make.prompt(make.pieces(example, method), layout, num_new)
 
 
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
-    """Checks that all engines, by name, build the same sound prompt of a question, apart from tags.
+    """Checks that all engines build the same, well-formed prompt for a question, mode tags aside.
 
-    A doubled BOS or an assistant turn that was never opened lowers all methods, full prefill most,
-    and makes reuse look free. These checks do not trust the function that builds prompts.
+    A doubled BOS or a missing assistant turn lowers the scores of all methods, full prefill's most,
+    so reuse seems to lose nothing. The checks do not rely on the function that builds prompts.
 
     Raises:
-        ValueError: If BOS does not open the prompt exactly once where the tokenizer or its
-            template wants it, the assistant's turn is not open, or prompts differ.
+        ValueError: If the prompt does not begin with BOS, or repeats it, where the tokenizer or its
+            template adds one; if the assistant's turn is not open; or if prompts differ.
     """
     prompts = {}
     for name, engine in engines.items():
@@ -180,12 +180,12 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     first, *others = prompts
     for name in others:
         if prompts[name] != prompts[first]:
-            fields = _changed(*(engines[one].format.untagged for one in (name, first)))
-            what = f"their wordings differ in {fields}" if fields else "their tokenizers differ"
+            fields = _differing(*(engines[key].format.untagged for key in (name, first)))
+            reason = f"their wordings differ in {fields}" if fields else "their tokenizers differ"
             raise ValueError(
                 f"'{name}' and '{first}' build different prompts of the same question, so their "
-                f"scores cannot be compared ({what}); say it in the task's prompt for both, or "
-                f"train with it"
+                f"scores cannot be compared ({reason}); set the wording in the task's prompt for "
+                f"both, or train with it"
             )
 
 
@@ -198,28 +198,28 @@ def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
     bos, template = tokenizer.bos_token_id, tokenizer.chat_template
     opened, closed = (_rendered(tokenizer, opened=opened) for opened in (True, False))
     if bos is not None:
-        own = template is None or bos in tokenizer("a")["input_ids"]  # plain text opens with it
+        own = template is None or bos in tokenizer("a")["input_ids"]  # added to plain text
         wanted = max(own, opened.count(tokenizer.bos_token))
         if ids.count(bos) != wanted or (wanted and ids[0] != bos):
             raise ValueError(
                 f"the prompt should open with {tokenizer.bos_token!r} and hold it {wanted} times, "
                 f"as the model was trained; it opens with {tokenizer.decode(ids[:1])!r} and holds "
-                f"it {ids.count(bos)} times; look at it with `blocktune answer --show-prompt`"
+                f"it {ids.count(bos)} times; view it with `blocktune answer --show-prompt`"
             )
-    # Without white space, which some tokenizers do not give back as it was.
+    # White space is ignored, because some tokenizers do not restore it in decoding.
     opened, closed = ("".join(text.split()) for text in (opened, closed))
     opening = opened.removeprefix(closed) or opened.rpartition("?")[2]
     ending = "".join(tokenizer.decode(ids[-64:]).split())
-    # Contained, not at the very end: a template may add an empty block of thoughts after it.
+    # It need not be at the very end: a template may add an empty thinking block after it.
     if opening not in ending:
         raise ValueError(
-            f"the prompt must open the assistant's turn with {opening!r}, it ends with "
-            f"{ending[-40:]!r}; look at it with `blocktune answer --show-prompt`"
+            f"the prompt must open the assistant's turn with {opening!r}, but it ends with "
+            f"{ending[-40:]!r}; view it with `blocktune answer --show-prompt`"
         )
 
 
 def _rendered(tokenizer, *, opened: bool) -> str:
-    """A question in the chat template; no text without one."""
+    """A question in the chat template; empty if the tokenizer has no template."""
     messages = [{"role": "user", "content": "Where?"}]
     if tokenizer.chat_template is None:
         return ""

@@ -1,4 +1,4 @@
-"""From rows to ``results.json``: scores with intervals, by task or kind, and what they cost."""
+"""Builds ``results.json`` from rows: scores with intervals by task or kind, and their cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blocktune.evaluation.ttft import TtftSummary
 RESULTS = "results.json"
 ORACLE, FLOOR = "full-prefill", "naive"
 AVERAGED = ("em", "f1", "substring_em", "score", "recompute_ratio")
-"""Fields of a row that are averaged over the seeds of a pool."""
+"""Row fields that are averaged over the members of a pool."""
 
 
 def build_results(
@@ -30,16 +30,15 @@ def build_results(
     provenance: Mapping[str, Any],
     fidelity: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Summarises a finished run.
+    """Summarises a finished run as plain JSON.
 
-    The baselines are full prefill and naive reuse *on the base model*: adjusted F1 keeps the
-    questions that the first scores on, and ``gap_recovered`` is the share of the way from the
-    second to the first. Both are None where the suite lacks a baseline or there is no gap.
-    ``score`` is each task's own headline metric; ``em`` is always exact match.
+    The baselines are full prefill and naive reuse *on the base model*. Adjusted F1 keeps the
+    questions on which full prefill scores above 0; ``score_gap_recovered`` is the share of the gap
+    between the baselines that a method closes. Each is None if its baseline is missing, the gap
+    also if it may be 0. ``score`` is the task's headline metric; ``em`` is always exact match.
 
-    Rows of all labels are in the same order. Times and fidelity may lack labels. In the result, all
-    of it plain JSON, a pool replaces its members; their scores are its ``seeds``, its time is that
-    of the first.
+    Rows of all labels must be in the same order. ``ttft`` and ``fidelity`` may lack labels. A pool
+    replaces its members: ``seeds`` has their scores, and its times are those of the first member.
     """
     full, naive = base_label(suite, ORACLE), base_label(suite, FLOOR)
     seeds = {label: fmean(row.score for row in own) for label, own in rows.items()}
@@ -59,10 +58,10 @@ def build_results(
         methods[label] = {
             "method": specs[members[0]].name,
             "adapter": specs[members[0]].adapter,
-            "seeds": {one: seeds[one] for one in suite.pool.get(label, [])},
+            "seeds": {member: seeds[member] for member in suite.pool.get(label, [])},
             **summary,
             **_times(ttft.get(members[0]), ttft.get(full)),
-            "fidelity": mean_of([(fidelity or {}).get(one) for one in members]),
+            "fidelity": mean_of([(fidelity or {}).get(member) for member in members]),
             "tasks": {name: summaries[label] for name, summaries in groups.items()},
         }
     about = ("metric", "version", "cite")
@@ -74,7 +73,7 @@ def build_results(
         "tasks": tasks,
         "budget": {"pareto": pareto(methods), "matched": matched(methods)},
         "sweeps": sweeps(rows),
-        "provenance": {**provenance, "ci95_of": "em"},  # what ``ci95`` is the interval of
+        "provenance": {**provenance, "ci95_of": "em"},  # ``ci95`` is the interval of ``em``
     }
 
 
@@ -89,9 +88,9 @@ def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
 
 
 def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Kinds of each task; of a task without kinds, or not split by them, the task itself.
+    """Groups row indices by kind of question, or by task if it has no kinds or is not split.
 
-    Kinds of our own worlds are ordered from easy to hard; others follow in the order of the rows.
+    The kinds of `blocktune.data.worlds` go from easy to hard; others follow in row order.
     """
     ranks = {kind: rank for rank, kind in enumerate(QUESTION_KINDS)}
     several = len(suite.tasks) > 1
@@ -107,13 +106,13 @@ def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def base_label(suite: Suite, name: str) -> str | None:
-    """Label of a method on the base model with its default parameters."""
+    """Label of a method on the base model with its default parameters, or None."""
     plain = (m for m in suite.methods if m.name == name and m.is_plain)
     return next((spec.label for spec in plain), None)
 
 
 def plain_label(results: Mapping[str, Any], name: str) -> str | None:
-    """Label of a method on the base model in finished results."""
+    """Label of a method on the base model in finished results, or None."""
     methods = results["methods"]
     plain = (n for n, m in methods.items() if m["method"] == name and m["adapter"] is None)
     return next(plain, None)
@@ -122,28 +121,28 @@ def plain_label(results: Mapping[str, Any], name: str) -> str | None:
 def with_pools(
     rows: Mapping[str, Sequence[Row]], pools: Mapping[str, Sequence[str]]
 ) -> dict[str, Sequence[Row]]:
-    """The rows, with each pool instead of its members.
+    """Replaces the members of each pool by their mean, question by question.
 
-    Intervals are over questions: three seeds are not three times as many questions, nor three
-    methods, since each further comparison would weaken Holm's correction for the others.
+    Intervals are over questions, and three seeds are not three times as many questions. Neither do
+    they count as three methods: each further comparison makes Holm's correction stricter.
     """
-    found: dict[str, Sequence[Row]] = {}
+    merged: dict[str, Sequence[Row]] = {}
     pool_of = {member: name for name, members in pools.items() for member in members}
     for label, own in rows.items():
         name = pool_of.get(label)
         if name is None:
-            found[label] = own
-        elif name not in found:
-            found[name] = []
+            merged[label] = own
+        elif name not in merged:
+            merged[name] = []
             for same in zip(*(rows[member] for member in pools[name]), strict=True):
                 means = {key: fmean(getattr(row, key) for row in same) for key in AVERAGED}
                 scores = mean_of([row.scores for row in same])
-                found[name].append(replace(same[0], scores=scores, **means))
-    return found
+                merged[name].append(replace(same[0], scores=scores, **means))
+    return merged
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """The mean of numbers, or of lists or mappings of them part by part; None if one is None."""
+    """Mean of numbers, or elementwise of lists or mappings of them; None if a value is None."""
     first = values[0]
     if any(value is None for value in values):
         return None
@@ -156,11 +155,11 @@ def mean_of(values: Sequence[Any]) -> Any:
 
 COSTS = ("recompute_ratio", "ttft_s")
 NEAR = 0.02
-"""Methods whose recomputed shares of layer-tokens differ by no more are at the same budget."""
+"""Largest difference in the recomputed share of layer-tokens at which budgets count as equal."""
 
 
 def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """For each known cost, a label that no other beats without costing more; the cheapest first."""
+    """The Pareto front for each measured cost: labels from cheap to expensive, scores rising."""
     fronts: dict[str, list[str]] = {}
     for cost in COSTS:
         if all(summary[cost] is not None for summary in methods.values()):
@@ -174,14 +173,14 @@ def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
 def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Pairs of methods at the same budget, with their difference in score.
 
-    The budget is the share of the context's layer-tokens that is computed at answering time. It
-    counts CacheBlend's full first layers, unlike the ratio that papers state.
+    The budget is the share of the context's layer-tokens that are computed when answering. Unlike
+    the ratios that papers state, it includes layers computed in full, such as CacheBlend's first.
     """
     pairs = []
-    for one, other in combinations(methods, 2):
-        shares = [methods[name]["recompute_ratio"] for name in (one, other)]
+    for pair in combinations(methods, 2):
+        shares = [methods[name]["recompute_ratio"] for name in pair]
         if min(shares) > 0 and max(shares) - min(shares) <= NEAR:
-            better, worse = sorted((one, other), key=lambda name: -methods[name]["score"])
+            better, worse = sorted(pair, key=lambda name: -methods[name]["score"])
             difference = methods[better]["score_minus"][worse]
             pairs.append({"budget": sum(shares) / 2, "better": better, "worse": worse} | difference)
     return sorted(pairs, key=lambda pair: pair["budget"])
@@ -190,10 +189,10 @@ def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def summarize(
     rows: Mapping[str, Sequence[Row]], full: str | None, naive: str | None, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Label -> scores over all of ``rows``, with intervals and differences.
+    """Scores over all of ``rows`` by label, with intervals and pairwise differences.
 
-    All labels have rows of the same questions, in the same order. ``full`` and ``naive`` are the
-    baselines' labels on the base model, or None; ``seed`` is that of the sign flips.
+    All labels must have rows of the same questions, in the same order. ``full`` and ``naive`` are
+    the labels of the baselines on the base model, or None; ``seed`` is for the sign-flip test.
     """
     scores = {label: [row.score for row in own] for label, own in rows.items()}
     f1 = {label: [row.f1 for row in own] for label, own in rows.items()}
@@ -204,8 +203,8 @@ def summarize(
     p_holm = significance.holm(pairs)
     summaries = {}
     for label, own in rows.items():
-        asked = ([row.em for row in own], f1[label], scores[label])
-        em, raw, score = map(significance.mean_interval, asked)
+        per_question = ([row.em for row in own], f1[label], scores[label])
+        em, raw, score = map(significance.mean_interval, per_question)
         gap = None
         if full and naive:
             gap = significance.recovered_gap(scores[label], scores[naive], scores[full])
@@ -215,7 +214,7 @@ def summarize(
             "f1": raw.mean,
             "substring_em": fmean(row.substring_em for row in own),
             "score": score.mean,
-            "scores": _further(own),
+            "scores": _further_metrics(own),
             "adjusted_f1": adjusted.mean,
             "n_kept": adjusted.num_kept,
             "adjusted_f1_bias": adjusted.bias,
@@ -239,21 +238,21 @@ def summarize(
 def _difference(
     own: Sequence[float], other: Sequence[float], p: float, p_holm: float
 ) -> dict[str, Any]:
-    """How far one method is above another, and what this many questions can show of it."""
-    above, able = significance.difference(own, other), significance.power(own, other, p, p_holm)
-    tested = {"mean": above.mean, "ci95": above.ci95, "p": p, "p_holm": p_holm}
-    return tested | {key: getattr(able, key, None) for key in significance.Power._fields}
+    """The difference of two methods, its p-values, and the power of this many questions."""
+    interval, power = significance.difference(own, other), significance.power(own, other, p, p_holm)
+    tested = {"mean": interval.mean, "ci95": interval.ci95, "p": p, "p_holm": p_holm}
+    return tested | {key: getattr(power, key, None) for key in significance.Power._fields}
 
 
 def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
-    """Operations up to the first token, choosing included, over full prefill's; None if unknown."""
+    """FLOPs up to the first token, with selection, over full prefill's; None if not counted."""
     if full is None or any("flops" not in row.usage for row in (*own, *full)):
         return None
     return sum(row.usage["flops"] for row in own) / sum(row.usage["flops"] for row in full)
 
 
-def _further(own: Sequence[Row]) -> dict[str, float]:
-    """Means of the metrics that all rows have: tasks may ask for different ones."""
+def _further_metrics(own: Sequence[Row]) -> dict[str, float]:
+    """Means of the further metrics that all rows have; tasks may have different metrics."""
     names = [name for name in own[0].scores if all(name in row.scores for row in own)]
     return {name: fmean(row.scores[name] for row in own) for name in names}
 
@@ -263,38 +262,36 @@ MIN_ROWS = 5  # bins with fewer questions are left out
 
 
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """Score in bins of equal numbers of questions, for every method.
+    """Scores of every method by position of the evidence and by context length.
 
-    By ``place`` (of the evidence among the chunks, 0 first, 1 last) and ``context_tokens``, each
-    ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``; empty where the questions do
-    not differ in it. All labels have rows of the same questions, in the same order.
+    Questions are sorted into bins of equal size by ``place`` (0: first chunk, 1: last chunk) and by
+    ``context_tokens``. Each is ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``, and
+    empty if all questions have the same value. Rows are as in `summarize`.
     """
     first, *_ = rows.values()
-    asked = zip(*rows.values(), strict=True)
+    questions = zip(*rows.values(), strict=True)
     # The longest context that any method read: a baseline may have read none.
-    lengths = [max(row.usage.get("context_tokens", 0) for row in same) or None for same in asked]
+    lengths = [max(r.usage.get("context_tokens", 0) for r in same) or None for same in questions]
     return {
         "place": _sweep(rows, [row.place for row in first]),
         "context_tokens": _sweep(rows, lengths),
     }
 
 
-def _sweep(
-    rows: Mapping[str, Sequence[Row]], of_each: Sequence[float | None]
-) -> list[dict[str, Any]]:
-    values = np.array(of_each, dtype=float)  # None is NaN
+def _sweep(rows: Mapping[str, Sequence[Row]], by: Sequence[float | None]) -> list[dict[str, Any]]:
+    values = np.array(by, dtype=float)  # None becomes NaN
     known = np.flatnonzero(~np.isnan(values))
     if len(known) < 2 * MIN_ROWS or len(set(values[known])) < 2:
         return []
     edges = np.unique(np.quantile(values[known], np.linspace(0, 1, NUM_BINS + 1)))
     bins = np.clip(np.searchsorted(edges, values[known], side="right") - 1, 0, len(edges) - 2)
-    found = []
+    cells = []
     for number in range(len(edges) - 1):
         members = known[bins == number]
         if len(members) >= MIN_ROWS:
             scores = {n: [own[i].score for i in members] for n, own in rows.items()}
             means = {n: significance.mean_interval(own) for n, own in scores.items()}
-            cells = {n: {"score": one.mean, "ci95": one.ci95} for n, one in means.items()}
+            shown = {n: {"score": m.mean, "ci95": m.ci95} for n, m in means.items()}
             span = {"from": float(values[members].min()), "to": float(values[members].max())}
-            found.append(span | {"n": len(members), "scores": cells})
-    return found
+            cells.append(span | {"n": len(members), "scores": shown})
+    return cells

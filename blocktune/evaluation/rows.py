@@ -1,4 +1,4 @@
-"""One row per question and method, written at once, so that a stopped run can resume."""
+"""One row per question and method, written to disk at once, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
 
-EVERY = ("em", "f1", "substring_em")  # metrics that every row has, of the extracted answer
+COMMON = ("em", "f1", "substring_em")  # metrics of the extracted answer that every row has
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one method answered to one question."""
+    """One method's answer to one question, with its scores."""
 
-    key: str  # digest of everything that decides the answer; see `row_key`
-    task: str  # the task's name
+    key: str  # digest of everything that the answer depends on; see `row_key`
+    task: str  # name of the task
     id: str  # the question's identifier in its source, or its number
-    kind: str  # its kind, e.g. ``2-hop``
-    prediction: str  # what the model wrote
-    answer: str  # what of it is scored
+    kind: str  # kind of question, e.g. ``2-hop``
+    prediction: str  # the model's output
+    answer: str  # the part of the output that is scored
     em: float  # exact match, 0 or 1
     f1: float  # word F1
     substring_em: float  # substring match, 0 or 1
     recompute_ratio: float  # share of context tokens recomputed, over all layers
-    usage: Mapping[str, Any]  # everything that `Usage` counts; no times
+    usage: Mapping[str, Any]  # counters of `Usage`, without times
     score: float  # the task's headline metric
-    scores: Mapping[str, float] = field(default_factory=dict)  # its further metrics, by name
-    prompt_hash: str = ""  # digest of the token ids that the method read: prefix, chunks, question
-    place: float | None = None  # mean place of the evidence, 0 (first chunk) to 1 (last)
+    scores: Mapping[str, float] = field(default_factory=dict)  # the task's further metrics, by name
+    prompt_hash: str = ""  # digest of the prompt's token ids: prefix, chunks, question
+    place: float | None = None  # mean position of the evidence, 0 (first chunk) to 1 (last)
 
 
 PARTS = ("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt")
 PARTS += ("cache", "methods", "engine", "evaluation/metrics.py", "evaluation/rows.py")
-"""What decides an output or its score; commands, training and reports do not."""
+"""Code that outputs and scores depend on; commands, training and reports do not affect them."""
 
 
 @cache
 def code_digest() -> str:
-    """Version and digest of the code that decides rows, such as ``0.1.0-3f2a91c05d7e``.
+    """Version and digest of the code in `PARTS`, such as ``0.1.0-3f2a91c05d7e``.
 
-    A commit would be too coarse (a changed README is a new commit) and too fine (uncommitted work
-    has none): rows of other code are dropped, and only those.
+    Rows of other code are dropped. A commit hash would not do: it changes with the README, and does
+    not change with uncommitted work.
     """
     root = Path(blocktune.__file__).parent
     digest = hashlib.sha256()
@@ -65,11 +65,11 @@ def code_digest() -> str:
 def row_key(method: MethodSpec, task: TaskSpec, example: RagExample, fingerprint: str) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
-    The method's label and the adapter's path do not count. ``fingerprint`` is that of `Engine`: of
-    weights, tokenizer, prompt format and dtype.
+    The method's label and the adapter's path are left out. ``fingerprint`` is that of the `Engine`:
+    a digest of weights, tokenizer, prompt format and dtype.
     """
     entry = method.entry()
-    if "preset" in entry:  # then the name is but a label
+    if "preset" in entry:  # then the name is only a label
         del entry["name"]
     parts = {"method": entry, "task": task.decides(), "example": example.to_json()}
     return digest_of(parts | {"weights": fingerprint, "code": code_digest()})
@@ -89,7 +89,7 @@ def make_row(
         kind=example.kind,
         prediction=answer.text,
         answer=extracted,
-        **{metric: METRICS[metric].score(extracted, example.answers, None) for metric in EVERY},
+        **{metric: METRICS[metric].score(extracted, example.answers, None) for metric in COMMON},
         recompute_ratio=answer.usage.recompute_ratio,
         usage=usage,
         score=scores[task.metric],
@@ -100,13 +100,13 @@ def make_row(
 
 
 def scores_of(task: TaskSpec, text: str, example: RagExample, tokenizer: Any) -> dict[str, float]:
-    """The task's headline metric and its further ones, of one output."""
+    """Scores one output by the task's headline metric and its further metrics."""
     names, scored = {task.metric, *task.metrics}, task.cut(text)
     return {name: METRICS[name].score(scored, example.answers, tokenizer) for name in names}
 
 
 def place_of(example: RagExample) -> float | None:
-    """Mean place of the supporting chunks, 0 for the first and 1 for the last chunk."""
+    """Mean position of the supporting chunks, 0 (first chunk) to 1 (last), or None if unknown."""
     last = len(example.chunks) - 1
     if not example.supporting or last == 0:
         return None
@@ -114,7 +114,7 @@ def place_of(example: RagExample) -> float | None:
 
 
 def digest_of(value: Any) -> str:
-    """The first sixteen hexadecimal digits of a JSON value's SHA-256."""
+    """The first 16 hexadecimal digits of the SHA-256 of a value as JSON."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -123,25 +123,25 @@ ROWS = "rows"
 
 
 class RowFile:
-    """The rows of one method, ``LABEL.jsonl``; while a run lasts, a part for each process.
+    """The rows of one method in ``LABEL.jsonl``; during a run, one part file per process.
 
-    Opening only reads: rows of another run (other weights, questions, code) are left out, and so is
-    a last line that a stopped run left half-written. All processes of a run must have opened before
+    Opening only reads. Rows of another run (other weights, questions or code) are ignored, and so
+    is a last line that an interrupted run left incomplete. All processes must open the file before
     one of them appends. ``keys`` has the `row_key` of every row of this run, in order.
     """
 
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
         self.path, self.keys = folder / f"{label}.jsonl", list(keys)
         self._part = folder / f"{label}.part{rank}.jsonl"
-        self._rows, self._begun = self._known(), False
+        self._rows, self._opened = self._wanted_rows(), False
 
     def refuse_loss(self, asked: Collection[tuple[str, str]]) -> None:
-        """Raises ValueError if it answers questions, by task and id, that are not ``asked``.
+        """Raises ValueError if the file has answers to questions that are not in ``asked``.
 
-        `merge` would drop those; an outdated answer to a question that is asked it may replace.
+        `merge` would delete them. Questions are given as task and id.
         """
-        found = {(row.task, row.id) for path in self._paths() for row in read_rows(path)}
-        if lost := found - set(asked):
+        answered = {(row.task, row.id) for path in self._paths() for row in read_rows(path)}
+        if lost := answered - set(asked):
             raise ValueError(
                 f"'{self.path}' has answers to {len(lost)} questions that this run does not ask, "
                 f"such as {min(lost)[1]!r}, and would lose them; give another output folder, or "
@@ -152,10 +152,10 @@ class RowFile:
         return key in self._rows
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Adds rows to this process's part, on disk before it returns."""
-        if not self._begun:  # what an earlier run left there, without its half-written line
+        """Adds rows to this process's part file; they are on disk when it returns."""
+        if not self._opened:  # cuts an incomplete last line of an earlier run
             truncate_lines(self._part, len(whole_lines(self._part)))
-            self._begun = True
+            self._opened = True
         new = {row.key: row for row in rows if row.key not in self._rows}
         append_lines(self._part, map(_line, new.values()))
         self._rows |= new
@@ -163,35 +163,35 @@ class RowFile:
     def merge(self) -> list[Row]:
         """Joins all parts into one file in the order of the questions, and returns its rows.
 
-        Only one process may call it, when all have ended. A KeyError if a question has no row.
+        Only one process may call it, after all have finished. Raises KeyError if a row is missing.
         """
-        known = self._known()
-        rows = [known[key] for key in self.keys]
+        by_key = self._wanted_rows()
+        rows = [by_key[key] for key in self.keys]
         replace_text(self.path, "".join(_line(row) + "\n" for row in rows))
         for part in self._paths()[1:]:
             part.unlink()
         return rows
 
-    def _known(self) -> dict[str, Row]:
+    def _wanted_rows(self) -> dict[str, Row]:
         rows, wanted = (row for path in self._paths() for row in read_rows(path)), set(self.keys)
         return {row.key: row for row in rows if row.key in wanted}
 
     def _paths(self) -> list[Path]:
-        """The file and its parts."""
+        """The merged file and the part files."""
         parts = self.path.parent.glob(f"{glob.escape(self.path.stem)}.part*.jsonl")
         return [self.path, *sorted(parts)]
 
 
 def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
-    """The rows of a finished run by label; raises ValueError if a label has none there."""
-    found = {label: list(read_rows(folder / ROWS / f"{label}.jsonl")) for label in labels}
-    if missing := [label for label, rows in found.items() if not rows]:
+    """The rows of a finished run by label; raises ValueError if a label has no rows."""
+    rows = {label: list(read_rows(folder / ROWS / f"{label}.jsonl")) for label in labels}
+    if missing := [label for label, own in rows.items() if not own]:
         raise ValueError(f"no rows of '{missing[0]}' in '{folder / ROWS}'; finish the run first")
-    return found
+    return rows
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Whole lines of a file as rows; raises ValueError if one is not a row."""
+    """Complete lines of a file as rows; raises ValueError if a line is not a row."""
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             yield Row(**json.loads(line))

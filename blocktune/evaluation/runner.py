@@ -1,4 +1,4 @@
-"""Runs a suite: every method on every question, row by row on disk, then ``results.json``."""
+"""Runs a suite: asks every method every question, saves each answer, writes ``results.json``."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from blocktune.parsing import load_json
 from blocktune.provenance import hardware, provenance, versions
 
 Item = TypeVar("Item")
-PATIENCE = timedelta(days=7)  # how long one process waits for another before the run is given up
+PATIENCE = timedelta(days=7)  # longest time that one process waits for another
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run."""
+    """The processes that share a run, as seen by one of them."""
 
-    rank: int = 0  # its number, from 0
-    count: int = 1  # how many there are
-    device: str | None = None  # where it runs; None leaves that to the suite
-    wait: Callable[[], None] = lambda: None  # returns once every process has called it
+    rank: int = 0  # index of this process, from 0
+    count: int = 1  # number of processes
+    device: str | None = None  # device of this process; None: the suite decides
+    wait: Callable[[], None] = lambda: None  # barrier: returns once every process has called it
 
     @property
     def is_main(self) -> bool:
-        """Whether this process merges, times and reports."""
+        """Whether this process merges the answers, measures times and writes the results."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part of ``items``; all processes must be given the same ones."""
+        """This process's share of ``items``; every process must pass the same sequence."""
         return items[self.rank :: self.count]
 
 
 def launched() -> Processes:
     """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone.
 
-    More processes than GPUs take turns on them: a small model leaves most of one idle.
+    There may be more processes than GPUs: a small model leaves most of a GPU idle.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
@@ -65,11 +65,11 @@ def launched() -> Processes:
     from accelerate import PartialState
 
     gpus = torch.cuda.device_count()
-    crowded = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus  # NCCL wants one process a GPU
+    crowded = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus  # NCCL: one process per GPU
     state = PartialState(cpu=crowded, timeout=PATIENCE)
     atexit.register(state.destroy_process_group)
     device = f"cuda:{state.local_process_index % gpus}" if gpus else "cpu"
-    # accelerate's barrier names the GPU of the process's number, which a shared one is not.
+    # accelerate's barrier uses the GPU whose index is the local rank; a shared GPU has another.
     wait = torch.distributed.barrier if crowded else state.wait_for_everyone
     return Processes(state.process_index, state.num_processes, device, wait)
 
@@ -82,18 +82,18 @@ def run_suite(
     load: Load = load_engine,
     processes: Processes | None = None,
 ) -> dict[str, Any] | None:
-    """Answers, times and scores; a stopped run resumes.
+    """Answers, scores and times all questions of a suite. An interrupted run resumes.
 
-    Rows do not depend on where a run was stopped nor on how many processes share it: batches are
-    always the same ones, and caches hold no more than the chunks of the batch.
+    Answers do not depend on where a run was interrupted or how many processes share it: the
+    batches are always the same, and the caches only hold the chunks of the current batch.
 
-    ``output`` gets ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``, which is returned
-    (see `build_results`; None in all processes but the main one). ``command`` is what the user
-    typed, by default ``sys.argv``; ``processes`` share the run, by default those of the launcher.
+    Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
+    content of ``results.json`` (see `build_results`), or None except in the main process.
+    ``command`` is recorded (default: ``sys.argv``); ``processes`` are by default the launcher's.
 
     Raises:
-        ValueError: In one line and before the first question, if anything cannot be run, or the
-            folder has answers to other questions than these, which a smaller run would drop.
+        ValueError: Before the first question, if something cannot be run, or ``output`` has
+            answers to questions that this run does not ask and would delete.
     """
     processes = processes or launched()
     if processes.device is not None:
@@ -113,9 +113,9 @@ def _run(
     ready: Ready, output: Path, command: list[str] | None, processes: Processes
 ) -> dict[str, Any] | None:
     suite = ready.suite
-    weights = ready.fingerprints()  # now: an adapter may be retrained during the run
+    weights = ready.fingerprints()  # computed now: an adapter may be retrained during the run
     files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
-    processes.wait()  # nobody writes before all have read
+    processes.wait()  # no process writes before all have read
     with progress_bars(shown=processes.is_main) as progress:
         _answer_all(ready, files, processes, progress)
         processes.wait()
@@ -124,12 +124,12 @@ def _run(
         rows = {label: file.merge() for label, file in files.items()}
         times, fidelity = {}, {}
         if ready.timed:
-            times = _known_or(output, "ttft", suite, rows, lambda: _time_all(ready, progress))
+            times = _measure_once(output, "ttft", suite, rows, lambda: _time_all(ready, progress))
         if suite.fidelity.num:
             asked = sum(len(ready.of(task, suite.fidelity.num)) for task in suite.tasks)
             bar = progress.add_task("fidelity", total=asked * len(rows))
             compare = partial(measure_fidelity, ready, lambda: progress.advance(bar))
-            fidelity = _known_or(output, "fidelity", suite, rows, compare)
+            fidelity = _measure_once(output, "fidelity", suite, rows, compare)
     ttft = {label: TtftSummary(*own) for label, own in times.items()}
     origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
     results = build_results(suite, rows, ttft, origin, fidelity)
@@ -148,7 +148,7 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
 def _answer_all(
     ready: Ready, files: Mapping[str, RowFile], processes: Processes, progress: Progress
 ) -> None:
-    """Answers batch by batch, each by all methods: they share chunks, and a stopped run is even."""
+    """Lets all methods answer a batch before the next one, so that they share encoded chunks."""
     work, chunks = processes.share(_missing(ready, files)), _BatchChunks()
     bar = progress.add_task("", total=sum(len(batch) * len(specs) for batch, specs in work))
     for batch, specs in work:
@@ -175,17 +175,17 @@ def _answer_batch(
 
 
 class _BatchChunks:
-    """Encodes the chunks of a batch once for all methods that reuse the same ones.
+    """Encodes the chunks of a batch once for all methods that reuse the same chunks.
 
-    No row depends on what earlier questions or methods left in the caches: they are emptied, unless
-    they hold exactly what the method would encode.
+    No answer may depend on what earlier questions or methods left in the caches. So the caches are
+    emptied, unless they hold exactly the chunks that the method would encode.
     """
 
     def __init__(self):
         self._held: tuple | None = None
 
     def encode(self, engine: Engine, method: Method, examples: Sequence[RagExample]) -> None:
-        """Fills the engine's store with what the method reuses, or empties its caches."""
+        """Stores the chunks that the method reuses, or empties the engine's caches."""
         encoder, store = engine.state.encoder, engine.store
         makes_own = method.history or method.loader(store, engine.fingerprint)
         if method.cached is Cached.NOTHING and not makes_own:
@@ -194,30 +194,30 @@ class _BatchChunks:
             engine.forget()
             self._held = None
             return
-        laid = [engine.lay_out(engine.prompts.pieces(one, method), method) for one in examples]
-        laid.sort(key=lambda prompt: len(prompt.input_ids))  # as `Engine.answer` does
-        pieces = [piece for prompt in laid for piece in wanted_pieces(prompt)]
+        prompts = [engine.lay_out(engine.prompts.pieces(e, method), method) for e in examples]
+        prompts.sort(key=lambda prompt: len(prompt.input_ids))  # as `Engine.answer` does
+        pieces = [piece for prompt in prompts for piece in wanted_pieces(prompt)]
         layers = method.select_for(engine.state.num_layers).widens(engine.state.num_layers)
         wanted = store, engine.fingerprint, pieces, tuple(layers)
         if self._held != wanted:
             engine.forget()
             encoder.find(pieces, Stopwatch(engine.model.device), layers)
             self._held = wanted
-        if any(encoder.key(piece) not in store for piece in pieces):  # too much for its memory
+        if any(encoder.key(piece) not in store for piece in pieces):  # the store evicted some
             engine.forget()
             self._held = None
 
 
 def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, list[MethodSpec]]]:
-    """Batches, as indices of questions, and the methods that have not answered them yet.
+    """Batches, as ranges of question indices, with the methods that have not answered them yet.
 
-    Batches hold one task and are always the same ones, so that a resumed run repeats whole ones.
-    Methods of one adapter follow each other.
+    A batch has questions of one task. Batches are always the same, so a resumed run repeats whole
+    batches. Methods that use the same adapter follow each other.
     """
     specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
-    found, start = [], 0
-    for _, same in groupby(ready.questions, key=lambda question: question.task.name):
-        stop = start + len(list(same))
+    missing, start = [], 0
+    for _, questions in groupby(ready.questions, key=lambda question: question.task.name):
+        stop = start + len(list(questions))
         for first in range(start, stop, ready.suite.batch_size):
             batch = range(first, min(first + ready.suite.batch_size, stop))
             left = [
@@ -225,47 +225,47 @@ def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, li
                 for spec in specs
                 if any(files[spec.label].keys[index] not in files[spec.label] for index in batch)
             ]
-            found += [(batch, left)] if left else []
+            missing += [(batch, left)] if left else []
         start = stop
-    return found
+    return missing
 
 
 def _time_all(ready: Ready, progress: Progress) -> dict[str, TtftSummary]:
-    def asking(spec: MethodSpec) -> Callable[[RagExample], Any]:
+    def ask_by(spec: MethodSpec) -> Callable[[RagExample], Any]:
         engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
         return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
 
     for engine in ready.worded.values():
-        engine.forget_prefixes()  # the answers above left these very prompts there
-    methods = {spec.label: asking(spec) for spec in ready.suite.methods}
+        engine.forget_prefixes()  # answering left these same prompts in the exact prefix cache
+    methods = {spec.label: ask_by(spec) for spec in ready.suite.methods}
     bar = progress.add_task("time to first token", total=2 * len(ready.timed) * len(methods))
     return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
 
-def _known_or(
+def _measure_once(
     output: Path,
     name: str,
     suite: Suite,
     rows: Mapping[str, Sequence[Row]],
     measure: Callable[[], Any],
 ) -> Any:
-    """What an earlier run measured of the same rows, machine and code, or else a new measurement.
+    """Reuses the measurement of an earlier run with the same rows, machine and code, or measures.
 
-    It is kept in ``NAME.json`` with a digest of all that decides it.
+    The result is kept in ``NAME.json`` with a digest of everything that it depends on.
     """
     path = output / f"{name}.json"
-    answered = {label: [row.key for row in own] for label, own in rows.items()}
-    keys = [path.name, getattr(suite, name), answered, code_digest(), hardware(), versions()]
-    known = load_json(path) if path.exists() else {}
-    if known.get("keys") != digest_of(keys):
-        known = {"keys": digest_of(keys), name: measure()}
-        replace_json(path, known)
-    return known[name]
+    row_keys = {label: [row.key for row in own] for label, own in rows.items()}
+    keys = [path.name, getattr(suite, name), row_keys, code_digest(), hardware(), versions()]
+    record = load_json(path) if path.exists() else {}
+    if record.get("keys") != digest_of(keys):
+        record = {"keys": digest_of(keys), name: measure()}
+        replace_json(path, record)
+    return record[name]
 
 
 def progress_bars(console: Console | None = None, shown: bool = True) -> Progress:
-    """Bars on standard error, or on ``console``; of several processes only one shows them."""
-    name = bars.TextColumn("{task.description}", markup=False)  # a label may hold brackets
+    """Progress bars on standard error, or on ``console``; hidden unless ``shown``."""
+    name = bars.TextColumn("{task.description}", markup=False)  # a label may have brackets
     done = (name, bars.BarColumn(), bars.MofNCompleteColumn())
     times = (bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn())
     return Progress(*done, *times, console=console or Console(stderr=True), disable=not shown)

@@ -1,7 +1,7 @@
-"""How sure a score or a difference is: intervals in closed form, exact tests, power.
+"""Statistics of scores: confidence intervals in closed form, significance tests, power.
 
-Questions are the unit. Scores lie in [0, 1]. No interval has zero width: where every answer of a
-handful of questions is right, the next one may still be wrong, which a bootstrap cannot know.
+The sampling units are questions, with scores in [0, 1]. No interval has zero width: a method that
+is right on all of a few questions may be wrong on the next one, which a bootstrap would miss.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-ALPHA = 0.05  # two-sided error of the first kind, of a verdict and of an interval
+ALPHA = 0.05  # two-sided significance level of tests and intervals
 Z = NormalDist().inv_cdf(1 - ALPHA / 2)
-NUM_FLIPS = 10_000
-FEW = 50  # differences up to which signs are drawn
+NUM_FLIPS = 10_000  # number of random sign assignments of the sign-flip test
+FEW = 50  # the test draws signs for up to this many differences
 
 
 class Interval(NamedTuple):
-    """A mean with the bounds of its interval."""
+    """A mean with the bounds of its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -29,23 +29,23 @@ class Interval(NamedTuple):
 
     @property
     def ci95(self) -> list[float]:
-        """The bounds."""
+        """The two bounds as a list."""
         return [self.low, self.high]
 
 
 class Power(NamedTuple):
-    """What a number of questions can show of one paired difference."""
+    """Power of a paired comparison on a given number of questions."""
 
-    detectable: float  # smallest difference that this many questions show, with the given power
-    n_needed: int | None  # questions that would show the observed difference; None where it is 0
+    detectable: float  # smallest difference that this many questions show with the given power
+    n_needed: int | None  # questions needed to show the observed difference; None if it is 0
 
 
 def mean_interval(own: ArrayLike) -> Interval:
-    """The mean of scores ``(n,)``, in Wilson's interval; ValueError if there is none.
+    """The mean of scores ``(n,)`` with Wilson's interval. Raises ValueError if there is none.
 
-    The variance is that of the scores: for 0 and 1 this is Wilson's interval of a proportion; for
-    scores between, such as F1, it is as narrow as their spread allows and as wide as Wilson's where
-    all are 0 or all are 1.
+    The variance is that of the scores. For scores of 0 and 1 this is Wilson's interval of a
+    proportion. For scores in between, such as F1, a smaller spread gives a narrower interval, but
+    never one of zero width.
 
     Source: Wilson, Probable Inference (1927).
     """
@@ -59,25 +59,25 @@ def mean_interval(own: ArrayLike) -> Interval:
 
 
 def difference(own: ArrayLike, other: ArrayLike) -> Interval:
-    """How much the mean of ``own`` is above that of ``other``, on the same questions, ``(n,)``.
+    """Mean of ``own`` minus mean of ``other``, scores ``(n,)`` on the same questions.
 
-    The adjusted Wald interval: two questions are added, of which each method wins one by 1.
+    The adjusted Wald interval: it adds two questions, one won by each method with difference 1.
 
     Source: Bonett and Price, Adjusted Wald Confidence Interval for a Difference of Binomial
-    Proportions Based on Paired Data (2012), whose counts these differences generalise.
+    Proportions Based on Paired Data (2012), generalised from counts to differences.
     """
-    found = paired(own, other)
-    n, centre = len(found) + 2, float(found.sum()) / (len(found) + 2)
-    half = Z * sqrt((float((found**2).sum()) + 2) / n - centre**2) / sqrt(n)
-    return Interval(float(found.mean()), max(-1.0, centre - half), min(1.0, centre + half))
+    gains = paired(own, other)
+    n, centre = len(gains) + 2, float(gains.sum()) / (len(gains) + 2)
+    half = Z * sqrt((float((gains**2).sum()) + 2) / n - centre**2) / sqrt(n)
+    return Interval(float(gains.mean()), max(-1.0, centre - half), min(1.0, centre + half))
 
 
 def recovered_gap(own: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> Interval | None:
     """``(own - floor) / (ceiling - floor)``: the share of a gap that a method closes.
 
-    The interval holds each share ``s`` for which ``(own - floor) - s (ceiling - floor)`` may have a
-    mean of 0, by the interval of `difference`. Floor and ceiling are 0 and 1 themselves. None where
-    the interval of the gap itself reaches zero.
+    The interval contains each share ``s`` for which the mean of ``(own - floor) - s (ceiling -
+    floor)`` may be 0, by the interval of `difference`. Floor and ceiling themselves give exactly 0
+    and 1. Returns None if the interval of the gap itself reaches 0.
 
     Source: Fieller, Some Problems in Interval Estimation (1954).
     """
@@ -97,16 +97,16 @@ def recovered_gap(own: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> Inter
 
 
 def p_value(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
-    """McNemar's exact test where scores are right or wrong, else sign flips drawn by ``seed``."""
+    """p-value of McNemar's exact test if all scores are 0 or 1, else of `sign_flip`."""
     binary = {*np.unique(own), *np.unique(other)} <= {0.0, 1.0}
     return mcnemar_exact(own, other) if binary else sign_flip(own, other, seed=seed)
 
 
 def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
-    """Two-sided exact p-value that two methods are right equally often.
+    """Two-sided exact p-value of the hypothesis that two methods are right equally often.
 
-    Only questions on which they disagree count: under the null hypothesis each falls to either
-    side with probability 1/2. Both are ``(n,)``, booleans or 0 and 1.
+    Only questions on which they disagree count: under the null hypothesis each method wins such a
+    question with probability 1/2. Both arguments are ``(n,)``, booleans or 0 and 1.
 
     Source: McNemar (1947), in the exact binomial form.
     """
@@ -117,12 +117,12 @@ def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
 
 
 def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
-    """Two-sided p-value that two methods score equally, for scores that are not 0 or 1.
+    """Two-sided p-value of the hypothesis that two methods score equally, for any scores.
 
-    Under the null hypothesis each question's difference is as likely with the other sign. Up to
-    `FEW` of them the signs are drawn at random, the observed ones among the draws, so that p is
-    never 0; beyond, their sum is normal with the variance that signs alone give it. Both are
-    ``(n,)``, over the same questions.
+    Under the null hypothesis each question's difference is as likely with the other sign. For up to
+    `FEW` nonzero differences, signs are drawn at random by ``seed``; the observed signs count as
+    one draw, so p is never 0. For more, the sum is taken as normal, with the variance under random
+    signs. Both arguments are ``(n,)``, on the same questions.
 
     Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), approximate
     randomisation; Fisher's paired test.
@@ -134,7 +134,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
     observed = abs(differences.sum())
     if len(differences) > FEW:
         z = observed / np.sqrt((differences**2).sum())
-        return erfc(float(z) / sqrt(2))  # 0 only where the tail is below 1e-300
+        return erfc(float(z) / sqrt(2))  # 0 only if the tail is below 1e-300
     rounding = 1e-12 * np.abs(differences).sum()
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(NUM_FLIPS, len(differences)))
     extreme = int((np.abs(signs @ differences) >= observed - rounding).sum())
@@ -142,7 +142,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
 
 
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """p-values adjusted for being read together: the chance of any false alarm stays below each.
+    """p-values corrected for multiple comparisons: they control the family-wise error rate.
 
     Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
     """
@@ -156,13 +156,13 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
 def power(
     own: ArrayLike, other: ArrayLike, p: float = 1.0, p_holm: float = 1.0, wanted: float = 0.8
 ) -> Power | None:
-    """Whether this many questions can show a difference, by the normal approximation.
+    """What differences this many questions can show, by the normal approximation.
 
-    A verdict needs Holm's p below `ALPHA`, so power is asked at the level that the correction
-    leaves to this comparison, ``ALPHA * p / p_holm``: a difference that the verdict calls within
-    chance needs more questions than there are, not fewer. ``wanted`` is the chance to find a
-    difference that is there. None with fewer than two questions, or where all differences are
-    equal: their spread is not known.
+    A difference is significant if Holm's p is below `ALPHA`. So the power is computed at the level
+    that the correction leaves for this comparison, ``ALPHA * p / p_holm``. Otherwise ``n_needed``
+    could be below the number of questions although the difference is within chance. ``wanted`` is
+    the power, the probability to find a real difference. Returns None if there are fewer than two
+    questions or all differences are equal, because their spread is then unknown.
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """
@@ -178,7 +178,7 @@ def power(
 
 
 def paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:
-    """Differences of two lists of scores of the same questions, ``(n,)``, of one length."""
+    """Left minus right score of each question, ``(n,)``; ValueError if the lengths differ."""
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Suites: which model answers which questions by which methods, as strict YAML.
+"""Suites: the model, methods and questions of one comparison, read from strict YAML.
 
-Tasks, in versioned files, say how questions are worded, cut, decoded and scored.
+Tasks, in versioned files, say how questions are worded, chunked, answered and scored.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from blocktune.parsing import entries, load_spec, load_yaml, mapping, read, refu
 from blocktune.prompt import PromptFormat
 from blocktune.registry import require_count
 
-SEED = "{seed}"  # placeholder of the seed in the adapter's folder of an entry with ``seeds``
+SEED = "{seed}"  # placeholder for the seed in ``adapter``, if the method has ``seeds``
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One row of the table: a method, its parameters, and the weights it runs on."""
+    """One method of a suite: its parameters and the adapter it runs with."""
 
     name: str  # a registered method, or a composition as text (``kvlink + epic``)
-    adapter: str | None = None  # folder of the adapter it runs with; None runs the base
-    label: str = ""  # its name in results; ``name`` unless given
-    # fields of the method that differ from their defaults
+    adapter: str | None = None  # folder of the adapter; None: the base model
+    label: str = ""  # its name in results; default: ``name``
+    # method parameters that differ from their defaults
     params: Mapping[str, Any] = field(default_factory=dict)
-    preset: str | None = None  # the method to change by the keys below; then ``name`` is a label
-    select: Any = KEEP  # which tokens are recomputed: NAME, or ``{NAME: {parameter: value}}``
-    repair: Any = KEEP  # how reused keys and values are changed, likewise; null: not at all
-    reshape: Any = KEEP  # how later rows see reused keys, likewise; null leaves them as they are
-    # fields of the layout to set: where chunks are placed, what they are encoded after
+    preset: str | None = None  # method that the keys below modify; ``name`` is then only a label
+    select: Any = KEEP  # selector of recomputed tokens: NAME, or ``{NAME: {parameter: value}}``
+    repair: Any = KEEP  # correction of reused keys and values, same form; null: none
+    reshape: Any = KEEP  # change of the attention to reused keys, same form; null: none
+    # layout fields to set: where chunks are placed, and after which tokens they are encoded
     layout: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None  # share of the context tokens that the selector may choose
-    layer_budget: float | None = None  # share of layer-tokens to spend, instead
+    layer_budget: float | None = None  # in place of ``budget``: share of layer-tokens
 
     def __post_init__(self):
         if not self.label:
             object.__setattr__(self, "label", self.name)
         if "/" in self.label or self.label.startswith("."):
-            raise ValueError(f"label must name a file, got '{self.label}'; leave out slashes")
+            raise ValueError(
+                f"label must name a file, got '{self.label}'; remove slashes and a leading dot"
+            )
 
     def entry(self) -> dict[str, Any]:
-        """What `blocktune.methods.build_entry` makes the method of: the keys that were given."""
+        """The keys that were given, as `blocktune.methods.build_entry` takes them."""
         given = {"name": self.name, "select": self.select}
         given |= {"repair": self.repair, "reshape": self.reshape}
         for key in ("preset", "params", "layout", "budget", "layer_budget"):
@@ -60,44 +62,44 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One set of questions and how they are asked and scored."""
+    """One set of questions, and how they are asked and scored."""
 
     name: str  # its name in results
-    source: str  # what `load_examples` reads: a path, ``musique``, ``worlds:test?n=300``
-    version: int = 1  # of the task file; raised whenever a change moves scores
-    limit: int | None = None  # use only the first ones; None uses all
-    # wording, keys of `PromptFormat`; what it leaves out is each model's own, such as the tag of a
-    # mode that an adapter was trained with
+    source: str  # for `load_examples`: a path, ``musique``, ``worlds:test?n=300``
+    version: int = 1  # of the task file; raised with every change that affects scores
+    limit: int | None = None  # number of questions to use, from the first; None: all
+    # wording, as keys of `PromptFormat`; keys left out keep each model's own value, such as the
+    # mode tag that an adapter was trained with
     prompt: Mapping[str, Any] | None = None
-    # how the source cuts: a chunker and its parameters, ``{chunker: fixed, size: 512}``, or a
-    # generator's ``{chunk: 128}``; empty leaves it to the source
+    # how documents are split: a chunker with parameters, ``{chunker: fixed, size: 512}``, or a
+    # generator's ``{chunk: 128}``; empty: as the source does
     chunking: Mapping[str, Any] = field(default_factory=dict)
-    answer_marker: str | None = None  # the text after it is scored; None scores the whole output
-    stop: tuple[str, ...] = ()  # the output ends before the first of these texts
+    answer_marker: str | None = None  # only the text after it is scored; None: the whole output
+    stop: tuple[str, ...] = ()  # the output is cut before the first of these texts
     max_new_tokens: int = 32  # longest answer, in tokens
-    metric: str = "em"  # its headline score, a name of `METRICS`
-    metrics: tuple[str, ...] = ()  # further scores
+    metric: str = "em"  # headline metric, a key of `METRICS`
+    metrics: tuple[str, ...] = ()  # further metrics
     by_kind: bool = True  # whether results are also given for each kind of question
-    cite: str = ""  # where data and wording come from
+    cite: str = ""  # source of the data and the wording
 
     def __post_init__(self):
         for name in ("limit", "max_new_tokens", "version"):
             if (value := getattr(self, name)) is not None:
                 require_count(name, value, 1)
         require_metrics((self.metric, *self.metrics))
-        self.worded(PromptFormat())  # a wrong key is refused here, not in the middle of a run
+        self.worded(PromptFormat())  # raises on a wrong key now, not in the middle of a run
 
     @property
     def headline(self) -> Metric:
-        """The metric that tables and pictures show."""
+        """The metric that tables and charts show."""
         return METRICS[self.metric]
 
     def worded(self, own: PromptFormat) -> PromptFormat:
-        """How a model is asked whose own wording is ``own``."""
+        """The task's prompt format for a model whose own format is ``own``."""
         return PromptFormat.from_dict(own.to_dict() | dict(self.prompt or {}))
 
     def full_source(self) -> str:
-        """The source with the chunking among its options."""
+        """The source, with ``chunking`` added to its options."""
         name, _, options = self.source.partition("?")
         if not self.chunking:
             return self.source
@@ -105,13 +107,13 @@ class TaskSpec:
         return f"{name}?{urlencode(merged, safe='/:,')}"
 
     def cut(self, text: str) -> str:
-        """The part of an output that is scored by metrics with rules of their own."""
+        """The part of an output that is scored: before a stop text, after the answer marker."""
         for stop in self.stop:
             text = text.partition(stop)[0]
         return text.rpartition(self.answer_marker)[2] if self.answer_marker else text
 
     def decides(self) -> dict[str, Any]:
-        """All that decides a row, as JSON; where questions come from and how many does not."""
+        """The fields that affect a row, as JSON; those that only choose questions do not."""
         ignored = ("source", "limit", "by_kind", "cite", "chunking")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ignored}
 
@@ -120,8 +122,8 @@ class TaskSpec:
 class TtftSpec:
     """How time to first token is measured."""
 
-    num: int = 20  # prompts of the first task; 0 measures none
-    chunks: int | None = None  # fill prompts up to this many chunks with those that follow
+    num: int = 20  # prompts of the first task to time; 0: no timing
+    chunks: int | None = None  # chunks per prompt, filled from the next questions; None: its own
 
     def __post_init__(self):
         require_count("num", self.num)
@@ -130,10 +132,10 @@ class TtftSpec:
 
 @dataclass(frozen=True)
 class FidelitySpec:
-    """How closeness of the answer's distribution to full prefill's is measured."""
+    """How a method's next-token distributions are compared with full prefill's."""
 
-    num: int = 0  # questions of each task; 0 measures none
-    tokens: int = 4  # of full prefill's own answer, each compared given those before
+    num: int = 0  # questions of each task to compare; 0: none
+    tokens: int = 4  # number of tokens of full prefill's answer to compare, teacher-forced
 
     def __post_init__(self):
         require_count("num", self.num)
@@ -144,19 +146,19 @@ class FidelitySpec:
 class Suite:
     """A whole comparison; see ``eval/suites/`` for examples."""
 
-    model: str  # path or hub name of the base model
-    methods: tuple[MethodSpec, ...]  # what is compared, in the order of the table
-    tasks: tuple[TaskSpec, ...]  # what is asked
-    dtype: str = "auto"  # of weights and caches; ``auto`` takes the checkpoint's
-    quantize: str | None = None  # of the base as it is loaded: ``nf4`` or ``int8``
-    device: str | None = None  # where to run; None takes a GPU when there is one
-    store: str | None = None  # place and limits of chunks (`ChunkStore.open`); None: memory
-    seed: int = 0  # of the sign-flip test, and recorded with the results
-    batch_size: int = 16  # prompts answered at a time; timing always runs one
+    model: str  # path or Hub name of the base model
+    methods: tuple[MethodSpec, ...]  # methods to compare, in table order
+    tasks: tuple[TaskSpec, ...]  # questions to ask
+    dtype: str = "auto"  # of weights and caches; ``auto``: as in the checkpoint
+    quantize: str | None = None  # quantise the base model on loading: ``nf4`` or ``int8``
+    device: str | None = None  # None: a GPU if there is one
+    store: str | None = None  # where chunks are stored, for `ChunkStore.open`; None: in memory
+    seed: int = 0  # of the sign-flip test; also recorded in the results
+    batch_size: int = 16  # prompts answered at a time; timing always uses 1
     ttft: TtftSpec = TtftSpec()  # how time to first token is measured
     fidelity: FidelitySpec = FidelitySpec()  # how closeness to full prefill is measured
-    # name -> labels of methods that differ in a seed only; the results show their mean instead. An
-    # entry of a method with ``seeds`` makes its own, see `parse_methods`
+    # name -> labels of methods that differ only in the seed; results show their mean instead.
+    # Methods with ``seeds`` are pooled without an entry here, see `parse_methods`
     pool: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -167,7 +169,7 @@ class Suite:
 
 
 def load_suite(path: str | Path) -> Suite:
-    """Reads a suite, with the errors of `load_spec`; relative paths start from where one is."""
+    """Reads a suite; raises as `load_spec`. Paths in it are relative to the working directory."""
     return load_spec(path, "suite", "see eval/suites/ for examples", parse_suite)
 
 
@@ -179,7 +181,7 @@ def changed(
     quantize: str | None = None,
     store: str | None = None,
 ) -> Suite:
-    """A suite with values of the command line; None keeps the suite's own."""
+    """Overrides fields of a suite, for the command line; None keeps the suite's value."""
     given = {"model": model, "device": device, "quantize": quantize, "store": store}
     if limit is not None:
         given["tasks"] = tuple(replace(task, limit=limit) for task in suite.tasks)
@@ -187,14 +189,14 @@ def changed(
 
 
 def parse_suite(record: Any, where: str = "suite") -> Suite:
-    """Builds a suite from decoded YAML; ``where`` opens every error, a ValueError."""
+    """Builds a suite from decoded YAML. Messages of a ValueError begin with ``where``."""
     values = dict(mapping(record, where))
     if "methods" in values:
         values["methods"], seeds = parse_methods(values["methods"], f"{where}: methods")
         values["pool"] = seeds | dict(mapping(values.get("pool", {}), f"{where}: pool"))
     if "tasks" in values:
-        found = enumerate(entries(values["tasks"], f"{where}: tasks"))
-        values["tasks"] = tuple(parse_task(e, f"{where}: tasks[{i}]") for i, e in found)
+        tasks = enumerate(entries(values["tasks"], f"{where}: tasks"))
+        values["tasks"] = tuple(parse_task(task, f"{where}: tasks[{i}]") for i, task in tasks)
     for name, spec in (("ttft", TtftSpec), ("fidelity", FidelitySpec)):
         if name in values:
             values[name] = read(spec, values[name], f"{where}: {name}")
@@ -202,25 +204,25 @@ def parse_suite(record: Any, where: str = "suite") -> Suite:
 
 
 def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict[str, list[str]]]:
-    """Builds the methods of a suite, names alone or mappings of their keys, and the pools of seeds.
+    """Builds the methods of a suite, each a name or a mapping, and the pools of their seeds.
 
-    An entry with ``seeds`` is one method for each: ``{name: kvlink, adapter: "out/kvlink-{seed}",
-    seeds: [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``. ``where`` opens every
-    error, a ValueError.
+    An entry with ``seeds`` is expanded to one method per seed: ``{name: kvlink, adapter:
+    "out/kvlink-{seed}", seeds: [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``.
+    Raises ValueError with messages that begin with ``where``.
     """
     methods, pools = [], {}
     for index, entry in enumerate(entries(record, where)):
         place = f"{where}[{index}]"
         entry = {"name": entry} if isinstance(entry, str) else entry
-        own = [entry]
+        expanded = [entry]
         if isinstance(entry, Mapping) and "seeds" in entry:
-            own = _of_seeds(entry, place)
-            pools[entry.get("label") or entry.get("name")] = [one["label"] for one in own]
-        methods += [read(MethodSpec, one, place) for one in own]
+            expanded = _expand_seeds(entry, place)
+            pools[entry.get("label") or entry.get("name")] = [e["label"] for e in expanded]
+        methods += [read(MethodSpec, e, place) for e in expanded]
     return tuple(methods), pools
 
 
-def _of_seeds(entry: Mapping, where: str) -> list[dict[str, Any]]:
+def _expand_seeds(entry: Mapping, where: str) -> list[dict[str, Any]]:
     seeds = entries(entry["seeds"], f"{where}: seeds")
     adapter, label = entry.get("adapter"), entry.get("label") or entry.get("name")
     if any(type(seed) is not int for seed in seeds):
@@ -238,10 +240,10 @@ def _of_seeds(entry: Mapping, where: str) -> list[dict[str, Any]]:
 
 
 def check_pools(pools: Any, labels: Sequence[str]) -> None:
-    """Refuses a pool that is not a list of two or more labels, or whose name is taken."""
+    """Raises ValueError if a pool is not a list of two or more labels, or its name is a label."""
     for name, members in mapping(pools, "pool").items():
         if name in labels:
-            raise ValueError(f"pool '{name}' has the label of a method; rename it")
+            raise ValueError(f"pool '{name}' has the label of a method; rename the pool")
         if not isinstance(members, list) or len(members) < 2 or not set(members) <= set(labels):
             raise ValueError(
                 f"pool '{name}' must be a list of two or more method labels, got {members!r:.60}; "
@@ -250,10 +252,10 @@ def check_pools(pools: Any, labels: Sequence[str]) -> None:
 
 
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
-    """Builds a task from an entry of a suite; ``where`` opens every ValueError.
+    """Builds a task from an entry of a suite. Messages of a ValueError begin with ``where``.
 
-    The entry holds the task's own keys; or ``task`` (a file), ``variant`` (one of its variants) and
-    keys that replace the file's.
+    The entry has either the keys of `TaskSpec`, or ``task`` (a task file), optionally ``variant``
+    (one of the file's variants), and keys that override those of the file.
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in ("task", "variant"))
@@ -265,10 +267,10 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
 
 
 def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
-    """Keys of a task file, with those of one of its variants over them.
+    """Reads the keys of a task file, overridden by those of ``variant``.
 
-    Besides the keys of `TaskSpec` a file may hold ``variants``: name -> keys; results of a variant
-    are named ``NAME-VARIANT``. Raises ValueError if it is not YAML or has no such variant.
+    Besides the keys of `TaskSpec`, a file may have ``variants``: name -> keys. The variant's task
+    is named ``NAME-VARIANT``. Raises ValueError if the file is not YAML or lacks the variant.
     """
     values = dict(mapping(load_yaml(path, "task", "see eval/tasks/ for examples"), str(path)))
     variants = mapping(values.pop("variants", {}), f"{path}: variants")
@@ -277,5 +279,5 @@ def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     if variant not in variants:
         known = ", ".join(variants) or "none"
         raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
-    changed = {"name": f"{values.get('name')}-{variant}", **mapping(variants[variant], str(path))}
-    return values | changed
+    named = {"name": f"{values.get('name')}-{variant}"}
+    return values | named | dict(mapping(variants[variant], str(path)))

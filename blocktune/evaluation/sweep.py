@@ -1,4 +1,4 @@
-"""Chooses a method's parameters on held-out questions: tries every point of a grid."""
+"""Tunes a method's parameters on held-out questions by grid search."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from blocktune.methods import build_entry
 from blocktune.parsing import entries, load_spec, mapping, read
 
 OWN_KEYS = ("budget",)
-"""Keys of a method's entry that a path without a dot may name; others are the preset's."""
+"""Keys of a method's entry among grid paths without a dot; other such paths are parameters."""
 
 
 class Point(NamedTuple):
-    """One choice of values: its label, the values by path, and the method's entry."""
+    """One point of the grid."""
 
-    label: str
-    values: dict[str, Any]
-    entry: dict[str, Any]
+    label: str  # such as ``ratio=0.2,budget=0.15``
+    values: dict[str, Any]  # chosen values by path
+    entry: dict[str, Any]  # the method's entry with these values
 
 
 @dataclass(frozen=True)
 class TuneSpec:
-    """A tuning run.
+    """A grid search over a method's parameters.
 
     Raises:
-        ValueError: If the grid is empty, a value is not a list, a method cannot be built, or the
-            questions are of a test split.
+        ValueError: If the grid is empty, its values are not lists, a method cannot be built, or the
+            questions are from a test split.
     """
 
-    model: str  # path or hub name of the base model
+    model: str  # path or Hub name of the base model
     method: Any  # a name, a composition as text, or an entry as in a suite
-    # values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``, or a
-    # path into the entry (``layout.num_blanks``, ``select.deviation.ratio``)
+    # path -> list of values to try. A path is a parameter of the method (``ratio``), ``budget``, or
+    # a path into the entry (``layout.num_blanks``, ``select.deviation.ratio``)
     grid: Mapping[str, Any]
-    task: TaskSpec  # held-out questions to choose by; its ``metric`` decides
-    adapter: str | None = None  # folder of the adapter, or None
+    task: TaskSpec  # held-out questions; the best point has the highest mean of its ``metric``
+    adapter: str | None = None  # folder of the adapter; None: the base model
     dtype: str = "auto"  # of weights and caches
-    quantize: str | None = None  # as in a suite
-    device: str | None = None  # as in a suite
+    quantize: str | None = None  # as in `Suite`
+    device: str | None = None  # as in `Suite`
     seed: int = 0  # of the sign-flip test
     batch_size: int = 16  # prompts answered at a time
 
@@ -57,17 +57,17 @@ class TuneSpec:
         for path, values in self.grid.items():
             entries(values, f"grid '{path}'")
         for point in self.points():
-            build_entry(point.entry)  # a wrong name or value is refused before anything runs
+            build_entry(point.entry)  # raises on a wrong name or value before anything runs
 
     def points(self) -> Iterator[Point]:
-        """Every combination of the grid's values, the last path changing fastest."""
+        """All combinations of the grid's values; the last path changes fastest."""
         for values in product(*self.grid.values()):
             chosen = dict(zip(self.grid, values, strict=True))
             label = ",".join(f"{path}={value}" for path, value in chosen.items())
             yield Point(label, chosen, _entry(self.method, chosen))
 
     def suite(self) -> Suite:
-        """The run as a suite with a method per point, nothing timed."""
+        """The run as a suite with one method per point, without timing."""
         keys = ("model", "dtype", "quantize", "device", "seed", "batch_size")
         methods = tuple(
             MethodSpec(**p.entry, adapter=self.adapter, label=p.label) for p in self.points()
@@ -77,12 +77,12 @@ class TuneSpec:
 
 
 def load_tuning(path: str | Path) -> TuneSpec:
-    """Reads a tuning run from strict YAML; see `load_spec` for its errors."""
+    """Reads a tuning run from strict YAML; raises as `load_spec`."""
     return load_spec(path, "tuning run", "see eval/tuning/ for examples", parse_tuning)
 
 
 def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
-    """Builds a run from decoded YAML; ``where`` opens every error, a ValueError."""
+    """Builds a run from decoded YAML. Messages of a ValueError begin with ``where``."""
     values = dict(mapping(record, where))
     if "task" in values:
         values["task"] = parse_task(values["task"], f"{where}: task")
@@ -90,7 +90,7 @@ def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
 
 
 def refuse_test(source: str) -> None:
-    """Raises ValueError for questions of a final comparison, see `is_test_split`."""
+    """Raises ValueError if ``source`` is a test split, see `is_test_split`."""
     name = source.partition("?")[0]
     if is_test_split(source, CATALOG[name].split if name in CATALOG else None):
         raise ValueError(
@@ -100,7 +100,7 @@ def refuse_test(source: str) -> None:
 
 
 def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's entry with the chosen values in it."""
+    """The method's entry with the chosen values."""
     entry = {"name": method} if isinstance(method, str) else dict(mapping(method, "method"))
     entry = deepcopy(entry)
     entry.setdefault("name", entry.get("preset"))
@@ -124,12 +124,12 @@ def tune(
     output: str | Path,
     **how: Any,
 ) -> dict[str, Any] | None:
-    """Tries every point; a stopped run resumes. ``how`` are other arguments of `run_suite`.
+    """Evaluates every point of the grid. An interrupted run resumes.
 
-    Returns what ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
-    ``points`` from best to worst, and the provenance; None in all processes but the main one. The
-    best of several points is chosen by its score on these questions, so that score flatters it:
-    measure it on others.
+    ``how`` is passed on to `run_suite`. Returns the content of ``tuned.json``: the ``best`` point
+    (values, entry, score with interval, cost), all ``points`` from best to worst, the task and the
+    provenance; None except in the main process. The score of the best point is biased upwards,
+    because it was chosen by it: measure it again on other questions.
     """
     output = Path(output)
     results = run_suite(spec.suite(), output, **how)

@@ -1,4 +1,4 @@
-"""Time to first token: one prompt at a time, caches warm, all methods in turn on each prompt."""
+"""Measures time to first token: one prompt at a time, warm caches, methods interleaved."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from blocktune.data import RagExample
 
 
 class TtftSummary(NamedTuple):
-    """Seconds to the first token over ``num`` prompts, and the median length of their contexts."""
+    """Time to first token of one method over several prompts."""
 
-    median: float
-    q25: float
-    q75: float
-    num: int
-    context_tokens: float
+    median: float  # seconds
+    q25: float  # first quartile, seconds
+    q75: float  # third quartile, seconds
+    num: int  # number of prompts
+    context_tokens: float  # median length of their contexts
 
 
 Ask = Callable[[RagExample], Any]
@@ -32,11 +32,11 @@ def measure_ttft(
     examples: Sequence[RagExample],
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, TtftSummary]:
-    """Measures every method on every example, interleaved, so that drift of the machine is shared.
+    """Measures every method on every example, interleaved, so that machine drift affects all alike.
 
-    Before an example is measured, every method answers it once with its chunks in another order.
-    That is reuse as it is met: each chunk is cached, the prompt as a whole is not, so an exact
-    prefix cache finds what prompts really share. The order of methods turns from prompt to prompt.
+    Before an example is timed, every method answers it once with its chunks in another order. This
+    is the typical case of reuse: all chunks are cached, but the prompt as a whole is not, so an
+    exact prefix cache only finds its usual prefix. The order of methods rotates between prompts.
 
     ``step`` is called after every answer, for a progress bar.
     """
@@ -59,9 +59,9 @@ def measure_ttft(
 
 
 def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
-    """The first ``num`` examples, each with ``chunks`` chunks, taken from those that follow it.
+    """The first ``num`` examples, each filled to ``chunks`` chunks from the examples after it.
 
-    Raises ValueError if all examples together hold fewer chunks than that.
+    Raises ValueError if all examples together have fewer chunks.
     """
     if chunks is None:
         return list(examples[:num])

@@ -1,14 +1,14 @@
-"""Hostile requests against a server: none may fail it, and the next good one is answered.
+"""Sends hostile requests to a server, which must not crash and must still answer good requests.
 
     python eval/server/hostile.py data/tiny --output eval/results/server/hostile.json
 
-Generated from the OpenAPI schema (schemathesis), made by hand, large ones from 16 clients at once,
-and sockets that send half a request, byte by byte, or read nothing. They come from one tenant;
-another has chunks in the same store, which must not be found. First the server's caches (chunks,
-exact prefixes, token ids of recent texts) are filled, so that what grows afterwards is a leak.
-Writes statuses, memory and open files of the server before, between and after, and what went
-wrong. The exit code is 1 if anything did, or the memory grew by more than 5 % after the first
-eighth.
+The requests are generated from the OpenAPI schema (schemathesis) or hand-written, or are large and
+come from 16 clients at once; other sockets send incomplete requests, send byte by byte, or never
+read. All come from one tenant. Another tenant has chunks in the same store, which must not be
+found. The server's caches (chunks, exact prefixes, token ids of recent texts) are filled first, so
+that later growth is a leak. Writes the response statuses, the server's memory and open files over
+time, and all failures. The exit code is 1 on a failure, or if the memory grows by more than 5 %
+after the first eighth.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ RAW = [
 
 
 class Run:
-    """Sends requests and counts what came back."""
+    """Sends requests, counts response statuses and collects failures."""
 
     def __init__(self, url: str):
         headers = {"authorization": f"Bearer {OURS}"}
@@ -115,25 +115,25 @@ class Run:
         try:
             response = self.client.request(method, path, **arguments)
         except (httpx.LocalProtocolError, UnicodeError):
-            return  # what this client itself does not send
+            return  # httpx refuses to send it
         except httpx.HTTPError as error:
             self.wrong.append(f"{method} {path} {arguments!r:.300}: {error!r}")
             return
         self.statuses[response.status_code] += 1
         if response.status_code >= 500:
-            told = repr(arguments)[:300]
-            self.wrong.append(f"{response.status_code} {method} {path} {told} {response.text}")
+            sent = repr(arguments)[:300]
+            self.wrong.append(f"{response.status_code} {method} {path} {sent} {response.text}")
 
     def good(self) -> None:
         response = self.client.post(CHAT, json=GOOD)
         if response.status_code != 200:
-            self.wrong.append(f"a good request was answered {response.status_code}")
+            self.wrong.append(f"a valid request was answered with status {response.status_code}")
 
     def fill(self, rng: random.Random) -> None:
-        """Fills the server's caches with requests that are new in every word."""
+        """Fills the server's caches with requests that share no words."""
         for _ in range(40):
             words = " ".join(f"{rng.getrandbits(40):x}" for _ in range(3000))
-            long = {"prompt": words * 3, "max_tokens": 1}  # refused, but only when tokenised
+            long = {"prompt": words * 3, "max_tokens": 1}  # refused, but only after tokenisation
             self.client.post("/v1/completions", json=long)
             body = {"documents": [words[at : at + 700] for at in range(0, 16 * 700, 700)]}
             self.client.post("/v1/chunks", json=body)
@@ -141,7 +141,7 @@ class Run:
             self.client.post("/v1/completions", json=body)
 
     def by_hand(self, rng: random.Random) -> None:
-        """One request with one or two fields that are wrong, or a body that is no request."""
+        """Sends a request with one or two wrong fields, or a body that is not a request."""
         kind = rng.random()
         headers = {"content-type": "application/json"}
         if kind < 0.05:
@@ -167,14 +167,14 @@ class Run:
         self.send("POST", path, content=json.dumps(body).encode(), headers=headers)
 
     def at_once(self) -> None:
-        """Large bodies from many clients at the same time."""
+        """Sends large bodies from many clients at the same time."""
         headers = {"content-type": "application/json"}
         bodies = [body for body in RAW if len(body) > 1 << 20] * 8
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda b: self.send("POST", CHAT, content=b, headers=headers), bodies))
 
     def sockets(self, rng: random.Random) -> None:
-        """One that sends part of a request and stays, and one that sends no HTTP."""
+        """Opens a socket that sends part of a request, one that sends no HTTP, and slow ones."""
         body = json.dumps(GOOD | {"stream": True, "max_tokens": 64}).encode()
         head = (
             f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {OURS}\r\n"
@@ -191,7 +191,7 @@ class Run:
             sock.recv(100)
         if len(self.slow) < 50:
             self.slow.append(self._connect())
-        for sock in self.slow:  # a byte of a header at a time, for ever
+        for sock in self.slow:  # send one byte of a header at a time and never finish
             with contextlib.suppress(OSError):
                 sock.sendall(b"G")
 
@@ -199,25 +199,25 @@ class Run:
         return socket.create_connection((self.url.hostname, self.url.port), timeout=10)
 
     def theirs(self) -> None:
-        """What another tenant has encoded is neither found nor shown."""
+        """Checks that chunks of another tenant are neither found nor shown."""
         owner = {"authorization": f"Bearer {THEIRS}"}
         documents = [f"{text} {time.time()}" for text in SECRET]
         body = {"documents": documents, "pin": True}
-        made = self.client.post("/v1/chunks", json=body, headers=owner).json()
-        for one in made["data"]:
-            if self.client.get(f"/v1/chunks/{one['key']}").status_code != 404:
+        stored = self.client.post("/v1/chunks", json=body, headers=owner).json()
+        for chunk in stored["data"]:
+            if self.client.get(f"/v1/chunks/{chunk['key']}").status_code != 404:
                 self.wrong.append("a key of another tenant was accepted")
         for salt in ({}, {"cache_salt": f"{time.time()}"}):
-            asked = self.client.post(CHAT, json=GOOD | {"documents": documents} | salt).json()
-            found = [chunk["cached"] for chunk in asked["blocktune"]["chunks"]]
-            if found != ["none"] * len(SECRET):
-                self.wrong.append(f"chunks of another tenant were found: {found}")
+            answer = self.client.post(CHAT, json=GOOD | {"documents": documents} | salt).json()
+            cached = [chunk["cached"] for chunk in answer["blocktune"]["chunks"]]
+            if cached != ["none"] * len(SECRET):
+                self.wrong.append(f"chunks of another tenant were found: {cached}")
 
 
 def generated(run: Run, until: int) -> None:
-    """Requests from the schema, until so many were sent."""
+    """Sends requests generated from the schema, until ``until`` were answered in all."""
     schema = schemathesis.openapi.from_dict(run.client.get("/openapi.json").json())
-    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [operation.ok() for operation in schema.get_all_operations()]
 
     def send(case) -> None:
         arguments = case.as_transport_kwargs(base_url="http://localhost")
@@ -248,50 +248,50 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
-    asked = parser.parse_args()
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         tenants, log = Path(folder, "tenants.yaml"), Path(folder, "server.log")
         tenants.write_text(f"ours: {{key: {OURS}}}\ntheirs: {{key: {THEIRS}}}\n")
         port = free_port()
         options = ["--tenants", str(tenants), "--store", f"{folder}/store", "--store-gb", "0.05"]
         options += ["--limit", "body_s=3", "--limit", "request_s=60"]
-        with server(blocktune_command(asked.model, port, *options), port, log) as (url, process):
-            made = attack(Run(url), psutil.Process(process.pid), asked)
+        with server(blocktune_command(args.model, port, *options), port, log) as (url, process):
+            report = attack(Run(url), psutil.Process(process.pid), args)
         lines = log.read_text().splitlines()
         failed = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
-        made["tracebacks"] = len(failed)
-        made["first_traceback"] = lines[failed[0] - 2 : failed[0] + 60] if failed else []
-        made["texts_in_log"] = sum("password of the harbour" in line for line in lines)
-    asked.output.write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n")
-    print(json.dumps(made, ensure_ascii=True))
-    return bool(made["wrong"] or made["tracebacks"] or made["texts_in_log"])
+        report["tracebacks"] = len(failed)
+        report["first_traceback"] = lines[failed[0] - 2 : failed[0] + 60] if failed else []
+        report["texts_in_log"] = sum("password of the harbour" in line for line in lines)
+    args.output.write_text(json.dumps(report, indent=1, ensure_ascii=True) + "\n")
+    print(json.dumps(report, ensure_ascii=True))
+    return bool(report["wrong"] or report["tracebacks"] or report["texts_in_log"])
 
 
-def attack(run: Run, server: psutil.Process, asked: argparse.Namespace) -> dict[str, object]:
-    """All of it; the facts in between."""
-    rng = random.Random(asked.seed)
+def attack(run: Run, server: psutil.Process, args: argparse.Namespace) -> dict[str, object]:
+    """Runs all attacks and reports the server's resources over time and all failures."""
+    rng = random.Random(args.seed)
     for _ in range(20):
         run.good()
     run.fill(rng)
     run.theirs()
-    begin, started = held(server), time.time()
+    begin, started = resources(server), time.time()
     by_hand = [begin]
-    while run.count < asked.requests // 2:
+    while run.count < args.requests // 2:
         run.by_hand(rng)
         if run.count % 50 == 0:
             run.sockets(rng)
             run.good()
-        if run.count >= len(by_hand) * asked.requests // 8:
-            by_hand.append(held(server))
+        if run.count >= len(by_hand) * args.requests // 8:
+            by_hand.append(resources(server))
     run.at_once()
-    generated(run, asked.requests)
+    generated(run, args.requests)
     for sock in run.slow:
         sock.close()
     run.theirs()
     time.sleep(7)
     run.good()
-    memory = [*by_hand, held(server)]
+    memory = [*by_hand, resources(server)]
     growth = memory[-1]["rss_mb"] / memory[1]["rss_mb"] - 1
     if growth > 0.05:
         run.wrong.append(f"the memory grew by {growth:.1%}")
@@ -307,8 +307,8 @@ def attack(run: Run, server: psutil.Process, asked: argparse.Namespace) -> dict[
     }
 
 
-def held(server: psutil.Process) -> dict[str, float]:
-    """Memory, open files and sockets of the server when it has been idle for a while."""
+def resources(server: psutil.Process) -> dict[str, float]:
+    """Memory, open files and threads of the server after it has been idle for a while."""
     time.sleep(3)
     return {
         "rss_mb": round(server.memory_info().rss / 1e6, 1),

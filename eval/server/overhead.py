@@ -1,18 +1,18 @@
-"""What a request of cached chunks costs beside the model and the bytes, in processor time.
+"""Measures the CPU time of a request with cached chunks, without the model and data transfer.
 
     python eval/server/overhead.py data/tiny --output eval/results/server/overhead.json
 
 The application runs in this process and is called as uvicorn calls it, with streamed chat requests
-whose chunks are all in memory. Every clock counts the processor time of its thread, so the numbers
-also hold on a busy machine. Up to the first piece of the answer, the overhead is the sum of
+whose chunks are all in memory. All clocks count the CPU time of one thread, so the numbers also
+hold on a busy machine. Up to the first piece of the answer, the overhead is the sum of
 
-- ``http``: the event loop's thread, from the request's first byte to that piece;
-- ``front``: the thread that makes the job: JSON, messages, tokens, layout;
-- ``engine``: the engine's thread up to the first token, without what its account calls reading,
-  encoding, moving and choosing chunks, computing tokens and picking the first.
+- ``http``: the thread of the event loop, from the first byte of the request to that piece;
+- ``front``: the thread that prepares the job: JSON, messages, tokens, layout;
+- ``engine``: the engine's thread up to the first token, without loading, encoding, relocating and
+  selecting chunks, recomputing tokens and sampling the first token.
 
-``after`` is what the engine's thread does when the request has ended: it counts, and frees the
-keys and values. Sockets are not in it.
+``after`` is the engine's work after the first token, such as statistics and freeing keys and
+values. Sockets are not included.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from blocktune.server.job import Delta
 
 
 class Meter:
-    """Sends requests to an application and reads the clocks of its threads."""
+    """Sends requests to an application and reads the CPU clocks of its threads."""
 
     def __init__(self, service: Service):
         self.service, self.app = service, create_app(service)
@@ -59,8 +59,8 @@ class Meter:
         return time.clock_gettime(time.pthread_getcpuclockid(self.service.scheduler._thread.ident))
 
     async def measure(self, body: bytes) -> dict[str, float]:
-        """Seconds of one request; the engine is idle before and after."""
-        job_of, first, told = self.service.scheduler.submit, [], bytearray()
+        """CPU seconds of one request by part; the engine must be idle before and after."""
+        original, first, received = self.service.scheduler.submit, [], bytearray()
 
         def submit(job: Any) -> None:
             emit = job.emit
@@ -71,7 +71,7 @@ class Meter:
                 emit(event)
 
             job.emit = timed
-            job_of(job)
+            original(job)
 
         self.service.scheduler.submit = submit
         pending = [{"type": "http.request", "body": body, "more_body": False}]
@@ -81,16 +81,17 @@ class Meter:
             return pending.pop() if pending else await asyncio.Event().wait()
 
         async def send(message: dict[str, Any]) -> None:
-            told.extend(message.get("body", b""))
+            received.extend(message.get("body", b""))
             if message.get("body") and not loop_ended:
                 loop_ended.append(time.thread_time())
 
         scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": CHAT}
         scope |= {"headers": [(b"content-type", b"application/json")], "query_string": b""}
         await self.app(scope, receive, send)
-        self.service.scheduler.submit = job_of
+        self.service.scheduler.submit = original
         await asyncio.sleep(0.1)
-        events = [json.loads(one[6:]) for one in told.decode().split("\n\n") if one[6:7] == "{"]
+        lines = received.decode().split("\n\n")
+        events = [json.loads(line[6:]) for line in lines if line[6:7] == "{"]
         ttft = events[-1]["blocktune"]["ttft"]
         self.seconds["http"] = loop_ended[0] - loop_began
         whole = first[0] - engine_began
@@ -101,13 +102,13 @@ class Meter:
         return self.seconds | {"tokens": events[-1]["usage"]["prompt_tokens"], "cached": cached}
 
 
-async def run(service: Service, asks: list[Ask], asked: argparse.Namespace) -> list[dict]:
+async def run(service: Service, asks: list[Ask], args: argparse.Namespace) -> list[dict]:
     meter = Meter(service)
     service.scheduler.start()
-    bodies = [json.dumps(one.body(1, asked.method)).encode() for one in asks]
-    made = [await meter.measure(body) for body in (bodies * asked.requests)[: asked.requests + 8]]
+    bodies = [json.dumps(ask.body(1, args.method)).encode() for ask in asks]
+    times = [await meter.measure(body) for body in (bodies * args.requests)[: args.requests + 8]]
     await asyncio.to_thread(service.scheduler.stop)
-    return made[8:]
+    return times[8:]  # without warm-up
 
 
 def main() -> None:
@@ -118,22 +119,22 @@ def main() -> None:
     parser.add_argument("--method", default="naive")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--output", type=Path, required=True)
-    asked = parser.parse_args()
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    time.perf_counter = time.thread_time  # in the whole process
-    documents = corpus(asked.model, 1 + asked.tokens // asked.chunk_tokens, asked.chunk_tokens)
-    engine = Engine.from_pretrained(asked.model)
+    time.perf_counter = time.thread_time  # so that the engine also reports CPU time
+    documents = corpus(args.model, 1 + args.tokens // args.chunk_tokens, args.chunk_tokens)
+    engine = Engine.from_pretrained(args.model)
     engine.encode([Chunk(text, title) for title, text in documents])
     service = Service({"model": engine}, ServerConfig(), checked=False)
-    facts = asyncio.run(run(service, zipf(documents, 8, len(documents), 0.0), asked))
-    made: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": machine()}
-    made |= {name: statistics.median(one[name] for one in facts) for name in facts[0]}
-    whole = [one["http"] + one["front"] + one["engine"] for one in facts]
-    quarters = statistics.quantiles(whole, n=4)
-    made |= {"overhead_s": quarters[1], "quartiles_s": [quarters[0], quarters[2]]}
-    asked.output.write_text(json.dumps(made, indent=1) + "\n")
-    print(json.dumps(made, indent=1))
+    times = asyncio.run(run(service, zipf(documents, 8, len(documents), 0.0), args))
+    report: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": machine()}
+    report |= {name: statistics.median(request[name] for request in times) for name in times[0]}
+    overhead = [request["http"] + request["front"] + request["engine"] for request in times]
+    q25, median, q75 = statistics.quantiles(overhead, n=4)
+    report |= {"overhead_s": median, "quartiles_s": [q25, q75]}
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Drives the server's page in headless Chromium and takes screenshots to look at.
+"""Tests the server's web page in headless Chromium and takes screenshots to look at.
 
     blocktune serve -m data/tiny --port 8137 --skip-check
     python eval/server/page.py --url http://127.0.0.1:8137 --output out/page
 
-It needs `chromium` on the PATH and aiohttp. It fails if the page logs an error, an answer does not
-come, or something is wider than the screen.
+It needs `chromium` on the PATH and aiohttp. It fails if the page logs an error, an answer is
+missing, or something is wider than the screen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DONE = "document.querySelectorAll('.bar').length"
 
 
 class Browser:
-    """A page of Chromium, by its debugging protocol."""
+    """A page of Chromium, controlled by the DevTools protocol."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse):
         self.socket, self.count, self.errors = socket, 0, []
@@ -91,7 +91,7 @@ async def look(browser: Browser, url: str, name: str, folder: Path) -> None:
     await browser.send("Page.navigate", url=url)
     await browser.until("document.getElementById('a')?.value", "naive")
     await browser.value("document.getElementById('question').focus()")
-    for _ in range(2):  # the second time the documents are cached
+    for _ in range(2):  # at the second time the documents are cached
         await browser.press("Enter", modifiers=2)
         await browser.until("document.getElementById('go').textContent", "Stop")
         await browser.until("document.getElementById('go').textContent", "Ask")
@@ -105,20 +105,21 @@ async def look(browser: Browser, url: str, name: str, folder: Path) -> None:
     clip = {"x": 0, "y": 0, "width": width, "height": tall, "scale": 1}
     await browser.picture(folder / f"{name}.png", clip)
     assert not browser.errors, browser.errors
-    print(f"{name}: as it should be, {folder / name}.png")
+    print(f"{name}: passed, {folder / name}.png")
 
 
 async def by_keyboard(browser: Browser, url: str, folder: Path) -> None:
-    """Everything can be reached and done without a mouse, and one sees where the focus is."""
+    """Checks that the page can be used without a mouse and always shows where the focus is."""
     await browser.send("Page.navigate", url=url)
     await browser.until("document.getElementById('a')?.value", "naive")
-    order, ringed = [], []
+    order, outlines = [], []
     for _ in range(6):
         await browser.press("Tab")
         order.append(await browser.value("document.activeElement.id"))
-        ringed.append(await browser.value("getComputedStyle(document.activeElement).outlineStyle"))
+        style = "getComputedStyle(document.activeElement).outlineStyle"
+        outlines.append(await browser.value(style))
     assert order == ["documents", "model", "a", "b", "question", "go"], order
-    assert set(ringed) == {"solid"}, ringed
+    assert set(outlines) == {"solid"}, outlines
     unnamed = (
         "[...document.querySelectorAll('input, select, textarea')].filter((one) => !one.labels"
     )
@@ -144,7 +145,7 @@ async def by_keyboard(browser: Browser, url: str, folder: Path) -> None:
     await browser.until("document.querySelectorAll('.error').length > 0", True)
     await browser.until("document.getElementById('go').textContent", "Ask")
     await browser.picture(folder / "wrong-method.png")
-    print(f"keyboard: as it should be, {folder}/keyboard-*.png")
+    print(f"keyboard: passed, {folder}/keyboard-*.png")
 
 
 async def run(url: str, folder: Path) -> None:
@@ -184,5 +185,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--output", type=Path, default=Path("out/page"))
-    asked = parser.parse_args()
-    asyncio.run(run(asked.url, asked.output))
+    args = parser.parse_args()
+    asyncio.run(run(args.url, args.output))

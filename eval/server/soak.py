@@ -1,14 +1,14 @@
-"""Full load for half an hour on two replicas with one store, which is taken away and given back.
+"""Soak test: half an hour of full load on two replicas with a shared store that fails at times.
 
     python eval/server/soak.py data/tiny --minutes 30 --output eval/results/server/soak.json
 
-Every answer is compared with what the engine says in this process. Each replica has a folder of
-its own over one Valkey (if there is a valkey-server or redis-server; else they share a folder). In
-turns, the second replica is killed (SIGKILL, so while it writes) and started again, the first one's
-folder is moved away for some seconds and moved back, or replaced by a file, and Valkey is killed
-and started again, empty. Writes the counts, the memory of the first replica over time, and a plot
-of it beside the output. The exit code is 1 if an answer was wrong or lost, or the memory of the
-second half of the time grew by more than 5 %.
+Every answer is compared with that of the engine in this process. Each replica has its own folder,
+and both share a Valkey server (if valkey-server or redis-server is installed; else they share a
+folder). These faults take turns: the second replica is killed (SIGKILL, possibly while it writes)
+and restarted; the first one's folder is moved away for some seconds, or replaced by a file; Valkey
+is killed and restarted empty. Writes the counts, the memory of the first replica over time, and a
+plot beside the output. The exit code is 1 if an answer was wrong or lost, or the memory grew by
+more than 5 % in the second half of the time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ VALKEY = shutil.which("valkey-server") or shutil.which("redis-server")
 
 
 def expected(model: str, asks: list, tokens: int) -> dict[tuple[int, str], str]:
-    """What the engine answers, by request and method."""
+    """The engine's answers by request and method."""
     from blocktune.data import RagExample
     from blocktune.engine import Engine
     from blocktune.prompt import Chunk
@@ -67,7 +67,7 @@ def expected(model: str, asks: list, tokens: int) -> dict[tuple[int, str], str]:
 
 
 class Soak:
-    """Clients that ask until they are stopped; a lost request is asked of the other replica."""
+    """Clients that ask until they are stopped; a failed request is retried on the other replica."""
 
     def __init__(self, urls: list[str], asks: list, truth: dict, tokens: int):
         self.urls, self.asks, self.truth, self.tokens = urls, asks, truth, tokens
@@ -85,26 +85,26 @@ class Soak:
                 urls = rng.sample(self.urls, len(self.urls))
                 for url in (*urls, self.urls[0]):
                     client.base_url = url
-                    made = ask(client, body)
-                    if made.error is None:
+                    answer = ask(client, body)
+                    if answer.error is None:
                         break
                     self._count("retried")
-                self._judge(made, index, method)
+                self._judge(answer, index, method)
 
-    def _judge(self, made: Timed, index: int, method: str) -> None:
-        if made.error is not None:
-            self._count("lost", made.error)
-        elif made.text != self.truth[index, method]:
-            told = f"{method}: {made.text!r} instead of {self.truth[index, method]!r}"
-            self._count("wrong", told)
+    def _judge(self, answer: Timed, index: int, method: str) -> None:
+        if answer.error is not None:
+            self._count("lost", answer.error)
+        elif answer.text != self.truth[index, method]:
+            reason = f"{method}: {answer.text!r} instead of {self.truth[index, method]!r}"
+            self._count("wrong", reason)
         else:
             self._count("answers")
 
-    def _count(self, name: str, told: str | None = None) -> None:
+    def _count(self, name: str, reason: str | None = None) -> None:
         with self._lock:
             self.counts[name] += 1
-            if told is not None and len(self.first_wrong) < 10:
-                self.first_wrong.append(told)
+            if reason is not None and len(self.first_wrong) < 10:
+                self.first_wrong.append(reason)
 
 
 @contextmanager
@@ -121,11 +121,11 @@ def clients(soak: Soak, count: int) -> Iterator[None]:
 
 
 def take_away(store: Path, seconds: float, as_file: bool) -> None:
-    """Moves the store's folder away for a while, or puts a file in its place."""
+    """Moves the store's folder away for a while; with ``as_file`` a file takes its place."""
     aside = store.with_name("aside")
     store.rename(aside)
     if as_file:
-        with suppress(IsADirectoryError):  # a server has made it again
+        with suppress(IsADirectoryError):  # a server has created the folder again
             store.write_text("not a folder")
     time.sleep(seconds)
     if store.is_dir():
@@ -142,34 +142,34 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--chunk-tokens", type=int, default=256)
-    parser.add_argument("--requests", type=int, default=40, help="different ones")
+    parser.add_argument("--requests", type=int, default=40, help="distinct requests")
     parser.add_argument("--tokens", type=int, default=12)
-    parser.add_argument("--store-gb", type=float, default=0.02, help="memory for chunks: evicts")
+    parser.add_argument("--store-gb", type=float, default=0.02, help="so small that it evicts")
     parser.add_argument("--every", type=float, default=30, help="seconds between two faults")
     parser.add_argument("--output", type=Path, required=True)
-    asked = parser.parse_args()
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
-    documents = corpus(asked.model, asked.documents, asked.chunk_tokens)
-    asks = zipf(documents, asked.requests, 6, 1.0)
-    truth = expected(asked.model, asks, asked.tokens)
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    documents = corpus(args.model, args.documents, args.chunk_tokens)
+    asks = zipf(documents, args.requests, 6, 1.0)
+    truth = expected(args.model, asks, args.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        made = run(asked, asks, truth, Path(folder))
-    asked.output.write_text(json.dumps(made) + "\n")
-    plot(made, asked.output.with_suffix(".png"))
-    print(json.dumps({k: v for k, v in made.items() if k != "samples"}, indent=1))
-    return int(bool(made["wrong"] or made["lost"] or made["growth"] > 0.05))
+        report = run(args, asks, truth, Path(folder))
+    args.output.write_text(json.dumps(report) + "\n")
+    plot(report, args.output.with_suffix(".png"))
+    print(json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=1))
+    return int(bool(report["wrong"] or report["lost"] or report["growth"] > 0.05))
 
 
 class Faults:
-    """What is done to the servers, in turns; `counts` says how often.
+    """Starts the servers and injects faults in turns; `counts` has the number of each.
 
     Args:
-        asked: The command line.
-        folder: Of stores and logs.
+        args: The command line.
+        folder: Folder for stores and logs.
     """
 
-    def __init__(self, asked: argparse.Namespace, folder: Path):
-        self.log, self.pause = folder / "servers.log", min(10, asked.every / 3)
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.log, self.pause = folder / "servers.log", min(10, args.every / 3)
         self.ports, self.valkey_port = [free_port(), free_port()], free_port()
         self.valkey = self._start_valkey() if VALKEY else None
         places = [folder / "first", folder / "second" if VALKEY else folder / "first"]
@@ -177,8 +177,8 @@ class Faults:
         self.store = places[0]
         self.commands = [
             blocktune_command(
-                *(asked.model, port, "--store", f"{place}{remote}"),
-                *("--store-gb", str(asked.store_gb)),
+                *(args.model, port, "--store", f"{place}{remote}"),
+                *("--store-gb", str(args.store_gb)),
             )
             for port, place in zip(self.ports, places, strict=True)
         ]
@@ -188,7 +188,7 @@ class Faults:
         self._turns = itertools.cycle(names)
 
     def next(self) -> None:
-        """Does the next one."""
+        """Injects the next fault."""
         name = next(self._turns)
         getattr(self, name)()
         self.counts[name] += 1
@@ -223,24 +223,24 @@ class Faults:
         return self._start([VALKEY, "--port", str(self.valkey_port), "--save", ""])
 
 
-def run(asked: argparse.Namespace, asks: list, truth: dict, folder: Path) -> dict[str, Any]:
-    samples, faults = [], Faults(asked, folder)
+def run(args: argparse.Namespace, asks: list, truth: dict, folder: Path) -> dict[str, Any]:
+    samples, faults = [], Faults(args, folder)
     with (
         closing(faults),
         server(faults.commands[0], faults.ports[0], faults.log) as (url, first),
     ):
         other = f"http://127.0.0.1:{faults.ports[1]}"
         wait_for(other, faults.second, faults.log)
-        soak = Soak([url, other], asks, truth, asked.tokens)
-        memory, started, next_fault = psutil.Process(first.pid), time.monotonic(), asked.every
-        with clients(soak, asked.clients):
-            while (now := time.monotonic() - started) < 60 * asked.minutes:
-                facts = memory.memory_info().rss, memory.num_fds(), soak.counts["answers"]
-                samples.append((round(now, 1), *facts))
+        soak = Soak([url, other], asks, truth, args.tokens)
+        memory, started, next_fault = psutil.Process(first.pid), time.monotonic(), args.every
+        with clients(soak, args.clients):
+            while (now := time.monotonic() - started) < 60 * args.minutes:
+                state = memory.memory_info().rss, memory.num_fds(), soak.counts["answers"]
+                samples.append((round(now, 1), *state))
                 if now > next_fault:
                     faults.next()
-                    next_fault = now + asked.every
-                time.sleep(min(5, asked.every / 10))
+                    next_fault = now + args.every
+                time.sleep(min(5, args.every / 10))
         end = httpx.get(f"{url}/metrics").text
     half = [rss for at, rss, _, _ in samples if at > samples[-1][0] / 2]
     quarter = max(1, len(half) // 4)
@@ -257,14 +257,14 @@ def run(asked: argparse.Namespace, asks: list, truth: dict, folder: Path) -> dic
     }
 
 
-def plot(made: dict[str, Any], path: Path) -> None:
-    """Memory and answers over time."""
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Plots memory and answers over time."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    seconds, rss, _, answers = zip(*made["samples"], strict=True)
+    seconds, rss, _, answers = zip(*report["samples"], strict=True)
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     axis.plot([s / 60 for s in seconds], [r / 1e6 for r in rss], color="#1f5fbf")
     axis.set(xlabel="minutes", ylabel="memory of the server, MB", ylim=(0, max(rss) / 1e6 * 1.1))

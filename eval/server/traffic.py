@@ -1,4 +1,4 @@
-"""Servers to measure, and requests whose chunks recur by a Zipf law."""
+"""Starts servers to measure, and makes requests whose chunks recur by a Zipf law."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ PLACES = ("Kirby", "Lorne", "Alder", "Marsh", "Fenwick", "Dunmore", "Selby", "Hy
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: a question over documents, each a title and a text."""
+    """One request: a question about documents, each of which has a title and a text."""
 
     question: str
     documents: tuple[tuple[str, str], ...]
 
     def body(self, tokens: int, method: str | None) -> dict[str, Any]:
-        """For our server by ``method``; None: for any other, with the documents in the message."""
+        """The JSON body for our server, or (None) for others, with the documents in the message."""
         body = {"temperature": 0, "max_tokens": tokens, "stream": True}
         if method is None:
             text = "\n\n".join(f"{title}\n{text}" for title, text in self.documents)
@@ -47,15 +47,15 @@ class Ask:
 
 
 def corpus(model: str, documents: int, tokens: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Titles and texts of about ``tokens`` tokens each: facts of invented people."""
+    """Titles and texts of about ``tokens`` tokens each, with facts about invented people."""
     tokenizer, rng = AutoTokenizer.from_pretrained(model), random.Random(seed)
 
     def fact() -> str:
         name = f"{rng.choice(NAMES)} {rng.choice(PLACES)}"
         return f"{name} is in {rng.choice(('Upper', 'Lower', 'Port', 'New'))} {rng.choice(PLACES)}."
 
-    one = sum(len(tokenizer(fact())["input_ids"]) for _ in range(50)) / 50
-    count = max(1, round(tokens / one))
+    per_fact = sum(len(tokenizer(fact())["input_ids"]) for _ in range(50)) / 50
+    count = max(1, round(tokens / per_fact))
     return [
         (f"Record {index}", " ".join(fact() for _ in range(count))) for index in range(documents)
     ]
@@ -64,7 +64,7 @@ def corpus(model: str, documents: int, tokens: int, seed: int = 0) -> list[tuple
 def zipf(
     documents: list[tuple[str, str]], requests: int, chunks: int, power: float, seed: int = 0
 ) -> list[Ask]:
-    """Requests over different chunks each, the k-th most frequent one drawn by ``1 / k^power``."""
+    """Requests of distinct chunks; the k-th chunk is drawn with a weight of ``1 / k^power``."""
     rng = random.Random(seed)
     weights = [(index + 1) ** -power for index in range(len(documents))]
     asks = []
@@ -79,17 +79,17 @@ def zipf(
 
 @dataclass
 class Timed:
-    """What a client saw of one streamed answer; ``error`` if it was none."""
+    """One streamed answer with its times, as a client measures them."""
 
-    ttft_s: float = 0.0
-    gaps_s: tuple[float, ...] = ()
+    ttft_s: float = 0.0  # time to first token
+    gaps_s: tuple[float, ...] = ()  # times between tokens
     text: str = ""
-    own: dict[str, Any] | None = None
-    error: str | None = None
+    own: dict[str, Any] | None = None  # the field ``blocktune`` of our server's answers
+    error: str | None = None  # reason of a failure; the other fields are then unset
 
 
 def ask(client: httpx.Client, body: dict[str, Any]) -> Timed:
-    """Sends a request and reads its stream; failures are in `Timed.error`."""
+    """Sends a request and reads its stream; a failure is returned as `Timed.error`."""
     started, times, text, own = time.perf_counter(), [], "", None
     try:
         with client.stream("POST", CHAT, json=body) as response:
@@ -116,33 +116,33 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> Timed:
 
 
 def ask_all(url: str, bodies: list[dict[str, Any]], clients: int) -> tuple[list[Timed], float]:
-    """Sends them in order, so many at a time; what came, and the seconds it took."""
+    """Sends requests in order, ``clients`` at a time; returns the answers and the total seconds."""
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     started = time.perf_counter()
     with (
         httpx.Client(base_url=url, timeout=1800, limits=limits) as client,
         ThreadPoolExecutor(clients) as pool,
     ):
-        made = list(pool.map(lambda body: ask(client, body), bodies))
-    return made, time.perf_counter() - started
+        answers = list(pool.map(lambda body: ask(client, body), bodies))
+    return answers, time.perf_counter() - started
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """A TCP port that no process listens on."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
 
 
 def blocktune_command(model: str, port: int, *options: str) -> list[str]:
-    """Our server, without the check at its start."""
+    """The command that starts our server without its check at start-up."""
     run = [sys.executable, "-m", "blocktune.cli", "serve", "--model", model, "--skip-check"]
     return [*run, "--port", str(port), *options]
 
 
 @contextmanager
 def server(command: list[str], port: int, log: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Runs a server until it is left; its address and its process. ``log`` gets what it prints."""
+    """Runs a server inside the context; yields its URL and process. Its output goes to ``log``."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with log.open("a") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=ROOT)
@@ -160,7 +160,7 @@ def server(command: list[str], port: int, log: Path) -> Iterator[tuple[str, subp
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 300) -> None:
-    """Until the server answers."""
+    """Waits until the server answers; raises SystemExit if it ends or takes too long."""
     for _ in range(int(seconds / 0.2)):
         if process.poll() is not None:
             raise SystemExit(f"the server ended, {log} says why:\n{log.read_text()[-2000:]}")
@@ -173,14 +173,14 @@ def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 30
 
 
 def machine() -> dict[str, Any]:
-    """What numbers were measured on."""
+    """Facts about this machine, to record with measurements."""
     import torch
     import transformers
 
     text = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"model name\s*: (.*)", text)
+    match = re.search(r"model name\s*: (.*)", text)
     return {
-        "cpu": found[1] if found else "unknown",
+        "cpu": match[1] if match else "unknown",
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "torch": torch.__version__,

@@ -1,11 +1,11 @@
-"""Three clients on `blocktune vllm serve`, requests with documents and without them mixed.
+"""Soak test of `blocktune vllm serve`: three clients send requests with and without documents.
 
     python eval/server/vllm_soak.py data/tiny --minutes 5 --output eval/results/bench/vllm_soak.json
 
-Run it where vLLM and blocktune are installed. Every answer is compared: with documents, with what
-the engine says in this process; without, with the server's own answer before the load. The exit
-code is 1 if one differs, or the memory of the server's processes grew by more than 5 % in the
-second half of the time.
+It needs vLLM. Every answer with documents is compared with that of the engine in this process, and
+every answer without with the server's answer before the load. The exit code is 1 if an answer
+differs, or the memory of the server's processes grows by more than 5 % in the second half of the
+time.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def body(example, documents: bool) -> dict:
 
 
 def ask(client: httpx.Client, example, documents: bool) -> str:
-    made = client.post("/v1/chat/completions", json=body(example, documents)).raise_for_status()
-    return made.json()["choices"][0]["message"]["content"].strip()
+    response = client.post("/v1/chat/completions", json=body(example, documents))
+    return response.raise_for_status().json()["choices"][0]["message"]["content"].strip()
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process and of all that it started."""
+    """Resident memory of a process and its descendants, in bytes."""
     listed = subprocess.run(
         ["ps", "-eo", "pid,ppid,rss"], capture_output=True, text=True, check=True
     )
@@ -60,7 +60,7 @@ def resident(pid: int) -> int:
     family = {pid}
     for _ in rows:
         family |= {child for child, parent, _ in rows if parent in family}
-    return sum(rss for one, _, rss in rows if one in family) << 10
+    return sum(rss for child, _, rss in rows if child in family) << 10
 
 
 def load(
@@ -70,7 +70,7 @@ def load(
     seconds: float,
     pid: int,
 ) -> tuple[list[int], list, dict[bool, int]]:
-    """Asks at full load: memory of the server over time, wrong answers, counts by kind."""
+    """Asks at full load; returns the server's memory over time, wrong answers, counts by kind."""
     memory, wrong, counts = [], [], {True: 0, False: 0}
     end = time.monotonic() + seconds
 
@@ -79,12 +79,12 @@ def load(
         while time.monotonic() < end:
             case = draw.randrange(len(examples)), draw.random() < 0.7
             try:
-                made = ask(client, examples[case[0]], case[1])
+                answer = ask(client, examples[case[0]], case[1])
             except httpx.HTTPError as error:
-                made = repr(error)
+                answer = repr(error)
             counts[case[1]] += 1
-            if made != wanted[case]:
-                wrong.append([*case, made, wanted[case]])
+            if answer != wanted[case]:
+                wrong.append([*case, answer, wanted[case]])
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(CLIENTS)]
     for thread in threads:
@@ -107,7 +107,7 @@ def main() -> int:
     store = tempfile.mkdtemp()
     engine = Engine.from_pretrained(args.model, store=store, dtype="float32", device="cpu")
     answers = engine.answer(examples, max_new_tokens=TOKENS)
-    wanted = {(index, True): one.text for index, one in enumerate(answers)}
+    wanted = {(index, True): answer.text for index, answer in enumerate(answers)}
     del engine
     command = [sys.executable, "-m", "blocktune.cli", "vllm", "serve", args.model]
     command += ["--store", store, "--port", str(PORT), *OPTIONS]
@@ -121,18 +121,18 @@ def main() -> int:
                 break
             except httpx.HTTPError:
                 time.sleep(0.5)
-        for index, one in enumerate(examples):
-            wanted[index, False] = ask(client, one, False)
+        for index, example in enumerate(examples):
+            wanted[index, False] = ask(client, example, False)
         memory, wrong, counts = load(client, examples, wanted, 60 * args.minutes, server.pid)
     finally:
         server.terminate()
         server.wait()
     half = len(memory) // 2
-    quarters = (
+    third, fourth = (
         statistics.median(memory[half : half + half // 2]),
         statistics.median(memory[-half // 2 :]),
     )
-    growth = quarters[1] / quarters[0] - 1
+    growth = fourth / third - 1
     record = {"minutes": args.minutes, "clients": CLIENTS, "with_documents": counts[True]}
     record |= {"without": counts[False], "wrong": wrong[:20], "memory_growth": growth}
     record |= {"memory_mb": [size >> 20 for size in memory], "provenance": provenance()}

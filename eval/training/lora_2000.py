@@ -1,11 +1,11 @@
-"""The experiment that the study failed: LoRA on 2,000 samples, judged on worlds never seen.
+"""Repeats the experiment that failed in the study: LoRA on 2,000 samples, tested on new worlds.
 
     python eval/training/lora_2000.py --jobs 2
 
 Trains every recipe with every seed into out/study/RECIPE-SEED, chooses the best recipe on dev
-worlds, asks all of them the same questions on test worlds, and writes lora-2000.json and
-lora-2000.md. A stopped run resumes with the same command; recipes are taken as they are when it
-starts, and an adapter of a recipe that has changed since is refused.
+worlds, evaluates all recipes on the same questions of test worlds, and writes lora-2000.json and
+lora-2000.md. An interrupted run resumes with the same command. It fails if a recipe has changed
+since its adapter was trained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RECIPES = (
     "recompute_aware", "full_control",
 )  # fmt: skip
 PLAIN = "block_attention"
-"""The recipe that the others add something to."""
+"""The basic recipe, which the other recipes extend."""
 PROGRAM = "python eval/training/lora_2000.py"
 
 
@@ -55,27 +55,27 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--recipes", nargs="+", default=RECIPES, help="names in recipes/, or YAML files")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
-    add("--jobs", type=int, default=1, help="trainings, and processes that answer, at a time")
+    add("--jobs", type=int, default=1, help="number of processes that train or answer at a time")
     add("--questions", type=int, default=2400, help="cross-chunk and 2-hop test questions")
     add("--alone", type=int, default=800, help="self-contained test questions")
     add("--dev-questions", type=int, default=600, help="questions that choose the best recipe")
     add("--worlds", default="", help="more options of all worlds, e.g. crowded=1; needs --output")
-    add("--train-only", action="store_true", help="stop before the first question")
-    add("--output", type=Path, default=Path("out/study"), help="adapters and rows")
-    add("--results", type=Path, default=Path("eval/results/training"), help="JSON and table")
+    add("--train-only", action="store_true", help="train without evaluating")
+    add("--output", type=Path, default=Path("out/study"), help="folder for adapters and rows")
+    add("--results", type=Path, default=Path("eval/results/training"), help="folder for the report")
     args = parser.parse_args()
     args.recipes = [_recipe(name) for name in args.recipes]
     if args.worlds and args.output == parser.get_default("output"):
         parser.error("--worlds trains other adapters; give them an --output of their own")
     if len(args.seeds) < 2:
-        parser.error("--seeds needs two or more: one training says little about a recipe")
+        parser.error("--seeds needs two or more: one training run says little about a recipe")
     if missing := [str(path) for path in args.recipes if not path.is_file()]:
         parser.error(f"no recipe {missing[0]}")
     return args
 
 
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
-    """Chooses on dev worlds, asks on test worlds, and judges."""
+    """Chooses the best recipe on dev worlds and evaluates all recipes on test worlds."""
     served = {run.name: method_of(run) for run in runs}
     labels = {name: [f"{name}-{seed}" for seed in args.seeds] for name in served}
     reusing = {name: own for name, own in labels.items() if served[name] != FULL}
@@ -110,11 +110,11 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
+def write(results: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    replace_json(folder / "lora-2000.json", found)
-    replace_text(folder / "lora-2000.md", page_of(found))
-    print(page_of(found))
+    replace_json(folder / "lora-2000.json", results)
+    replace_text(folder / "lora-2000.md", page_of(results))
+    print(page_of(results))
 
 
 def _control(judge: Judge, name: str, costs: dict, labels: Sequence[str]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _mean_cost(costs: dict[str, dict], labels: Sequence[str]) -> dict[str, float
 
 
 def _origins(runs: Sequence[Run]) -> dict[str, Any]:
-    """Commits and data of the trainings: an adapter may be older than the code that judges it."""
+    """Commits and data of the training runs: an adapter may be older than this code."""
     infos = {run.folder.name: AdapterInfo.load(run.folder).training for run in runs}
     return {
         name: {key: info.get(key) for key in ("commit", "data")} for name, info in infos.items()
@@ -143,10 +143,10 @@ def _origins(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _base(runs: Sequence[Run]) -> str:
-    said = {load_recipe(run.recipe)["model_name_or_path"] for run in runs}
-    if len(said) != 1:
-        raise ValueError(f"the recipes train different bases: {', '.join(sorted(said))}")
-    return said.pop()
+    bases = {load_recipe(run.recipe)["model_name_or_path"] for run in runs}
+    if len(bases) != 1:
+        raise ValueError(f"the recipes train different base models: {', '.join(sorted(bases))}")
+    return bases.pop()
 
 
 def _recipe(name: str) -> Path:

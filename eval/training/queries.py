@@ -1,4 +1,4 @@
-"""The questions: one suite to choose a recipe by, on worlds of their own, and one to judge it."""
+"""The two evaluation suites: dev worlds to choose a recipe, and test worlds to evaluate it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from blocktune.hub.card import served_by
 
 FULL, NAIVE, BLEND = "full-prefill", "naive", "cacheblend"
 JOINED, ALONE = "joined", "self-contained"
-"""The tasks: questions that join chunks (cross-chunk, 2-hop), and such that one chunk answers."""
+"""The tasks: questions that need several chunks (cross-chunk, 2-hop), or only one chunk."""
 BATCH = 16
 SEEDS = {"dev": 1, "test": 11}
-"""Of the worlds; nothing else in the project, not even the demo, asks what the test asks."""
+"""Seeds of the worlds. Nothing else in the project, not even the demo, uses the test questions."""
 
 
 def method_of(run: Run) -> str:
@@ -30,7 +30,7 @@ def method_of(run: Run) -> str:
 
 
 def in_full(name: str) -> str:
-    """Label of an adapter's full attention."""
+    """Label of the adapter ``name`` in full attention."""
     return f"{name} in full"
 
 
@@ -43,16 +43,16 @@ def suite_of(
     whole: bool,
     worlds: str = "",
 ) -> dict[str, Any]:
-    """A suite, as in its YAML.
+    """Builds a suite, as it is written to YAML.
 
     Args:
-        model: The base.
-        runs: Trained; a recipe's seeds are pooled.
-        split: Of the worlds, ``dev`` or ``test``.
-        joined: Questions that join chunks.
-        alone: Self-contained questions; 0 asks none.
-        whole: Also the baselines and every adapter in full attention.
-        worlds: More options of the worlds, e.g. ``crowded=1``.
+        model: Path or Hub name of the base model.
+        runs: Finished training runs; the seeds of a recipe are pooled.
+        split: Split of the worlds, ``dev`` or ``test``.
+        joined: Number of questions that need several chunks.
+        alone: Number of self-contained questions; may be 0.
+        whole: Whether to add the baselines and every adapter in full attention.
+        worlds: Further options of the worlds, e.g. ``crowded=1``.
     """
     methods: list[Any] = [FULL]
     if whole:
@@ -81,7 +81,7 @@ def suite_of(
 
 
 def ask(suite: dict[str, Any], output: Path, jobs: int) -> dict[str, list[Row]]:
-    """Answers a suite in ``jobs`` processes, going on where it was; label -> rows.
+    """Runs a suite in ``jobs`` processes, resuming an interrupted run; returns rows by label.
 
     Raises:
         ValueError: If the evaluation fails; its own output says why.

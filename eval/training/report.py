@@ -1,4 +1,4 @@
-"""The table over all recipes and seeds as Markdown, beside the JSON file that it is made from."""
+"""Renders the results of all recipes and seeds as a Markdown page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ HEADINGS = (
 
 
 def page_of(report: Mapping[str, Any]) -> str:
-    """Title, verdicts, table, provenance."""
+    """The page: title, verdict, table and provenance."""
     lines = ["# 2,000 samples, LoRA, disjoint worlds", "", _verdict(report), ""]
     rows = [
         _baseline(name.replace("_", "-"), report[name])
         for name in ("full_prefill", "cacheblend", "naive")
     ]
-    for name, found in report["recipes"].items():
+    for name, recipe in report["recipes"].items():
         bold = f"**{name}**" if name == report["best"]["recipe"] else name
-        rows.append(_recipe(bold, found))
+        rows.append(_recipe(bold, recipe))
     if control := report["control"]:
         rows.append(_recipe(f"{control['recipe']}, by full prefill", control))
     filled = [i for i in range(len(HEADINGS)) if any(row[i] for row in rows)]
@@ -33,12 +33,12 @@ def page_of(report: Mapping[str, Any]) -> str:
     sources = sorted({adapter["data"] for adapter in origin["adapters"].values()})
     lines += [
         "",
-        "Zero tokens recomputed; adjusted F1 in % over the questions that the base answers by full "
-        "prefill, raw F1 over all, ± half the 95 % interval; differences in points with their "
-        "paired intervals over questions, seeds averaged first; plain is `block_attention`. Tokens "
-        "and seconds of one seed, as its training logged them. Trained on "
-        f"{', '.join(sources)}: a sample is a context, with as many questions as `turns` says. "
-        f"Asked on {', '.join(report['asked_on'])}.",
+        "No tokens are recomputed. Adjusted F1 in % is over the questions that the base model "
+        "answers by full prefill, raw F1 over all, each ± half its 95 % interval. Differences are "
+        "in points with paired intervals over questions, after averaging over seeds; plain is "
+        "`block_attention`. Tokens and seconds are per seed, as logged in training. Trained on "
+        f"{', '.join(sources)}; a sample is a context with `turns` questions. "
+        f"Evaluated on {', '.join(report['asked_on'])}.",
         "",
         f"Made by `{origin['command']}` at commit `{origin['commit']}`, on {_machine(origin)}.",
     ]
@@ -46,50 +46,50 @@ def page_of(report: Mapping[str, Any]) -> str:
 
 
 def _machine(origin: Mapping[str, Any]) -> str:
-    found = origin["hardware"]
-    return ", ".join([*found["gpus"], f"{found['processor']} with {found['cores']} cores"])
+    parts = origin["hardware"]
+    return ", ".join([*parts["gpus"], f"{parts['processor']} with {parts['cores']} cores"])
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
     best = report["best"]
-    said = [
+    claims = [
         ("reaches 97 % of full prefill", best["minus_97_percent_of_full_prefill"]),
         ("beats CacheBlend at 15 %", best["minus_cacheblend"]),
         ("costs at most a point in full attention", best["full_attention"]["change"]),
     ]
-    words = [f"{what}: {'yes' if found['met'] else 'no'} ({_span(found)})" for what, found in said]
-    alone = best["seeds_minus_97_percent"].values()
+    tests = [f"{text}: {'yes' if gap['met'] else 'no'} ({_span(gap)})" for text, gap in claims]
+    seeds = best["seeds_minus_97_percent"].values()
     return (
         f"Best on {report['chosen_on']['source']}: `{best['recipe']}`, served by "
-        f"`{best['method']}`, {_percent(best['adjusted_f1'])} % of adjusted F1 on {best['n']:,} of "
-        f"{best['asked']:,} held-out questions. On the interval it " + "; it ".join(words) + f". "
-        f"Of its {len(alone)} seeds {sum(seed['met'] for seed in alone)} reach 97 % by themselves. "
-        f"Over all questions, also those that full prefill fails, it has "
+        f"`{best['method']}`, adjusted F1 {_percent(best['adjusted_f1'])} % on {best['n']:,} of "
+        f"{best['asked']:,} held-out questions. By the interval, it " + "; it ".join(tests) + f". "
+        f"{sum(seed['met'] for seed in seeds)} of its {len(seeds)} seeds reach 97 % by themselves. "
+        f"On all questions, including those that full prefill fails, it has "
         f"{_share(best['raw_of_full_prefill'])} of full prefill's F1."
     )
 
 
-def _baseline(name: str, found: Mapping[str, Any]) -> list[str]:
-    alone = found["em"].get("self-contained")
+def _baseline(name: str, numbers: Mapping[str, Any]) -> list[str]:
+    alone = numbers["em"].get("self-contained")
     return [
-        f"base, {name}", _score(found), *[""] * 7, _raw(found), _percent(alone), *[""] * 4,
+        f"base, {name}", _score(numbers), *[""] * 7, _raw(numbers), _percent(alone), *[""] * 4,
     ]  # fmt: skip
 
 
-def _recipe(name: str, found: Mapping[str, Any]) -> list[str]:
-    full, cost = found.get("full_attention"), found["cost"]
+def _recipe(name: str, numbers: Mapping[str, Any]) -> list[str]:
+    full, cost = numbers.get("full_attention"), numbers["cost"]
     return [
         name,
-        _score(found),
-        ", ".join(_percent(seed) for seed in found["seeds"].values()),
-        _share(found.get("of_full_prefill")),
-        _share(found.get("of_control")),
-        _span(found.get("minus_97_percent_of_full_prefill")),
-        _span(found.get("minus_cacheblend")),
-        _span(found.get("minus_naive")),
-        _span(found.get("minus_plain")),
-        _raw(found),
-        _percent(found["em"].get("self-contained")),
+        _score(numbers),
+        ", ".join(_percent(seed) for seed in numbers["seeds"].values()),
+        _share(numbers.get("of_full_prefill")),
+        _share(numbers.get("of_control")),
+        _span(numbers.get("minus_97_percent_of_full_prefill")),
+        _span(numbers.get("minus_cacheblend")),
+        _span(numbers.get("minus_naive")),
+        _span(numbers.get("minus_plain")),
+        _raw(numbers),
+        _percent(numbers["em"].get("self-contained")),
         f"{_percent(full['em'])} ({_span(full['change'])})" if full else "",
         f"{cost['tokens']:,.0f}",
         f"{cost['seconds']:,.0f}",
@@ -97,23 +97,23 @@ def _recipe(name: str, found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _score(found: Mapping[str, Any]) -> str:
-    return with_half(found["adjusted_f1"], found["ci95"], 1)
+def _score(numbers: Mapping[str, Any]) -> str:
+    return with_half(numbers["adjusted_f1"], numbers["ci95"], 1)
 
 
-def _raw(found: Mapping[str, Any]) -> str:
-    return with_half(found["raw_f1"], found["raw_ci95"], 1)
+def _raw(numbers: Mapping[str, Any]) -> str:
+    return with_half(numbers["raw_f1"], numbers["raw_ci95"], 1)
 
 
-def _span(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _span(numbers: Mapping[str, Any] | None) -> str:
+    if numbers is None:
         return ""
-    low, high = found["ci95"]
-    return f"{100 * found['mean']:+.1f}, {100 * low:+.1f} to {100 * high:+.1f}"
+    low, high = numbers["ci95"]
+    return f"{100 * numbers['mean']:+.1f}, {100 * low:+.1f} to {100 * high:+.1f}"
 
 
-def _share(found: Mapping[str, Any] | None) -> str:
-    return f"{100 * found['mean']:.0f} %" if found else ""
+def _share(numbers: Mapping[str, Any] | None) -> str:
+    return f"{100 * numbers['mean']:.0f} %" if numbers else ""
 
 
 def _percent(share: float | None) -> str:

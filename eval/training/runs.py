@@ -1,4 +1,4 @@
-"""Every recipe with every seed: trained once, resumed where it was stopped, and its cost."""
+"""Trains every recipe with every seed, resumes interrupted runs, and reads their cost."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ STATE_FILE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a recipe with a seed.
+    """One training run: a recipe with a seed.
 
     Attributes:
-        recipe: The YAML.
-        seed: Wins over the recipe's.
-        output: Folder of the adapters.
-        worlds: More options of the worlds that the recipe trains on, e.g. ``crowded=1``.
+        recipe: YAML file of the recipe.
+        seed: Replaces the recipe's seed.
+        output: Folder of all adapters.
+        worlds: Further options of the worlds that the recipe trains on, e.g. ``crowded=1``.
     """
 
     recipe: Path
@@ -47,11 +47,11 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has ended: its state is written after its weights."""
+        """Whether the run has finished: the trainer writes its state after the weights."""
         return (self.folder / INFO_FILE).exists() and (self.folder / STATE_FILE).exists()
 
     def refuse_other_recipe(self) -> None:
-        """Raises ValueError if the folder was trained by a recipe that has changed since."""
+        """Raises ValueError if the recipe has changed since the folder was trained."""
         earlier_run(*parse(_words(self._options())))
 
     def _options(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> None:
-    """Trains what is not complete, ``jobs`` runs at a time; each prints into its ``train.log``."""
+    """Trains runs that are not complete, ``jobs`` at a time, each with its own ``train.log``."""
     for run in runs:
         run.refuse_other_recipe()
     missing = [run for run in runs if not run.is_complete]
@@ -80,19 +80,19 @@ def train_all(runs: Sequence[Run], jobs: int) -> None:
 
 
 def cost_of(run: Run) -> dict[str, Any]:
-    """Tokens, seconds and trainable parameters of a run that is complete."""
+    """Tokens, seconds, trainable parameters, steps and examples of a complete run."""
     state = json.loads((run.folder / STATE_FILE).read_text())
     logs = [entry for entry in state["log_history"] if "tokens_per_second" in entry]
     tokens, seconds, before = 0.0, 0.0, 0.0
     for entry in logs:
-        # The count restarts where a run was resumed; the time until then still counts.
-        passed = entry["num_tokens"] - (before if entry["num_tokens"] >= before else 0)
-        tokens, before = tokens + passed, entry["num_tokens"]
-        seconds += passed / entry["tokens_per_second"]
+        # The token count restarts when a run is resumed; the time before that still counts.
+        new = entry["num_tokens"] - (before if entry["num_tokens"] >= before else 0)
+        tokens, before = tokens + new, entry["num_tokens"]
+        seconds += new / entry["tokens_per_second"]
     return {
         "tokens": round(tokens),
         "seconds": round(seconds, 1),
-        "trainable_parameters": sum(map(_numbers, run.folder.glob("*.safetensors"))),
+        "trainable_parameters": sum(map(_num_parameters, run.folder.glob("*.safetensors"))),
         "steps": state["global_step"],
         "examples": AdapterInfo.load(run.folder).training["examples"],
     }
@@ -103,19 +103,19 @@ def _train(run: Run, jobs: int) -> None:
     print(f"training {run.folder}", flush=True)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
     with (run.folder / "train.log").open("a") as log:
-        done = subprocess.run(
+        finished = subprocess.run(
             run.command(),
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": threads},
             check=False,
         )
-    if done.returncode:
+    if code := finished.returncode:
         lines = (run.folder / "train.log").read_text().strip().splitlines()
-        raise ValueError(f"training {run.folder} failed: {lines[-1] if lines else done.returncode}")
+        raise ValueError(f"training {run.folder} failed: {lines[-1] if lines else code}")
 
 
-def _numbers(path: Path) -> int:
+def _num_parameters(path: Path) -> int:
     with safe_open(path, "pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     total = 0

@@ -1,4 +1,4 @@
-"""The verdict: adjusted F1 with paired intervals over questions, seeds averaged first."""
+"""Scores recipes: adjusted F1 with paired intervals over questions, averaged over seeds first."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from blocktune.evaluation.significance import (
 )
 
 SHARE = 0.97
-"""Of full prefill's adjusted F1 that is asked for."""
+"""Share of full prefill's adjusted F1 that a recipe should reach."""
 LOSS = 0.01
-"""Of accuracy in full attention that an adapter may cost."""
+"""Largest accuracy loss in full attention that an adapter may cause."""
 Rows = Mapping[str, Sequence[Row]]
 
 
 class Judge:
-    """Reads all methods on the questions that the base answers by full prefill, and on all.
+    """Scores all methods on the questions that the base model answers by full prefill, and on all.
 
     Args:
-        rows: Label -> rows of the same questions; the seeds of a recipe are ``RECIPE-SEED``.
-        recipes: Names -> labels of their seeds.
-        plain: The recipe that every other one is measured against, or None.
+        rows: Rows of the same questions by label; the labels of a recipe are ``RECIPE-SEED``.
+        recipes: Labels of the seeds by name of the recipe.
+        plain: The recipe that the others are compared with, or None.
     """
 
     def __init__(self, rows: Rows, recipes: Mapping[str, Sequence[str]], plain: str | None = None):
@@ -48,7 +48,7 @@ class Judge:
         return scores
 
     def score(self, label: str) -> dict[str, Any]:
-        """Adjusted F1 of a method, or of a recipe over its seeds; raw F1 is over all questions."""
+        """Adjusted and raw F1 (on all questions) of a method, or of a recipe over its seeds."""
         adjusted, raw = (mean_interval(own[label]) for own in (self.adjusted, self.raw))
         labels = self.recipes.get(label, [label])
         return {
@@ -59,21 +59,21 @@ class Judge:
             "raw_f1": raw.mean,
             "raw_ci95": raw.ci95,
             "filter_bias": self._bias(labels),
-            "em": _by_kind([self.rows[one] for one in labels]),
+            "em": _by_kind([self.rows[label] for label in labels]),
         }
 
     def recipe(self, name: str, control: str | None) -> dict[str, Any]:
-        """A recipe beside full prefill, CacheBlend, naive reuse and the control."""
+        """Compares a recipe with full prefill, CacheBlend, naive reuse and the control."""
         own, raw = self.adjusted, self.raw
         blend, naive = (difference(own[name], own[other]) for other in (BLEND, NAIVE))
         full = self._full_attention(name)
         compared = self.plain if self.plain != name else None
         return {
             **self.score(name),
-            "seeds": {one: fmean(own[one]) for one in self.recipes[name]},
+            "seeds": {label: fmean(own[label]) for label in self.recipes[name]},
             "of_full_prefill": _of(own, name, "nothing", FULL),
             "minus_97_percent_of_full_prefill": self._wanted(name),
-            "seeds_minus_97_percent": {one: self._wanted(one) for one in self.recipes[name]},
+            "seeds_minus_97_percent": {seed: self._wanted(seed) for seed in self.recipes[name]},
             "raw_of_full_prefill": _of(raw, name, "nothing", FULL),
             "minus_cacheblend": _plain(blend) | {"met": blend.low > 0},
             "minus_naive": _plain(naive) | {"met": naive.low > 0},
@@ -84,21 +84,20 @@ class Judge:
         }
 
     def _wanted(self, label: str) -> dict[str, Any]:
-        found = difference(self.adjusted[label], self.adjusted["wanted"])
-        return _plain(found) | {"met": found.low >= 0}
+        above = difference(self.adjusted[label], self.adjusted["wanted"])
+        return _plain(above) | {"met": above.low >= 0}
 
     def _bias(self, labels: Sequence[str]) -> float | None:
-        """What the filter of adjusted F1 hides, the seeds' mean."""
+        """Bias of the filter of adjusted F1, mean over the seeds; None if no question is kept."""
         full = [self.rows[FULL][i].f1 for i in self.asked]
-        found = [adjusted_f1([self.rows[one][i].f1 for i in self.asked], full) for one in labels]
-        return fmean(one.bias for one in found) if self.kept else None
+        scores = [adjusted_f1([self.rows[name][i].f1 for i in self.asked], full) for name in labels]
+        return fmean(score.bias for score in scores) if self.kept else None
 
     def _full_attention(self, name: str) -> dict[str, Any]:
-        """Exact match of the adapter in full attention over all questions, minus the base's."""
+        """Exact match of the adapter in full attention on all questions, and of the base model."""
         base = [row.em for row in self.rows[FULL]]
-        runs = [
-            self.rows[f"{in_full(name)}-{one.rpartition('-')[2]}"] for one in self.recipes[name]
-        ]
+        seeds = [label.rpartition("-")[2] for label in self.recipes[name]]
+        runs = [self.rows[f"{in_full(name)}-{seed}"] for seed in seeds]
         own = pooled([[row.em for row in run] for run in runs])
         change = difference(own, base)
         return {
@@ -110,17 +109,17 @@ class Judge:
 
 
 def choose(rows: Rows, recipes: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, float]]:
-    """The recipe with the highest adjusted F1 over its seeds, and that of all."""
+    """The recipe with the highest adjusted F1 over its seeds, and the adjusted F1 of all."""
     kept = [i for i, row in enumerate(rows[FULL]) if row.f1 > 0]
-    found = {
+    scores = {
         name: fmean(rows[label][i].f1 for label in labels for i in kept)
         for name, labels in recipes.items()
     }
-    return max(found, key=found.__getitem__), found
+    return max(scores, key=scores.__getitem__), scores
 
 
 def pooled(runs: Sequence[Sequence[float]]) -> list[float]:
-    """Scores of several seeds as one score per question: three seeds are not more questions."""
+    """Mean score per question over several seeds: more seeds are not more questions."""
     return [fmean(same) for same in zip(*runs, strict=True)]
 
 

@@ -66,7 +66,7 @@ def test_the_table_says_what_differs(runs):
 
 
 def test_verdicts_name_the_questions_that_are_missing():
-    assert verdict(0.01, 0.4, 100, 5000) == "chance at this n; needs about 5,000"
+    assert verdict(0.01, 0.4, 100, 5000) == "within chance; needs about 5,000 questions"
     assert verdict(0.01, 0.06, 100, 90) == "within chance"
     assert verdict(-0.2, 0.01, 100, 20) == "differs"
     assert verdict(0.0, 1.0, 100, None) == "the same"

@@ -202,5 +202,5 @@ def test_too_few_questions_are_said_to_be_too_few():
     minus = results["methods"]["kvlink"]["score_minus"]["full-prefill"]
     minus |= {"mean": -0.0125, "p_holm": 0.4, "n_needed": 1200}
     [note, *_] = power_notes(results)
-    assert note.startswith("400 questions are too few to tell from full-prefill: ")
+    assert note.startswith("400 questions cannot tell these methods from full-prefill: ")
     assert "kvlink (-1.2 points; 1,200 would be enough)" in note

@@ -1,4 +1,4 @@
-"""The report of a finished run: one HTML file that needs no network, and its pictures as PNGs."""
+"""The report of a finished run: one self-contained HTML file, and its charts as PNG files."""
 
 from blocktune.evaluation.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""Pictures of `results.json`: score by task, against cost, by place and by length."""
+"""Charts of ``results.json``: score by task, against cost, by position and by context length."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from blocktune.evaluation.results import FLOOR, ORACLE
 
 Results = Mapping[str, Any]
 MOST_LINES = 8
-"""Methods that are told apart as lines; of more, the baselines and the Pareto front are drawn."""
+"""Largest number of lines in a chart; of more methods, the baselines and the Pareto front."""
 _SWEEPS = {
-    "place": ("Position of the evidence", "place among the chunks, first to last"),
-    "context_tokens": ("Length of the context", "tokens of context"),
+    "place": ("Position of the evidence", "position among the chunks, first to last"),
+    "context_tokens": ("Length of the context", "context length, tokens"),
 }
 _COSTS = {
     "ttft_s": ("time to first token", "time to first token, ms", 1000),
-    "ttft_over_full_prefill": ("time to first token", "time to first token, of full prefill's", 1),
-    "recompute_ratio": ("recomputed share", "context's layer-tokens recomputed", 1),
+    "ttft_over_full_prefill": ("time to first token", "time to first token / full prefill's", 1),
+    "recompute_ratio": ("recomputed share", "share of layer-tokens recomputed", 1),
 }
 
 
 class Chart(NamedTuple):
-    """A picture of the report."""
+    """A chart of the report."""
 
-    name: str  # of its PNG
-    title: str  # above it
-    about: str  # what it shows, in a sentence; also for screen readers
-    draw: style.Draw  # draws it
+    name: str  # name of its PNG file
+    title: str  # heading
+    about: str  # caption, also the alternative text for screen readers
+    draw: style.Draw  # function that draws it
     height: float  # in inches
 
 
 def charts_of(results: Results) -> list[Chart]:
-    """The pictures that these results have numbers for."""
+    """The charts that these results have data for."""
     costs = [cost for cost in ("ttft_s", "recompute_ratio") if cost in results["budget"]["pareto"]]
-    found = [cost_chart(results["methods"], results["budget"]["pareto"], cost) for cost in costs]
-    found += [_group_chart(results["methods"], group) for group in groups_of(results["methods"])]
-    return found + [_sweep_chart(results, name) for name in _SWEEPS if results["sweeps"][name]]
+    charts = [cost_chart(results["methods"], results["budget"]["pareto"], cost) for cost in costs]
+    charts += [_group_chart(results["methods"], group) for group in groups_of(results["methods"])]
+    return charts + [_sweep_chart(results, name) for name in _SWEEPS if results["sweeps"][name]]
 
 
 def groups_of(methods: Mapping[str, Any]) -> list[str]:
-    """Tasks, or kinds of questions, that results are given for."""
+    """Names of the tasks, or kinds of questions, that the results are split into."""
     return list(next(iter(methods.values()))["tasks"])
 
 
 def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], cost: str) -> Chart:
-    """Score of the methods of ``results.json`` against a cost, and the Pareto front (by cost)."""
+    """Chart of the methods' scores against a cost; ``pareto`` has the Pareto front by cost."""
     name, _, _ = _COSTS[cost]
 
     def draw(figure: Figure, ground: Ground) -> None:
@@ -62,8 +62,8 @@ def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], 
     return Chart(
         f"score-by-{cost}",
         f"Score against {name}",
-        f"Every method's score against its {name}; up and left is better. The grey line is the "
-        "Pareto front: no method above it at that cost. Bars are 95 % intervals.",
+        f"Score of every method against its {name}; up and left is better. The grey line is the "
+        "Pareto front, the best score at each cost. Bars are 95 % intervals.",
         draw,
         3.4 + 0.06 * len(methods),
     )
@@ -77,8 +77,8 @@ def _draw_costs(
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
     style.zoom(axes, ground, start := _start(methods.values()), "score")
-    farthest = max(0.05, *places.values())
-    axes.set_xlim(-0.04 * farthest, 1.05 * farthest)
+    largest = max(0.05, *places.values())
+    axes.set_xlim(-0.04 * largest, 1.05 * largest)
     if factor == 1:
         style.as_share(axes.xaxis)
     points = []
@@ -98,14 +98,14 @@ def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
     return Chart(
         f"task-{''.join(c if c.isalnum() or c == '-' else '-' for c in group)}",
         group,
-        f"Score of every method on {group} with its 95 % interval; dotted: full prefill.",
+        f"Score of every method on {group} with its 95 % interval. Dotted line: full prefill.",
         lambda figure, ground: draw_rows(figure.subplots(), ground, methods, group),
         0.9 + 0.25 * len(methods),
     )
 
 
 def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str) -> None:
-    """A row a method: its score on one task or kind, with the interval and as a number."""
+    """Draws one row per method: its score on one task or kind, with interval and number."""
     cells = {label: summary["tasks"][group] for label, summary in methods.items()}
     style.zoom(axes, ground, start := _start(methods.values(), grouped=True), "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
@@ -136,13 +136,13 @@ def _sweep_chart(results: Results, name: str) -> Chart:
 
     def draw(figure: Figure, ground: Ground) -> None:
         axes = figure.subplots()
-        places, ends = [(one["from"] + one["to"]) / 2 for one in bins], {}
-        cells = {method: [one["scores"][method] for one in bins] for method in methods}
-        bound = [m for m in cells if methods[m]["method"] != "no-context"]
-        start = style.zoomed_start([cell["ci95"][0] for method in bound for cell in cells[method]])
+        places, ends = [(b["from"] + b["to"]) / 2 for b in bins], {}
+        cells = {method: [b["scores"][method] for b in bins] for method in methods}
+        kept = [m for m in cells if methods[m]["method"] != "no-context"]
+        start = style.zoomed_start([cell["ci95"][0] for method in kept for cell in cells[method]])
         style.zoom(axes, ground, start, "score")
         for index, (method, own) in enumerate(cells.items()):
-            shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # bars side by side
+            shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # separates bars
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
             line = mark(ground, method)
             axes.errorbar(moved, heights, yerr=reach(own, "ci95"), lw=1.4, elinewidth=0.7, **line)
@@ -152,15 +152,15 @@ def _sweep_chart(results: Results, name: str) -> Chart:
         axes.set_title(title)
         style.label_ends(axes, ends)
 
-    about = f"Score by {label}, with 95 % intervals; a point is a bin of at least five questions."
+    about = f"Score by {label}, with 95 % intervals. Each point is a bin of five or more questions."
     return Chart(f"sweep-{name}", title, about, draw, 3.4)
 
 
 def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
-    """Draws a run as one PNG, whole or not at all; returns its path.
+    """Draws the results of a run as one PNG, written atomically; returns its path.
 
-    Left: the headline score by kind with 95 % intervals. Right: it against time to first token
-    as a share of full prefill's or, where that was not measured, the recomputed share.
+    Left: the headline score by kind, with 95 % intervals. Right: the score against time to first
+    token relative to full prefill or, if that was not measured, against the recomputed share.
     """
     methods, groups = results["methods"], groups_of(results["methods"])
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
@@ -184,26 +184,26 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
 
 
 def _points(
-    axes: Axes, ground: Ground, label: str, x: Sequence[float], y: Sequence[float], **reach: Any
+    axes: Axes, ground: Ground, label: str, x: Sequence[float], y: Sequence[float], **bars: Any
 ) -> None:
-    """Points of one method with their intervals, in its colour and marker."""
-    axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(ground, label), **reach)
+    """Draws points of one method with their intervals, in its colour and marker."""
+    axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(ground, label), **bars)
 
 
 def _below(label: str, score: float) -> str:
-    """The name of a method that lies below the start of an axis."""
+    """Label of a method whose score is below the start of the axis."""
     return f"{label} ({100 * score:.0f} %)"
 
 
 def _start(methods: Iterable[Mapping[str, Any]], *, grouped: bool = False) -> float:
-    """Where axes of scores start, the same for all groups; guesses do not decide it."""
+    """Start of the score axes, the same for all groups; ``no-context`` is not considered."""
     kept = [summary for summary in methods if summary["method"] != "no-context"]
     cells = [cell for m in kept for cell in (m["tasks"].values() if grouped else (m,))]
     return style.zoomed_start([cell["score_ci95"][0] for cell in cells])
 
 
 def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:
-    """How far the intervals of scores reach down and up."""
+    """Lengths of the intervals below and above the scores, as matplotlib's error bars."""
     return [
         [max(0.0, cell["score"] - cell[key][0]) for cell in cells],
         [max(0.0, cell[key][1] - cell["score"]) for cell in cells],

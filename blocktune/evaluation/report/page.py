@@ -1,4 +1,4 @@
-"""The page: sentences, pictures and tables of one ``results.json``, laid out by a template."""
+"""Renders ``results.json`` as an HTML page of sentences, charts and tables, with a template."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written
 
 PAGE, PICTURES = "report.html", "report"
-"""What is written into the folder of a run: the page, and a folder of PNGs."""
+"""Files that are written to the folder of a run: the page, and a folder of PNG files."""
 
 
 def write_report(folder: str | Path, title: str | None = None) -> Path:
-    """Writes the report of a finished run beside its results, and returns the page's path."""
+    """Writes the report of a finished run into its folder and returns the page's path."""
     folder = Path(folder)
     results = load_results(folder)
     charts = charts_of(results)
@@ -36,10 +36,10 @@ def write_report(folder: str | Path, title: str | None = None) -> Path:
 
 
 def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> str:
-    """The page as one string of HTML; each number carries its origin and all its digits."""
+    """The page as HTML. Each number has its full value and its path in ``results.json``."""
 
     def number(form: str, *keys: Any) -> str:
-        keys = [one for key in keys for one in (key if isinstance(key, list) else [key])]
+        keys = [key for part in keys for key in (part if isinstance(part, list) else [part])]
         value: Any = results
         for key in keys:
             value = value[key]
@@ -70,7 +70,7 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
 
 
 def pointer(*keys: str | int) -> str:
-    """The JSON pointer (RFC 6901) of a place in ``results.json``."""
+    """The JSON pointer (RFC 6901) of a value in ``results.json``, given its keys."""
     return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
 
 

@@ -1,4 +1,4 @@
-"""How pictures look: one colour and marker for each method, direct labels, marked zooms."""
+"""Style of the charts: a colour and marker per method, direct labels, marked zoomed axes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from blocktune.files import replacing
 
 
 class Ground(NamedTuple):
-    """Colours of a picture."""
+    """Colours of a light or dark chart."""
 
-    paper: str  # behind it
+    paper: str  # background
     ink: str  # text and axes
     faint: str  # grid lines and secondary lines
-    # in the order of `COLOURS`: Okabe and Ito's palette, told apart by all common forms of colour
-    # vision
+    # colours of the methods, in the order of `COLOURS`: the palette of Okabe and Ito, which is
+    # distinct for all common forms of colour vision
     series: tuple[str, ...]
 
 
@@ -58,10 +58,10 @@ _LOOKS = {
     "sky": {"recompute-aware": "p", "dual-mode": "d", "ape": "h", "sel": "o", "psr": "*"},
 }
 METHODS = {name: (colour, m) for colour, own in _LOOKS.items() for name, m in own.items()}
-"""Colour and marker of each method, the same in every picture."""
+"""Colour and marker of each method, the same in every chart."""
 COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
-PHONE_INCHES = 4.6  # width of a picture whose text is still read at 358 pixels, a phone's page
-SMALL = 8.5  # points of a label inside a picture
+PHONE_INCHES = 4.6  # width of a chart that is readable at 358 pixels, the width of a phone's page
+SMALL = 8.5  # font size of labels inside a chart, in points
 
 Draw = Callable[[Figure, Ground], None]
 
@@ -69,40 +69,40 @@ Draw = Callable[[Figure, Ground], None]
 def mark(ground: Ground, label: str) -> dict[str, Any]:
     """Colour and marker of a method, as keywords of ``Axes.plot``.
 
-    A label that begins with a method's name (``cacheblend 30 %``, ``kvlink + epic``) is a variant:
-    it has the method's colour and marker, hollow. Other labels get a look derived from their text.
+    A label that begins with a method's name (``cacheblend 30 %``, ``kvlink + epic``) is a variant
+    and gets the method's colour with a hollow marker. Other labels get a look from their hash.
     """
     parts = re.split(r"(?=[ :,])|(?<=[a-z])(?=-\d)", label)
     starts = ["".join(parts[:stop]) for stop in range(len(parts), 0, -1)]
-    known = next((start for start in starts if start in METHODS), None)
-    if known is None:
+    method = next((start for start in starts if start in METHODS), None)
+    if method is None:
         number = crc32(label.encode())
         colour = COLOURS[2 + number % (len(COLOURS) - 2)]
         marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
     else:
-        colour, marker = METHODS[known]
-    found = ground.series[COLOURS.index(colour)]
-    filled = known is None or known == label
-    return {"color": found, "marker": marker, "markerfacecolor": found if filled else ground.paper}
+        colour, marker = METHODS[method]
+    color = ground.series[COLOURS.index(colour)]
+    filled = method is None or method == label
+    return {"color": color, "marker": marker, "markerfacecolor": color if filled else ground.paper}
 
 
 def to_svg(draw: Draw, ground: Ground, height: float, width: float = PHONE_INCHES) -> bytes:
-    """A picture as SVG, the same bytes for the same picture."""
+    """Draws a chart as SVG; equal charts give equal bytes."""
     out = io.BytesIO()
     with mpl.rc_context(_settings(ground)):
-        made = _made(draw, ground, (width, height))
-        made.savefig(out, format="svg", metadata={"Date": None})
+        figure = _figure(draw, ground, (width, height))
+        figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
 
 
 def to_png(draw: Draw, path: str | Path, height: float, width: float = PHONE_INCHES) -> Path:
-    """A picture on light ground as a PNG, whole or not at all; returns its path."""
+    """Draws a chart on a light background as PNG, written atomically; returns its path."""
     with mpl.rc_context(_settings(LIGHT)), replacing(path) as temporary:
-        _made(draw, LIGHT, (width, height)).savefig(temporary, dpi=200)
+        _figure(draw, LIGHT, (width, height)).savefig(temporary, dpi=200)
     return Path(path)
 
 
-def _made(draw: Draw, ground: Ground, size: tuple[float, float]) -> Figure:
+def _figure(draw: Draw, ground: Ground, size: tuple[float, float]) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     draw(figure, ground)
     return figure
@@ -126,25 +126,25 @@ def _settings(ground: Ground) -> dict[str, Any]:
         "grid.color": ground.faint,
         "grid.linewidth": 0.6,
         "lines.markersize": 5,
-        "svg.hashsalt": "blocktune",  # equal pictures are equal files
+        "svg.hashsalt": "blocktune",  # so that equal charts are equal files
     }
 
 
 def as_share(axis: Any) -> None:
-    """Writes an axis of shares in percent."""
+    """Formats an axis of shares in percent."""
     axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
 def zoomed_start(values: Sequence[float]) -> float:
-    """Where an axis of shares starts: the ten per cent below all ``values``, 0 if that is low."""
+    """Start of an axis of shares: the multiple of 10 % below all ``values``, or 0 below 20 %."""
     start = math.floor(10 * min(values, default=0.0) - 0.1) / 10
     return start if start >= 0.2 else 0.0
 
 
 def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -> None:
-    """Lets an axis of shares run from ``start`` to 1; one that does not start at 0 is marked.
+    """Sets the range of an axis of shares to ``start`` to 1, and marks it if it starts above 0.
 
-    The mark is two strokes across the axis, as where it is broken, and a word in its label.
+    The mark is a broken-axis sign (two strokes across the axis) and a note in the label.
     """
     upright = axis == "y"
     own = axes.yaxis if upright else axes.xaxis
@@ -168,13 +168,13 @@ def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Writes each line's name at its right end, moved apart where ends are close.
+    """Writes each line's name at its right end; names that would overlap are moved apart.
 
-    ``ends`` are name -> height of the end in data, and colour; ``axes`` has its final limits.
+    ``ends`` maps a name to the y value of its end and its colour. Set the limits of ``axes`` first.
     """
     figure, low, high = axes.figure, *axes.get_ylim()
     ranked = sorted(ends, key=lambda name: ends[name][0])
-    made = {
+    texts = {
         name: axes.annotate(
             name, (1, (ends[name][0] - low) / (high - low)), xycoords="axes fraction",
             xytext=(8, 0), textcoords="offset points", va="center", fontsize=SMALL,
@@ -182,23 +182,23 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
         )
         for name in ranked
     }  # fmt: skip
-    figure.draw_without_rendering()  # reserves their width
+    figure.draw_without_rendering()  # reserves the width of the names
     room = axes.get_window_extent()
-    gap = 1.15 * max(text.get_window_extent().height for text in made.values())
-    heights = [room.height * made[name].xy[1] for name in ranked]
+    gap = 1.15 * max(text.get_window_extent().height for text in texts.values())
+    heights = [room.height * texts[name].xy[1] for name in ranked]
     for index in range(1, len(heights)):
         heights[index] = max(heights[index], heights[index - 1] + gap)
     heights[-1] = min(heights[-1], room.height)
     for index in range(len(heights) - 2, -1, -1):
         heights[index] = min(heights[index], heights[index + 1] - gap)
     for name, height in zip(ranked, heights, strict=True):
-        text = made[name]
+        text = texts[name]
         shift = (height - room.height * text.xy[1]) * 72 / figure.dpi
         text.set_position((8, shift))
 
 
 def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each point's name beside it, at the nearest place that no other name or point has."""
+    """Writes each point's name beside it, in the nearest place that does not overlap others."""
     figure = axes.figure
     figure.draw_without_rendering()
     scale, inside = figure.dpi / 72, figure.bbox

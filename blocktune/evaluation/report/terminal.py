@@ -1,4 +1,4 @@
-"""Runs a suite and shows what came out: table, sentences, picture."""
+"""Runs a suite, then prints a table and sentences and draws a chart of the results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from blocktune.evaluation.suite import Suite
 from blocktune.tables import Table, with_half, written
 
 NOTE = (
-    "Scores in %, with half their 95 % interval (EM: exact match). Adj. F1: over the questions "
+    "Scores in %, with half their 95 % interval (EM: exact match). Adj. F1: F1 over the questions "
     "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomp.: "
     "share of the context's tokens recomputed, over all layers. Of full: time to first token "
-    "(TTFT) as a share of full prefill's. Gap: share of the way from naive reuse to full prefill; "
-    "below 0: worse than naive reuse."
+    "(TTFT) divided by full prefill's. Gap: share of the gap from naive reuse to full prefill that "
+    "is closed; below 0: worse than naive reuse."
 )
 MOST_GROUPS = 6
-"""Tasks and kinds that fit beside each other; of more, only the mean over all is shown."""
+"""Largest number of score columns; with more tasks or kinds, only the mean over all is shown."""
 
 
 def run_and_show(
@@ -32,9 +32,9 @@ def run_and_show(
     title: str,
     command: list[str] | None = None,
 ) -> dict[str, Any] | None:
-    """Runs a suite, prints its table and draws its picture; for other arguments see `run_suite`.
+    """Runs a suite, prints its table and draws its chart; for other arguments see `run_suite`.
 
-    Returns the results; None in all processes but the main one.
+    Returns the results, or None except in the main process.
     """
     results = run_suite(suite, output, command=command)
     if results is None:
@@ -52,7 +52,7 @@ def run_and_show(
 
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
-    """Lays out `build_results`: a row per method, its score by kind, then what it costs."""
+    """The results as a table: one row per method, with its scores by kind and its costs."""
     methods, tasks = results["methods"], results["tasks"]
     kinds = list(next(iter(methods.values()))["tasks"])
     kinds = kinds if len(kinds) <= MOST_GROUPS else []
@@ -83,5 +83,5 @@ _COSTS = {
 
 
 def _broken(kind: str) -> str:
-    """A kind's name over two lines where it is long."""
+    """The name of a kind, broken into two lines if it is long."""
     return kind if len(kind) <= 10 else kind.replace("/", "/\n").replace("-", "-\n", 1)
