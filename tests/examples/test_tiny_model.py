@@ -148,7 +148,7 @@ def test_one_cannot_go_on_with_other_settings(tmp_path):
     [
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
         ({"device": "cuda", "workers": 2}, "set workers to 1, not 2"),
-        ({"rows_per_step": 100, "workers": 2}, "does not fit into 100 rows a step of 2"),
+        ({"rows_per_step": 100, "workers": 2}, "does not fit into 100 rows per step of 2"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(values, message):
