@@ -188,7 +188,7 @@ GENERATORS: dict[str, Generator] = {
     ),
     "needle": Generator(
         _needle,
-        "a needle at every depth of every length",
+        "needle in a haystack, by length and depth",
         "needle:?lengths=1024,4096&depths=0,50,100&n=20&tokenizer=MODEL",
     ),
 }

@@ -1,6 +1,6 @@
-"""Synthetic multi-hop worlds in English: disjoint splits, bridges, chunks that need others.
+"""Synthetic multi-hop questions in English, over chunks that may depend on other chunks.
 
-The same configuration gives the same examples.
+Splits share no names. The same configuration gives the same examples.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from blocktune.prompt import Chunk
 from blocktune.registry import require_count, require_one_of, require_share
 
 QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
-"""The last asks by the words of a later chunk ("Where was she born?"): following a reference, by
-itself, for pre-training."""
-MARKER = "Answer: "  # precedes the scored answer when a response names other values first
+"""Kinds of questions. ``referred``, for pre-training, only tests following a reference: it uses a
+later chunk's words for the entity ("Where was she born?")."""
+MARKER = "Answer: "  # precedes the scored answer in a response that names other values first
 
 
 @dataclass(frozen=True)
 class WorldQuestion:
-    """One question of a world, of one of `QUESTION_KINDS`, with its one correct answer.
+    """A question about a world, of one of `QUESTION_KINDS`, with its only correct answer.
 
-    ``response`` is what a model is trained to say: the answer, or the values on the way, then
-    `MARKER` and the answer. ``supporting`` are the chunks that are needed; for ``meta`` see `ask`.
+    ``response`` is the training target: the answer, or the intermediate values, then `MARKER` and
+    the answer. ``supporting`` holds the indices of required chunks; for ``meta`` see `ask`.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class WorldQuestion:
 
 
 def chains(world: World, hops: int) -> Iterator[tuple[Fact, ...]]:
-    """Yields every chain of facts whose values are the next facts' subjects, never going back."""
+    """Yields all chains in which each fact's value is the subject of the next, without cycles."""
     paths = [(fact,) for fact in world.facts.values()]
     by_subject: dict[str, list[Fact]] = {}
     for fact in world.facts.values():
@@ -59,33 +59,33 @@ def chains(world: World, hops: int) -> Iterator[tuple[Fact, ...]]:
 
 
 def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
-    """Groups everything that can be asked about a world by the kind of the question."""
-    found: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
+    """Groups the facts, or chains of facts, that can be asked about, by kind of question."""
+    groups: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
     for fact in world.facts.values():
         place = _place(passages, fact)
         kind = "self-contained" if place.chunk == place.first else "cross-chunk"
-        found[kind].append((fact,))
-        # Whether its chunk's words for its subject alone tell which fact is asked for.
+        groups[kind].append((fact,))
+        # Only if the chunk's words for the subject identify the fact.
         if place.mention not in ("name", "list"):
             words = refer(fact.subject, place.mention)
-            alike = (f.subject for f in world.facts.values() if f.relation == fact.relation)
-            if [words == refer(one, place.mention) for one in alike].count(True) == 1:
-                found["referred"].append((fact,))
-    found["2-hop"] = list(chains(world, 2))
-    found["3-hop"] = list(chains(world, 3))
+            subjects = (f.subject for f in world.facts.values() if f.relation == fact.relation)
+            if [words == refer(subject, place.mention) for subject in subjects].count(True) == 1:
+                groups["referred"].append((fact,))
+    groups["2-hop"] = list(chains(world, 2))
+    groups["3-hop"] = list(chains(world, 3))
     dated = [fact for fact in world.facts.values() if fact.relation.name in COMPARED]
     for one, other in combinations(dated, 2):
         if one.relation == other.relation and one.value != other.value:
-            found["comparison"].append((one, other))
-    return {kind: facts for kind, facts in found.items() if facts}
+            groups["comparison"].append((one, other))
+    return {kind: facts for kind, facts in groups.items() if facts}
 
 
 def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> WorldQuestion:
-    """Words a question.
+    """Writes a question about facts.
 
     Its ``meta`` holds ``relations``; ``mentions``, how each fact's chunk refers to its subject
-    (``name`` if titled); ``fact_chunks``, the chunk that states each fact; and for chains
-    ``bridges``, the names between the question and the answer.
+    (``name`` in a titled chunk); ``fact_chunks``, the index of the chunk that states each fact;
+    and, for chains, ``bridges``, the intermediate values.
     """
     places = [_place(passages, fact) for fact in facts]
     meta: dict[str, Any] = {
@@ -99,11 +99,11 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
         names = {"a": one.subject.name, "b": other.subject.name}
         text = COMPARED[one.relation.name].format(when="later" if later else "earlier", **names)
         winner = (max if later else min)(one, other, key=lambda fact: int(fact.value))
-        answer, said = winner.subject.name, [one.value, other.value]
+        answer, values = winner.subject.name, [one.value, other.value]
     elif kind == "referred":
         words = refer(facts[0].subject, places[0].mention)
         text = rng.choice(facts[0].relation.questions).format(s=words)
-        answer, said = facts[0].value, []
+        answer, values = facts[0].value, []
     else:
         *before, last = facts
         subject = facts[0].subject.name
@@ -112,14 +112,14 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
         by_role = rng.random() < passages.roles
         wordings = (last.relation.plain_question,) if by_role else last.relation.questions
         text, answer = rng.choice(wordings).format(s=subject), last.value
-        said = meta["bridges"] = [fact.value for fact in before]
-    response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
+        values = meta["bridges"] = [fact.value for fact in before]
+    response = f"{', '.join(values)}. {MARKER}{answer}" if values else answer
     supporting = tuple(sorted({i for place in places for i in (place.first, place.chunk)}))
     return WorldQuestion(kind, text, answer, response, supporting, meta)
 
 
 def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
-    """States a fact in full: the words up to the value, the value, and the rest."""
+    """Writes a fact with the full name: the words before the value, the value, and the rest."""
     relation = fact.relation
     by_role = relation.place or rng.random() < roles
     wording = relation.plain_fact if by_role else rng.choice(relation.facts)
@@ -138,25 +138,25 @@ DEFAULT_KINDS = MappingProxyType(
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What to generate."""
+    """Options of the generator."""
 
-    split: str = "train"  # whose names to use: no two of ``SPLITS`` share a name
-    seed: int = 0  # another seed gives other worlds of the same names
-    num_examples: int = 1000  # number of questions in all
-    num_passages: int | tuple[int, int] = 10  # chunks in each context, or smallest and largest
-    # weight of each kind of question; kinds left out are not asked
+    split: str = "train"  # one of ``SPLITS``, which share no names
+    seed: int = 0  # other seeds give other worlds, with names of the same split
+    num_examples: int = 1000  # total number of questions
+    num_passages: int | tuple[int, int] = 10  # chunks per context, or (minimum, maximum)
+    # weights of kinds of questions; others are not asked
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
-    questions_per_world: int = 1  # questions that share a context
-    # questions that each example asks in turn about its context, for training: the first, then its
-    # followups; fewer if the world has no more
+    questions_per_world: int = 1  # examples that share a context
+    # questions per example, for training: the first question and its followups; fewer if the world
+    # has no more
     turns: int = 1
-    # share of the continued documents (lists excluded) whose later chunks use an alias; the others
-    # say "she" or "the film", which the question reveals
+    # share of continued documents (except lists) whose later chunks use an alias; the others use
+    # "she" or "the film", which can be guessed from the question
     aliased: float = 0.5
-    # any number of documents of a kind continue in other chunks, instead of one: then only the
-    # chunk before tells to which document a later chunk belongs
+    # several documents of a kind may continue in other chunks, instead of one; then only the
+    # preceding chunk tells to which document a later chunk belongs
     crowded: bool = False
-    # every statement names its entity, in one wording, and no document continues in another chunk;
+    # every statement names its entity, in a single wording, and every document is one chunk; for
     # the first stage of pre-training
     plain: bool = False
 
@@ -183,23 +183,23 @@ class WorldConfig:
     @property
     def passage_range(self) -> tuple[int, int]:
         """Smallest and largest number of chunks."""
-        both = self.num_passages
-        return (both, both) if isinstance(both, int) else both
+        size = self.num_passages
+        return (size, size) if isinstance(size, int) else size
 
 
 def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
-    """Yields ``config.num_examples`` examples; example ``i`` is the same however many are drawn."""
+    """Yields ``config.num_examples`` examples; example ``i`` does not depend on their number."""
     drawn = (_one_world(config, index) for index in count())
     yield from islice(chain.from_iterable(drawn), config.num_examples)
 
 
-MOST_WORLDS = 5000  # worlds drawn in search of a question before giving up
+MOST_WORLDS = 5000  # maximum number of worlds drawn to find a question of a kind
 
 
 class Context(NamedTuple):
-    """Chunks, different questions about them, and all their facts restated with full names.
+    """Chunks, distinct questions about them, and statements of all their facts with full names.
 
-    A statement is split into what leads up to the value, the value, and the rest.
+    A statement is a tuple of the words before the value, the value, and the rest.
     """
 
     chunks: tuple[Chunk, ...]
@@ -208,15 +208,15 @@ class Context(NamedTuple):
 
 
 def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Context:
-    """Draws worlds until one can answer a question of the drawn kind; that question is first.
+    """Draws a kind, then worlds until one has a question of that kind, which becomes the first.
 
-    Fewer than ``num_questions`` come back if the world has no more; ``config.seed`` is not read.
+    Returns fewer than ``num_questions`` if the world has no more. Does not use ``config.seed``.
     """
     wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
-        how = {"aliased": config.aliased, "crowded": config.crowded, "plain": config.plain}
-        world = worlds.draw_world(rng, config.split, size, **how)
+        options = {"aliased": config.aliased, "crowded": config.crowded, "plain": config.plain}
+        world = worlds.draw_world(rng, config.split, size, **options)
         passages = worlds.write_passages(rng, world)
         pools = candidates(world, passages)
         if wanted in pools:

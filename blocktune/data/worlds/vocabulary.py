@@ -1,4 +1,4 @@
-"""Vocabulary of the synthetic worlds: names, kinds of entities, and what can be said of them."""
+"""Vocabulary of the synthetic worlds: names, and kinds of entities with their relations."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ YEARS = tuple(str(year) for year in range(1950, 1990))
 
 
 _FORMS = {
-    kind: tuple((pattern, _WORDS[own]) for pattern, own in forms.items())
+    kind: tuple((pattern, _WORDS[words]) for pattern, words in forms.items())
     for kind, forms in _DATA["forms"].items()
 }
 
 
 @cache
 def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
-    """The names of a kind, one of `_FORMS`, that belong to a split, one tuple for each form.
+    """Names of a kind (a key of `_FORMS`) in a split, as one tuple per form.
 
-    A name belongs to one by its hash: 70 % to train, 10 % to dev, 20 % to test.
+    The hash of a name determines its split: 70 % are train, 10 % dev, 20 % test.
     """
     owners = ("train",) * 7 + ("dev", "test", "test")
     forms = ([pattern.format(*c) for c in product(words, ROOT)] for pattern, words in _FORMS[kind])
@@ -45,18 +45,18 @@ _PATIENCE, _MOST_DRAWS = 40, 2000
 
 
 def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = False) -> str:
-    """Draws a name for one world, and takes it and its root; if ``apart``, its other word too.
+    """Draws an unused name for a world, and adds it and its root to ``taken``.
 
-    Within a world no two names share a root while unused roots remain: a model of a million
-    parameters does not learn within an hour to distinguish Anna Baker from Port Baker, which is not
-    what is measured. Names drawn ``apart`` share no word.
+    No two names of a world share a root while unused roots remain, or any word if ``apart``. A
+    model of a million parameters would need more than an hour to learn to distinguish Anna Baker
+    from Port Baker, which is not what we measure.
     """
-    for drawn in range(_MOST_DRAWS):
+    for attempt in range(_MOST_DRAWS):
         name = rng.choice(rng.choice(names(kind, split)))
         words = set(name.split()) - {"The", "of"}
-        own = words if apart else words & _ROOTS
-        if name not in taken and (drawn >= _PATIENCE or not own & taken):
-            taken |= own | {name}
+        reserved = words if apart else words & _ROOTS
+        if name not in taken and (attempt >= _PATIENCE or not reserved & taken):
+            taken |= reserved | {name}
             return name
     raise ValueError(
         f"split '{split}' has no names of kind '{kind}' left for this world; ask for fewer passages"
@@ -64,7 +64,7 @@ def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: boo
 
 
 def draw_root(rng: Random, taken: set[str]) -> str:
-    """Draws a root that no name of a world has, while there are any, and takes it."""
+    """Draws a root, an unused one if there is any, and adds it to ``taken``."""
     root = rng.choice([word for word in ROOT if word not in taken] or ROOT)
     taken.add(root)
     return root
@@ -75,19 +75,19 @@ KINDS = ("person", "film", "book", "company", "city")
 
 @dataclass(frozen=True)
 class Relation:
-    """One thing that can be true of an entity."""
+    """A relation between an entity (``{s}`` in the wordings) and a value (``{o}``)."""
 
     name: str  # unique name
-    subject: str  # kind of the entity that it is said of
+    subject: str  # kind of the entity
     target: str  # kind of the value: a kind of entity, or ``year``
-    facts: tuple[str, ...]  # sentences with ``{s}``, always first (as a pronoun), and ``{o}``
-    questions: tuple[str, ...]  # questions with ``{s}``, whose answer is the value
-    role: str  # noun phrase with ``{s}`` for the value, also used within longer questions
-    place: int = 0  # number of the list item, 0 if the relation is not an item of a list
+    facts: tuple[str, ...]  # sentences that start with ``{s}``, which may be a pronoun
+    questions: tuple[str, ...]  # questions whose answer is the value
+    role: str  # noun phrase that stands for the value, also used in multi-hop questions
+    place: int = 0  # number of the list item; 0 if the relation is not part of a list
 
     @property
     def plain_fact(self) -> str:
-        """The wording with the name at the end, right before the value."""
+        """The wording with the name directly before the value."""
         return f"T{self.role[1:]} is {{o}}."
 
     @property
@@ -97,11 +97,11 @@ class Relation:
 
 
 RELATIONS = tuple(
-    Relation(**one | {key: tuple(one[key]) for key in ("facts", "questions")})
-    for one in _DATA["relations"]
+    Relation(**entry | {key: tuple(entry[key]) for key in ("facts", "questions")})
+    for entry in _DATA["relations"]
 )
 
 
 def relations_of(kind: str, *, listed: bool = False) -> tuple[Relation, ...]:
-    """Returns the relations of a kind of entity: sentences, or with ``listed`` a list's items."""
+    """Returns the relations of a kind of entity: those in sentences, or ``listed`` ones."""
     return tuple(r for r in RELATIONS if r.subject == kind and bool(r.place) == listed)

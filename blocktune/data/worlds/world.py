@@ -19,11 +19,10 @@ from blocktune.prompt import Chunk
 
 @dataclass(frozen=True)
 class Entity:
-    """Someone or something with a name that is unique in its world.
+    """A person or thing with a name that is unique in its world.
 
-    ``noun`` is what a description calls it: ``woman``, ``man``, or its kind. Later passages may
-    call it by its ``root`` (``the Webb``), which is not of its name: its first passage explains
-    that.
+    ``noun`` describes it: ``woman``, ``man``, or its kind. Later passages may call it by its
+    ``root`` (``the Webb``), which is not part of its name; its first passage explains it.
     """
 
     name: str
@@ -35,7 +34,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Fact:
-    """One relation of one entity; ``target`` is the entity that ``value`` names, if any."""
+    """A relation of an entity to a value; ``target`` is the entity named by ``value``, if any."""
 
     subject: Entity
     relation: Relation
@@ -45,26 +44,26 @@ class Fact:
 
 @dataclass(frozen=True)
 class Style:
-    """How one world is laid out; drawn for each world, since a fixed format teaches positions."""
+    """Layout of a world; drawn for each world, since a fixed layout would teach positions."""
 
-    kind_weights: tuple[float, ...]  # how often each of ``KINDS`` is drawn
+    kind_weights: tuple[float, ...]  # probabilities of the `KINDS`, not normalised
     split: float  # probability that a document continues in another chunk
-    facts: int  # most facts in a chunk
+    facts: int  # maximum number of facts in a chunk
     linked: float  # probability that a value names an entity of this world
-    introduced: float  # probability that a document opens with what its entity is
+    introduced: float  # probability that a document starts by saying what its entity is
     filler: float  # probability of a filler sentence before a fact
-    variety: int  # most relations of one kind of entity in this world; few make many candidates
-    # probability that a sentence that names its entity begins with the relation
-    # (`Relation.plain_fact`), and that a question ends in the name
+    variety: int  # maximum number of relations per kind; with few, many facts are alike
+    # probability that a sentence with the entity's name starts with the relation
+    # (`Relation.plain_fact`), and that a question ends with the name
     roles: float
 
 
 def draw_style(rng: Random, plain: bool) -> Style:
-    """Draws a style: some worlds are mixed, most mainly of one kind, so that candidates compete.
+    """Draws a style. Most worlds have mainly entities of one kind, so that many facts are alike.
 
-    A plain one, for first lessons, has one kind of entity and few relations in one wording, the
-    name right before the value and at the question's end: a model learns to match them within 250
-    steps, with other wordings not within 1,000.
+    A plain style, for the start of pre-training, has one kind of entity and few relations in one
+    wording, with the name directly before the value and at the end of the question. A model learns
+    to match them within 250 steps; with other wordings it takes more than 1,000.
     """
     main = rng.choice(KINDS)
     if plain:
@@ -73,7 +72,7 @@ def draw_style(rng: Random, plain: bool) -> Style:
             split=0,
             facts=rng.choice((1, 1, 2)),
             linked=0,
-            introduced=0.3,  # distances must vary, or they are learnt instead of names
+            introduced=0.3,  # distances must vary, or the model learns them instead of names
             filler=0.1,
             variety=rng.choice((1, 1, 2)),
             roles=1,
@@ -93,10 +92,10 @@ def draw_style(rng: Random, plain: bool) -> Style:
 
 @dataclass
 class Document:
-    """An entity, and its facts by chunk: the first chunk is titled, the others continue it.
+    """An entity, and its facts by chunk. The first chunk has a title; later chunks continue it.
 
-    ``mention`` is how those refer to the entity: ``pronoun`` ("she"), ``description`` ("the film"),
-    ``alias`` ("the Webb", which the first chunk explains), or ``list``, by continuing its list.
+    ``mention`` is how later chunks refer to the entity: ``pronoun`` ("she"), ``description`` ("the
+    film"), ``alias`` ("the Webb", which the first chunk explains), or ``list`` (continued list).
     """
 
     entity: Entity
@@ -122,20 +121,20 @@ def draw_world(
     crowded: bool = False,
     plain: bool = False,
 ) -> World:
-    """Draws a world whose documents make exactly ``num_passages`` chunks.
+    """Draws a world whose documents have exactly ``num_passages`` chunks.
 
-    Unless the world is crowded, at most one document of each kind continues in other chunks, so
-    that "she", "the film", an alias or "the cast" means one document only. A reader of the whole
-    context knows which by the chunk before; a reader of separate chunks can do without: a fact that
-    no titled chunk states is in only one chunk.
+    Unless the world is crowded, at most one document per kind continues in other chunks, so that
+    "she", "the film", an alias or "the cast" can only mean that document. A model that sees the
+    whole context finds it in the preceding chunk; one that sees chunks separately does not need it,
+    since each fact is stated in only one chunk.
 
-    ``aliased`` is the share of the continued documents that use an alias, lists excluded; for
-    ``plain`` see `draw_style`.
+    ``aliased`` is the share of continued documents, except lists, that use an alias; for ``plain``
+    see `draw_style`.
     """
     style, taken = draw_style(rng, plain), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
     documents, room = [], num_passages
-    spoken: set[str] = set()  # kinds that have a continued document, and their pronouns
+    continued: set[str] = set()  # kinds that have a continued document, and their pronouns
     while room:
         kind = rng.choices(KINDS, style.kind_weights)[0]
         form = rng.choice(("woman", "man")) if kind == "person" else kind
@@ -143,15 +142,15 @@ def draw_world(
         pronoun = {"woman": "she", "man": "he"}.get(form, "it")
         entity = Entity(name, kind, pronoun, form, draw_root(rng, taken))
         theme = themes[entity.kind]
-        document = _outline(rng, entity, theme, style, 1 if entity.kind in spoken else room)
+        document = _outline(rng, entity, theme, style, 1 if entity.kind in continued else room)
         if len(document.parts) > 1:
             if document.parts[0][0].relation.place:
                 document.mention = "list"
             elif rng.random() >= aliased:
-                free = entity.pronoun not in spoken
+                free = entity.pronoun not in continued
                 document.mention = rng.choice(("pronoun", "description")) if free else "description"
             if not crowded:
-                spoken |= {entity.kind, entity.pronoun if document.mention == "pronoun" else ""}
+                continued |= {entity.kind, entity.pronoun if document.mention == "pronoun" else ""}
         documents.append(document)
         room -= len(document.parts)
     entities = [document.entity for document in documents]
@@ -165,7 +164,7 @@ def draw_world(
 
 
 def _theme(rng: Random, kind: str, variety: int) -> list[Relation]:
-    """The relations of a kind that a world speaks of: some of its sentences, or its list."""
+    """Draws the relations of a kind that a world uses: some of its sentences, or its list."""
     if kind == "film" and variety > 1 and rng.random() < 0.25:
         return list(relations_of(kind, listed=True))
     relations = relations_of(kind)
@@ -175,7 +174,7 @@ def _theme(rng: Random, kind: str, variety: int) -> list[Relation]:
 def _outline(
     rng: Random, entity: Entity, theme: list[Relation], style: Style, room: int
 ) -> Document:
-    """Chooses a document's chunks and which relations they state, still without values."""
+    """Chooses the number of a document's chunks and their relations, without values."""
     available = list(theme) if theme[0].place else rng.sample(theme, len(theme))
     size = 1
     while size < min(3, room, len(available)) and rng.random() < style.split:
@@ -192,7 +191,7 @@ def _outline(
 def _fill(
     rng: Random, fact: Fact, entities: list[Entity], style: Style, split: str, taken: set[str]
 ) -> Fact:
-    """Gives a fact its value: often an entity with a document, which makes a second hop."""
+    """Draws a fact's value; an entity that has a document makes a second hop possible."""
     kind = fact.relation.target
     if kind == "year":
         return Fact(fact.subject, fact.relation, rng.choice(YEARS))
@@ -207,10 +206,10 @@ def _fill(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a fact is stated: its chunk, the document's first, and how the entity is mentioned."""
+    """Where a fact is stated, and how its entity is mentioned there."""
 
-    chunk: int
-    first: int
+    chunk: int  # index of the chunk
+    first: int  # index of the document's first chunk
     mention: str  # "name" in a first chunk, else `Document.mention`
 
 
@@ -224,7 +223,7 @@ class Passages:
 
 
 def write_passages(rng: Random, world: World) -> Passages:
-    """Writes every document of a world in order; ``rng`` is the source of all wording."""
+    """Writes the chunks of all documents of a world, in order, with random wording."""
     chunks: list[Chunk] = []
     places: dict[tuple[str, str], Place] = {}
     for document in world.documents:
@@ -241,7 +240,7 @@ def write_passages(rng: Random, world: World) -> Passages:
 def _write(
     rng: Random, document: Document, facts: list[Fact], part: int, style: Style
 ) -> list[str]:
-    """A chunk's sentences."""
+    """Writes the sentences of a chunk."""
     entity = document.entity
     if facts[0].relation.place:  # a continued list has no other text
         items = "; ".join(fact.relation.facts[0].format(o=fact.value) for fact in facts)
@@ -266,7 +265,7 @@ def _write(
 
 
 def refer(entity: Entity, mention: str) -> str:
-    """The words for an entity that a chunk uses after the first; none in a list."""
+    """The words by which a later chunk refers to an entity; not for lists."""
     if mention == "pronoun":
         return entity.pronoun
     return f"the {entity.noun if mention == 'description' else entity.root}"
