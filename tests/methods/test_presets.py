@@ -86,7 +86,7 @@ def test_the_suite_of_all_presets_has_them_all_or_says_why_not():
     named = {entry if isinstance(entry, str) else entry["name"] for entry in methods}
     untrained = {name for name in available() if build(name).weights is Weights.ANY}
     assert named == {name for name in untrained if not build(name).select().sees_future}
-    _, _, reason = text.partition("# Not here, since they need weights that were trained for them")
+    _, _, reason = text.partition("# Left out because they need trained weights")
     left_out = reason.partition("\nmodel:")[0]
     assert all(name in left_out for name in set(available()) - named)
 
