@@ -156,15 +156,7 @@ def regenerate(
             append_lines(part, [json.dumps(texts, ensure_ascii=False)])
             answers += texts
             on_batch(len(answers))
-    written, empty, wrong = [], 0, 0
-    for example, text in zip(examples, answers, strict=True):
-        if not text.strip():
-            empty += 1
-        elif only_correct and not gives_answer(text, example.answers):
-            wrong += 1
-        else:
-            meta = example.meta | {"answered_by": dict(facts)}
-            written.append(replace(example, response=text.strip(), meta=meta))
+    written, empty, wrong = _with_responses(examples, answers, facts, only_correct)
     if not written:
         raise ValueError(
             f"nothing to write to {output.name}: of {len(answers)} answers, {empty} are empty and "
@@ -174,3 +166,22 @@ def regenerate(
         write_jsonl(temporary, written)
     part.unlink()
     return Regenerated(len(written), num_resumed, empty, wrong)
+
+
+def _with_responses(
+    examples: Sequence[RagExample],
+    answers: Sequence[str],
+    facts: Mapping[str, Any],
+    only_correct: bool,
+) -> tuple[list[RagExample], int, int]:
+    """The examples with their answers, and how many were dropped as empty and as wrong."""
+    written, empty, wrong = [], 0, 0
+    for example, text in zip(examples, answers, strict=True):
+        if not text.strip():
+            empty += 1
+        elif only_correct and not gives_answer(text, example.answers):
+            wrong += 1
+        else:
+            meta = example.meta | {"answered_by": dict(facts)}
+            written.append(replace(example, response=text.strip(), meta=meta))
+    return written, empty, wrong

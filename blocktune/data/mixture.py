@@ -34,7 +34,7 @@ class Part:
     limit: int | None = None  # load only the first examples
     split: str | None = None  # split of a Hub data set; default: the source's, else ``train``
     chunker: Chunker | None = None  # splits conversations and documents; None: the source's own
-    augment: Augment | None = None  # varies the context, anew each time an example is taken
+    augment: Augment | None = None  # varies the context each time an example is taken
     # fields of `PromptFormat` that differ for this part, e.g. ``instruction``, since conversations
     # do not ask for an answer "from the passages below"
     format: Mapping[str, Any] | None = None
@@ -144,7 +144,7 @@ class Mixed(NamedTuple):
 def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Mixed:
     """Loads all parts, draws examples and shuffles them.
 
-    A part's examples are taken in seeded random order, each once per epoch, and augmented anew each
+    A part's examples are taken in seeded random order, each once per epoch, and augmented each
     time. With mode ``both``, an example has the same context in both modes. ``tokenizer`` is needed
     by chunkers that count tokens. Raises ValueError if a part's weight selects no example.
     """

@@ -51,7 +51,7 @@ class Infill:
         """The prompt for the text between ``prefix`` and ``suffix``, without chunks.
 
         If the prefix continues an earlier one with the same suffix, that prompt is extended.
-        Otherwise the suffix comes after the whole prefix. Known pieces are never tokenised anew.
+        Otherwise the suffix comes after the whole prefix. Known pieces are never tokenised again.
         """
         with self._lock:
             old, before = self._places.pop(suffix, ([], 0))

@@ -128,7 +128,7 @@ _STATES = {
     "learning rate schedule": ("scheduler.pt", "global_step*"),
     "random states": ("rng_state*.pth",),
 }
-"""Files of a checkpoint. If one is missing, transformers would silently start that part anew."""
+"""Files of a checkpoint. If one is missing, transformers would silently restart that part."""
 
 
 def require_loadable(checkpoint: Path) -> None:
