@@ -84,7 +84,7 @@ def prepare(data: Path, output: Path, settings: dict) -> dict:
         shared = part == "base" or settings.get("shared", False)
         if shared:
             drawn = [item for name in pools for item in _paired(drawn, name)]
-        if shared and part == "rows":  # fewer SQuAD rows, since each asks several questions
+        if shared:  # fewer SQuAD rows, since each asks several questions
             squad = [item for item in drawn if item.example.kind == "squad"]
             surplus = {id(item) for item in squad[len(squad) // (TURNS[part] + 1) :]}
             drawn = [item for item in drawn if id(item) not in surplus]
