@@ -113,9 +113,48 @@ def _by_kernel(
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, **mask) -> Tensor:
+    if _trains_in_bfloat16(query, key) and not params.dropout:
+        return _by_products(query, key, value, params, **mask)
     options = {"scale": params.scaling, "dropout_p": params.dropout}
     options["enable_gqa"] = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, **mask, **options)
+
+
+FEW_SCORES = 1 << 23
+"""Most scores of one call that are kept for backward, 6 bytes each, to train faster on CPUs."""
+
+
+def _trains_in_bfloat16(query: Tensor, key: Tensor) -> bool:
+    """Whether to train without PyTorch's fused kernel, which does not use a CPU's bfloat16."""
+    if query.device.type != "cpu" or not (torch.is_grad_enabled() and query.requires_grad):
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else query.dtype
+    return dtype == torch.bfloat16 and query.shape[:-1].numel() * key.shape[2] <= FEW_SCORES
+
+
+def _by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    params: AttentionParams,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """`_fused` by matrix products in the dtype of the inputs; the softmax is in float32."""
+    groups, heads, rows, dim = query.shape
+    shared = query.reshape(groups, key.shape[1], -1, dim)
+    scores = (shared @ key.transpose(-1, -2)).float().view(groups, heads, rows, -1)
+    scores = scores * params.scaling
+    if is_causal:
+        attn_mask = _causal_mask(0, rows, query.device)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    weights = weights.view(groups, key.shape[1], -1, key.shape[2])
+    return (weights @ value).view(groups, heads, rows, -1)
 
 
 def folded_attention(
