@@ -9,9 +9,18 @@ from largest_tensor import LargestTensor
 from layouts import LAYOUTS, layout, prompt, random_layout
 from transformers import GptOssConfig
 
-from blocktune.attention import DensePlan, FlexPlan, SplitPlan, attach, dense_mask, make_plan
+from blocktune.attention import (
+    DensePlan,
+    FlexPlan,
+    SplitPlan,
+    attach,
+    dense_mask,
+    kernels,
+    make_plan,
+)
 from blocktune.attention.flex import BLOCK, block_pairs, flex_block_mask
 from blocktune.attention.kernels import AttentionParams
+from blocktune.attention.masks import KEPT_CELLS
 from blocktune.layout import Kind, LayerRule
 
 EXECUTIONS = ("dense", "split", "flex")
@@ -40,6 +49,45 @@ def test_executions_match_dense_on_random_layouts(seed):
                 got = plan.attend(query, key, value, rule, KNOBS)
                 assert got.isfinite().all()
                 torch.testing.assert_close(got[lives], expected[lives], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_training_in_bfloat16_matches_dense(seed, autocast):
+    """On a CPU that is done without the fused kernel, with gradients and padding, in every plan."""
+    some = random_layout(seed)
+    drawn = states(some, seed=seed)
+    lives = ~some.is_pad & (some.until > 0)
+
+    def train(plan, dtype):
+        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in drawn]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and plan is not dense):
+            out = plan.attend(*inputs, LayerRule(window=200), KNOBS)
+        out[lives].float().square().sum().backward()
+        return [out[lives].float(), *(tensor.grad.float() for tensor in inputs)]
+
+    dense = DensePlan(some)
+    expected = train(dense, torch.float32)
+    for kept in (KEPT_CELLS, 0):
+        got = train(SplitPlan(some, kept), torch.float32 if autocast else torch.bfloat16)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * other.abs().max().item())
+
+
+def test_training_in_bfloat16_keeps_no_more_scores_than_it_may(monkeypatch):
+    some = layout(prompt(0, (40, 40), 8))
+    inputs = [tensor.bfloat16().requires_grad_() for tensor in states(some)]
+    seen = []
+    monkeypatch.setattr(kernels, "_by_products", lambda *a, **k: seen.append(a[0].shape) or a[0])
+    for allowed, called in ((1 << 23, True), (1000, False)):
+        monkeypatch.setattr(kernels, "FEW_SCORES", allowed)
+        seen.clear()
+        SplitPlan(some).attend(*inputs, LayerRule(), KNOBS)
+        assert bool(seen) == called
+    with torch.no_grad():
+        monkeypatch.setattr(kernels, "FEW_SCORES", 1 << 23)
+        SplitPlan(some).attend(*inputs, LayerRule(), KNOBS)
+    assert not seen
 
 
 @pytest.mark.parametrize("seed", range(40))
