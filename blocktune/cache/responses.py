@@ -14,6 +14,21 @@ from blocktune.cache.records import MODEL, Embedder, Nearest, Record, keep, text
 from blocktune.cache.store import ChunkStore
 
 
+def read_settings(text: str) -> tuple[float | None, str]:
+    """The threshold (None: exact match only) and model of a text; ValueError if it is wrong."""
+    kind, _, rest = text.partition(":")
+    share, _, model = rest.partition(":")
+    if text == "exact":
+        return None, MODEL
+    valid = kind == "semantic" and share.replace(".", "", 1).isdigit()
+    if not valid or not 0 < float(share) <= 1:
+        raise ValueError(
+            "a response cache is 'exact' or 'semantic:THRESHOLD[:MODEL]' with a threshold in "
+            f"(0, 1], got '{text}'"
+        )
+    return float(share), model or MODEL
+
+
 @dataclass(frozen=True)
 class ResponseCache:
     """Answers of earlier requests, kept in a store within its limits.
@@ -31,17 +46,7 @@ class ResponseCache:
 
         Raises ValueError if the text is none of these, or the model cannot be loaded.
         """
-        if text == "exact":
-            return cls(store)
-        kind, _, rest = text.partition(":")
-        share, _, model = rest.partition(":")
-        valid = kind == "semantic" and share.replace(".", "", 1).isdigit()
-        if not valid or not 0 < float(share) <= 1:
-            raise ValueError(
-                "a response cache is 'exact' or 'semantic:THRESHOLD[:MODEL]' with a threshold in "
-                f"(0, 1], got '{text}'"
-            )
-        cache = cls(store, float(share), model or MODEL)
+        cache = cls(store, *read_settings(text))
         cache.load()
         return cache
 

@@ -111,6 +111,7 @@ def answer(
     loading = (store, dtype, device, quantize)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
+    opt.check_responses(response_cache)
     words = opt.wording(instruction, system, wording)
     engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
     if decode_cache is not None:

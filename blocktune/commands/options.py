@@ -177,6 +177,14 @@ def wording(instruction: str | None, system: str | None, path: Path | None) -> d
     return words
 
 
+def check_responses(text: str | None) -> None:
+    """Raises ValueError if ``--response-cache`` is wrong, before a model is loaded."""
+    from blocktune.cache.responses import read_settings
+
+    if text is not None:
+        read_settings(text)
+
+
 def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
     """The response cache of ``--response-cache``, or None without the option."""
     from blocktune.cache.responses import ResponseCache

@@ -136,6 +136,7 @@ def serve(
     except OSError as error:
         reason = f"{os.strerror(error.errno)}; choose another --host or --port"
         raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
+    opt.check_responses(response_cache)
     opt.quiet_libraries()
     engines = launch.load_engines(
         *(model, adapter or [], name, store, int(store_gb * 2**30)),

@@ -80,7 +80,7 @@ def test_thinned_chunks(blocktune, model, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(refused, model, options, reason, monkeypatch):
-    if options[0] in ("--decode-cache", "--store"):
+    if options[0] in ("--decode-cache", "--store") or options[1] == "semantic":
         monkeypatch.setattr("blocktune.engine.Engine.from_pretrained", None)  # found before
     assert reason in refused("answer", "-m", model, *ASK, *options)
 
