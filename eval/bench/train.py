@@ -93,7 +93,8 @@ def run(kind: str, args: argparse.Namespace) -> dict[str, float]:
         "per_device_train_batch_size": batch,
         "train_sampling_strategy": "sequential",
         "gradient_checkpointing": False,
-        "bf16": cuda,
+        "bf16": args.bf16 or cuda,
+        "use_cpu": not cuda,
         "save_strategy": "no",
         "logging_strategy": "no",
         "disable_tqdm": True,
@@ -146,6 +147,7 @@ def main() -> int:
     add("--steps", type=int, default=2, help="timed steps per run")
     add("--rank", type=int, default=32, help="rank of LoRA")
     add("--threads", type=int, default=2, help="threads of PyTorch")
+    add("--bf16", action="store_true", help="bfloat16 on a CPU, as always on a GPU")
     add("--output", type=Path, default=Path("out/train/train.json"))
     add("--one", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -159,6 +161,7 @@ def main() -> int:
             argv = ["--tokens", str(length), "--one", kind, "--model", args.model]
             argv += ["--steps", str(args.steps), "--rank", str(args.rank)]
             argv += ["--threads", str(args.threads), "--output", str(args.output)]
+            argv += ["--bf16"] if args.bf16 else []
             job = subprocess.run([sys.executable, __file__, *argv], capture_output=True, text=True)
             if job.returncode:
                 print(f"error: {kind} at {length}: {job.stderr.strip()[-400:]}", file=sys.stderr)
@@ -175,6 +178,7 @@ def main() -> int:
         print(f"        block over stock: {ratio['tokens_per_s']:.2f}, {ratio['peak_bytes']:.2f}")
         results[str(length)] = runs | {"block_over_stock": ratio}
     setting = {"model": Path(args.model).name, "rank": args.rank, "threads": args.threads}
+    setting["bf16"] = args.bf16 or torch.cuda.is_available()
     replace_json(args.output, {"lengths": results, "setting": setting, **provenance(0)})
     return 0
 
