@@ -310,6 +310,10 @@ STOPPED = """
 import os, signal, sys
 from blocktune.cli import main
 
+# Whoever started the tests may have the signal ignored or blocked.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
 class Stop:
     def find_spec(self, name, *_):
         if name == "{module}":
