@@ -15,7 +15,7 @@ from tiny_tokenizer import build_tokenizer, trl_template
 
 from blocktune import Engine, RagExample
 from blocktune.attention import DensePlan
-from blocktune.cache.fingerprint import key_after
+from blocktune.cache.store.fingerprint import key_after
 from blocktune.methods import build
 from blocktune.prompt import Chunk, PromptFormat, make_pieces, stack
 from blocktune.prompt.pieces import chunk_ids

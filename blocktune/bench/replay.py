@@ -20,7 +20,7 @@ from itertools import accumulate, chain, count, groupby, islice, pairwise, takew
 from pathlib import Path
 from typing import NamedTuple
 
-from blocktune.cache.ledger import About, Ledger
+from blocktune.cache.store.ledger import About, Ledger
 
 WINDOWS = 10
 CHUNKS, EXPONENT = 10, 0.9  # chunks of a random request; exponent of their Zipf distribution
@@ -69,7 +69,7 @@ class Costs:
 class Outcome(NamedTuple):
     """Result of a simulation with one size and policy."""
 
-    policy: str  # see `blocktune.cache.ledger.POLICIES`
+    policy: str  # see `blocktune.cache.store.ledger.POLICIES`
     budget: int  # bytes
     hit_rate: float  # hits per look-up
     saved_s: float  # seconds of encoding saved by hits, minus seconds of loading

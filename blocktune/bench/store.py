@@ -21,10 +21,10 @@ from torch import Tensor
 
 from blocktune.bench.reuse import ReuseBench, ratios, spread, take_turns, threads
 from blocktune.cache import ChunkKV, ChunkStore, PrefixTree, chunk_key, cut_exact
-from blocktune.cache.chunk_file import SETTLED_S
-from blocktune.cache.codecs import encoded, round_trip
-from blocktune.cache.config import CODECS, StoreConfig
-from blocktune.cache.ledger import INDEX, Ledger, Row
+from blocktune.cache.store.chunk_file import SETTLED_S
+from blocktune.cache.store.codecs import encoded, round_trip
+from blocktune.cache.store.config import CODECS, StoreConfig
+from blocktune.cache.store.ledger import INDEX, Ledger, Row
 from blocktune.engine import Engine
 from blocktune.engine.assemble import from_chunks
 from blocktune.engine.state import ServedBatch

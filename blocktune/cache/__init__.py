@@ -6,12 +6,12 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "blocktune.cache.chunk_kv": "ChunkKV ChunkStates Entry Lookup",
-        "blocktune.cache.fingerprint": "chunk_key key_after model_fingerprint states_key "
+        "blocktune.cache.store.fingerprint": "chunk_key key_after model_fingerprint states_key "
         "stored_key weights_hash",
         "blocktune.cache.exact": "ExactKV PrefixMatch cut_exact",
         "blocktune.cache.prefix_tree": "PrefixTree",
         "blocktune.cache.row_cache": "SKIP PrefillCache RowCache",
-        "blocktune.cache.config": "StoreStats TierStats",
-        "blocktune.cache.store": "ChunkStore",
+        "blocktune.cache.store.config": "StoreStats TierStats",
+        "blocktune.cache.store.chunk_store": "ChunkStore",
     },
 )

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from blocktune.cache.config import Tier
+from blocktune.cache.store.config import Tier
 
 Read = Callable[[str], Tensor]
 """Returns the tensor with the given name."""

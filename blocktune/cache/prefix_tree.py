@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from blocktune.cache.chunk_kv import State
-from blocktune.cache.config import keep_latest
 from blocktune.cache.exact import NO_IDS, ExactKV, PrefixMatch, place_checkpoints, state_bytes
-from blocktune.cache.fingerprint import chunk_key
-from blocktune.cache.store import ChunkStore
+from blocktune.cache.store.chunk_store import ChunkStore
+from blocktune.cache.store.config import keep_latest
+from blocktune.cache.store.fingerprint import chunk_key
 
 _TENANTS = 1 << 16
 """Number of fingerprints remembered as listed; older ones are listed from the files again."""

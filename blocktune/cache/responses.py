@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from blocktune.cache.fingerprint import chunk_key
-from blocktune.cache.records import MODEL, Embedder, Nearest, Record, keep, text_bytes
-from blocktune.cache.store import ChunkStore
+from blocktune.cache.store.chunk_store import ChunkStore
+from blocktune.cache.store.fingerprint import chunk_key
+from blocktune.cache.store.records import MODEL, Embedder, Nearest, Record, keep, text_bytes
 
 
 def read_settings(text: str) -> tuple[float | None, str]:

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from blocktune.cache import ChunkStore, StoreStats
-from blocktune.cache.config import StoreConfig
-from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.store.config import StoreConfig
+from blocktune.cache.store.folder import ChunkFolder
 from blocktune.commands.application import resumable
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage

@@ -48,8 +48,8 @@ def replay(
 ) -> None:
     """Simulate a trace on stores of several sizes and policies: hits and seconds saved."""
     from blocktune.bench import replay as simulation
-    from blocktune.cache.config import parse_bytes
-    from blocktune.cache.ledger import POLICIES
+    from blocktune.cache.store.config import parse_bytes
+    from blocktune.cache.store.ledger import POLICIES
     from blocktune.files import replace_json
     from blocktune.provenance import provenance
     from blocktune.tables import Table

@@ -71,7 +71,7 @@ def passages(
     originals = embed = None
     if embedder is not None:
         from blocktune.cache import ChunkStore
-        from blocktune.cache.records import Embedder
+        from blocktune.cache.store.records import Embedder
 
         embed = Embedder(embedder, store and ChunkStore.open(store))
     if own:

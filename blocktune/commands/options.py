@@ -140,7 +140,7 @@ def load_engine(
     A model with recurrent layers is loaded only for a method that reuses no chunks.
     """
     quiet_libraries()
-    from blocktune.cache.config import StoreConfig
+    from blocktune.cache.store.config import StoreConfig
     from blocktune.engine import Engine
     from blocktune.methods.press import Press
     from blocktune.prompt import LayoutSpec, PromptFormat

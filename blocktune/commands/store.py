@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from blocktune.cache.blobs import Blobs
-from blocktune.cache.config import Row, parse_bytes
-from blocktune.cache.shelf import Shelf
+from blocktune.cache.store.blobs import Blobs
+from blocktune.cache.store.config import Row, parse_bytes
+from blocktune.cache.store.shelf import Shelf
 from blocktune.commands.application import new_group
 from blocktune.commands.options import AsJson, tell
 
@@ -81,7 +81,7 @@ def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson
 @group.command()
 def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     """Show one chunk: its header and token ids, and whether it verifies."""
-    from blocktune.cache.chunk_file import ChunkFile  # imports torch
+    from blocktune.cache.store.chunk_file import ChunkFile  # imports torch
 
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
@@ -215,7 +215,7 @@ def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
 
 
 def _problem(blobs: Blobs, key: str) -> str | None:
-    from blocktune.cache.chunk_file import ChunkFile
+    from blocktune.cache.store.chunk_file import ChunkFile
 
     try:
         return ChunkFile(blobs, key).verify()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, RowCache
-from blocktune.cache.chunk_file import FileKV
+from blocktune.cache.store.chunk_file import FileKV
 from blocktune.engine.encode import Found
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Layout

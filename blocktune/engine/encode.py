@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
-from blocktune.cache.chunk_file import FileKV
-from blocktune.cache.shelf import MissQueue
+from blocktune.cache.store.chunk_file import FileKV
+from blocktune.cache.store.shelf import MissQueue
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods.hooks import ChunkLoader
 from blocktune.methods.press import Press

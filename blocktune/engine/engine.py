@@ -16,8 +16,8 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.cache.decode_cache import DecodeCache
-from blocktune.cache.fingerprint import manifest
 from blocktune.cache.responses import ResponseCache
+from blocktune.cache.store.fingerprint import manifest
 from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, warm_up
 from blocktune.engine.context_cache import CachedContext, make_context

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blocktune.cache import ChunkKV, ChunkStore, Lookup
-    from blocktune.cache.records import Record
+    from blocktune.cache.store.records import Record
     from blocktune.methods import PrefilledBatch, ServedModel
     from blocktune.prompt import Pieces
 
@@ -92,7 +92,7 @@ class References(ChunkLoader):
         return nearest
 
     def keep(self, kept: dict, key, value, most: int) -> None:
-        from blocktune.cache.config import keep_latest
+        from blocktune.cache.store.config import keep_latest
 
         with self.lock:
             keep_latest(kept, key, value, most)
@@ -101,7 +101,7 @@ class References(ChunkLoader):
 def record_query(ids: Ids, fingerprint: str) -> tuple[str, Ids, str, type[Record]]:
     """Arguments of `ChunkStore.get` for an earlier prompt."""
     from blocktune.cache import chunk_key
-    from blocktune.cache.records import Record
+    from blocktune.cache.store.records import Record
 
     return chunk_key(fingerprint, ids, {"reference": True}), ids, fingerprint, Record
 
@@ -157,7 +157,7 @@ class FuzzyHistory(PromptHistory):
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
         import torch
 
-        from blocktune.cache.records import Record, keep
+        from blocktune.cache.store.records import Record, keep
         from blocktune.layout import GLOBAL
 
         earlier = References.of(store, fingerprint)

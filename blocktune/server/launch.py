@@ -9,7 +9,7 @@ from typing import Any
 
 from blocktune.adapter.load import load_models
 from blocktune.cache import ChunkStore, PrefixTree
-from blocktune.cache.config import StoreConfig
+from blocktune.cache.store.config import StoreConfig
 from blocktune.engine import Engine
 from blocktune.parsing import build_config
 from blocktune.server.config import Limits, ServerConfig

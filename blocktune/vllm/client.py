@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
 from blocktune.adapter.load import PEFT_FILE
-from blocktune.cache.shelf import StoreView
+from blocktune.cache.store.shelf import StoreView
 from blocktune.engine.assemble import is_held
 from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
-from blocktune.cache.shelf import StoreView
+from blocktune.cache.store.shelf import StoreView
 from blocktune.vllm.plan import PARAMS, LoadPlan
 
 if TYPE_CHECKING:

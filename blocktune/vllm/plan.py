@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import stored_key
-from blocktune.cache.shelf import Wanted
+from blocktune.cache.store.shelf import Wanted
 from blocktune.methods import Cached, Method, Nothing
 from blocktune.prompt import LayoutSpec
 

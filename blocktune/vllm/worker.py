@@ -25,8 +25,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.chunk_file import ChunkFile
-from blocktune.cache.shelf import StoreView
+from blocktune.cache.store.chunk_file import ChunkFile
+from blocktune.cache.store.shelf import StoreView
 from blocktune.positions import LayerRope
 from blocktune.vllm.plan import LoadPlan, slots_of
 

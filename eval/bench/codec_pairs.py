@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from blocktune import Engine
-from blocktune.cache.codecs import round_trip
+from blocktune.cache.store.codecs import round_trip
 from blocktune.data import load_examples
 from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.significance import difference

@@ -13,7 +13,7 @@ from pathlib import Path
 from blocktune import Engine
 from blocktune.bench.store import codec_error
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.config import CODECS
+from blocktune.cache.store.config import CODECS
 from blocktune.data import load_examples
 from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import parse_suite

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from blocktune import Engine
-from blocktune.cache.records import MODEL, Embedder
+from blocktune.cache.store.records import MODEL, Embedder
 from blocktune.data import load_examples
 from blocktune.files import replace_json
 from blocktune.methods import build

@@ -10,7 +10,7 @@ from cache.made import MODEL, made_chunk
 from blocktune.bench import replay as played
 from blocktune.bench.replay import Use, read_requests, zipf_requests
 from blocktune.cache import ChunkStore, chunk_key
-from blocktune.cache.config import StoreConfig
+from blocktune.cache.store.config import StoreConfig
 
 COSTS = played.Costs(token_bytes=10, token_s=1.0, pair_s=0.0, load_bytes_s=1000.0)
 

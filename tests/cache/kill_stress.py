@@ -20,8 +20,8 @@ import torch
 from cache.made import MODEL, assert_same_chunk, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
-from blocktune.cache.chunk_file import ChunkFile
-from blocktune.cache.folder import WRITING, ChunkFolder
+from blocktune.cache.store.chunk_file import ChunkFile
+from blocktune.cache.store.folder import WRITING, ChunkFolder
 
 CHUNKS = [made_chunk(64, seed=seed, shapes=((2, 64),) * 4) for seed in range(8)]
 KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]

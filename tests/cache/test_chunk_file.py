@@ -14,11 +14,12 @@ from cache.made import MODEL, assert_same_chunk
 from cache.writers import BUDGET, CHUNK, KEY, LIMIT
 from safetensors.torch import load_file
 
-from blocktune.cache import ChunkKV, ChunkStore, chunk_file
-from blocktune.cache.chunk_file import ChunkFile, FileKV, heads_of
-from blocktune.cache.config import CODECS, StoreConfig
-from blocktune.cache.folder import WRITING, ChunkFolder, OpenFile, chunk_path
-from blocktune.cache.shelf import Shelf
+from blocktune.cache import ChunkKV, ChunkStore
+from blocktune.cache.store import chunk_file
+from blocktune.cache.store.chunk_file import ChunkFile, FileKV, heads_of
+from blocktune.cache.store.config import CODECS, StoreConfig
+from blocktune.cache.store.folder import WRITING, ChunkFolder, OpenFile, chunk_path
+from blocktune.cache.store.shelf import Shelf
 from blocktune.positions import LayerRope, RopeSpec
 
 SCRIPT = Path(__file__).with_name("writers.py")

@@ -10,11 +10,12 @@ from engine.served import ASK, engine_of
 from families import FAMILIES
 
 from blocktune.bench.store import codec_error
-from blocktune.cache import ChunkStates, ChunkStore, chunk_file, chunk_key, states_key
-from blocktune.cache.chunk_file import ChunkFile
-from blocktune.cache.codecs import encoded, round_trip
-from blocktune.cache.config import CODECS, StoreConfig
-from blocktune.cache.folder import OpenFile
+from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
+from blocktune.cache.store import chunk_file
+from blocktune.cache.store.chunk_file import ChunkFile
+from blocktune.cache.store.codecs import encoded, round_trip
+from blocktune.cache.store.config import CODECS, StoreConfig
+from blocktune.cache.store.folder import OpenFile
 from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
 

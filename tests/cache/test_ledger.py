@@ -9,10 +9,10 @@ import pytest
 from cache.made import MODEL, assert_same_chunk, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
-from blocktune.cache.config import StoreConfig, parse_bytes
-from blocktune.cache.folder import ChunkFolder, chunk_path
-from blocktune.cache.ledger import INDEX, POLICIES, About, Ledger
-from blocktune.cache.shelf import Shelf, open_index
+from blocktune.cache.store.config import StoreConfig, parse_bytes
+from blocktune.cache.store.folder import ChunkFolder, chunk_path
+from blocktune.cache.store.ledger import INDEX, POLICIES, About, Ledger
+from blocktune.cache.store.shelf import Shelf, open_index
 
 CHUNKS = [made_chunk(5, seed=10 * n) for n in range(4)]
 KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]
@@ -233,7 +233,7 @@ def test_entries_are_found_by_document_model_and_tenant(folder):
 
 
 def test_a_chunk_is_gone_when_its_time_is_over(tmp_path, monkeypatch):
-    from blocktune.cache import chunk_file, ledger
+    from blocktune.cache.store import chunk_file, ledger
 
     store = store_of(tmp_path, memory=1 << 20, ttl=60.0)
     store.put(KEYS[0], CHUNKS[0])

@@ -8,7 +8,7 @@ from engine.served import ASK, engine_of
 from families import FAMILIES
 
 from blocktune.cache import ChunkStore
-from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.store.folder import ChunkFolder
 from blocktune.models.identity import tokenizer_hash
 
 

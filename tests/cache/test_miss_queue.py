@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from blocktune.cache import ChunkStore, key_after
-from blocktune.cache.shelf import MissQueue, Wanted
+from blocktune.cache.store.shelf import MissQueue, Wanted
 from blocktune.commands import app
 from blocktune.engine import Engine
 from blocktune.testing import small_engine

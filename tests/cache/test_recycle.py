@@ -10,7 +10,7 @@ from tiny_llama import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from blocktune.cache import ChunkStore
-from blocktune.cache.records import Embedder, Recycler
+from blocktune.cache.store.records import Embedder, Recycler
 from blocktune.engine import Engine
 from blocktune.methods import build
 from blocktune.prompt import Chunk

@@ -11,10 +11,11 @@ import valkey_server
 from cache.made import MODEL, assert_same_chunk, made_chunk
 from valkey_server import free_port
 
-from blocktune.cache import ChunkStore, chunk_key, remote, tiers
-from blocktune.cache.config import StoreConfig
-from blocktune.cache.remote import open_remote
-from blocktune.cache.shelf import Shelf
+from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache.store import remote, tiers
+from blocktune.cache.store.config import StoreConfig
+from blocktune.cache.store.remote import open_remote
+from blocktune.cache.store.shelf import Shelf
 
 CHUNKS = [made_chunk(5, seed=10 * n) for n in range(4)]
 KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]

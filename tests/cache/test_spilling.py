@@ -18,7 +18,7 @@ from cache.prompts import (
 )
 
 from blocktune.cache import ChunkStore, PrefixTree
-from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.store.folder import ChunkFolder
 
 
 def spilling(folder, tokens, **options):

@@ -9,8 +9,8 @@ import torch
 from cache.made import MODEL, OTHER_MODEL, assert_same_chunk, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
-from blocktune.cache.config import StoreConfig
-from blocktune.cache.folder import chunk_path
+from blocktune.cache.store.config import StoreConfig
+from blocktune.cache.store.folder import chunk_path
 
 IDS = range(5)
 KEY = chunk_key(MODEL, IDS)

@@ -9,11 +9,11 @@ import socket
 import pytest
 from cache.made import MODEL, assert_same_chunk, made_chunk
 
-from blocktune.cache import ChunkStore, chunk_key, tiers
-from blocktune.cache import store as store_module
-from blocktune.cache.blobs import SECRET, SECRET_FILE
-from blocktune.cache.folder import WRITING, ChunkFolder, chunk_path
-from blocktune.cache.ledger import INDEX
+from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache.store import chunk_store, tiers
+from blocktune.cache.store.blobs import SECRET, SECRET_FILE
+from blocktune.cache.store.folder import WRITING, ChunkFolder, chunk_path
+from blocktune.cache.store.ledger import INDEX
 
 IDS = range(5)
 KEY = chunk_key(MODEL, IDS)
@@ -92,8 +92,8 @@ def test_writing_goes_on_when_the_disk_has_room_again(tmp_path, broken, monkeypa
     monkeypatch.undo()
     store.put(KEY, CHUNK)  # too early
     assert (found(store), store.stats().files.unwritten) == (None, 2)
-    now = store_module.time.monotonic()
-    monkeypatch.setattr(store_module.time, "monotonic", lambda: now + tiers.RETRY_S + 1)
+    now = chunk_store.time.monotonic()
+    monkeypatch.setattr(chunk_store.time, "monotonic", lambda: now + tiers.RETRY_S + 1)
     store.put(KEY, CHUNK)
     assert_same_chunk(found(store), CHUNK)
 
@@ -338,7 +338,7 @@ def test_the_key_comes_from_the_environment_or_a_file(tmp_path, monkeypatch):
     ],
 )
 def test_a_header_of_a_forger_is_a_miss_and_no_traceback(tmp_path, monkeypatch, change):
-    from blocktune.cache import chunk_file
+    from blocktune.cache.store import chunk_file
 
     real = chunk_file.encoded
     monkeypatch.setattr(chunk_file, "encoded", lambda *args: (change, real(*args)[1]))

@@ -4,8 +4,8 @@ import pytest
 from cache.made import MODEL, assert_same_chunk, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
-from blocktune.cache.config import StoreConfig
-from blocktune.cache.ledger import POLICIES
+from blocktune.cache.store.config import StoreConfig
+from blocktune.cache.store.ledger import POLICIES
 
 CHUNKS = [made_chunk(5, seed=10 * n) for n in range(6)]
 KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]

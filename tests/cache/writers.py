@@ -13,7 +13,7 @@ from pathlib import Path
 from cache.made import MODEL, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
-from blocktune.cache.config import StoreConfig
+from blocktune.cache.store.config import StoreConfig
 
 CHUNK = made_chunk(4000, shapes=((2, 32),) * 2)
 KEY = chunk_key(MODEL, CHUNK.token_ids)

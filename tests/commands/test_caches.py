@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizer import build_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from blocktune.cache.records import MODEL
+from blocktune.cache.store.records import MODEL
 
 ASK = ("--question", "Where was Anna born?", "--chunk", "Anna Belt was born in Port Alder.")
 SHORT = ("--max-new-tokens", "4", "--json")

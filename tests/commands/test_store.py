@@ -19,10 +19,10 @@ from blocktune.cache import (
     cut_exact,
     states_key,
 )
-from blocktune.cache.blobs import SECRET
-from blocktune.cache.folder import WRITING, chunk_path
-from blocktune.cache.ledger import INDEX
-from blocktune.cache.shelf import Shelf
+from blocktune.cache.store.blobs import SECRET
+from blocktune.cache.store.folder import WRITING, chunk_path
+from blocktune.cache.store.ledger import INDEX
+from blocktune.cache.store.shelf import Shelf
 from blocktune.commands import app
 
 CHUNKS = [made_chunk(5, seed=seed) for seed in (0, 10)]
@@ -321,7 +321,7 @@ def test_a_copy_to_a_full_place_names_the_place(blocktune, folder, tmp_path, mon
     def full(self, key, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("blocktune.cache.folder.ChunkFolder.write", full)
+    monkeypatch.setattr("blocktune.cache.store.folder.ChunkFolder.write", full)
     done = blocktune("store", "export", folder, tmp_path / "other")
     assert done.exit_code == 2
     assert f"'{tmp_path / 'other'}', after 0 chunks: No space left" in done.output.replace(

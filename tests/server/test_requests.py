@@ -226,10 +226,11 @@ def test_tenants_and_salts_share_no_chunks(serve, engine):
 
 def test_made_up_salts_leave_little_behind(client, engine, monkeypatch):
     """Clients may send a new salt with every request."""
-    from blocktune.cache import prefix_tree, store
+    from blocktune.cache import prefix_tree
+    from blocktune.cache.store import chunk_store
 
-    monkeypatch.setattr(store, "_NOTED", 3)
-    monkeypatch.setattr(store, "_TENANTS", 3)
+    monkeypatch.setattr(chunk_store, "_NOTED", 3)
+    monkeypatch.setattr(chunk_store, "_TENANTS", 3)
     monkeypatch.setattr(prefix_tree, "_TENANTS", 3)
     tree = engine.state.prefix_tree
     held = engine.store._tenants_notes, engine.store._shared_ropes, tree._listed

@@ -9,7 +9,8 @@ import pytest
 import valkey_server
 from server.support import CHAT, chat
 
-from blocktune.cache import ChunkStore, remote, tiers
+from blocktune.cache import ChunkStore
+from blocktune.cache.store import remote, tiers
 from blocktune.engine import Engine
 
 METHODS = ("naive", "cacheblend", "epic")

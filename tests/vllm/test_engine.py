@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_cases import SMALL, TINY, close, first_logprobs, forget, make_adapter, questions, worst
 
 from blocktune import Engine
-from blocktune.cache.shelf import MissQueue, StoreView
+from blocktune.cache.store.shelf import MissQueue, StoreView
 from blocktune.prompt import LayoutSpec
 from blocktune.vllm import ChunkLLM, guard
 from blocktune.vllm.plan import LoadPlan

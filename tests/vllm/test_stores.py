@@ -10,8 +10,8 @@ from vllm import SamplingParams
 from vllm_cases import SMALL, TINY, close, first_logprobs, forget, questions, worst
 
 from blocktune import Engine
-from blocktune.cache import remote
-from blocktune.cache.config import CODECS
+from blocktune.cache.store import remote
+from blocktune.cache.store.config import CODECS
 from blocktune.vllm import ChunkLLM
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, logprobs=20)

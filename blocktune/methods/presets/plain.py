@@ -24,7 +24,7 @@ from blocktune.prompt import LayoutSpec
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
-    from blocktune.cache.records import Recycler
+    from blocktune.cache.store.records import Recycler
 
 
 class _InFull(Method):
@@ -82,7 +82,7 @@ class Recycle(PrefixCache):
         require_count("candidates", self.candidates, least=1)
 
     def prefixes(self, store: ChunkStore, read: Callable[[Sequence[int]], str]) -> Recycler:
-        from blocktune.cache.records import Embedder, Recycler
+        from blocktune.cache.store.records import Embedder, Recycler
 
         embed = Embedder.of(store, self.model)
         key = ("recycle", self.model, self.candidates)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from blocktune.cache.chunk_kv import Entry, Read
 from blocktune.cache.exact import ExactKV, PrefixMatch
-from blocktune.cache.fingerprint import chunk_key, weights_hash
-from blocktune.cache.store import ChunkStore
+from blocktune.cache.store.chunk_store import ChunkStore
+from blocktune.cache.store.fingerprint import chunk_key, weights_hash
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """Default embedding model: 384 numbers a text, from its first 256 word pieces. If the package

@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from blocktune.cache.blobs import Blobs, secret_from_environment
-from blocktune.cache.config import Row, StoreConfig
-from blocktune.cache.folder import WRITING, ChunkFolder
-from blocktune.cache.ledger import INDEX, Ledger
-from blocktune.cache.remote import open_remote
+from blocktune.cache.store.blobs import Blobs, secret_from_environment
+from blocktune.cache.store.config import Row, StoreConfig
+from blocktune.cache.store.folder import WRITING, ChunkFolder
+from blocktune.cache.store.ledger import INDEX, Ledger
+from blocktune.cache.store.remote import open_remote
 from blocktune.files import replace_json
 
 WANTED = "wanted"
@@ -202,7 +202,7 @@ class MissQueue:
             path.unlink(missing_ok=True)
 
     def _paths(self, fingerprint: str, chunks: Iterable[Wanted]) -> Iterator[tuple[Path, Wanted]]:
-        from blocktune.cache.fingerprint import stored_key  # imports torch
+        from blocktune.cache.store.fingerprint import stored_key  # imports torch
 
         for chunk in chunks if self.folder is not None else ():
             yield self.folder / f"{stored_key(fingerprint, *chunk)}.json", chunk

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from blocktune.cache.blobs import Blobs
-from blocktune.cache.chunk_file import ChunkFile, Expired
 from blocktune.cache.chunk_kv import Entry
-from blocktune.cache.config import StoreConfig, TierStats
-from blocktune.cache.folder import ChunkFolder, is_taken
-from blocktune.cache.ledger import About, Ledger, Row
-from blocktune.cache.shelf import open_index
+from blocktune.cache.store.blobs import Blobs
+from blocktune.cache.store.chunk_file import ChunkFile, Expired
+from blocktune.cache.store.config import StoreConfig, TierStats
+from blocktune.cache.store.folder import ChunkFolder, is_taken
+from blocktune.cache.store.ledger import About, Ledger, Row
+from blocktune.cache.store.shelf import open_index
 
 RETRY_S = 10.0  # seconds for which a tier is skipped after a failure
 REFRESH_S = 60.0

@@ -14,13 +14,13 @@ from typing import Any, Self
 
 import torch
 
-from blocktune.cache.chunk_file import ChunkFile, pack_chunk
 from blocktune.cache.chunk_kv import ChunkKV, Entry, Ids, Lookup
-from blocktune.cache.codecs import round_trip
-from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer, keep_latest
-from blocktune.cache.ledger import About, Ledger
-from blocktune.cache.shelf import open_places
-from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier
+from blocktune.cache.store.chunk_file import ChunkFile, pack_chunk
+from blocktune.cache.store.codecs import round_trip
+from blocktune.cache.store.config import MEMORY, StoreConfig, StoreStats, Tracer, keep_latest
+from blocktune.cache.store.ledger import About, Ledger
+from blocktune.cache.store.shelf import open_places
+from blocktune.cache.store.tiers import RETRY_S, BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
 
 __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]

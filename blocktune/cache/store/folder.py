@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from blocktune.cache.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
+from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 from blocktune.files import sync
 
 WRITING = ".writing"

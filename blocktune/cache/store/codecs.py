@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blocktune.cache.chunk_kv import ChunkKV, Entry, Read
-from blocktune.cache.config import CODECS
+from blocktune.cache.store.config import CODECS
 from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
 

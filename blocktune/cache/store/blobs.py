@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blocktune.cache.config import Row
+from blocktune.cache.store.config import Row
 
 MANIFESTS = "manifests"
 SECRET, SECRET_FILE = "BLOCKTUNE_STORE_KEY", "BLOCKTUNE_STORE_KEY_FILE"
@@ -191,7 +191,7 @@ class Blobs(ABC):
         return sorted(filter(is_key, self._manifests()))
 
     def write_manifest(self, record: Mapping[str, Any]) -> None:
-        """Writes a model's manifest (see `blocktune.cache.fingerprint`). Raises as `write` does."""
+        """Writes a manifest (see `store.fingerprint`). Raises as `write` does."""
         signed = {} if self.secret is None else {"signature": self.sign(record)}
         text = json.dumps(dict(record) | signed, indent=1, ensure_ascii=False) + "\n"
         self._write(_manifest(record["fingerprint"]), text.encode())

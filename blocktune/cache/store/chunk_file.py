@@ -16,10 +16,10 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from blocktune.cache.blobs import MOST_HEADER, Blobs
 from blocktune.cache.chunk_kv import ChunkKV, Entry
-from blocktune.cache.codecs import decoded, encoded
-from blocktune.cache.ledger import About, Row
+from blocktune.cache.store.blobs import MOST_HEADER, Blobs
+from blocktune.cache.store.codecs import decoded, encoded
+from blocktune.cache.store.ledger import About, Row
 from blocktune.positions import RopeSpec
 
 FORMAT = "blocktune chunk 3"

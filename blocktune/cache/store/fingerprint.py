@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
-from blocktune.cache.chunk_file import FORMAT
 from blocktune.cache.chunk_kv import ChunkKV, Ids
+from blocktune.cache.store.chunk_file import FORMAT
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint, tokenizer_hash
 from blocktune.positions import RopeSpec
 

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
-from blocktune.cache.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
+from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 
 TIMEOUT_S = 2.0  # limit on one request to a remote
 VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")

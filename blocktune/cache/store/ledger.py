@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple, fields
 from pathlib import Path
 
-from blocktune.cache.config import POLICIES, About, Row
+from blocktune.cache.store.config import POLICIES, About, Row
 
 INDEX = "index.sqlite"
 """File name of the ledger in a folder."""
