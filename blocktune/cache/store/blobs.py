@@ -146,7 +146,7 @@ class Blobs(ABC):
         return (key for key, _, _ in self.listing())
 
     def name(self, key: str) -> str:
-        """Full name of the file of ``key``, for messages."""
+        """Full name of the file of ``key``, which error messages show."""
         return f"{self.place}/{relative_path(key)}"
 
     def touch(self, key: str) -> None:

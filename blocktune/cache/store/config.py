@@ -121,7 +121,7 @@ class StoreConfig:
 
     @property
     def place(self) -> str | None:
-        """The folder, or the URL if there is no folder, for messages."""
+        """The folder; if there is none, the URL. Error messages name it."""
         return str(self.folder) if self.folder is not None else self.remote
 
     @classmethod

@@ -82,7 +82,7 @@ class Relation:
     target: str  # kind of the value: a kind of entity, or ``year``
     facts: tuple[str, ...]  # sentences that start with ``{s}``, which may be a pronoun
     questions: tuple[str, ...]  # questions whose answer is the value
-    role: str  # noun phrase that stands for the value, also used in multi-hop questions
+    role: str  # what the value is called in multi-hop questions, such as ``the birthplace of {s}``
     place: int = 0  # number of the list item; 0 if the relation is not part of a list
 
     @property

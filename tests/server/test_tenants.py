@@ -1,0 +1,125 @@
+"""API keys, tenants, salts and quotas: who may use which chunks, and how much."""
+
+import pytest
+from server.support import CHAT, DOCUMENTS, chat, refused
+
+from blocktune.server import Tenant, load_tenants
+from blocktune.server.config import Quotas
+
+
+def test_keys_are_asked_for(serve):
+    client = serve(tenants=(Tenant(key="secret-key"),))
+    for key in (None, "wrong", "Bearer wrong-key-1", "Basic secret-key"):
+        headers = {} if key is None else {"authorization": key}
+        refused(client.post(CHAT, json=chat(), headers=headers), 401, "key")
+        assert client.get("/metrics", headers=headers).status_code == 401
+    good = {"authorization": "Bearer secret-key"}
+    assert client.post(CHAT, json=chat(), headers=good).status_code == 200
+    for open_to_all in ("/", "/health", "/ready"):
+        assert client.get(open_to_all).status_code == 200
+
+
+def cached(client, headers=None, **more) -> list[str]:
+    answer = client.post(CHAT, json=chat(**more), headers=headers or {}).json()
+    return [chunk["cached"] for chunk in answer["blocktune"]["chunks"]]
+
+
+def test_tenants_and_salts_share_no_chunks(serve, engine):
+    engine.forget()
+    client = serve(tenants=(Tenant("a", "key-of-a"), Tenant("b", "key-of-b")))
+    a, b = ({"authorization": f"Bearer key-of-{name}"} for name in "ab")
+    assert cached(client, a) == ["none"] * 3
+    assert cached(client, a) == ["memory"] * 3
+    assert cached(client, b) == ["none"] * 3
+    assert cached(client, a, cache_salt="x") == ["none"] * 3
+    assert cached(client, a, cache_salt="x") == ["memory"] * 3
+    own = client.post("/v1/chunks", json={"documents": DOCUMENTS}, headers=a).json()
+    key = own["data"][0]["key"]
+    assert client.get(f"/v1/chunks/{key}", headers=a).json()["cached"] == "stored"
+    refused(client.get(f"/v1/chunks/{key}", headers=b), 404)
+    refused(client.delete(f"/v1/chunks/{key}", headers=b), 404)
+    refused(client.delete(f"/v1/chunks/{key[:64]}", headers=b), 404)
+
+
+def test_made_up_salts_leave_little_behind(client, engine, monkeypatch):
+    """Clients may send a new salt with every request."""
+    from blocktune.cache import prefix_tree
+    from blocktune.cache.store import chunk_store
+
+    monkeypatch.setattr(chunk_store, "_NOTED", 3)
+    monkeypatch.setattr(chunk_store, "_TENANTS", 3)
+    monkeypatch.setattr(prefix_tree, "_TENANTS", 3)
+    tree = engine.state.prefix_tree
+    held = engine.store._tenants_notes, engine.store._shared_ropes, tree._listed
+    before = [max(3, len(one)) for one in held]
+    for index in range(6):
+        for method in ("cache-craft", "fusionrag", "prefix-cache"):
+            body = chat(cache_salt=f"salt {index}", blocktune={"method": method})
+            response = client.post(CHAT, json=body)
+            assert response.status_code == 200, response.text
+    assert held[0]
+    assert all(len(one) <= most for one, most in zip(held, before, strict=True))
+    assert engine.store.note("x", dict) is engine.store.note("x", dict)
+
+
+def test_exact_prefixes_are_not_shared_either(client, engine):
+    engine.forget()
+    body = chat(blocktune={"method": "prefix-cache"})
+
+    def hits(**more) -> int:
+        usage = client.post(CHAT, json=body | more).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert hits() == 0 < hits()
+    assert hits(cache_salt="x") == 0 < hits(cache_salt="x")
+
+
+def test_tenants_are_read_from_a_file(tmp_path):
+    path = tmp_path / "tenants.yaml"
+    path.write_text("acme: {key: 12345678, tokens_per_minute: 100}\n")
+    with pytest.raises(ValueError, match="key"):
+        load_tenants(path)
+    path.write_text("acme: {key: 'key-of-acme', tokens_per_minute: 100}\n")
+    assert load_tenants(path) == (Tenant("acme", "key-of-acme", None, 100),)
+    path.write_text("a: {key: 'the-same-key'}\nb: {key: 'the-same-key'}\n")
+    with pytest.raises(ValueError, match="same key"):
+        load_tenants(path)
+    path.write_text("a: {key: 'key-of-acme', max_request: 2}\n")
+    with pytest.raises(ValueError, match="max_request"):
+        load_tenants(path)
+
+
+def test_quotas():
+    quotas = Quotas()
+    tenant = Tenant("a", None, max_requests=1, tokens_per_minute=600)
+    assert quotas.enter(tenant, 500) is None
+    assert quotas.enter(tenant, 1) == 1.0
+    quotas.leave(tenant)
+    wait = quotas.enter(tenant, 200)
+    assert 9 <= wait <= 10
+
+
+def test_a_quota_is_answered_429(serve):
+    client = serve(tenants=(Tenant("a", "key-of-a", tokens_per_minute=100),))
+    headers = {"authorization": "Bearer key-of-a"}
+    assert client.post(CHAT, json=chat(), headers=headers).status_code == 200
+    late = client.post(CHAT, json=chat(), headers=headers)
+    refused(late, 429, "quota")
+    assert int(late.headers["retry-after"]) >= 1
+    ahead = client.post("/v1/chunks", json={"documents": DOCUMENTS}, headers=headers)
+    refused(ahead, 429, "quota")
+
+
+def test_token_ids_of_another_ones_texts_are_not_remembered(client, engine, monkeypatch):
+    """Else who sends a text could tell by the time whether somebody had sent it before."""
+    read, kind = [], type(engine.tokenizer)
+    real = kind.__call__
+
+    def seen(self, text, **options):
+        read.append(text)
+        return real(self, text, **options)
+
+    monkeypatch.setattr(kind, "__call__", seen)
+    for salt in ("one", "other", "one"):
+        client.post(CHAT, json=chat(documents=["The harbour was moved."], cache_salt=salt))
+    assert sum("The harbour was moved." in text for text in read) == 2
