@@ -17,7 +17,9 @@ STAMP := $(VENV)/.setup
 # Tools that packages start by name (ninja for DeepSpeed, accelerate) come from .venv.
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST := $(RUN) $(BIN)/python -m pytest -q
-# Python compiles what it imports when it first does: a tenth of what would be compiled here.
+# Python compiles what it imports when it first does: a tenth of what would be compiled here. Without
+# bytecode, each of the many processes of tests and demo would compile torch again for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint $(VENV)/constraints.txt
 

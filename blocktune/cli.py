@@ -1,5 +1,6 @@
 """The entry point: `blocktune` and `python -m blocktune.cli`."""
 
+import gc
 import os
 import signal
 
@@ -10,6 +11,10 @@ def main() -> None:
     if usual is signal.default_int_handler:  # a shell may have set it to be ignored
         # Nothing is lost before a command begins; Ctrl-C during imports would show a traceback.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # Importing torch and transformers makes a million objects and hardly any garbage. With Python's
+    # threshold of 700 the collections during it take a second.
+    thresholds = gc.get_threshold()
+    gc.set_threshold(20_000, *thresholds[1:])
     from blocktune.commands import app
 
     if os.environ.get("COLUMNS") == "0":  # a terminal with no size yet: rich would print nothing
@@ -18,6 +23,7 @@ def main() -> None:
         app(obj=lambda: signal.signal(signal.SIGINT, usual))
     finally:
         signal.signal(signal.SIGINT, usual)
+        gc.set_threshold(*thresholds)
 
 
 if __name__ == "__main__":
