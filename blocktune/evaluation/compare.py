@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from operator import gt, lt
+from operator import gt, itemgetter, lt
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -124,6 +124,8 @@ def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
 
 
 MOST = 8  # up to this many methods get a sentence each
+MOST_PAIRS = 3  # of more pairs of tuned methods, only those that differ get a sentence
+MOST_NOTED = 3  # up to this many methods are named in a sentence about too few questions
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
@@ -162,12 +164,27 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         p = f"p = {lost['p_holm']:.2g}, corrected for all pairs"
         chance = "" if is_shown(lost) else f", within chance ({p})"
         said = [f"Full prefill minus naive reuse: {points}{chance}."]
+    return said + _between_tuned(methods)
+
+
+def _between_tuned(methods: Mapping[str, Any]) -> list[str]:
+    """Sentences about pairs of methods with adapters; of many, those that differ."""
     tuned = [label for label, summary in methods.items() if summary["adapter"]]
-    for other, label in combinations(tuned, 2) if len(tuned) <= MOST else ():
+    pairs = list(combinations(tuned, 2)) if len(tuned) <= MOST else []
+    said, unclear = [], 0
+    for other, label in pairs:
         minus = methods[label]["score_minus"][other]
+        if len(pairs) > MOST_PAIRS and not is_shown(minus):
+            unclear += 1
+            continue
         chance = "" if is_shown(minus) else ": within chance at this number of questions"
         points = with_interval("score", minus["mean"], minus["ci95"])
         said.append(f"{label} minus {other}: {points} points{chance}.")
+    if unclear:
+        said.append(
+            f"Of {len(pairs)} pairs of tuned methods, {unclear} differ within chance at this "
+            "number of questions."
+        )
     return said
 
 
@@ -203,10 +220,13 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
             and (minus["n_needed"] or 0) > summary["n"]
         ]
         if unclear:
+            named = sorted(unclear, key=itemgetter(2))[:MOST_NOTED]
             listed = "; ".join(
                 f"{n} ({written('score', mean)} points; {needed:,} would be enough)"
-                for n, mean, needed in unclear
+                for n, mean, needed in named
             )
+            if more := len(unclear) - len(named):
+                listed += f"; and {more} others, which need more"
             count = next(iter(results["methods"].values()))["n"]
             notes.append(f"{count:,} questions cannot tell these methods from {other}: {listed}.")
     return notes

@@ -97,7 +97,7 @@ def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
     by_kind = {task.name: task.by_kind for task in suite.tasks}
     groups: dict[tuple[str, int, str], list[int]] = {}
     for index, row in enumerate(rows):
-        kind = row.kind if by_kind[row.task] else ""
+        kind = row.kind if by_kind[row.task] and row.kind != row.task else ""
         name = "/".join(filter(None, [row.task if several or not kind else "", kind]))
         groups.setdefault((row.task, ranks.get(kind, len(ranks)), name), []).append(index)
     order = [task.name for task in suite.tasks]

@@ -40,6 +40,7 @@ SETS = ("hotpotqa", "2wiki", "squad", "musique")
 INSTRUCTION = "Answer the question from the passages below. Give only the answer, in a few words."
 RECIPES = {
     "block_attention": "block-attention",
+    "block_attention_wide": "block-attention",
     "block_distill": "block-attention",
     "kvlink": "kvlink",
     "turborag": "turborag",
@@ -49,7 +50,13 @@ RECIPES = {
     "full_control": "full-prefill",
 }
 """Recipe -> the method that serves it."""
-VARIANTS = {"writer_packet": ("writer", {"num_headers": 8, "num_trailers": 8})}
+VARIANTS = {
+    "block_attention_wide": (
+        "block_attention",
+        {"learning_rate": 1e-3, "lora_target_modules": "all-linear"},  # as the writer's
+    ),
+    "writer_packet": ("writer", {"num_headers": 8, "num_trailers": 8}),
+}
 """Recipes that use the file of another recipe, with other options."""
 BLENDED = ("block_attention", "block_distill")
 """Recipes that are also served with CacheBlend, which recomputes 15 %."""

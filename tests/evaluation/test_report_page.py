@@ -14,7 +14,7 @@ from blocktune.evaluation.compare import power_notes
 from blocktune.evaluation.report import write_report
 from blocktune.evaluation.report.charts import charts_of
 from blocktune.evaluation.report.page import pointer
-from blocktune.evaluation.report.style import COLOURS, DARK, LIGHT, PHONE_INCHES, mark, zoomed_start
+from blocktune.evaluation.report.style import COLOURS, DARK, LIGHT, PHONE_INCHES, mark, zoomed
 from blocktune.evaluation.report.style import METHODS as LOOKS
 from blocktune.files import replace_json
 from blocktune.tables import FORMS
@@ -152,10 +152,12 @@ def test_a_variant_has_the_look_of_its_method_but_hollow():
     assert mark(LIGHT, "my-method") == mark(LIGHT, "my-method") != mark(LIGHT, "other-method")
 
 
-def test_an_axis_is_zoomed_only_where_all_scores_are_high():
-    assert zoomed_start([0.97, 0.62]) == 0.6
-    assert zoomed_start([0.6, 0.9]) == 0.5  # an interval does not end on the axis
-    assert zoomed_start([0.15, 1.0]) == zoomed_start([0.0]) == zoomed_start([]) == 0.0
+def test_an_axis_shows_where_the_scores_are():
+    assert zoomed([0.97, 0.62]) == (0.6, 1.0)
+    assert zoomed([0.6, 0.9]) == (0.5, 1.0)  # an interval does not end on the axis
+    assert zoomed([0.15, 0.46]) == (0.0, 0.5)
+    assert zoomed([0.35, 0.4]) == (0.3, 0.5)
+    assert zoomed([0.15, 1.0]) == zoomed([0.0, 0.85]) == zoomed([]) == (0.0, 1.0)
 
 
 def test_pictures_come_light_and_dark_and_are_sound(run):

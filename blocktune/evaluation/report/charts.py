@@ -76,7 +76,8 @@ def _draw_costs(
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
-    style.zoom(axes, ground, start := _start(methods.values()), "score")
+    style.zoom(axes, ground, limits := _limits(methods.values()), "score")
+    start = limits[0]
     largest = max(0.05, *places.values())
     axes.set_xlim(-0.04 * largest, 1.05 * largest)
     if factor == 1:
@@ -107,7 +108,8 @@ def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
 def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str) -> None:
     """Draws one row per method: its score on one task or kind, with interval and number."""
     cells = {label: summary["tasks"][group] for label, summary in methods.items()}
-    style.zoom(axes, ground, start := _start(methods.values(), grouped=True), "score", axis="x")
+    style.zoom(axes, ground, limits := _limits(methods.values(), grouped=True), "score", axis="x")
+    start = limits[0]
     for row, (label, cell) in enumerate(reversed(cells.items())):
         if cell["score"] < start:
             axes.plot(start, row, clip_on=False, **mark(ground, label) | {"marker": "<"})
@@ -139,8 +141,9 @@ def _sweep_chart(results: Results, name: str) -> Chart:
         places, ends = [(b["from"] + b["to"]) / 2 for b in bins], {}
         cells = {method: [b["scores"][method] for b in bins] for method in methods}
         kept = [m for m in cells if methods[m]["method"] != "no-context"]
-        start = style.zoomed_start([cell["ci95"][0] for method in kept for cell in cells[method]])
-        style.zoom(axes, ground, start, "score")
+        limits = style.zoomed([end for m in kept for cell in cells[m] for end in cell["ci95"]])
+        style.zoom(axes, ground, limits, "score")
+        start = limits[0]
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # separates bars
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
@@ -195,11 +198,11 @@ def _below(label: str, score: float) -> str:
     return f"{label} ({100 * score:.0f} %)"
 
 
-def _start(methods: Iterable[Mapping[str, Any]], *, grouped: bool = False) -> float:
-    """Start of the score axes, the same for all groups; ``no-context`` is not considered."""
+def _limits(methods: Iterable[Mapping[str, Any]], *, grouped: bool = False) -> tuple[float, float]:
+    """Range of the score axes, the same for all groups; ``no-context`` is not considered."""
     kept = [summary for summary in methods if summary["method"] != "no-context"]
     cells = [cell for m in kept for cell in (m["tasks"].values() if grouped else (m,))]
-    return style.zoomed_start([cell["score_ci95"][0] for cell in cells])
+    return style.zoomed([end for cell in cells for end in cell["score_ci95"]])
 
 
 def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:

@@ -135,28 +135,36 @@ def as_share(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
-def zoomed_start(values: Sequence[float]) -> float:
-    """Start of an axis of shares: the multiple of 10 % below all ``values``, or 0 below 20 %."""
-    start = math.floor(10 * min(values, default=0.0) - 0.1) / 10
-    return start if start >= 0.2 else 0.0
+def zoomed(values: Sequence[float]) -> tuple[float, float]:
+    """Range of an axis of shares: multiples of 10 % around all ``values``.
 
-
-def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -> None:
-    """Sets the range of an axis of shares to ``start`` to 1, and marks it if it starts above 0.
-
-    The mark is a broken-axis sign (two strokes across the axis) and a note in the label.
+    It starts at 0 if a value is below 20 %, and ends at 1 if one is above 80 %.
     """
-    upright = axis == "y"
+    start = math.floor(10 * min(values, default=0.0) - 0.1) / 10
+    end = math.ceil(10 * max(values, default=1.0) + 0.1) / 10
+    return start if start >= 0.2 else 0.0, end if end <= 0.8 else 1.0
+
+
+def zoom(
+    axes: Axes, ground: Ground, limits: tuple[float, float], name: str, axis: str = "y"
+) -> None:
+    """Sets the range of an axis of shares, and marks it if it is not 0 to 1.
+
+    The label names the range. A start above 0 also gets a broken-axis sign, two strokes.
+    """
+    upright, (start, end) = axis == "y", limits
     own = axes.yaxis if upright else axes.xaxis
-    (axes.set_ylim if upright else axes.set_xlim)(start, 1 + 0.03 * (1 - start))
+    (axes.set_ylim if upright else axes.set_xlim)(start, end + 0.03 * (end - start))
     own.set_major_locator(
         MaxNLocator(6, steps=[1, 2, 5, 10])
         if upright
-        else FixedLocator((start, (1 + start) / 2, 1))
+        else FixedLocator((start, (start + end) / 2, end))
     )
     as_share(own)
+    if limits != (0, 1):
+        shown = f"axis from {100 * start:.0f} to {100 * end:.0f} %"
+        name = f"{name} ({shown})" if upright and name else f"{name}\n({shown})".lstrip()
     if start:
-        name = f"{name} (axis starts at {100 * start:.0f} %)".lstrip()
         stroke = ((-1, -0.6), (1, 0.6))
         for at in (0.04, 0.065):
             axes.plot(
@@ -201,7 +209,7 @@ def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float
     """Writes each point's name beside it, in the nearest place that does not overlap others."""
     figure = axes.figure
     figure.draw_without_rendering()
-    scale, inside = figure.dpi / 72, figure.bbox
+    scale, inside = figure.dpi / 72, Bbox.from_extents(axes.bbox.p0, figure.bbox.p1)
     centres = [axes.transData.transform(point[:2]) for point in points]
     taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, *[8 * scale] * 2) for x, y in centres]
     turns = [
@@ -221,8 +229,9 @@ def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float
             text.set_ha("left" if c > 0.3 else "right" if c < -0.3 else "center")
             text.set_position((radius * c, radius * s))
             box = text.get_window_extent()
-            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1
-            if fits and axes.bbox.y0 <= box.y0 and not any(map(box.overlaps, taken)):
+            fits = inside.containsx(box.x0) and inside.containsx(box.x1)
+            fits = fits and inside.containsy(box.y0) and inside.containsy(box.y1)
+            if fits and not any(map(box.overlaps, taken)):
                 break
         if radius > 15:
             axes.annotate(
