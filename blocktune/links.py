@@ -7,6 +7,7 @@ not change. `add_link_tokens` makes them real tokens instead.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import torch
@@ -84,14 +85,14 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     embedding = model.get_input_embeddings()
     table.to(embedding.weight.device)
     base.add_module(LINKS_MODULE, table)
-    seen: list[Tensor] = []
+    thread = threading.local()  # engines answer in several threads at once
 
     def hide(module, args):
-        seen[:] = [args[0]]
+        thread.ids = args[0]
         return (args[0].masked_fill(args[0] >= first, 0), *args[1:])
 
     def look_up(module, args, output):
-        ids = seen.pop()
+        ids = thread.__dict__.pop("ids")
         is_link = ids >= first
         # torch.where keeps the table in every batch's graph, because DDP needs all gradients.
         rows = table(torch.where(is_link, ids - first, 0)).to(output.dtype)

@@ -19,6 +19,7 @@ from blocktune.attention.kernels import check_rows
 from blocktune.layout import FIRST_LAYER, GLOBAL, LayerRule, Layout, visible
 
 BLOCK = 128
+LENGTHS = 256  # most lengths of rows in one run, each compiled once
 
 
 class _Range(NamedTuple):
@@ -85,6 +86,16 @@ def _compiled():
     return torch.compile(flex_attention, dynamic=False)
 
 
+def _flex(*args, **kwargs):
+    """FlexAttention compiled for each length of rows, of which a run may have many.
+
+    Beyond PyTorch's limit of 8 lengths it would run without its kernel, on N x N scores.
+    """
+    limits = {"recompile_limit": LENGTHS, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(**limits):
+        return _compiled()(*args, **kwargs)
+
+
 class FlexPlan:
     """FlexAttention: one kernel over the visible blocks, on CUDA, or on CPUs (forward only)."""
 
@@ -106,7 +117,7 @@ class FlexPlan:
             raise ValueError(
                 "FlexAttention has no backward on a CPU; use attention_execution: split"
             )
-        attention = _compiled() if query.is_cuda else flex_attention
+        attention = _flex if query.is_cuda else flex_attention
         out, aux = attention(
             query,
             key,

@@ -42,6 +42,7 @@ OWN_ATTENTION = (
     "that attends by transformers' attention interface"
 )
 _HANDLE = "_blocktune_attached"
+_EXECUTION = "_blocktune_execution"
 _ENTERED: ContextVar[Plan | None] = ContextVar("plan of the current layer", default=None)
 """For layers that do not pass their keyword arguments on to attention (StableLM, Nemotron)."""
 
@@ -135,6 +136,7 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
         if any(hasattr(child, "layer_idx") for child in module.children())
     ]
     setattr(decoder, _HANDLE, [reader, leaver, *layers])
+    setattr(decoder, _EXECUTION, execution)
 
 
 def can_switch(cls: type[PreTrainedModel]) -> bool:
@@ -157,13 +159,12 @@ def is_attached(model: PreTrainedModel) -> bool:
 @contextmanager
 def block_attention(model: PreTrainedModel, execution: str = "split") -> Iterator[PreTrainedModel]:
     """Attaches the model inside the block, and restores it afterwards."""
-    was_attached = is_attached(model)
+    before = getattr(decoder_of(model), _EXECUTION, None) if is_attached(model) else None
     attach(model, execution)
     try:
         yield model
     finally:
-        if not was_attached:
-            detach(model)
+        detach(model) if before is None else attach(model, before)
 
 
 def _execution(name: str) -> type:

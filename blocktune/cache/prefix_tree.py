@@ -32,6 +32,8 @@ _TENANTS = 1 << 16
 """Number of fingerprints remembered as listed; older ones are listed from the files again."""
 _HISTORY = 256
 """Number of prompts whose shared depth is remembered, for each model and tenant."""
+_NODES, _TOKENS = 1 << 12, 1 << 22
+"""Most runs, and tokens of runs, that are known although they are in files only."""
 
 
 @dataclass(eq=False)
@@ -87,10 +89,16 @@ class PrefixTree:
         self._store = None if store is None or store.folder is None else store
         self._roots: dict[str, _Node] = {}  # by fingerprint, which differs between tenants
         self._listed: dict[str, None] = {}  # fingerprints whose files are in the tree
+        self._payers: dict[str, str] = {}  # by fingerprint: tenant whose quota its files count for
         self._lists_files = self._store is not None
         self._clock = itertools.count(1)
         self._mutex = threading.RLock()
         self._counts, self._bytes = Counter(), 0
+
+    def charge(self, fingerprint: str, tenant: str) -> None:
+        """Counts the files of a fingerprint against the quota of a tenant."""
+        with self._mutex:
+            keep_latest(self._payers, fingerprint, tenant, _TENANTS)
 
     @contextmanager
     def match(self, fingerprint: str, token_ids: Sequence[int]) -> Iterator[PrefixMatch]:
@@ -256,7 +264,8 @@ class PrefixTree:
             exact = node.exact.placed(context, states)
             ids, how = torch.cat((context, exact.token_ids)), {"exact": "", "start": len(context)}
             node.key = chunk_key(exact.fingerprint, ids, how)
-            self._store.put(node.key, exact, keep=False)
+            payer = self._payers.get(exact.fingerprint, "")
+            self._store.put(node.key, exact, tenant=payer, keep=False)
         return node.key in self._store
 
     def _forget_file(self, node: _Node) -> None:
@@ -291,7 +300,9 @@ class PrefixTree:
         if num_bytes > self.max_bytes or self._bytes + num_bytes <= self.max_bytes:
             return num_bytes <= self.max_bytes
         self._lock(beside, 1)
-        leaves = [(node.used, id(node), node) for node in self._nodes() if node.is_leaf]
+        nodes = list(self._nodes())
+        self._forget_oldest([node for node in nodes if node.exact is None])
+        leaves = [(node.used, id(node), node) for node in nodes if node.is_leaf]
         heapq.heapify(leaves)
         while leaves and self._bytes + num_bytes > self.max_bytes:
             *_, leaf = heapq.heappop(leaves)
@@ -309,6 +320,19 @@ class PrefixTree:
         }
         self._lock(beside, -1)
         return self._bytes + num_bytes <= self.max_bytes
+
+    def _forget_oldest(self, stored: Sequence[_Node]) -> None:
+        """Drops runs that are in files only, if there are too many. The store evicts the files."""
+        tokens = sum(len(node.ids) for node in stored)
+        if len(stored) <= _NODES and tokens <= _TOKENS:
+            return
+        left = len(stored)
+        for node in sorted(stored, key=lambda node: node.used):
+            if left <= _NODES // 2 and tokens <= _TOKENS // 2:
+                return
+            if not node.children and not node.locks:
+                del node.parent.children[int(node.ids[0])]
+                left, tokens = left - 1, tokens - len(node.ids)
 
     def _nodes(self) -> Iterator[_Node]:
         waiting = list(self._roots.values())

@@ -163,6 +163,13 @@ def encode(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
+    method: Annotated[
+        str | None,
+        Option(
+            help="Method that will read the chunks. Default: the one that the adapter was trained "
+            "for, else naive. Methods of another layout, such as link0, need other chunks."
+        ),
+    ] = None,
 ) -> None:
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
@@ -181,12 +188,15 @@ def encode(
     if model is not None and not (Path(model) / INFO_FILE).is_file():
         examine_base(model)  # before anything is written
     # Opened before a model is loaded, and on the CPU, since no chunk is read back.
+    chosen = answering.build_method(method, [])
+    if chosen is not None and not chosen.reuses_chunks:
+        raise ValueError(f"method '{chosen.name}' reuses no chunks; name one that does")
     chunk_store, processes = ChunkStore.open(store, must_write=True), launched()
     if chunk_store.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
     loading = (chunk_store, dtype, device or processes.device, quantize)
-    engine = opt.load_engine(model, adapter, *loading, words=words)
-    answering.encode(engine, chunks, processes, store)
+    engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
+    answering.encode(engine, chunks, processes, store, chosen)
     while follow:
         if count := engine.encode_wanted():
             typer.echo(f"encoded {count:,} chunks that readers missed")

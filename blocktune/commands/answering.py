@@ -159,6 +159,13 @@ class Run:
         sampled = [asdict(self.sampling), self.batch_size] if self.sampling.temperature else []
         weights = [self.engine.fingerprint, self.engine.format.to_dict()]
         parts = [weights, list(method), self.max_new_tokens, sampled, example.to_json()]
+        codec, decode = self.engine.store.config.codec, self.engine.state.decode_cache
+        responses = self.engine.responses
+        parts += [] if decode is None else [str(decode)]
+        parts += [] if codec == "as-is" else [codec]
+        parts += (
+            [[responses.threshold, responses.model]] if responses and responses.threshold else []
+        )
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -182,7 +189,13 @@ def _count_answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> 
     return len(lines)
 
 
-def encode(engine: Engine, chunks: Sequence[Chunk], processes: Processes, place: str) -> None:
+def encode(
+    engine: Engine,
+    chunks: Sequence[Chunk],
+    processes: Processes,
+    place: str,
+    method: Method | None = None,
+) -> None:
     """Encodes this process's share of the chunks into the engine's store, and reports the result.
 
     ``place`` is the value of ``--store``. Raises ValueError if some chunks were not stored.
@@ -196,9 +209,8 @@ def encode(engine: Engine, chunks: Sequence[Chunk], processes: Processes, place:
     ):
         task, report = bar.add_task("encoding", total=None), EncodeReport(0, 0, 0, 0.0)
         if mine:
-            report = engine.encode(
-                mine, lambda done, total: bar.update(task, completed=done, total=total)
-            )
+            show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+            report = engine.encode(mine, show, method)
     who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
     stats, old = store.stats(), report.num_chunks - report.num_encoded
     files, written = stats.files, stats.files.bytes_written

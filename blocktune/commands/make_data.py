@@ -154,11 +154,14 @@ def answer(
     settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"top_p": top_p, "seed": seed}
 
-    def ask(batch: Sequence[RagExample], number: int) -> list[str]:
+    stop_ids = engine.state.stop_ids()
+
+    def ask(batch: Sequence[RagExample], number: int) -> list[str | None]:
         """Answers a batch. Its number is added to the seed, so that batches differ."""
         seeded = replace(sampling, seed=sampling.seed + number)
         sizes = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
-        return [a.text for a in engine.answer(batch, full, sampling=seeded, **sizes)]
+        answers = engine.answer(batch, full, sampling=seeded, **sizes)
+        return [a.text if a.token_ids[-1] in stop_ids else None for a in answers]
 
     on_stop = resumable(f"the answers so far are in {output}.part")
     with on_stop, Progress(console=Console(stderr=True)) as progress:
@@ -174,7 +177,8 @@ def answer(
         )
     echo(
         f"wrote {result.written:,} examples to {output} ({result.resumed:,} answered before, "
-        f"{result.empty:,} empty and {result.wrong:,} wrong answers left out)"
+        f"left out: {result.empty:,} empty, {result.wrong:,} wrong, {result.cut:,} cut at "
+        "--max-new-tokens)"
     )
 
 

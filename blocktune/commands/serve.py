@@ -14,6 +14,7 @@ from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
 
 SAFETY, LIMITS = {"rich_help_panel": "Safety"}, {"rich_help_panel": "Limits"}
+KEY_VARIABLE = "BLOCKTUNE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 Adapters = Annotated[
@@ -46,7 +47,7 @@ Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks 
 ApiKey = Annotated[
     str | None,
     Option(
-        envvar="BLOCKTUNE_API_KEY",
+        envvar=KEY_VARIABLE,
         help="Key that requests must send as a bearer token. Default: none.",
         **SAFETY,
     ),
@@ -117,11 +118,14 @@ def serve(
     import prometheus_client  # noqa: F401
     import uvicorn
 
-    from blocktune.server import ServerConfig, Service, Tenant, create_app, launch, load_tenants
+    from blocktune.server import ServerConfig, Service, create_app, launch, load_tenants
+    from blocktune.server.config import OnlyTenant
 
     if api_key is not None and tenants is not None:
         raise ValueError("give --api-key or --tenants, not both")
-    key_tenants = () if api_key is None else (Tenant(key=api_key),)
+    if api_key is None and tenants is None and os.environ.get(KEY_VARIABLE) == "":
+        raise ValueError(f"{KEY_VARIABLE} is set but empty: unset it to serve without a key")
+    key_tenants = () if api_key is None else (OnlyTenant(key=api_key),)
     config = ServerConfig(
         limits=launch.read_limits(limit or []),
         tenants=key_tenants if tenants is None else load_tenants(tenants),
@@ -191,6 +195,11 @@ def serve_vllm(
     from blocktune.vllm import launch
 
     parts = [text.partition("=") for text in adapter or ()]
-    adapters = {name if path else Path(name).name: path or name for name, _, path in parts}
+    named = [(name if path else Path(name).name, path or name) for name, _, path in parts]
+    if len(adapters := dict(named)) < len(named):
+        raise ValueError(
+            f"two adapters have the same name, got {', '.join(name for name, _ in named)}; name "
+            "them: --adapter NAME=ADAPTER"
+        )
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
     launch.serve(model, adapters, store, context.args, **extra)

@@ -215,13 +215,17 @@ def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
 
 
 def _problem(blobs: Blobs, key: str) -> str | None:
+    """What is wrong with a chunk; None if it is sound or gone. ValueError: it cannot be read."""
     from blocktune.cache.store.chunk_file import ChunkFile
 
     try:
         return ChunkFile(blobs, key).verify()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:  # says nothing about the file, which must not be called damaged
+        reason = error.strerror or error
+        raise ValueError(f"cannot read '{blobs.name(key)}': {reason}; repeat the command") from None
+    except ValueError as error:
         return " ".join(str(error).split())
 
 
@@ -244,7 +248,7 @@ def _remove(shelf: Shelf, sizes: dict[str, int], dry_run: bool, as_json: bool, *
 
 def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool) -> None:
     fingerprint = _model(source, model)
-    counts = {"copied": 0, "bytes": 0, "there": 0, "unsound": 0}
+    counts = {"copied": 0, "bytes": 0, "there": 0, "unsound": 0}  # a row without a file: no chunk
     for row in source.rows(model=fingerprint, document=document):
         if target.blobs.has(row.key):
             counts["there"] += 1
@@ -253,11 +257,15 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
         else:
             try:
                 data = source.blobs.open(row.key).content()
+            except FileNotFoundError:
+                continue
+            try:
                 target.blobs.write(row.key, data)
                 target.ledger.fill([row])
             except OSError as error:
                 done = f"after {counts['copied']:,} chunks"
-                raise ValueError(f"'{target.blobs.place}', {done}: {error.strerror}") from None
+                reason = error.strerror or error
+                raise ValueError(f"'{target.blobs.place}', {done}: {reason}") from None
             counts["copied"] += 1
             counts["bytes"] += len(data)
     for name in source.blobs.fingerprints():

@@ -85,8 +85,11 @@ def _normalize(text: str) -> str:
     return " ".join(_WORDS.findall(text.casefold()))
 
 
-Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
-"""Answers a batch of examples, given the batch's number, which seeds the sampling."""
+Answerer = Callable[[Sequence[RagExample], int], Sequence[str | None]]
+"""Answers a batch of examples, given the batch's number, which seeds the sampling.
+
+An answer that was cut at the limit of tokens is None: training on it would teach to stop there.
+"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Regenerated:
     resumed: int
     empty: int
     wrong: int
+    cut: int
 
 
 def regenerate(
@@ -135,7 +139,7 @@ def regenerate(
         raise ValueError(f"'{output}' is a folder; name a file")
     part = output.with_name(output.name + ".part")
     identity = [[example.to_json() for example in examples], dict(facts), batch_size]
-    identity_json = json.dumps(identity, sort_keys=True, ensure_ascii=False)
+    identity_json = json.dumps(identity, sort_keys=True, ensure_ascii=False, default=str)
     header = json.dumps({"key": hashlib.sha256(identity_json.encode()).hexdigest()})
     with resumed(part) as lines:
         if not lines:
@@ -156,32 +160,32 @@ def regenerate(
             append_lines(part, [json.dumps(texts, ensure_ascii=False)])
             answers += texts
             on_batch(len(answers))
-    written, empty, wrong = _with_responses(examples, answers, facts, only_correct)
+    written, dropped = _with_responses(examples, answers, facts, only_correct)
     if not written:
-        raise ValueError(
-            f"nothing to write to {output.name}: of {len(answers)} answers, {empty} are empty and "
-            f"{wrong} are wrong"
-        )
+        counts = ", ".join(f"{count} are {name}" for name, count in dropped.items())
+        raise ValueError(f"nothing to write to {output.name}: of {len(answers)} answers, {counts}")
     with replacing(output) as temporary:
         write_jsonl(temporary, written)
     part.unlink()
-    return Regenerated(len(written), num_resumed, empty, wrong)
+    return Regenerated(len(written), num_resumed, **dropped)
 
 
 def _with_responses(
     examples: Sequence[RagExample],
-    answers: Sequence[str],
+    answers: Sequence[str | None],
     facts: Mapping[str, Any],
     only_correct: bool,
-) -> tuple[list[RagExample], int, int]:
-    """The examples with their answers, and how many were dropped as empty and as wrong."""
-    written, empty, wrong = [], 0, 0
+) -> tuple[list[RagExample], dict[str, int]]:
+    """The examples with their answers, and how many were dropped as empty, wrong and cut."""
+    written, dropped = [], {"empty": 0, "wrong": 0, "cut": 0}
     for example, text in zip(examples, answers, strict=True):
-        if not text.strip():
-            empty += 1
+        if text is None:
+            dropped["cut"] += 1
+        elif not text.strip():
+            dropped["empty"] += 1
         elif only_correct and not gives_answer(text, example.answers):
-            wrong += 1
+            dropped["wrong"] += 1
         else:
             meta = example.meta | {"answered_by": dict(facts)}
             written.append(replace(example, response=text.strip(), meta=meta))
-    return written, empty, wrong
+    return written, dropped

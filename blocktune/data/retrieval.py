@@ -76,13 +76,16 @@ def _cosine(texts: list[str], embed: Embed) -> Callable[[list[str]], np.ndarray]
 
 
 class Question(NamedTuple):
-    """A question without passages, its accepted answers, and its data sets with their licences."""
+    """A question without passages, with the fields of `RagExample` that do not depend on them."""
 
     question: str
     answers: tuple[str, ...]
     id: str = ""
     kind: str = ""
-    data_sets: Mapping[str, str] = MappingProxyType({})
+    data_sets: Mapping[str, str] = MappingProxyType({})  # names on the Hub to licences
+    response: str | None = None
+    followups: tuple[tuple[str, str], ...] = ()
+    meta: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_questions(
@@ -107,12 +110,17 @@ def _question(record: Mapping[str, Any]) -> Question:
     kind = record.get("kind") or record.get("type") or ""
     kind = kind if isinstance(kind, str) else ""
     meta = record.get("meta")
-    sets = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
+    meta = dict(meta) if isinstance(meta, Mapping) else {}
+    sets = meta.pop(DATA_SETS, None)
     sets = sets if isinstance(sets, Mapping) else {}
     answers = answers_of(record)
     if not all(answer.strip() for answer in answers):
         raise field_error("answers", "text that is not blank", answers)
-    return Question(text.strip(), answers, id_of(record), kind, sets)
+    response, more = record.get("response"), record.get("followups") or ()
+    more = tuple(tuple(turn) if isinstance(turn, list) else turn for turn in more)
+    own = Question(text.strip(), answers, id_of(record), kind, sets, response, more, meta)
+    _example(own, (Chunk("any"),), {})  # raises ValueError for a field of another type
+    return own
 
 
 def from_corpus(
@@ -167,10 +175,18 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
 
 
 def _example(question: Question, chunks: tuple[Chunk, ...], meta: dict[str, Any]) -> RagExample:
+    meta = dict(question.meta) | meta
     if question.data_sets:
-        meta = meta | {DATA_SETS: dict(question.data_sets)}
+        meta |= {DATA_SETS: dict(question.data_sets)}
     return RagExample(
-        question.question, chunks, question.answers, None, question.kind, question.id, (), meta
+        question.question,
+        chunks,
+        question.answers,
+        response=question.response,
+        kind=question.kind,
+        id=question.id,
+        meta=meta,
+        followups=question.followups,
     )
 
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from blocktune.data.example import RagExample
 from blocktune.engine.batch_prefill import prefill_batch, warm_up
 from blocktune.engine.prompts import PromptMaker
-from blocktune.engine.state import EngineState
+from blocktune.engine.state import EngineState, unfollowed
 from blocktune.layout import Kind
 from blocktune.methods import Method
 from blocktune.prompt import Chunk, Pieces, Prompt
@@ -118,4 +118,5 @@ def make_context(
     stored = (layout.kind[0] != Kind.BLANK) & (layout.order[0] < count)
     ids[0, layout.order[0, stored]] = run.batch.input_ids[0, stored]
     decoding = {"eos_token_id": sorted(state.stop_ids()), "pad_token_id": state.pad_id}
+    decoding |= unfollowed(state.model.generation_config)
     return CachedContext(cache, ids, run.columns.position[:, :count], question, lay_out, decoding)

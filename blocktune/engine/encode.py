@@ -232,21 +232,23 @@ class Encoder:
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
 
     def encode_wanted(self, most: int, longest: int) -> int:
-        """See `Engine.encode_wanted`. Chunks of more than ``longest`` tokens are skipped."""
+        """See `Engine.encode_wanted`. Skips chunks of more than ``longest`` or unknown tokens."""
         queue = MissQueue(self.store.folder)
         wanted = queue.take(self.fingerprint, most)
         watch = Stopwatch(self.model.device)
+        known = self.model.get_input_embeddings().num_embeddings
         pieces = [Piece(*chunk) for chunk in wanted]
-        for group in grouped(piece for piece in pieces if _size(piece) <= longest):
+        pieces = [p for p in pieces if max(p.ids + p.blanks) < known and _size(p) <= longest]
+        for group in grouped(pieces):
             self.find(group, watch)
         queue.done(self.fingerprint, wanted)
         return len(wanted)
 
-    def salted(self, salt: str, what: str = "salt") -> Encoder:
+    def salted(self, salt: str, tenant: str = "", what: str = "salt") -> Encoder:
         """See `Engine.salted`."""
         other, mixed = copy.copy(self), f"{self.fingerprint} {what} {salt}"
         other.fingerprint = hashlib.sha256(mixed.encode()).hexdigest()
-        other.tenant = other.fingerprint[:12]
+        other.tenant = tenant or other.fingerprint[:12]
         self.store.share_rope(self.fingerprint, other.fingerprint)
         return other
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layer_schedule import hook
 from blocktune.engine.prompts import PromptMaker, Request, as_request, built
 from blocktune.engine.recall import Recall
-from blocktune.engine.state import Auxiliaries, EngineState
+from blocktune.engine.state import Auxiliaries, EngineState, unfollowed
 from blocktune.links import link_base
 from blocktune.methods import Method
 from blocktune.methods.press import Press
@@ -34,6 +35,8 @@ from blocktune.positions import load_fused
 from blocktune.prompt import Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.registry import require_count
+
+_LOG = logging.getLogger(__name__)
 
 NO_LIMIT = 1 << 30
 """Context length in tokens if the model's configuration has no limit."""
@@ -98,12 +101,15 @@ class Engine:
             facts = model, tokenizer, words, adapter, adapter_folder, rope
             self.store.describe(self.fingerprint, lambda: manifest(*facts, encoder.sample()), rope)
         if press is not None:  # engines without the press must not find pruned chunks
-            encoder = encoder.salted(press.text, "press")
+            encoder = encoder.salted(press.text, what="press")
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
         tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
         caches, auxiliaries = (encoder, tree, rope, pad_id), Auxiliaries(model, tokenizer)
         self.state = EngineState(model, tokenizer, *caches, auxiliaries, recurrence)
         config = model.config.get_text_config()
+        for name in unfollowed(model.generation_config):
+            value = getattr(model.generation_config, name)
+            _LOG.warning("the model's generation config has %s=%s: not followed", name, value)
         self.prompts = PromptMaker(
             tokenizer,
             self.format,
@@ -148,17 +154,23 @@ class Engine:
         return cls(base, tokenizer, format=format, adapter=info, adapter_folder=folder, store=store)
 
     def encode(
-        self, chunks: Any, progress: Callable[[int, int], None] | None = None
+        self,
+        chunks: Any,
+        progress: Callable[[int, int], None] | None = None,
+        method: str | Method | None = None,
     ) -> EncodeReport:
         """Encodes chunks (and the prefix of all prompts) into the store ahead of any request.
 
         ``chunks`` may have any form that `RagExample.chunks` takes. Each is stored with the name of
         its document (``document`` or ``id`` of its metadata, else its title), by which `blocktune
         store rm --document` removes it. ``progress`` is called after each pass with the tokens
-        done and their total.
+        done and their total. ``method`` is the one that will read them; default: the one that the
+        adapter was trained for, else ``naive``. Only methods of another layout, such as ``link0``,
+        need other chunks.
         """
         chunks = read_chunks(chunks)
-        pieces = self.prompts.encodable(chunks)
+        spec = self.prompts.spec(built(method, self.prompts.trained))
+        pieces = self.prompts.encodable(chunks, spec)
         return self.state.encoder.encode(*pieces, chunks, progress)
 
     def encode_wanted(self, most: int = 256) -> int:
@@ -190,16 +202,18 @@ class Engine:
         other.format, other.prompts = format, dataclasses.replace(self.prompts, format=format)
         return other
 
-    def salted(self, salt: str) -> Engine:
+    def salted(self, salt: str, tenant: str = "") -> Engine:
         """An engine whose chunks and prefixes are visible only to engines of the same salt.
 
         The salt is part of the fingerprint, and so of every key. An empty salt changes nothing.
+        Chunks count against the store's quota of the ``tenant``; default: one for each salt.
         """
         if not salt:
             return self
-        other, encoder = copy.copy(self), self.state.encoder.salted(salt)
+        other, encoder = copy.copy(self), self.state.encoder.salted(salt, tenant)
         other.fingerprint = encoder.fingerprint
         other.state = dataclasses.replace(self.state, encoder=encoder)
+        self.state.prefix_tree.charge(other.fingerprint, encoder.tenant)
         return other
 
     def decoding_on(self, text: str) -> Engine:

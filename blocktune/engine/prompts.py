@@ -94,11 +94,12 @@ class PromptMaker:
         self._require_room(layout.num_blanks, f"the blanks of method '{method.name}'")
         if self.press is not None:
             self.press.require(method, layout)
-        if self.exact_tokens is not None and (layout.num_blanks or layout.shared_prefix):
+        below_zero = layout.sinks or method.history is not None
+        if self.exact_tokens is not None and layout.block and below_zero:
             raise ValueError(
-                f"method '{method.name}' encodes chunks after blanks or a prefix, at positions "
-                "below 0, where this model's scaling by position is not defined; use a method "
-                "without num_blanks and shared_prefix"
+                f"method '{method.name}' encodes chunks after other tokens, at positions below 0, "
+                "where this model's scaling by position is not defined; use a method without "
+                "blanks, shared prefix, own BOS and chunks from earlier prompts"
             )
         return layout
 
@@ -145,14 +146,20 @@ class PromptMaker:
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompt(pieces, spec, max_new_tokens, contexts)
 
-    def encodable(self, chunks: Sequence[Chunk]) -> tuple[Piece | None, list[Piece]]:
-        """Pieces to encode for plain reuse: the prefix (None if empty) and the chunks.
+    def encodable(
+        self, chunks: Sequence[Chunk], spec: LayoutSpec | None = None
+    ) -> tuple[Piece | None, list[Piece]]:
+        """Pieces to encode ahead: the prefix (None if empty) and the chunks.
+
+        They are those of prompts of the layout ``spec``; default, and if that is full attention:
+        the adapter's, else plain reuse.
 
         Raises ValueError as `prompt` does.
         """
         if self.refusal:
             raise ValueError(self.refusal.format("encoding"))
-        spec = self.trained if self.trained and self.trained.block else LayoutSpec()
+        spec = spec if spec and spec.block else self.trained
+        spec = spec if spec and spec.block else LayoutSpec()
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
         blanks = sink_ids(spec, prefix, self._blank_id(spec), bos_id)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
@@ -65,6 +65,20 @@ class Auxiliaries:
                 loaded = load_model(name, device=str(self._models[SELF].device))
                 self.add(name, loaded.model, loaded.tokenizer)
             return self._models[name]
+
+
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1}
+NEUTRAL |= dict.fromkeys(("min_new_tokens", "stop_strings", "bad_words_ids", "sequence_bias"))
+NEUTRAL |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"))
+"""Settings of a generation config that change greedy decoding, with the value that changes none."""
+
+
+def unfollowed(config: GenerationConfig) -> dict[str, Any]:
+    """The settings of a model's generation config that engines do not follow, made neutral."""
+    given = {name: getattr(config, name, None) for name in NEUTRAL}
+    return {
+        name: NEUTRAL[name] for name, value in given.items() if value not in (None, NEUTRAL[name])
+    }
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,15 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
     """Compares the methods that two runs share. Raises ValueError if there is none."""
-    old, new = load_results(before)["methods"], load_results(after)["methods"]
+    first, second = load_results(before), load_results(after)
+    for task in first["tasks"].keys() & second["tasks"].keys():
+        metrics = [run["tasks"][task]["metric"] for run in (first, second)]
+        if metrics[0] != metrics[1]:
+            raise ValueError(
+                f"task '{task}' is scored by {metrics[0]} in '{before}' and by {metrics[1]} in "
+                f"'{after}'; score both by the same metric"
+            )
+    old, new = first["methods"], second["methods"]
     shared = [label for label in old if label in new]
     if not shared:
         raise ValueError(

@@ -62,16 +62,23 @@ def code_digest() -> str:
     return f"{blocktune.__version__}-{digest.hexdigest()[:12]}"
 
 
-def row_key(method: MethodSpec, task: TaskSpec, example: RagExample, fingerprint: str) -> str:
+def row_key(
+    method: MethodSpec,
+    task: TaskSpec,
+    example: RagExample,
+    fingerprint: str,
+    codec: str = "as-is",
+) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
     The method's label and the adapter's path are left out. ``fingerprint`` is that of the `Engine`:
-    a digest of weights, tokenizer, prompt format and dtype.
+    a digest of weights, tokenizer, prompt format and dtype; ``codec`` is that of its store.
     """
     entry = method.entry()
     if "preset" in entry:  # then the name is only a label
         del entry["name"]
     parts = {"method": entry, "task": task.decides(), "example": example.to_json()}
+    parts |= {} if codec == "as-is" else {"codec": codec}
     return digest_of(parts | {"weights": fingerprint, "code": code_digest()})
 
 

@@ -138,8 +138,9 @@ def _run(
 
 
 def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
-    fingerprint = ready.engines[spec.adapter].fingerprint
-    keys = [row_key(spec, q.task, q.example, fingerprint) for q in ready.questions]
+    engine = ready.engines[spec.adapter]
+    decides = engine.fingerprint, engine.store.config.codec
+    keys = [row_key(spec, q.task, q.example, *decides) for q in ready.questions]
     file = RowFile(output / ROWS, spec.label, keys, processes.rank)
     file.refuse_loss({(q.task.name, q.example.id or q.name) for q in ready.questions})
     return file
@@ -256,6 +257,7 @@ def _measure_once(
     path = output / f"{name}.json"
     row_keys = {label: [row.key for row in own] for label, own in rows.items()}
     keys = [path.name, getattr(suite, name), row_keys, code_digest(), hardware(), versions()]
+    keys += [suite.device, str(suite.store)]
     record = load_json(path) if path.exists() else {}
     if record.get("keys") != digest_of(keys):
         record = {"keys": digest_of(keys), name: measure()}

@@ -8,6 +8,7 @@ as blanks are.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -58,9 +59,11 @@ class Press:
     def watching(self, model: nn.Module) -> Iterator[list[dict[str, Any]]]:
         """Yields a list that a forward pass inside the block fills with each attention's inputs."""
         inputs: list[dict[str, Any]] = []
+        own = threading.get_ident()
 
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs.append({"module": module, **kwargs})
+            if threading.get_ident() == own:  # other threads run the same modules
+                inputs.append({"module": module, **kwargs})
 
         rotary = getattr(decoder_of(model), "rotary_emb", None)
         with ExitStack() as hooks:

@@ -27,7 +27,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as PROCESSOR_TEMPLATE
 
 from blocktune.attention.interface import decoder_of
 from blocktune.files import move_folder
@@ -107,12 +108,27 @@ def load_base(
         _require_all(report, name)
         _require_stops(Path(bare) / GENERATION_CONFIG_NAME, model.generation_config.eos_token_id)
     with _explained(name, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
+        tokenizer = read_tokenizer(bare, revision)
     if file is not None:
         model.config._name_or_path = name
     model = text_model(model)
     keep_stored_codes(model)
     return (model.to(device) if place and not kwargs else model), tokenizer
+
+
+def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the fast tokenizer of a folder or repository, with its chat template.
+
+    Repositories of multimodal models may keep the template in the processor's file. Mistral's own
+    tokenizers (package mistral-common) have neither a template nor text that stays text.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, mistral_format=False)
+    if tokenizer.chat_template is None:
+        kinds = ("gated_repo", "missing_entries", "connection_errors")
+        quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+        path = cached_file(str(name), PROCESSOR_TEMPLATE, revision=revision, **quiet)
+        tokenizer.chat_template = path and load_json(Path(path)).get("chat_template")
+    return tokenizer
 
 
 def _require_all(report: Mapping[str, Any], name: str) -> None:

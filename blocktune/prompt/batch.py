@@ -31,8 +31,8 @@ class Batch:
         return Batch(self.input_ids.to(device), self.layout.to(device), self.labels.to(device))
 
 
-def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
-    """Pads prompts to the longest, one batch entry each.
+def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right", multiple: int = 1) -> Batch:
+    """Pads prompts to the longest, rounded up to a ``multiple``, one batch entry each.
 
     Pad rows with token ``pad_id`` are added at ``side`` (``'right'`` or ``'left'``). They see
     nothing and are not seen. Raises ValueError if there is no prompt or the side is unknown.
@@ -41,7 +41,7 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
         raise ValueError("stack needs at least one prompt, got none")
     if side not in SIDES:
         raise ValueError(f"padding side must be {' or '.join(SIDES)}, got {side!r}")
-    length = max(len(prompt.input_ids) for prompt in prompts)
+    length = -(-max(len(prompt.input_ids) for prompt in prompts) // multiple) * multiple
 
     def padded(values: Tensor, fill: int) -> Tensor:
         missing = length - values.shape[-1]

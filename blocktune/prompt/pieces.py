@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt import special_tokens as special
 from blocktune.prompt.format import Chunk, PromptFormat
-from blocktune.prompt.special_tokens import Ids, UserText, encode, encode_all
+from blocktune.prompt.special_tokens import Ids, UserText, encode, encode_user_texts
 from blocktune.prompt.template import render_conversation, render_frame, render_next, reply_end
 
 
@@ -95,7 +95,7 @@ def chunk_ids(
     Special tokens written in a passage (``<|eot_id|>``) stay text, so they cannot end the turn.
     Raises ValueError if a chunk has no tokens.
     """
-    chunks_ids = encode_all(tokenizer, map(fmt.render_chunk, chunks), split_special_tokens=True)
+    chunks_ids = encode_user_texts(tokenizer, map(fmt.render_chunk, chunks))
     for chunk, ids in zip(chunks, chunks_ids, strict=True):
         if not ids:
             raise ValueError(f"the tokenizer produces no tokens for chunk {chunk!r:.60}")

@@ -160,6 +160,34 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     return remembered(tokenizer, ("special", len(tokenizer)), read)
 
 
+def _controls(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
+    """Where to cut texts so that no control token is left in them; None: nowhere.
+
+    These are tokens of the chat template that a tokenizer does not call special, such as
+    those of DeepSeek. ``split_special_tokens`` does not split them. Cuts are after the first
+    character.
+    """
+
+    def read() -> re.Pattern | None:
+        template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+        texts = [t.content for t in added.values() if not t.special and len(t.content) > 1]
+        cuts = [f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in texts if t in template]
+        return re.compile("|".join(cuts)) if cuts else None
+
+    return remembered(tokenizer, ("controls", len(tokenizer), tokenizer.chat_template), read)
+
+
+def encode_user_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[Ids]:
+    """Token ids of passages or questions: control tokens written in them stay text."""
+    texts, cuts = list(texts), _controls(tokenizer)
+    whole = encode_all(tokenizer, texts, split_special_tokens=True)
+    for index, text in enumerate(texts if cuts else ()):
+        if len(parts := cuts.split(text)) > 1:
+            encoded = encode_all(tokenizer, parts, split_special_tokens=True)
+            whole[index] = TokenIds(token for ids in encoded for token in ids)
+    return whole
+
+
 class UserText:
     """User texts of one prompt that pass through a chat template.
 
@@ -173,8 +201,9 @@ class UserText:
         self._replaced: dict[str, str] = {}
 
     def safe(self, text: str) -> str:
-        """The text itself, or a placeholder if it contains special tokens."""
-        if not any(token in text for token in special_tokens(self._tokenizer)):
+        """The text itself, or a placeholder if it contains special or control tokens."""
+        cuts, special = _controls(self._tokenizer), special_tokens(self._tokenizer)
+        if not any(token in text for token in special) and not (cuts and cuts.search(text)):
             return text
         placeholder = f"BlocktuneText{len(self._replaced)}StandsHere"
         self._replaced[placeholder] = text
@@ -186,8 +215,11 @@ class UserText:
             return encode(self._tokenizer, rendered)
         ids: Ids = ()
         for part in re.split(f"({'|'.join(self._replaced)})", rendered):
-            text = self._replaced.get(part, part)
-            ids += encode(self._tokenizer, text, split_special_tokens=part in self._replaced)
+            if part in self._replaced:
+                [own] = encode_user_texts(self._tokenizer, [self._replaced[part]])
+            else:
+                own = encode(self._tokenizer, part)
+            ids += own
         return ids
 
 

@@ -69,6 +69,11 @@ class Tenant:
             return cache_salt or ""
         return hashlib.sha256(f"{self.name}\0{cache_salt or ''}".encode()).hexdigest()
 
+    @property
+    def payer(self) -> str:
+        """Whose quota in the store its chunks count against, whatever the request's salt."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:12]
+
     def sign(self, key: str) -> str:
         """The tenant's signed name for a chunk's store ``key``; `verify` inverts it."""
         if self.key is None:
@@ -79,6 +84,14 @@ class Tenant:
         """The store key in one of this tenant's signed names; None if the signature is wrong."""
         key = name.partition("-")[0]
         return key if hmac.compare_digest(self.sign(key), name) else None
+
+
+class OnlyTenant(Tenant):
+    """The one client of ``--api-key``. It uses the chunks that `blocktune encode` has stored."""
+
+    def salt(self, cache_salt: str | None) -> str:
+        """The request's own salt: there is nobody else to keep the chunks from."""
+        return cache_salt or ""
 
 
 def load_tenants(path: Path) -> tuple[Tenant, ...]:

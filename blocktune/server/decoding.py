@@ -14,8 +14,9 @@ only, to give a request positions with gaps, or to change scores before softmax.
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -72,7 +73,10 @@ class Choice:
         self.cache = run.cache if last else copy.deepcopy(run.cache)
         self.reshaping = run.reshaping if last else copy.deepcopy(run.reshaping)
         device = run.prefill.logits.device
-        self._pick = settings.sampling.picker(device, (self.index,))
+        sampling = settings.sampling
+        if sampling.seed is None:  # every request draws anew, as clients of a server expect
+            sampling = replace(sampling, seed=secrets.randbits(32))
+        self._pick = sampling.picker(device, (self.index,))
         self._stop_ids = run.state.stop_ids()
         self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips)
 

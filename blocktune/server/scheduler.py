@@ -325,7 +325,7 @@ def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[Ch
     values = tuple(layer.values[0, :, span] for layer in run.cache.layers)
     encoder = state.encoder
     kv = ChunkKV(keys, values, torch.tensor(prefix.ids), encoder.fingerprint)
-    stored = encoder.store.put(encoder.key(prefix), kv.compact())
+    stored = encoder.store.put(encoder.key(prefix), kv.compact(), tenant=encoder.tenant)
     watch.stop("encode_s")
     return stored, int(run.assembled.cached.sum())
 

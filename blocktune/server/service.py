@@ -119,6 +119,8 @@ class Service:
         self.ready = self.draining = False
         self._checked = checked
         self.scheduler = Scheduler(config.limits, self._check)
+        for store in {served.engine.store for served in self.models.values()}:
+            self.scheduler.pinned |= store.pinned()  # by earlier servers, or `blocktune store pin`
         self.metrics, self.quotas = Metrics(self.scheduler), Quotas()
 
     def _check(self) -> None:
@@ -186,7 +188,8 @@ class Service:
         """
         served, limits = self._served(body, tenant), self.config.limits
         sources, engine = self._sources(served, body.documents, []), served.engine
-        prefix, pieces = engine.prompts.encodable([source.chunk for source in sources])
+        spec = engine.prompts.spec(served.method)
+        prefix, pieces = engine.prompts.encodable([source.chunk for source in sources], spec)
         if body.pin:
             keys = {engine.state.encoder.key(piece): len(piece.ids) for piece in pieces}
             pinned = self.scheduler.pinned.copy()
@@ -237,7 +240,7 @@ class Service:
         """A request's model, with the tenant's own caches of chunks and of tokenised texts."""
         served, salt = self.model(body.model), tenant.salt(body.cache_salt)
         OWNER.set(salt)  # a context variable, so it is set for this request only
-        return served._replace(engine=served.engine.salted(salt))
+        return served._replace(engine=served.engine.salted(salt, tenant.payer))
 
     def _sources(
         self, served: Served, documents: Sequence[Any], texts: Iterable[str]

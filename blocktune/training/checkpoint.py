@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -26,6 +25,7 @@ from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, scope_of
 from blocktune.attention import is_attached
 from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
+from blocktune.models.load import read_tokenizer
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import fill
 from blocktune.provenance import provenance
@@ -117,7 +117,7 @@ class AdapterFiles:
                 base_model=OWN_WEIGHTS,
                 base_fingerprint=base_fingerprint(model, state),
                 # With added tokens, since the saved tokenizer is now the base's.
-                tokenizer_hash=tokenizer_hash(AutoTokenizer.from_pretrained(folder)),
+                tokenizer_hash=tokenizer_hash(read_tokenizer(folder)),
                 training=origin,
             )
         info.save(folder)

@@ -96,6 +96,7 @@ class BlockDataCollator:
     sampler: RecomputeSampler | None = None  # chooses fresh tokens of block examples, if any
     check_layer: int | None = None  # layer at which the sampler chooses; None: beforehand
     has_teacher: bool = False  # also lay out the teacher's prompts: full attention, no mode tags
+    row_multiple: int = 1  # rows are padded to a multiple; flex compiles for every length anew
     seed: int = 0  # of all random choices
     epoch: int = 0  # random choices depend on it; `BlockSFTTrainer` sets it
     _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -187,7 +188,8 @@ class BlockDataCollator:
 
     def _tensors(self, rows: Sequence[list[Prompt]]) -> dict[str, Tensor]:
         joined = [row[0] if len(row) == 1 else pack(row) for row in rows]
-        batch = stack(joined, padding_id(self.tokenizer, self.num_tokens or len(self.tokenizer)))
+        pad_id = padding_id(self.tokenizer, self.num_tokens or len(self.tokenizer))
+        batch = stack(joined, pad_id, multiple=self.row_multiple)
         layout = batch.layout.pack()
         return {"input_ids": batch.input_ids, "labels": batch.labels, "layout": layout}
 

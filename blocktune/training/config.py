@@ -203,6 +203,8 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         for name in _AT_LEAST_1:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.trust_remote_code:
+            raise ValueError("trust_remote_code: code of repositories is never run; leave it out")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps"

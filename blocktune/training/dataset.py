@@ -70,7 +70,7 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
             raise ValueError(f"a row must be a dict of columns, got {type(row).__name__}")
         shape, names = find_shape([row], "a row"), RagExample.__dataclass_fields__
         if shape.key == "blocktune":
-            row = {key: value for key, value in row.items() if key in names}
+            row = {key: value for key, value in row.items() if key in {*names, "answer"}}
         row = shape.parser(None, tokenizer)(row)
     return Sample(row, True, own_wording(row, fmt))
 
@@ -258,6 +258,7 @@ def _digest(parts: Sequence[dict[str, Any]]) -> str:
         turns = [ids for turn in part["followups"] for ids in turn.values()]
         for ids in (part["prefix"], *part["chunks"], part["query"], part["answer"], *turns):
             digest.update(len(ids).to_bytes(4) + ids.tobytes())
+        digest.update(b"" if part["block"] else b"full")
     return digest.hexdigest()
 
 

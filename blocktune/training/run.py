@@ -270,6 +270,8 @@ def samples_of(
         return in_modes(samples, args.block_share, args.both_modes, args.seed)
     if args.both_modes:
         raise ValueError("a mixture sets the mode of each source; leave both_modes out")
+    if args.block_share not in (0, 1):
+        raise ValueError("a mixture sets the mode of each source; leave block_share out")
     mixture = load_mixture(data.mixture)
     for part in mixture.parts:
         launch_checks.refuse_test(part.source, part.split)

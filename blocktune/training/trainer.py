@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +14,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,11 +25,13 @@ from trl import SFTTrainer
 
 from blocktune.adapter import AdapterInfo
 from blocktune.attention import attach
+from blocktune.attention.flex import BLOCK
 from blocktune.data.example import RagExample
+from blocktune.data.sources.records import LeftOut
 from blocktune.layout import Layout
 from blocktune.links import link_base
 from blocktune.models.gate import require_supported
-from blocktune.models.load import load_base
+from blocktune.models.load import load_base, read_tokenizer
 from blocktune.provenance import provenance
 from blocktune.training.checkpoint import AdapterFiles, StagedSaving, adapter_info, settings
 from blocktune.training.collator import Augmentation, BlockDataCollator, EpochOrder
@@ -40,6 +43,8 @@ from blocktune.training.lora import make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed, states_at
+
+logger = logging.getLogger("blocktune")
 
 Rows = Dataset | Iterable[Mapping[str, Any] | RagExample | Sample]
 
@@ -90,12 +95,17 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = _checked_config(args, model)
+        if args.push_to_hub:
+            raise ValueError(
+                "push_to_hub: a trainer would push without blocktune.json; leave it out and run "
+                "`blocktune push`, or set it for `blocktune train`"
+            )
         if train_dataset is None:
             raise ValueError("train_dataset is missing; pass rows with question, chunks, answers")
         if isinstance(model, str):
             model, loaded = load_base(model, dtype="float32", place=False, what="base model")
             processing_class = processing_class or loaded
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+        tokenizer = processing_class or read_tokenizer(model.config._name_or_path)
         self.args, self.processing_class = args, tokenizer
         rope = require_supported(model)
         self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
@@ -178,7 +188,14 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
                 f"a dataset must be rows, got {type(rows).__name__}; pass one split "
                 "(dataset['train']), or load_examples(PATH)"
             )
-        samples = [to_sample(row, self.processing_class, self.collator.format) for row in rows]
+        samples, left_out = [], Counter()
+        for row in rows:
+            try:
+                samples.append(to_sample(row, self.processing_class, self.collator.format))
+            except LeftOut as reason:
+                left_out[str(reason)] += 1
+        for reason, count in left_out.items():
+            logger.warning("%d rows are left out: %s", count, reason)
         if not (isinstance(rows, list) and rows and isinstance(rows[0], Sample)):
             samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
         return prepare(
@@ -318,14 +335,24 @@ def _checked_collator(
             f"data_collator has {collator.layout}, but the configuration has {args.layout}; "
             "make the collator with layout=args.layout"
         )
-    return replace(
-        collator,
-        num_tokens=num_tokens,
-        augmentation=args.augmentation,
-        sampler=args.sampler,
-        has_teacher=args.distillation.is_on,
-        seed=args.seed,
-    )
+    own = {
+        "augmentation": args.augmentation,
+        "sampler": args.sampler,
+        "has_teacher": args.distillation.is_on,
+        "seed": args.seed,
+        "max_length": args.max_length,
+    }
+    plain = BlockDataCollator(tokenizer)
+    for name, value in own.items():
+        if getattr(collator, name) not in (value, getattr(plain, name)):
+            raise ValueError(
+                f"data_collator has {name} {getattr(collator, name)}, but the configuration has "
+                f"{value}; set it in the configuration"
+            )
+    own |= {"max_length": None}  # the trainer drops or refuses longer rows before
+    if args.attention_execution == "flex":
+        own |= {"row_multiple": BLOCK}
+    return replace(collator, num_tokens=num_tokens, **own)
 
 
 class _EpochCallback(TrainerCallback):

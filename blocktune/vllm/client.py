@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
@@ -24,7 +24,7 @@ from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
 from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
-from blocktune.models.load import adapter_folder, pinned
+from blocktune.models.load import adapter_folder, pinned, read_tokenizer
 from blocktune.parsing import load_json
 from blocktune.prompt import Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id
@@ -44,6 +44,24 @@ class Rendered(NamedTuple):
         return None if self.plan is None else self.plan.params(self.prompt_ids)
 
 
+def open_clients(
+    model: str, adapters: Mapping[str, str], store: str | Path, fingerprint: str | None = None
+) -> tuple[ChunkClient, dict[str, ChunkClient]]:
+    """Clients of the base and, by name, of each adapter.
+
+    A ``fingerprint``, or its first digits, chooses the chunks of those that it fits. Raises
+    ValueError if it fits none, or as `ChunkClient` does.
+    """
+    base = ChunkClient(model, store=store)
+    clients = {name: ChunkClient(model, path, store=store) for name, path in adapters.items()}
+    if fingerprint and not sum(one.choose(fingerprint) for one in (base, *clients.values())):
+        raise ValueError(
+            f"the store '{base.store.place}' has no chunks of fingerprint '{fingerprint}' that fit "
+            f"'{model}' or its adapters; see `blocktune store stat`"
+        )
+    return base, clients
+
+
 class ChunkClient:
     """Makes requests for one model, or for one adapter on it.
 
@@ -52,7 +70,8 @@ class ChunkClient:
         adapter: Folder or repository of a blocktune adapter, or None.
         store: The chunks' folder or URL, as ``--store``.
         format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
-        fingerprint: Which model's chunks to use, if the store has several that fit.
+        fingerprint: Which model's chunks to use, if the store has several that fit; its first
+            digits are enough.
 
     Attributes:
         lora: Folder of the LoRA adapter that vLLM loads; None: the base answers (chunks may still
@@ -84,7 +103,7 @@ class ChunkClient:
             model = str(self.adapter) if own else info.base_model
         self.model, self.name = model, info.base_model if info else model
         bare, revision = pinned(model)
-        self.tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
+        self.tokenizer = read_tokenizer(bare, revision)
         self._tokenizer_hash = tokenizer_hash(self.tokenizer)
         if info is not None and self._tokenizer_hash != info.tokenizer_hash:
             raise ValueError(
@@ -113,7 +132,7 @@ class ChunkClient:
         self.method = default_method(self.prompts.trained)
         require_served(self.method, self.prompts.spec(self.method))
         self.store = StoreView(store)
-        self._fingerprint = fingerprint
+        self._start, self._fingerprint = fingerprint or "", None
         self.stop_ids = sorted(_stop_ids(self.tokenizer, bare, revision, text))
 
     @property
@@ -123,21 +142,37 @@ class ChunkClient:
             self._fingerprint = self._find_fingerprint()
         return self._fingerprint
 
-    def _find_fingerprint(self) -> str:
+    def choose(self, start: str) -> bool:
+        """Uses the chunks of the fingerprint that begins so, if it fits. Returns whether it does.
+
+        The base is then not compared by its name, which another folder may change.
+        """
+        before, self._start = self._start, start
+        fits = bool(self._fitting())
+        self._start = start if fits else before
+        return fits
+
+    def _fitting(self) -> list[dict[str, Any]]:
+        """Manifests of the models whose chunks this client's prompts can use."""
         wanted = [None if self.adapter is None else adapter_fingerprint(self.adapter), self._scope]
-        fitting = [
+        return [
             manifest
             for manifest in self.store.manifests()
-            if Path(manifest["base"]["name"]).name == Path(self.name).name
+            if manifest["fingerprint"].startswith(self._start)
+            and (self._start or Path(manifest["base"]["name"]).name == Path(self.name).name)
             and [(manifest["adapter"] or {}).get(k) for k in ("fingerprint", "scope")] == wanted
             and manifest["tokenizer"]["hash"] == self._tokenizer_hash
             and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
+
+    def _find_fingerprint(self) -> str:
+        fitting = self._fitting()
         what = f"'{self.name}'" + ("" if self.adapter is None else f" with '{self.adapter}'")
         if not fitting:
+            named = f", fingerprint {self._start[:12]}," if self._start else ""
             raise ValueError(
-                f"the store '{self.store.place}' has no chunks of {what} in this wording; run "
-                f"`blocktune encode --model {self.model} --store {self.store.place}` first"
+                f"the store '{self.store.place}' has no chunks of {what}{named} in this wording; "
+                f"run `blocktune encode --model {self.model} --store {self.store.place}` first"
             )
         if len(fitting) > 1:
             named = ", ".join(f"{m['fingerprint'][:12]} ({m['dtype']})" for m in fitting)

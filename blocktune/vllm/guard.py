@@ -44,6 +44,11 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     if view is None or view.config.remote is not None:
         return
     if missing := plan.missing(view.has):
+        if view.manifest(plan.fingerprint) is None:  # nothing would ever encode them
+            raise VLLMValidationError(
+                f"the store '{view.place}' has no model of fingerprint {plan.fingerprint[:12]}; "
+                "encode some chunks with that model, adapter and wording (`blocktune encode`)"
+            )
         view.queue.add(plan.fingerprint, [segment.wanted for segment in missing])
         raise VLLMValidationError(
             f"{len(missing)} of {len(plan.segments)} segments are not in the store "

@@ -43,10 +43,9 @@ def serve(
             "vLLM looks for plug-ins among installed packages, and blocktune is not installed "
             "here; run `pip install .` in its folder"
         )
-    from blocktune.vllm.client import ChunkClient, lora_rank, transfer_config
+    from blocktune.vllm.client import lora_rank, open_clients, transfer_config
 
-    clients = {name: ChunkClient(model, path, store=store) for name, path in adapters.items()}
-    base = ChunkClient(model, store=store, fingerprint=extra.get("fingerprint"))
+    base, clients = open_clients(model, adapters, store, extra.get("fingerprint"))
     allowed = os.environ.get("VLLM_PLUGINS")
     names = plugins if allowed is None else {*allowed.split(","), "blocktune"}
     os.environ["VLLM_PLUGINS"] = ",".join(sorted(names))

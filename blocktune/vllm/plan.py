@@ -150,7 +150,7 @@ class LoadPlan:
 
 
 def _ids(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+    if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**31 for v in values):
         raise ValueError(FORM)
     return tuple(values)
 

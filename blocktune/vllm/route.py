@@ -3,7 +3,7 @@
 A request with documents is rendered here, and waits until its chunks are stored; then vLLM's own
 route answers it. Requests without documents are passed on unchanged. ``VLLM_PLUGINS`` must name the
 plug-in. Its configuration is in ``kv_connector_extra_config``: ``store``, ``adapters`` (folders by
-their names in requests), ``fingerprint`` (the base's) and ``encode_wait_s``.
+their names in requests), ``fingerprint`` (of those that it fits) and ``encode_wait_s``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm.exceptions import VLLMValidationError
 
 from blocktune.server.front import chat_pieces, read_document, read_messages, read_method
 from blocktune.server.schemas import MOST_DOCUMENTS, Document, Extension, Message
-from blocktune.vllm.client import ChunkClient, Rendered
+from blocktune.vllm.client import ChunkClient, Rendered, open_clients
 from blocktune.vllm.plan import PARAMS
 
 POLL_S = 0.05
@@ -177,13 +177,9 @@ class DocumentsRoute:
         """
         extra = args.kv_transfer_config.kv_connector_extra_config
         base = (args.served_model_name or [args.model])[0]
-        clients = {
-            name: ChunkClient(args.model, folder, store=extra["store"])
-            for name, folder in (extra.get("adapters") or {}).items()
-        }
-        clients[base] = ChunkClient(
-            args.model, store=extra["store"], fingerprint=extra.get("fingerprint")
-        )
+        own = extra["store"], extra.get("fingerprint")
+        plain, clients = open_clients(args.model, extra.get("adapters") or {}, *own)
+        clients[base] = plain
         for client in clients.values():
             room = min(client.prompts.max_tokens, engine_client.model_config.max_model_len)
             client.prompts = replace(client.prompts, max_tokens=room)

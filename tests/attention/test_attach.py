@@ -1,6 +1,7 @@
 """Attaching: with a layout a model attends by it, without one it is the stock model, alone."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from blocktune import attach, block_attention, detach
 from blocktune.attention import is_attached, make_plan
+from blocktune.attention.interface import EXECUTIONS
+from blocktune.attention.masks import DensePlan
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 
@@ -115,6 +118,13 @@ def test_attaching_twice_is_attaching_once_by_the_last_execution():
     with block_attention(model):
         assert is_attached(model)
     assert is_attached(model)
+    masks = []
+    with patch.dict(
+        EXECUTIONS, {"dense": lambda layout: masks.append(layout) or DensePlan(layout)}
+    ):
+        ids, some = rows()
+        model(ids, layout=some.pack())
+    assert masks  # by the execution from before the block
     detach(model)
     detach(model)
     assert not model.model._forward_pre_hooks

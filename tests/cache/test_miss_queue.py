@@ -62,3 +62,13 @@ def test_the_follower_encodes_what_is_wanted_until_it_is_stopped(tmp_path, monke
     assert key_after(engine.fingerprint, (8, 9), (4,)) in ChunkStore(folder=tmp_path)
     assert queue.take(engine.fingerprint) == []
     assert CliRunner().invoke(app, words[:1] + words[2:]).exit_code == 2
+
+
+def test_tokens_that_no_model_has_do_not_stop_the_encoder(made, tmp_path):
+    """A client of vLLM may send any ids."""
+    engine = Engine(made.model, made.tokenizer, format=made.format, store=ChunkStore.open(tmp_path))
+    queue = MissQueue(tmp_path)
+    queue.add(engine.fingerprint, [Wanted((1_000_000,)), Wanted((5,), (1_000_000,)), Wanted((5,))])
+    assert engine.encode_wanted() == 3
+    assert queue.take(engine.fingerprint) == []
+    assert engine.store.stats().files.bytes_written > 0

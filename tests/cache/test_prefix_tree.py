@@ -22,8 +22,9 @@ from cache.prompts import (
 )
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from blocktune.cache import ExactKV, PrefixTree, RowCache, cut_exact
+from blocktune.cache import ChunkStore, ExactKV, PrefixTree, RowCache, cut_exact, prefix_tree
 from blocktune.cache.exact import place_checkpoints
+from blocktune.cache.store.shelf import Shelf
 
 
 def test_a_cut_holds_its_tokens_at_their_place_and_nothing_else():
@@ -285,3 +286,25 @@ def test_a_prompt_continued_from_the_tree_matches_its_full_prefill():
     with tree.match(MODEL, PREFIX) as match:
         match.load(third, prompt=0)
     assert (run(third, ids, 5) - expected).abs().max() > 1e-4
+
+
+def test_runs_in_files_only_are_forgotten_when_there_are_too_many(tmp_path, monkeypatch):
+    """Every new prompt of a server leaves one, long after the store has evicted its file."""
+    monkeypatch.setattr(prefix_tree, "_NODES", 8)
+    tree = PrefixTree(5 * TOKEN_BYTES, store=ChunkStore(0, folder=tmp_path))
+    for number in range(60):
+        tree.insert(exact_of((100 + number, 3)))
+    assert len(list(tree._nodes())) <= 8 + 4
+    assert matched(tree, (159, 3)) == 2
+    assert matched(tree, (100, 3)) == 0
+
+
+def test_files_of_a_tenant_count_against_its_quota(tmp_path):
+    store = ChunkStore(0, folder=tmp_path)
+    tree = PrefixTree(3 * TOKEN_BYTES, store=store)
+    tree.charge(MODEL, "acme")
+    for number in range(3):
+        tree.insert(exact_of((100 + number, 3)))
+    [(_, sums)] = Shelf.open(str(tmp_path)).ledger.counts("tenant").items()
+    assert set(Shelf.open(str(tmp_path)).ledger.counts("tenant")) == {"acme"}
+    assert sums["chunks"] == 2

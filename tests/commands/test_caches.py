@@ -57,6 +57,19 @@ def test_decoding_on_another_cache(blocktune, model):
         assert usage(blocktune("answer", "-m", model, *ASK, *SHORT, "--decode-cache", kind))
 
 
+@pytest.mark.parametrize(
+    "other", [["--decode-cache", "sliding:4"], ["--store", "memory=1GB,codec=int4"]]
+)
+def test_answers_on_another_cache_are_not_taken_for_these(
+    blocktune, refused, model, tmp_path, other
+):
+    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "chunks": ["Anna is here."]}\n')
+    words = ["answer", "-m", model, "-i", tmp_path / "q.jsonl", "-o", tmp_path / "a.jsonl"]
+    assert blocktune(*words, "--method", "naive").exit_code == 0
+    assert blocktune(*words, "--method", "naive").exit_code == 0
+    assert "not an answer of this command" in refused(*words, "--method", "naive", *other)
+
+
 def test_thinned_chunks(blocktune, model, tmp_path):
     documents = tmp_path / "documents.jsonl"
     documents.write_text(json.dumps({"text": ASK[3]}) + "\n")

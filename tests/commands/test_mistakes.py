@@ -62,6 +62,22 @@ def test_a_parameter_of_no_method(refused, model):
     assert "--param sets a parameter of a method" in line
 
 
+def test_an_empty_key_is_no_key(refused, model, monkeypatch):
+    monkeypatch.setenv("BLOCKTUNE_API_KEY", "")
+    assert "set but empty" in refused("serve", "-m", model, "--port", 0)
+
+
+def test_two_adapters_of_one_name(refused, model):
+    names = ["--adapter", "a/out", "--adapter", "b/out"]
+    assert "NAME=ADAPTER" in refused("vllm", "serve", model, "--store", "x", *names)
+
+
+def test_encoding_for_a_method_that_reads_no_chunks(refused, model, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "A."}\n')
+    words = ["-i", tmp_path / "d.jsonl", "--store", tmp_path / "s", "-m", model]
+    assert "reuses no chunks" in refused("encode", *words, "--method", "full-prefill")
+
+
 def test_a_port_that_is_taken(refused, model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -19,9 +19,11 @@ from blocktune.cache import (
     cut_exact,
     states_key,
 )
+from blocktune.cache.store import remote
 from blocktune.cache.store.blobs import SECRET
 from blocktune.cache.store.folder import WRITING, chunk_path
 from blocktune.cache.store.ledger import INDEX
+from blocktune.cache.store.remote import FsspecBlobs
 from blocktune.cache.store.shelf import Shelf
 from blocktune.commands import app
 
@@ -29,6 +31,7 @@ CHUNKS = [made_chunk(5, seed=seed) for seed in (0, 10)]
 OTHER = made_chunk(7, seed=20, fingerprint=OTHER_MODEL)
 KEYS = [chunk_key(kv.fingerprint, kv.token_ids) for kv in (*CHUNKS, OTHER)]
 
+EIO = OSError(errno.EIO, os.strerror(errno.EIO))
 MENDED = {"without_file": 0, "not_indexed": 0}
 
 
@@ -327,3 +330,49 @@ def test_a_copy_to_a_full_place_names_the_place(blocktune, folder, tmp_path, mon
     assert f"'{tmp_path / 'other'}', after 0 chunks: No space left" in done.output.replace(
         "\n", " "
     )
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), OSError("ReadTimeoutError: slow"), EIO])
+def test_a_chunk_that_cannot_be_read_is_not_called_damaged(blocktune, folder, monkeypatch, error):
+    """Of a file that is out of reach nothing is known: neither sound nor damaged, and it stays."""
+    place, before = folder.as_uri(), sorted(folder.rglob("*.safetensors"))
+    real = FsspecBlobs._open
+
+    def open_(self, name, most):
+        if most is None:
+            return remote._call_client(fail)
+        return real(self, name, most)
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(FsspecBlobs, "_open", open_)
+    for command in (["gc", place, "--damaged"], ["verify", place]):
+        done = blocktune("store", *command)
+        assert done.exit_code == 2, done.output
+        assert "cannot read" in done.stderr
+        assert not done.stderr.rstrip().endswith(":")
+    assert sorted(folder.rglob("*.safetensors")) == before
+
+
+def test_a_row_without_its_file_does_not_stop_a_copy(blocktune, folder, asked, tmp_path):
+    asked("stat")  # makes the index
+    chunk_path(folder, KEYS[0]).unlink()
+    record = asked("export", tmp_path / "other")
+    assert (record["copied"], record["unsound"]) == (2, 0)
+
+
+def test_a_folder_and_its_remote_are_two_places(refused, folder, tmp_path):
+    both = f"{folder},remote={(tmp_path / 'far').as_uri()}"
+    assert "two places" in refused("store", "rm", both, "--document", "handbook")
+
+
+def test_a_write_may_take_as_long_as_its_bytes(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("fsspec.asyn.sync", lambda *args, timeout, **more: asked.append(timeout))
+    blobs = FsspecBlobs(tmp_path.as_uri(), None)
+    monkeypatch.setattr(blobs, "_async", True)
+    monkeypatch.setattr(type(blobs._fs), "_pipe_file", None, raising=False)
+    monkeypatch.setattr(type(blobs._fs), "loop", None, raising=False)
+    blobs._write("x", b"0" * 10_000_000)
+    assert asked == [pytest.approx(remote.TIMEOUT_S + 10)]

@@ -1,6 +1,8 @@
 """A run that is stopped anywhere ends with the file of a run that was not."""
 
 import json
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
@@ -43,6 +45,20 @@ def test_answers_become_the_response(tmp_path):
     assert examples[1].meta == {"answered_by": FACTS}
     assert "4" not in [example.id for example in examples]
     assert [p.name for p in path.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_a_reply_that_was_cut_is_no_response(tmp_path):
+    """Training adds the end of the turn to it: the model would learn to stop anywhere."""
+    path = tmp_path / "out.jsonl"
+    done = run(path, lambda batch, number: [None if e.id == "2" else "x" for e in batch])
+    assert (done.written, done.cut) == (9, 1)
+    assert "2" not in [example.id for example in load_examples(path)]
+
+
+def test_meta_of_any_type_is_told_apart(tmp_path):
+    dated = [replace(e, meta={"at": datetime(2026, 1, 1, tzinfo=UTC)}) for e in EXAMPLES]
+    done = regenerate(dated, Model(), tmp_path / "o.jsonl", facts=FACTS, batch_size=3)
+    assert done.written == 9
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
@@ -111,7 +127,7 @@ def test_a_model_that_skips_a_question_is_our_bug(tmp_path):
 def test_nothing_right_writes_nothing(tmp_path):
     path = tmp_path / "out.jsonl"
     for _ in range(2):  # the answers are kept, to be read again with another filter
-        with pytest.raises(ValueError, match="of 10 answers, 0 are empty and 10 are wrong"):
+        with pytest.raises(ValueError, match="of 10 answers, 0 are empty, 10 are wrong, 0 are cut"):
             run(path, lambda batch, number: ["x"] * len(batch), only_correct=True)
     assert not path.exists()
     assert run(path, None).written == 10

@@ -166,3 +166,16 @@ def test_wrong_question_is_named(tmp_path, record, message):
 def test_questions_of_a_missing_file():
     with pytest.raises(ValueError, match=r"no file 'none\.jsonl'; give a file, 'hf:NAME', or"):
         read_questions("none.jsonl")
+
+
+def test_what_a_question_has_besides_is_kept(tmp_path):
+    own = {"response": "In Port Alder.", "followups": [["When?", "In 1966."]], "meta": {"k": 1}}
+    path = lines(tmp_path / "q.jsonl", {"question": "Where?", "answers": ["Port Alder"]} | own)
+    found = lines(tmp_path / "r.jsonl", {"question": "Where?", "passages": ["In Port Alder."]})
+    [example] = from_retriever(read_questions(path), found, 1)
+    assert example.target == "In Port Alder."
+    assert example.followups == (("When?", "In 1966."),)
+    assert example.meta["k"] == 1
+    wrong = lines(tmp_path / "w.jsonl", {"question": "q", "answers": ["a"], "response": 3})
+    with pytest.raises(ValueError, match='field "response"'):
+        list(read_questions(wrong))

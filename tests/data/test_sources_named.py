@@ -148,3 +148,11 @@ def test_bad_arguments_are_refused(tmp_path):
         load_examples("worlds:test", limit=0)
     with pytest.raises(ValueError, match="has no splits to choose from; drop split='train'"):
         load_examples("worlds:test", split="train")
+
+
+def test_a_data_set_without_a_validation_split_is_read_by_its_training_split(folder):
+    path = folder([MUSIQUE])
+    (path / "validation.json").rename(path / "train.json")
+    assert len(load_examples(f"hf:{path}")) == 1
+    with pytest.raises(ValueError, match="split 'validation'"):
+        load_examples(f"hf:{path}", split="validation")

@@ -139,3 +139,13 @@ def test_a_reshape_is_refused(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
     with pytest.raises(ValueError, match="reshapes"):
         engine.cache(CLAIM.chunks, "ape")
+
+
+def test_generate_ignores_what_the_engine_ignores(tokenizer):
+    """Qwen2.5 ships a repetition penalty."""
+    engine = engine_of(FAMILIES["llama"](), tokenizer)
+    config = engine.model.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.num_beams = 1.9, 2, 2
+    assert generated(engine, engine.cache(ASK.chunks), ASK.question) == answered(
+        engine, ASK, "naive"
+    )

@@ -13,12 +13,14 @@ from families import FAMILIES
 from families import build as build_model
 
 from blocktune.cache import ChunkStore
-from blocktune.engine import Sampling
+from blocktune.data import RagExample
+from blocktune.engine import Engine, Sampling
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.state import Auxiliaries
 from blocktune.layout import Kind
 from blocktune.methods import Weights, available, build, compose
 from blocktune.prompt import Chunk
+from blocktune.testing import small_engine
 
 
 @pytest.fixture
@@ -173,6 +175,27 @@ def test_threads_over_one_engine_do_not_meet(engine):
         served = pool.map(lambda job: engine.next_logits([job[1]], job[0]), jobs)
         for job, logits in zip(jobs, served, strict=True):
             torch.testing.assert_close(logits, expected[job], rtol=0, atol=1e-6)
+
+
+def test_threads_over_one_engine_do_not_meet_in_learned_tokens():
+    engine = small_engine(Weights.LINKS)
+    texts = ("Anna Belt lives in Kirby.", "The film was made by Noel Fisher.")
+    asks = [RagExample(question, texts) for question in ("Who?", "Who made the film, then?")]
+    expected = [engine.next_logits([ask], "kvlink") for ask in asks]
+    with ThreadPoolExecutor(max_workers=6) as pool:
+        served = list(pool.map(lambda n: engine.next_logits([asks[n % 2]], "kvlink"), range(60)))
+    for number, logits in enumerate(served):
+        torch.testing.assert_close(logits, expected[number % 2], rtol=0, atol=1e-6)
+
+
+def test_what_a_generation_config_asks_for_in_vain_is_said(tokenizer, caplog):
+    model = build_model(FAMILIES["llama"]())
+    model.generation_config.repetition_penalty = 1.1
+    model.generation_config.stop_strings = ["\n"]
+    Engine(model, tokenizer)
+    said = [record.getMessage() for record in caplog.records if "not followed" in record.message]
+    assert len(said) == 2
+    assert "repetition_penalty=1.1" in said[0]
 
 
 def test_an_auxiliary_model_must_read_the_served_models_ids_as_the_same_text(tokenizer):

@@ -1,6 +1,7 @@
 """Chunks thinned by kvpress: fewer keys, the positions of the whole, and the right ones kept."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -136,3 +137,13 @@ def test_importing_kvpress_changes_no_attention_function():
     assert dict(ALL_ATTENTION_FUNCTIONS.items()) == before
     wrapped = [name for name, call in before.items() if "attention_patch" in repr(call)]
     assert not wrapped
+
+
+def test_threads_over_one_store_with_a_press_do_not_meet(model, tokenizer):
+    engine = engine_of(model, tokenizer, "memory=1GB,press=knorm:0.5")
+    asks = [dataclasses.replace(ASK, chunks=(Chunk(f"Text {n} of {n * 7}."),)) for n in range(24)]
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        served = list(pool.map(lambda ask: engine.next_logits([ask], "naive"), asks))
+    alone = engine_of(model, tokenizer, "memory=1GB,press=knorm:0.5")
+    for ask, logits in zip(asks, served, strict=True):
+        torch.testing.assert_close(logits, alone.next_logits([ask], "naive"), rtol=0, atol=1e-5)

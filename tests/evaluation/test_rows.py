@@ -88,6 +88,7 @@ def test_all_that_decides_an_answer_is_in_the_key(monkeypatch):
         row_key(MethodSpec("naive"), replace(TASK, prompt={}), EXAMPLE, "weights"),
         row_key(MethodSpec("naive"), TASK, replace(EXAMPLE, question="Who?"), "weights"),
         row_key(MethodSpec("naive"), TASK, EXAMPLE, "other"),
+        row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "int4"),
     ]
     monkeypatch.setattr("blocktune.evaluation.rows.code_digest", lambda: "other code")
     changed.append(row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights"))

@@ -202,3 +202,23 @@ def _scores(results):
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     with locked(tmp_path / ".lock"), pytest.raises(ValueError, match="another process is"):
         run(tmp_path, make_engine())
+
+
+def test_questions_without_ids_are_known_by_what_they_ask(tmp_path):
+    """By their number, another file's answers would be deleted, and compared with these."""
+    examples = [replace(e, id="") for e in load_examples(SOURCE)]
+    for name, own in (("a", examples[:3]), ("b", examples[3:6]), ("c", examples[2::-1])):
+        write_jsonl(tmp_path / f"{name}.jsonl", own)
+    out = tmp_path / "out"
+
+    def asked(name):
+        tasks = [{"name": "mine", "source": str(tmp_path / f"{name}.jsonl"), "max_new_tokens": 2}]
+        run(out, make_engine(), tasks=tasks, methods=["naive"], ttft={"num": 0})
+        return [json.loads(line)["id"] for line in (out / "rows" / "naive.jsonl").open()]
+
+    first = asked("a")
+    before = (out / "rows" / "naive.jsonl").read_text()
+    with pytest.raises(ValueError, match="does not ask"):
+        asked("b")
+    assert (out / "rows" / "naive.jsonl").read_text() == before
+    assert asked("c") == first[::-1]

@@ -174,5 +174,6 @@ def test_positions_below_zero_are_refused_where_positions_scale():
     config.vocab_size = len(tokenizer)
     engine = Engine(build(config), tokenizer)
     question = {"question": "Who?", "chunks": ["she was there"]}
-    with pytest.raises(ValueError, match="at positions below 0"):
-        engine.answer([question], "ape")
+    for method in ("ape", "naive + layout bos=drop", "fusionrag", "cache-craft"):
+        with pytest.raises(ValueError, match="at positions below 0"):
+            engine.answer([question], method)

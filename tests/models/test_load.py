@@ -19,7 +19,7 @@ from transformers import (
 
 from blocktune.engine import Engine
 from blocktune.models.identity import base_fingerprint
-from blocktune.models.load import load_base
+from blocktune.models.load import load_base, read_tokenizer
 
 QUESTION = {"question": "Where was she born?", "chunks": ["She was born there.", "He was not."]}
 NAMES = {
@@ -195,3 +195,12 @@ def test_a_revision_in_the_name_is_the_one_that_is_loaded(monkeypatch):
         with pytest.raises(ValueError, match="offline"):
             load_base(name, revision=revision, device="cpu")
     assert asked == [("me/mine", "v1")] * 2
+
+
+def test_a_template_that_only_a_processor_has_is_used(tmp_path, tokenizer):
+    template = tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert read_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert read_tokenizer(tmp_path).chat_template == template

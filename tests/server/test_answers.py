@@ -321,3 +321,27 @@ def test_models_by_name_share_a_store_and_no_chunks(serve, engine):
         assert answer["model"] == name
         tiers.append({chunk["cached"] for chunk in answer["blocktune"]["chunks"]})
     assert tiers == [{"none"}, {"none"}, {"memory"}, {"memory"}]
+
+
+def test_without_a_seed_every_request_draws_anew(client):
+    def texts(**more) -> set[str]:
+        body = chat(temperature=1.5, max_tokens=8, **more)
+        answers = [client.post("/v1/chat/completions", json=body).json() for _ in range(6)]
+        return {answer["choices"][0]["message"]["content"] for answer in answers}
+
+    assert len(texts()) > 1
+    assert len(texts(seed=3)) == 1
+
+
+@pytest.mark.parametrize("method", ["link0", "ape", "naive"])
+def test_chunks_encoded_ahead_are_those_that_the_default_method_reads(serve, engine, method):
+    from blocktune.engine import Engine
+
+    own = Engine(engine.model, engine.tokenizer, format=engine.format)
+    client = serve({"tiny": own}, method=method)
+    client.post("/v1/chunks", json={"documents": DOCUMENTS})
+    answer = client.post("/v1/chat/completions", json=chat()).json()
+    assert answer["blocktune"]["usage"]["chunk_hits"] == len(DOCUMENTS)
+    own.encode(["Another text."], method=method)
+    answer = client.post("/v1/chat/completions", json=chat(documents=["Another text."])).json()
+    assert answer["blocktune"]["usage"]["chunk_hits"] == 1

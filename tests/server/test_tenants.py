@@ -1,10 +1,16 @@
 """API keys, tenants, salts and quotas: who may use which chunks, and how much."""
 
 import pytest
-from server.support import CHAT, DOCUMENTS, chat, refused
+from server.support import CHAT, DOCUMENTS, TINY, chat, refused
+from starlette.testclient import TestClient
 
-from blocktune.server import Tenant, load_tenants
-from blocktune.server.config import Quotas
+from blocktune.cache import ChunkStore
+from blocktune.cache.store.shelf import Shelf
+from blocktune.engine import Engine
+from blocktune.server import ServerConfig, Service, Tenant, create_app, load_tenants
+from blocktune.server.config import OnlyTenant, Quotas
+
+KEY = {"Authorization": "Bearer a long key"}
 
 
 def test_keys_are_asked_for(serve):
@@ -123,3 +129,39 @@ def test_token_ids_of_another_ones_texts_are_not_remembered(client, engine, monk
     for salt in ("one", "other", "one"):
         client.post(CHAT, json=chat(documents=["The harbour was moved."], cache_salt=salt))
     assert sum("The harbour was moved." in text for text in read) == 2
+
+
+def test_the_one_key_uses_what_was_encoded_before(tmp_path):
+    """`blocktune encode` knows no tenants."""
+    engine = Engine.from_pretrained(str(TINY), store=tmp_path, device="cpu")
+    texts = ["Anna Belt is in Kirby.", "Walter Gray lives in Upper Lorne."]
+    engine.encode(texts)
+    for tenant, hits in ((OnlyTenant(key="a long key"), 2), (Tenant("acme", "a long key"), 0)):
+        service = Service({"tiny": engine}, ServerConfig(tenants=(tenant,)), None, checked=False)
+        with TestClient(create_app(service), "http://localhost") as client:
+            body = chat(documents=texts)
+            usage = client.post(CHAT, json=body, headers=KEY).json()["blocktune"]["usage"]
+            assert usage["chunk_hits"] == hits
+
+
+def test_a_tenant_has_one_quota_whatever_its_salts(serve, engine, tmp_path):
+    store = ChunkStore.open(f"{tmp_path},memory=0")
+    own = Engine(engine.model, engine.tokenizer, format=engine.format, store=store)
+    client = serve({"tiny": own}, tenants=(Tenant("acme", "a long key"),))
+    for number in range(3):
+        body = chat(documents=["The same text."], cache_salt=f"salt {number}")
+        assert client.post(CHAT, json=body, headers=KEY).status_code == 200
+    assert len(Shelf.open(str(tmp_path)).ledger.counts("tenant")) == 1
+
+
+def test_pins_of_an_earlier_server_count(serve, engine, tmp_path):
+    own = Engine(
+        engine.model, engine.tokenizer, format=engine.format, store=ChunkStore.open(tmp_path)
+    )
+    body = {"documents": ["The first text."], "pin": True}
+    client = serve({"tiny": own})
+    assert client.post("/v1/chunks", json=body).status_code == 200
+    held = client.service.scheduler.pinned
+    assert held
+    again = serve({"tiny": own})
+    assert again.service.scheduler.pinned.keys() == held.keys()

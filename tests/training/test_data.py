@@ -180,3 +180,14 @@ def test_a_teacher_reads_the_plain_prompt_in_full_attention():
     assert batch["teacher_labels"].tolist() == [[-100] * 7 + [16, 17]]
     taught = Layout.unpack(batch["teacher_layout"])
     assert taught.group.tolist() == [[GLOBAL] * 9]
+
+
+def test_rows_are_padded_to_a_multiple_where_each_length_compiles():
+    collator = BlockDataCollator(toy_tokenizer(), LayoutSpec(), row_multiple=128)
+    plain = replace(collator, row_multiple=1)
+    rows = toy_examples(3)
+    batch, short = collator(rows), plain(rows)
+    width = short["input_ids"].shape[1]
+    assert batch["input_ids"].shape[1] == -(-width // 128) * 128 > width
+    assert torch.equal(batch["labels"][:, :width], short["labels"])
+    assert int(batch["attention_mask"].sum()) == int(short["attention_mask"].sum())

@@ -198,6 +198,12 @@ def test_the_trainer_takes_what_trl_users_pass(base, tmp_path):
             {"data_collator": lambda: BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=1))},
             "num_links=1.*layout=args.layout",
         ),
+        ({"data_collator": lambda: BlockDataCollator(toy_tokenizer(), seed=5)}, "has seed 5"),
+        (
+            {"data_collator": lambda: BlockDataCollator(toy_tokenizer(), max_length=10)},
+            "max_length 10, but the configuration has None",
+        ),
+        ({"args": lambda: BlockSFTConfig("out", use_cpu=True, push_to_hub=True)}, "blocktune push"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_trainer_is_refused(tmp_path, change, words):
@@ -240,3 +246,21 @@ def test_any_trainers_adapter_is_served(base, tmp_path, full):
         assert engine.adapter.layout.placement == "parallel"
         served = engine.next_logits([EXAMPLE], "block-attention")
         torch.testing.assert_close(served[0], trained[0, before], rtol=1e-5, atol=2e-5)
+
+
+def test_rows_that_a_source_leaves_out_are_left_out(tmp_path, caplog):
+    """As `load_examples` does; a single such row must not stop a run in a later step."""
+    useless = {"messages": [{"role": "user", "content": "Hi"}, SAID]}
+    values = {"args": BlockSFTConfig(str(tmp_path), **options(max_steps=1))}
+    values |= {"model": toy_model(), "processing_class": toy_tokenizer()}
+    trainer = BlockSFTTrainer(train_dataset=[*toy_examples(2), useless], **values)
+    assert trainer.prepared.num_examples == 2
+    assert "1 rows are left out" in caplog.text
+    with pytest.raises(ValueError, match="chunker"):
+        BlockDataCollator(toy_tokenizer())([useless])
+
+
+def test_one_answer_is_an_answer():
+    fmt = PromptFormat()
+    row = {"question": "Who?", "chunks": ["Anna."], "answer": "Anna"}
+    assert to_sample(row, toy_tokenizer(), fmt).example.answers == ("Anna",)

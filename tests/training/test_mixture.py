@@ -38,6 +38,16 @@ def test_each_source_is_trained_in_its_mode(tmp_path):
     trainer.train()
 
 
+def test_other_modes_are_other_data(tmp_path):
+    """A run is not continued on them, see `resume`."""
+    digests = []
+    for pair in (("block", "full"), ("full", "block")):
+        path = mixture(tmp_path / "data", *({"mode": mode} for mode in pair))
+        trainer = make_trainer(tmp_path, train_data=None, mixture=path, max_steps=1)
+        digests.append(trainer.prepared.digest)
+    assert digests[0] != digests[1]
+
+
 def test_kvlinks_shares_by_sampling(tmp_path):
     parts = ({"mode": "block", "weight": 40}, {"mode": "full", "weight": 60})
     path = mixture(tmp_path / "data", *parts, draw="sampling", size=20)
@@ -111,6 +121,8 @@ def test_modes_and_options_must_agree(tmp_path):
         make_trainer(tmp_path, train_data=None, mixture=path)
     with pytest.raises(ValueError, match="leave both_modes out"):
         make_trainer(tmp_path, train_data=None, mixture=path, both_modes=True)
+    with pytest.raises(ValueError, match="leave block_share out"):
+        make_trainer(tmp_path, train_data=None, mixture=path, block_share=0.5)
     trainer = make_trainer(tmp_path, train_data=None, mixture=path, block_share=0.0)
     assert not trainer.files.info.layout.block
 

@@ -25,6 +25,7 @@ def test_a_plan_survives_json_and_sends_only_what_vllm_cannot_know():
     [
         *(None, [], [0], [True], ["3"], [3, 5], [8], [{"tokens": 3, "more": 1}]),
         *([{"tokens": 2, "ids": [1]}], [{"tokens": 2, "blanks": [-1]}], [{"position": 1}]),
+        [{"tokens": 1, "ids": [1 << 63]}],
     ],
 )
 def test_what_is_no_plan_of_the_prompt_is_refused(segments):

@@ -83,6 +83,7 @@ class Blobs(ABC):
     """
 
     place: str  # folder or URL, for messages
+    timeout_s: float  # limit on one request, of remotes where a client has none of its own
 
     def __init__(self, secret: bytes | None = None):
         """If there is a ``secret``, it signs files that are written and verifies those read."""

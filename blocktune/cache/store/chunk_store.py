@@ -206,6 +206,12 @@ class ChunkStore:
         with self._lock:
             return any((row := ledger.row(key)) and row.pinned for ledger in self._ledgers())
 
+    def pinned(self) -> dict[str, int]:
+        """The pinned entries of all tiers: their bytes by key."""
+        with self._lock:
+            rows = (row for ledger in self._ledgers() for row in ledger.rows(pinned=1))
+            return {row.key: row.size for row in rows}
+
     def _ledgers(self) -> list[Ledger]:
         ledgers = (tier.ledger for tier in (*self._memories, *self._blobs))
         return [ledger for ledger in ledgers if ledger is not None]
@@ -213,7 +219,7 @@ class ChunkStore:
     def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:
         """Opens the folder's files of one kind and model, by its index. Skips damaged ones."""
         for tier in self._blobs[: self.folder is not None]:
-            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint, tenant=""):
+            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint):
                 with suppress(OSError, ValueError):
                     yield ChunkFile(tier.blobs, key, kind)
 

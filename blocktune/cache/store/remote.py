@@ -14,7 +14,8 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 
-TIMEOUT_S = 2.0  # limit on one request to a remote
+TIMEOUT_S = 2.0  # limit on one request to a remote; an answer can do without what is slower
+SLOWEST = 1e6  # bytes per second that a write may take in addition
 VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
 
@@ -39,8 +40,12 @@ def _call_client(call: Callable, *args, **kwargs) -> Any:
     """Calls a client and turns its errors into OSError; FileNotFoundError stays."""
     try:
         return call(*args, **kwargs)
-    except (OSError, ImportError):
+    except ImportError:
         raise
+    except OSError as error:
+        if str(error):
+            raise
+        raise OSError(f"no answer in time ({type(error).__name__})") from None
     except Exception as error:  # each client library has its own error types
         raise OSError(f"{type(error).__name__}: {error}") from None
 
@@ -53,7 +58,7 @@ class FsspecBlobs(Blobs):
         import fsspec
 
         super().__init__(secret)
-        self.place, self._timeout_s, options = url.rstrip("/"), TIMEOUT_S, {}
+        self.place, self.timeout_s, options = url.rstrip("/"), TIMEOUT_S, {}
         if urlsplit(url).scheme in ("s3", "s3a"):
             times = {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S}
             options["config_kwargs"] = times | {"retries": {"max_attempts": 1}}
@@ -79,7 +84,7 @@ class FsspecBlobs(Blobs):
         path = self._path(name)
         if not self._async:
             _call_client(self._fs.makedirs, self._fs._parent(path), exist_ok=True)
-        self._call("pipe_file", path, data)
+        self._call("pipe_file", path, data, timeout_s=self.timeout_s + len(data) / SLOWEST)
 
     def _remove(self, name: str) -> None:
         self._call("rm_file", self._path(name))
@@ -105,13 +110,14 @@ class FsspecBlobs(Blobs):
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
-    def _call(self, name: str, *args, **kwargs) -> Any:
+    def _call(self, name: str, *args, timeout_s: float | None = None, **kwargs) -> Any:
         if not self._async:
             return _call_client(getattr(self._fs, name), *args, **kwargs)
         from fsspec.asyn import sync
 
         call = getattr(self._fs, f"_{name}")
-        return _call_client(sync, self._fs.loop, call, *args, timeout=self._timeout_s, **kwargs)
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        return _call_client(sync, self._fs.loop, call, *args, timeout=limit, **kwargs)
 
 
 def _size_and_date(info: dict[str, Any]) -> tuple[int, float]:

@@ -22,6 +22,7 @@ from blocktune.cache.store.ledger import INDEX, Ledger
 from blocktune.cache.store.remote import open_remote
 from blocktune.files import replace_json
 
+PATIENCE_S = 600.0  # limit on one request of a tool, which must have all of a chunk
 WANTED = "wanted"
 """Folder inside a store that lists the chunks that readers missed."""
 _LOG = logging.getLogger(__name__)
@@ -97,7 +98,12 @@ class Shelf:
         plain = StoreConfig(folder=config.folder, remote=None if config.folder else config.remote)
         if make and config != plain:
             raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
+        if config.folder is not None and config.remote is not None:
+            raise ValueError(
+                f"'{place}' names two places; run this for '{config.folder}' and for the remote"
+            )
         blobs = open_places(config)[0]
+        blobs.timeout_s = PATIENCE_S
         if config.folder is None:
             try:
                 blobs.fingerprints()

@@ -32,7 +32,7 @@ class DataSet:
     shape: str | None = None  # as in ``as=``; None if detected by fields, or without passages
     # branch other than main: the Hub's parquet copy of a repository that has a loading script
     revision: str | None = None
-    split: str = "validation"  # the default split
+    split: str = "validation"  # the default split; empty: validation, or train if it has none
     streamed: bool = False  # too large to download as a whole; needs a limit
 
     @property
@@ -51,7 +51,7 @@ def data_set(name: str) -> DataSet:
     if name in CATALOG:
         return CATALOG[name]
     path, _, config = name.partition(":")
-    return DataSet(path, "see its card", "as its fields tell", config or None)
+    return DataSet(path, "see its card", "as its fields tell", config or None, split="")
 
 
 def data_sets_in(source: str) -> dict[str, str]:

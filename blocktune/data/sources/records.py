@@ -50,7 +50,7 @@ class Record(NamedTuple):
     value: Any
 
 
-class LeftOut(Exception):
+class LeftOut(ValueError):
     """Raised for an unusable row of a kind that its data set is known to contain."""
 
 
@@ -268,13 +268,15 @@ def read_hub(
 
     ``shuffle`` seeds a random order; a streamed data set is shuffled only within a buffer.
     """
-    split = split or source.split
-    name = source.at
+    split, name = split or source.split, source.at
     if source.streamed and limit is None:
         raise ValueError(f"'{name}' is too large to load as a whole; give a limit")
-    from datasets import load_dataset
+    from datasets import get_dataset_split_names, load_dataset
 
     try:
+        if not split:
+            names = get_dataset_split_names(source.hub, source.config, revision=source.revision)
+            split = "validation" if "validation" in names else "train"
         rows = load_dataset(
             source.hub,
             source.config,
@@ -300,6 +302,8 @@ def parse_record(record: Record, parse) -> Any:
         if not isinstance(record.value, dict | str):
             raise ValueError(f"must be an object, got {type(record.value).__name__}")
         return parse(record.value)
+    except LeftOut:
+        raise
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from None
     except (LookupError, TypeError, AttributeError, StopIteration) as error:
