@@ -42,19 +42,22 @@ RECIPES = {
     "block_attention": "block-attention",
     "block_attention_wide": "block-attention",
     "block_distill": "block-attention",
+    "block_distill_wide": "block-attention",
     "kvlink": "kvlink",
     "turborag": "turborag",
     "kv_packet": "kv-packet",
     "writer": "block-attention",
     "writer_packet": "kv-packet",
     "full_control": "full-prefill",
+    "full_control_wide": "full-prefill",
 }
 """Recipe -> the method that serves it."""
+WIDE = {"learning_rate": 1e-3, "lora_target_modules": "all-linear"}
+"""Options of the writer, with which other recipes are trained, too."""
 VARIANTS = {
-    "block_attention_wide": (
-        "block_attention",
-        {"learning_rate": 1e-3, "lora_target_modules": "all-linear"},  # as the writer's
-    ),
+    "block_attention_wide": ("block_attention", WIDE),
+    "block_distill_wide": ("block_distill", WIDE),
+    "full_control_wide": ("full_control", WIDE),
     "writer_packet": ("writer", {"num_headers": 8, "num_trailers": 8}),
 }
 """Recipes that use the file of another recipe, with other options."""

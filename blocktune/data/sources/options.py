@@ -116,7 +116,7 @@ def read_options(
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a folder or the Hub."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, mistral_format=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from '{name}': {reason}") from None
