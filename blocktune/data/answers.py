@@ -163,7 +163,10 @@ def regenerate(
     written, dropped = _with_responses(examples, answers, facts, only_correct)
     if not written:
         counts = ", ".join(f"{count} are {name}" for name, count in dropped.items())
-        raise ValueError(f"nothing to write to {output.name}: of {len(answers)} answers, {counts}")
+        fix = "; allow more new tokens" if dropped["cut"] else ""
+        raise ValueError(
+            f"nothing to write to {output.name}: of {len(answers)} answers, {counts}{fix}"
+        )
     with replacing(output) as temporary:
         write_jsonl(temporary, written)
     part.unlink()

@@ -1,11 +1,14 @@
 """A model on disk, and the command line in this process."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
 from typer.testing import CliRunner
 
 from blocktune.commands import app
+from blocktune.engine import Engine
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +40,18 @@ def refused(blocktune):
         return result.stderr
 
     return run
+
+
+@pytest.fixture
+def replies_end():
+    """A random model never ends its turn; what it wrote is taken as a whole reply."""
+    answer = Engine.answer
+
+    def ended(self, *args, **options):
+        stop = min(self.state.stop_ids())
+        answers = answer(self, *args, **options)
+        return [replace(one, token_ids=(*one.token_ids, stop)) for one in answers]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "answer", ended)
+        yield

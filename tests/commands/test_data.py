@@ -146,7 +146,7 @@ def musique(monkeypatch):
 
 
 def test_files_made_on_the_way_keep_the_data_sets_name(
-    blocktune, musique, model, tmp_path, monkeypatch
+    blocktune, musique, model, tmp_path, monkeypatch, replies_end
 ):
     corpus, out, again = lines(tmp_path / "wiki.jsonl", DOCS), tmp_path / "o", tmp_path / "a"
     mixture = tmp_path / "m.yaml"
@@ -175,7 +175,7 @@ def load_examples_of(path):
     return [RagExample.from_json(json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, monkeypatch):
+def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, monkeypatch, replies_end):
     command = (
         "data",
         "answer",
@@ -207,7 +207,7 @@ def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, monkeypatch):
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_answer_in_the_words_of_the_engine(blocktune, model, tmp_path):
+def test_answer_in_the_words_of_the_engine(blocktune, model, tmp_path, replies_end):
     out = tmp_path / "out.jsonl"
     source = "worlds:test?n=3&passages=2&kinds=self-contained"
     blocktune(*("data", "answer", source, "-m", model, "--max-new-tokens", 3, "-o", out))
@@ -215,6 +215,15 @@ def test_answer_in_the_words_of_the_engine(blocktune, model, tmp_path):
     answers = engine.answer(load_examples(source), "full-prefill", max_new_tokens=3)
     wanted = [answer.text.strip() for answer in answers if answer.text.strip()]
     assert [example.response for example in load_examples(out)] == wanted
+
+
+def test_replies_that_were_cut_are_counted_and_left_out(blocktune, model, tmp_path):
+    source = "worlds:test?n=3&passages=2&kinds=self-contained"
+    words = ("data", "answer", source, "-m", model, "--max-new-tokens", 3, "-o", tmp_path / "o")
+    done = blocktune(*words)
+    assert done.exit_code == 2
+    counts = "of 3 answers, 0 are empty, 0 are wrong, 3 are cut; allow more new tokens"
+    assert counts in done.stderr
 
 
 @pytest.mark.parametrize(

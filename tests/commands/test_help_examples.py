@@ -133,7 +133,7 @@ def stop(*_):
 
 
 @pytest.mark.alone
-def test_every_example_runs(there, blocktune):
+def test_every_example_runs(there, blocktune, replies_end):
     """In one process, which imports torch once; an example may use what those before it wrote."""
     shown = {" ".join(words): words for words in examples(typer.main.get_command(app))}
     assert len(shown) > 80
