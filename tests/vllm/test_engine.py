@@ -255,8 +255,9 @@ def test_a_store_of_another_model_gives_nothing(llm, engine):
     made = llm.client.read(example)
     other = LoadPlan("0" * 64, made.plan.segments)
     forget(llm)
-    with pytest.raises(VLLMValidationError, match="not in the store"):
+    with pytest.raises(VLLMValidationError, match="has no model of fingerprint 0000"):
         llm.generate([made._replace(plan=other)], GREEDY)
+    assert llm.client.store.queue.take("0" * 64) == []  # no encoder would ever take them
     require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
 
 

@@ -132,7 +132,7 @@ def test_raw_requests_are_guarded_too(server):
     assert "use_beam_search excludes" in refused.text
     refused = httpx.post(url, json=asked, timeout=60)
     assert refused.status_code == 400
-    assert "1 of 1 segments are not in the store" in refused.text
+    assert "has no model of fingerprint 0000" in refused.text
     plan["blocktune"]["segments"] = [9]
     refused = httpx.post(url, json=asked, timeout=60)
     assert refused.status_code == 400
