@@ -9,7 +9,7 @@ layer of every preset on 20 questions; scores and intervals of the quick suite o
 the bytes of one encoded chunk. Three minutes on two cores, on data/tiny alone. Floats are
 compared to 1e-6 relative, everything else exactly.
 
-golden.json is of one processor: on another, losses differ by up to 2e-4, since rounding adds up over
+golden.json is of one processor. On another, losses differ by up to 2e-4, as rounding adds up over
 ten steps. There, record the older commit with --write, and compare the newer one with that.
 """
 
