@@ -21,12 +21,12 @@ from blocktune.engine.assemble import is_held
 from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
-from blocktune.methods import Method, build, default_method
+from blocktune.methods import Method, Weights, build, default_method
 from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, pinned, read_tokenizer
 from blocktune.parsing import load_json
-from blocktune.prompt import Pieces, PromptFormat, end_of_turn
+from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
@@ -198,7 +198,8 @@ class ChunkClient:
     def built(self, method: str | Method | None) -> Method:
         """A method by name or instance; None: the default. ValueError if vLLM cannot serve it."""
         method = build(method) if isinstance(method, str) else method or self.method
-        require_served(method, self.prompts.spec(method))
+        links = method.weights is Weights.LINKS  # refused even with an adapter that has them
+        require_served(method, LayoutSpec(num_links=1) if links else self.prompts.spec(method))
         return method
 
     def render(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Rendered:

@@ -65,13 +65,17 @@ class _Part(NamedTuple):
     owner: Tensor | None  # index of each token's segment, (S,); None: no segment moves
     slots: list[tuple[Tensor, Tensor]]  # for each group, which tokens are kept, and where
 
-    def layer(self, index: int, device: torch.device) -> list[Tensor]:
-        """Keys and values of a layer, ``(S, K, D)``, in new memory."""
+    def layer(self, index: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keys, in new memory, since they are moved in place, and values of a layer; (S, K, D).
+
+        On a CPU the values are the chunk's own: vLLM's kernel there reads them by their strides.
+        """
         pairs = [(chunk.keys[index], chunk.values[index]) for chunk in self.chunks]
-        return [
-            torch.cat([state.to(device, non_blocking=True).transpose(0, 1) for state in states])
+        keys, values = (
+            [state.to(device, non_blocking=True).transpose(0, 1) for state in states]
             for states in zip(*pairs, strict=True)
-        ]
+        )
+        return torch.cat(keys), values[0] if device.type == "cpu" else torch.cat(values)
 
 
 class _Job(NamedTuple):

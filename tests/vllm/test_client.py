@@ -33,3 +33,8 @@ def test_a_fingerprint_is_chosen_by_its_first_digits(tmp_path):
             assert ChunkClient(TINY, store=tmp_path, fingerprint=given).fingerprint == whole
     with pytest.raises(ValueError, match="no chunks of fingerprint '123456'"):
         open_clients(TINY, {}, tmp_path, "123456")
+
+
+def test_links_are_refused_as_vllms_limit_and_not_for_want_of_an_adapter(tmp_path):
+    with pytest.raises(ValueError, match=r"vLLM cannot serve 'kvlink'.*blocktune serve"):
+        ChunkClient(TINY, store=tmp_path).built("kvlink")
