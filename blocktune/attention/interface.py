@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ OWN_ATTENTION = (
 )
 _HANDLE = "_blocktune_attached"
 _EXECUTION = "_blocktune_execution"
+ATTACHED: WeakSet[nn.Module] = WeakSet()
+"""The decoders that are attached in this process."""
 _ENTERED: ContextVar[Plan | None] = ContextVar("plan of the current layer", default=None)
 """For layers that do not pass their keyword arguments on to attention (StableLM, Nemotron)."""
 
@@ -137,6 +140,7 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
     ]
     setattr(decoder, _HANDLE, [reader, leaver, *layers])
     setattr(decoder, _EXECUTION, execution)
+    ATTACHED.add(decoder)
 
 
 def can_switch(cls: type[PreTrainedModel]) -> bool:
@@ -148,6 +152,7 @@ def detach(model: PreTrainedModel) -> None:
     """Restores the stock attention of ``model``; does nothing if it is not attached."""
     if is_attached(model):
         _remove_hooks(decoder_of(model))
+        ATTACHED.discard(decoder_of(model))
         model.set_attn_implementation(_stock(model))
 
 

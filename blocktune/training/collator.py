@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,16 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from blocktune.attention.interface import ATTACHED
 from blocktune.data.example import RagExample
+from blocktune.data.sources.records import LeftOut
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
 from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, pack, stack
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.training.dataset import PartReader, to_pieces, to_sample
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
+
+logger = logging.getLogger("blocktune")
 
 
 def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
@@ -130,6 +136,8 @@ class BlockDataCollator:
         Raises:
             ValueError: If a row cannot be read, or is longer than ``max_length``.
         """
+        if not ATTACHED and get_worker_info() is None:
+            _warn_unattached()
         rows = [[self._lay_out(part) for part in self._parts_of(record)] for record in records]
         batch = self._tensors([laid.prompt for laid in row] for row in rows)
         batch["attention_mask"] = (batch["layout"][..., 0] != Kind.PAD).long()
@@ -158,7 +166,14 @@ class BlockDataCollator:
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if key in self._parts:
             return [self._parts[key]]
-        sample = to_sample(record, self.tokenizer, self.format)._replace(block=self.layout.block)
+        try:
+            sample = to_sample(record, self.tokenizer, self.format)
+        except LeftOut as reason:
+            raise ValueError(
+                f"a row has no passages that could be read on their own ({reason}); give it "
+                "'documents' or 'chunks', or drop it"
+            ) from None
+        sample = sample._replace(block=self.layout.block)
         part = self.reader(int.from_bytes(key[:4]), sample)
         if self.max_length is not None and part["length"] > self.max_length:
             raise ValueError(
@@ -192,6 +207,13 @@ class BlockDataCollator:
         batch = stack(joined, pad_id, multiple=self.row_multiple)
         layout = batch.layout.pack()
         return {"input_ids": batch.input_ids, "labels": batch.labels, "layout": layout}
+
+
+@functools.cache
+def _warn_unattached() -> None:
+    logger.warning(
+        "no model of this process is attached: a model ignores layouts until blocktune.attach(model)"
+    )
 
 
 class EpochOrder(Sampler[int]):
