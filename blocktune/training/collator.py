@@ -212,7 +212,7 @@ class BlockDataCollator:
 @functools.cache
 def _warn_unattached() -> None:
     logger.warning(
-        "no model of this process is attached: it would ignore layouts; call blocktune.attach(model)"
+        "no model of this process is attached, so it ignores layouts; call blocktune.attach(model)"
     )
 
 
