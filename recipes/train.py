@@ -4,7 +4,7 @@ import os
 import sys
 
 from blocktune.hub import Publisher
-from blocktune.training.run import train
+from blocktune.training.run import leave, train
 
 if __name__ == "__main__":
     try:
@@ -13,3 +13,4 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    leave()

@@ -58,12 +58,13 @@ def train(
         print_options()
         return
     from blocktune.training.resume import stoppable
-    from blocktune.training.run import FINISHED, earlier_run, parse, train
+    from blocktune.training.run import FINISHED, earlier_run, leave, parse, train
 
     if processes is None and launcher is None:
         from blocktune.hub import Publisher
 
         train(arguments, publisher=Publisher())
+        leave()
         return
     data, args, choice = parse(arguments)  # here, so that an error is reported only once
     earlier = earlier_run(data, args, choice, None if launcher else processes)

@@ -9,6 +9,7 @@ import argparse
 import atexit
 import difflib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -143,6 +144,18 @@ def train(
     if repo and folder and os.environ.get("RANK", "0") == "0":
         publisher.publish(folder, repo, bool(args.hub_private_repo), args.hub_token)
     return folder
+
+
+def leave() -> None:
+    """Ends a launched process other than the first at once, after all its runs.
+
+    Threads of gloo and DeepSpeed may abort a process while it ends in the usual way. The launcher
+    would then end the first process, too, which may still be publishing.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _close_process_group() -> None:

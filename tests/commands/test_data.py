@@ -175,7 +175,7 @@ def load_examples_of(path):
     return [RagExample.from_json(json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, monkeypatch, replies_end):
+def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, replies_end, monkeypatch):
     command = (
         "data",
         "answer",

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from blocktune.hub import Publisher
-from blocktune.training.run import train
+from blocktune.training.run import leave, train
 
 # DeepSpeed would compile it for a minute; only inference uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -39,3 +39,4 @@ class LeaveLogits(TrainerCallback):
 if __name__ == "__main__":
     for config in sys.argv[1:]:
         train(["--config", config], callbacks=[LeaveLogits()], publisher=Publisher())
+    leave()
