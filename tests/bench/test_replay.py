@@ -40,7 +40,8 @@ def test_azure_lengths_are_filled_with_drawn_chunks(tmp_path):
     assert len({use.key for one in requests for use in one}) < sum(map(len, requests))
 
 
-def test_a_store_records_what_replay_reads(tmp_path):
+def test_a_store_records_what_replay_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(played, "SAME_REQUEST_S", -60.0)  # however fast: each use is a request
     trace = tmp_path / "trace.jsonl"
     config = StoreConfig(folder=tmp_path / "chunks", memory=0, trace=trace)
     store, chunks = ChunkStore(config=config), [made_chunk(5, seed=seed) for seed in (0, 10)]
