@@ -74,7 +74,7 @@ class Choice:
         self.reshaping = run.reshaping if last else copy.deepcopy(run.reshaping)
         device = run.prefill.logits.device
         sampling = settings.sampling
-        if sampling.seed is None:  # every request draws anew, as clients of a server expect
+        if sampling.seed is None:  # as in OpenAI's API, each request gets a new random seed
             sampling = replace(sampling, seed=secrets.randbits(32))
         self._pick = sampling.picker(device, (self.index,))
         self._stop_ids = run.state.stop_ids()

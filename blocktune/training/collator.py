@@ -102,7 +102,7 @@ class BlockDataCollator:
     sampler: RecomputeSampler | None = None  # chooses fresh tokens of block examples, if any
     check_layer: int | None = None  # layer at which the sampler chooses; None: beforehand
     has_teacher: bool = False  # also lay out the teacher's prompts: full attention, no mode tags
-    row_multiple: int = 1  # rows are padded to a multiple; flex compiles for every length anew
+    row_multiple: int = 1  # pad rows to a multiple of this: flex recompiles for each new length
     seed: int = 0  # of all random choices
     epoch: int = 0  # random choices depend on it; `BlockSFTTrainer` sets it
     _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
