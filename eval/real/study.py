@@ -44,7 +44,9 @@ RECIPES = {
     "block_distill": "block-attention",
     "block_distill_wide": "block-attention",
     "kvlink": "kvlink",
+    "kvlink_wide": "kvlink",
     "turborag": "turborag",
+    "turborag_wide": "turborag",
     "kv_packet": "kv-packet",
     "writer": "block-attention",
     "writer_packet": "kv-packet",
@@ -57,8 +59,10 @@ WIDE = {"learning_rate": 1e-3, "lora_target_modules": "all-linear"}
 VARIANTS = {
     "block_attention_wide": ("block_attention", WIDE),
     "block_distill_wide": ("block_distill", WIDE),
+    "kvlink_wide": ("kvlink", WIDE),
+    "turborag_wide": ("turborag", WIDE),
     "full_control_wide": ("full_control", WIDE),
-    "writer_packet": ("writer", {"num_headers": 8, "num_trailers": 8}),
+    "writer_packet": ("writer", WIDE | {"num_headers": 8, "num_trailers": 8}),
 }
 """Recipes that use the file of another recipe, with other options."""
 BLENDED = ("block_attention", "block_distill")
