@@ -23,6 +23,7 @@ from blocktune.vllm import ChunkLLM, Rendered
 TARGETS = {"cached_over_full": 0.06, "cached_over_copy": 2.0, "requests_over_prefix_cache": 3.0}
 """The project's goals: at 4,096 tokens, between shortest and longest prompt, and on the trace."""
 GOAL_AT = 4096
+FULL_ROUNDS = 3  # timed rounds of the full prefill, which takes longest
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[s
             ("cached", cached),
             ("paged", other),
         ):
-            if name == "full" and round > 1:  # slow enough to be timed only once
+            if name == "full" and round > FULL_ROUNDS:
                 continue
             if name != "paged":
                 llm.llm.reset_prefix_cache(reset_connector=name == "disk")
