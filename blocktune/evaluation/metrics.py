@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -80,14 +80,9 @@ def substring_em(prediction: str, answers: Sequence[str]) -> float:
     return best(contained, answers)
 
 
-def extract_answer(text: str, marker: str | None = None) -> str:
-    """The part of a model's output that is scored.
-
-    This is the text after the last ``marker``, such as ``'Answer:'``, or the whole output if it has
-    no marker, without surrounding white space and one final period.
-    """
-    answer = text.rpartition(marker)[2] if marker else text
-    return answer.strip().removesuffix(".").rstrip()
+def extract_answer(text: str) -> str:
+    """An answer without surrounding white space and one final period."""
+    return text.strip().removesuffix(".").rstrip()
 
 
 def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
@@ -204,13 +199,6 @@ METRICS = {
     "ruler_recall": _plain("recall", ruler_recall),
 }
 """Metrics by their name in YAML."""
-
-
-def require_metrics(names: Iterable[str]) -> None:
-    """Raises ValueError if a name is not in `METRICS`."""
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"unknown metric '{name}'; available: {', '.join(METRICS)}")
 
 
 class AdjustedF1(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 
 from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation import significance
-from blocktune.evaluation.metrics import AdjustedF1, adjusted_f1
+from blocktune.evaluation.metrics import METRICS, AdjustedF1, adjusted_f1
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
@@ -67,7 +67,7 @@ def build_results(
     about = ("metric", "version", "cite")
     tasks = {task.name: {key: getattr(task, key) for key in about} for task in suite.tasks}
     for task in suite.tasks:
-        tasks[task.name] |= {"title": task.headline.title, "source": task.full_source()}
+        tasks[task.name] |= {"title": METRICS[task.metric].title, "source": task.full_source()}
     return {
         "methods": methods,
         "tasks": tasks,

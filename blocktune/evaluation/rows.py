@@ -87,7 +87,7 @@ def make_row(
 ) -> Row:
     """Scores an `Answer` of the engine; ``name`` identifies a question that has no id."""
     usage = {k: v for k, v in vars(answer.usage).items() if not k.startswith("ttft")}
-    extracted = extract_answer(task.cut(answer.text), task.answer_marker)
+    extracted = extract_answer(task.cut(answer.text))
     scores = scores_of(task, answer.text, example, engine.tokenizer)
     return Row(
         key=key,
