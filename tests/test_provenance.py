@@ -82,6 +82,8 @@ SECRET = "hf_" + "aB3" * 11
         (f"train --hub_tok {SECRET}", "train --hub_tok HIDDEN"),
         (f"train --hub_tok={SECRET}", "train --hub_tok=HIDDEN"),
         ("train --token", "train --token"),
+        ("eval --store valkey://me:pw@host:6379/0", "eval --store valkey://HIDDEN@host:6379/0"),
+        ("eval --store a/,remote=s3://b/c@d", None),
         ("answer --tokenizer M --adapter hf_models/mine", None),
     ],
 )
