@@ -14,7 +14,7 @@ from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec, TtftSpec, parse_task
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
-from blocktune.parsing import entries, load_spec, mapping, read
+from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 
 OWN_KEYS = ("budget",)
 """Keys of a method's entry among grid paths without a dot; other such paths are parameters."""
@@ -55,7 +55,8 @@ class TuneSpec:
         if not self.grid:
             raise ValueError("grid must name at least one parameter with its values")
         for path, values in self.grid.items():
-            entries(values, f"grid '{path}'")
+            values = map(str, entries(values, f"grid '{path}'"))
+            refuse_doubles(f"grid '{path}': value", list(values), "try it once")
         for point in self.points():
             build_entry(point.entry)  # raises on a wrong name or value before anything runs
 
