@@ -35,6 +35,7 @@ class BlocktuneLM(LM):
             trained with (naive reuse on a base model); ``full``: full attention.
         separator: The end of each part of a prompt; a backslash and ``n`` are a line break.
         device: None or ``cuda:0`` (the harness's default): a GPU if there is one, else the CPU.
+        batch_size: Prompts at a time; ``auto`` and ``auto:N`` are 8.
         max_gen_toks: Longest generation for tasks that set no limit.
         **ignored: Options that the harness passes to every model, such as ``max_batch_size``.
     """
@@ -61,7 +62,7 @@ class BlocktuneLM(LM):
         self.engine, self.separator = engine, separator.replace("\\n", "\n")
         trained = default_method(engine.prompts.trained)
         self.method = trained if mode == "block" else build("full-prefill")
-        self.batch_size = 8 if batch_size == "auto" else int(batch_size)
+        self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         self.max_gen_toks = max_gen_toks
 
     @property

@@ -97,6 +97,11 @@ def test_generation_ends_at_the_tasks_stop_string(engine):
     assert cut == whole.partition(stop)[0]
 
 
+def test_an_automatic_batch_size_is_a_fixed_one(engine):
+    assert BlocktuneLM(engine=engine, batch_size="auto:4").batch_size == 8
+    assert BlocktuneLM(engine=engine, batch_size="3").batch_size == 3
+
+
 def test_wrong_modes_and_sampling_are_refused(engine):
     with pytest.raises(ValueError, match="mode must be block or full, got 'dense'"):
         BlocktuneLM(engine=engine, mode="dense")
