@@ -39,8 +39,9 @@ def load_results(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no {RESULTS} in '{folder}'; give the --output of a finished run")
     record = load_json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("methods"), dict):
-        raise ValueError(f"{path}: not a {RESULTS} of `blocktune eval`; it has no 'methods'")
+    for key in ("methods", "tasks", "budget", "sweeps", "provenance"):
+        if not isinstance(record, dict) or not isinstance(record.get(key), dict):
+            raise ValueError(f"{path}: not a {RESULTS} of `blocktune eval`; it has no '{key}'")
     return record
 
 

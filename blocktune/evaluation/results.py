@@ -112,10 +112,13 @@ def base_label(suite: Suite, name: str) -> str | None:
 
 
 def plain_label(results: Mapping[str, Any], name: str) -> str | None:
-    """Label of a method on the base model in finished results, or None."""
+    """Label of a method on the base model in finished results, or None.
+
+    Of several, it is the one labelled by its name: others have parameters of their own.
+    """
     methods = results["methods"]
-    plain = (n for n, m in methods.items() if m["method"] == name and m["adapter"] is None)
-    return next(plain, None)
+    plain = [n for n, m in methods.items() if m["method"] == name and m["adapter"] is None]
+    return name if name in plain else next(iter(plain), None)
 
 
 def with_pools(

@@ -75,7 +75,8 @@ def test_verdicts_name_the_questions_that_are_missing():
 def test_runs_that_do_not_compare_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json in"):
         load_results(tmp_path)
-    for text, message in (("{}x", "results.json: not JSON"), ("[]", "it has no 'methods'")):
+    texts = {"{}x": "results.json: not JSON", "[]": "no 'methods'", '{"methods": {}}': "no 'tasks'"}
+    for text, message in texts.items():
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_results(tmp_path)

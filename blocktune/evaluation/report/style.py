@@ -147,8 +147,8 @@ def zoomed(values: Sequence[float]) -> tuple[float, float]:
 
 def zoom(
     axes: Axes, ground: Ground, limits: tuple[float, float], name: str, axis: str = "y"
-) -> None:
-    """Sets the range of an axis of shares, and marks it if it is not 0 to 1.
+) -> float:
+    """Sets the range of an axis of shares, marks it if it is not 0 to 1, and returns its start.
 
     The label names the range. A start above 0 also gets a broken-axis sign, two strokes.
     """
@@ -173,6 +173,7 @@ def zoom(
                 transform=axes.transAxes,
             )  # fmt: skip
     own.set_label_text(name)
+    return start
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
