@@ -57,11 +57,8 @@ def chatrag_f1(prediction: str, answers: Sequence[str]) -> float:
 
     Source: ChatRAG-Bench (arXiv:2401.10225) as APE's code scores it.
     """
-    return qa_f1(_spaced(prediction), [_spaced(answer) for answer in _accepted(answers)])
-
-
-def _spaced(text: str) -> str:
-    return text.translate(_TO_SPACES)
+    accepted = [answer.translate(_TO_SPACES) for answer in answers]
+    return qa_f1(prediction.translate(_TO_SPACES), accepted)
 
 
 def substring_em(prediction: str, answers: Sequence[str]) -> float:

@@ -251,11 +251,13 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in ("task", "variant"))
-    if path is None:
-        if variant is not None:
-            raise ValueError(f"{where}: 'variant' needs 'task', the file that has the variants")
-        return read(TaskSpec, record, where)
-    return read(TaskSpec, {**load_task(path, variant), **record}, where)
+    for key, value in (("task", path), ("variant", variant)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"{where}: '{key}' must be text, got {value!r:.60}")
+    if path is None and variant is not None:
+        raise ValueError(f"{where}: 'variant' needs 'task', the file that has the variants")
+    own = {} if path is None else load_task(path, variant)
+    return read(TaskSpec, own | record, where)
 
 
 def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:

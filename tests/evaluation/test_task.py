@@ -87,6 +87,11 @@ def test_what_decides_a_row_is_all_but_where_questions_come_from():
     ("entry", "message"),
     [
         ({"task": "none.yaml"}, "no task at 'none.yaml'; see eval/tasks/"),
+        ({"task": {"name": "a"}}, "task: 'task' must be text, got {'name': 'a'}"),
+        (
+            {"task": "eval/tasks/musique.yaml", "variant": ["x"]},
+            "'variant' must be text, got ['x']",
+        ),
         ({"variant": "x", "name": "a", "source": "b"}, "'variant' needs 'task'"),
         ({"task": "eval/tasks/musique.yaml", "variant": "x"}, "unknown variant 'x'; it has: cache"),
         ({"task": "eval/tasks/musique.yaml", "metrc": "f1"}, "unknown key 'metrc'"),
