@@ -95,7 +95,7 @@ def compare(
     from blocktune.evaluation.compare import compare, compare_table
 
     changes = compare(before, after, seed=seed)
-    table = compare_table(changes, {"before": before.name, "after": after.name})
+    table = compare_table(changes, before, after)
     opt.tell(as_json, [change._asdict() for change in changes], table)
 
 
