@@ -116,7 +116,7 @@ def run_exam(
     slug = re.sub(r"[^a-z0-9_.-]+", "-", method.name.lower()).strip("-")
     rows_file = output / f"{slug}_re_{exam.subset}.rows.jsonl"
     about = {"fingerprint": engine.fingerprint, "method": repr(method), "sha256": exam.sha256}
-    about["code"] = code_digest()
+    about["code"] = code_digest(method)
     questions = exam.rows[:limit]
     with resumed(rows_file) as lines:
         if lines and lines[0] != json.dumps(about):
