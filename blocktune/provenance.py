@@ -21,7 +21,7 @@ _TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTAL
 # Options may be abbreviated (--hub_tok), so tokens of the Hub are also recognised by their form;
 # likewise the user and password of a store's URL.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}|(?<=://)[^\s/@]+(?=@)")
-_ABSOLUTE = re.compile(r"(?<![\w/.])/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
+_ABSOLUTE = re.compile(r"(?:file://|(?<![\w/.]))/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
 
 
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:

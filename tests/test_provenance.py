@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from blocktune import provenance as module
-from blocktune.provenance import commit, provenance, versions
+from blocktune.provenance import commit, provenance, public, versions
 
 
 @pytest.fixture
@@ -89,6 +89,21 @@ SECRET = "hf_" + "aB3" * 11
 )
 def test_secrets_are_not_recorded(typed, recorded):
     assert provenance(command=typed.split())["command"] == (recorded or typed)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "published"),
+    [
+        ("eval --suite /home/me/s.yaml --model out/m", "eval --suite s.yaml --model out/m"),
+        ("eval --store file:///home/me/chunks", "eval --store chunks"),
+        ("eval --store s3://bucket/a/b", "eval --store s3://bucket/a/b"),
+    ],
+)
+def test_folders_of_this_machine_are_not_published(recorded, published):
+    assert public({"command": recorded, "more": [recorded]}) == {
+        "command": published,
+        "more": [published],
+    }
 
 
 def test_versions_name_what_decides_numbers():

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,19 +80,20 @@ def _classes_of(value: Any) -> Iterator[type]:
     if isinstance(value, tuple):
         for item in value:
             yield from _classes_of(item)
-    elif is_dataclass(value):
+    elif is_dataclass(value) and not isinstance(value, type):
         yield from type(value).__mro__
-        yield from _classes_of(tuple(vars(value).values()))
+        yield from _classes_of(tuple(getattr(value, own.name) for own in fields(value)))
 
 
 def _sources_of(cls: type) -> Iterable[Path]:
     """The files of a class from outside this package: its module, or all of its package."""
-    module, name = sys.modules[cls.__module__], cls.__module__.partition(".")[0]
+    name = cls.__module__.partition(".")[0]
     if name in sys.stdlib_module_names or name == blocktune.__name__:
         return ()
-    if folders := getattr(sys.modules[name], "__path__", None):
+    if folders := getattr(sys.modules.get(name), "__path__", None):
         return (path for folder in folders for path in Path(folder).rglob("*.py"))
-    return map(Path, filter(None, [getattr(module, "__file__", None)]))
+    file = getattr(sys.modules.get(name), "__file__", None)  # a notebook has none
+    return (Path(file),) if file else ()
 
 
 def row_key(

@@ -120,11 +120,7 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
 TUNED = "tuned.json"
 
 
-def tune(
-    spec: TuneSpec,
-    output: str | Path,
-    **how: Any,
-) -> dict[str, Any] | None:
+def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | None:
     """Evaluates every point of the grid. An interrupted run resumes.
 
     ``how`` is passed on to `run_suite`. Returns the content of ``tuned.json``: the ``best`` point
@@ -144,7 +140,7 @@ def tune(
     ]
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
     task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
-    tuned = {"best": points[0], "points": points, "task": task}
-    tuned |= {"provenance": results["provenance"]}
+    found = {"best": points[0], "points": points}
+    tuned = found | {"task": task, "provenance": results["provenance"]}
     replace_json(output / TUNED, tuned)
     return tuned

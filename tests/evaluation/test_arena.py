@@ -157,7 +157,7 @@ def test_a_stopped_run_continues_and_other_weights_and_code_are_refused(clone, e
     refused = pytest.raises(ValueError, match="is of other weights, method, questions or code")
     with refused:
         run_exam(other, build("naive"), exam, out)
-    monkeypatch.setattr("blocktune.evaluation.arena.code_digest", lambda: "other code")
+    monkeypatch.setattr("blocktune.evaluation.arena.code_digest", lambda method: "other code")
     with refused:
         run_exam(engine, build("naive"), exam, out)
 
