@@ -56,17 +56,16 @@ def code_digest(method: Method | None = None) -> str:
     Rows of other code are dropped. A commit hash would not do: it changes with the README, and does
     not change with uncommitted work.
     """
-    root = Path(blocktune.__file__).parent
     plugins = {path for cls in _classes_of(method) for path in _sources_of(cls)}
-    digests = [_digest_of_files(root, PARTS)]
-    digests += [_digest_of_files(path.parent, (path.name,)) for path in sorted(plugins)]
-    return "-".join([blocktune.__version__, *digests])
+    texts = [path.read_bytes() for path in sorted(plugins)]
+    digests = [hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]] if texts else []
+    return "-".join([blocktune.__version__, _package_digest(), *digests])
 
 
 @cache
-def _digest_of_files(root: Path, parts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
+def _package_digest() -> str:
+    root, digest = Path(blocktune.__file__).parent, hashlib.sha256()
+    for part in PARTS:
         own = [root / part] if part.endswith(".py") else (root / part).rglob("*.py")
         for path in sorted(own):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

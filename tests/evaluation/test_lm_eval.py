@@ -53,7 +53,7 @@ def test_block_mode_scores_as_serving_from_chunk_caches_does(engine):
     assert len(pieces.chunks) == 2
     [(value, _)] = block.loglikelihood(ask((CONTEXT, " in 1966")))
     run = engine.start([pieces._replace(answer=())], "naive")
-    logits = torch.stack(forced_logits(run, 0, list(pieces.answer)).logits)
+    _, logits = forced_logits(run, 0, list(pieces.answer))
     wanted = torch.tensor(pieces.answer)[:, None]
     served = logits.log_softmax(-1).gather(1, wanted).sum().item()
     assert value == pytest.approx(served, abs=1e-3)
