@@ -40,7 +40,8 @@ def build_results(
     Rows of all labels must be in the same order. ``ttft`` and ``fidelity`` may lack labels. A pool
     replaces its members: ``seeds`` has their scores, and its times are those of the first member.
     """
-    full, naive = base_label(suite, ORACLE), base_label(suite, FLOOR)
+    plain = [spec for spec in reversed(suite.methods) if spec.is_plain]  # the first one decides
+    full, naive = map({spec.name: spec.label for spec in plain}.get, (ORACLE, FLOOR))
     seeds = {label: fmean(row.score for row in own) for label, own in rows.items()}
     rows = with_pools(rows, suite.pool)
     whole = summarize(rows, full, naive, suite.seed)
@@ -103,12 +104,6 @@ def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
     order = [task.name for task in suite.tasks]
     ranked = sorted(groups, key=lambda group: (order.index(group[0]), group[1]))
     return {name: groups[task, rank, name] for task, rank, name in ranked}
-
-
-def base_label(suite: Suite, name: str) -> str | None:
-    """Label of a method on the base model with its default parameters, or None."""
-    plain = (m for m in suite.methods if m.name == name and m.is_plain)
-    return next((spec.label for spec in plain), None)
 
 
 def plain_label(results: Mapping[str, Any], name: str) -> str | None:

@@ -43,9 +43,11 @@ class Row:
     place: float | None = None  # mean position of the evidence, 0 (first chunk) to 1 (last)
 
 
-PARTS = ("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt")
-PARTS += ("adapter", "cache", "methods", "extras", "engine")
-PARTS += ("evaluation/metrics.py", "evaluation/rows.py", "evaluation/suite.py")
+PARTS = (
+    *("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt"),
+    *("adapter", "cache", "methods", "extras", "engine"),
+    *("evaluation/metrics.py", "evaluation/rows.py", "evaluation/suite.py"),
+)
 """Code that outputs and scores depend on; commands, training and reports do not affect them."""
 
 
