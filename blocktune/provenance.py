@@ -18,9 +18,10 @@ PACKAGES = "torch transformers tokenizers numpy peft trl accelerate datasets dee
 MASK = "HIDDEN"
 """Placeholder for a secret."""
 _TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTALL)
-# Options may be abbreviated (--hub_tok), so tokens of the Hub are also recognised by their form.
-_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")
-_ABSOLUTE = re.compile(r"(?<![\w/.])/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
+# Options may be abbreviated (--hub_tok), so tokens of the Hub are also recognised by their form;
+# likewise the user and password of a store's URL.
+_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}|(?<=://)[^\s/@]+(?=@)")
+_ABSOLUTE = re.compile(r"(?:file://|(?<![\w/.]))/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
 
 
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
@@ -28,7 +29,9 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
 
     ``command`` is the command line, by default ``sys.argv`` with the bare program name.
     """
-    words = [*_program(), *sys.argv[1:]] if command is None else command
+    program = Path(sys.argv[0]).name
+    program = "blocktune" if program == "cli.py" else program
+    words = [program, *sys.argv[1:]] if command is None else command
     return {
         "command": shlex.join(without_secrets(words)),
         "commit": commit(),
@@ -39,7 +42,7 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
 
 
 def without_secrets(words: list[str]) -> list[str]:
-    """Replaces ``hf_...`` and values of options named ``...token`` in a command by `MASK`."""
+    """Replaces values of options named ``...token``, and what `without_tokens` does, by `MASK`."""
     masked: list[str] = []
     for word in words:
         option = _TOKEN_OPTION.fullmatch(masked[-1]) if masked else None
@@ -53,7 +56,7 @@ def without_secrets(words: list[str]) -> list[str]:
 
 
 def without_tokens(text: str) -> str:
-    """Replaces everything that looks like a token of the Hugging Face Hub by `MASK`."""
+    """Replaces what looks like a token of the Hub, or a login in a URL, by `MASK`."""
     return _TOKEN.sub(MASK, text)
 
 
@@ -79,11 +82,6 @@ def _bare(command: str) -> str:
     except ValueError:  # not a command line: a quote is not closed
         words = command.split()
     return shlex.join(without_secrets(words))
-
-
-def _program() -> list[str]:
-    name = Path(sys.argv[0]).name
-    return ["blocktune" if name == "cli.py" else name]
 
 
 def commit() -> str | None:

@@ -77,7 +77,7 @@ class Registry:
             raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}")
         return self._entries[name]
 
-    def build(self, name: str, **parameters: Any) -> Any:
+    def build(self, name: str, /, **parameters: Any) -> Any:
         """Builds an entry. Raises ValueError if a name is unknown or a value is out of range."""
         cls = self.find(name)
         known = [field.name for field in fields(cls)]

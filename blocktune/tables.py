@@ -60,8 +60,8 @@ class Table(NamedTuple):
 
     def markdown(self, *, right: bool = False) -> str:
         """The table as Markdown. If ``right``, all columns but the first are right-aligned."""
-        rows = [self._words(), *self.rows]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
+        headings = [name.replace("-\n", "-").replace("\n", " ") for name in self.headings]
+        lines = [f"| {' | '.join(row)} |" for row in (headings, *self.rows)]
         lines.insert(1, "|---" + ("|---:" if right else "|---") * (len(self.headings) - 1) + "|")
         return "\n".join(lines)
 
@@ -77,13 +77,15 @@ class Table(NamedTuple):
 
     def _blocks(self, console: Console) -> list[RichTable]:
         """Splits the columns into tables that fit the console, each with the first column."""
+        columns = range(len(self.headings))
+        needed, least = zip(*map(self._widths, columns), strict=True)
         blocks, start = [], 1
         while start < len(self.headings):
             for stop in range(len(self.headings), start, -1):
-                widths = self._widths([0, *range(start, stop)])
+                widths = {index: needed[index] for index in (0, *columns[start:stop])}
                 while sum(widths.values()) + 2 * len(widths) - 2 > console.width:
-                    wide = max(widths, key=lambda index: widths[index] - self._least(index))
-                    if widths[wide] <= self._least(wide):
+                    wide = max(widths, key=lambda index: widths[index] - least[index])
+                    if widths[wide] <= least[wide]:
                         break
                     widths[wide] -= 1
                 else:
@@ -92,21 +94,15 @@ class Table(NamedTuple):
             start = stop
         return blocks
 
-    def _widths(self, columns: Sequence[int]) -> dict[int, int]:
-        """Number of characters that each column needs."""
-        return {index: max(map(len, self._lines(index))) for index in columns}
-
-    def _least(self, index: int) -> int:
-        """Smallest number of characters that a column can be folded to."""
-        lines = self._lines(index)
-        natural = max(map(len, lines))
-        if index == 0 or self.headings[index] not in self.left:
-            return natural
-        return max(min(WORDS, natural), *(len(word) for line in lines for word in line.split()))
-
-    def _lines(self, index: int) -> list[str]:
+    def _widths(self, index: int) -> tuple[int, int]:
+        """Number of characters that a column needs, and the smallest that it can be folded to."""
         cells = [self.headings[index], *(row[index] for row in self.rows)]
-        return [line for cell in cells for line in cell.split("\n")]
+        lines = [line for cell in cells for line in cell.split("\n")]
+        needed = max(map(len, lines))
+        if index == 0 or self.headings[index] not in self.left:
+            return needed, needed
+        words = (len(word) for line in lines for word in line.split())
+        return needed, max([min(WORDS, needed), *words])
 
     def _rich(self, widths: Mapping[int, int], *, first: bool) -> RichTable:
         from rich import box
@@ -135,7 +131,3 @@ class Table(NamedTuple):
         for row in self.rows:
             table.add_row(*(Text(row[index]) for index in widths))
         return table
-
-    def _words(self) -> list[str]:
-        """Headings without line breaks."""
-        return [name.replace("-\n", "-").replace("\n", " ") for name in self.headings]

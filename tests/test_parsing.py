@@ -120,3 +120,9 @@ def test_both_names_of_a_key_are_refused_and_a_key_that_is_known_is_kept():
     assert parsing.current_keys({"num_ghosts": 1}, ("num_ghosts", "num_blanks"), "it") == {
         "num_ghosts": 1
     }
+
+
+@pytest.mark.parametrize("name", ["name", "self"])
+def test_a_parameter_named_as_an_argument_of_the_registry_is_unknown_as_any_other(name):
+    with pytest.raises(ValueError, match=f"'epic' takes k, .* got unknown {name}"):
+        build_entry({"name": "epic", "params": {name: 3}})

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from blocktune import provenance as module
-from blocktune.provenance import commit, provenance, versions
+from blocktune.provenance import commit, provenance, public, versions
 
 
 @pytest.fixture
@@ -82,11 +82,28 @@ SECRET = "hf_" + "aB3" * 11
         (f"train --hub_tok {SECRET}", "train --hub_tok HIDDEN"),
         (f"train --hub_tok={SECRET}", "train --hub_tok=HIDDEN"),
         ("train --token", "train --token"),
+        ("eval --store valkey://me:pw@host:6379/0", "eval --store valkey://HIDDEN@host:6379/0"),
+        ("eval --store a/,remote=s3://b/c@d", None),
         ("answer --tokenizer M --adapter hf_models/mine", None),
     ],
 )
 def test_secrets_are_not_recorded(typed, recorded):
     assert provenance(command=typed.split())["command"] == (recorded or typed)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "published"),
+    [
+        ("eval --suite /home/me/s.yaml --model out/m", "eval --suite s.yaml --model out/m"),
+        ("eval --store file:///home/me/chunks", "eval --store chunks"),
+        ("eval --store s3://bucket/a/b", "eval --store s3://bucket/a/b"),
+    ],
+)
+def test_folders_of_this_machine_are_not_published(recorded, published):
+    assert public({"command": recorded, "more": [recorded]}) == {
+        "command": published,
+        "more": [published],
+    }
 
 
 def test_versions_name_what_decides_numbers():

@@ -62,7 +62,8 @@ def evaluate(
     from blocktune.evaluation.report.terminal import run_and_show
     from blocktune.evaluation.suite import changed, load_suite
 
-    loaded = changed(load_suite(suite), limit, model, device, quantize, store)
+    given = {"model": model, "device": device, "quantize": quantize, "store": store}
+    loaded = changed(load_suite(suite), limit, **given)
     loaded = at_one_budget(loaded, budget, layer_budget)
     with resumable(f"the rows so far are in {output}"):
         run_and_show(loaded, output, title=suite.stem)
@@ -94,7 +95,7 @@ def compare(
     from blocktune.evaluation.compare import compare, compare_table
 
     changes = compare(before, after, seed=seed)
-    table = compare_table(changes, {"before": before.name, "after": after.name})
+    table = compare_table(changes, before, after)
     opt.tell(as_json, [change._asdict() for change in changes], table)
 
 

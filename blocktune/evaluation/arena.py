@@ -19,6 +19,7 @@ from blocktune.engine import Engine, Sampling
 from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.usage import Stopwatch
 from blocktune.evaluation.metrics import qa_f1
+from blocktune.evaluation.rows import code_digest
 from blocktune.files import append_lines, replace_json, resumed
 from blocktune.methods import Method
 from blocktune.prompt import Pieces, encode
@@ -105,7 +106,7 @@ def run_exam(
 
     Raises:
         ValueError: If the method takes chunks from earlier prompts, a prompt does not fit into the
-            model's context, or ``output`` has answers of other weights, methods or questions.
+            model's context, or ``output`` has answers of other weights, methods, questions or code.
     """
     if method.history is not None:
         raise ValueError(
@@ -115,11 +116,13 @@ def run_exam(
     slug = re.sub(r"[^a-z0-9_.-]+", "-", method.name.lower()).strip("-")
     rows_file = output / f"{slug}_re_{exam.subset}.rows.jsonl"
     about = {"fingerprint": engine.fingerprint, "method": repr(method), "sha256": exam.sha256}
+    about["code"] = code_digest(method)
     questions = exam.rows[:limit]
     with resumed(rows_file) as lines:
         if lines and lines[0] != json.dumps(about):
             raise ValueError(
-                f"{rows_file} is of other weights, method or questions; give another output folder"
+                f"{rows_file} is of other weights, method, questions or code; give another output "
+                "folder"
             )
         if not lines:
             append_lines(rows_file, [json.dumps(about)])

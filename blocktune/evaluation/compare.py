@@ -39,8 +39,9 @@ def load_results(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no {RESULTS} in '{folder}'; give the --output of a finished run")
     record = load_json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("methods"), dict):
-        raise ValueError(f"{path}: not a {RESULTS} of `blocktune eval`; it has no 'methods'")
+    for key in ("methods", "tasks", "budget", "sweeps", "provenance"):
+        if not isinstance(record, dict) or not isinstance(record.get(key), dict):
+            raise ValueError(f"{path}: not a {RESULTS} of `blocktune eval`; it has no '{key}'")
     return record
 
 
@@ -98,9 +99,11 @@ def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
     return scores
 
 
-def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
-    """The result of `compare` as a table; ``names`` has the headings ``before`` and ``after``."""
-    headings = ("method", names["before"], names["after"], "difference", "+/-", "p", "n", "verdict")
+def compare_table(changes: Sequence[Change], before: Path, after: Path) -> Table:
+    """The result of `compare` as a table. The runs are named by their folders, or else paths."""
+    names = before.resolve().name, after.resolve().name
+    names = names if names[0] != names[1] else (str(before), str(after))
+    headings = ("method", *names, "difference", "+/-", "p", "n", "verdict")
     note = (
         "Score in %; difference with its 95 % interval (not corrected); p and verdict after Holm's "
         "correction for all rows."
@@ -234,7 +237,7 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
                 for n, mean, needed in named
             )
             if more := len(unclear) - len(named):
-                listed += f"; and {more} others, which need more"
+                listed += f"; and {more} more, which need more questions"
             count = next(iter(results["methods"].values()))["n"]
             notes.append(f"{count:,} questions cannot tell these methods from {other}: {listed}.")
     return notes

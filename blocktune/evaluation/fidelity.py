@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,30 +33,24 @@ def agreement(full: Tensor, own: Tensor) -> Agreement:
     return Agreement(max(0.0, kl), same, len(full))
 
 
-class Forced:
-    """Takes the place of `Sampling`: decodes ``ids``, or greedily if None, and keeps the logits."""
+def forced_logits(
+    run: Any, num_tokens: int, ids: list[int] | None = None
+) -> tuple[list[int], Tensor]:
+    """Decodes ``ids``, or ``num_tokens`` greedily, after a prefill of one prompt.
 
-    def __init__(self, ids: list[int] | None = None):
-        self.ids, self.logits = ids, []
+    Returns the tokens and the logits ``(T, V)`` that each was picked from.
+    """
+    logits: list[Tensor] = []
 
-    def picker(self, device: torch.device, *streams: Any) -> Callable[[Tensor], Tensor]:
-        """Like `Sampling.picker`, for a batch of one prompt."""
+    def pick(batch: Tensor) -> Tensor:
+        logits.append(batch[0].float().cpu())
+        if ids is None:
+            return batch.argmax(-1, keepdim=True)
+        return torch.tensor([[ids[len(logits) - 1]]], device=batch.device)
 
-        def pick(logits: Tensor) -> Tensor:
-            self.logits.append(logits[0].float().cpu())
-            if self.ids is None:
-                return logits.argmax(-1, keepdim=True)
-            return torch.tensor([[self.ids[len(self.logits) - 1]]], device=logits.device)
-
-        return pick
-
-
-def forced_logits(run: Any, num_tokens: int, ids: list[int] | None = None) -> Forced:
-    """Decodes ``ids``, or ``num_tokens`` greedily, after a prefill of one prompt; keeps logits."""
-    forced = Forced(ids)
-    decoded = [int(token[0]) for token in run.tokens(forced, len(ids) if ids else num_tokens)]
-    forced.ids = forced.ids or decoded
-    return forced
+    sampling = SimpleNamespace(picker=lambda *_: pick)  # in place of `Sampling`
+    tokens = run.tokens(sampling, len(ids) if ids else num_tokens)
+    return [int(token[0]) for token in tokens], torch.stack(logits)
 
 
 def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[str, float]]:
@@ -81,9 +76,9 @@ def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> 
     if engine.prompts.spec(method).block and words.full_tag != words.block_tag:
         # Full prefill reads the same mode tag, so that only the effect of reuse is measured.
         engine = engine.reworded(replace(words, full_tag=words.block_tag))
-    wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
-    own = forced_logits(engine.prefilled([example], method), num_tokens, wanted.ids)
-    return agreement(torch.stack(wanted.logits), torch.stack(own.logits))._asdict()
+    ids, wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
+    _, own = forced_logits(engine.prefilled([example], method), num_tokens, ids)
+    return agreement(wanted, own)._asdict()
 
 
 @dataclass(frozen=True)

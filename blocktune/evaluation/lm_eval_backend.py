@@ -9,7 +9,7 @@ the harness separates by blank lines (few-shot examples) are its chunks; the las
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class BlocktuneLM(LM):
             trained with (naive reuse on a base model); ``full``: full attention.
         separator: The end of each part of a prompt; a backslash and ``n`` are a line break.
         device: None or ``cuda:0`` (the harness's default): a GPU if there is one, else the CPU.
+        batch_size: Prompts at a time; ``auto`` and ``auto:N`` are 8.
         max_gen_toks: Longest generation for tasks that set no limit.
         **ignored: Options that the harness passes to every model, such as ``max_batch_size``.
     """
@@ -61,7 +62,7 @@ class BlocktuneLM(LM):
         self.engine, self.separator = engine, separator.replace("\\n", "\n")
         trained = default_method(engine.prompts.trained)
         self.method = trained if mode == "block" else build("full-prefill")
-        self.batch_size = 8 if batch_size == "auto" else int(batch_size)
+        self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         self.max_gen_toks = max_gen_toks
 
     @property
@@ -87,10 +88,7 @@ class BlocktuneLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding would produce it."""
-        pieces = [self.pieces(*request.args) for request in requests]
-        return [
-            scored for batch in _batches(pieces, self.batch_size) for scored in self._score(batch)
-        ]
+        return self._score([self.pieces(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-likelihood of whole texts without chunks, in windows of the model's context."""
@@ -102,8 +100,7 @@ class BlocktuneLM(LM):
             windows = get_rolling_token_windows(list(self._ids(request.args[0])), **limits)
             pairs = map(make_disjoint_window, windows)
             pieces = [Pieces((), (), tuple(before), tuple(after)) for before, after in pairs]
-            batches = _batches(pieces, self.batch_size)
-            sums.append(sum(score for batch in batches for score, _ in self._score(batch)))
+            sums.append(sum(score for score, _ in self._score(pieces)))
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -147,31 +144,26 @@ class BlocktuneLM(LM):
 
     @torch.no_grad()
     def _score(self, pieces: Sequence[Pieces]) -> list[tuple[float, bool]]:
-        make, model = self.engine.prompts, self.engine.model
-        spec = make.spec(self.method)
-        batch = stack([make.prompt(one, spec) for one in pieces], pad_id=0).to(model.device)
-        logits = model(
-            batch.input_ids,
-            position_ids=batch.layout.position,
-            plan=make_plan("split", batch.layout),
-            use_cache=False,
-        ).logits
-        scored = []
-        for index in range(len(pieces)):
-            rows = (batch.labels[index] != IGNORED).nonzero().squeeze(1)
-            log_probs = logits[index, rows - 1].float().log_softmax(-1)
-            wanted = batch.labels[index, rows]
-            picked = log_probs.gather(1, wanted[:, None])
-            scored.append((picked.sum().item(), bool((log_probs.argmax(1) == wanted).all())))
+        make, model, scored = self.engine.prompts, self.engine.model, []
+        spec, size = make.spec(self.method), self.batch_size
+        for start in range(0, len(pieces), size):
+            prompts = [make.prompt(one, spec) for one in pieces[start : start + size]]
+            batch = stack(prompts, pad_id=0).to(model.device)
+            logits = model(
+                batch.input_ids,
+                position_ids=batch.layout.position,
+                plan=make_plan("split", batch.layout),
+                use_cache=False,
+            ).logits
+            for labels, own in zip(batch.labels, logits, strict=True):
+                rows = (labels != IGNORED).nonzero().squeeze(1)
+                log_probs, wanted = own[rows - 1].float().log_softmax(-1), labels[rows]
+                picked = log_probs.gather(1, wanted[:, None]).sum().item()
+                scored.append((picked, bool((log_probs.argmax(1) == wanted).all())))
         return scored
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _batches(pieces: Sequence[Pieces], size: int) -> Iterator[Sequence[Pieces]]:
-    for start in range(0, len(pieces), size):
-        yield pieces[start : start + size]
 
 
 if __name__ == "__main__":

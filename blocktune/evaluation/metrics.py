@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -57,11 +57,8 @@ def chatrag_f1(prediction: str, answers: Sequence[str]) -> float:
 
     Source: ChatRAG-Bench (arXiv:2401.10225) as APE's code scores it.
     """
-    return qa_f1(_spaced(prediction), [_spaced(answer) for answer in _accepted(answers)])
-
-
-def _spaced(text: str) -> str:
-    return text.translate(_TO_SPACES)
+    accepted = [answer.translate(_TO_SPACES) for answer in answers]
+    return qa_f1(prediction.translate(_TO_SPACES), accepted)
 
 
 def substring_em(prediction: str, answers: Sequence[str]) -> float:
@@ -80,14 +77,9 @@ def substring_em(prediction: str, answers: Sequence[str]) -> float:
     return best(contained, answers)
 
 
-def extract_answer(text: str, marker: str | None = None) -> str:
-    """The part of a model's output that is scored.
-
-    This is the text after the last ``marker``, such as ``'Answer:'``, or the whole output if it has
-    no marker, without surrounding white space and one final period.
-    """
-    answer = text.rpartition(marker)[2] if marker else text
-    return answer.strip().removesuffix(".").rstrip()
+def extract_answer(text: str) -> str:
+    """An answer without surrounding white space and one final period."""
+    return text.strip().removesuffix(".").rstrip()
 
 
 def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
@@ -204,13 +196,6 @@ METRICS = {
     "ruler_recall": _plain("recall", ruler_recall),
 }
 """Metrics by their name in YAML."""
-
-
-def require_metrics(names: Iterable[str]) -> None:
-    """Raises ValueError if a name is not in `METRICS`."""
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(f"unknown metric '{name}'; available: {', '.join(METRICS)}")
 
 
 class AdjustedF1(NamedTuple):

@@ -100,9 +100,8 @@ def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str |
     for task in suite.tasks:
         for adapter, engine in engines.items():
             words = task.worded(engine.format)
-            if (adapter, words) not in built:
-                built[adapter, words] = engine.reworded(words)
-            worded[adapter, task.name] = built[adapter, words]
+            made = built.setdefault((adapter, words), engine.reworded(words))
+            worded[adapter, task.name] = made
     return worded
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation import significance
-from blocktune.evaluation.metrics import AdjustedF1, adjusted_f1
+from blocktune.evaluation.metrics import METRICS, AdjustedF1, adjusted_f1
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
@@ -40,7 +40,8 @@ def build_results(
     Rows of all labels must be in the same order. ``ttft`` and ``fidelity`` may lack labels. A pool
     replaces its members: ``seeds`` has their scores, and its times are those of the first member.
     """
-    full, naive = base_label(suite, ORACLE), base_label(suite, FLOOR)
+    plain = [spec for spec in reversed(suite.methods) if spec.is_plain]  # the first one decides
+    full, naive = map({spec.name: spec.label for spec in plain}.get, (ORACLE, FLOOR))
     seeds = {label: fmean(row.score for row in own) for label, own in rows.items()}
     rows = with_pools(rows, suite.pool)
     whole = summarize(rows, full, naive, suite.seed)
@@ -67,7 +68,7 @@ def build_results(
     about = ("metric", "version", "cite")
     tasks = {task.name: {key: getattr(task, key) for key in about} for task in suite.tasks}
     for task in suite.tasks:
-        tasks[task.name] |= {"title": task.headline.title, "source": task.full_source()}
+        tasks[task.name] |= {"title": METRICS[task.metric].title, "source": task.full_source()}
     return {
         "methods": methods,
         "tasks": tasks,
@@ -105,17 +106,14 @@ def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
     return {name: groups[task, rank, name] for task, rank, name in ranked}
 
 
-def base_label(suite: Suite, name: str) -> str | None:
-    """Label of a method on the base model with its default parameters, or None."""
-    plain = (m for m in suite.methods if m.name == name and m.is_plain)
-    return next((spec.label for spec in plain), None)
-
-
 def plain_label(results: Mapping[str, Any], name: str) -> str | None:
-    """Label of a method on the base model in finished results, or None."""
+    """Label of a method on the base model in finished results, or None.
+
+    Of several, it is the one labelled by its name: others have parameters of their own.
+    """
     methods = results["methods"]
-    plain = (n for n, m in methods.items() if m["method"] == name and m["adapter"] is None)
-    return next(plain, None)
+    plain = [n for n, m in methods.items() if m["method"] == name and m["adapter"] is None]
+    return name if name in plain else next(iter(plain), None)
 
 
 def with_pools(

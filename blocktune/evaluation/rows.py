@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from blocktune.data import RagExample
 from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
+from blocktune.methods import Method
 
 COMMON = ("em", "f1", "substring_em")  # metrics of the extracted answer that every row has
 
@@ -41,25 +43,58 @@ class Row:
     place: float | None = None  # mean position of the evidence, 0 (first chunk) to 1 (last)
 
 
-PARTS = ("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt")
-PARTS += ("cache", "methods", "engine", "evaluation/metrics.py", "evaluation/rows.py")
+PARTS = (
+    *("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt"),
+    *("adapter", "cache", "methods", "extras", "engine"),
+    *("evaluation/metrics.py", "evaluation/rows.py", "evaluation/suite.py"),
+)
 """Code that outputs and scores depend on; commands, training and reports do not affect them."""
 
 
-@cache
-def code_digest() -> str:
+def code_digest(method: Method | None = None) -> str:
     """Version and digest of the code in `PARTS`, such as ``0.1.0-3f2a91c05d7e``.
 
+    For a ``method`` that a plug-in defines, in whole or in part, a digest of the plug-in follows.
     Rows of other code are dropped. A commit hash would not do: it changes with the README, and does
     not change with uncommitted work.
     """
-    root = Path(blocktune.__file__).parent
-    digest = hashlib.sha256()
+    plugins = {path for cls in _classes_of(method) for path in _sources_of(cls)}
+    texts = [path.read_bytes() for path in sorted(plugins)]
+    digests = [hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]] if texts else []
+    return "-".join([blocktune.__version__, _package_digest(), *digests])
+
+
+@cache
+def _package_digest() -> str:
+    root, digest = Path(blocktune.__file__).parent, hashlib.sha256()
     for part in PARTS:
         own = [root / part] if part.endswith(".py") else (root / part).rglob("*.py")
         for path in sorted(own):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"{blocktune.__version__}-{digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
+
+
+def _classes_of(value: Any) -> Iterator[type]:
+    """The classes that define a method: its own, and those of its selector and other parts."""
+    if isinstance(value, Method):
+        yield from _classes_of((value.select(), value.repair(), value.reshape(), value.history))
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _classes_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from type(value).__mro__
+        yield from _classes_of(tuple(getattr(value, own.name) for own in fields(value)))
+
+
+def _sources_of(cls: type) -> Iterable[Path]:
+    """The files of a class from outside this package: its module, or all of its package."""
+    name = cls.__module__.partition(".")[0]
+    if name in sys.stdlib_module_names or name == blocktune.__name__:
+        return ()
+    if folders := getattr(sys.modules.get(name), "__path__", None):
+        return (path for folder in folders for path in Path(folder).rglob("*.py"))
+    file = getattr(sys.modules.get(name), "__file__", None)  # a notebook has none
+    return (Path(file),) if file else ()
 
 
 def row_key(
@@ -67,19 +102,21 @@ def row_key(
     task: TaskSpec,
     example: RagExample,
     fingerprint: str,
+    code: str,
     codec: str = "as-is",
 ) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
     The method's label and the adapter's path are left out. ``fingerprint`` is that of the `Engine`:
-    a digest of weights, tokenizer, prompt format and dtype; ``codec`` is that of its store.
+    a digest of weights, tokenizer, prompt format and dtype; ``code`` is the method's `code_digest`;
+    ``codec`` is that of the engine's store.
     """
     entry = method.entry()
     if "preset" in entry:  # then the name is only a label
         del entry["name"]
     parts = {"method": entry, "task": task.decides(), "example": example.to_json()}
     parts |= {} if codec == "as-is" else {"codec": codec}
-    return digest_of(parts | {"weights": fingerprint, "code": code_digest()})
+    return digest_of(parts | {"weights": fingerprint, "code": code})
 
 
 def make_row(
@@ -87,7 +124,7 @@ def make_row(
 ) -> Row:
     """Scores an `Answer` of the engine; ``name`` identifies a question that has no id."""
     usage = {k: v for k, v in vars(answer.usage).items() if not k.startswith("ttft")}
-    extracted = extract_answer(task.cut(answer.text), task.answer_marker)
+    extracted = extract_answer(task.cut(answer.text))
     scores = scores_of(task, answer.text, example, engine.tokenizer)
     return Row(
         key=key,

@@ -139,7 +139,8 @@ def _run(
 
 def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
     engine = ready.engines[spec.adapter]
-    decides = engine.fingerprint, engine.store.config.codec
+    code = code_digest(ready.methods[spec.label])
+    decides = engine.fingerprint, code, engine.store.config.codec
     keys = [row_key(spec, q.task, q.example, *decides) for q in ready.questions]
     file = RowFile(output / ROWS, spec.label, keys, processes.rank)
     file.refuse_loss({(q.task.name, q.example.id or q.name) for q in ready.questions})

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
-from blocktune.evaluation.metrics import METRICS, Metric, require_metrics
+from blocktune.data.sources.options import parse_source
+from blocktune.evaluation.metrics import METRICS
 from blocktune.methods.composition import KEEP
+from blocktune.methods.method_parser import ENTRY_KEYS
 from blocktune.parsing import entries, load_spec, load_yaml, mapping, read, refuse_doubles
 from blocktune.prompt import PromptFormat
-from blocktune.registry import require_count
+from blocktune.registry import require_count, require_one_of
 
 SEED = "{seed}"  # placeholder for the seed in ``adapter``, if the method has ``seeds``
 
@@ -48,11 +50,9 @@ class MethodSpec:
 
     def entry(self) -> dict[str, Any]:
         """The keys that were given, as `blocktune.methods.build_entry` takes them."""
-        given = {"name": self.name, "select": self.select}
-        given |= {"repair": self.repair, "reshape": self.reshape}
-        for key in ("preset", "params", "layout", "budget", "layer_budget"):
-            given[key] = KEEP if getattr(self, key) in (None, {}) else getattr(self, key)
-        return {key: value for key, value in given.items() if value is not KEEP}
+        default = MethodSpec(self.name)
+        given = [key for key in ENTRY_KEYS if getattr(self, key) != getattr(default, key)]
+        return {"name": self.name} | {key: getattr(self, key) for key in given}
 
     @property
     def is_plain(self) -> bool:
@@ -86,13 +86,9 @@ class TaskSpec:
         for name in ("limit", "max_new_tokens", "version"):
             if (value := getattr(self, name)) is not None:
                 require_count(name, value, 1)
-        require_metrics((self.metric, *self.metrics))
+        for name in (self.metric, *self.metrics):
+            require_one_of("metric", name, METRICS)
         self.worded(PromptFormat())  # raises on a wrong key now, not in the middle of a run
-
-    @property
-    def headline(self) -> Metric:
-        """The metric that tables and charts show."""
-        return METRICS[self.metric]
 
     def worded(self, own: PromptFormat) -> PromptFormat:
         """The task's prompt format for a model whose own format is ``own``."""
@@ -100,11 +96,10 @@ class TaskSpec:
 
     def full_source(self) -> str:
         """The source, with ``chunking`` added to its options."""
-        name, _, options = self.source.partition("?")
         if not self.chunking:
             return self.source
-        merged = dict(parse_qsl(options)) | dict(self.chunking)
-        return f"{name}?{urlencode(merged, safe='/:,')}"
+        source = parse_source(self.source)
+        return f"{source.name}?{urlencode(source.options | dict(self.chunking), safe='/:,')}"
 
     def cut(self, text: str) -> str:
         """The part of an output that is scored: before a stop text, after the answer marker."""
@@ -173,18 +168,10 @@ def load_suite(path: str | Path) -> Suite:
     return load_spec(path, "suite", "see eval/suites/ for examples", parse_suite)
 
 
-def changed(
-    suite: Suite,
-    limit: int | None = None,
-    model: str | None = None,
-    device: str | None = None,
-    quantize: str | None = None,
-    store: str | None = None,
-) -> Suite:
+def changed(suite: Suite, limit: int | None = None, **given: str | None) -> Suite:
     """Overrides fields of a suite, for the command line; None keeps the suite's value."""
-    given = {"model": model, "device": device, "quantize": quantize, "store": store}
     if limit is not None:
-        given["tasks"] = tuple(replace(task, limit=limit) for task in suite.tasks)
+        suite = replace(suite, tasks=tuple(replace(task, limit=limit) for task in suite.tasks))
     return replace(suite, **{key: value for key, value in given.items() if value})
 
 
@@ -213,42 +200,47 @@ def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict
     methods, pools = [], {}
     for index, entry in enumerate(entries(record, where)):
         place = f"{where}[{index}]"
-        entry = {"name": entry} if isinstance(entry, str) else entry
-        expanded = [entry]
-        if isinstance(entry, Mapping) and "seeds" in entry:
-            expanded = _expand_seeds(entry, place)
-            pools[entry.get("label") or entry.get("name")] = [e["label"] for e in expanded]
-        methods += [read(MethodSpec, e, place) for e in expanded]
+        given = {"name": entry} if isinstance(entry, str) else dict(mapping(entry, place))
+        has_seeds, seeds = "seeds" in given, given.pop("seeds", None)
+        specs = [spec := read(MethodSpec, given, place)]
+        if has_seeds:
+            if spec.label in pools:
+                raise ValueError(f"{place}: '{spec.label}' has seeds above; give this a 'label'")
+            specs = _one_per_seed(spec, seeds, place)
+            pools[spec.label] = [one.label for one in specs]
+        methods += specs
     return tuple(methods), pools
 
 
-def _expand_seeds(entry: Mapping, where: str) -> list[dict[str, Any]]:
-    seeds = entries(entry["seeds"], f"{where}: seeds")
-    adapter, label = entry.get("adapter"), entry.get("label") or entry.get("name")
-    if any(type(seed) is not int for seed in seeds):
+def _one_per_seed(spec: MethodSpec, seeds: Any, where: str) -> list[MethodSpec]:
+    if any(type(seed) is not int for seed in entries(seeds, f"{where}: seeds")):
         raise ValueError(f"{where}: seeds must be a list of whole numbers, got {seeds!r:.60}")
-    if not isinstance(adapter, str) or SEED not in adapter:
+    if SEED not in (spec.adapter or ""):
         raise ValueError(
             f"{where}: with seeds, 'adapter' must hold {SEED}, such as 'out/kvlink-{SEED}', got "
-            f"{adapter!r:.60}"
+            f"{spec.adapter!r:.60}"
         )
-    kept = {key: value for key, value in entry.items() if key != "seeds"}
     return [
-        kept | {"adapter": adapter.replace(SEED, str(seed)), "label": f"{label}-{seed}"}
-        for seed in seeds
+        replace(spec, adapter=spec.adapter.replace(SEED, str(n)), label=f"{spec.label}-{n}")
+        for n in seeds
     ]
 
 
 def check_pools(pools: Any, labels: Sequence[str]) -> None:
-    """Raises ValueError if a pool is not a list of two or more labels, or its name is a label."""
+    """Raises ValueError if a pool is not a list of two or more labels, or its name is a label.
+
+    Each label may be in one pool only, since a pool replaces its members.
+    """
     for name, members in mapping(pools, "pool").items():
         if name in labels:
             raise ValueError(f"pool '{name}' has the label of a method; rename the pool")
-        if not isinstance(members, list) or len(members) < 2 or not set(members) <= set(labels):
+        known = isinstance(members, list) and all(member in labels for member in members)
+        if not known or len(members) < 2:
             raise ValueError(
                 f"pool '{name}' must be a list of two or more method labels, got {members!r:.60}; "
                 f"there are {', '.join(labels)}"
             )
+    refuse_doubles("pool member", [m for own in pools.values() for m in own], "pool it once")
 
 
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
@@ -259,11 +251,13 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in ("task", "variant"))
-    if path is None:
-        if variant is not None:
-            raise ValueError(f"{where}: 'variant' needs 'task', the file that has the variants")
-        return read(TaskSpec, record, where)
-    return read(TaskSpec, {**load_task(path, variant), **record}, where)
+    for key, value in (("task", path), ("variant", variant)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"{where}: '{key}' must be text, got {value!r:.60}")
+    if path is None and variant is not None:
+        raise ValueError(f"{where}: 'variant' needs 'task', the file that has the variants")
+    own = {} if path is None else load_task(path, variant)
+    return read(TaskSpec, own | record, where)
 
 
 def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec, TtftSpec, parse_task
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
-from blocktune.parsing import entries, load_spec, mapping, read
+from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 
 OWN_KEYS = ("budget",)
 """Keys of a method's entry among grid paths without a dot; other such paths are parameters."""
@@ -55,7 +55,8 @@ class TuneSpec:
         if not self.grid:
             raise ValueError("grid must name at least one parameter with its values")
         for path, values in self.grid.items():
-            entries(values, f"grid '{path}'")
+            values = map(str, entries(values, f"grid '{path}'"))
+            refuse_doubles(f"grid '{path}': value", list(values), "try it once")
         for point in self.points():
             build_entry(point.entry)  # raises on a wrong name or value before anything runs
 
@@ -119,11 +120,7 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
 TUNED = "tuned.json"
 
 
-def tune(
-    spec: TuneSpec,
-    output: str | Path,
-    **how: Any,
-) -> dict[str, Any] | None:
+def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | None:
     """Evaluates every point of the grid. An interrupted run resumes.
 
     ``how`` is passed on to `run_suite`. Returns the content of ``tuned.json``: the ``best`` point
@@ -143,7 +140,7 @@ def tune(
     ]
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
     task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
-    tuned = {"best": points[0], "points": points, "task": task}
-    tuned |= {"provenance": results["provenance"]}
+    found = {"best": points[0], "points": points}
+    tuned = found | {"task": task, "provenance": results["provenance"]}
     replace_json(output / TUNED, tuned)
     return tuned

@@ -42,7 +42,7 @@ def answer(engine: Engine, task, example, codec: str) -> dict[str, float]:
     def f1(method) -> float:
         engine.forget_prefixes()
         [reply] = engine.answer([example], method, max_new_tokens=task.max_new_tokens)
-        text = extract_answer(task.cut(reply.text), task.answer_marker)
+        text = extract_answer(task.cut(reply.text))
         return METRICS["f1"].score(text, example.answers, None)
 
     engine.forget()

@@ -137,7 +137,7 @@ def test_chunks_are_encoded_before_the_clock_and_forgotten_after(clone, engine, 
     assert len(engine.store.held()) == 0
 
 
-def test_a_stopped_run_continues_and_other_weights_are_refused(clone, engine):
+def test_a_stopped_run_continues_and_other_weights_and_code_are_refused(clone, engine, monkeypatch):
     exam, out = load_exam(clone, "hotpotqa"), clone / "out"
     asked = []
     run_exam(engine, build("naive"), exam, out, limit=2)
@@ -154,8 +154,12 @@ def test_a_stopped_run_continues_and_other_weights_are_refused(clone, engine):
     assert len(asked) == 2  # one question: laid out to be encoded, and to be answered
     with torch.no_grad():
         other = Engine(toy_model(seed=1), toy_tokenizer())
-    with pytest.raises(ValueError, match="is of other weights, method or questions"):
+    refused = pytest.raises(ValueError, match="is of other weights, method, questions or code")
+    with refused:
         run_exam(other, build("naive"), exam, out)
+    monkeypatch.setattr("blocktune.evaluation.arena.code_digest", lambda method: "other code")
+    with refused:
+        run_exam(engine, build("naive"), exam, out)
 
 
 def test_what_is_wrong_is_one_line(clone, engine, tmp_path):

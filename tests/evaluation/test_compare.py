@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from evaluation.fake_results import fake_results, fake_rows
@@ -58,11 +59,18 @@ def test_a_method_is_compared_on_shared_questions(runs):
 
 def test_the_table_says_what_differs(runs):
     console = Console(width=80, record=True, file=io.StringIO())
-    compare_table(compare(*runs), {"before": "a", "after": "b"}).show(console)
+    table = compare_table(compare(*runs), *runs)
+    table.show(console)
+    assert table.headings[1:3] == ("a", "b")
     text = console.export_text()
     assert "differs" in text
     assert "the same" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths():
+    table = compare_table([], Path("out/llama/rag"), Path("out/qwen/rag"))
+    assert table.headings[1:3] == ("out/llama/rag", "out/qwen/rag")
 
 
 def test_verdicts_name_the_questions_that_are_missing():
@@ -75,7 +83,8 @@ def test_verdicts_name_the_questions_that_are_missing():
 def test_runs_that_do_not_compare_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json in"):
         load_results(tmp_path)
-    for text, message in (("{}x", "results.json: not JSON"), ("[]", "it has no 'methods'")):
+    texts = {"{}x": "results.json: not JSON", "[]": "no 'methods'", '{"methods": {}}': "no 'tasks'"}
+    for text, message in texts.items():
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_results(tmp_path)

@@ -53,7 +53,7 @@ def test_block_mode_scores_as_serving_from_chunk_caches_does(engine):
     assert len(pieces.chunks) == 2
     [(value, _)] = block.loglikelihood(ask((CONTEXT, " in 1966")))
     run = engine.start([pieces._replace(answer=())], "naive")
-    logits = torch.stack(forced_logits(run, 0, list(pieces.answer)).logits)
+    _, logits = forced_logits(run, 0, list(pieces.answer))
     wanted = torch.tensor(pieces.answer)[:, None]
     served = logits.log_softmax(-1).gather(1, wanted).sum().item()
     assert value == pytest.approx(served, abs=1e-3)
@@ -95,6 +95,11 @@ def test_generation_ends_at_the_tasks_stop_string(engine):
     stop = whole[len(whole) // 2]
     [cut] = model.generate_until(ask((CONTEXT, {"until": [stop]})))
     assert cut == whole.partition(stop)[0]
+
+
+def test_an_automatic_batch_size_is_a_fixed_one(engine):
+    assert BlocktuneLM(engine=engine, batch_size="auto:4").batch_size == 8
+    assert BlocktuneLM(engine=engine, batch_size="3").batch_size == 3
 
 
 def test_wrong_modes_and_sampling_are_refused(engine):

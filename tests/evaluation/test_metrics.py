@@ -14,7 +14,6 @@ from blocktune.evaluation.metrics import (
     extract_answer,
     first_line,
     normalize_answer,
-    require_metrics,
     rouge_l,
     ruler_recall,
     substring_em,
@@ -83,18 +82,16 @@ def test_substring_match_is_by_character():
 
 
 @pytest.mark.parametrize(
-    ("text", "marker", "answer"),
+    ("text", "answer"),
     [
-        ("Anna Belt. Answer: Port Alder.", "Answer:", "Port Alder"),
-        ("Answer: no. Answer:  yes ", "Answer:", "yes"),
-        ("Port Alder", "Answer:", "Port Alder"),
-        ("Anna Belt. Answer:", "Answer:", ""),
-        (" 3.14. ", None, "3.14"),
-        ("J. R.", None, "J. R"),  # one period only, and normalisation drops the rest
+        (" Port Alder.", "Port Alder"),
+        (" 3.14. ", "3.14"),
+        ("J. R.", "J. R"),  # one period only, and normalisation drops the rest
+        ("", ""),
     ],
 )
-def test_extraction_takes_what_follows_the_last_marker(text, marker, answer):
-    assert extract_answer(text, marker) == answer
+def test_an_answer_has_no_white_space_and_period_around_it(text, answer):
+    assert extract_answer(text) == answer
 
 
 def test_adjusted_f1_keeps_what_full_prefill_can_do():
@@ -176,10 +173,8 @@ def test_the_filter_of_adjusted_f1_hides_what_it_says():
     assert adjusted_gap - raw_gap == pytest.approx(bias * len(kept))
 
 
-def test_every_metric_names_its_source_and_unknown_ones_are_refused():
+def test_every_metric_has_a_title_and_wants_an_answer():
     assert all(metric.title for metric in METRICS.values())
-    with pytest.raises(ValueError, match="unknown metric 'bleu'; available: em, f1"):
-        require_metrics(["em", "bleu"])
     for metric in METRICS.values():
         with pytest.raises(ValueError, match="accepted answer"):
             metric.score("x", [], Characters())

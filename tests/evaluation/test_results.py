@@ -1,12 +1,20 @@
 """From rows to results: pools of seeds, frontiers, equal budgets and sweeps, worked by hand."""
 
+import json
 import re
 
 import pytest
 from evaluation.fake_results import fake_results, fake_rows, fake_suite
 from evaluation.test_suite import MINIMAL
 
-from blocktune.evaluation.results import build_results, matched, pareto, sweeps, with_pools
+from blocktune.evaluation.results import (
+    build_results,
+    matched,
+    pareto,
+    plain_label,
+    sweeps,
+    with_pools,
+)
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import check_pools, parse_suite
 from blocktune.evaluation.ttft import TtftSummary
@@ -63,6 +71,25 @@ def test_wrong_seeds_are_refused(entry, message):
         parse_suite(MINIMAL | {"methods": [entry]}, "s.yaml")
 
 
+def test_seeds_of_two_entries_with_one_name_are_not_mixed_up():
+    """The pool of the first entry would be lost, and its seeds would be methods by themselves."""
+    first = {"name": "kvlink", "adapter": "a-{seed}", "seeds": [0, 1]}
+    second = {"name": "kvlink", "adapter": "b-{seed}", "seeds": [2, 3]}
+    with pytest.raises(ValueError, match=r"methods\[1\]: 'kvlink' has seeds above; give this a"):
+        parse_suite(MINIMAL | {"methods": [first, second]})
+    suite = parse_suite(MINIMAL | {"methods": [first, second | {"label": "other"}]})
+    assert suite.pool == {"kvlink": ["kvlink-0", "kvlink-1"], "other": ["other-2", "other-3"]}
+
+
+def test_a_baseline_with_parameters_does_not_take_the_place_of_the_plain_one():
+    results = json.loads(json.dumps(fake_results()))
+    methods = results["methods"]
+    results["methods"] = {"naive without BOS": methods["epic"] | {"method": "naive"}} | methods
+    assert plain_label(results, "naive") == "naive"
+    del results["methods"]["naive"]
+    assert plain_label(results, "naive") == "naive without BOS"
+
+
 def test_further_scores_are_averaged_too():
     rows = fake_rows()
     pooled = with_pools(rows, {"x": ["naive", "kvlink"]})["x"]
@@ -75,6 +102,9 @@ def test_further_scores_are_averaged_too():
     [
         ({"a": ["b", "c"]}, "has the label of a method"),
         ({"x": ["a"]}, "two or more method labels"),
+        ({"x": [["a"], "b"]}, "two or more method labels, got ..'a'., 'b'."),
+        ({"x": ["a", "a"]}, "pool member 'a' is given 2 times; pool it once"),
+        ({"x": ["a", "b"], "y": ["a", "b", "c"]}, "pool member 'a' is given 2 times"),
         ({"x": ["a", "z"]}, "there are a, b, c"),
         ({"x": "a"}, "must be a list"),
     ],

@@ -9,6 +9,8 @@ from blocktune.data import RagExample
 from blocktune.evaluation import rows as code
 from blocktune.evaluation.rows import Row, RowFile, place_of, read_all, read_rows, row_key
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
+from blocktune.methods import build
+from blocktune.methods.base import METHODS
 from blocktune.prompt import Chunk
 
 KEYS = ["a", "b", "c", "d"]
@@ -79,28 +81,55 @@ def test_what_is_no_row_is_refused_with_its_line(tmp_path):
         read_all(tmp_path, ["naive"])
 
 
-def test_all_that_decides_an_answer_is_in_the_key(monkeypatch):
-    plain = row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights")
+def test_all_that_decides_an_answer_is_in_the_key():
+    plain = row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "code")
     changed = [
-        row_key(MethodSpec("epic"), TASK, EXAMPLE, "weights"),
-        row_key(MethodSpec("naive", budget=0.1), TASK, EXAMPLE, "weights"),
-        row_key(MethodSpec("naive"), replace(TASK, max_new_tokens=5), EXAMPLE, "weights"),
-        row_key(MethodSpec("naive"), replace(TASK, prompt={}), EXAMPLE, "weights"),
-        row_key(MethodSpec("naive"), TASK, replace(EXAMPLE, question="Who?"), "weights"),
-        row_key(MethodSpec("naive"), TASK, EXAMPLE, "other"),
-        row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "int4"),
+        row_key(MethodSpec("epic"), TASK, EXAMPLE, "weights", "code"),
+        row_key(MethodSpec("naive", budget=0.1), TASK, EXAMPLE, "weights", "code"),
+        row_key(MethodSpec("naive"), replace(TASK, max_new_tokens=5), EXAMPLE, "weights", "code"),
+        row_key(MethodSpec("naive"), replace(TASK, prompt={}), EXAMPLE, "weights", "code"),
+        row_key(MethodSpec("naive"), TASK, replace(EXAMPLE, question="Who?"), "weights", "code"),
+        row_key(MethodSpec("naive"), TASK, EXAMPLE, "other", "code"),
+        row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "other code"),
+        row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "code", "int4"),
     ]
-    monkeypatch.setattr("blocktune.evaluation.rows.code_digest", lambda: "other code")
-    changed.append(row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights"))
     assert len({plain, *changed}) == 1 + len(changed)
 
 
 def test_labels_and_paths_are_not_in_the_key():
     keys = {
-        row_key(MethodSpec("naive", adapter="out/a", label="x"), TASK, EXAMPLE, "w"),
-        row_key(MethodSpec("naive"), replace(TASK, source="b", limit=9), EXAMPLE, "w"),
+        row_key(MethodSpec("naive", adapter="out/a", label="x"), TASK, EXAMPLE, "w", "c"),
+        row_key(MethodSpec("naive"), replace(TASK, source="b", limit=9), EXAMPLE, "w", "c"),
     }
     assert len(keys) == 1
+
+
+PLUGIN = """
+from blocktune.methods import FirstK, Method, Selection, register
+
+@register("mine")
+class Mine(Method):
+    def select(self) -> Selection:
+        return FirstK(k={k})
+"""
+
+
+def test_the_code_of_a_plugin_decides_the_rows_of_its_methods_alone(tmp_path, monkeypatch):
+    digests = {}
+    for folder, k in (("a", 2), ("b", 40), ("c", 2)):
+        path = tmp_path / folder / "mine.py"
+        path.parent.mkdir()
+        path.write_text(PLUGIN.format(k=k))
+        monkeypatch.setattr(METHODS, "_entries", dict(METHODS.table()))
+        monkeypatch.delitem(METHODS._entries, "mine", raising=False)
+        monkeypatch.setenv("BLOCKTUNE_PLUGINS", str(path))
+        for text in ("mine", "mine + deviation 15 %", "naive", "cache-craft"):
+            digests[folder, text] = code.code_digest(build(text))
+    for text in ("mine", "mine + deviation 15 %"):
+        assert digests["a", text] == digests["c", text] != digests["b", text]  # wherever it lies
+    assert {digests[folder, text] for folder in "abc" for text in ("naive", "cache-craft")} == {
+        code.code_digest()
+    }
 
 
 def test_the_digest_of_code_covers_what_answers_and_nothing_else():

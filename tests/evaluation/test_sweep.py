@@ -46,6 +46,7 @@ def test_a_grid_names_parameters_of_presets_axes_and_layouts():
         ({"method": 1.5}, "t.yaml: method: must be a mapping of keys to values, got 1.5"),
         ({"method": "epic", "grid": {5: [1]}}, "'epic' takes k, .* got unknown 5"),
         ({"grid": {}}, "t.yaml: grid must name at least one parameter"),
+        ({"method": "epic", "grid": {"k": [1, 1]}}, "grid 'k': value '1' is given 2 times; try"),
         ({"grid": {"k": 3}}, "grid 'k': must be a list with at least one entry, got 3"),
         ({"method": "epic", "grid": {"kk": [3]}}, "'epic' takes k, .* got unknown kk"),
         ({"method": "epic", "grid": {"k": [-1]}}, "k must be .* at least 0"),

@@ -55,9 +55,25 @@ def test_an_entry_replaces_keys_of_the_file():
     assert longer.full_source() == "needle:?n=8"
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a.json?as", "has options that are not key=value"),
+        ("a.json?seed=1&seed=2", "gives an option twice"),
+    ],
+)
+def test_a_wrong_option_is_not_lost_by_adding_chunking(source, message):
+    task = parse_task({"name": "x", "source": source, "chunking": {"size": 9}})
+    with pytest.raises(ValueError, match=message):
+        task.full_source()
+
+
 def test_outputs_are_cut_before_they_are_scored():
     task = TaskSpec("x", "y", stop=("\n", "Question:"), answer_marker="Answer:")
     assert task.cut("so. Answer: Kirby Question: who\nmore") == " Kirby "
+    assert task.cut("Answer: no. Answer:  yes ") == "  yes "
+    assert task.cut("Kirby") == "Kirby"
+    assert task.cut("Anna Belt. Answer:") == ""
     assert TaskSpec("x", "y").cut("all\nof it. ") == "all\nof it. "
 
 
@@ -71,10 +87,15 @@ def test_what_decides_a_row_is_all_but_where_questions_come_from():
     ("entry", "message"),
     [
         ({"task": "none.yaml"}, "no task at 'none.yaml'; see eval/tasks/"),
+        ({"task": {"name": "a"}}, "task: 'task' must be text, got {'name': 'a'}"),
+        (
+            {"task": "eval/tasks/musique.yaml", "variant": ["x"]},
+            "'variant' must be text, got ['x']",
+        ),
         ({"variant": "x", "name": "a", "source": "b"}, "'variant' needs 'task'"),
         ({"task": "eval/tasks/musique.yaml", "variant": "x"}, "unknown variant 'x'; it has: cache"),
         ({"task": "eval/tasks/musique.yaml", "metrc": "f1"}, "unknown key 'metrc'"),
-        ({"name": "a", "source": "b", "metric": "bleu"}, "unknown metric 'bleu'"),
+        ({"name": "a", "source": "b", "metric": "bleu"}, "metric must be one of em, f1,"),
         ({"name": "a", "source": "b", "metrics": "f1"}, "'metrics' must be a list of texts"),
         ({"name": "a", "source": "b", "stop": [1]}, "'stop' must be a list of texts"),
         ({"name": "a", "source": "b", "prompt": {"x": ""}}, "prompt format: unknown key 'x'"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 
 import pytest
 from evaluation.fake_results import KINDS, METHODS, fake_results, fake_rows, fake_suite
@@ -78,6 +79,32 @@ def test_several_tasks_name_their_kinds():
             object.__setattr__(row, "task", "plain")
     tasks = build_results(suite, rows, {}, {})["methods"]["naive"]["tasks"]
     assert list(tasks) == ["worlds/cross-chunk", "worlds/2-hop", "worlds/comparison", "plain"]
+
+
+def test_a_column_has_the_metric_of_its_task_whatever_the_tasks_name():
+    suite = fake_suite()
+    make = suite.tasks[0].__class__
+    tasks = make("mine/v2", "x", metric="f1"), make("mine", "x", metric="rouge_l")
+    object.__setattr__(suite, "tasks", tasks)
+    rows = fake_rows()
+    for own in rows.values():
+        for index, row in enumerate(own):
+            object.__setattr__(row, "task", "mine/v2" if index < 200 else "mine")
+    table = results_table(build_results(suite, rows, {}, {}))
+    assert [heading.split("\n")[-1] for heading in table.headings[1:5]] == ["F1", "F1"] + 2 * [
+        "ROUGE-L"
+    ]
+
+
+def test_of_many_kinds_table_and_picture_show_the_mean(tmp_path):
+    results = json.loads(json.dumps(fake_results()))
+    for summary in results["methods"].values():
+        summary["tasks"] = {f"kind {n}": summary["tasks"]["2-hop"] for n in range(30)}
+    table = results_table(results)
+    assert table.headings[1] == "all\nEM"
+    assert {row[0]: row[1] for row in table.rows}["naive"] == "62.5 ±5"
+    with warnings.catch_warnings(action="error"):  # matplotlib warns if panels have no room
+        draw_results(results, tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize("width", [80, 60, 120])

@@ -14,8 +14,11 @@ from blocktune.evaluation.report.style import Ground, mark
 from blocktune.evaluation.results import FLOOR, ORACLE
 
 Results = Mapping[str, Any]
+Cell = Mapping[str, Any]  # ``score`` with ``score_ci95``, and more
 MOST_LINES = 8
 """Largest number of lines in a chart; of more methods, the baselines and the Pareto front."""
+MOST_GROUPS = 6
+"""Largest number of tasks or kinds of questions side by side; of more, the mean over all."""
 _SWEEPS = {
     "place": ("Position of the evidence", "position among the chunks, first to last"),
     "context_tokens": ("Length of the context", "context length, tokens"),
@@ -41,13 +44,23 @@ def charts_of(results: Results) -> list[Chart]:
     """The charts that these results have data for."""
     costs = [cost for cost in ("ttft_s", "recompute_ratio") if cost in results["budget"]["pareto"]]
     charts = [cost_chart(results["methods"], results["budget"]["pareto"], cost) for cost in costs]
-    charts += [_group_chart(results["methods"], group) for group in groups_of(results["methods"])]
+    charts += [
+        _group_chart(results["methods"], group, cells)
+        for group, cells in groups_of(results["methods"]).items()
+    ]
     return charts + [_sweep_chart(results, name) for name in _SWEEPS if results["sweeps"][name]]
 
 
-def groups_of(methods: Mapping[str, Any]) -> list[str]:
-    """Names of the tasks, or kinds of questions, that the results are split into."""
-    return list(next(iter(methods.values()))["tasks"])
+def groups_of(methods: Mapping[str, Cell]) -> dict[str, Mapping[str, Cell]]:
+    """Scores by task, or kind of questions, and by method."""
+    names = next(iter(methods.values()))["tasks"]
+    return {name: {label: m["tasks"][name] for label, m in methods.items()} for name in names}
+
+
+def shown_groups(methods: Mapping[str, Cell]) -> dict[str, Mapping[str, Cell]]:
+    """The groups that fit side by side, or else ``all`` questions as the only one."""
+    groups = groups_of(methods)
+    return groups if len(groups) <= MOST_GROUPS else {"all": methods}
 
 
 def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], cost: str) -> Chart:
@@ -76,45 +89,37 @@ def _draw_costs(
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
-    style.zoom(axes, ground, limits := _limits(methods.values()), "score")
-    start = limits[0]
+    start = style.zoom(axes, ground, _limits(methods.values()), "score")
     largest = max(0.05, *places.values())
     axes.set_xlim(-0.04 * largest, 1.05 * largest)
     if factor == 1:
         style.as_share(axes.xaxis)
     points = []
     for name, summary in methods.items():
-        if summary["score"] < start:
-            points.append((places[name], start, _below(name, summary["score"])))
-            look = mark(ground, name) | {"marker": "v"}
-            axes.plot(places[name], start, clip_on=False, **look)
-        else:
-            _points(axes, ground, name, [places[name]], [summary["score"]], yerr=reach([summary]))
-            points.append((places[name], summary["score"], name))
+        height = _draw_score(axes, mark(ground, name), summary, places[name], start)
+        points.append((places[name], height, _named(name, summary["score"], start)))
     axes.set_xlabel(label)
     style.label_points(axes, ground, points)
 
 
-def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
+def _group_chart(methods: Mapping[str, Cell], group: str, cells: Mapping[str, Cell]) -> Chart:
     return Chart(
         f"task-{''.join(c if c.isalnum() or c == '-' else '-' for c in group)}",
         group,
         f"Score of every method on {group} with its 95 % interval. Dotted line: full prefill.",
-        lambda figure, ground: draw_rows(figure.subplots(), ground, methods, group),
+        lambda figure, ground: _draw_rows(figure.subplots(), ground, methods, group, cells),
         0.9 + 0.25 * len(methods),
     )
 
 
-def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str) -> None:
-    """Draws one row per method: its score on one task or kind, with interval and number."""
-    cells = {label: summary["tasks"][group] for label, summary in methods.items()}
-    style.zoom(axes, ground, limits := _limits(methods.values(), grouped=True), "score", axis="x")
-    start = limits[0]
+def _draw_rows(
+    axes: Axes, ground: Ground, methods: Mapping[str, Cell], group: str, cells: Mapping[str, Cell]
+) -> None:
+    """Draws one row per method: its score in a group's ``cells``, with interval and number."""
+    limits = _limits(methods.values(), grouped=True)
+    start = style.zoom(axes, ground, limits, "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
-        if cell["score"] < start:
-            axes.plot(start, row, clip_on=False, **mark(ground, label) | {"marker": "<"})
-        else:
-            _points(axes, ground, label, [cell["score"]], [row], xerr=reach([cell]))
+        _draw_score(axes, mark(ground, label), cell, row, start, axis="x")
         axes.annotate(
             f"{100 * cell['score']:.1f}", (1, row), xycoords=("axes fraction", "data"),
             xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=style.SMALL,
@@ -142,15 +147,13 @@ def _sweep_chart(results: Results, name: str) -> Chart:
         cells = {method: [b["scores"][method] for b in bins] for method in methods}
         kept = [m for m in cells if methods[m]["method"] != "no-context"]
         limits = style.zoomed([end for m in kept for cell in cells[m] for end in cell["ci95"]])
-        style.zoom(axes, ground, limits, "score")
-        start = limits[0]
+        start = style.zoom(axes, ground, limits, "score")
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # separates bars
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
             line = mark(ground, method)
             axes.errorbar(moved, heights, yerr=reach(own, "ci95"), lw=1.4, elinewidth=0.7, **line)
-            name = method if heights[-1] >= start else _below(method, heights[-1])
-            ends[name] = max(heights[-1], start), line["color"]
+            ends[_named(method, heights[-1], start)] = max(heights[-1], start), line["color"]
         axes.set_xlabel(label)
         axes.set_title(title)
         style.label_ends(axes, ends)
@@ -165,7 +168,7 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     Left: the headline score by kind, with 95 % intervals. Right: the score against time to first
     token relative to full prefill or, if that was not measured, against the recomputed share.
     """
-    methods, groups = results["methods"], groups_of(results["methods"])
+    methods, groups = results["methods"], shown_groups(results["methods"])
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"
     titles = {task["title"] for task in results["tasks"].values()}
@@ -174,10 +177,10 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     def draw(figure: Figure, ground: Ground) -> None:
         widths = [1.0] * len(groups) + [1.9]
         *panels, last = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        for index, (axes, group) in enumerate(zip(panels, groups, strict=True)):
-            draw_rows(axes, ground, methods, group)
-            if index:
-                axes.set_yticklabels([])
+        for axes, (group, cells) in zip(panels, groups.items(), strict=True):
+            _draw_rows(axes, ground, methods, group, cells)
+        for axes in panels[1:]:
+            axes.set_yticklabels([])
         figure.suptitle(f"{metric}: {title}", x=0.01, ha="left", fontsize=12, fontweight="bold")
         _draw_costs(last, ground, methods, cost)
         last.set_title("against cost: up and left is better")
@@ -186,16 +189,26 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     return style.to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4), min(width, 15))
 
 
-def _points(
-    axes: Axes, ground: Ground, label: str, x: Sequence[float], y: Sequence[float], **bars: Any
-) -> None:
-    """Draws points of one method with their intervals, in its colour and marker."""
-    axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(ground, label), **bars)
+def _draw_score(
+    axes: Axes, look: Mapping[str, Any], cell: Cell, place: float, start: float, axis: str = "y"
+) -> float:
+    """Draws a score with its interval; returns where it is on the axis of scores.
+
+    A score below the ``start`` of that axis is an arrow there.
+    """
+    at = max(cell["score"], start)
+    x, y = (place, at) if axis == "y" else (at, place)
+    if cell["score"] < start:
+        axes.plot(x, y, clip_on=False, **look | {"marker": "v" if axis == "y" else "<"})
+    else:
+        bars = {f"{axis}err": reach([cell])}
+        axes.errorbar([x], [y], linestyle="", elinewidth=1.5, clip_on=False, **look, **bars)
+    return at
 
 
-def _below(label: str, score: float) -> str:
-    """Label of a method whose score is below the start of the axis."""
-    return f"{label} ({100 * score:.0f} %)"
+def _named(label: str, score: float, start: float) -> str:
+    """A method's label, with its score if that is below the start of the axis."""
+    return label if score >= start else f"{label} ({100 * score:.0f} %)"
 
 
 def _limits(methods: Iterable[Mapping[str, Any]], *, grouped: bool = False) -> tuple[float, float]:

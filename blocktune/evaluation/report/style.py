@@ -51,8 +51,7 @@ _LOOKS = {
     "green": {"kvlink": "D", "query-attention": "^", "cacheclip": "P"}
     | {"selective-reconstruction": "s"},
     "pink": {"cacheblend": "^", "cacheblend-lmcache": "<", "cacheblend-paper": ">"}
-    | {"cacheblend-lmcache-flash": "8"}
-    | {"cacheblend-repo": "D"}
+    | {"cacheblend-lmcache-flash": "8", "cacheblend-repo": "D"}
     | {"droidspeak": "p", "droidspeak-clc": "h"},
     "orange": {"epic": "P", "link0": "X", "cache-craft": "d", "s+p": "s"},
     "sky": {"recompute-aware": "p", "dual-mode": "d", "ape": "h", "sel": "o", "psr": "*"},
@@ -147,8 +146,8 @@ def zoomed(values: Sequence[float]) -> tuple[float, float]:
 
 def zoom(
     axes: Axes, ground: Ground, limits: tuple[float, float], name: str, axis: str = "y"
-) -> None:
-    """Sets the range of an axis of shares, and marks it if it is not 0 to 1.
+) -> float:
+    """Sets the range of an axis of shares, marks it if it is not 0 to 1, and returns its start.
 
     The label names the range. A start above 0 also gets a broken-axis sign, two strokes.
     """
@@ -173,6 +172,7 @@ def zoom(
                 transform=axes.transAxes,
             )  # fmt: skip
     own.set_label_text(name)
+    return start
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
@@ -221,16 +221,13 @@ def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float
             color=mark(ground, name)["color"], in_layout=False, annotation_clip=False, zorder=6,
             path_effects=[withStroke(linewidth=2, foreground=ground.paper)],
         )  # fmt: skip
-        if px > axes.get_window_extent().x0 + 0.75 * axes.get_window_extent().width:
-            order = [(-c, s) for c, s in turns]
-        else:
-            order = turns
-        for radius, (c, s) in ((r, turn) for r in range(8, 120, 7) for turn in order):
+        room = axes.get_window_extent()
+        side = -1 if px > room.x0 + 0.75 * room.width else 1  # at the right, to the left first
+        for radius, c, s in ((r, side * c, s) for r in range(8, 120, 7) for c, s in turns):
             text.set_ha("left" if c > 0.3 else "right" if c < -0.3 else "center")
             text.set_position((radius * c, radius * s))
             box = text.get_window_extent()
-            fits = inside.containsx(box.x0) and inside.containsx(box.x1)
-            fits = fits and inside.containsy(box.y0) and inside.containsy(box.y1)
+            fits = inside.contains(*box.p0) and inside.contains(*box.p1)
             if fits and not any(map(box.overlaps, taken)):
                 break
         if radius > 15:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from blocktune.evaluation.compare import power_notes
-from blocktune.evaluation.report.charts import draw_results
+from blocktune.evaluation.report.charts import draw_results, shown_groups
 from blocktune.evaluation.results import RESULTS
 from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import Suite
@@ -22,8 +22,13 @@ NOTE = (
     "(TTFT) divided by full prefill's. Gap: share of the gap from naive reuse to full prefill that "
     "is closed; below 0: worse than naive reuse."
 )
-MOST_GROUPS = 6
-"""Largest number of score columns; with more tasks or kinds, only the mean over all is shown."""
+_COSTS = {
+    "adj.\nF1": ("score", "adjusted_f1"),
+    "re-\ncomp.": ("share", "recompute_ratio"),
+    "TTFT\nms": ("ms", "ttft_s"),
+    "of\nfull": ("ratio", "ttft_over_full_prefill"),
+    "gap": ("gap", "score_gap_recovered"),
+}
 
 
 def run_and_show(
@@ -53,33 +58,25 @@ def run_and_show(
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     """The results as a table: one row per method, with its scores by kind and its costs."""
-    methods, tasks = results["methods"], results["tasks"]
-    kinds = list(next(iter(methods.values()))["tasks"])
-    kinds = kinds if len(kinds) <= MOST_GROUPS else []
-    named = {
-        kind: kind.partition("/")[0] if len(tasks) > 1 else next(iter(tasks)) for kind in kinds
-    }
-    scores = [f"{_broken(kind)}\n{tasks[named[kind]]['title']}" for kind in kinds] or ["all\nscore"]
+    methods = results["methods"]
+    groups = shown_groups(methods)
+    scores = [f"{_broken(name)}\n{_metric(results['tasks'], name)}" for name in groups]
     rows = []
     for label, summary in methods.items():
-        cells = [summary["tasks"][kind] for kind in kinds] or [summary]
+        cells = [by_method[label] for by_method in groups.values()]
         shown = [with_half(cell["score"], cell["score_ci95"]) for cell in cells]
-        rows.append(
-            (label, *shown, *(written(form, summary[key]) for form, key in _COSTS.values()))
-        )
+        costs = [written(form, summary[key]) for form, key in _COSTS.values()]
+        rows.append((label, *shown, *costs))
     lengths = (summary["ttft_context_tokens"] for summary in methods.values())
     longest = max(filter(None, lengths), default=None)
     timed = longest and f" TTFT: median over contexts of {longest:,.0f} tokens, chunks cached."
     return Table(("method", *scores, *_COSTS), rows, title, NOTE + (timed or ""))
 
 
-_COSTS = {
-    "adj.\nF1": ("score", "adjusted_f1"),
-    "re-\ncomp.": ("share", "recompute_ratio"),
-    "TTFT\nms": ("ms", "ttft_s"),
-    "of\nfull": ("ratio", "ttft_over_full_prefill"),
-    "gap": ("gap", "score_gap_recovered"),
-}
+def _metric(tasks: Mapping[str, Any], group: str) -> str:
+    """Title of the metric of a group: a kind of the only task, a task, or ``TASK/KIND``."""
+    names = tasks if len(tasks) == 1 else [n for n in tasks if f"{group}/".startswith(f"{n}/")]
+    return tasks[max(names, key=len)]["title"] if names else "score"
 
 
 def _broken(kind: str) -> str:
