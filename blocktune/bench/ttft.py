@@ -62,16 +62,16 @@ def bench_ttft(
     Raises:
         ValueError: If a prompt has no room for a chunk and the question.
     """
+    if min(lengths) - question < 3 or question < 1 or chunk < 1:
+        raise ValueError(
+            f"a prompt of {min(lengths)} tokens has no room for a question of {question}"
+        )
     method = default_method(engine.prompts.trained)
     timed = {}
     with threads(num_threads), torch.no_grad():
         has_limit = engine.model.device.type == "cpu" and engine.model.dtype == torch.float32
         rates = (copy_rate(repeats), matmul_rate(repeats)) if has_limit else None
         for length in lengths:
-            if length - question < 3 or question < 1 or chunk < 1:
-                raise ValueError(
-                    f"a prompt of {length} tokens has no room for a question of {question}"
-                )
             pieces = random_pieces(len(engine.tokenizer), length - 1, chunk, question, seed)
             timed[str(length)] = _timed(engine, pieces, method, repeats, rates)
             engine.forget()
@@ -115,9 +115,7 @@ def _timed(
 
 def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], object]]:
     """Functions that look chunks up, join them at their encoded positions, and relocate them."""
-    state, layout = engine.state, run.batch.layout
-
-    wanted = run.wanted[0]
+    state, layout, wanted = engine.state, run.batch.layout, run.wanted[0]
 
     def lookup():
         return state.encoder.find(wanted, Stopwatch(engine.model.device)).kvs

@@ -37,9 +37,10 @@ def test_it_is_shown_as_a_table_and_as_a_picture(found, tmp_path):
     assert draw_ttft(found, tmp_path / "ttft.png").stat().st_size > 5000
 
 
-def test_a_prompt_without_room_is_refused():
-    with pytest.raises(ValueError, match="no room for a question of 32"):
-        bench_ttft(small_engine(Weights.ANY), (32,))
+def test_a_prompt_without_room_is_refused_before_any_is_timed(monkeypatch):
+    monkeypatch.setattr("blocktune.bench.ttft._timed", None)
+    with pytest.raises(ValueError, match="a prompt of 32 tokens has no room for a question of 32"):
+        bench_ttft(small_engine(Weights.ANY), (64, 32))
 
 
 def test_the_command_measures_a_model(blocktune, tmp_path):  # noqa: F811
