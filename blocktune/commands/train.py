@@ -6,7 +6,6 @@ Training runs in this process or in several launched ones. A failure is reported
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -86,26 +85,28 @@ def launch(processes: int | None, launcher: str | None, program: list[str]) -> N
     if launcher is not None:
         hint = "see recipes/accelerate"
         mapping(load_yaml(launcher, "launcher configuration", hint), launcher)
-    folder = Path(tempfile.mkdtemp(prefix="blocktune-train-"))
-    os.environ[FAILURES] = str(folder)
-    try:
-        code = _run(processes, launcher, program)
-    finally:
-        del os.environ[FAILURES]
-    failed = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-    if code == 0 or not failed:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[FAILURES] = folder
+        try:
+            code = _run(processes, launcher, program)
+        finally:
+            del os.environ[FAILURES]
+        failed = sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime)
+        reports = [(path.stem, path.read_text()) for path in failed]
     if code < 0:  # killed, so the process could not report anything
         raise ValueError(
             f"a training process was ended by signal {-code}; after signal 9 check the machine's "
             "memory. Nothing after the last checkpoint was saved"
         )
-    if code and failed:
-        line, *trace = failed[0].read_text().splitlines()
+    if code and reports:
+        rank, report = reports[0]
+        line, *trace = report.splitlines()
         if not trace:
-            shutil.rmtree(folder)
             raise ValueError(line)
-        print(f"error: process {failed[0].stem} failed: {line}; see {failed[0]}", file=sys.stderr)
+        name = {"prefix": "blocktune-train-", "suffix": ".txt"}
+        with tempfile.NamedTemporaryFile("w", **name, delete=False) as kept:
+            kept.write(report)
+        print(f"error: process {rank} failed: {line}; see {kept.name}", file=sys.stderr)
     raise typer.Exit(code)
 
 
