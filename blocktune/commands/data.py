@@ -130,7 +130,8 @@ def show(
         str | None, Option("--model", "-m", help="Show the input rows of this model.")
     ] = None,
     adapter: Annotated[
-        str | None, Option(help="Use the prompt format and layout of this adapter.")
+        str | None,
+        Option(help="Use the prompt format and layout of this adapter: a folder or USER/NAME."),
     ] = None,
     mode: Annotated[
         Literal["block", "full"], Option(help="Lay out the example for this kind of attention.")
@@ -169,10 +170,11 @@ def _show_text(example: RagExample) -> None:
 
 def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
     from blocktune.adapter import AdapterInfo
+    from blocktune.models.load import adapter_folder
     from blocktune.prompt import LayoutSpec, PromptFormat, lay_out, make_pieces
     from blocktune.prompt.batch import show as rows_of
 
-    info = AdapterInfo.load(adapter) if adapter else None
+    info = AdapterInfo.load(adapter_folder(adapter)) if adapter else None
     format = info.format if info else PromptFormat()
     spec = info.layout if info and block else LayoutSpec(block=block)
     if spec.num_blanks:  # serving adds these rows; training examples have none
