@@ -161,7 +161,7 @@ def ttft(
     if not all(part.strip().isdecimal() for part in tokens.split(",")):
         raise ValueError(f"--tokens must be lengths such as 512,8192, got '{tokens}'")
     lengths = [int(part) for part in tokens.split(",")]
-    engine = opt.load_engine(model, adapter, None, dtype, device)
+    engine = opt.load_engine(model, adapter, "memory=1TB", dtype, device)  # all chunks fit
     result = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
     if picture is not None:
         draw_ttft(result, picture)
