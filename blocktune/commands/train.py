@@ -19,6 +19,9 @@ from blocktune.commands import options as opt
 from blocktune.commands.application import FAILURES, command
 from blocktune.parsing import load_yaml, mapping
 
+Base = Annotated[
+    str | None, Option("--model", "-m", help="Base model. Default: the adapter's own.")
+]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML as options
 
 
@@ -137,6 +140,10 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
         return error.returncode
     except SignalException:
         raise KeyboardInterrupt from None
+    except ImportError as error:
+        if error.name is not None:
+            raise
+        raise ValueError(f"'{launcher}': {error}") from None  # such as a missing DeepSpeed
     return 0
 
 
@@ -151,9 +158,7 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
     output: Annotated[Path, opt.in_folder("--output", "-o", help="New folder for the model.")],
-    model: Annotated[
-        str | None, Option("--model", "-m", help="Base model. Default: the adapter's own.")
-    ] = None,
+    model: Base = None,
     links: Annotated[
         str | None,
         Option(
@@ -213,10 +218,7 @@ def push(
     results: Annotated[
         Path | None, Option(help="results.json of `blocktune eval`, for the table in the card.")
     ] = None,
-    model: Annotated[
-        str | None,
-        Option("--model", "-m", help="Base model for the check. Default: the adapter's own."),
-    ] = None,
+    model: Base = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
 ) -> None:

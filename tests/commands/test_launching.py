@@ -58,6 +58,12 @@ def test_a_stopped_launch_leaves_no_files(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_launcher_without_its_package_is_one_line(monkeypatch):
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: False)
+    with pytest.raises(ValueError, match=r"zero2\.yaml': DeepSpeed is not installed"):
+        launching.launch(2, "recipes/accelerate/zero2.yaml", ["program.py"])
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize(("how", "rank"), [("one", "1"), ("all", "[01]")])
 def test_a_refusal_of_any_process_is_the_error(program, capfd, how, rank):
