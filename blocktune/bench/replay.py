@@ -91,16 +91,15 @@ def replay(
     clock = count(1)
     ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: next(clock) * 1e-4)
     stored: dict[str, int] = {}
-    windows = [[0, 0] for _ in range(WINDOWS)]
+    windows: list[list[bool]] = [[] for _ in range(WINDOWS)]  # whether each look-up was a hit
     saved_s, encode_s, held, peak = 0.0, 0.0, 0, 0
     with ledger.transaction():
         for index, request in enumerate(requests):
             window = windows[index * WINDOWS // len(requests)]
             for use in map(costs.priced, request):
                 encode_s += use.seconds
-                window[1] += 1  # look-ups; window[0] counts hits
-                if use.key in stored:
-                    window[0] += 1
+                window.append(use.key in stored)
+                if window[-1]:
                     saved_s += use.seconds - use.num_bytes / costs.load_bytes_s
                     ledger.use(use.key)
                     continue
@@ -112,9 +111,9 @@ def replay(
                 peak = max(peak, held)
                 ledger.add(use.key, use.num_bytes, About(seconds=use.seconds, tenant=use.tenant))
                 stored[use.key] = use.num_bytes
-    hits, lookups = (sum(window[n] for window in windows) for n in (0, 1))
-    rates = [hit / max(uses, 1) for hit, uses in windows]
-    return Outcome(policy, budget, hits / max(lookups, 1), saved_s, saved_s / encode_s, peak, rates)
+    every = list(chain.from_iterable(windows))
+    total, *rates = (sum(hits) / max(len(hits), 1) for hits in (every, *windows))
+    return Outcome(policy, budget, total, saved_s, saved_s / encode_s, peak, rates)
 
 
 class BreakEven(NamedTuple):

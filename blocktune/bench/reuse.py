@@ -102,9 +102,16 @@ WARM_S = 3.0
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Times functions in turn, so that other load on the machine affects all alike.
 
-    Returns seconds per round, by name. The first round is a warm-up and does not count, except for
-    work that takes longer than `WARM_S`. A function may return its own seconds as a float.
+    Returns seconds per round, by name, with the work that a function leaves to an accelerator. The
+    first round is a warm-up and does not count, except for work that takes longer than `WARM_S`. A
+    function may return its own seconds as a float.
     """
+
+    def now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
@@ -112,9 +119,9 @@ def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[
                 continue
             gc.collect()
             gc.freeze()  # the next collection looks at new objects only
-            start = time.perf_counter()
+            start = now()
             result = work()
-            seconds = result if isinstance(result, float) else time.perf_counter() - start
+            seconds = result if isinstance(result, float) else now() - start
             if turn or seconds > WARM_S:
                 times[name].append(seconds)
     gc.unfreeze()
@@ -158,7 +165,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
+def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
     """Times prefills by several methods in turn, over chunks that are already in memory.
 
     A method's time covers everything from token ids to the logits after the question: looking up
@@ -167,7 +174,6 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
     computes the question over an assembled cache. Ratios are medians of the ratios in each round.
     ``cost`` holds the bytes moved and FLOPs of each method, and their time at the machine's rates.
     """
-    bench = bench or ReuseBench()
     with threads(bench.threads), torch.no_grad():
         engine = bench.engine()
         methods = {

@@ -47,8 +47,7 @@ def bench_ttft(
     """Times prompts of random tokens with chunks in memory, in turn with full prefill.
 
     The method is the one that the weights were trained for. ``lengths`` are tokens of a prompt with
-    its question and one answer token; the engine's store must have room for the longest.
-    ``repeats`` rounds are timed, after an untimed one.
+    its question and one answer token. ``repeats`` rounds are timed, after an untimed one.
 
     Returns:
         ``lengths`` holds for each length: ``cached_over_full`` (median of the ratios in each round)
@@ -60,18 +59,19 @@ def bench_ttft(
         reading weights and cache at the copy rate). Also the method, setting and provenance.
 
     Raises:
-        ValueError: If a prompt has no room for a chunk and the question.
+        ValueError: If a prompt has no room for a chunk and the question, or the engine's store for
+            the chunks of a prompt.
     """
+    if min(lengths) - question < 3 or question < 1 or chunk < 1:
+        raise ValueError(
+            f"a prompt of {min(lengths)} tokens has no room for a question of {question}"
+        )
     method = default_method(engine.prompts.trained)
     timed = {}
     with threads(num_threads), torch.no_grad():
         has_limit = engine.model.device.type == "cpu" and engine.model.dtype == torch.float32
         rates = (copy_rate(repeats), matmul_rate(repeats)) if has_limit else None
         for length in lengths:
-            if length - question < 3 or question < 1 or chunk < 1:
-                raise ValueError(
-                    f"a prompt of {length} tokens has no room for a question of {question}"
-                )
             pieces = random_pieces(len(engine.tokenizer), length - 1, chunk, question, seed)
             timed[str(length)] = _timed(engine, pieces, method, repeats, rates)
             engine.forget()
@@ -89,6 +89,12 @@ def _timed(
     rates: tuple[float, float] | None,
 ) -> dict[str, Any]:
     run = engine.start([pieces], method)
+    usage = usage_of(engine, pieces, method)
+    if usage.chunk_misses:
+        raise ValueError(
+            f"the engine's store has no room for the chunks of {pieces.num_tokens:,} tokens, which "
+            "would be encoded again in each round; give it more memory, or shorter prompts"
+        )
     more = {"question": query_only(engine.model, run), **_assembling(engine, run)}
     times = time_methods(engine, pieces, {"cached": method}, repeats, **more)
     pairs = zip(times.pop("relocate"), times["join"], strict=True)
@@ -99,7 +105,7 @@ def _timed(
         copy, matmul = rates
         states = [tensor for layer in run.cache.layers for tensor in (layer.keys, layer.values)]
         cached, weights = (sum(t.nbytes for t in ts) for ts in (states, engine.model.parameters()))
-        question = max(usage_of(engine, pieces, method).flops / matmul, (weights + cached) / copy)
+        question = max(usage.flops / matmul, (weights + cached) / copy)
         limits = {"join": cached / copy, "rotate": cached / 2 / copy, "question": question}
     parts = {
         name: {"seconds": spread(times[name])["median"], "limit": limits.get(name)}
@@ -115,9 +121,7 @@ def _timed(
 
 def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], object]]:
     """Functions that look chunks up, join them at their encoded positions, and relocate them."""
-    state, layout = engine.state, run.batch.layout
-
-    wanted = run.wanted[0]
+    state, layout, wanted = engine.state, run.batch.layout, run.wanted[0]
 
     def lookup():
         return state.encoder.find(wanted, Stopwatch(engine.model.device)).kvs

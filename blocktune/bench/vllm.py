@@ -6,7 +6,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,8 +51,8 @@ class VllmBench:
 TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, trace=4)
 
 
-def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
-    """Times first tokens by prompt length, and a trace; ``options`` are passed to `vllm.LLM`.
+def bench_vllm(setting: VllmBench) -> dict[str, Any]:
+    """Times first tokens by prompt length, and a trace.
 
     For each length, there are CPU seconds (``cpu_s``, all threads of this process) and wall-clock
     seconds (``wall_s``) of a full prefill (``full``), of cached chunks in memory (``cached``) and
@@ -68,15 +68,14 @@ def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
     draw = random.Random(setting.seed)
     with TemporaryDirectory() as folder:
         model = _save_model(Path(folder) / "model", setting)
-        defaults = {"enforce_eager": True, "disable_log_stats": True, "max_num_seqs": 4}
-        defaults |= {"max_model_len": max(setting.tokens) + 64, "dtype": "float32"}
-        llm = ChunkLLM(model, store=Path(folder) / "store", host_gb=4, **defaults | options)
+        options = {"enforce_eager": True, "disable_log_stats": True, "max_num_seqs": 4}
+        options |= {"max_model_len": max(setting.tokens) + 64, "dtype": "float32"}
+        llm = ChunkLLM(model, store=Path(folder) / "store", host_gb=4, **options)
         llm.encode(())  # writes the model's manifest to the store
         lengths = {str(n): _time_length(llm, setting, n, draw) for n in setting.tokens}
         trace = _time_trace(llm, setting, draw)
     goal = str(min(setting.tokens, key=lambda n: abs(n - GOAL_AT)))
-    ratios = {"cached_over_full": lengths[goal]["cached_over_full"]}
-    ratios |= _growth(lengths)
+    ratios = {"cached_over_full": lengths[goal]["cached_over_full"], **_growth(lengths)}
     ratios["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
     record = {"setting": asdict(setting), "targets": TARGETS, "found": ratios}
     return record | {"lengths": lengths, "trace": trace, "provenance": provenance()}
@@ -127,7 +126,7 @@ def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[s
                 continue
             if name != "paged":
                 llm.llm.reset_prefix_cache(reset_connector=name == "disk")
-            times.setdefault(name, []).append(_timed(llm, [prompt]))
+            times.setdefault(name, []).append(_timed(llm, prompt))
     result: dict[str, Any] = {
         name: {
             "cpu_s": statistics.median(cpu for cpu, _ in values[1:]),
@@ -138,18 +137,19 @@ def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[s
     result["cached_over_full"] = result["cached"]["cpu_s"] / result["full"]["cpu_s"]
     size = setting.width // setting.heads * setting.kv_heads * setting.layers * 2
     result["bytes"] = size * count * setting.chunk * 4
-    result["copy_s"] = _copy_s(result["bytes"])
+    source = torch.ones(result["bytes"] // 4)
+    target = torch.zeros_like(source)
+    result["copy_s"] = _least_cpu_s(lambda: target.copy_(source), runs=5)
     llm.llm.reset_prefix_cache()
     result["write_s"] = _write_s(count, setting)
     return result
 
 
-def _copy_s(count: int) -> float:
-    source, target = torch.ones(count // 4), torch.zeros(count // 4)
+def _least_cpu_s(work: Callable[[], object], runs: int) -> float:
     times = []
-    for _ in range(5):
+    for _ in range(runs):
         started = time.process_time()
-        target.copy_(source)
+        work()
         times.append(time.process_time() - started)
     return min(times)
 
@@ -161,14 +161,13 @@ def _write_s(count: int, setting: VllmBench) -> float:
     keys = torch.rand(setting.chunk, setting.kv_heads, setting.width // setting.heads)
     slots = torch.arange(setting.chunk)
     modules = [place.module for place in get_kv_transfer_group().worker.places.values()]
-    times = []
-    for _ in range(3):
-        started = time.process_time()
+
+    def write() -> None:
         for module in modules:
             for start in range(0, count * setting.chunk, setting.chunk):
                 module.impl.do_kv_cache_update(module, keys, keys, module.kv_cache, slots + start)
-        times.append(time.process_time() - started)
-    return min(times)
+
+    return _least_cpu_s(write, runs=3)
 
 
 def _growth(lengths: dict[str, Any]) -> dict[str, float]:
@@ -182,11 +181,12 @@ def _growth(lengths: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _timed(llm: ChunkLLM, rendered: Sequence[Rendered]) -> tuple[float, float]:
+def _timed(llm: ChunkLLM, rendered: Rendered) -> tuple[float, float]:
+    """CPU and wall-clock seconds to the first token."""
     from vllm import SamplingParams
 
     cpu, wall = time.process_time(), time.perf_counter()
-    llm.generate(rendered, SamplingParams(temperature=0, max_tokens=1))
+    llm.generate([rendered], SamplingParams(temperature=0, max_tokens=1))
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
@@ -196,16 +196,11 @@ def _time_trace(llm: ChunkLLM, setting: VllmBench, draw: random.Random) -> dict[
         _prompt(llm, draw.sample(corpus, setting.most), _ids(draw, setting.question))
         for _ in range(setting.trace)
     ]
+    plain = [prompt._replace(plan=None) for prompt in prompts]
     rates = {}
-    for name in ("prefix_cache", "cached_chunks"):
+    for name, requests in (("prefix_cache", plain), ("cached_chunks", prompts)):
         llm.llm.reset_prefix_cache(reset_connector=True)
-        plain = name == "prefix_cache"
-        requests = [prompt._replace(plan=None) if plain else prompt for prompt in prompts]
-        started = time.perf_counter()
-        for request in requests:
-            _timed(llm, [request])
-        rates[name] = setting.trace / (time.perf_counter() - started)
-    ratio = rates["cached_chunks"] / rates["prefix_cache"]
-    return {f"{name}_per_s": rate for name, rate in rates.items()} | {
-        "requests_over_prefix_cache": ratio
-    }
+        seconds = sum(_timed(llm, request)[1] for request in requests)
+        rates[f"{name}_per_s"] = setting.trace / seconds
+    ratio = rates["cached_chunks_per_s"] / rates["prefix_cache_per_s"]
+    return rates | {"requests_over_prefix_cache": ratio}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,7 @@ def check_family(model_type: str) -> Family:
         config, cls = _tiny(model_type)
         name = cls.__name__
         structure = examine(config, cls)
-        limit = _default_limit(model_type, structure)
+        limit = structure.max_tokens and examine(_default(model_type)).max_tokens
         with torch.no_grad():
             full, block, wrong = _compared(config, cls, structure)
     except Refused as refusal:
@@ -179,12 +179,6 @@ def _tiny(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
         return text, cls
 
 
-def _default_limit(model_type: str, structure: Structure) -> int | None:
-    if structure.max_tokens is None:
-        return None
-    return examine(_default(model_type)).max_tokens
-
-
 def _compared(
     config: PreTrainedConfig, cls: type[PreTrainedModel], structure: Structure
 ) -> tuple[float, float, str]:
@@ -228,16 +222,13 @@ def _masked(stock: nn.Module, ids: Tensor, layout: Layout, structure: Structure)
         hidden = torch.finfo(torch.float32).min
         return torch.zeros(visible.shape).masked_fill_(~visible, hidden)
 
-    kinds = getattr(config, "layer_types", None) or ()
-    masks: list[Callable] = [lambda: mask(structure.windows[0])]
-    if kinds:
-        by_kind = dict(zip(kinds, structure.windows, strict=True))
-        masks.insert(0, lambda: {kind: mask(window) for kind, window in by_kind.items()})
     options = {"position_ids": layout.position, "use_cache": False}
-    for index, make in enumerate(masks):
+    if kinds := getattr(config, "layer_types", None):
+        windows = dict(zip(kinds, structure.windows, strict=True))
+        masks = {kind: mask(window) for kind, window in windows.items()}
         try:
-            return stock(ids, attention_mask=make(), **options).logits
-        except (AttributeError, TypeError, ValueError):
-            if index + 1 == len(masks) or len(set(structure.windows)) > 1:
+            return stock(ids, attention_mask=masks, **options).logits
+        except (AttributeError, TypeError, ValueError):  # it takes one mask
+            if len(set(structure.windows)) > 1:
                 raise
-    raise AssertionError
+    return stock(ids, attention_mask=mask(structure.windows[0]), **options).logits

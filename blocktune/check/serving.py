@@ -307,8 +307,8 @@ def _plain(engine: Engine) -> Method:
 def check_adapter(model: str | None, adapter: str | Path, **options: Any) -> list[Check]:
     """Runs `check_model`, and compares full prefill with stock PEFT, unmerged.
 
-    Base (None: the adapter's own) and adapter are loaded twice, one after the other. ``how`` is
-    passed on: ``dtype``, ``device`` and ``quantize``.
+    Base (None: the adapter's own) and adapter are loaded twice, one after the other, with
+    the ``options`` ``dtype``, ``device`` and ``quantize``.
     """
     folder = adapter_folder(adapter)
     stock = _stock_logits(model, folder, options) if (folder / PEFT_FILE).is_file() else None

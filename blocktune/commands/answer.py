@@ -99,6 +99,7 @@ def answer(
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.cache.decode_cache import DecodeCache
+    from blocktune.cache.responses import ResponseCache, read_settings
     from blocktune.commands import answering
     from blocktune.methods import default_method
 
@@ -111,12 +112,14 @@ def answer(
     loading = (store, dtype, device, quantize)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
-    opt.check_responses(response_cache)
+    if response_cache is not None:
+        read_settings(response_cache)
     words = opt.wording(instruction, system, wording)
     engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
-    engine.responses = opt.responses(response_cache, engine.store)
+    if response_cache is not None:
+        engine.responses = ResponseCache.parse(response_cache, engine.store)
     used = chosen or default_method(engine.prompts.trained)
     run = answering.Run(engine, used, max_new_tokens, sampling, batch_size)
     run.require_room(examples)

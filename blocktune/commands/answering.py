@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import MofNCompleteColumn, Progress, track
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +21,7 @@ from blocktune.cache import ChunkStore, StoreStats
 from blocktune.cache.store.config import StoreConfig
 from blocktune.cache.store.folder import ChunkFolder
 from blocktune.commands.application import resumable
+from blocktune.commands.options import tracked
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
 from blocktune.files import append_lines, resumed, truncate_lines
@@ -139,8 +140,7 @@ class Run:
     ) -> Iterator[tuple[RagExample, Answer]]:
         """Answers batch by batch, with a progress bar where there are several."""
         starts = range(0, len(examples), self.batch_size)
-        console = Console(stderr=True)
-        for start in track(starts, "answering", console=console, disable=quiet or len(starts) < 2):
+        for start in tracked(starts, "answering", shown=not quiet and len(starts) > 1):
             batch = examples[start : start + self.batch_size]
             decoding = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
             answers = self.engine.answer(batch, self.method, batch_size=len(batch), **decoding)
@@ -156,16 +156,12 @@ class Run:
         return record
 
     def _key(self, example: RagExample, method: Sequence[str]) -> str:
+        engine, responses = self.engine, self.engine.responses
         sampled = [asdict(self.sampling), self.batch_size] if self.sampling.temperature else []
-        weights = [self.engine.fingerprint, self.engine.format.to_dict()]
-        parts = [weights, list(method), self.max_new_tokens, sampled, example.to_json()]
-        codec, decode = self.engine.store.config.codec, self.engine.state.decode_cache
-        responses = self.engine.responses
-        parts += [] if decode is None else [str(decode)]
-        parts += [] if codec == "as-is" else [codec]
-        parts += (
-            [[responses.threshold, responses.model]] if responses and responses.threshold else []
-        )
+        similar = responses and responses.threshold and [responses.threshold, responses.model]
+        caches = [engine.store.config.codec, str(engine.state.decode_cache), similar]
+        weights = [engine.fingerprint, engine.format.to_dict()]
+        parts = [weights, caches, method, self.max_new_tokens, sampled, example.to_json()]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

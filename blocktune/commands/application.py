@@ -84,12 +84,12 @@ def _write_failure(line: str | None, error: Exception) -> None:
 
 
 @contextmanager
-def resumable(kept: str, how: str = "repeat the command to continue") -> Iterator[None]:
-    """On Ctrl-C inside the block, reports what was ``kept`` and ``how`` to continue."""
+def resumable(kept: str) -> Iterator[None]:
+    """On Ctrl-C inside the block, reports what was ``kept`` and how to continue."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{kept}; {how}") from None
+        raise KeyboardInterrupt(f"{kept}; repeat the command to continue") from None
 
 
 def plugins_first(args: list[str]) -> list[str]:

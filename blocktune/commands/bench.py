@@ -54,6 +54,8 @@ def replay(
     from blocktune.provenance import provenance
     from blocktune.tables import Table
 
+    if output is not None:
+        import matplotlib  # noqa: F401  # reports a missing extra before the simulation
     costs = simulation.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
     requests = simulation.read_requests(trace, limit)
     requested = simulation.touched_bytes(requests, costs)
@@ -154,10 +156,12 @@ def ttft(
     """Measure time to first token with all chunks cached, by parts, and with full prefill."""
     from blocktune.bench.ttft import bench_ttft, draw_ttft, table
 
+    if picture is not None:
+        import matplotlib  # noqa: F401  # reports a missing extra before anything is measured
     if not all(part.strip().isdecimal() for part in tokens.split(",")):
         raise ValueError(f"--tokens must be lengths such as 512,8192, got '{tokens}'")
     lengths = [int(part) for part in tokens.split(",")]
-    engine = opt.load_engine(model, adapter, None, dtype, device)
+    engine = opt.load_engine(model, adapter, "memory=1TB", dtype, device)  # all chunks fit
     result = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
     if picture is not None:
         draw_ttft(result, picture)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, NoReturn
 
 import typer
@@ -112,10 +113,11 @@ def check(
         checks = check_model(engine) if chosen is None else check_method(chosen, engine)
     sound, rows = all(result.passed for result in checks), []
     for result in checks:
-        verdict = "[green]ok[/green]" if result.passed else "[red]FAILED[/red]"
-        is_least = result.passed == (result.max_abs_diff > result.tolerance)
-        accepted = f"{'at least ' * is_least}{result.tolerance:.1e}"
-        rows.append((verdict, result.name, f"{result.max_abs_diff:.1e}", accepted))
+        diff, bound = result.max_abs_diff, result.tolerance
+        is_least = diff > bound if result.passed else diff < bound  # a NaN passes no check
+        accepted = f"{'at least ' * is_least}{bound:.1e}"
+        verdict = "ok" if result.passed else "FAILED"
+        rows.append((verdict, result.name, f"{diff:.1e}", accepted))
     where = "on this model" if chosen is None else f"by '{chosen.name}'"
     extent = "" if limit is None else f" up to {limit:,} tokens"
     line = f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
@@ -125,16 +127,11 @@ def check(
 
 
 def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
-    from rich.console import Console
-    from rich.progress import track
-
     from blocktune.check.families import check_families, model_types, table
 
     opt.quiet_libraries()
     names = model_types(only)
-    console = Console(stderr=True)
-    checking = track(check_families(names), "checking", total=len(names), console=console)
-    results = list(checking)
+    results = list(opt.tracked(check_families(names), "checking", len(names)))
     opt.tell(as_json, {"families": [asdict(result) for result in results]}, table(results))
     raise typer.Exit(int(any(result.verdict == "wrong" for result in results)))
 
@@ -163,22 +160,18 @@ def profile_layers(
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure which range of layers to recompute for all chunks: the profile for `droidspeak`."""
-    from rich.console import Console
-    from rich.progress import track
-
     from blocktune.commands.answering import read_examples
     from blocktune.evaluation.fidelity import profile_layers
     from blocktune.tables import Table
 
     examples = read_examples(source, limit, None, [])
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
-    console = Console(stderr=True)
     profile = profile_layers(
         engine,
         examples,
         most_layers=most_layers,
         batch_size=batch_size,
-        progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
+        progress=partial(opt.tracked, label="profiling"),
     )
     rows = []
     for point in (point for point in profile if point.efficient):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -78,9 +77,9 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from blocktune.registry import summary_of
     from blocktune.tables import Table
 
-    sources, chunkers = generators(), {}
-    for name, cls in sorted(CHUNKERS.table().items()):
-        chunkers[name] = summary_of(cls).replace("``", "")
+    sources = generators()
+    classes = sorted(CHUNKERS.table().items())
+    chunkers = {name: summary_of(cls).replace("``", "") for name, cls in classes}
     fields = {s.key: " or ".join(map(", ".join, s.keys)) or "(name it)" for s in SHAPES}
     facts = {
         "data_sets": {name: asdict(entry) for name, entry in CATALOG.items()},
@@ -89,29 +88,16 @@ def show_list(as_json: opt.AsJson = False) -> None:
         "chunkers": chunkers,
     }
 
-    def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-        return Table(columns, list(rows), title, left=columns)
-
-    opt.tell(
-        as_json,
-        facts,
-        table(
-            "data sets",
-            ("name", "on the Hub", "licence", "a record becomes"),
-            ((name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()),
-        ),
-        table(
-            "generators",
-            ("source", "an example contains"),
-            [(e.example, e.becomes) for e in sources.values()],
-        ),
-        table(
-            "record shapes of files",
-            ("as=", "recognised by its fields", "cut by"),
-            ((s.key, fields[s.key], s.chunker or "(has chunks)") for s in SHAPES),
-        ),
-        table("chunkers", ("chunker=", "what it does"), chunkers.items()),
+    data_sets = [(name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()]
+    examples = [(e.example, e.becomes) for e in sources.values()]
+    shapes = [(s.key, fields[s.key], s.chunker or "(has chunks)") for s in SHAPES]
+    tables = (
+        Table(("name", "on the Hub", "licence", "a record becomes"), data_sets, "data sets"),
+        Table(("source", "an example contains"), examples, "generators"),
+        Table(("as=", "recognised by its fields", "cut by"), shapes, "record shapes of files"),
+        Table(("chunker=", "what it does"), list(chunkers.items()), "chunkers"),
     )
+    opt.tell(as_json, facts, *(table._replace(left=table.headings) for table in tables))
 
 
 @command(
@@ -130,7 +116,8 @@ def show(
         str | None, Option("--model", "-m", help="Show the input rows of this model.")
     ] = None,
     adapter: Annotated[
-        str | None, Option(help="Use the prompt format and layout of this adapter.")
+        str | None,
+        Option(help="Use the prompt format and layout of this adapter: a folder or USER/NAME."),
     ] = None,
     mode: Annotated[
         Literal["block", "full"], Option(help="Lay out the example for this kind of attention.")
@@ -169,10 +156,11 @@ def _show_text(example: RagExample) -> None:
 
 def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
     from blocktune.adapter import AdapterInfo
+    from blocktune.models.load import adapter_folder
     from blocktune.prompt import LayoutSpec, PromptFormat, lay_out, make_pieces
     from blocktune.prompt.batch import show as rows_of
 
-    info = AdapterInfo.load(adapter) if adapter else None
+    info = AdapterInfo.load(adapter_folder(adapter)) if adapter else None
     format = info.format if info else PromptFormat()
     spec = info.layout if info and block else LayoutSpec(block=block)
     if spec.num_blanks:  # serving adds these rows; training examples have none

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,6 @@ from typer import Option
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
-    from blocktune.cache.responses import ResponseCache
     from blocktune.engine import Engine
     from blocktune.methods import Method
     from blocktune.tables import Table
@@ -104,6 +103,14 @@ def tell(as_json: bool, record: Any, *shown: str | Table) -> None:
         typer.echo(part) if isinstance(part, str) else part.show()
 
 
+def tracked(items: Iterable, label: str, total: int | None = None, shown: bool = True) -> Iterator:
+    """Iterates with a progress bar on standard error, which leaves standard output to results."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return iter(track(items, label, total, console=Console(stderr=True), disable=not shown))
+
+
 def quiet_libraries() -> None:
     """Silences progress bars and warnings of libraries; their errors are still shown."""
     import logging
@@ -175,18 +182,3 @@ def wording(instruction: str | None, system: str | None, path: Path | None) -> d
     words |= {name: text for name, text in given.items() if text is not None}
     PromptFormat.from_dict(words)
     return words
-
-
-def check_responses(text: str | None) -> None:
-    """Raises ValueError if ``--response-cache`` is wrong, before a model is loaded."""
-    from blocktune.cache.responses import read_settings
-
-    if text is not None:
-        read_settings(text)
-
-
-def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
-    """The response cache of ``--response-cache``, or None without the option."""
-    from blocktune.cache.responses import ResponseCache
-
-    return None if text is None else ResponseCache.parse(text, store)

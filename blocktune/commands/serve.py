@@ -118,6 +118,7 @@ def serve(
     import prometheus_client  # noqa: F401
     import uvicorn
 
+    from blocktune.cache.responses import ResponseCache, read_settings
     from blocktune.server import ServerConfig, Service, create_app, launch, load_tenants
     from blocktune.server.config import OnlyTenant
 
@@ -138,16 +139,20 @@ def serve(
     try:  # before a model is loaded
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        reason = f"{os.strerror(error.errno)}; choose another --host or --port"
-        raise ValueError(f"cannot listen on {host}:{port}: {reason}") from None
-    opt.check_responses(response_cache)
+        reason = str(error.strerror).partition(" (while")[0]  # Python adds the address there
+        hint = "choose another --host or --port"
+        raise ValueError(f"cannot listen on {host}:{port}: {reason}; {hint}") from None
+    if response_cache is not None:
+        read_settings(response_cache)
     opt.quiet_libraries()
     engines = launch.load_engines(
         *(model, adapter or [], name, store, int(store_gb * 2**30)),
         **{"dtype": dtype, "device": device, "quantize": quantize},
     )
-    response_store = opt.responses(response_cache, next(iter(engines.values())).store)
-    service = Service(engines, config, method, not skip_check, response_store)
+    responses = None
+    if response_cache is not None:
+        responses = ResponseCache.parse(response_cache, next(iter(engines.values())).store)
+    service = Service(engines, config, method, not skip_check, responses)
     uvicorn.run(
         create_app(service), host=host, port=port, **launch.uvicorn_options(config, drain_s)
     )

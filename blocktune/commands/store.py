@@ -126,18 +126,19 @@ def gc(
 ) -> None:
     """Remove unfinished files, expired chunks, and chunks by size, age or damage.
 
-    The index of a folder is repaired first. Pinned chunks stay.
+    The index of a folder is repaired first. Pinned chunks stay, unless they are expired or damaged.
     """
     limit, shelf = parse_bytes(max_size) if max_size else None, Shelf.open(store)
     unfinished, index = (0, {}) if dry_run else (shelf.blobs.clean(), shelf.mend())
-    now, kept, to_remove = time.time(), [], {}
+    now, total, kept, to_remove = time.time(), 0, [], {}
     for row in shelf.rows():
         expired = row.expires is not None and row.expires <= now
         if expired or (damaged and _problem(shelf.blobs, row.key)):
             to_remove[row.key] = row.size
-        elif row.fingerprint and not row.pinned:
+            continue
+        total += row.size
+        if row.fingerprint and not row.pinned:
             kept.append((row.used, row.key, row.size))
-    total = sum(size for _, _, size in kept)
     cutoff = None if unused_days is None else now - unused_days * 86400
     for used, key, size in sorted(kept):
         if (cutoff is not None and used < cutoff) or (limit is not None and total > limit):
@@ -150,7 +151,7 @@ def gc(
 
 @group.command()
 def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
-    """Protect chunks of a folder from eviction; only `rm` removes them."""
+    """Protect chunks of a folder from eviction, until they are removed, expired or damaged."""
     shelf = Shelf.open(store)
     selected = [row.key for row in _rows(shelf, keys)]
     count = shelf.pin(selected, not undo)

@@ -6,7 +6,6 @@ Training runs in this process or in several launched ones. A failure is reported
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -20,6 +19,9 @@ from blocktune.commands import options as opt
 from blocktune.commands.application import FAILURES, command
 from blocktune.parsing import load_yaml, mapping
 
+Base = Annotated[
+    str | None, Option("--model", "-m", help="Base model. Default: the adapter's own.")
+]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML as options
 
 
@@ -86,26 +88,28 @@ def launch(processes: int | None, launcher: str | None, program: list[str]) -> N
     if launcher is not None:
         hint = "see recipes/accelerate"
         mapping(load_yaml(launcher, "launcher configuration", hint), launcher)
-    folder = Path(tempfile.mkdtemp(prefix="blocktune-train-"))
-    os.environ[FAILURES] = str(folder)
-    try:
-        code = _run(processes, launcher, program)
-    finally:
-        del os.environ[FAILURES]
-    failed = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-    if code == 0 or not failed:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[FAILURES] = folder
+        try:
+            code = _run(processes, launcher, program)
+        finally:
+            del os.environ[FAILURES]
+        failed = sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime)
+        reports = [(path.stem, path.read_text()) for path in failed]
     if code < 0:  # killed, so the process could not report anything
         raise ValueError(
             f"a training process was ended by signal {-code}; after signal 9 check the machine's "
             "memory. Nothing after the last checkpoint was saved"
         )
-    if code and failed:
-        line, *trace = failed[0].read_text().splitlines()
+    if code and reports:
+        rank, report = reports[0]
+        line, *trace = report.splitlines()
         if not trace:
-            shutil.rmtree(folder)
             raise ValueError(line)
-        print(f"error: process {failed[0].stem} failed: {line}; see {failed[0]}", file=sys.stderr)
+        name = {"prefix": "blocktune-train-", "suffix": ".txt"}
+        with tempfile.NamedTemporaryFile("w", **name, delete=False) as kept:
+            kept.write(report)
+        print(f"error: process {rank} failed: {line}; see {kept.name}", file=sys.stderr)
     raise typer.Exit(code)
 
 
@@ -136,6 +140,10 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
         return error.returncode
     except SignalException:
         raise KeyboardInterrupt from None
+    except ImportError as error:
+        if error.name is not None:
+            raise
+        raise ValueError(f"'{launcher}': {error}") from None  # such as a missing DeepSpeed
     return 0
 
 
@@ -150,9 +158,7 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
     output: Annotated[Path, opt.in_folder("--output", "-o", help="New folder for the model.")],
-    model: Annotated[
-        str | None, Option("--model", "-m", help="Base model. Default: the adapter's own.")
-    ] = None,
+    model: Base = None,
     links: Annotated[
         str | None,
         Option(
@@ -212,10 +218,7 @@ def push(
     results: Annotated[
         Path | None, Option(help="results.json of `blocktune eval`, for the table in the card.")
     ] = None,
-    model: Annotated[
-        str | None,
-        Option("--model", "-m", help="Base model for the check. Default: the adapter's own."),
-    ] = None,
+    model: Base = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
 ) -> None:

@@ -1,6 +1,7 @@
 """The bench of reuse, run small: keys, costs, and that it times what it says."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -86,6 +87,12 @@ def test_rounds_are_compared_within_and_the_first_is_not_counted():
     assert times == {"a": [1.0, 3.0, 1.0], "b": [2.0, 4.0, 4.0]}
     assert ratios(times, "a", "b") == [0.5, 0.75, 0.25]
     assert spread(times["a"]) == {"median": 1.0, "least": 1.0, "greatest": 3.0}
+
+
+def test_work_that_an_accelerator_still_does_is_counted(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: time.sleep(0.05))
+    assert take_turns({"a": lambda: None}, 1)["a"][0] >= 0.05
 
 
 def test_a_long_work_is_not_warmed_up():

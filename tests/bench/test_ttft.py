@@ -6,6 +6,8 @@ import pytest
 from commands.conftest import blocktune  # noqa: F401
 
 from blocktune.bench.ttft import PARTS, bench_ttft, draw_ttft, table
+from blocktune.cache import ChunkStore
+from blocktune.engine import Engine
 from blocktune.methods import Weights
 from blocktune.testing import small_engine
 
@@ -37,9 +39,17 @@ def test_it_is_shown_as_a_table_and_as_a_picture(found, tmp_path):
     assert draw_ttft(found, tmp_path / "ttft.png").stat().st_size > 5000
 
 
-def test_a_prompt_without_room_is_refused():
-    with pytest.raises(ValueError, match="no room for a question of 32"):
-        bench_ttft(small_engine(Weights.ANY), (32,))
+def test_a_prompt_without_room_is_refused_before_any_is_timed(monkeypatch):
+    monkeypatch.setattr("blocktune.bench.ttft._timed", None)
+    with pytest.raises(ValueError, match="a prompt of 32 tokens has no room for a question of 32"):
+        bench_ttft(small_engine(Weights.ANY), (64, 32))
+
+
+def test_a_store_without_room_is_refused():
+    engine = small_engine(Weights.ANY)
+    small = Engine(engine.model, engine.tokenizer, format=engine.format, store=ChunkStore(60_000))
+    with pytest.raises(ValueError, match="no room for the chunks of 95 tokens"):
+        bench_ttft(small, (96,), chunk=16, question=8, repeats=1)
 
 
 def test_the_command_measures_a_model(blocktune, tmp_path):  # noqa: F811

@@ -1,10 +1,12 @@
 """What each command does when all is well."""
 
 import json
+import sys
 
 import pytest
 import yaml
 
+from blocktune.check import Check
 from blocktune.data import load_examples
 from blocktune.methods import available
 
@@ -211,6 +213,39 @@ def test_check_says_whether_reuse_is_sound(blocktune, model):
     assert len(checks) >= 4
     assert all(check.keys() == {"name", "passed", "max_abs_diff", "tolerance"} for check in checks)
     assert done.exit_code == 0 if all(check["passed"] for check in checks) else 1
+
+
+def test_check_shows_a_verdict_a_line(blocktune, model, monkeypatch):
+    found = [("same", True, 1e-6, 1e-4), ("seen", True, 3.0, 0.5), ("wrong", False, 2.0, 1e-4)]
+    found += [("unseen", False, 0.1, 0.5), ("overflow", False, float("nan"), 0.5)]
+    checks = [Check(*one) for one in found]
+    monkeypatch.setattr("blocktune.check.check_model", lambda engine: checks)
+    lines = [line.split() for line in blocktune("check", "--model", model).stdout.splitlines()]
+    assert lines[2:7] == [
+        ["ok", "same", "1.0e-06", "1.0e-04"],
+        ["ok", "seen", "3.0e+00", "at", "least", "5.0e-01"],
+        ["FAILED", "wrong", "2.0e+00", "1.0e-04"],
+        ["FAILED", "unseen", "1.0e-01", "at", "least", "5.0e-01"],
+        ["FAILED", "overflow", "nan", "5.0e-01"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "worker"),
+    [
+        (("replay", "zipf", "--output", "out"), "replay.replay"),
+        (("bench", "ttft", "--model", "data/tiny", "--picture", "a.png"), "ttft.bench_ttft"),
+    ],
+)
+def test_plots_need_their_package_before_anything_is_measured(
+    refused, monkeypatch, tmp_path, command, worker
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(f"blocktune.bench.{worker}", None)
+    *words, path = command
+    line = refused(*words, tmp_path / path)
+    assert "this needs the package 'matplotlib'; run pip install 'blocktune[eval]'" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_layer_ranges_are_profiled(blocktune, model, questions):

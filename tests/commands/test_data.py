@@ -7,11 +7,13 @@ import pytest
 from source_records import MUSIQUE
 from transformers import AutoTokenizer
 
+from blocktune.adapter import AdapterInfo
 from blocktune.data import RagExample, load_examples
 from blocktune.data.needle import _words
 from blocktune.data.sources.catalog import data_sets_of
 from blocktune.data.sources.records import Record
 from blocktune.engine import Engine
+from blocktune.prompt import LayoutSpec, PromptFormat
 
 DOCS = [
     {"text": "Anna Belt was born in Kirby.", "title": "Anna Belt"},
@@ -60,6 +62,19 @@ def test_list_names_sets_licences_generators_shapes_and_chunkers(blocktune):
     facts = json.loads(blocktune("data", "list", "--json").stdout)
     assert facts["data_sets"]["nq"]["hub"] == "google-research-datasets/nq_open"
     assert facts.keys() == {"data_sets", "generators", "shapes", "chunkers"}
+
+
+def test_rows_are_shown_in_the_wording_of_an_adapter(
+    blocktune, refused, model, tmp_path, monkeypatch
+):
+    words = PromptFormat(instruction="In its own words.", titled="{title}: {text}\n")
+    AdapterInfo("base", "0" * 16, "0" * 16, LayoutSpec(), words).save(tmp_path)
+    show = ("data", "show", "worlds:test?n=1", "--model", model, "--adapter")
+    assert "In its own words." in blocktune(*show, tmp_path).stdout
+    monkeypatch.setattr("blocktune.models.load.snapshot_download", lambda *_, **__: tmp_path)
+    assert "In its own words." in blocktune(*show, "user/name").stdout
+    monkeypatch.undo()
+    assert "no adapter 'none/such': it is not a local folder" in refused(*show, "none/such")
 
 
 def test_show_as_text(blocktune):

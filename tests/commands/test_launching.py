@@ -1,6 +1,7 @@
 """Several processes: what fails in one of them is one line."""
 
 import re
+import tempfile
 
 import pytest
 import typer
@@ -43,6 +44,24 @@ def test_a_crash_of_one_process_is_one_line_with_its_trace_in_a_file(program, ca
     found = re.fullmatch(r"error: process 1 failed: RuntimeError: it was rank 1; see (.*)\n", line)
     with open(found[1]) as trace:
         assert "raise kind(" in trace.read()
+
+
+def test_a_stopped_launch_leaves_no_files(tmp_path, monkeypatch):
+    def stopped(*_):
+        assert list(tmp_path.iterdir())  # the folder for errors
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(launching, "_run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        launching.launch(2, None, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_launcher_without_its_package_is_one_line(monkeypatch):
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: False)
+    with pytest.raises(ValueError, match=r"zero2\.yaml': DeepSpeed is not installed"):
+        launching.launch(2, "recipes/accelerate/zero2.yaml", ["program.py"])
 
 
 @pytest.mark.alone

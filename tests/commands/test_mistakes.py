@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -82,7 +83,14 @@ def test_a_port_that_is_taken(refused, model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refused("serve", "--model", model, "--port", port)
-    assert f"127.0.0.1:{port}" in line
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another" in line
+
+
+def test_a_host_that_no_one_knows(refused, model, monkeypatch):
+    reason = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "create_server", Mock(side_effect=reason))
+    line = refused("serve", "--model", model, "--port", 9000)
+    assert "cannot listen on 127.0.0.1:9000: Name or service not known; choose another" in line
 
 
 def test_a_chunk_longer_than_the_context(refused, model, tmp_path):

@@ -291,6 +291,14 @@ def test_pinned_chunks_outlive_budgets(folder, asked, refused):
     assert "either keys" in refused("store", "rm", folder, KEYS[0], "--document", "d")
 
 
+def test_pinned_chunks_count_towards_the_size_that_is_kept(folder, asked):
+    sizes = {key: chunk_path(folder, key).stat().st_size for key in KEYS}
+    asked("pin", KEYS[0])
+    limit = sum(sizes.values()) - 1
+    assert asked("gc", "--max-size", limit)["keys"] == [KEYS[2]]
+    assert asked("gc", "--max-size", limit - sizes[KEYS[2]])["keys"] == [KEYS[1]]
+
+
 def asked_line(command, folder, key):
     done = CliRunner().invoke(app, ["store", command, str(folder), "--json"])
     return next(line for line in done.stdout.splitlines() if key in line)
