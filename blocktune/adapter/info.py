@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blocktune.adapter.scope import SCOPES, scope_of
 from blocktune.files import replace_json
 from blocktune.links import link_base
-from blocktune.parsing import build_strict, load_json
+from blocktune.parsing import build_strict, load_json, mapping
 from blocktune.prompt import LayoutSpec, PromptFormat
 
 INFO_FILE = "blocktune.json"
@@ -34,7 +34,7 @@ class AdapterInfo:
     tokens.
 
     Raises:
-        ValueError: If the version, the link mode or the scope is unknown.
+        ValueError: If the link mode or the scope is unknown.
     """
 
     base_model: str  # name or path of the base as given to the run, or `OWN_WEIGHTS`
@@ -53,11 +53,6 @@ class AdapterInfo:
     format_version: int = FORMAT_VERSION  # of this file
 
     def __post_init__(self):
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"this blocktune reads adapter format {FORMAT_VERSION}, got "
-                f"{self.format_version}; update blocktune or train the adapter again"
-            )
         if self.link_mode not in LINK_MODES:
             modes = ", ".join(LINK_MODES)
             raise ValueError(f"unknown link_mode '{self.link_mode}'; available: {modes}")
@@ -107,7 +102,13 @@ class AdapterInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterInfo:
-        """Inverse of `to_dict`; raises ValueError if a key is unknown or missing."""
+        """Inverse of `to_dict`; ValueError for another version, or unknown or missing keys."""
+        version = mapping(values, INFO_FILE).get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:  # first, since another version may have other keys
+            raise ValueError(
+                f"this blocktune reads adapter format {FORMAT_VERSION}, got {version}; update "
+                "blocktune or train the adapter again"
+            )
         required = ("base_model", "base_fingerprint", "tokenizer_hash", "layout", "format")
         if missing := [name for name in required if name not in values]:
             raise ValueError(f"{INFO_FILE} lacks '{missing[0]}'; train the adapter again")

@@ -41,7 +41,8 @@ def load_adapter(
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, it was made for another base or
-            tokenizer, or its scope cannot be merged. The base is then unchanged.
+            tokenizer, or its scope cannot be merged. The base is then unchanged, unless the weights
+            do not fit PEFT's configuration.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -132,7 +133,9 @@ def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
     name = model.config._name_or_path or type(model).__name__
     if not same_base(info.base_fingerprint, base_fingerprint(model)):
         fix = f"load '{info.base_model}', or train an adapter for '{name}'"
-        if name == info.base_model:
+        if info.base_model == OWN_WEIGHTS:
+            fix = "leave out the base"
+        elif name == info.base_model:
             fix = "its weights have changed, or are of another revision; train the adapter again"
         raise ValueError(
             f"adapter '{adapter}' was made for base '{info.base_model}' "

@@ -47,6 +47,7 @@ def test_info_survives_its_file(tmp_path):
         ({"layout": {"num_link": 1}}, "layout: unknown key 'num_link'"),
         ({"format": {"style": 1}}, "prompt format: unknown key 'style'"),
         ({"format_version": 9}, "reads adapter format 1, got 9"),
+        ({"format_version": 2, "colour": "red"}, "reads adapter format 1, got 2; update"),
         ({"link_mode": "magic"}, "unknown link_mode 'magic'; available: table, added_tokens"),
     ],
 )
