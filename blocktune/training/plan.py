@@ -239,13 +239,11 @@ def describe_layout(spec: LayoutSpec, block_share: float, both: bool, link_mode:
 
 def describe_objective(args) -> str:
     """A line with the parts of the loss: cross-entropy, divergence, states, fresh rows."""
-    distillation, words = args.distillation, []
-    if distillation.weight < 1:
-        words.append("cross-entropy")
-    if distillation.weight > 0:
-        words.append(f"{distillation.weight:.0%} KL to the teacher '{args.distill_teacher}'")
-    if distillation.matches_states:
-        words.append(f"{distillation.states} states x {distillation.states_weight:g}")
+    words = ["cross-entropy"] if args.distill_weight < 1 else []
+    if args.distill_weight > 0:
+        words.append(f"{args.distill_weight:.0%} KL to the teacher '{args.distill_teacher}'")
+    if args.matches_states:
+        words.append(f"{args.distill_states} states x {args.distill_states_weight:g}")
     if args.recompute != "none":
         span = f"{args.recompute_min:.0%} to {args.recompute_max:.0%}"
         words.append(f"{span} of the tokens fresh ({args.recompute})")

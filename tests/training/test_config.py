@@ -111,6 +111,8 @@ def test_every_key_is_listed_once_with_what_it_means():
             "must be one of random, group_by_length, seq",
         ),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"pack_length": 0}, "pack_length must be at least 1, got 0"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"trust_remote_code": True}, "code of repositories is never run"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be above 0, got 0"),
