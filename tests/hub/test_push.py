@@ -160,6 +160,8 @@ def test_results_of_other_weights_are_refused(run, tmp_path, changes, line):
     ("record", "line"),
     [
         ({"methods": {"naive": {"em": 1.0}}}, r"not a results\.json of `blocktune eval`"),
+        ({"methods": {"naive": 1}}, r"not a results\.json of `blocktune eval`"),
+        ({"methods": {}, "provenance": None}, "was written by an older blocktune"),
         (
             {"methods": {"a": {"n": 1, "em": 0, "ci95": [0, 0], "adapter": None}}},
             "was written by an older blocktune and does not name the weights",
