@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -67,7 +66,7 @@ class RecomputeSampler:
     def selector(self, share: float, draw: random.Random | None = None) -> Selection:
         """The selector for one prompt. A random selector gets its seed from ``draw``."""
         selection = self.selection.with_budget(share)
-        if draw is not None and "seed" in {field.name for field in dataclasses.fields(selection)}:
+        if draw is not None and hasattr(selection, "seed"):
             selection = replace(selection, seed=draw.getrandbits(31))
         return selection
 
