@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from blocktune.adapter import INFO_FILE
+from blocktune.adapter import INFO_FILE, AdapterInfo
 from blocktune.adapter.load import PEFT_FILE, require_whole
 from blocktune.parsing import load_yaml
 
@@ -165,12 +165,11 @@ def history(checkpoint: Path) -> dict[str, Any]:
     return {"from_step": step, "earlier": [*training.get("earlier", ()), before]}
 
 
-def _training(folder: Path) -> dict[str, Any]:
+def _training(folder: Path) -> Mapping[str, Any]:
     try:
-        return json.loads((folder / INFO_FILE).read_text())["training"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        name = folder / INFO_FILE
-        raise ValueError(f"'{name}' is damaged or incomplete ({error}); {_FIX}") from None
+        return AdapterInfo.load(folder).training
+    except ValueError as error:
+        raise ValueError(f"{error}; {_FIX}") from None
 
 
 def remove_run(folder: Path) -> None:

@@ -151,6 +151,13 @@ def test_overwrite_removes_the_earlier_run_alone(tmp_path):
         run(path, "--overwrite", "--resume_from_checkpoint", "true")
 
 
+def test_a_run_without_a_step_saves_nothing(tmp_path):
+    path = write_run(tmp_path, train_limit=1, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="nothing was trained: 1 rows are less than one batch"):
+        run(path)
+    assert not (tmp_path / "out/blocktune.json").exists()
+
+
 def test_overwrite_leaves_nothing_of_a_full_model(tmp_path):
     run(write_run(tmp_path, use_peft=None))
     assert (tmp_path / "out/config.json").is_file()
@@ -188,7 +195,7 @@ def test_a_damaged_checkpoint_is_one_line(stopped, tmp_path, name):
     with pytest.raises(ValueError, match=r"lacks (the|one of) .*remove the checkpoint"):
         run(stopped)
     (path.parent / "blocktune.json").write_bytes(b"\x80")
-    with pytest.raises(ValueError, match=r"blocktune.json' is damaged or incomplete"):
+    with pytest.raises(ValueError, match=r"blocktune.json: not JSON .*; remove the checkpoint"):
         run(stopped)
     shutil.rmtree(path.parent)
     run(stopped)  # from the start
