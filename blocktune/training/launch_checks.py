@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, SFTConfig
 
@@ -43,6 +45,19 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
                 f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
                 "report_to: none"
             ) from None
+
+
+def refuse_schedule(args: SFTConfig) -> None:
+    """Raises ValueError for a learning rate schedule that lacks settings, or gets wrong ones."""
+    kind, given = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {})
+    optimizer = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
+    try:
+        get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type '{kind.value}' cannot be used with lr_scheduler_kwargs {given}: "
+            f"{error}"
+        ) from None
 
 
 def refuse_test(source: str, split: str | None = None) -> None:

@@ -237,6 +237,7 @@ def build(
 ) -> BlockSFTTrainer:
     """Loads base and data and creates the trainer."""
     launch_checks.refuse_missing_trackers(args.report_to)
+    launch_checks.refuse_schedule(args)
     model, tokenizer = load.load_base(
         choice.model_name_or_path,
         dtype=choice.dtype or "auto",

@@ -129,6 +129,21 @@ def test_flash_attention_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("kind", "given", "line"),
+    [
+        ("warmup_stable_decay", None, "'warmup_stable_decay' .*: .*num_decay_steps"),
+        ("cosine_with_min_lr", None, "min_lr"),
+        ("linear", {"foo": 1}, r"'linear' .* lr_scheduler_kwargs {'foo': 1}: .*foo"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_before_the_run(tmp_path, kind, given, line):
+    with pytest.raises(ValueError, match=line):
+        make_trainer(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=given)
+    kwargs = {"num_decay_steps": 2}
+    make_trainer(tmp_path, lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=kwargs)
+
+
+@pytest.mark.parametrize(
     ("overrides", "line"),
     [
         ({"dtype": "float31"}, "dtype: invalid choice: 'float31'"),
