@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blocktune.adapter.scope import SCOPES, scope_of
 from blocktune.files import replace_json
 from blocktune.links import link_base
-from blocktune.parsing import build_strict, load_json
+from blocktune.parsing import load_json, mapping, read
 from blocktune.prompt import LayoutSpec, PromptFormat
 
 INFO_FILE = "blocktune.json"
@@ -34,7 +34,7 @@ class AdapterInfo:
     tokens.
 
     Raises:
-        ValueError: If the version, the link mode or the scope is unknown.
+        ValueError: If the link mode or the scope is unknown.
     """
 
     base_model: str  # name or path of the base as given to the run, or `OWN_WEIGHTS`
@@ -48,16 +48,11 @@ class AdapterInfo:
     scope: str = "both"  # rows that LoRA acts on, one of `SCOPES`
     base_revision: str | None = None  # the base's commit on the Hub, or the requested revision
     quantization: str | None = None  # of the base in training
-    rope: dict[str, Any] = field(default_factory=dict)  # of the base; for information only
-    training: dict[str, Any] = field(default_factory=dict)  # provenance of the run
+    rope: Mapping[str, Any] = field(default_factory=dict)  # of the base; for information only
+    training: Mapping[str, Any] = field(default_factory=dict)  # provenance of the run
     format_version: int = FORMAT_VERSION  # of this file
 
     def __post_init__(self):
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"this blocktune reads adapter format {FORMAT_VERSION}, got "
-                f"{self.format_version}; update blocktune or train the adapter again"
-            )
         if self.link_mode not in LINK_MODES:
             modes = ", ".join(LINK_MODES)
             raise ValueError(f"unknown link_mode '{self.link_mode}'; available: {modes}")
@@ -105,18 +100,6 @@ class AdapterInfo:
         """All fields as JSON types."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AdapterInfo:
-        """Inverse of `to_dict`; raises ValueError if a key is unknown or missing."""
-        required = ("base_model", "base_fingerprint", "tokenizer_hash", "layout", "format")
-        if missing := [name for name in required if name not in values]:
-            raise ValueError(f"{INFO_FILE} lacks '{missing[0]}'; train the adapter again")
-        nested = {
-            "layout": LayoutSpec.from_dict(values["layout"]),
-            "format": PromptFormat.from_dict(values["format"]),
-        }
-        return build_strict(cls, {**values, **nested}, INFO_FILE)
-
     def save(self, folder: str | Path) -> Path:
         """Writes ``blocktune.json`` to ``folder`` atomically."""
         path = Path(folder) / INFO_FILE
@@ -125,14 +108,25 @@ class AdapterInfo:
 
     @classmethod
     def load(cls, folder: str | Path) -> AdapterInfo:
-        """Reads ``blocktune.json``; raises ValueError if there is none, or it cannot be read."""
+        """Reads ``blocktune.json``.
+
+        Raises ValueError if there is none, it has another version, or a key is unknown, missing or
+        of the wrong type.
+        """
         path = Path(folder) / INFO_FILE
         if not path.is_file():
             raise ValueError(
                 f"{folder} is not a blocktune adapter: it has no {INFO_FILE}; a trainer writes it "
                 "with callbacks=[SaveLayoutCallback(collator)]"
             )
-        try:
-            return cls.from_dict(load_json(path))
-        except TypeError as error:
-            raise ValueError(f"{path} is not a {INFO_FILE} of blocktune: {error}") from None
+        values = dict(mapping(load_json(path), str(path)))
+        version = values.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:  # first, since another version may have other keys
+            raise ValueError(
+                f"{path}: this blocktune reads adapter format {FORMAT_VERSION}, got {version}; "
+                "update blocktune or train the adapter again"
+            )
+        for name, spec in (("layout", LayoutSpec), ("format", PromptFormat)):
+            if name in values:
+                values[name] = spec.from_dict(values[name])
+        return read(cls, values, str(path))

@@ -41,7 +41,8 @@ def load_adapter(
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, it was made for another base or
-            tokenizer, or its scope cannot be merged. The base is then unchanged.
+            tokenizer, or its scope cannot be merged. The base is then unchanged, unless the weights
+            do not fit PEFT's configuration.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -132,7 +133,9 @@ def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
     name = model.config._name_or_path or type(model).__name__
     if not same_base(info.base_fingerprint, base_fingerprint(model)):
         fix = f"load '{info.base_model}', or train an adapter for '{name}'"
-        if name == info.base_model:
+        if info.base_model == OWN_WEIGHTS:
+            fix = "leave out the base"
+        elif name == info.base_model:
             fix = "its weights have changed, or are of another revision; train the adapter again"
         raise ValueError(
             f"adapter '{adapter}' was made for base '{info.base_model}' "
@@ -207,12 +210,13 @@ def load_models(
 
 
 class _Source(NamedTuple):
-    """The base of a model, and the release or the adapter's folder to apply to it."""
+    """The base of a model, and the release, or an adapter and its folder, to apply to it."""
 
     base: str
     revision: str | None
     release: Release | None
     folder: Path | None
+    info: AdapterInfo | None
 
 
 def _source(model: str | None, adapter: str | Path | None, revision: str | None) -> _Source:
@@ -220,26 +224,26 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
         model, adapter = None, model
     release = None if adapter is None else find_release(str(adapter))
     folder = None if adapter is None or release else adapter_folder(adapter)
+    info = None if folder is None else AdapterInfo.load(folder)
     if model is None and release is not None:
         model = release.repository
-    elif model is None and folder is None:
+    elif model is None and info is None:
         raise ValueError("no model is named; give --model, or --adapter to run on its own base")
     elif model is None:
-        info = AdapterInfo.load(folder)
         own = info.base_model == OWN_WEIGHTS
         model, revision = (str(folder), None) if own else (info.base_model, info.base_revision)
-    return _Source(model, revision, release, folder)
+    return _Source(model, revision, release, folder, info)
 
 
 def _apply(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded:
     if not alone:
-        info = None if source.folder is None else AdapterInfo.load(source.folder)
-        base = sharing(base, own_embeddings=info is not None and info.adds_tokens)
+        own_embeddings = source.info is not None and source.info.adds_tokens
+        base = sharing(base, own_embeddings=own_embeddings)
         tokenizer = copy.deepcopy(tokenizer)
     if source.folder is None:
         info = None if source.release is None else source.release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
-    scope = AdapterInfo.load(source.folder).scope
-    merge = merge and alone and scope == "both" and not getattr(base, "is_quantized", False)
+    plain = source.info.scope == "both" and not getattr(base, "is_quantized", False)
+    merge = merge and alone and plain
     adapted, info = load_adapter(base, tokenizer, source.folder, merge=merge)
     return Loaded(adapted, tokenizer, info, source.folder)

@@ -23,11 +23,6 @@ from blocktune.attention.interface import written_rows
 from blocktune.models.gate import decoder_layers
 
 SCOPES = ("both", "encode", "read")
-UNMERGED = (
-    "an adapter of scope '{scope}' acts on {rows} only, but merged weights act on all rows; serve "
-    "it with --adapter instead, which is as fast as the base"
-)
-"""Error message for a merge that is not possible."""
 SCOPED_ROWS = {"encode": "rows of chunks", "read": "rows computed at answering time"}
 """Rows that an adapter of each scope acts on."""
 _HANDLE = "_blocktune_scope"
@@ -74,7 +69,10 @@ def scope_of(model: nn.Module) -> str:
 def require_mergeable(scope: str) -> None:
     """Raises ValueError if an adapter of this scope cannot be merged into its base."""
     if scope != "both":
-        raise ValueError(UNMERGED.format(scope=scope, rows=SCOPED_ROWS[scope]))
+        raise ValueError(
+            f"an adapter of scope '{scope}' acts on {SCOPED_ROWS[scope]} only, but merged weights "
+            "act on all rows; serve it with --adapter instead, which is as fast as the base"
+        )
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -106,17 +104,14 @@ class _Rows:
         """The forward hook of LoRA's first matrix, whose output is ``(..., r)``."""
         written = self._written
         if written is None:
-            return output if self.scope == "read" else output.masked_fill(_all(output), 0)
+            everywhere = output.new_ones((), dtype=torch.bool)
+            return output if self.scope == "read" else output.masked_fill(everywhere, 0)
         hidden = written if self.scope == "read" else ~written
         return output.masked_fill(hidden.reshape(*output.shape[:-1], 1), 0)
 
     @property
     def _written(self) -> Tensor | None:
         return getattr(self._thread, "written", None)
-
-
-def _all(output: Tensor) -> Tensor:
-    return torch.ones((), dtype=torch.bool, device=output.device)
 
 
 def _lora_layers(model: nn.Module, scope: str) -> Iterator[nn.Module]:

@@ -145,7 +145,7 @@ INTERVALS = (("em", "ci95"), ("f1", "f1_ci95"))
 def results_of(path: Path, folder: Path, info: AdapterInfo) -> str:
     """Markdown of the results of `blocktune eval` for the base and the adapter in ``folder``."""
     record = _read(path)
-    origin = record.get("provenance", {})
+    origin = record.get("provenance") or {}
     if "base_fingerprint" not in origin:
         raise ValueError(
             f"{path} was written by an older blocktune and does not name the weights it measured; "
@@ -199,7 +199,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"no results at '{path}'; make them with `blocktune eval`") from None
     methods = record.get("methods") if isinstance(record, dict) else None
     required = {"n", "em", "ci95", "adapter"}
-    if not isinstance(methods, dict) or not all(required <= m.keys() for m in methods.values()):
+    if not isinstance(methods, dict) or not all(
+        isinstance(result, dict) and required <= result.keys() for result in methods.values()
+    ):
         raise ValueError(
             f"{path}: not a results.json of `blocktune eval`; it needs 'methods', each with "
             "n, em, ci95 and adapter"

@@ -145,7 +145,7 @@ def send(publication: Publication, private: bool = False, token: str | None = No
         operations += [CommitOperationDelete(name) for name in old]
         return api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
     except (httpx.HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"the Hub refused '{publication.repo}': {reason}; log in with `hf auth login` or set "
             "HF_TOKEN to a token with write access"
@@ -161,14 +161,14 @@ def show(publication: Publication, console: Console) -> None:
     console.print(f"\n{publication.card}", highlight=False, markup=False, soft_wrap=True)
 
 
-def check_repo(repo: str) -> None:
-    """Raises ValueError if a name is not USER/NAME."""
+def check_repo(repo: str, option: str = "--repo") -> None:
+    """Raises ValueError if a name, the value of an ``option``, is not USER/NAME."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"--repo must be USER/NAME: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{option} must be USER/NAME: {str(error).splitlines()[0]}") from None
     if "/" not in repo:
-        raise ValueError(f"--repo must be USER/NAME, got '{repo}'")
+        raise ValueError(f"{option} must be USER/NAME, got '{repo}'")
 
 
 def on_the_hub(name: str) -> str:
@@ -197,9 +197,15 @@ class Publisher:
 
     def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
         """Raises ValueError before a run if its adapter could not be published."""
-        check_repo(repo)
+        check_repo(repo, "hub_model_id")
         served_by(layout)
-        license_of(on_the_hub(base_model), token)
+        try:
+            license_of(on_the_hub(base_model), token)
+        except ValueError as error:
+            raise ValueError(
+                f"push_to_hub: {error} (an option of `blocktune push`: leave push_to_hub out and "
+                "push the finished adapter)"
+            ) from None
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
         """Checks and pushes in one process of a run; the others may have ended."""

@@ -174,7 +174,7 @@ class StagedSaving(Trainer):
         """Trains as the Trainer does, after removing the partial files of a killed run.
 
         Raises ValueError if the checkpoint to continue from is damaged, or comes from a run with
-        other settings, data or base.
+        other settings, data or base; or if the data makes no step.
         """
         self._best = False
         if resume_from_checkpoint:
@@ -182,7 +182,13 @@ class StagedSaving(Trainer):
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        return super().train(resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, **kwargs)
+        if not self.state.global_step:
+            raise ValueError(
+                f"nothing was trained: {len(self.train_dataset)} rows are less than one batch, "
+                "which dataloader_drop_last drops; leave it out"
+            )
+        return result
 
     def _continue_from(self, named: str | bool) -> None:
         """Checks a checkpoint (True: the last one), and adopts its provenance."""

@@ -174,11 +174,12 @@ class BlockDataCollator:
                 "'documents' or 'chunks', or drop it"
             ) from None
         sample = sample._replace(block=self.layout.block)
-        part = self.reader(int.from_bytes(key[:4]), sample)
+        name = f"a row ('{sample.example.question:.40}')"
+        part = self.reader(int.from_bytes(key[:4]), sample, name)
         if self.max_length is not None and part["length"] > self.max_length:
             raise ValueError(
-                f"a row has {part['length']} tokens, max_length is {self.max_length}; shorten or "
-                f"drop it: '{sample.example.question:.40}'"
+                f"{name} has {part['length']} tokens, max_length is {self.max_length}; shorten or "
+                "drop it"
             )
         if len(self._parts) < MAX_CACHED:
             self._parts[key] = part

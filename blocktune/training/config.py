@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from trl import SFTConfig
 
+from blocktune.adapter.info import LINK_MODES
 from blocktune.adapter.scope import SCOPES
 from blocktune.parsing import mapping, parse_yaml
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import Augmentation
-from blocktune.training.distillation import Distillation
 from blocktune.training.recompute import RecomputeSampler
 
 Spec = TypeVar("Spec")
@@ -24,13 +24,10 @@ def option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
-def _built(spec: type[Spec], options: Any, prefix: str = "", **given: Any) -> Spec:
-    """Builds a ``spec`` from the options named like its fields, with ``prefix`` in front."""
-    names = [f.name for f in fields(spec) if f.name not in given]
-    values = {
-        name: getattr(options, prefix + name) for name in names if hasattr(options, prefix + name)
-    }
-    return spec(**values, **given)
+def _built(spec: type[Spec], options: Any, **given: Any) -> Spec:
+    """Builds a ``spec`` from the options named like its fields."""
+    names = [f.name for f in fields(spec) if hasattr(options, f.name)]
+    return spec(**{name: getattr(options, name) for name in names} | given)
 
 
 @dataclass
@@ -73,7 +70,9 @@ class LayoutOptions:
 class ObjectiveOptions:
     """The loss: cross-entropy, distillation and recomputed tokens."""
 
-    distill_weight: float = option(0.0, "Weight of the KL divergence; the rest is cross-entropy")
+    distill_weight: float = option(
+        0.0, "Weight of the KL divergence, in [0, 1]; the rest is cross-entropy"
+    )
     distill_teacher: str = option("self", "'self' (the model without its adapter) or another model")
     distill_temperature: float = option(1.0, "Temperature of teacher and student")
     distill_top_k: int | None = option(
@@ -90,9 +89,14 @@ class ObjectiveOptions:
     recompute_max: float = option(0.15, "Largest share of recomputed tokens")
 
     @property
-    def distillation(self) -> Distillation:
-        """The settings of distillation."""
-        return _built(Distillation, self, "distill_")
+    def matches_states(self) -> bool:
+        """Whether states are matched."""
+        return self.distill_states != "none" and self.distill_states_weight > 0
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the loss needs a teacher."""
+        return self.distill_weight > 0 or self.matches_states
 
     @property
     def sampler(self) -> RecomputeSampler | None:
@@ -139,14 +143,15 @@ _MUST_BE = {
 }
 _CHOICES = {
     "attention_execution": ("split", "flex", "dense"),
-    "link_mode": ("table", "added_tokens"),
+    "link_mode": LINK_MODES,
     "scope": SCOPES,
+    "distill_states": ("none", "hidden", "kv"),
     "long_examples": ("refuse", "drop"),
     "train_sampling_strategy": ("random", "group_by_length", "sequential"),
 }
 _AT_LEAST_1 = (
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("gradient_accumulation_steps", "max_length"),
+    *("gradient_accumulation_steps", "max_length", "pack_length", "distill_top_k"),
 )
 _HINTS = {"packing": "pack_length packs by layout", "padding_free": "pack_length packs by layout"}
 
@@ -209,16 +214,18 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             raise ValueError(
                 f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps"
             )
-        if not 0.0 <= self.block_share <= 1.0:
-            raise ValueError(f"block_share must be in [0, 1], got {self.block_share}")
+        for name in ("block_share", "distill_weight"):
+            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if self.distill_temperature <= 0:
+            raise ValueError(f"distill_temperature must be above 0, got {self.distill_temperature}")
         if self.both_modes and self.block_share != 1.0:
             raise ValueError("both_modes trains every example in both; leave block_share out")
         if self.attention_execution == "flex" and self.use_cpu:
             raise ValueError(
                 "attention_execution 'flex' has no backward on a CPU; use 'split', or a GPU"
             )
-        # Creating these objects checks their fields.
-        spec, _, _ = self.layout, self.augmentation, self.distillation
+        spec, _ = self.layout, self.augmentation  # creating these objects checks their fields
         if not spec.block and spec.num_learned:
             raise ValueError(
                 "links, headers and trailers need block examples, but there are none; raise "

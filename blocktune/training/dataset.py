@@ -211,8 +211,8 @@ class PartReader:
     has_teacher: bool = False  # also keep the teacher's prefix, which has no mode tag
     num_tokens: int | None = None  # rows of the model's embedding; larger token ids are refused
 
-    def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
-        """Returns the part; ``index`` names the example in errors and random choices."""
+    def __call__(self, index: int, sample: Sample, name: str | None = None) -> dict[str, Any]:
+        """Returns the part. Random choices depend on ``index``; errors use ``name`` instead."""
         block, fmt = sample.block, sample.wording or self.fmt
         target = sample.example.target
         try:
@@ -223,7 +223,7 @@ class PartReader:
                 ids = (pieces.prefix, *pieces.chunks, pieces.query, pieces.answer, *turns)
                 require_embedded(self.tokenizer, self.num_tokens, *ids)
         except ValueError as error:
-            raise ValueError(f"{_name(index, sample)}: {error}") from None
+            raise ValueError(f"{name or _name(index, sample)}: {error}") from None
         num_added = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
         return {
             "prefix": _ids(pieces.prefix),

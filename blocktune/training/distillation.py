@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,46 +20,9 @@ from blocktune.models.identity import tokenizer_hash
 from blocktune.models.load import load_base
 from blocktune.positions import RopeSpec, relocate_keys
 from blocktune.prompt import IGNORED
+from blocktune.training.config import ObjectiveOptions
 
-STATES = ("none", "hidden", "kv")
 EPSILON = 1e-9
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What the student learns from the teacher."""
-
-    weight: float = 0.0  # of the divergence in the loss, in [0, 1]; the rest is cross-entropy
-    temperature: float = 1.0  # of both distributions; its square scales the divergence
-    # the teacher's likeliest tokens that are kept per answer row; all others are merged into one.
-    # None keeps all. Memory for the teacher is then ``2 * top_k`` numbers per row
-    top_k: int | None = None
-    # states of the question's rows to match as well: ``hidden`` (outputs of all layers), ``kv``
-    # (keys and values of all layers) or ``none``
-    states: str = "none"
-    states_weight: float = 1.0  # weight of their relative squared error in the loss
-
-    def __post_init__(self):
-        if not 0.0 <= self.weight <= 1.0:
-            raise ValueError(f"distill_weight must be in [0, 1], got {self.weight}")
-        if not self.temperature > 0:
-            raise ValueError(f"distill_temperature must be above 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"distill_top_k must be at least 1, got {self.top_k}")
-        if self.states not in STATES:
-            raise ValueError(f"distill_states must be {', '.join(STATES)}, got {self.states!r}")
-        if not self.states_weight >= 0:
-            raise ValueError(f"distill_states_weight must be at least 0, got {self.states_weight}")
-
-    @property
-    def is_on(self) -> bool:
-        """Whether a teacher is needed."""
-        return self.weight > 0 or self.matches_states
-
-    @property
-    def matches_states(self) -> bool:
-        """Whether states are matched."""
-        return self.states != "none" and self.states_weight > 0
 
 
 class TeacherProbs(NamedTuple):
@@ -130,23 +92,22 @@ Teacher = Callable[[nn.Module], AbstractContextManager[nn.Module]]
 
 
 def find_teacher(
-    name: str,
-    settings: Distillation,
+    options: ObjectiveOptions,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     base_is_frozen: bool,
 ) -> Teacher | None:
     """The teacher of a run, or None without distillation.
 
-    ``name`` is ``self``, a folder or a repository. ``model`` and ``tokenizer`` are the student's,
-    ready to train. ``base_is_frozen``: the model without its adapter does not change in training.
+    ``model`` and ``tokenizer`` are the student's, ready to train. ``base_is_frozen``: the model
+    without its adapter does not change in training.
 
     Raises ValueError if the teacher cannot be found, or does not fit the student.
     """
-    if not settings.is_on:
+    if not options.has_teacher:
         return None
-    if name != "self":
-        teacher = _load(name, settings, model, tokenizer)
+    if options.distill_teacher != "self":
+        teacher = _load(options, model, tokenizer)
 
         @contextmanager
         def opened(student: nn.Module) -> Iterator[nn.Module]:
@@ -162,7 +123,8 @@ def find_teacher(
     return as_teacher
 
 
-def _load(name: str, settings: Distillation, student: nn.Module, tokenizer) -> nn.Module:
+def _load(options: ObjectiveOptions, student: nn.Module, tokenizer) -> nn.Module:
+    name, states = options.distill_teacher, options.distill_states
     teacher, teacher_tokenizer = load_base(name, place=False, what="distill_teacher")
     config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
     same_tokens = tokenizer_hash(teacher_tokenizer) == tokenizer_hash(tokenizer)
@@ -171,11 +133,11 @@ def _load(name: str, settings: Distillation, student: nn.Module, tokenizer) -> n
             f"distill_teacher '{name}' has another tokenizer, chat template or vocabulary than the "
             "student; use one of the same family (and link_mode 'table' for links)"
         )
-    expected, actual = _shape(config, settings.states), _shape(teacher_config, settings.states)
-    for part, value in expected.items() if settings.matches_states else ():
+    expected, actual = _shape(config, states), _shape(teacher_config, states)
+    for part, value in expected.items() if options.matches_states else ():
         if actual[part] != value:
             raise ValueError(
-                f"distill_states: {settings.states} compares layer by layer, but the {part} of "
+                f"distill_states: {states} compares layer by layer, but the {part} of "
                 f"'{name}' is {actual[part]}, the student's {value}; set distill_states: none"
             )
     attach(teacher)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, SFTConfig
 
@@ -42,6 +45,19 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
                 f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
                 "report_to: none"
             ) from None
+
+
+def refuse_schedule(args: SFTConfig) -> None:
+    """Raises ValueError for a learning rate schedule that lacks settings, or gets wrong ones."""
+    kind, given = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {})
+    optimizer = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
+    try:
+        get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type '{kind.value}' cannot be used with lr_scheduler_kwargs {given}: "
+            f"{error}"
+        ) from None
 
 
 def refuse_test(source: str, split: str | None = None) -> None:
@@ -98,11 +114,6 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
             )
 
 
-def is_set(variable: str) -> bool:
-    """Whether a launcher set an environment variable to true."""
-    return os.environ.get(variable, "false").lower() == "true"
-
-
 def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: bool) -> None:
     """Raises ValueError if the requested processes, GPUs, DeepSpeed or FSDP are not used.
 
@@ -121,12 +132,13 @@ def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: boo
             f"one process per GPU (blocktune train --processes {n_gpu}), or make only one GPU "
             "visible (CUDA_VISIBLE_DEVICES=0)"
         )
-    if is_set("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
         raise ValueError(
             "the launcher asked for DeepSpeed, but the Trainer runs without it; launch with "
             "recipes/accelerate/zero2.yaml and set no deepspeed option in the recipe"
         )
-    if is_set("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+    uses_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not uses_fsdp:
         raise ValueError(
             "the launcher asked for FSDP, which accelerate supports only on GPUs: on CPUs it would "
             "train with plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
@@ -156,9 +168,7 @@ def wait_for_builds() -> None:
 def _is_held(lock: Path) -> bool:
     """Whether a process has the file open, as torch does during a build."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
+        with suppress(OSError):  # the process ended, or is another user's
             if os.readlink(link) == str(lock.resolve()):
                 return True
-        except OSError:
-            continue
     return False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blocktune.attention import Plan, make_plan
+from blocktune.attention import Plan, make_plan, planned_forward
 from blocktune.layout import Layout
 from blocktune.positions import RopeSpec
 from blocktune.prompt import IGNORED, Batch
+from blocktune.training.config import ObjectiveOptions
 from blocktune.training.distillation import (
-    Distillation,
     Recorder,
+    Teacher,
     divergence,
     hidden_errors,
     kv_errors,
@@ -74,10 +73,9 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
     targets = batch.labels[:, 1:]
     # One index for the whole batch: the rows that predict an answer token of any prompt.
     keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep}
-    options |= {"output_hidden_states": True} if hidden else {}
+    options = {"output_hidden_states": True} if hidden else {}
     ids, positions = batch.input_ids, batch.layout.position
-    output = model(input_ids=ids, position_ids=positions, plan=plan, **options)
+    output = planned_forward(model, ids, positions, plan, logits_to_keep=keep, **options)
     if output.logits.shape[1] != keep.numel():
         raise ValueError(
             f"the model returned logits of {output.logits.shape[1]} rows, {keep.numel()} were "
@@ -95,10 +93,9 @@ class Objective:
     """Computes the loss of a batch."""
 
     execution: str  # of attention: ``split``, ``flex`` or ``dense``
-    distillation: Distillation  # settings of what to learn from the teacher
-    # gives the teacher of a step, from the unwrapped student; None without a teacher
-    teacher: Callable[[nn.Module], AbstractContextManager[nn.Module]] | None = None
-    rope: RopeSpec | None = None  # of the model; needed to match keys
+    options: ObjectiveOptions  # what to learn from the teacher
+    teacher: Teacher | None  # None without distillation
+    rope: RopeSpec  # of the model, to match keys
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor], bare: nn.Module) -> Sums:
         """The loss of a collated batch. ``bare`` is the unwrapped model, for the teacher."""
@@ -106,34 +103,35 @@ class Objective:
         if self.teacher is None:
             plan = make_plan(self.execution, student.layout)
             return answer_rows(model, student, plan).sums(student.layout)
-        settings, teacher_batch = self.distillation, batch_of(inputs, "teacher_")
+        options, teacher_batch = self.options, batch_of(inputs, "teacher_")
+        weight, temperature = options.distill_weight, options.distill_temperature
         # The teacher runs first, since checkpointing runs the student's layers again in backward.
         with self.teacher(bare) as teacher:
             teacher_output, teacher_states = self._run(teacher, teacher_batch)
-            probs = teacher_probs(teacher_output.logits, settings.temperature, settings.top_k)
+            probs = teacher_probs(teacher_output.logits, temperature, options.distill_top_k)
             del teacher_output
         output, states = self._run(model, student)
         answers = output.sums(student.layout)
-        kl = divergence(output.logits, probs, settings.temperature)
-        total = (1 - settings.weight) * answers.total + settings.weight * kl
+        kl = divergence(output.logits, probs, temperature)
+        total = (1 - weight) * answers.total + weight * kl
         error = torch.zeros_like(total)
-        if settings.matches_states:
+        if options.matches_states:
             error = self._error(student, teacher_batch, states, teacher_states)
-            total = total + settings.states_weight * error
+            total = total + options.distill_states_weight * error
         return answers._replace(total=total, divergence=kl.detach(), states=error.detach())
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[AnswerRows, Any]:
         """A model's outputs, and the states to match: a `Recorder`, hidden states or None."""
         plan = make_plan(self.execution, batch.layout)
-        if self.distillation.states == "kv":
+        if self.options.distill_states == "kv":
             plan = Recorder(plan, question_rows(batch.layout))
             return answer_rows(model, batch, plan), plan
-        output = answer_rows(model, batch, plan, self.distillation.states == "hidden")
+        output = answer_rows(model, batch, plan, self.options.distill_states == "hidden")
         return output, output.hidden
 
     def _error(self, batch: Batch, teacher_batch: Batch, states: Any, teacher_states: Any):
         own, other = question_rows(batch.layout), question_rows(teacher_batch.layout)
-        if self.distillation.states == "hidden":
+        if self.options.distill_states == "hidden":
             errors = hidden_errors(states, teacher_states, own, other)
         else:
             shift = teacher_batch.layout.position[other] - batch.layout.position[own]

@@ -21,7 +21,6 @@ from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import num_elements, whole_shape
 from blocktune.models.small import config_value
-from blocktune.prompt import LayoutSpec
 from blocktune.tables import Table, written
 
 ADAM_BYTES = 8  # two float32 moments per trainable parameter
@@ -100,21 +99,17 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float =
     Utilisation is relative to this measured rate, since data sheets do not cover every machine.
     """
     device = torch.device(device)
-    side = 4096 if device.type == "cuda" else 384
+    on_gpu = device.type == "cuda"
+    wait, side = (torch.cuda.synchronize, 4096) if on_gpu else (torch.cpu.synchronize, 384)
     left = torch.ones(side, side, device=device, dtype=dtype)
     best, started = 0.0, time.perf_counter()
     while time.perf_counter() - started < seconds or not best:
-        _wait(device)
+        wait(device)
         begin = time.perf_counter()
         left @ left
-        _wait(device)
+        wait(device)
         best = max(best, 2.0 * side**3 / max(time.perf_counter() - begin, 1e-9))
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass
@@ -163,9 +158,6 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     flops = trainer.speed.flops_per_token * mean * batch * steps * trainer.collator.row_growth
-    layout = describe_layout(
-        info.layout, prepared.num_block / examples, args.both_modes, info.link_mode
-    )
     packed = f"{len(lengths):,} packed rows, " if len(lengths) != examples else ""
     trained = f"{size.trainable:,} of {size.parameters:,} ({size.trainable / size.parameters:.2%})"
     if args.scope in SCOPED_ROWS:
@@ -175,7 +167,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
     plan = {
         "base": f"{info.base_model} ({_dtype(trainer)})",
-        "layout": layout,
+        "layout": describe_layout(args, prepared.num_block / examples),
         "objective": describe_objective(args),
         "attention": args.attention_execution,
         "trainable": trained,
@@ -223,14 +215,16 @@ def expected_peak(trainer: Trainer) -> float:
     return peak_bytes(trainer.size, rows, answers, args.gradient_checkpointing, masks)
 
 
-def describe_layout(spec: LayoutSpec, block_share: float, both: bool, link_mode: str) -> str:
-    """A line with modes, placement and learned tokens."""
+def describe_layout(args, block_share: float) -> str:
+    """A line with modes, placement and learned tokens. ``block_share`` is the actual one."""
+    spec = args.layout
     if not spec.block:
         return "full attention"
-    words = ["block and full, each example in both" if both else f"block {block_share:.0%}"]
-    words.append(spec.placement)
+    share = f"block {block_share:.0%}"
+    words = ["block and full, each example in both" if args.both_modes else share, spec.placement]
     if spec.num_links:
-        table = f"{link_mode}, by {spec.link_table}" if spec.link_table != "slot" else link_mode
+        by_table = "" if spec.link_table == "slot" else f", by {spec.link_table}"
+        table = f"{args.link_mode}{by_table}"
         words.append(f"{spec.num_links} links {spec.link_side} each chunk ({table})")
     if spec.num_headers or spec.num_trailers:
         words.append(f"{spec.num_headers} headers, {spec.num_trailers} trailers")
@@ -239,13 +233,11 @@ def describe_layout(spec: LayoutSpec, block_share: float, both: bool, link_mode:
 
 def describe_objective(args) -> str:
     """A line with the parts of the loss: cross-entropy, divergence, states, fresh rows."""
-    distillation, words = args.distillation, []
-    if distillation.weight < 1:
-        words.append("cross-entropy")
-    if distillation.weight > 0:
-        words.append(f"{distillation.weight:.0%} KL to the teacher '{args.distill_teacher}'")
-    if distillation.matches_states:
-        words.append(f"{distillation.states} states x {distillation.states_weight:g}")
+    words = ["cross-entropy"] if args.distill_weight < 1 else []
+    if args.distill_weight > 0:
+        words.append(f"{args.distill_weight:.0%} KL to the teacher '{args.distill_teacher}'")
+    if args.matches_states:
+        words.append(f"{args.distill_states} states x {args.distill_states_weight:g}")
     if args.recompute != "none":
         span = f"{args.recompute_min:.0%} to {args.recompute_max:.0%}"
         words.append(f"{span} of the tokens fresh ({args.recompute})")
@@ -267,10 +259,8 @@ def print_options(console: Console | None = None) -> None:
         "Model, LoRA and quantisation, by TRL": ModelConfig.__annotations__,
         "Training, by TRL and transformers": [f.name for f in fields(config.BlockSFTConfig)],
     }
-    holders, headings = (
-        (config.DataArgs, config.BlockSFTConfig, ModelConfig),
-        ("key", "default", "meaning"),
-    )
+    holders = (config.DataArgs, config.BlockSFTConfig, ModelConfig)
+    headings = ("key", "default", "meaning")
     remaining = {key.name: key for holder in holders for key in fields(holder) if key.init}
     for title, names in groups.items():
         rows = []

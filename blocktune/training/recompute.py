@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,12 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from blocktune.attention import Plan, make_plan
+from blocktune.attention import Plan, make_plan, planned_forward
 from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
 from blocktune.methods.select import SELECTORS, Selection
 from blocktune.methods.select.base import LayerCheck, LayerKV
 from blocktune.parsing import parse_yaml
 from blocktune.prompt import Prompt
+
+_BUDGETS = ("ratio", "share", "k", "last")
+"""Parameters of selectors that a share of the tokens replaces."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,36 @@ class RecomputeSampler:
         """Builds a sampler from text such as ``deviation check_layer=2 by=values``."""
         name, *words = text.split() or [""]
         pairs = [word.partition("=") for word in words]
-        for key, equals, value in pairs:
+        for word, (key, equals, value) in zip(words, pairs, strict=True):
             if not (key and equals and value):
                 raise ValueError(f"recompute must be a selector and KEY=VALUE pairs, got '{text}'")
+            if key in _BUDGETS:
+                raise ValueError(
+                    f"recompute: '{word}' has no effect, since recompute_min and recompute_max set "
+                    "how many tokens are chosen; leave it out"
+                )
         parameters = {key: parse_yaml(value, f"recompute {key}") for key, _, value in pairs}
         return cls(SELECTORS.build(name, **parameters), low, high)
 
     def selector(self, share: float, draw: random.Random | None = None) -> Selection:
         """The selector for one prompt. A random selector gets its seed from ``draw``."""
         selection = self.selection.with_budget(share)
-        if draw is not None and "seed" in {field.name for field in dataclasses.fields(selection)}:
+        if draw is not None and hasattr(selection, "seed"):
             selection = replace(selection, seed=draw.getrandbits(31))
         return selection
 
     def check_layer(self, num_layers: int) -> int | None:
         """The layer at which the selector chooses, or None if it chooses beforehand.
 
-        Raises ValueError if the selector chooses more than once, or adds rows at later layers.
+        Raises ValueError if the selector chooses more than once, or adds rows at later layers, or
+        the model has too few layers for it.
         """
         selection = self.selection
+        if selection.min_layers > num_layers:
+            raise ValueError(
+                f"recompute '{SELECTORS.name_of(selection)}' needs a model of at least "
+                f"{selection.min_layers} layers, this one has {num_layers}; lower its check_layer"
+            )
         checks = selection.checks(num_layers)
         keeps_states = selection.keeps_keys or selection.sees_future
         if len(checks) > 1 or selection.widens(num_layers) or keeps_states:
@@ -133,8 +146,7 @@ def states_at(
     """
     probe = _Probe(make_plan(execution, layout), layer, stop)
     with suppress(_ProbeDone):
-        options = {"plan": probe, "use_cache": False, "logits_to_keep": 1}
-        model(input_ids=input_ids, position_ids=layout.position, **options)
+        planned_forward(model, input_ids, layout.position, probe, logits_to_keep=1)
     assert probe.states is not None, f"the model has no attention layer {layer}"
     return probe.states
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,8 +16,9 @@ from typing import Any
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from blocktune.adapter import INFO_FILE
+from blocktune.adapter import INFO_FILE, AdapterInfo
 from blocktune.adapter.load import PEFT_FILE, require_whole
 from blocktune.parsing import load_yaml
 
@@ -35,6 +37,7 @@ _INERT = re.compile(
 
 A step's rows may also be split among processes differently (see `_rows_per_step`)."""
 _LENGTH = ("max_steps", "num_train_epochs")
+_ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _TRACES = ("command", "commit", "versions", "hardware", "world_size", "launch")
 """Provenance that is kept for every start of a run."""
 
@@ -102,7 +105,11 @@ def _settings_of(folder: Path) -> dict[str, Any]:
             f"'{folder}' has no {CONFIG_FILE}, so the settings of its run are unknown; choose "
             "another output_dir, or start again with --overwrite"
         )
-    return load_yaml(folder / CONFIG_FILE, "settings", "start again with --overwrite")
+    found = load_yaml(folder / CONFIG_FILE, "settings", "start again with --overwrite")
+    is_grouped = isinstance(found, dict) and all(isinstance(g, dict) for g in found.values())
+    if not is_grouped or not {*_ROWS, *_LENGTH} <= found.get("training", {}).keys():
+        raise ValueError(f"'{folder / CONFIG_FILE}' does not have the settings of a run; {_FIX}")
+    return found
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -117,9 +124,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
 
 
 def _rows_per_step(config: Mapping[str, Any], world_size: int) -> int:
-    training = config["training"]
-    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-    return rows * world_size
+    return world_size * math.prod(config["training"][key] for key in _ROWS)
 
 
 _FIX = "remove the checkpoint to continue from the previous one, or start again with --overwrite"
@@ -160,12 +165,11 @@ def history(checkpoint: Path) -> dict[str, Any]:
     return {"from_step": step, "earlier": [*training.get("earlier", ()), before]}
 
 
-def _training(folder: Path) -> dict[str, Any]:
+def _training(folder: Path) -> Mapping[str, Any]:
     try:
-        return json.loads((folder / INFO_FILE).read_text())["training"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        name = folder / INFO_FILE
-        raise ValueError(f"'{name}' is damaged or incomplete ({error}); {_FIX}") from None
+        return AdapterInfo.load(folder).training
+    except ValueError as error:
+        raise ValueError(f"{error}; {_FIX}") from None
 
 
 def remove_run(folder: Path) -> None:
@@ -175,9 +179,12 @@ def remove_run(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    own = (PEFT_FILE, CONFIG_FILE, TRAINER_STATE_NAME)
-    weights = folder.glob("*.safetensors") if is_run else ()
-    for path in (*(folder / name for name in own), *weights):
+    own = [folder / name for name in (PEFT_FILE, CONFIG_FILE, TRAINER_STATE_NAME)]
+    if is_run:  # also what only a full model has
+        own += folder.glob("*.safetensors")
+        own += folder.glob("*.safetensors.index.json")
+        own += [folder / CONFIG_NAME, folder / GENERATION_CONFIG_NAME]
+    for path in own:
         path.unlink(missing_ok=True)
 
 

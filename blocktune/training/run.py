@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -94,7 +95,8 @@ class Parser(TrlParser):
 def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     """Reads ``--config FILE`` and the options that override it.
 
-    Raises ValueError on an unknown key or option, a value of the wrong type, or a missing file.
+    Raises ValueError on an unknown key or option, a value of the wrong type, a missing file, or
+    settings that exclude each other.
     """
     if argv and Path(argv[0]).suffix in (".yaml", ".yml") and not argv[0].startswith("-"):
         raise ValueError(f"unexpected argument '{argv[0]}'; did you mean '--config {argv[0]}'?")
@@ -112,7 +114,8 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
         hint = f"did you mean '{close[0]}'?" if close else "see blocktune train --help-all"
         raise ValueError(f"unknown key or option '{name.lstrip('-')}'; {hint}")
     data, args, choice = parser.parse_args_into_dataclasses(rest)
-    if choice.model_name_or_path and choice.model_revision == "main":  # TRL's default
+    launch_checks.refuse_settings(args, choice)
+    if choice.model_revision == "main":  # TRL's default
         choice.model_name_or_path, revision = load.pinned(choice.model_name_or_path)
         choice.model_revision = revision or "main"
     return data, args, choice
@@ -170,7 +173,7 @@ def _close_process_group() -> None:
 def _train(data, args, choice, callbacks) -> Path | None:
     launch_checks.refuse_unasked_evaluation(data.eval_data, args)
     folder, base = Path(args.output_dir), choice.model_name_or_path
-    if base and folder.exists() and folder.resolve() == Path(base).resolve():
+    if folder.exists() and folder.resolve() == Path(base).resolve():
         raise ValueError(f"output_dir is the folder of the base model, '{folder}'; name another")
     checkpoint = earlier_run(data, args, choice, int(os.environ.get("WORLD_SIZE", "1")))
     if checkpoint == folder and not args.dry_run:
@@ -178,7 +181,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
         return folder
     if checkpoint not in (None, folder):
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
-    if launch_checks.is_set("ACCELERATE_USE_DEEPSPEED"):
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         launch_checks.wait_for_builds()
     with resume.leaving_no_empty_folder(folder), resume.stoppable(folder, args.overwrite):
         trainer = build(data, args, choice, callbacks)
@@ -193,7 +196,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_model()
         trainer.save_state()
-        launch_checks.say(f"saved in {folder}: blocktune answer --model {base} --adapter {folder}")
+        launch_checks.say(f"saved in {folder}: blocktune answer --adapter {folder}")
     return folder
 
 
@@ -214,12 +217,13 @@ def earlier_run(
         return None
     config = resolved(data, args, choice)
     if resumes and named.lower() != "true":
-        checkpoint = Path(named)
+        checkpoint, where = (Path(named) if Path(named).is_dir() else None), f"'{named}'"
     else:
         finished = resume.is_finished(folder, config)
         checkpoint = folder if finished else resume.last_checkpoint(folder)
+        where = f"in '{folder}'"
     if checkpoint is None and resumes:
-        raise ValueError(f"resume_from_checkpoint: there is no checkpoint in '{folder}'")
+        raise ValueError(f"resume_from_checkpoint: there is no checkpoint {where}")
     if checkpoint is not None:
         resume.require_same_run(checkpoint, config, world_size)
     return checkpoint
@@ -233,7 +237,7 @@ def build(
 ) -> BlockSFTTrainer:
     """Loads base and data and creates the trainer."""
     launch_checks.refuse_missing_trackers(args.report_to)
-    launch_checks.refuse_settings(args, choice)
+    launch_checks.refuse_schedule(args)
     model, tokenizer = load.load_base(
         choice.model_name_or_path,
         dtype=choice.dtype or "auto",

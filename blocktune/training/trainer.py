@@ -123,9 +123,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             num_tokens=link_base(model),  # now including added link tokens
             check_layer=args.sampler.check_layer(layers) if args.sampler else None,
         )
-        distillation, frozen = args.distillation, args.freeze_base or hasattr(model, "peft_config")
-        teacher = find_teacher(args.distill_teacher, distillation, model, tokenizer, frozen)
-        self.objective = Objective(args.attention_execution, distillation, teacher, rope)
+        frozen = args.freeze_base or hasattr(model, "peft_config")
+        teacher = find_teacher(args, model, tokenizer, frozen)
+        self.objective = Objective(args.attention_execution, args, teacher, rope)
         self.order: EpochOrder | None = None
         self._sums = {"train": Sums(), "eval": Sums()}
         with precision_kept(model):
@@ -306,6 +306,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         finally:
             self.data_collator = train_collator
 
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Batches for `predict`, as for evaluation; ``test_dataset`` may be rows."""
+        return self.get_eval_dataloader(self._prepare_evaluation(test_dataset))
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
 
@@ -338,7 +342,7 @@ def _checked_collator(
     own = {
         "augmentation": args.augmentation,
         "sampler": args.sampler,
-        "has_teacher": args.distillation.is_on,
+        "has_teacher": args.has_teacher,
         "seed": args.seed,
         "max_length": args.max_length,
     }

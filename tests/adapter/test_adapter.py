@@ -47,6 +47,9 @@ def test_info_survives_its_file(tmp_path):
         ({"layout": {"num_link": 1}}, "layout: unknown key 'num_link'"),
         ({"format": {"style": 1}}, "prompt format: unknown key 'style'"),
         ({"format_version": 9}, "reads adapter format 1, got 9"),
+        ({"format_version": 2, "colour": "red"}, "reads adapter format 1, got 2; update"),
+        ({"base_model": None}, "blocktune.json: 'base_model' must be text, got None"),
+        ({"training": []}, r"'training' must be a mapping, got \[\]"),
         ({"link_mode": "magic"}, "unknown link_mode 'magic'; available: table, added_tokens"),
     ],
 )
@@ -62,7 +65,7 @@ def test_a_missing_field_is_named(links_adapter):
     values = json.loads(path.read_text())
     del values["tokenizer_hash"]
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="lacks 'tokenizer_hash'"):
+    with pytest.raises(ValueError, match=r"blocktune\.json: 'tokenizer_hash' is missing"):
         AdapterInfo.load(links_adapter)
 
 

@@ -86,6 +86,15 @@ def test_a_token_that_may_not_write_is_one_line(monkeypatch):
     assert "set HF_TOKEN" in str(caught.value)
 
 
+def test_a_connection_that_ends_without_words_is_one_line(monkeypatch):
+    def create_repo(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    with pytest.raises(ValueError, match="the Hub refused 'me/mine': ConnectionError; log in"):
+        send(Publication("me/mine", {}))
+
+
 def test_a_failing_check_stops_the_push(run, monkeypatch):
     checks = [Check("split = dense mask", False, 0.5, 1e-4), Check("ratio 1", True, 0.0, 1e-4)]
     monkeypatch.setattr("blocktune.hub.push.check_adapter", lambda *_, **__: checks)
@@ -151,6 +160,8 @@ def test_results_of_other_weights_are_refused(run, tmp_path, changes, line):
     ("record", "line"),
     [
         ({"methods": {"naive": {"em": 1.0}}}, r"not a results\.json of `blocktune eval`"),
+        ({"methods": {"naive": 1}}, r"not a results\.json of `blocktune eval`"),
+        ({"methods": {}, "provenance": None}, "was written by an older blocktune"),
         (
             {"methods": {"a": {"n": 1, "em": 0, "ci95": [0, 0], "adapter": None}}},
             "was written by an older blocktune and does not name the weights",

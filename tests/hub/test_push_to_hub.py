@@ -46,7 +46,7 @@ def test_a_dry_run_publishes_nothing(tmp_path):
     ("changes", "publisher", "line"),
     [
         ({}, Publisher(), "which nobody else can load"),
-        ({"hub_model_id": "mine"}, Publisher(), "--repo must be USER/NAME"),
+        ({"hub_model_id": "mine"}, Publisher(), "hub_model_id must be USER/NAME"),
         ({"num_links": 1, "num_headers": 1}, Publisher(), "no method serves an adapter with link"),
         ({"hub_model_id": None}, Publisher(), "push_to_hub needs hub_model_id: USER/NAME"),
         ({}, None, "and a program that publishes"),

@@ -111,6 +111,8 @@ def test_every_key_is_listed_once_with_what_it_means():
             "must be one of random, group_by_length, seq",
         ),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"pack_length": 0}, "pack_length must be at least 1, got 0"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"trust_remote_code": True}, "code of repositories is never run"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be above 0, got 0"),
@@ -124,6 +126,21 @@ def test_what_a_run_may_not_say(tmp_path, overrides, line):
 def test_flash_attention_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'flash_attention_2' does not support layouts"):
         make_trainer(tmp_path, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "line"),
+    [
+        ("warmup_stable_decay", None, "'warmup_stable_decay' .*: .*num_decay_steps"),
+        ("cosine_with_min_lr", None, "min_lr"),
+        ("linear", {"foo": 1}, r"'linear' .* lr_scheduler_kwargs {'foo': 1}: .*foo"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_before_the_run(tmp_path, kind, given, line):
+    with pytest.raises(ValueError, match=line):
+        make_trainer(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=given)
+    kwargs = {"num_decay_steps": 2}
+    make_trainer(tmp_path, lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=kwargs)
 
 
 @pytest.mark.parametrize(

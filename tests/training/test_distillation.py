@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from training.runs import losses, make_trainer, write_run
 from training.toy import save_toy, toy_config
 
-from blocktune.training.distillation import Distillation, as_teacher, divergence, teacher_probs
+from blocktune import BlockSFTConfig
+from blocktune.training.distillation import as_teacher, divergence, teacher_probs
 
 SIZE, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -48,16 +49,16 @@ def test_a_student_that_agrees_has_nothing_to_learn():
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"weight": 1.5}, r"distill_weight must be in \[0, 1\], got 1.5"),
-        ({"temperature": 0.0}, "distill_temperature must be above 0"),
-        ({"top_k": 0}, "distill_top_k must be at least 1"),
-        ({"states": "all"}, "distill_states must be none, hidden, kv, got 'all'"),
-        ({"states_weight": -1.0}, "distill_states_weight must be at least 0"),
+        ({"distill_weight": 1.5}, r"distill_weight must be in \[0, 1\], got 1.5"),
+        ({"distill_temperature": 0.0}, "distill_temperature must be above 0"),
+        ({"distill_top_k": 0}, "distill_top_k must be at least 1"),
+        ({"distill_states": "all"}, "distill_states must be one of none, hidden, kv, got 'all'"),
+        ({"distill_states_weight": -1.0}, "distill_states_weight must be a number of at least 0"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(values, line):
     with pytest.raises(ValueError, match=line):
-        Distillation(**values)
+        BlockSFTConfig("out", use_cpu=True, **values)
 
 
 def loss_of_step(folder, **options):

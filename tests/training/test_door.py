@@ -122,6 +122,12 @@ def test_a_row_that_is_too_long_is_refused():
         BlockDataCollator(toy_tokenizer(), max_length=length - 1)([EXAMPLE])
 
 
+def test_a_row_that_cannot_be_tokenised_is_named_by_its_question():
+    """A collator gets single rows, so it knows no index."""
+    with pytest.raises(ValueError, match=r"^a row \('Where does .*'\): token '.*' has id"):
+        BlockDataCollator(toy_tokenizer(), num_tokens=10)([EXAMPLE])
+
+
 def test_rows_are_tokenised_once(monkeypatch):
     collator = BlockDataCollator(toy_tokenizer(), LayoutSpec())
     expected = collator([ROWS["messages"]])
@@ -187,6 +193,9 @@ def test_the_trainer_takes_what_trl_users_pass(base, tmp_path):
     assert seen["logits"] == (*seen["labels"], len(toy_tokenizer()))
     fresh = trainer.evaluate([ROWS["question"]])
     assert fresh["eval_loss"] > 0
+    predicted = trainer.predict(Dataset.from_list([ROWS["question"]]))
+    assert predicted.metrics["test_loss"] == pytest.approx(fresh["eval_loss"])
+    assert predicted.predictions.shape[-1] == len(toy_tokenizer())
 
 
 @pytest.mark.parametrize(

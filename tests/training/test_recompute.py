@@ -190,6 +190,9 @@ def test_a_run_trains_however_its_batches_are_cut(tmp_path, name):
         ({"recompute": "gradual-deviation"}, "chooses at several layers"),
         ({"recompute": "query-attention"}, "runs the model on a served prompt"),
         ({"recompute": "everything"}, "takes no budget"),
+        ({"recompute": "deviation ratio=0.3"}, "'ratio=0.3' has no effect, since recompute_min"),
+        ({"recompute": "first-k k=5"}, "'k=5' has no effect, since recompute_min"),
+        ({"recompute": "deviation check_layer=9"}, "at least 10 layers, this one has 2; lower"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(tmp_path, options, line):

@@ -151,6 +151,38 @@ def test_overwrite_removes_the_earlier_run_alone(tmp_path):
         run(path, "--overwrite", "--resume_from_checkpoint", "true")
 
 
+def test_a_run_without_a_step_saves_nothing(tmp_path):
+    path = write_run(tmp_path, train_limit=1, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="nothing was trained: 1 rows are less than one batch"):
+        run(path)
+    assert not (tmp_path / "out/blocktune.json").exists()
+
+
+def test_overwrite_leaves_nothing_of_a_full_model(tmp_path):
+    run(write_run(tmp_path, use_peft=None))
+    assert (tmp_path / "out/config.json").is_file()
+    run(write_run(tmp_path), "--overwrite")
+    assert not (tmp_path / "out/config.json").exists()
+    assert not (tmp_path / "out/generation_config.json").exists()
+
+
+def test_the_printed_command_names_what_loads(tmp_path, capsys):
+    """A full model is its own base: with `--model` its adapter would be refused."""
+    run(write_run(tmp_path, use_peft=None))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith(f": blocktune answer --adapter {tmp_path / 'out'}")
+    assert load_model(adapter=tmp_path / "out", device="cpu").info is not None
+    with pytest.raises(ValueError, match=r"made for base .*; leave out the base"):
+        load_model(str(tmp_path / "base"), tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("text", ["[1]", "training: 3", "data: {}", "training: {}"])
+def test_settings_that_are_none_are_refused(stopped, tmp_path, text):
+    (tmp_path / "out/checkpoint-2/resolved_config.yaml").write_text(text)
+    with pytest.raises(ValueError, match="does not have the settings of a run; remove the check"):
+        run(stopped)
+
+
 @pytest.mark.parametrize(
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"]
 )
@@ -163,7 +195,7 @@ def test_a_damaged_checkpoint_is_one_line(stopped, tmp_path, name):
     with pytest.raises(ValueError, match=r"lacks (the|one of) .*remove the checkpoint"):
         run(stopped)
     (path.parent / "blocktune.json").write_bytes(b"\x80")
-    with pytest.raises(ValueError, match=r"blocktune.json' is damaged or incomplete"):
+    with pytest.raises(ValueError, match=r"blocktune.json: not JSON .*; remove the checkpoint"):
         run(stopped)
     shutil.rmtree(path.parent)
     run(stopped)  # from the start
@@ -171,7 +203,10 @@ def test_a_damaged_checkpoint_is_one_line(stopped, tmp_path, name):
 
 def test_a_checkpoint_that_is_not_there(tmp_path):
     path = write_run(tmp_path, **OPTIONS)
-    for value, words in (("true", "there is no checkpoint in"), ("nowhere", "'nowhere' has no")):
+    for value, words in (
+        ("true", "there is no checkpoint in"),
+        ("nowhere", "no checkpoint 'nowhere'"),
+    ):
         with pytest.raises(ValueError, match=words):
             run(path, "--resume_from_checkpoint", value)
     assert not (tmp_path / "out").exists()
