@@ -40,8 +40,9 @@ class CachePlan:
 
     A fresh row overwrites the column of its original before any row attends. So global rows may see
     all columns, and the rule applies only order, window and padding. The plan records what it
-    executes: ``executed`` lists the layers that ran by it, ``context_rows`` ``(B,)`` counts the
-    rows of chunk tokens among its ``query`` rows ``(B, R)``.
+    executes: ``executed`` has the windows of each layer that ran by it, one for each time that it
+    attended (twice in DiffLlama); ``context_rows`` ``(B,)`` counts the rows of chunk tokens among
+    its ``query`` rows ``(B, R)``.
     """
 
     def __init__(
@@ -59,8 +60,7 @@ class CachePlan:
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
-        self.executed: list[int] = []
-        self._windows: list[int | None] = []
+        self.executed: dict[int, list[int | None]] = {}
         exists, stored = query.kind != Kind.PAD, key.kind != Kind.PAD
         self._reshaping = reshaping
         self.columns = query.order.masked_fill(~exists, -1) if columns is None else columns
@@ -71,8 +71,7 @@ class CachePlan:
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`. The caller has left out rows that end before this layer."""
-        self.executed.append(rule.layer)
-        self._windows.append(rule.window)
+        self.executed.setdefault(rule.layer, []).append(rule.window)
         if self._reshaping is not None:
             out = self._reshaping.attend(self._band, self.columns, query, key, value, rule, params)
             if out is not None:
@@ -93,7 +92,7 @@ class CachePlan:
 
     def pairs(self) -> list[Tensor]:
         """Number of scores computed in each `executed` layer, including masked ones, ``(B,)``."""
-        return [self._pairs(window) for window in self._windows]
+        return [sum(map(self._pairs, windows)) for windows in self.executed.values()]
 
     def _pairs(self, window: int | None) -> Tensor:
         pairs = self._band.pairs(window)

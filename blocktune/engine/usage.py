@@ -101,7 +101,7 @@ class Stopwatch:
         return time.perf_counter()
 
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "output_linear")
 """Names of the output projection of attention. Its other projections come before attention."""
 
 
@@ -117,7 +117,8 @@ class LayerCost:
     def of(cls, layer: nn.Module, share: float, pair: int, has_lora: bool = True) -> LayerCost:
         """Counts a layer's modules. Each row is routed to a ``share`` of the experts."""
         macs = {n: m for n, m in _matrices(layer, share) if has_lora or ".lora_" not in n}
-        before = [n for n in macs if "attn" in n and not set(n.split(".")) & set(OUTPUTS)]
+        attention = [n for n in macs if "attn" in n or "attention" in n]
+        before = [n for n in attention if not set(n.split(".")) & set(OUTPUTS)]
         return cls(sum(macs.values()), sum(macs[name] for name in before), pair)
 
 
