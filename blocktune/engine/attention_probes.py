@@ -191,7 +191,7 @@ class ScoringPasses:
 
     def query_attention(self, how: QueryScores | None = None) -> Tensor:
         """See `Passes.query_attention`."""
-        how, chosen = how or DEFAULT_SCORES, self._rows & ~self.cached
+        how, chosen = how or QueryScores(), self._rows & ~self.cached
         if how.positions == "prompt":
             return self._prefill(chosen, self.cache, how)
         shift = _to_encoded(self.columns)
@@ -274,14 +274,14 @@ class ScoringPasses:
         self,
         chosen: Tensor,
         cache: RowCache,
-        how: QueryScores | None = None,
+        how: QueryScores = DEFAULT_SCORES,
         shift: Tensor | None = None,
     ) -> Tensor:
         """Computes rows into ``cache``. Returns the question's attention, ``(L, B, S)``.
 
         ``shift`` ``(B, N)`` is added to the position of each column's row.
         """
-        how, computed = how or DEFAULT_SCORES, computed_rows(self.batch, chosen)
+        computed = computed_rows(self.batch, chosen)
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(how.depth or len(cache))
