@@ -173,9 +173,8 @@ class Executed:
         macs = model.head * self.heads + (0 if self.extra is None else self.extra)
         for plan in self.plans:
             rows = plan.num_rows()
-            for layer, pairs in zip(plan.executed, plan.pairs(), strict=True):
-                cost = model.layers[layer]
-                macs = macs + rows * cost.row + pairs.cpu() * cost.pair
+            for layer, attention in zip(plan.executed, plan.attention_macs(), strict=True):
+                macs = macs + rows * model.layers[layer].row + attention
         for layer, plan in self.probes.items():
             macs = macs + plan.num_rows() * model.layers[layer].probe
         return 2 * macs
