@@ -215,7 +215,10 @@ class Encoder:
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
-            new |= self.find(group, watch, documents=names).misses
+            found = self.find(group, watch, documents=names)
+            new |= found.misses
+            for piece in found.hits & names.keys():
+                self._name(piece, found.kvs[piece], names[piece])
             done += sum(len(piece.ids) for piece in group)
             if progress is not None:
                 progress(done, total)
@@ -243,6 +246,13 @@ class Encoder:
         other.tenant = tenant or other.fingerprint[:12]
         self.store.share_rope(self.fingerprint, other.fingerprint)
         return other
+
+    def _name(self, piece: Piece, kv: ChunkKV, document: str) -> None:
+        """Stores a chunk again under its document, if an answer stored it without one."""
+        row = self.store.row(self.key(piece))
+        if document and row is not None and not row.document:
+            about = {"document": document, "tenant": row.tenant, "seconds": row.seconds}
+            self.store.put(row.key, kv, **about)
 
     def key(self, piece: Piece) -> str:
         """The store's key of a piece."""

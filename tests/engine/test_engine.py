@@ -14,6 +14,8 @@ from families import build as build_model
 
 from blocktune.cache import ChunkKV, ChunkStore
 from blocktune.cache.store.chunk_file import FileKV
+from blocktune.cache.store.folder import ChunkFolder
+from blocktune.cache.store.shelf import Shelf
 from blocktune.data import RagExample
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.batch_prefill import prefill_batch
@@ -113,6 +115,22 @@ def test_a_folder_of_chunks_serves_the_next_process(tokenizer, tmp_path):
     usage = again.answer([ASK], "naive", max_new_tokens=1)[0].usage
     assert (usage.chunk_hits, usage.chunk_misses) == (3, 0)
     assert torch.equal(again.next_logits([ASK], "naive"), expected)
+
+
+def test_encoding_names_the_documents_of_chunks_that_an_answer_stored(tokenizer, tmp_path):
+    engine = engine_of(FAMILIES["llama"](), tokenizer, store=ChunkStore(folder=tmp_path))
+    first = engine.answer([ASK], "naive", max_new_tokens=2)[0]
+    shelf = Shelf(ChunkFolder(tmp_path))
+    named = [dataclasses.replace(c, metadata={"id": n}) for n, c in enumerate(ASK.chunks)]
+    for _ in range(2):
+        assert engine.encode(named).num_encoded == 0
+        assert [len(list(shelf.rows(document=str(n)))) for n in range(4)] == [1, 1, 1, 0]
+        written = engine.store.stats().files.bytes_written
+    engine.encode(named)
+    assert engine.store.stats().files.bytes_written == written
+    engine.forget()
+    again = engine.answer([ASK], "naive", max_new_tokens=2)[0]
+    assert (again.usage.chunk_hits, again.token_ids) == (3, first.token_ids)
 
 
 def test_files_are_read_layer_by_layer_into_cpu_memory_alone(tokenizer, tmp_path, monkeypatch):
