@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container, Iterator
 from contextlib import suppress
 
@@ -194,15 +195,10 @@ class ScoringPasses:
         how, chosen = how or QueryScores(), self._rows & ~self.cached
         if how.positions == "prompt":
             return self._prefill(chosen, self.cache, how)
-        shift = _to_encoded(self.columns)
-        cache = RowCache(len(self.cache), *self.columns.kind.shape)
-        for index, layer in enumerate(self.cache.layers):
-            moved, rope = [layer.keys, layer.values], self.served.state.rope.layers[index]
-            moved[rope.in_values] = relocate_keys(moved[rope.in_values], shift, rope)
-            for prompt, states in enumerate(zip(*moved, strict=True)):
-                rooms = cache.room(index, prompt, slice(None), *states)
-                for room, own in zip(rooms, states, strict=True):
-                    room.copy_(own)
+        shift, cache = _to_encoded(self.columns), copy.deepcopy(self.cache)
+        for layer, rope in zip(cache.layers, self.served.state.rope.layers, strict=True):
+            rotated = layer.values if rope.in_values else layer.keys
+            rotated.copy_(relocate_keys(rotated, shift, rope))
         return self._prefill(chosen, cache, how, shift)
 
     def full_prefill(self) -> Truth:
@@ -247,7 +243,7 @@ class ScoringPasses:
         # The cost of a causal pass over all rows that stops at the last layer's weights.
         cost, count = ModelCost.of(other), (rows.kind != Kind.PAD).sum(1).cpu()
         pairs = count * (count + 1) // 2
-        below = sum(count * layer.row + pairs * layer.pair for layer in cost.layers[:-1])
+        below = sum(count * layer.row + pairs * cost.pair for layer in cost.layers[:-1])
         spent = below + count * cost.layers[-1].probe + probe.multiply_adds
         self.executed.append(Executed(other, heads=0, extra=spent))
         result = torch.zeros_like(self.cached, dtype=torch.float32)

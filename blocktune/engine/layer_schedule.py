@@ -67,16 +67,15 @@ class SchedulePlan:
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of layer ``index`` that replaces its inputs by those of its rows."""
         hidden = args[0]
-        if index == 0 and not torch.equal(self.schedule.start, self._current.exists):
+        if index == 0 and not torch.equal(self.schedule.start, self._current.chosen):
             hidden = self._change(index, hidden, self.schedule.start)
         if index and index in self._ends:
-            rows = self._current.of_candidates(self._current.exists)
-            hidden = self._change(index, hidden, rows & (self.schedule.depth > index))
+            continued = self._current.chosen & (self.schedule.depth > index)
+            hidden = self._change(index, hidden, continued)
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
         if index in self.schedule.widen:
-            widened = self._current.of_candidates(self._current.exists) | self.schedule.widen[index]
-            hidden = self._change(index, hidden, widened)
+            hidden = self._change(index, hidden, self._current.chosen | self.schedule.widen[index])
         current = self._current
         if self.repair is not None:
             self.repair.watch(index, current.rows.columns)

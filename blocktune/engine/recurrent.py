@@ -141,7 +141,7 @@ class _Run:
         attending = [getattr(layer, "keys", None) is not None for layer in cache.layers]
         self.macs += cost.head
         for layer, attends in zip(cost.layers, attending, strict=True):
-            self.macs += rows * layer.row + attends * rows * stop * layer.pair
+            self.macs += rows * layer.row + attends * rows * stop * cost.pair
         return logits
 
 

@@ -110,12 +110,13 @@ PER_ROW = ("position_embeddings", "position_ids")
 class RowSubset:
     """A subset of the candidate rows.
 
-    ``rows``, ``exists`` (False for padding) and ``index`` (in the candidates) are ``(B, R)``.
+    ``rows``, ``exists`` (False for padding) and ``index`` (in the candidates) are ``(B, R)``;
+    ``chosen`` is their mask of the candidates, ``(B, U)``.
     """
 
     def __init__(self, candidates: Computed, chosen: Tensor):
-        """Takes the ``chosen`` candidates, ``(B, U)`` bool."""
-        self._candidates = candidates
+        """Takes the ``chosen`` candidates."""
+        self._candidates, self.chosen = candidates, chosen
         self.index, self.exists = left_padded(chosen, candidates.rows.order)
         self.rows = candidates.take(self.index, self.exists)
         self._picked: dict[int, tuple[Any, Any]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -105,21 +106,11 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "output_linear")
 """Names of the output projection of attention. Its other projections come before attention."""
 
 
-@dataclass(frozen=True)
-class LayerCost:
-    """Multiply-adds of one layer."""
+class LayerCost(NamedTuple):
+    """Multiply-adds of one layer per row."""
 
-    row: int  # of its matrices, per row; in a mixture of experts, of the experts chosen for a row
-    probe: int  # of the query, key and value projections, per row
-    pair: int  # of attention, per row and key: the score and the weighted value
-
-    @classmethod
-    def of(cls, layer: nn.Module, share: float, pair: int, has_lora: bool = True) -> LayerCost:
-        """Counts a layer's modules. Each row is routed to a ``share`` of the experts."""
-        macs = {n: m for n, m in _matrices(layer, share) if has_lora or ".lora_" not in n}
-        attention = [n for n in macs if "attn" in n or "attention" in n]
-        before = [n for n in attention if not set(n.split(".")) & set(OUTPUTS)]
-        return cls(sum(macs.values()), sum(macs[name] for name in before), pair)
+    row: int  # of its matrices; in a mixture of experts, of the experts chosen for a row
+    probe: int  # of the query, key and value projections
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -129,10 +120,11 @@ CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Multiply-adds of a model: its layers, and its language-model head per row."""
+    """Multiply-adds of a model."""
 
     layers: tuple[LayerCost, ...]
-    head: int
+    head: int  # of the language-model head, per row
+    pair: int  # of attention in a layer, per row and key, if all heads have the configured size
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelCost:
@@ -144,11 +136,15 @@ class ModelCost:
         share = chosen / experts if experts and chosen else 1.0
         heads = config_value(config, "num_attention_heads") or 1  # Mamba has none, and no pairs
         dim = config_value(config, "head_dim") or config.hidden_size // heads
-        pair = 2 * heads * dim
         has_lora = scope_of(model) != "encode"  # such an adapter is inactive when answering
-        layers = decoder_layers(model)
-        layers = tuple(LayerCost.of(layer, share, pair, has_lora) for layer in layers)
-        return _COSTS.setdefault(model, cls(layers, config.hidden_size * config.vocab_size))
+        layers = []
+        for layer in decoder_layers(model):
+            macs = {n: m for n, m in _matrices(layer, share) if has_lora or ".lora_" not in n}
+            attention = [n for n in macs if "attn" in n or "attention" in n]
+            before = [macs[n] for n in attention if not set(n.split(".")) & set(OUTPUTS)]
+            layers.append(LayerCost(sum(macs.values()), sum(before)))
+        head = config.hidden_size * config.vocab_size
+        return _COSTS.setdefault(model, cls(tuple(layers), head, 2 * heads * dim))
 
 
 _COSTS: WeakKeyDictionary[nn.Module, ModelCost] = WeakKeyDictionary()
