@@ -271,7 +271,7 @@ class Engine:
         batch_size = 1 if decode_cache is not None and decode_cache.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            laid_out = None if method.history else [prompts[i] for i in batch]
+            laid_out = None if method.history is not None else [prompts[i] for i in batch]
             own = [pieces[i] for i in batch]
             run = prefill_warm(self.state, self.prompts, own, method, max_new_tokens, laid_out)
             run.watch.add("prompt_s", read_s * len(batch))
