@@ -117,6 +117,7 @@ class RowSubset:
     def __init__(self, candidates: Computed, chosen: Tensor):
         """Takes the ``chosen`` candidates."""
         self._candidates, self.chosen = candidates, chosen
+        self._all = torch.equal(chosen, candidates.rows.kind != Kind.PAD)
         self.index, self.exists = left_padded(chosen, candidates.rows.order)
         self.rows = candidates.take(self.index, self.exists)
         self._picked: dict[int, tuple[Any, Any]] = {}
@@ -140,12 +141,16 @@ class RowSubset:
 
     def arguments(self, kwargs: dict) -> dict:
         """A layer's keyword arguments for these rows."""
+        if self._all:
+            return kwargs
         return kwargs | {
             name: self._pick_once(kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None
         }
 
     def positional(self, args: tuple) -> tuple:
         """A layer's other positional arguments, with tensors over candidates cut to these rows."""
+        if self._all:
+            return args
         count = self._candidates.rows.kind.shape[1]
 
         def of_rows(value: Any) -> bool:
