@@ -38,9 +38,6 @@ from blocktune.registry import require_count
 
 _LOG = logging.getLogger(__name__)
 
-NO_LIMIT = 1 << 30
-"""Context length in tokens if the model's configuration has no limit."""
-
 
 class Engine:
     """Answers questions over chunks by any reuse method.
@@ -115,7 +112,7 @@ class Engine:
             self.format,
             trained=adapter.layout if adapter else None,
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
-            max_tokens=getattr(config, "max_position_embeddings", NO_LIMIT),  # Mamba has none
+            max_tokens=getattr(config, "max_position_embeddings", 1 << 30),  # Mamba has no limit
             num_layers=config.num_hidden_layers,
             refusal=recurrence and recurrence.refusal,
             num_tokens=num_tokens,
