@@ -87,6 +87,10 @@ class CachePlan:
         """Number of computed rows of each prompt, ``(B,)`` on the CPU."""
         return (self.query.kind != Kind.PAD).sum(1).cpu()
 
+    def num_columns(self) -> Tensor:
+        """Number of columns of each prompt, ``(B,)`` on the CPU."""
+        return (self._band.key.kind != Kind.PAD).sum(1).cpu()
+
     def forget(self) -> None:
         """Drops the masks. Afterwards only the counts can be used."""
         self._band.forget()
@@ -100,7 +104,7 @@ class CachePlan:
         pairs = self._band.pairs(window)
         if pairs is not None:
             return pairs
-        rows, columns = self.num_rows(), (self._band.key.kind != Kind.PAD).sum(1).cpu()
+        rows, columns = self.num_rows(), self.num_columns()
         return torch.where(rows == 1, columns, columns * (columns + 1) // 2)
 
 

@@ -243,7 +243,8 @@ class ScoringPasses:
         # The cost of a causal pass over all rows that stops at the last layer's weights.
         cost, count = ModelCost.of(other), (rows.kind != Kind.PAD).sum(1).cpu()
         pairs = count * (count + 1) // 2
-        below = sum(count * layer.row + pairs * cost.pair for layer in cost.layers[:-1])
+        rows_cost = sum(layer.row + layer.column for layer in cost.layers[:-1])
+        below = count * rows_cost + pairs * cost.pair * (len(cost.layers) - 1)
         spent = below + count * cost.layers[-1].probe + probe.multiply_adds
         self.executed.append(Executed(other, heads=0, extra=spent))
         result = torch.zeros_like(self.cached, dtype=torch.float32)

@@ -141,7 +141,8 @@ class _Run:
         attending = [getattr(layer, "keys", None) is not None for layer in cache.layers]
         self.macs += cost.head
         for layer, attends in zip(cost.layers, attending, strict=True):
-            self.macs += rows * layer.row + attends * rows * stop * cost.pair
+            self.macs += rows * layer.row + stop * layer.column
+            self.macs += attends * rows * stop * cost.pair
         return logits
 
 

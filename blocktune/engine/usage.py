@@ -104,13 +104,16 @@ class Stopwatch:
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "output_linear")
 """Names of the output projection of attention. Its other projections come before attention."""
+EXPANSION = ".kv_b_proj"
+"""Part of the name of the projection that makes keys and values of cached latents (DeepSeek)."""
 
 
 class LayerCost(NamedTuple):
-    """Multiply-adds of one layer per row."""
+    """Multiply-adds of one layer."""
 
-    row: int  # of its matrices; in a mixture of experts, of the experts chosen for a row
-    probe: int  # of the query, key and value projections
+    row: int  # of its matrices, per row; in a mixture of experts, of those chosen for a row
+    probe: int  # of the projections before a row's keys and values are cached, per row
+    column: int  # of the expansion of cached latents (MLA), per column that attention reads
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -140,9 +143,10 @@ class ModelCost:
         layers = []
         for layer in decoder_layers(model):
             macs = {n: m for n, m in _matrices(layer, share) if has_lora or ".lora_" not in n}
+            column = sum(macs.pop(n) for n in [*macs] if EXPANSION in n)
             attention = [n for n in macs if "attn" in n or "attention" in n]
             before = [macs[n] for n in attention if not set(n.split(".")) & set(OUTPUTS)]
-            layers.append(LayerCost(sum(macs.values()), sum(before)))
+            layers.append(LayerCost(sum(macs.values()), sum(before), column))
         head = config.hidden_size * config.vocab_size
         return _COSTS.setdefault(model, cls(tuple(layers), head, 2 * heads * dim))
 
@@ -168,9 +172,10 @@ class Executed:
         model = ModelCost.of(self.model)
         macs = model.head * self.heads + (0 if self.extra is None else self.extra)
         for plan in self.plans:
-            rows = plan.num_rows()
+            rows, columns = plan.num_rows(), plan.num_columns()
             for layer, attention in zip(plan.executed, plan.attention_macs(), strict=True):
-                macs = macs + rows * model.layers[layer].row + attention
+                cost = model.layers[layer]
+                macs = macs + rows * cost.row + columns * cost.column + attention
         for layer, plan in self.probes.items():
             macs = macs + plan.num_rows() * model.layers[layer].probe
         return 2 * macs
