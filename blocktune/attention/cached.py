@@ -40,7 +40,8 @@ class CachePlan:
 
     A fresh row overwrites the column of its original before any row attends. So global rows may see
     all columns, and the rule applies only order, window and padding. The plan records what it
-    executes: ``executed`` lists the layers that ran by it, ``context_rows`` ``(B,)`` counts the
+    executes: ``executed`` has each layer that ran by it, with the window and the multiply-adds per
+    score of each time that it attended (twice in DiffLlama); ``context_rows`` ``(B,)`` counts the
     rows of chunk tokens among its ``query`` rows ``(B, R)``.
     """
 
@@ -59,8 +60,7 @@ class CachePlan:
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
-        self.executed: list[int] = []
-        self._windows: list[int | None] = []
+        self.executed: dict[int, list[tuple[int | None, int]]] = {}
         exists, stored = query.kind != Kind.PAD, key.kind != Kind.PAD
         self._reshaping = reshaping
         self.columns = query.order.masked_fill(~exists, -1) if columns is None else columns
@@ -71,8 +71,8 @@ class CachePlan:
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`. The caller has left out rows that end before this layer."""
-        self.executed.append(rule.layer)
-        self._windows.append(rule.window)
+        macs = query.shape[1] * (query.shape[3] + value.shape[3])
+        self.executed.setdefault(rule.layer, []).append((rule.window, macs))
         if self._reshaping is not None:
             out = self._reshaping.attend(self._band, self.columns, query, key, value, rule, params)
             if out is not None:
@@ -87,19 +87,24 @@ class CachePlan:
         """Number of computed rows of each prompt, ``(B,)`` on the CPU."""
         return (self.query.kind != Kind.PAD).sum(1).cpu()
 
+    def num_columns(self) -> Tensor:
+        """Number of columns of each prompt, ``(B,)`` on the CPU."""
+        return (self._band.key.kind != Kind.PAD).sum(1).cpu()
+
     def forget(self) -> None:
         """Drops the masks. Afterwards only the counts can be used."""
         self._band.forget()
 
-    def pairs(self) -> list[Tensor]:
-        """Number of scores computed in each `executed` layer, including masked ones, ``(B,)``."""
-        return [self._pairs(window) for window in self._windows]
+    def attention_macs(self) -> list[Tensor]:
+        """Multiply-adds of attention in each `executed` layer, with masked scores, ``(B,)``."""
+        calls = self.executed.values()
+        return [sum(self._pairs(w).cpu() * macs for w, macs in layer) for layer in calls]
 
     def _pairs(self, window: int | None) -> Tensor:
         pairs = self._band.pairs(window)
         if pairs is not None:
             return pairs
-        rows, columns = self.num_rows(), (self._band.key.kind != Kind.PAD).sum(1).cpu()
+        rows, columns = self.num_rows(), self.num_columns()
         return torch.where(rows == 1, columns, columns * (columns + 1) // 2)
 
 

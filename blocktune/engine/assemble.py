@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,63 +126,36 @@ def relocate(
     """Moves one prompt's pieces to ``positions`` ``(S,)`` and writes them into ``columns``."""
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
     rotations = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
-    runs = _segments(kvs, columns)
-    reads: list[list[_Read]] = [[] for _ in runs]
-    blocks = _adjacent(runs)
-    for layer, shapes in enumerate(runs[0].like(columns.device)):
-        for span, members in blocks:
-            room = cache.room(layer, prompt, span, *shapes)
+    blocks = _blocks(kvs, columns)
+    for layer, examples in enumerate(_examples(kvs[0], columns.device)):
+        for runs in blocks:
+            span = slice(runs[0].columns.start, runs[-1].columns.stop)
+            room = cache.room(layer, prompt, span, *examples)
+            sizes = [run.columns.stop - run.columns.start for run in runs]
             for kind, whole in zip(("key", "value"), room, strict=True):
-                sizes = [runs[index].columns.stop - runs[index].columns.start for index in members]
-                for index, out in zip(members, whole.split(sizes, 1), strict=True):
-                    run = runs[index]
+                for run, out in zip(runs, whole.split(sizes, 1), strict=True):
                     rotation = rotations.of(kind, layer, run.tokens, out.shape[2])
-                    if run.is_file:
-                        reads[index].append((f"{kind}.{layer}", out, rotation))
+                    if isinstance(run.kvs[0], FileKV):
+                        run.reads.append((f"{kind}.{layer}", out, rotation))
                     elif rotation is None:
                         out.copy_(run.states(kind, layer))
                     else:
                         rotate_keys(run.states(kind, layer).to(out.device), rotation, out)
-    buffers: dict[torch.Size, Tensor] = {}  # reused: allocating each would take longer than reading
-    for run, parts in zip(runs, reads, strict=True):
-        try:
-            if parts:
-                _read(run.kvs[0], parts, buffers)
-        except ValueError as error:
-            raise DamagedChunk(str(error)) from None
+    try:
+        _read_all(run for runs in blocks for run in runs if run.reads)
+    except ValueError as error:
+        raise DamagedChunk(str(error)) from None
 
 
-_Read = tuple[str, Tensor, Rotation | None]
-"""A tensor to read: its name in the file, the output, and how it is rotated."""
+@dataclass
+class _Run:
+    """Adjacent pieces that are moved together."""
 
-
-def _read(kv: FileKV, parts: list[_Read], buffers: dict[torch.Size, Tensor]) -> None:
-    """Reads tensors that are not rotated directly into their outputs, all at once.
-
-    The others are read one by one into ``buffers`` and rotated while they are in the CPU cache.
-    """
-    kv.file.read_into({name: out for name, out, rotation in parts if rotation is None})
-    for name, out, rotation in parts:
-        if rotation is not None:
-            if out.shape not in buffers:
-                buffers[out.shape] = out.new_empty(out.shape)
-            kv.file.read_into({name: buffers[out.shape]})
-            rotate_keys(buffers[out.shape], rotation, out)
-
-
-class _Segment(NamedTuple):
-    """A run of adjacent pieces."""
-
-    kvs: list[ChunkKV]
+    kvs: list[ChunkKV]  # a `FileKV` is alone
     tokens: slice  # among all cached tokens of the prompt
     columns: slice  # in the cache
-    is_file: bool  # whether it is a single file, to be read into CPU memory
-
-    def like(self, device: torch.device) -> list[list[Tensor]]:
-        """Per layer, dataless tensors with the shapes and dtypes of the first keys and values."""
-        kv = self.kvs[0].like if isinstance(self.kvs[0], FileKV) else self.kvs[0]
-        pairs = zip(kv.keys, kv.values, strict=True)
-        return [[t.new_empty((), device=device).expand_as(t) for t in pair] for pair in pairs]
+    # to read from the file: a tensor's name, the output, and how it is rotated
+    reads: list[tuple[str, Tensor, Rotation | None]] = field(default_factory=list)
 
     def states(self, kind: str, layer: int) -> Tensor:
         """The run's keys or values in a layer, ``(K, S, D)``."""
@@ -191,32 +163,48 @@ class _Segment(NamedTuple):
         return states[0] if len(states) == 1 else torch.cat(states, 1)
 
 
-def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:
-    """Splits pieces into runs: one piece each on the CPU (to fit its cache), few large on CUDA."""
-    runs: list[_Segment] = []
-    ends = list(accumulate(kv.num_tokens for kv in kvs))
-    first = columns[[end - kv.num_tokens for end, kv in zip(ends, kvs, strict=True)]].tolist()
-    for kv, end, column in zip(kvs, ends, first, strict=True):
-        tokens, span = slice(end - kv.num_tokens, end), slice(column, column + kv.num_tokens)
-        last = runs[-1] if runs else None
-        if columns.is_cuda and last is not None and last.columns.stop == column:
-            tokens = slice(last.tokens.start, end)
+def _read_all(runs: Iterable[_Run]) -> None:
+    """Reads tensors that are not rotated directly into their outputs, those of a file at once.
+
+    The others are read one by one into a buffer and rotated while they are in the CPU cache.
+    """
+    buffers: dict[torch.Size, Tensor] = {}  # reused: allocating each would take longer than reading
+    for run in runs:
+        file = run.kvs[0].file
+        file.read_into({name: out for name, out, rotation in run.reads if rotation is None})
+        for name, out, rotation in run.reads:
+            if rotation is not None:
+                if out.shape not in buffers:
+                    buffers[out.shape] = out.new_empty(out.shape)
+                file.read_into({name: buffers[out.shape]})
+                rotate_keys(buffers[out.shape], rotation, out)
+
+
+def _examples(kv: ChunkKV, device: torch.device) -> list[list[Tensor]]:
+    """Per layer, dataless tensors with the shapes and dtypes of a piece's keys and values."""
+    kv = kv.like if isinstance(kv, FileKV) else kv
+    pairs = zip(kv.keys, kv.values, strict=True)
+    return [[t.new_empty((), device=device).expand_as(t) for t in pair] for pair in pairs]
+
+
+def _blocks(kvs: list[ChunkKV], columns: Tensor) -> list[list[_Run]]:
+    """The runs of each block of columns without gaps.
+
+    A run is one piece on the CPU (to fit its cache) and the whole block on CUDA.
+    """
+    blocks: list[list[_Run]] = []
+    starts = list(accumulate((kv.num_tokens for kv in kvs[:-1]), initial=0))
+    for kv, start, column in zip(kvs, starts, columns[starts].tolist(), strict=True):
+        tokens, span = slice(start, start + kv.num_tokens), slice(column, column + kv.num_tokens)
+        last = blocks[-1][-1] if blocks else None
+        if last is None or last.columns.stop != column:
+            blocks.append([_Run([kv], tokens, span)])
+        elif columns.is_cuda:
+            tokens = slice(last.tokens.start, tokens.stop)
             span = slice(last.columns.start, span.stop)
-            runs[-1] = _Segment([*last.kvs, kv], tokens, span, False)
+            blocks[-1] = [_Run([*last.kvs, kv], tokens, span)]
         else:
-            runs.append(_Segment([kv], tokens, span, isinstance(kv, FileKV)))
-    return runs
-
-
-def _adjacent(runs: list[_Segment]) -> list[tuple[slice, list[int]]]:
-    """Groups runs without gaps between them: the columns of each group, and its runs' indices."""
-    blocks: list[tuple[slice, list[int]]] = []
-    for index, run in enumerate(runs):
-        if blocks and blocks[-1][0].stop == run.columns.start:
-            span, members = blocks.pop()
-            blocks.append((slice(span.start, run.columns.stop), [*members, index]))
-        else:
-            blocks.append((run.columns, [index]))
+            blocks[-1].append(_Run([kv], tokens, span))
     return blocks
 
 
@@ -226,8 +214,7 @@ class _Rotations:
     def __init__(self, shift: Tensor, rope: RopeSpec, device: torch.device):
         """Rotates by ``shift`` ``(S,)`` positions, a CPU tensor; results are on ``device``."""
         self.shift, self.rope, self.device = shift, rope, device
-        moves = bool(shift.any())
-        self._kinds = [("key", "value")[spec.in_values] if moves else "" for spec in rope.layers]
+        self._moves = bool(shift.any())
         specs = [(tuple(spec.inv_freq.tolist()), *spec[1:]) for spec in rope.layers]
         self._same = [specs.index(spec) for spec in specs]  # first layer with the same rotation
         self._computed: dict[tuple, Rotation] = {}
@@ -237,7 +224,7 @@ class _Rotations:
 
         It is ``(1, S, P)``, or ``(1, 1, P)`` if all tokens move by the same distance.
         """
-        if kind != self._kinds[layer]:
+        if not self._moves or self.rope.layers[layer].in_values != (kind == "value"):
             return None
         key = self._same[layer], tokens.start, dim
         if key not in self._computed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container, Iterator
 from contextlib import suppress
 
@@ -191,18 +192,13 @@ class ScoringPasses:
 
     def query_attention(self, how: QueryScores | None = None) -> Tensor:
         """See `Passes.query_attention`."""
-        how, chosen = how or DEFAULT_SCORES, self._rows & ~self.cached
+        how, chosen = how or QueryScores(), self._rows & ~self.cached
         if how.positions == "prompt":
             return self._prefill(chosen, self.cache, how)
-        shift = _to_encoded(self.columns)
-        cache = RowCache(len(self.cache), *self.columns.kind.shape)
-        for index, layer in enumerate(self.cache.layers):
-            moved, rope = [layer.keys, layer.values], self.served.state.rope.layers[index]
-            moved[rope.in_values] = relocate_keys(moved[rope.in_values], shift, rope)
-            for prompt, states in enumerate(zip(*moved, strict=True)):
-                rooms = cache.room(index, prompt, slice(None), *states)
-                for room, own in zip(rooms, states, strict=True):
-                    room.copy_(own)
+        shift, cache = _to_encoded(self.columns), copy.deepcopy(self.cache)
+        for layer, rope in zip(cache.layers, self.served.state.rope.layers, strict=True):
+            rotated = layer.values if rope.in_values else layer.keys
+            rotated.copy_(relocate_keys(rotated, shift, rope))
         return self._prefill(chosen, cache, how, shift)
 
     def full_prefill(self) -> Truth:
@@ -247,7 +243,8 @@ class ScoringPasses:
         # The cost of a causal pass over all rows that stops at the last layer's weights.
         cost, count = ModelCost.of(other), (rows.kind != Kind.PAD).sum(1).cpu()
         pairs = count * (count + 1) // 2
-        below = sum(count * layer.row + pairs * layer.pair for layer in cost.layers[:-1])
+        rows_cost = sum(layer.row + layer.column for layer in cost.layers[:-1])
+        below = count * rows_cost + pairs * cost.pair * (len(cost.layers) - 1)
         spent = below + count * cost.layers[-1].probe + probe.multiply_adds
         self.executed.append(Executed(other, heads=0, extra=spent))
         result = torch.zeros_like(self.cached, dtype=torch.float32)
@@ -274,14 +271,14 @@ class ScoringPasses:
         self,
         chosen: Tensor,
         cache: RowCache,
-        how: QueryScores | None = None,
+        how: QueryScores = DEFAULT_SCORES,
         shift: Tensor | None = None,
     ) -> Tensor:
         """Computes rows into ``cache``. Returns the question's attention, ``(L, B, S)``.
 
         ``shift`` ``(B, N)`` is added to the position of each column's row.
         """
-        how, computed = how or DEFAULT_SCORES, computed_rows(self.batch, chosen)
+        computed = computed_rows(self.batch, chosen)
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(how.depth or len(cache))

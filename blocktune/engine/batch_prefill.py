@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
 
 import torch
 
@@ -48,16 +47,28 @@ def prefill_batch(
         return _prefill(ServedBatch.stacked(*batch), None, None, lazy=False)
 
 
-def warm_up(
-    state: EngineState, prompts: PromptMaker, pieces: Sequence[Pieces], method: Method
-) -> None:
-    """Serves `Method.warm_up` earlier prompts in full, with the same chunks in rotated order."""
+def prefill_warm(
+    state: EngineState,
+    prompts: PromptMaker,
+    pieces: Sequence[Pieces],
+    method: Method,
+    max_new_tokens: int = 0,
+    laid_out: Sequence[Prompt] | None = None,
+) -> Generation:
+    """Serves `Method.warm_up` earlier prompts, untimed, then prefills a batch.
+
+    The earlier ones have the same chunks in rotated order, and are computed in full. Prompts are
+    laid out after that, unless they are ``laid_out``.
+    """
     for shift in range(1, method.warm_up + 1):
         starts = [(prompt.chunks, shift % max(1, len(prompt.chunks))) for prompt in pieces]
         chunks = [chunks[start:] + chunks[:start] for chunks, start in starts]
         earlier = [p._replace(chunks=c) for p, c in zip(pieces, chunks, strict=True)]
         layouts = [prompts.prompt(prompt, LayoutSpec(block=False), 1) for prompt in earlier]
         next(prefill_batch(state, layouts, earlier, method).tokens(Sampling(), 1))
+    if laid_out is None:
+        laid_out = [prompts.lay_out(p, method, state.encoder, max_new_tokens) for p in pieces]
+    return prefill_batch(state, laid_out, pieces, method)
 
 
 def _prefill(
@@ -66,7 +77,12 @@ def _prefill(
     """Loads cached states, selects rows to recompute, and computes."""
     state, watch = served.state, served.watch
     selection = served.method.select_for(state.num_layers)
-    assembled = _assemble(served, selection, loader, found, lazy)
+    if served.method.cached is Cached.CHUNKS:
+        assembled = from_chunks(served, selection.widens(state.num_layers), loader, found, lazy)
+    elif served.method.cached is Cached.EXACT_PREFIX:
+        assembled = from_prefix(served)
+    else:
+        assembled = Assembled.empty(served.batch)
     watch.start()
     passes = ScoringPasses(served, assembled.cached)
     if served.reshaping is not None and served.reshaping.reshape.looks_ahead:
@@ -75,7 +91,8 @@ def _prefill(
     watch.stop("select_s")
     result = prefill(served, candidates, schedule)
     watch.stop("recompute_s")
-    executed = [*passes.executed, result.executed(state.model)]
+    read = None if result.chunk_probe is None else result.chunk_probe.multiply_adds
+    executed = [*passes.executed, Executed(state.model, result.plans, result.probes, extra=read)]
     if served.reshaping is not None:  # clone: decoding adds to the same tensor
         extra = served.reshaping.multiply_adds.clone()
         executed.append(Executed(state.model, heads=0, extra=extra))
@@ -86,14 +103,6 @@ def _prefill(
         prefill=result,
         executed=executed,
     )
-
-
-def _assemble(served: ServedBatch, selection: Selection, *how: Any) -> Assembled:
-    if served.method.cached is Cached.CHUNKS:
-        return from_chunks(served, selection.widens(served.state.num_layers), *how)
-    if served.method.cached is Cached.EXACT_PREFIX:
-        return from_prefix(served)
-    return Assembled.empty(served.batch)
 
 
 def _choose(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from blocktune.data.example import RagExample
-from blocktune.engine.batch_prefill import prefill_batch, warm_up
+from blocktune.engine.batch_prefill import prefill_warm
 from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.state import EngineState, unfollowed
 from blocktune.layout import Kind
@@ -105,10 +105,7 @@ def make_context(
     def lay_out(query: str) -> Prompt:
         return prompts.prompt(pieces(query), prompts.spec(method))
 
-    prompt = pieces("?" if question is None else question)
-    warm_up(state, prompts, [prompt], method)
-    laid_out = prompts.lay_out(prompt, method, state.encoder)
-    run = prefill_batch(state, [laid_out], [prompt], method)
+    run = prefill_warm(state, prompts, [pieces("?" if question is None else question)], method)
     layout = run.batch.layout
     count = int(layout.order[layout.kind == Kind.QUERY].min())
     cache = DynamicCache()
@@ -117,6 +114,6 @@ def make_context(
     ids = run.batch.input_ids.new_zeros(1, count)
     stored = (layout.kind[0] != Kind.BLANK) & (layout.order[0] < count)
     ids[0, layout.order[0, stored]] = run.batch.input_ids[0, stored]
-    decoding = {"eos_token_id": sorted(state.stop_ids()), "pad_token_id": state.pad_id}
+    decoding = {"eos_token_id": sorted(state.stop_ids()), "pad_token_id": state.encoder.pad_id}
     decoding |= unfollowed(state.model.generation_config)
     return CachedContext(cache, ids, run.columns.position[:, :count], question, lay_out, decoding)

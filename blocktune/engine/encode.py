@@ -165,8 +165,8 @@ class Encoder:
             encoded = self._encode_together(group, layers)
             token_s = (time.perf_counter() - started) / tokens
             for piece, kv, inputs in encoded:
-                about = {"seconds": token_s * _size(piece), "tenant": self.tenant}
-                about["document"] = (documents or {}).get(piece, "")
+                about = {"tenant": self.tenant, "document": (documents or {}).get(piece, "")}
+                about["seconds"] = token_s * _size(piece)
                 found.kvs[piece] = self.store.put(self.key(piece), kv, **about)
                 for layer, states in inputs.items():
                     key = states_key(self.key(piece), layer)
@@ -183,30 +183,22 @@ class Encoder:
         lazy: bool = False,
     ) -> Found:
         """Looks pieces up like `find`, but encodes nothing."""
-        found, model, lookup_s, load_s = Found(), self.fingerprint, 0.0, 0.0
-        lookup = (loader or self.store).lookup
-        limits = self.store.config
-        lazy = lazy and self.store.device.type == "cpu" and limits.memory + limits.cpu == 0
+        found, store, limits = Found(), self.store, self.store.config
+        # Files are read into CPU memory.
+        lazy = lazy and self.model.device.type == "cpu" and limits.memory + limits.cpu == 0
         how = {"read": FileKV.read} if lazy and not loader else {}
         for piece in dict.fromkeys(pieces):
-            key = self.key(piece)
-            results = [lookup(key, piece.ids, model, **how)]
-            for layer in layers:
-                states_id = states_key(key, layer)
-                results.append(self.store.lookup(states_id, piece.ids, model, ChunkStates))
-            complete = True
-            for result in results:
-                lookup_s += result.lookup_s
-                load_s += result.load_s
-                complete = complete and result.kv is not None
-            if not complete:
-                found.tiers[piece] = "none"
-                continue
-            found.tiers[piece], found.kvs[piece] = results[0].tier, results[0].kv
-            for layer, result in zip(layers, results[1:], strict=True):
-                found.states[piece, layer] = result.kv
-        watch.add("lookup_s", lookup_s)
-        watch.add("load_s", load_s)
+            key, of_piece = self.key(piece), (piece.ids, self.fingerprint)
+            own = (loader or store).lookup(key, *of_piece, **how)
+            keys = (states_key(key, layer) for layer in layers)
+            states = [store.lookup(one, *of_piece, ChunkStates) for one in keys]
+            for result in (own, *states):
+                watch.add("lookup_s", result.lookup_s)
+                watch.add("load_s", result.load_s)
+            found.tiers[piece] = "none"
+            if all(result.kv is not None for result in (own, *states)):
+                found.tiers[piece], found.kvs[piece] = own.tier, own.kv
+                found.states |= {(piece, n): s.kv for n, s in zip(layers, states, strict=True)}
         return found
 
     def encode(
@@ -223,7 +215,10 @@ class Encoder:
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
-            new |= self.find(group, watch, documents=names).misses
+            found = self.find(group, watch, documents=names)
+            new |= found.misses
+            for piece in found.hits & names.keys():
+                self._name(piece, found.kvs[piece], names[piece])
             done += sum(len(piece.ids) for piece in group)
             if progress is not None:
                 progress(done, total)
@@ -252,6 +247,13 @@ class Encoder:
         self.store.share_rope(self.fingerprint, other.fingerprint)
         return other
 
+    def _name(self, piece: Piece, kv: ChunkKV, document: str) -> None:
+        """Stores a chunk again under its document, if an answer stored it without one."""
+        row = self.store.row(self.key(piece))
+        if document and row is not None and not row.document:
+            about = {"document": document, "tenant": row.tenant, "seconds": row.seconds}
+            self.store.put(row.key, kv, **about)
+
     def key(self, piece: Piece) -> str:
         """The store's key of a piece."""
         scoped = piece.is_prefix and self._is_scoped
@@ -272,8 +274,8 @@ class Encoder:
         positions = batch.layout.position
         with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
             planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
-        outputs = cache, plan.inputs, seen
-        return [self._extract(*outputs, index, piece) for index, piece in enumerate(pieces)]
+        made = cache, plan.inputs, seen
+        return [self._extract(*made, index, piece) for index, piece in enumerate(pieces)]
 
     def _unpruned(self, piece: Piece) -> Piece:
         """The piece to encode: if a press prunes it, with the tokens that are dropped later."""

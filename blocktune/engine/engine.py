@@ -20,12 +20,12 @@ from blocktune.cache.decode_cache import DecodeCache
 from blocktune.cache.responses import ResponseCache
 from blocktune.cache.store.fingerprint import manifest
 from blocktune.data.example import read_chunks
-from blocktune.engine.batch_prefill import prefill_batch, warm_up
+from blocktune.engine.batch_prefill import prefill_batch, prefill_warm
 from blocktune.engine.context_cache import CachedContext, make_context
 from blocktune.engine.encode import Encoder, EncodeReport
 from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layer_schedule import hook
-from blocktune.engine.prompts import PromptMaker, Request, as_request, built
+from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, built
 from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState, unfollowed
 from blocktune.links import link_base
@@ -37,9 +37,6 @@ from blocktune.prompt.special_tokens import padding_id
 from blocktune.registry import require_count
 
 _LOG = logging.getLogger(__name__)
-
-NO_LIMIT = 1 << 30
-"""Context length in tokens if the model's configuration has no limit."""
 
 
 class Engine:
@@ -94,8 +91,8 @@ class Engine:
         self.store = ChunkStore(device=model.device) if store is None else store
         words, num_tokens = dataclasses.asdict(self.format), link_base(model)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-        pad_id = padding_id(tokenizer, num_tokens)
-        press = None if self.store.config.press is None else Press(self.store.config.press)
+        pad_id, pruning = padding_id(tokenizer, num_tokens), self.store.config.press
+        press = None if pruning is None else Press(pruning)
         encoder = Encoder(model, self.store, self.fingerprint, pad_id, rope, press)
         if rope is not None:
             facts = model, tokenizer, words, adapter, adapter_folder, rope
@@ -104,8 +101,8 @@ class Engine:
             encoder = encoder.salted(press.text, what="press")
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
         tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
-        caches, auxiliaries = (encoder, tree, rope, pad_id), Auxiliaries(model, tokenizer)
-        self.state = EngineState(model, tokenizer, *caches, auxiliaries, recurrence)
+        auxiliaries = Auxiliaries(model, tokenizer)
+        self.state = EngineState(model, tokenizer, encoder, tree, auxiliaries, recurrence)
         config = model.config.get_text_config()
         for name in unfollowed(model.generation_config):
             value = getattr(model.generation_config, name)
@@ -115,7 +112,7 @@ class Engine:
             self.format,
             trained=adapter.layout if adapter else None,
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
-            max_tokens=getattr(config, "max_position_embeddings", NO_LIMIT),  # Mamba has none
+            max_tokens=getattr(config, "max_position_embeddings", 1 << 30),  # Mamba has no limit
             num_layers=config.num_hidden_layers,
             refusal=recurrence and recurrence.refusal,
             num_tokens=num_tokens,
@@ -146,9 +143,8 @@ class Engine:
         Raises:
             ValueError: If the model or adapter does not exist, or they do not match.
         """
-        options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-        options |= {"recurrent": recurrent}
-        base, tokenizer, info, folder = load_model(model, adapter, **options)
+        how = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+        base, tokenizer, info, folder = load_model(model, adapter, recurrent=recurrent, **how)
         if isinstance(store, str | Path):
             store = ChunkStore.open(store, device=base.device)
         return cls(base, tokenizer, format=format, adapter=info, adapter_folder=folder, store=store)
@@ -258,12 +254,12 @@ class Engine:
         require_count("batch_size", batch_size, least=1)
         method, sampling = built(method, self.prompts.trained), sampling or Sampling()
         started = time.perf_counter()
-        examples = [as_request(example) for example in examples]
+        examples = as_requests(examples)
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
-        queries = zip(range(len(pieces)), pieces, [e.question for e in examples], strict=True)
-        how = self.responses, self.state, method, (sampling, max_new_tokens)
-        recalls = [Recall.of(*how, query) for query in queries]
+        how = self.responses, self.state, method, sampling, max_new_tokens
+        asked = enumerate(zip(pieces, examples, strict=True))
+        recalls = [Recall.of(*how, ids, example.question, i) for i, (ids, example) in asked]
         answers = [recall and recall.answer() for recall in recalls]
         order = [index for index, cached in enumerate(answers) if cached is None]
         if method.history is None:  # with a history, each prompt affects the next: keep the order
@@ -272,11 +268,9 @@ class Engine:
         batch_size = 1 if decode_cache is not None and decode_cache.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            warm_up(self.state, self.prompts, [pieces[i] for i in batch], method)
-            laid_out = [prompts[i] for i in batch]
-            if method.history is not None:
-                laid_out = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
-            run = prefill_batch(self.state, laid_out, [pieces[i] for i in batch], method)
+            laid_out = None if method.history is not None else [prompts[i] for i in batch]
+            own = [pieces[i] for i in batch]
+            run = prefill_warm(self.state, self.prompts, own, method, max_new_tokens, laid_out)
             run.watch.add("prompt_s", read_s * len(batch))
             batch_answers = run.answers(sampling, max_new_tokens, streams=batch)
             for index, answer in zip(batch, batch_answers, strict=True):
@@ -297,17 +291,15 @@ class Engine:
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yields an answer's text as it is decoded. The pieces join to the text of `answer`."""
+        require_count("max_new_tokens", max_new_tokens, least=1)
         method, example = built(method, self.prompts.trained), as_request(example)
-        sampling = sampling or Sampling()
-        query = 0, self.prompts.pieces(example, method), example.question
-        how = self.responses, self.state, method, (sampling, max_new_tokens)
-        recall = Recall.of(*how, query)
+        pieces, sampling = self.prompts.pieces(example, method), sampling or Sampling()
+        how = self.responses, self.state, method, sampling, max_new_tokens
+        recall = Recall.of(*how, pieces, example.question)
         if recall is not None and (cached := recall.answer()) is not None:
             yield cached.text
             return
-        warm_up(self.state, self.prompts, [query[1]], method)
-        pieces, prompts = self._read([example], method, max_new_tokens)
-        run = prefill_batch(self.state, prompts, pieces, method)
+        run = prefill_warm(self.state, self.prompts, [pieces], method, max_new_tokens)
         ids: list[int] = []
         yield from run.texts(sampling, max_new_tokens, ids)
         if recall is not None:

@@ -120,34 +120,31 @@ class TextStream:
     def push(self, token: int) -> str:
         """Adds a token. Returns the text that can be shown now, often empty."""
         self._ids.append(token)
-        before = self._decode(self._prefix_offset, self._read_offset)
-        after = self._decode(self._prefix_offset, len(self._ids))
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            self._add(after[len(before) :])
+        new = self._unread()
+        if new and not new.endswith("\ufffd"):
+            self._add(new)
             self._prefix_offset, self._read_offset = self._read_offset, len(self._ids)
         return "" if self.stopped else self._show(len(self._text) - self._held())
 
     def finish(self) -> str:
         """Ends the stream. Returns the rest of the text."""
         if not self.stopped:
-            before = self._decode(self._prefix_offset, self._read_offset)
-            self._add(self._decode(self._prefix_offset, len(self._ids))[len(before) :])
+            self._add(self._unread())
         return self._show(len(self._text))
 
-    def _decode(self, start: int, stop: int) -> str:
-        if start == stop:
-            return ""
-        return self.tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
+    def _unread(self) -> str:
+        """Text of the tokens from the read offset on."""
+        ids, count = self._ids[self._prefix_offset :], self._read_offset - self._prefix_offset
+        before, after = (
+            self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:count], ids)
+        )
+        return after[len(before) :]
 
     def _add(self, text: str) -> None:
         begin = len(self._text)
         self._text += text
-        matches = [
-            at
-            for stop in self.stops
-            if (at := self._text.find(stop, max(0, begin - len(stop)))) >= 0
-        ]
-        if matches:
+        found = [self._text.find(stop, max(0, begin - len(stop))) for stop in self.stops]
+        if matches := [at for at in found if at >= 0]:
             self._text, self.stopped = self._text[: min(matches)], True
 
     def _held(self) -> int:

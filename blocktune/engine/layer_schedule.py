@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
-from blocktune.engine.usage import Executed
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.repaired_cache import RepairedCache
 from blocktune.methods.select import LayerCheck, LayerKV, Selection
@@ -57,7 +56,7 @@ class SchedulePlan:
         self._ends = frozenset(() if schedule.depth is None else schedule.depth.unique().tolist())
         watches = selection.watches_chunks or served.method.history is not None
         self.chunk_probe = ChunkAttention(self.columns) if watches else None
-        self._set_rows(0, RowSubset(candidates))
+        self._set_rows(0, RowSubset(candidates, candidates.rows.kind != Kind.PAD))
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend` by the plan of the layer's rows."""
@@ -68,16 +67,15 @@ class SchedulePlan:
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of layer ``index`` that replaces its inputs by those of its rows."""
         hidden = args[0]
-        if index == 0 and not torch.equal(self.schedule.start, self._current.exists):
+        if index == 0 and not torch.equal(self.schedule.start, self._current.chosen):
             hidden = self._change(index, hidden, self.schedule.start)
         if index and index in self._ends:
-            rows = self._current.of_candidates(self._current.exists)
-            hidden = self._change(index, hidden, rows & (self.schedule.depth > index))
+            continued = self._current.chosen & (self.schedule.depth > index)
+            hidden = self._change(index, hidden, continued)
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
         if index in self.schedule.widen:
-            widened = self._current.of_candidates(self._current.exists) | self.schedule.widen[index]
-            hidden = self._change(index, hidden, widened)
+            hidden = self._change(index, hidden, self._current.chosen | self.schedule.widen[index])
         current = self._current
         if self.repair is not None:
             self.repair.watch(index, current.rows.columns)
@@ -184,8 +182,10 @@ class Prefill:
     """The result of a prefill, and what was computed for it."""
 
     logits: Tensor  # after each prompt's last row, ``(B, V)``
-    plans: list[CachePlan]  # the attention plans that ran, each with the layers it ran in
-    probes: dict[int, CachePlan]  # by layer: rows whose states were computed for selection only
+    # the attention plans that ran, each with the layers it ran in
+    plans: list[CachePlan] = field(default_factory=list)
+    # by layer: rows whose states were computed for selection only
+    probes: dict[int, CachePlan] = field(default_factory=dict)
     chunk_probe: ChunkAttention | None = None  # attention to chunks, if it is read
 
     def layer_tokens(self, num_layers: int) -> Tensor:
@@ -208,11 +208,6 @@ class Prefill:
             total += plan.num_rows() * sum(map(cache.bytes_per_column, plan.executed))
         return total
 
-    def executed(self, model: nn.Module) -> Executed:
-        """The computed rows, for counting operations; ``model`` is the one that ran."""
-        extra = None if self.chunk_probe is None else self.chunk_probe.multiply_adds
-        return Executed(model, self.plans, self.probes, extra=extra)
-
 
 @torch.no_grad()
 def prefill(served: ServedBatch, candidates: Computed, schedule: LayerSchedule) -> Prefill:
@@ -231,7 +226,10 @@ def prefill(served: ServedBatch, candidates: Computed, schedule: LayerSchedule) 
 
 @dataclass(frozen=True)
 class Enter:
-    """Forward pre-hook that passes a layer's input to the plan's ``enter``, if it has one."""
+    """Forward pre-hook that passes a layer's input to the plan's ``enter``, if it has one.
+
+    Equal hooks are registered once.
+    """
 
     index: int
 
@@ -254,12 +252,7 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
     except NoRotary:
         return None, find_recurrence(model, always=True)
     attach(model)
-    _install(model)
-    return rope, None
-
-
-def _install(model: nn.Module) -> None:
-    """Registers the hooks, once. They do nothing unless the plan has an ``enter`` method."""
     for index, layer in enumerate(decoder_layers(model)):
         if Enter(index) not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(Enter(index), with_kwargs=True)
+    return rope, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,9 +38,17 @@ def as_request(example: Request | Mapping[str, Any]) -> Request:
     if not isinstance(example, Request):
         raise ValueError(
             f"a question must be a dict with question and chunks, got {type(example).__name__} "
-            f"'{example!s:.40}'; answer takes a list of them"
+            f"'{example!s:.40}'; answer takes a list of them, stream takes one"
         )
     return example
+
+
+def as_requests(examples: Iterable[Request | Mapping[str, Any]]) -> list[Request]:
+    """Converts each example by `as_request`. Raises ValueError if it is a single one."""
+    if isinstance(examples, str | Mapping | Request) or not isinstance(examples, Iterable):
+        given = type(examples).__name__
+        raise ValueError(f"answer takes a list of questions, got {given}; pass [question]")
+    return [as_request(example) for example in examples]
 
 
 def built(method: str | Method | None, trained: LayoutSpec | None = None) -> Method:
@@ -115,19 +123,16 @@ class PromptMaker:
         Raises ValueError if prompt and answer do not fit into the model's context, or contain a
         token that the model has no embedding for.
         """
-        require_embedded(
-            self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
-        )
-        spans, uncut = None, pieces
+        all_ids = pieces.prefix, *pieces.chunks, pieces.query
+        require_embedded(self.tokenizer, self.num_tokens, *all_ids)
+        lengths, spans = [len(chunk) for chunk in pieces.chunks], None
         if self.press is not None and spec.block:
-            spans = [len(chunk) for chunk in uncut.chunks]
-            counts = list(zip(uncut.chunks, map(self.press.count, spans), strict=True))
-            contexts = [chunk[count:] for chunk, count in counts]
-            pieces = pieces._replace(chunks=tuple(chunk[:count] for chunk, count in counts))
+            cut = [self._cut(chunk) for chunk in pieces.chunks]
+            contexts, spans = [dropped for _, dropped in cut], lengths
+            pieces = pieces._replace(chunks=tuple(kept for kept, _ in cut))
         ids = self.link_base, self._blank_id(spec), self._bos_id(spec)
         prompt = lay_out(pieces, spec, *ids, contexts, spans)
-        longest = max(map(len, uncut.chunks), default=0)
-        self._require_room(longest, "the longest chunk")
+        self._require_room(max(lengths, default=0), "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
         stored = int((prompt.layout.kind != Kind.BLANK).sum())
         reach = int(prompt.layout.position.max()) + 1  # reserved slots leave positions unused
@@ -158,8 +163,7 @@ class PromptMaker:
         """
         if self.refusal:
             raise ValueError(self.refusal.format("encoding"))
-        spec = spec if spec and spec.block else self.trained
-        spec = spec if spec and spec.block else LayoutSpec()
+        spec = next((one for one in (spec, self.trained) if one and one.block), LayoutSpec())
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
         blanks = sink_ids(spec, prefix, self._blank_id(spec), bos_id)
@@ -172,10 +176,13 @@ class PromptMaker:
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
             if self.press is not None:
                 self.press.require(build("naive"), spec)
-                count = self.press.count(len(ids))
-                ids, blanks = ids[:count], ids[count:]
-            pieces.append(Piece(ids, blanks))
+            pieces.append(Piece(ids, blanks) if self.press is None else Piece(*self._cut(ids)))
         return (Piece(prefix, is_prefix=True) if prefix else None), pieces
+
+    def _cut(self, chunk: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Splits a chunk into rows with a key after the press, and rows without."""
+        count = self.press.count(len(chunk))
+        return chunk[:count], chunk[count:]
 
     def _require_room(self, tokens: int, what: str) -> None:
         if self.exact_tokens is not None and self.exact_tokens < tokens <= self.max_tokens:

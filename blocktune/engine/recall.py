@@ -32,15 +32,16 @@ class Recall:
         cache: ResponseCache | None,
         state: EngineState,
         method: Method,
-        decoding: tuple[Sampling, object],
-        query: tuple[int, Pieces, str],
+        sampling: Sampling,
+        settings: object,
+        pieces: Pieces,
+        question: str,
+        stream: int = 0,
     ) -> Recall | None:
         """Returns None without a cache, or if answers are sampled without a seed.
 
-        ``decoding`` is the sampling and all other settings; ``query`` is the random stream, the
-        prompt and the question's text.
+        ``settings`` are those of decoding, ``stream`` is that of random numbers.
         """
-        (sampling, settings), (stream, pieces, question) = decoding, query
         if cache is None or (sampling.temperature > 0 and sampling.seed is None):
             return None
         draws = (sampling, stream) if sampling.temperature > 0 else "greedy"

@@ -19,38 +19,28 @@ from blocktune.cache.chunk_kv import State
 from blocktune.cache.exact import state_bytes
 from blocktune.engine.assemble import Assembled
 from blocktune.engine.generation import Generation
+from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.state import EngineState, ServedBatch
-from blocktune.engine.usage import ModelCost
+from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import Kind, Rows
 from blocktune.methods import Cached, Method
 from blocktune.prompt import Pieces, Prompt
 
 
-@dataclass
-class RecurrentPrefill:
-    """The result of the prefill, prompt by prompt. It has the methods of `Prefill`."""
+@dataclass(kw_only=True)
+class RecurrentPrefill(Prefill):
+    """The result of the prefill, prompt by prompt, without plans."""
 
-    logits: Tensor  # after each prompt's last token, ``(B, V)``
-    runs: list[_Run]
+    context_tokens: Tensor  # computed in each layer, ``(B,)``
+    written: Tensor  # bytes of computed keys, values and states, ``(B,)``
 
     def layer_tokens(self, num_layers: int) -> Tensor:
         """Context tokens computed in each layer, ``(B, layers)``."""
-        return self._each("context_tokens")[:, None].expand(-1, num_layers)
+        return self.context_tokens[:, None].expand(-1, num_layers)
 
-    def probed(self) -> Tensor:
-        """Zeros ``(B,)``: nothing is computed for selection only."""
-        return torch.zeros(len(self.runs), dtype=torch.int64)
-
-    def bytes_written(self, caches: object) -> Tensor:
+    def bytes_written(self, cache: object) -> Tensor:
         """Bytes of computed keys, values and states, ``(B,)``."""
-        return self._each("written")
-
-    def flops(self) -> Tensor:
-        """Floating-point operations of matrices and attention, without scans, ``(B,)``."""
-        return 2 * self._each("macs")
-
-    def _each(self, name: str) -> Tensor:
-        return torch.tensor([getattr(run, name) for run in self.runs])
+        return self.written
 
 
 class RecurrentGeneration(Generation):
@@ -76,13 +66,19 @@ def prefill_recurrent(
     for index, run in enumerate(runs if method.cached is Cached.EXACT_PREFIX else ()):
         facts = run.start, run.bytes_read, run.disk_tokens
         assembled.found_prefix(served.batch.layout, index, pieces[index], *facts)
-    prefill = RecurrentPrefill(torch.cat([run.logits for run in runs]), runs)
+    counts = torch.tensor([(run.context_tokens, run.written, run.macs) for run in runs])
+    context_tokens, written, macs = counts.unbind(1)
+    prefill = RecurrentPrefill(
+        logits=torch.cat([run.logits for run in runs]),
+        context_tokens=context_tokens,
+        written=written,
+    )
     return RecurrentGeneration(
         **vars(served) | {"cache": [run.cache for run in runs]},
         last=served.columns.map(lambda facts: facts[:, -1:]),
         assembled=assembled,
         prefill=prefill,
-        executed=[prefill],
+        executed=[Executed(state.model, heads=0, extra=macs)],
     )
 
 
@@ -91,7 +87,10 @@ TOKENS_PER_PASS = 32
 
 
 class _Run:
-    """One prompt's prefill, from token ``start`` on; ``macs`` counts multiply-adds."""
+    """One prompt's prefill, from token ``start`` on.
+
+    ``macs`` counts multiply-adds of matrices and attention, without scans.
+    """
 
     def __init__(self, served: ServedBatch, index: int, ids: Sequence[int]):
         state, pieces, watch = served.state, served.pieces[index], served.watch
@@ -142,7 +141,8 @@ class _Run:
         attending = [getattr(layer, "keys", None) is not None for layer in cache.layers]
         self.macs += cost.head
         for layer, attends in zip(cost.layers, attending, strict=True):
-            self.macs += rows * layer.row + attends * rows * stop * layer.pair
+            self.macs += rows * layer.row + stop * layer.column
+            self.macs += attends * rows * stop * cost.pair
         return logits
 
 

@@ -57,8 +57,7 @@ def column_rows(layout: Layout) -> Rows:
     # The orders of a prompt's stored rows count from 0, so a scatter replaces sorting.
     place, count = torch.where(stored, layout.order, width), int(stored.sum(1).max())
     index = torch.zeros(len(place), width + 1, dtype=torch.int64, device=place.device)
-    index = index.scatter(1, place, columns)
-    index = index[:, :count]
+    index = index.scatter(1, place, columns)[:, :count]
     rows = layout.rows().map(lambda field: field.gather(1, index))
     exists = torch.arange(count, device=layout.device) < stored.sum(1)[:, None]
     return replace(rows, kind=rows.kind.masked_fill(~exists, Kind.PAD))
@@ -111,19 +110,16 @@ PER_ROW = ("position_embeddings", "position_ids")
 class RowSubset:
     """A subset of the candidate rows.
 
-    ``rows``, ``exists`` (False for padding) and ``index`` (in the candidates) are ``(B, R)``.
+    ``rows``, ``exists`` (False for padding) and ``index`` (in the candidates) are ``(B, R)``;
+    ``chosen`` is their mask of the candidates, ``(B, U)``.
     """
 
-    def __init__(self, candidates: Computed, chosen: Tensor | None = None):
-        """Takes the ``chosen`` candidates, ``(B, U)`` bool; None: all."""
-        self._candidates, self._all = candidates, chosen is None
-        if chosen is None:
-            self.rows, self.exists = candidates, candidates.rows.kind != Kind.PAD
-            count = torch.arange(self.exists.shape[1], device=self.exists.device)
-            self.index = count.expand_as(self.exists)
-        else:
-            self.index, self.exists = left_padded(chosen, candidates.rows.order)
-            self.rows = candidates.take(self.index, self.exists)
+    def __init__(self, candidates: Computed, chosen: Tensor):
+        """Takes the ``chosen`` candidates."""
+        self._candidates, self.chosen = candidates, chosen
+        self._all = torch.equal(chosen, candidates.rows.kind != Kind.PAD)
+        self.index, self.exists = left_padded(chosen, candidates.rows.order)
+        self.rows = candidates.take(self.index, self.exists)
         self._picked: dict[int, tuple[Any, Any]] = {}
 
     def of_candidates(self, chosen: Tensor) -> Tensor:

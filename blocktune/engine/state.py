@@ -85,21 +85,23 @@ def unfollowed(config: GenerationConfig) -> dict[str, Any]:
 class EngineState:
     """The model, its tokenizer and its caches.
 
-    ``encoder`` has the chunk store, ``prefix_tree`` the exact prefixes of earlier prompts.
-    ``rope`` is how keys are moved; models whose chunks cannot be moved have a ``recurrence``
-    instead, which is how they resume from a state. ``pad_id`` is the token of padding rows,
-    ``decode_cache`` the kind of cache for decoding (None: the cache of the prefill).
+    ``encoder`` has the chunk store, ``prefix_tree`` the exact prefixes of earlier prompts. Models
+    whose chunks cannot be moved have a ``recurrence``, which is how they resume from a state.
+    ``decode_cache`` is the kind of cache for decoding (None: the cache of the prefill).
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     prefix_tree: PrefixTree
-    rope: RopeSpec | None
-    pad_id: int
     auxiliaries: Auxiliaries
     recurrence: Recurrence | None = None
     decode_cache: DecodeCache | None = None
+
+    @property
+    def rope(self) -> RopeSpec | None:
+        """How keys are moved; None: they cannot be."""
+        return self.encoder.rope
 
     @property
     def num_layers(self) -> int:
@@ -152,7 +154,7 @@ class ServedBatch:
         """Stacks prompts, laid out for the method, and makes an empty cache for them."""
         watch = Stopwatch(state.model.device)
         watch.start()
-        batch = stack(prompts, state.pad_id).to(state.model.device)
+        batch = stack(prompts, state.encoder.pad_id).to(state.model.device)
         columns, reshape = column_rows(batch.layout), method.reshape()
         reshaping = None if reshape is None else ReshapedAttention(reshape, columns)
         # The states of a full prefill may be kept as exact prefixes.

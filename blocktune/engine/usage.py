@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -101,24 +102,18 @@ class Stopwatch:
         return time.perf_counter()
 
 
-OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "output_linear")
 """Names of the output projection of attention. Its other projections come before attention."""
+EXPANSION = ".kv_b_proj"
+"""Part of the name of the projection that makes keys and values of cached latents (DeepSeek)."""
 
 
-@dataclass(frozen=True)
-class LayerCost:
+class LayerCost(NamedTuple):
     """Multiply-adds of one layer."""
 
-    row: int  # of its matrices, per row; in a mixture of experts, of the experts chosen for a row
-    probe: int  # of the query, key and value projections, per row
-    pair: int  # of attention, per row and key: the score and the weighted value
-
-    @classmethod
-    def of(cls, layer: nn.Module, share: float, pair: int, has_lora: bool = True) -> LayerCost:
-        """Counts a layer's modules. Each row is routed to a ``share`` of the experts."""
-        macs = {n: m for n, m in _matrices(layer, share) if has_lora or ".lora_" not in n}
-        before = [n for n in macs if "attn" in n and not set(n.split(".")) & set(OUTPUTS)]
-        return cls(sum(macs.values()), sum(macs[name] for name in before), pair)
+    row: int  # of its matrices, per row; in a mixture of experts, of those chosen for a row
+    probe: int  # of the projections before a row's keys and values are cached, per row
+    column: int  # of the expansion of cached latents (MLA), per column that attention reads
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -128,10 +123,11 @@ CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Multiply-adds of a model: its layers, and its language-model head per row."""
+    """Multiply-adds of a model."""
 
     layers: tuple[LayerCost, ...]
-    head: int
+    head: int  # of the language-model head, per row
+    pair: int  # of attention in a layer, per row and key, if all heads have the configured size
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelCost:
@@ -143,11 +139,16 @@ class ModelCost:
         share = chosen / experts if experts and chosen else 1.0
         heads = config_value(config, "num_attention_heads") or 1  # Mamba has none, and no pairs
         dim = config_value(config, "head_dim") or config.hidden_size // heads
-        pair = 2 * heads * dim
         has_lora = scope_of(model) != "encode"  # such an adapter is inactive when answering
-        layers = decoder_layers(model)
-        layers = tuple(LayerCost.of(layer, share, pair, has_lora) for layer in layers)
-        return _COSTS.setdefault(model, cls(layers, config.hidden_size * config.vocab_size))
+        layers = []
+        for layer in decoder_layers(model):
+            macs = {n: m for n, m in _matrices(layer, share) if has_lora or ".lora_" not in n}
+            column = sum(macs.pop(n) for n in [*macs] if EXPANSION in n)
+            attention = [n for n in macs if "attn" in n or "attention" in n]
+            before = [macs[n] for n in attention if not set(n.split(".")) & set(OUTPUTS)]
+            layers.append(LayerCost(sum(macs.values()), sum(before), column))
+        head = config.hidden_size * config.vocab_size
+        return _COSTS.setdefault(model, cls(tuple(layers), head, 2 * heads * dim))
 
 
 _COSTS: WeakKeyDictionary[nn.Module, ModelCost] = WeakKeyDictionary()
@@ -171,10 +172,10 @@ class Executed:
         model = ModelCost.of(self.model)
         macs = model.head * self.heads + (0 if self.extra is None else self.extra)
         for plan in self.plans:
-            rows = plan.num_rows()
-            for layer, pairs in zip(plan.executed, plan.pairs(), strict=True):
+            rows, columns = plan.num_rows(), plan.num_columns()
+            for layer, attention in zip(plan.executed, plan.attention_macs(), strict=True):
                 cost = model.layers[layer]
-                macs = macs + rows * cost.row + pairs.cpu() * cost.pair
+                macs = macs + rows * cost.row + columns * cost.column + attention
         for layer, plan in self.probes.items():
             macs = macs + plan.num_rows() * model.layers[layer].probe
         return 2 * macs

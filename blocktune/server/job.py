@@ -249,8 +249,8 @@ def recall(cache: ResponseCache, job: Job, question: str) -> bool:
     settings, emit, deltas = job.settings, job.emit, []
     if job.pieces is None or job.strip or settings.choices > 1 or settings.logprobs is not None:
         return False
-    decoding, prompt = (settings.sampling, settings), (0, job.pieces, question)
-    entry = Recall.of(cache, job.engine.state, job.method, decoding, prompt)
+    how = job.engine.state, job.method, settings.sampling, settings
+    entry = Recall.of(cache, *how, job.pieces, question)
     if entry is None:
         return False
     if (hit := entry.find()) is not None:

@@ -73,7 +73,7 @@ def test_chunks_that_join_to_the_same_tokens_are_other_chunks(engine):
     pieces = engine.prompts.pieces(ASK, build("naive"))
     one = pieces._replace(chunks=(sum(pieces.chunks, ()),))
     first, other = (
-        Recall.of(engine.responses, engine.state, build("naive"), (Sampling(), 4), (0, of, "Who?"))
+        Recall.of(engine.responses, engine.state, build("naive"), Sampling(), 4, of, "Who?")
         for of in (pieces, one)
     )
     first.keep("x", [1])

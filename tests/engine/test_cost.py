@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from engine.served import ASK, SHORT, Ask, engine_of
 from engine.test_selection import METHODS, deep, label
-from families import FAMILIES
+from families import BASE, FAMILIES
+from transformers import DeepseekV3Config, DiffLlamaConfig, GPTNeoXConfig
 
 from blocktune.engine import attention_probes
 from blocktune.methods import build
@@ -59,6 +60,39 @@ def test_flops_are_what_was_executed(tokenizer, executed, method):
     usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
     assert usage.flops == 2 * sum(executed.values())
     assert executed["attention"] > 0
+
+
+DEEP = {"num_hidden_layers": 4}
+UNLIKE_LLAMA = {  # other names; attention twice in each layer
+    "gpt_neox": lambda: GPTNeoXConfig(**BASE | DEEP),
+    "diffllama": lambda: DiffLlamaConfig(**BASE | DEEP | {"num_key_value_heads": 4}),
+}
+
+
+@pytest.mark.parametrize("family", UNLIKE_LLAMA)
+def test_flops_are_exact_whatever_attention_is_called_and_however_often(
+    tokenizer, executed, family
+):
+    engine = engine_of(UNLIKE_LLAMA[family](), tokenizer)
+    count_matrices(engine.model, executed)
+    for method in ("cacheblend", "full-prefill"):
+        engine.answer([ASK], method, max_new_tokens=1)  # encodes the chunks
+        executed.clear()
+        usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
+        assert usage.flops == 2 * sum(executed.values())
+        assert usage.layer_tokens[0] == usage.context_tokens
+
+
+def test_flops_of_heads_that_are_only_rotated_in_part_are_exact(tokenizer, executed):
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16}
+    shape = BASE | DEEP | heads | {"q_lora_rank": 16, "num_key_value_heads": 4}
+    engine = engine_of(DeepseekV3Config(**shape, first_k_dense_replace=4), tokenizer)
+    count_matrices(engine.model, executed)
+    for method in ("full-prefill", "naive", "cacheblend"):  # cached latents are expanded each time
+        engine.answer([ASK], method, max_new_tokens=1)
+        executed.clear()
+        usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
+        assert usage.flops == 2 * sum(executed.values())
 
 
 @pytest.mark.parametrize("name", ["cache-craft", "cache-craft + first-k 2"])

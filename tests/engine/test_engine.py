@@ -12,11 +12,16 @@ from engine.test_selection import deep
 from families import FAMILIES
 from families import build as build_model
 
-from blocktune.cache import ChunkStore
+from blocktune.cache import ChunkKV, ChunkStore
+from blocktune.cache.store.chunk_file import FileKV
+from blocktune.cache.store.folder import ChunkFolder
+from blocktune.cache.store.shelf import Shelf
 from blocktune.data import RagExample
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.batch_prefill import prefill_batch
+from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.state import Auxiliaries
+from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind
 from blocktune.methods import Weights, available, build, compose
 from blocktune.prompt import Chunk
@@ -110,6 +115,35 @@ def test_a_folder_of_chunks_serves_the_next_process(tokenizer, tmp_path):
     usage = again.answer([ASK], "naive", max_new_tokens=1)[0].usage
     assert (usage.chunk_hits, usage.chunk_misses) == (3, 0)
     assert torch.equal(again.next_logits([ASK], "naive"), expected)
+
+
+def test_encoding_names_the_documents_of_chunks_that_an_answer_stored(tokenizer, tmp_path):
+    engine = engine_of(FAMILIES["llama"](), tokenizer, store=ChunkStore(folder=tmp_path))
+    first = engine.answer([ASK], "naive", max_new_tokens=2)[0]
+    shelf = Shelf(ChunkFolder(tmp_path))
+    named = [dataclasses.replace(c, metadata={"id": n}) for n, c in enumerate(ASK.chunks)]
+    for _ in range(2):
+        assert engine.encode(named).num_encoded == 0
+        assert [len(list(shelf.rows(document=str(n)))) for n in range(4)] == [1, 1, 1, 0]
+        written = engine.store.stats().files.bytes_written
+    engine.encode(named)
+    assert engine.store.stats().files.bytes_written == written
+    engine.forget()
+    again = engine.answer([ASK], "naive", max_new_tokens=2)[0]
+    assert (again.usage.chunk_hits, again.token_ids) == (3, first.token_ids)
+
+
+def test_files_are_read_layer_by_layer_into_cpu_memory_alone(tokenizer, tmp_path, monkeypatch):
+    store = ChunkStore.open(f"{tmp_path},memory=0")
+    engine = engine_of(FAMILIES["llama"](), tokenizer, store=store)
+    engine.encode(ASK.chunks)
+    pieces = wanted_pieces(engine._read([ASK], build("naive"))[1][0])
+    watch = Stopwatch(torch.device("cpu"))
+    assert len(engine.state.encoder.look_up(pieces, watch, lazy=True).hits) == len(pieces)
+    for device, read in (("cpu", FileKV), ("cuda", ChunkKV)):
+        monkeypatch.setattr(type(engine.model), "device", torch.device(device))
+        found = engine.state.encoder.look_up(pieces, watch, lazy=True)
+        assert {type(kv) for kv in found.kvs.values()} == {read}
 
 
 def test_the_prefix_cache_reuses_only_what_stands_first(engine):
@@ -248,9 +282,12 @@ def test_what_cannot_run_is_refused_before_anything_does(engine):
     for name, value in (("max_new_tokens", 0), ("max_new_tokens", 1.5), ("batch_size", -1)):
         with pytest.raises(ValueError, match=f"{name} must be a whole number.*got {value}"):
             engine.answer([ASK], "naive", **{name: value})
-    for single in ({"question": "Who?", "chunks": ["Anna."]}, "Who?"):
-        with pytest.raises(ValueError, match=r"got str .*; answer takes a list"):
+    for single in ({"question": "Who?", "chunks": ["Anna."]}, "Who?", ASK, None):
+        given = type(single).__name__
+        with pytest.raises(ValueError, match=rf"takes a list of questions, got {given}; pass \["):
             engine.answer(single)
+    with pytest.raises(ValueError, match=r"got str 'Who\?'; answer takes a list of them, stream"):
+        engine.answer(["Who?"])
     with pytest.raises(ValueError, match="method must be a name or a Method, got int"):
         engine.answer([ASK], 3)
     assert len(engine.store) == 0

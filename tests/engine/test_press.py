@@ -101,6 +101,14 @@ def test_thinned_chunks_are_written_found_and_kept_apart(model, tokenizer, tmp_p
     assert codec.usage.chunk_hits == 3
 
 
+def test_what_a_press_dropped_does_not_count_against_the_next_chunk(model, tokenizer):
+    engine = engine_of(model, tokenizer, "press=knorm:0.5")
+    chunks = [Chunk(name + "Noel shot it. " * 80) for name in ("One. ", "Two. ")]
+    first, second = engine.prompts.encodable(chunks)[1]
+    assert len(first.blanks + second.ids + second.blanks) > engine.prompts.max_tokens
+    assert engine.encode(chunks).num_encoded == 2
+
+
 @pytest.mark.parametrize(
     "method", ["cacheblend", "epic", "query-attention", "cache-craft", "link0"]
 )

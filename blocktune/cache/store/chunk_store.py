@@ -18,7 +18,7 @@ from blocktune.cache.chunk_kv import ChunkKV, Entry, Ids, Lookup
 from blocktune.cache.store.chunk_file import ChunkFile, pack_chunk
 from blocktune.cache.store.codecs import round_trip
 from blocktune.cache.store.config import MEMORY, StoreConfig, StoreStats, Tracer, keep_latest
-from blocktune.cache.store.ledger import About, Ledger
+from blocktune.cache.store.ledger import About, Ledger, Row
 from blocktune.cache.store.shelf import open_places
 from blocktune.cache.store.tiers import RETRY_S, BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
@@ -200,6 +200,11 @@ class ChunkStore:
         """Protects an entry from eviction, or stops that. Returns whether a tier holds it."""
         with self._lock:
             return sum(ledger.pin([key], pinned) for ledger in self._ledgers()) > 0
+
+    def row(self, key: str) -> Row | None:
+        """What the first tier that has an index says about an entry; None: not in any index."""
+        with self._lock:
+            return next(filter(None, (ledger.row(key) for ledger in self._ledgers())), None)
 
     def is_pinned(self, key: str) -> bool:
         """Whether the entry is pinned in some tier."""
