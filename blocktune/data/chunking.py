@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.parsing import read
 from blocktune.prompt.format import Chunk
 from blocktune.registry import Registry, require_count, require_one_of
 
@@ -80,11 +81,11 @@ def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
     entry = {"name": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise ValueError(f"{where}: must be a name or {{name, ...}}, got {value!r:.60}")
-    parameters = {key: given for key, given in entry.items() if key != "name"}
     try:
-        return CHUNKERS.build(entry["name"], **parameters)
-    except (TypeError, ValueError) as error:
+        chunker = CHUNKERS.find(entry["name"])
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    return read(chunker, {key: given for key, given in entry.items() if key != "name"}, where)
 
 
 STRONGEST_FIRST = ("\n\n", "---", "===", "\n\t", "\n")

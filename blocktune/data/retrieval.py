@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from blocktune.data.example import RagExample, read_chunks
-from blocktune.data.sources.catalog import CATALOG, with_data_sets
-from blocktune.data.sources.load import open_records
+from blocktune.data.sources.catalog import with_data_sets
+from blocktune.data.sources.load import on_the_hub, open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import parse_record, read_records
 from blocktune.data.sources.schemas import PASSAGES, answers_of, id_of
@@ -87,8 +88,7 @@ def read_questions(
     Their only chunk is a placeholder, which `from_corpus` and `from_retriever` replace.
     """
     parsed = parse_source(str(source))
-    exists = parsed.name in CATALOG or parsed.name.startswith("hf:") or Path(parsed.name).is_file()
-    if not exists:
+    if not on_the_hub(parsed) and not os.path.isfile(parsed.name):
         raise ValueError(f"no file '{source}'; give a file, 'hf:NAME', or a name: triviaqa, nq")
     records = open_records(parsed, read_options(parsed, split=split), limit)
     questions = (parse_record(record, _question) for record in records)
