@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,9 +37,8 @@ class Message(NamedTuple):
         return f"{SPEAKERS[self.role]}: {self.text}"
 
 
-@dataclass(frozen=True)
 class Chunker(ABC):
-    """Splits text into spans without changing it. A subclass's fields are its options in YAML."""
+    """Splits text into spans without changing it. A subclass's fields are its options."""
 
     @abstractmethod
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
@@ -93,7 +91,6 @@ UNITS = ("turn", "message")
 
 
 @CHUNKERS.register("delimiter")
-@dataclass(frozen=True)
 class Delimiter(Chunker):
     """Splits after each occurrence of one delimiter, then joins the shortest neighbours.
 
@@ -134,7 +131,6 @@ class Delimiter(Chunker):
 
 
 @CHUNKERS.register("fixed")
-@dataclass(frozen=True)
 class Fixed(Chunker):
     """Splits after every ``size`` tokens of the model's tokenizer, with an ``overlap``.
 
@@ -178,7 +174,6 @@ class Fixed(Chunker):
 
 
 @CHUNKERS.register("sentence")
-@dataclass(frozen=True)
 class Sentence(Chunker):
     """Groups whole sentences, which the library sentencex detects."""
 
@@ -209,7 +204,6 @@ def sentences_of(text: str, language: str = "en") -> list[str]:
 
 
 @CHUNKERS.register("message")
-@dataclass(frozen=True)
 class PerMessage(Chunker):
     """Makes each turn or message a chunk. A single text is split as by `Delimiter`.
 

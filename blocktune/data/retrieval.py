@@ -168,7 +168,7 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
 def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
     """Id, question and passages of a record of a retriever's file."""
     name = next((name for name in ("passages", *PASSAGES) if name in record), "passages")
-    key, question = record.get("id"), record.get("question")
+    key, question = id_of(record), record.get("question")
     if not key and not isinstance(question, str):
         raise ValueError('needs the question\'s "id" or the "question"')
-    return str(key or ""), (question or "").strip(), read_chunks(record.get(name), name)
+    return key, (question or "").strip(), read_chunks(record.get(name), name)

@@ -122,6 +122,13 @@ def test_from_retriever(tmp_path):
         list(from_retriever([ask("Why?", (), "q3")], path, 2))
 
 
+def test_ids_may_be_numbers_from_zero(tmp_path):
+    questions = lines(tmp_path / "q.jsonl", *({"question": "Who?", "id": i} for i in range(2)))
+    found = lines(tmp_path / "r.jsonl", *({"id": i, "passages": [f"P{i}"]} for i in range(2)))
+    examples = from_retriever(read_questions(questions), found, 1)
+    assert [(e.id, e.chunks[0].text) for e in examples] == [("0", "P0"), ("1", "P1")]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -8,7 +8,7 @@ import pytest
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 
 from blocktune.commands.application import explain
-from blocktune.data import load_examples
+from blocktune.data import build_chunker, load_examples
 from blocktune.data.sources import records as hub
 from blocktune.data.sources.catalog import data_set
 
@@ -154,6 +154,8 @@ def test_bad_arguments_are_refused(tmp_path):
         load_examples("worlds:test", limit=0)
     with pytest.raises(ValueError, match="has no splits to choose from; drop split='train'"):
         load_examples("worlds:test", split="train")
+    with pytest.raises(ValueError, match="'worlds:test' has chunks already; leave the chunker out"):
+        load_examples("worlds:test", chunker=build_chunker("sentence"))
 
 
 def test_a_data_set_without_a_validation_split_is_read_by_its_training_split(folder):

@@ -69,6 +69,8 @@ def load_examples(
         if (generated := generate(parsed, tokenizer)) is None:
             raise ValueError(_unknown_source(source))
         _refuse_split(source, split)
+        if chunker is not None:
+            raise ValueError(f"'{source}' has chunks already; leave the chunker out")
         return list(islice(generated, limit))
     reading = read_options(parsed, split=split, tokenizer=tokenizer, chunker=chunker)
     records = open_records(parsed, reading, limit)

@@ -205,4 +205,5 @@ def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 def id_of(record: Mapping[str, Any]) -> str:
     """The identifier of a record, or an empty string."""
-    return next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")
+    values = map(record.get, ("id", "_id", "question_id"))
+    return next((str(value) for value in values if value is not None and value != ""), "")
