@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blocktune.data.example import RagExample, read_chunks
+from blocktune.data.example import RagExample, answers_of, read_chunks
 from blocktune.data.sources.catalog import with_data_sets
 from blocktune.data.sources.load import on_the_hub, open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import parse_record, read_records
-from blocktune.data.sources.schemas import PASSAGES, answers_of, id_of
+from blocktune.data.sources.schemas import PASSAGES, id_of
 from blocktune.prompt.format import Chunk
 
 Embed = Callable[[Sequence[str]], Any]

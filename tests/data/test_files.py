@@ -5,6 +5,8 @@ import gzip
 import json
 import lzma
 
+import numpy as np
+import pandas
 import pytest
 from source_records import OWN, json_lines, save
 
@@ -189,7 +191,6 @@ def test_a_name_may_hold_a_question_mark(tmp_path):
     ids=["texts", "objects", "lines"],
 )
 def test_a_list_that_pandas_wrote_is_read_and_a_printed_array_is_refused(tmp_path, chunks):
-    pandas, np = pytest.importorskip("pandas"), pytest.importorskip("numpy")
     path = tmp_path / "table.csv"
     table = pandas.DataFrame({"question": ["Who?"], "chunks": [chunks]})
     table.to_csv(path, index=False)
