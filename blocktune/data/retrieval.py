@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from blocktune.data.answers import UNSPACED
 from blocktune.data.example import RagExample, answers_of, read_chunks
 from blocktune.data.sources.catalog import with_data_sets
 from blocktune.data.sources.load import on_the_hub, open_records
@@ -34,8 +35,8 @@ class Hit(NamedTuple):
 class Index:
     """A search index over the titles and texts of chunks, at least one.
 
-    Scores are Lucene's BM25 without English stop words, by bm25s (arXiv:2407.03618), or cosine
-    similarities if ``embed`` is given.
+    Scores are Lucene's BM25 without English stop words, by bm25s (arXiv:2407.03618), in which a
+    Chinese or Japanese character is a word; or cosine similarities if ``embed`` is given.
     """
 
     def __init__(self, chunks: Sequence[Chunk], embed: Embed | None = None):
@@ -59,15 +60,17 @@ class Index:
 def _bm25(texts: list[str]) -> Callable[[list[str]], Iterator[np.ndarray]]:
     import bm25s
 
-    tokens = partial(bm25s.tokenize, stopwords="en", show_progress=False, allow_empty=True)
+    words = rf"[{UNSPACED}]|[^\W{UNSPACED}]{{2,}}"
+    options = {"token_pattern": words, "stopwords": "en", "show_progress": False}
+    tokens = partial(bm25s.tokenize, allow_empty=True, **options)
     corpus, index = tokens(texts), bm25s.BM25()
     has_words = any(corpus.ids)  # bm25s cannot index only stop words and single letters
     if has_words:
         index.index(corpus, show_progress=False)
 
     def scores(questions: list[str]) -> Iterator[np.ndarray]:
-        for words in tokens(questions, return_ids=False):
-            yield index.get_scores(words) if words and has_words else np.zeros(len(texts))
+        for asked in tokens(questions, return_ids=False):
+            yield index.get_scores(asked) if asked and has_words else np.zeros(len(texts))
 
     return scores
 

@@ -64,6 +64,15 @@ def test_passages_without_a_word_to_search_keep_their_order(texts):
     assert [tuple(hit) for hit in hits] == [(0, 0), (1, 0)]
 
 
+def test_chinese_is_searched_and_compared_without_spaces():
+    chunks = [Chunk("我们去公园散步。"), Chunk("安娜在北京ABC公司工作。")]
+    (hits,) = Index(chunks).search(["谁在北京abc工作？"], 2)  # noqa: RUF001
+    assert [hit.index for hit in hits] == [1, 0]
+    assert gives_answer("答案是北京。", ["北京"])
+    assert not gives_answer("答案是南京。", ["北京"])
+    assert holds_answer(RagExample("谁?", chunks, ["ABC公司"]))
+
+
 def test_from_corpus():
     (example,) = from_corpus([ask("Who studied chemistry?", ("Anna Belt",), "q1")], CORPUS, 2)
     assert example.chunks == (CORPUS[1], CORPUS[2])
