@@ -199,7 +199,7 @@ def build_config(
 
 
 def _option(field: Field, key: str, text: str, where: str) -> Any:
-    wanted = WANTED[_annotation(field)]
+    wanted = WANTED.get(_annotation(field)) or Wanted(object, "YAML", yaml.safe_load)
     try:
         return wanted.read(text)
     except (ValueError, yaml.YAMLError):

@@ -20,7 +20,9 @@ from blocktune.prompt.format import Chunk
 
 VERDICTS = ("yes", "no")
 
-_WORDS = re.compile(r"\w+")
+UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
+"""Chinese and Japanese characters, for a regular expression; each counts as a word."""
+_WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 def mentions(text: str, answers: Iterable[str]) -> bool:

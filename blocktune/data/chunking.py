@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.parsing import read
 from blocktune.prompt.format import Chunk
 from blocktune.registry import Registry, require_count, require_one_of
 
@@ -37,9 +37,8 @@ class Message(NamedTuple):
         return f"{SPEAKERS[self.role]}: {self.text}"
 
 
-@dataclass(frozen=True)
 class Chunker(ABC):
-    """Splits text into spans without changing it. A subclass's fields are its options in YAML."""
+    """Splits text into spans without changing it. A subclass's fields are its options."""
 
     @abstractmethod
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
@@ -80,11 +79,11 @@ def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
     entry = {"name": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise ValueError(f"{where}: must be a name or {{name, ...}}, got {value!r:.60}")
-    parameters = {key: given for key, given in entry.items() if key != "name"}
     try:
-        return CHUNKERS.build(entry["name"], **parameters)
-    except (TypeError, ValueError) as error:
+        chunker = CHUNKERS.find(entry["name"])
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    return read(chunker, {key: given for key, given in entry.items() if key != "name"}, where)
 
 
 STRONGEST_FIRST = ("\n\n", "---", "===", "\n\t", "\n")
@@ -92,7 +91,6 @@ UNITS = ("turn", "message")
 
 
 @CHUNKERS.register("delimiter")
-@dataclass(frozen=True)
 class Delimiter(Chunker):
     """Splits after each occurrence of one delimiter, then joins the shortest neighbours.
 
@@ -133,7 +131,6 @@ class Delimiter(Chunker):
 
 
 @CHUNKERS.register("fixed")
-@dataclass(frozen=True)
 class Fixed(Chunker):
     """Splits after every ``size`` tokens of the model's tokenizer, with an ``overlap``.
 
@@ -177,7 +174,6 @@ class Fixed(Chunker):
 
 
 @CHUNKERS.register("sentence")
-@dataclass(frozen=True)
 class Sentence(Chunker):
     """Groups whole sentences, which the library sentencex detects."""
 
@@ -208,7 +204,6 @@ def sentences_of(text: str, language: str = "en") -> list[str]:
 
 
 @CHUNKERS.register("message")
-@dataclass(frozen=True)
 class PerMessage(Chunker):
     """Makes each turn or message a chunk. A single text is split as by `Delimiter`.
 

@@ -196,6 +196,8 @@ def passages_in(value: Any, name: str) -> list[Any]:
             raise field_error(name, 'an object of lists "title", "text" of one length', value)
         rows = zip(*value.values(), strict=True)
         return [dict(zip(value, row, strict=True)) for row in rows]
+    if type(value).__name__ == "DataFrame":  # iterates over the names of its columns
+        return value.to_dict("records")
     if not isinstance(value, Iterable) or isinstance(value, bytes):
         raise field_error(name, f"a non-empty list, each {CHUNK_WANTED}", value)
     return list(value)
@@ -269,6 +271,14 @@ def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
     return tuple(text for text in distinct if text.strip()) or distinct
 
 
+def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Answers and aliases of a record; empty for a test set that is released without answers."""
+    name = "answer" if record.get("answers") is None else "answers"
+    if record.get(name) is None:
+        return ()
+    return read_answers([*read_answers(record[name], name), *(record.get("answer_aliases") or ())])
+
+
 def is_conversation(value: Any) -> bool:
     """Whether messages alternate as chat templates require; see `RagExample.conversation`."""
     if not _is_turns(value):
@@ -291,10 +301,8 @@ def _decode(record: Any) -> dict[str, Any]:
     if missing := [key for key in ("question", "chunks") if key not in given]:
         raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(FIELDS)}')
     values = {key: given[key] for key in FIELDS if key in given}
-    if "answers" not in given and "answer" in given:
-        values["answers"] = read_answers(given["answer"], "answer")
-    elif isinstance(given.get("answers"), Mapping):
-        values["answers"] = read_answers(given["answers"])
+    if answers := answers_of(given):
+        values["answers"] = answers
     if unknown and isinstance(values.setdefault("meta", {}), dict):
         if repeated := sorted(values["meta"].keys() & set(unknown)):
             raise ValueError(f'field "{repeated[0]}" is given twice, in the record and in "meta"')

@@ -94,18 +94,14 @@ class Mixture:
 
 def load_mixture(path: str | Path) -> Mixture:
     """Reads a mixture from YAML. Its relative paths are relative to the current directory."""
-    try:
-        return load_spec(path, "mixture", "give a YAML file", parse_mixture)
-    except FileNotFoundError as error:
-        raise ValueError(str(error)) from None
+    return load_spec(path, "mixture", "give a YAML file", parse_mixture)
 
 
 def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
     """Builds a mixture from decoded YAML; error messages start with ``where``."""
     parts = []
-    for index, entry in enumerate(
-        entries(mapping(record, where).get("parts"), f"{where}: 'parts'")
-    ):
+    listed = entries(mapping(record, where).get("parts"), f"{where}: 'parts'")
+    for index, entry in enumerate(listed):
         place = f"{where}: parts[{index}]"
         values = {"source": entry} if isinstance(entry, str) else dict(mapping(entry, place))
         if values.get("chunker") is not None:

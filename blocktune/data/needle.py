@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle, islice
@@ -185,10 +186,7 @@ def largest(fits: Callable[[int], bool], least: int) -> int | None:
     """Finds the largest size that fits, by doubling, then bisection. None if ``least`` does not."""
     if not fits(least):
         return None
-    low, high = least, max(2 * least, 8)
+    high = max(2 * least, 8)
     while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        high *= 2
+    return bisect_left(range(high), True, least, key=lambda size: not fits(size)) - 1

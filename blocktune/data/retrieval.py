@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from blocktune.data.example import RagExample, field_error, read_chunks
-from blocktune.data.sources.catalog import CATALOG, DATA_SETS, data_sets_in
-from blocktune.data.sources.load import open_records
+from blocktune.data.answers import UNSPACED
+from blocktune.data.example import RagExample, answers_of, read_chunks
+from blocktune.data.sources.catalog import with_data_sets
+from blocktune.data.sources.load import on_the_hub, open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import parse_record, read_records
-from blocktune.data.sources.schemas import PASSAGES, answers_of, id_of
+from blocktune.data.sources.schemas import PASSAGES, id_of
 from blocktune.prompt.format import Chunk
 
 Embed = Callable[[Sequence[str]], Any]
@@ -34,8 +35,8 @@ class Hit(NamedTuple):
 class Index:
     """A search index over the titles and texts of chunks, at least one.
 
-    Scores are Lucene's BM25 without English stop words, by bm25s (arXiv:2407.03618), or cosine
-    similarities if ``embed`` is given.
+    Scores are Lucene's BM25 without English stop words, by bm25s (arXiv:2407.03618), in which a
+    Chinese or Japanese character is a word; or cosine similarities if ``embed`` is given.
     """
 
     def __init__(self, chunks: Sequence[Chunk], embed: Embed | None = None):
@@ -59,13 +60,17 @@ class Index:
 def _bm25(texts: list[str]) -> Callable[[list[str]], Iterator[np.ndarray]]:
     import bm25s
 
-    tokens = partial(bm25s.tokenize, stopwords="en", show_progress=False, allow_empty=True)
-    index = bm25s.BM25()
-    index.index(tokens(texts), show_progress=False)
+    words = rf"[{UNSPACED}]|[^\W{UNSPACED}]{{2,}}"
+    options = {"token_pattern": words, "stopwords": "en", "show_progress": False}
+    tokens = partial(bm25s.tokenize, allow_empty=True, **options)
+    corpus, index = tokens(texts), bm25s.BM25()
+    has_words = any(corpus.ids)  # bm25s cannot index only stop words and single letters
+    if has_words:
+        index.index(corpus, show_progress=False)
 
     def scores(questions: list[str]) -> Iterator[np.ndarray]:
-        for words in tokens(questions, return_ids=False):
-            yield index.get_scores(words) if words else np.zeros(len(texts))
+        for asked in tokens(questions, return_ids=False):
+            yield index.get_scores(asked) if asked and has_words else np.zeros(len(texts))
 
     return scores
 
@@ -75,56 +80,42 @@ def _cosine(texts: list[str], embed: Embed) -> Callable[[list[str]], np.ndarray]
     return lambda questions: np.asarray(embed(questions)) @ vectors.T
 
 
-class Question(NamedTuple):
-    """A question without passages, with the fields of `RagExample` that do not depend on them."""
-
-    question: str
-    answers: tuple[str, ...]
-    id: str = ""
-    kind: str = ""
-    data_sets: Mapping[str, str] = MappingProxyType({})  # names on the Hub to licences
-    response: str | None = None
-    followups: tuple[tuple[str, str], ...] = ()
-    meta: Mapping[str, Any] = MappingProxyType({})
+_NO_PASSAGES = (Chunk("(no passages)"),)
 
 
 def read_questions(
     source: str | Path, *, limit: int | None = None, split: str | None = None
-) -> Iterator[Question]:
-    """Reads questions from a file, or from a Hub data set by its short name or ``hf:NAME``."""
+) -> Iterator[RagExample]:
+    """Reads questions from a file, or from a Hub data set by its short name or ``hf:NAME``.
+
+    Their only chunk is a placeholder, which `from_corpus` and `from_retriever` replace.
+    """
     parsed = parse_source(str(source))
-    exists = parsed.name in CATALOG or parsed.name.startswith("hf:") or Path(parsed.name).is_file()
-    if not exists:
+    if not on_the_hub(parsed) and not os.path.isfile(parsed.name):
         raise ValueError(f"no file '{source}'; give a file, 'hf:NAME', or a name: triviaqa, nq")
     records = open_records(parsed, read_options(parsed, split=split), limit)
-    sets = data_sets_in(parsed.text)
     questions = (parse_record(record, _question) for record in records)
-    credited = (q._replace(data_sets={**q.data_sets, **sets}) for q in questions)
-    return islice(credited, limit)
+    return islice(with_data_sets(questions, parsed.text), limit)
 
 
-def _question(record: Mapping[str, Any]) -> Question:
-    text = record.get("question")
-    if not isinstance(text, str) or not text.strip():
-        raise field_error("question", "a non-blank string", text)
+def _question(record: Mapping[str, Any]) -> RagExample:
     kind = record.get("kind") or record.get("type") or ""
-    kind = kind if isinstance(kind, str) else ""
     meta = record.get("meta")
-    meta = dict(meta) if isinstance(meta, Mapping) else {}
-    sets = meta.pop(DATA_SETS, None)
-    sets = sets if isinstance(sets, Mapping) else {}
-    answers = answers_of(record)
-    if not all(answer.strip() for answer in answers):
-        raise field_error("answers", "text that is not blank", answers)
-    response, more = record.get("response"), record.get("followups") or ()
-    more = tuple(tuple(turn) if isinstance(turn, list) else turn for turn in more)
-    own = Question(text.strip(), answers, id_of(record), kind, sets, response, more, meta)
-    _example(own, (Chunk("any"),), {})  # raises ValueError for a field of another type
-    return own
+    question = record.get("question")
+    return RagExample(
+        question.strip() if isinstance(question, str) else question,
+        _NO_PASSAGES,
+        answers_of(record),
+        response=record.get("response"),
+        kind=kind if isinstance(kind, str) else "",
+        id=id_of(record),
+        meta=dict(meta) if isinstance(meta, Mapping) else {},
+        followups=record.get("followups") or (),
+    )
 
 
 def from_corpus(
-    questions: Iterable[Question],
+    questions: Iterable[RagExample],
     corpus: Sequence[Chunk],
     k: int,
     embed: Embed | None = None,
@@ -138,11 +129,13 @@ def from_corpus(
         scores = [round(hit.score, 4) for hit in hits]
         meta = {"retriever": "bm25" if embed is None else "dense", "scores": scores}
         chunks = tuple(index.chunks[hit.index] for hit in hits)
-        examples.append(_example(question, chunks, meta))
+        examples.append(replace(question, chunks=chunks, meta=question.meta | meta))
     return examples
 
 
-def from_retriever(questions: Iterable[Question], path: str | Path, k: int) -> Iterator[RagExample]:
+def from_retriever(
+    questions: Iterable[RagExample], path: str | Path, k: int
+) -> Iterator[RagExample]:
     """Gives each question its first ``k`` passages of a retriever's output file.
 
     A record of the file has ``id``, ``question`` or both, and ``passages``, ``ctxs`` (DPR, FiD) or
@@ -158,7 +151,8 @@ def from_retriever(questions: Iterable[Question], path: str | Path, k: int) -> I
         if not (chunks := by_id or retrieved.get(("question", question.question))):
             name = question.id or question.question
             raise ValueError(f"{Path(path).name} has no passages for question '{name:.60}'")
-        yield _example(question, chunks[:k], {"retriever": Path(path).name})
+        meta = question.meta | {"retriever": Path(path).name}
+        yield replace(question, chunks=chunks[:k], meta=meta)
 
 
 def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
@@ -174,26 +168,10 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
         yield replace(example, chunks=chunks, supporting=supporting)
 
 
-def _example(question: Question, chunks: tuple[Chunk, ...], meta: dict[str, Any]) -> RagExample:
-    meta = dict(question.meta) | meta
-    if question.data_sets:
-        meta |= {DATA_SETS: dict(question.data_sets)}
-    return RagExample(
-        question.question,
-        chunks,
-        question.answers,
-        response=question.response,
-        kind=question.kind,
-        id=question.id,
-        meta=meta,
-        followups=question.followups,
-    )
-
-
 def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
     """Id, question and passages of a record of a retriever's file."""
     name = next((name for name in ("passages", *PASSAGES) if name in record), "passages")
-    key, question = record.get("id"), record.get("question")
+    key, question = id_of(record), record.get("question")
     if not key and not isinstance(question, str):
         raise ValueError('needs the question\'s "id" or the "question"')
-    return str(key or ""), (question or "").strip(), read_chunks(record.get(name), name)
+    return key, (question or "").strip(), read_chunks(record.get(name), name)

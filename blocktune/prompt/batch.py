@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
 from blocktune.prompt.rows import Prompt, labels_of
 
-SIDES = ("right", "left")
 _PAD_ROW = {"kind": int(Kind.PAD), "chunk": NO_CHUNK, "group": GLOBAL, "until": FOREVER}
 _PAD_ROW |= {"supersedes": NO_ROW, "offset": 0, "position": 0, "order": 0, "sample": 0}
 
@@ -31,31 +30,22 @@ class Batch:
         return Batch(self.input_ids.to(device), self.layout.to(device), self.labels.to(device))
 
 
-def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right", multiple: int = 1) -> Batch:
+def stack(prompts: Sequence[Prompt], pad_id: int, multiple: int = 1) -> Batch:
     """Pads prompts to the longest, rounded up to a ``multiple``, one batch entry each.
 
-    Pad rows with token ``pad_id`` are added at ``side`` (``'right'`` or ``'left'``). They see
-    nothing and are not seen. Raises ValueError if there is no prompt or the side is unknown.
+    Pad rows with token ``pad_id`` are added at the end. They see nothing and are not seen. Raises
+    ValueError if there is no prompt.
     """
     if not prompts:
         raise ValueError("stack needs at least one prompt, got none")
-    if side not in SIDES:
-        raise ValueError(f"padding side must be {' or '.join(SIDES)}, got {side!r}")
     length = -(-max(len(prompt.input_ids) for prompt in prompts) // multiple) * multiple
 
     def padded(values: Tensor, fill: int) -> Tensor:
         missing = length - values.shape[-1]
-        if not missing:
-            return values
-        around = (missing, 0) if side == "left" else (0, missing)
-        return torch.nn.functional.pad(values, around, value=fill)
-
-    layouts = [prompt.layout for prompt in prompts]
-    if side == "left":
-        layouts = [_renumber(layout, length - layout.num_rows) for layout in layouts]
+        return torch.nn.functional.pad(values, (0, missing), value=fill) if missing else values
 
     def joined(name: str) -> Tensor:
-        parts = [padded(getattr(layout, name), _PAD_ROW[name]) for layout in layouts]
+        parts = [padded(getattr(prompt.layout, name), _PAD_ROW[name]) for prompt in prompts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     rows = {field.name: joined(field.name) for field in fields(Layout)}
@@ -72,19 +62,15 @@ def pack(prompts: Sequence[Prompt]) -> Prompt:
         raise ValueError("pack needs at least one prompt, got none")
     layouts, row, order, sample = [], 0, 0, 0
     for prompt in prompts:
-        layout = _renumber(prompt.layout, row)
-        layout = replace(layout, order=layout.order + order, sample=layout.sample + sample)
-        layouts.append(layout)
+        layout = prompt.layout
+        moved = torch.where(layout.is_fresh, layout.supersedes + row, layout.supersedes)
+        shifted = {"order": layout.order + order, "sample": layout.sample + sample}
+        layouts.append(replace(layout, supersedes=moved, **shifted))
         row += layout.num_rows
-        order, sample = int(layout.order.max()) + 1, int(layout.sample.max()) + 1
+        order += int(layout.order.max()) + 1
+        sample += int(layout.sample.max()) + 1
     rows = {f.name: torch.cat([getattr(p, f.name) for p in layouts], 1) for f in fields(Layout)}
     return Prompt(torch.cat([prompt.input_ids for prompt in prompts]), Layout(**rows))
-
-
-def _renumber(layout: Layout, rows_before: int) -> Layout:
-    """Shifts the row numbers in ``supersedes`` by the number of rows put in front."""
-    moved = torch.where(layout.is_fresh, layout.supersedes + rows_before, layout.supersedes)
-    return replace(layout, supersedes=moved)
 
 
 def show(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ class Pieces(NamedTuple):
     @property
     def context(self) -> Ids:
         """Prefix and chunks, which later prompts may share."""
-        return sum(self.chunks, self.prefix)
+        return tuple(chain(self.prefix, *self.chunks))
 
     @property
     def num_tokens(self) -> int:

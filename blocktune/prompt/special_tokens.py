@@ -97,43 +97,33 @@ _RECENT: WeakKeyDictionary[PreTrainedTokenizerBase, _Recent] = WeakKeyDictionary
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    *,
-    add_special_tokens: bool = False,
-    split_special_tokens: bool = False,
+    tokenizer: PreTrainedTokenizerBase, text: str, *, split_special_tokens: bool = False
 ) -> Ids:
     """Token ids of a text. See `encode_all`."""
-    options = {"add_special_tokens": add_special_tokens}
-    options["split_special_tokens"] = split_special_tokens
-    return encode_all(tokenizer, [text], **options)[0]
+    return encode_all(tokenizer, [text], split_special_tokens=split_special_tokens)[0]
 
 
 def encode_all(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     *,
-    add_special_tokens: bool = False,
     split_special_tokens: bool = False,
 ) -> list[Ids]:
-    """Token ids of texts; recent ones are memoised.
+    """Token ids of texts, without BOS and EOS; recent ones are memoised.
 
     Tokenising 16,000 tokens takes 20 ms, as long as everything else that a prompt of cached chunks
     needs on a GPU. Threads may share the tokenizer. Tokens may be added to it, but not changed.
-    With ``add_special_tokens``, the tokenizer adds its own around the text. With
-    ``split_special_tokens``, special tokens written in the text stay text.
+    With ``split_special_tokens``, special tokens written in the text stay text.
     """
-    how = OWNER.get(), add_special_tokens, split_special_tokens, len(tokenizer)
-    options = {"add_special_tokens": add_special_tokens, "verbose": False}
+    how = OWNER.get(), split_special_tokens, len(tokenizer)
+    options = {"split_special_tokens": split_special_tokens, "verbose": False}
     keys = [(text, how) for text in texts]
     with _LOCK:
         recent = _RECENT.setdefault(tokenizer, _Recent())
         results = [recent.get(key) for key in keys]
     for index in [index for index, ids in enumerate(results) if ids is None]:
         with _LOCK:  # for each text, so that other threads wait for one at most
-            encoded = tokenizer(
-                keys[index][0], split_special_tokens=split_special_tokens, **options
-            )
+            encoded = tokenizer(keys[index][0], add_special_tokens=False, **options)
             results[index] = recent.put(keys[index], encoded["input_ids"])
     return results
 
@@ -245,8 +235,13 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids) -> Ids:
     bos = tokenizer.bos_token_id
     if bos is None or bos in prefix:
         return prefix
-    adds = encode(tokenizer, "a", add_special_tokens=True)[0] == bos
-    return (bos, *prefix) if adds or tokenizer.chat_template is None else prefix
+
+    def adds() -> bool:
+        with _LOCK:
+            return tokenizer("a", split_special_tokens=False)["input_ids"][0] == bos
+
+    added = tokenizer.chat_template is None or remembered(tokenizer, ("adds", bos), adds)
+    return (bos, *prefix) if added else prefix
 
 
 def check_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids, *others: Ids) -> None:

@@ -41,7 +41,7 @@ def turns(context: Context, fmt: PromptFormat) -> Iterator[tuple[str, bool]]:
         yield fmt.render_chunk(chunk), False
     for number, question in enumerate(context.questions):
         opening = USER if number else ""
-        yield f"{opening}{fmt.render_question(question.text)}{ASSISTANT}", False
+        yield f"{opening}{fmt.render_question(question.question)}{ASSISTANT}", False
         yield f"{question.response}{EOS}", True
     # The densest training signal: a value to retrieve every dozen tokens.
     yield f"{USER}{RESTATE}{ASSISTANT}", False

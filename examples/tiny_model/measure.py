@@ -47,8 +47,8 @@ def greedy(
         eos_id: Id that ends an answer; not returned.
         limit: Maximum number of new tokens.
     """
-    batch = stack(prompts, pad_id, side="left")
-    batch = batch.to(model.device)
+    batch = stack(prompts, pad_id).to(model.device)
+    last = (~batch.layout.is_pad).sum(1, keepdim=True) - 1  # row that each answer follows
     visible = ~batch.layout.is_pad[:, None, None]  # (B, 1, 1, S): new tokens see all rows
     mask = dense_mask(batch.layout) | torch.eye(
         batch.layout.num_rows, dtype=torch.bool, device=model.device
@@ -58,14 +58,15 @@ def greedy(
     while len(new) < limit:
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
+            use_cache=True,
         )  # fmt: skip
-        ids = out.logits[:, -1].argmax(-1, keepdim=True)
+        ids = out.logits.argmax(-1).gather(1, last)
         new.append(ids)
         if all((torch.cat(new, 1) == eos_id).any(1)):
             break
         visible = torch.nn.functional.pad(visible, (0, 1), value=True)
-        mask, position = visible, position[:, -1:] + 1
+        mask, position = visible, position.gather(1, last) + 1
+        last = torch.zeros_like(last)
     rows = torch.cat(new, 1).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 

@@ -96,13 +96,15 @@ def test_chunks_keep_the_indent_of_a_line_and_no_other_space_around_them():
     [
         ("magic", "unknown chunker 'magic'; available: delimiter, fixed, message, sentence"),
         ({"size": 3}, "must be a name or {name, ...}, got {'size': 3}"),
-        ({"name": "fixed", "sise": 3}, "chunker 'fixed' takes size, overlap, got unknown sise"),
+        ({"name": "fixed", "sise": 3}, "unknown key 'sise'; known: size, overlap"),
         ({"name": "fixed", "size": 0}, "chunker 'fixed': size must be a whole number, at least 1"),
         (
             {"name": "fixed", "size": 4, "overlap": 4},
             "at least 5 (more than the overlap), got 4",
         ),
-        ({"name": "sentence", "size": "x"}, "chunker 'sentence': size must be a whole number"),
+        ({"name": "sentence", "size": "x"}, "'size' must be a whole number, got 'x'"),
+        ({"name": "sentence", "language": False}, "'language' must be text, got False"),
+        ({"name": "delimiter", "delimiter": 5}, "'delimiter' must be text or null, got 5"),
         ({"name": "delimiter", "delimiter": ""}, "delimiter must not be empty"),
         ({"name": "delimiter", "max_chunks": 0}, "max_chunks must be a whole number, at least 1"),
         ({"name": "message", "unit": "day"}, "unit must be one of turn, message, got 'day'"),

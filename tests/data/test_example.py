@@ -2,6 +2,7 @@
 
 import json
 
+import pandas
 import pytest
 
 from blocktune.data import RagExample, load_examples, write_jsonl
@@ -51,7 +52,7 @@ def test_null_is_a_field_left_out():
     assert RagExample.from_json(GOOD | dict.fromkeys([*nulls, "other"], nan)) == plain
     chunk = read_chunk({"text": "one", "title": nan, "score": nan}, "x")
     assert (chunk.title, dict(chunk.metadata)) == (None, {})
-    with pytest.raises(ValueError, match='"answers" must be a list of non-blank'):
+    with pytest.raises(ValueError, match='"answers" must be text, a list of texts'):
         RagExample.from_json(GOOD | {"answers": [nan]})
     with pytest.raises(ValueError, match='field "question" is missing'):
         RagExample.from_json(GOOD | {"question": None})
@@ -154,6 +155,7 @@ def test_one_passage_columns_and_documents():
     example = RagExample("q", columns)
     assert example.chunks == (Chunk("one", "T"), Chunk("two"))
     assert [chunk.metadata for chunk in example.chunks] == [{"score": 2.0}, {"score": 1.0}]
+    assert RagExample("q", pandas.DataFrame(columns)).chunks == example.chunks
     document = Document("one", {"source": "a.pdf", "page": 3})
     (chunk,) = RagExample("q", [document]).chunks
     assert (chunk, chunk.metadata) == (Chunk("one"), {"source": "a.pdf", "page": 3})

@@ -5,6 +5,8 @@ import gzip
 import json
 import lzma
 
+import numpy as np
+import pandas
 import pytest
 from source_records import OWN, json_lines, save
 
@@ -74,13 +76,13 @@ def test_csv(tmp_path, name, comma):
     rows = csv.writer(text, delimiter=comma)
     rows.writerow(["question", "chunks", "answers", "note"])
     rows.writerow(["Who?", json.dumps(["one", {"text": "two", "title": "T"}]), "Ann", ""])
-    rows.writerow(["Where, then?", "['it''s', \"here\"]", '["here"]', "x"])
+    rows.writerow(["Where, then?", str(["it's", "here"]), '["here"]', "x"])
     rows.writerow(["Why?", "[not a list] " + "x" * 200_000, "", ""])
     data = text.getvalue().encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     first, second, third = load_examples(tmp_path / name)
     assert first == RagExample("Who?", (Chunk("one"), Chunk("two", "T")), ("Ann",))
-    assert second.chunks == (Chunk("its"), Chunk("here"))
+    assert second.chunks == (Chunk("it's"), Chunk("here"))
     assert (second.answers, second.meta) == (("here",), {"note": "x"})
     assert len(third.chunks[0].text) > 200_000
     (tmp_path / "bad.csv").write_text("question,chunks\nWho?,one,two\n")
@@ -181,3 +183,30 @@ def test_what_separates_columns_is_found(tmp_path, mark):
 def test_a_name_may_hold_a_question_mark(tmp_path):
     path = save(tmp_path / "what?.jsonl", *ROWS)
     assert load_examples(path) == WANTED
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [["Ann is here.", "Bob is 'not'."], [{"text": "Ann"}, {"text": "Bob"}], ["x" * 60] * 3],
+    ids=["texts", "objects", "lines"],
+)
+def test_a_list_that_pandas_wrote_is_read_and_a_printed_array_is_refused(tmp_path, chunks):
+    path = tmp_path / "table.csv"
+    table = pandas.DataFrame({"question": ["Who?"], "chunks": [chunks]})
+    table.to_csv(path, index=False)
+    assert load_examples(path) == [RagExample("Who?", chunks)]
+    table["chunks"] = [np.array(chunks, dtype=object)]
+    table.to_csv(path, index=False)
+    with pytest.raises(
+        ValueError, match=r"^table\.csv, line \d: column 'chunks' holds a printed N"
+    ):
+        load_examples(path)
+
+
+def test_csv_is_told_by_the_last_suffix(tmp_path):
+    path = save(tmp_path / "table.csv.jsonl", *ROWS)
+    assert load_examples(path) == WANTED
+    (tmp_path / "table.jsonl.CSV.gz").write_bytes(
+        gzip.compress(b"question,chunks\nWho?,[1] Ann.\n")
+    )
+    assert load_examples(tmp_path / "table.jsonl.CSV.gz") == [RagExample("Who?", "[1] Ann.")]

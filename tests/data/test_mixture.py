@@ -147,7 +147,7 @@ def test_bad_yaml_is_one_line(values, message):
 
 
 def test_bad_file_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"no mixture at 'none\.yaml'; give a YAML file"):
+    with pytest.raises(FileNotFoundError, match=r"no mixture at 'none\.yaml'; give a YAML file"):
         load_mixture("none.yaml")
     path = tmp_path / "m.yaml"
     path.write_text("parts: [")

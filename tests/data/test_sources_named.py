@@ -8,7 +8,7 @@ import pytest
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 
 from blocktune.commands.application import explain
-from blocktune.data import load_examples
+from blocktune.data import build_chunker, load_examples
 from blocktune.data.sources import records as hub
 from blocktune.data.sources.catalog import data_set
 
@@ -120,6 +120,9 @@ def test_worlds():
     assert load_examples("worlds:dev?seed=2&n=1") != load_examples("worlds:dev?seed=3&n=1")
 
 
+LONG = ",".join(f"field_{i}:column_{i}" for i in range(20))  # longer than any file's name
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -127,15 +130,18 @@ def test_worlds():
         ("worlds:test?seed=x", "worlds:test: 'seed' must be a whole number, got 'x'"),
         ("worlds:test?passages=a-b", "'passages' must be a whole number or LOW-HIGH"),
         ("worlds:test?seed", "that are not key=value&key=value"),
+        ("worlds:test?seed=", "that are not key=value&key=value"),
         ("worlds:tset", "split must be one of train, dev, test, got 'tset'"),
         ("hf:owner/name?sed=1", "unknown option 'sed' of 'hf:owner/name"),
         ("hf:owner/name?shots=x", "'shots' must be a whole number, got 'x'"),
         ("hf:owner/name?shots=0", "'shots' must be at least 1, got 0"),
         ("hf:owner/name?chunker=x", "unknown chunker 'x'; available: delimiter"),
-        ("hf:owner/name?chunker=fixed&sise=3", "takes size, overlap, got unknown sise"),
+        ("hf:owner/name?chunker=fixed&sise=3", "'sise' of 'chunker=fixed'; known: size, overlap"),
+        ("hf:owner/name?chunker=fixed&size=x", "chunker=fixed: 'size' must be a whole number"),
         ("hf:owner/name?split=a&split=b", "option twice"),
         ("fineweb", "is too large to load as a whole; give a limit"),
         ("missing.jsonl", "no file 'missing.jsonl'; a source is"),
+        (f"missing.csv?fields={LONG}", "no file 'missing.csv"),
     ],
 )
 def test_bad_name_is_refused(source, message):
@@ -148,6 +154,8 @@ def test_bad_arguments_are_refused(tmp_path):
         load_examples("worlds:test", limit=0)
     with pytest.raises(ValueError, match="has no splits to choose from; drop split='train'"):
         load_examples("worlds:test", split="train")
+    with pytest.raises(ValueError, match="'worlds:test' has chunks already; leave the chunker out"):
+        load_examples("worlds:test", chunker=build_chunker("sentence"))
 
 
 def test_a_data_set_without_a_validation_split_is_read_by_its_training_split(folder):

@@ -1,6 +1,7 @@
 """Conversations, documents, summaries, pairs and evidence become examples."""
 
 import json
+from urllib.parse import quote
 
 import pytest
 
@@ -98,6 +99,14 @@ def test_document_ends_with_what_the_model_writes(save):
     assert (example.question, example.target) == (CONTINUE, "Three.")
     cut = only(f"{path}?as=document", chunker=build_chunker("delimiter", max_chunks=2))
     assert len(cut.chunks) == 1
+
+
+@pytest.mark.parametrize("mark", ["\n", "---", "1", "#", "- "])
+def test_a_delimiter_is_taken_as_written(save, mark):
+    path = save({"text": f"One.\n\nTwo, still two.{mark}Three."})
+    example = only(f"{path}?as=document&chunker=delimiter&delimiter={quote(mark)}")
+    assert example.target == "Three."
+    assert len(example.chunks) == (2 if mark == "\n" else 1)
 
 
 def test_document_in_tokens(save, tokenizer, tmp_path):

@@ -63,7 +63,7 @@ def test_a_training_conversation_opens_with_the_pieces_that_serving_makes(tokeni
     context = draw_context(Random(3), WorldConfig(), 2)
     texts = [text for text, _ in turns(context, PromptFormat())]
     chunks, first = context.chunks, context.questions[0]
-    pieces = make_pieces(tokenizer, PromptFormat(), chunks, first.text, first.response)
+    pieces = make_pieces(tokenizer, PromptFormat(), chunks, first.question, first.response)
     served = [pieces.prefix, *pieces.chunks, pieces.query, pieces.answer]
     trained = [tuple(tokenizer(text)["input_ids"]) for text in texts[: len(served)]]
     assert trained == served

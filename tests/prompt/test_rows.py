@@ -200,19 +200,9 @@ def test_stack_right():
     assert batch.layout.position.tolist()[0] == [0, 1, 2, 3, 4, 0, 0, 0, 0]
 
 
-def test_stack_left_moves_superseded_row_numbers():
-    batch = stack([with_fresh_row(SHORT), lay_out(PIECES, LayoutSpec())], pad_id=0, side="left")
-    assert batch.input_ids.tolist()[0] == [0, 0, 0, 0, 1, 3, 7, 9, 10]
-    assert batch.labels.tolist()[0] == [-100] * 7 + [9, 10]
-    assert batch.layout.kind.tolist()[0] == [PAD, PAD, PAD, PAD, 1, 2, 4, 5, 5]
-    assert batch.layout.supersedes.tolist() == [[-1] * 8 + [5], [-1] * 9]
-
-
 def test_bad_stack_and_pack_are_refused():
     with pytest.raises(ValueError, match="stack needs at least one prompt"):
         stack([], pad_id=0)
-    with pytest.raises(ValueError, match="padding side must be right or left, got 'top'"):
-        stack([lay_out(SHORT, LayoutSpec())], pad_id=0, side="top")
     with pytest.raises(ValueError, match="pack needs at least one prompt"):
         pack([])
 

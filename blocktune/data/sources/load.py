@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -64,10 +65,12 @@ def load_examples(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     parsed = parse_source(str(source))
-    if not _on_the_hub(parsed) and not Path(parsed.name).is_file():
+    if not on_the_hub(parsed) and not os.path.isfile(parsed.name):
         if (generated := generate(parsed, tokenizer)) is None:
             raise ValueError(_unknown_source(source))
         _refuse_split(source, split)
+        if chunker is not None:
+            raise ValueError(f"'{source}' has chunks already; leave the chunker out")
         return list(islice(generated, limit))
     reading = read_options(parsed, split=split, tokenizer=tokenizer, chunker=chunker)
     records = open_records(parsed, reading, limit)
@@ -80,12 +83,12 @@ def load_examples(
 def training_split(source: str | Path) -> str | None:
     """The split to train on if a source names none: ``train`` on the Hub, else None."""
     parsed = parse_source(str(source))
-    return "train" if _on_the_hub(parsed) and "split" not in parsed.options else None
+    return "train" if on_the_hub(parsed) and "split" not in parsed.options else None
 
 
 def open_records(parsed: SourceName, reading: Reading, limit: int | None) -> Iterator[Record]:
     """Reads raw records of a file or a Hub data set, with the renaming and order of ``reading``."""
-    if _on_the_hub(parsed):
+    if on_the_hub(parsed):
         entry = data_set(parsed.name.removeprefix("hf:"))
         records = read_hub(entry, reading.split, limit, reading.shuffle)
     else:
@@ -160,16 +163,17 @@ def parse_records(
     return loaded
 
 
-def _on_the_hub(parsed: SourceName) -> bool:
+def on_the_hub(parsed: SourceName) -> bool:
+    """Whether a source is a data set that the library ``datasets`` reads."""
     return parsed.name in CATALOG or parsed.name.startswith("hf:")
 
 
 def _unknown_source(source: str | Path) -> str:
-    if tables := sorted(Path(source).glob("data-*.arrow")):  # as Dataset.save_to_disk leaves them
-        return f"'{source}' is a folder; give a file in it, such as '{tables[0]}'"
-    if Path(source).is_dir():
-        return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
-    if Path(source).exists():
+    if os.path.isdir(source):
+        tables = sorted(Path(source).glob("data-*.arrow"))  # as Dataset.save_to_disk leaves them
+        hint = f"such as '{tables[0]}'" if tables else f"or 'hf:{source}' for a data set"
+        return f"'{source}' is a folder; give a file in it, {hint}"
+    if os.path.exists(source):
         return f"'{source}' is a pipe or a device, which is not read; write it into a file first"
     return (
         f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', one of "

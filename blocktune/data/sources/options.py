@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import parse_qsl, quote
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blocktune import plugins
-from blocktune.data.chunking import Chunker, build_chunker
+from blocktune.data.chunking import CHUNKERS, Chunker
 from blocktune.data.example import RagExample
-from blocktune.parsing import build_config, parse_yaml
+from blocktune.parsing import build_config
 
 
 class SourceName(NamedTuple):
@@ -26,13 +26,12 @@ class SourceName(NamedTuple):
 
 def parse_source(source: str) -> SourceName:
     """Parses a source. An existing file whose name contains a question mark has no options."""
-    if Path(source).is_file():
+    if os.path.isfile(source):  # unlike `Path.is_file`, takes names of any length
         return SourceName(source, source, {})
     name, _, query = source.partition("?")
-    try:
-        pairs = parse_qsl(query, strict_parsing=True) if query else []
-    except ValueError:
-        raise ValueError(f"'{source}' has options that are not key=value&key=value") from None
+    pairs = parse_qsl(query, keep_blank_values=True)
+    if not all(map(all, pairs)):
+        raise ValueError(f"'{source}' has options that are not key=value&key=value")
     options = dict(pairs)
     if len(options) < len(pairs):
         raise ValueError(f"'{source}' gives an option twice; give each once")
@@ -92,8 +91,8 @@ def read_options(
     chunker: Chunker | None = None,
 ) -> Reading:
     """Reads a source's options; arguments override them. Raises ValueError, naming the source."""
-    options = dict(source.options)
-    own = {key: options.pop(key) for key in KNOWN if key in options}
+    own = {key: text for key, text in source.options.items() if key in KNOWN}
+    options = {key: text for key, text in source.options.items() if key not in KNOWN}
     if options and "chunker" not in own:
         known = ", ".join(KNOWN)
         raise ValueError(
@@ -102,7 +101,7 @@ def read_options(
     given = {"chunker": chunker, "tokenizer": tokenizer}
     try:
         if name := own.pop("chunker", None):
-            built = build_chunker(name, **{k: _value(v) for k, v in options.items()})
+            built = build_config(CHUNKERS.find(name), options, f"chunker={name}")
             given["chunker"] = chunker or built
         if name := own.pop("tokenizer", None):
             given["tokenizer"] = load_tokenizer(name)
@@ -120,13 +119,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load a tokenizer from '{name}': {reason}") from None
-
-
-def _value(text: str) -> Any:
-    try:
-        return parse_yaml(text, "")
-    except ValueError:
-        return text
 
 
 Examples = Iterator[RagExample]

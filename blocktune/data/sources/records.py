@@ -6,13 +6,16 @@ import ast
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import re
 import sys
+import tokenize
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -33,6 +36,7 @@ _UNSUPPORTED = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
+_ARRAY = re.compile(r"\[\s*[{'\"].*[}'\"]\s*\]\s*", re.DOTALL)  # of objects or texts, as printed
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escape of a surrogate, paired or lone
 
 MOST_PARAGRAPHS = 10
@@ -71,10 +75,10 @@ def read_records(path: str | Path) -> Iterator[Record]:
     if kind := _by_magic(head, _UNSUPPORTED):
         raise ValueError(f"{path.name} looks like {kind}, which is not read; give {WANTED}")
     opener = _by_magic(head, _COMPRESSED) or open
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    named = path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2", ".xz") else path
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            if {".csv", ".tsv"}.intersection(suffixes):
+            if named.suffix.lower() in (".csv", ".tsv"):
                 yield from _from_csv(path.name, stream)
                 return
             for record in _from_json(path.name, stream):
@@ -164,21 +168,33 @@ def _from_csv(name: str, stream) -> Iterator[Record]:
             where = f"{name}, line {rows.line_num}"
             if None in row or None in row.values():
                 raise ValueError(f"{where}: the row does not have {len(rows.fieldnames)} columns")
-            yield Record(where, {key: _cell(text) for key, text in row.items()})
+            yield Record(where, {key: _cell(text, where, key) for key, text in row.items()})
     except csv.Error as error:
         raise ValueError(f"{name}, line {rows.line_num}: not CSV ({error})") from None
     if not names:
         raise ValueError(f"{name} is empty; give {WANTED}")
 
 
-def _cell(text: str) -> Any:
-    if text[:1] in ("[", "{"):
-        for read in (json.loads, ast.literal_eval):  # pandas writes Python literals
-            try:
-                return read(text)
-            except (ValueError, SyntaxError):
-                continue
-    return text or None
+def _cell(text: str, where: str, column: str) -> Any:
+    if text[:1] not in ("[", "{"):
+        return text or None
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        value = ast.literal_eval(text)  # pandas writes Python literals
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+        texts = [kind == tokenize.STRING for kind in kinds if kind != tokenize.NL]
+        is_array = (True, True) in pairwise(texts)
+    except (ValueError, SyntaxError, tokenize.TokenError):
+        value, is_array = text, _ARRAY.fullmatch(text)
+    if is_array:  # Python would join the texts of ['a' 'b']
+        raise ValueError(
+            f"{where}: column '{column}' holds a printed NumPy array, without commas "
+            f"({text!r:.40}); write lists, as Series.map(list) makes them, or a Parquet file"
+        )
+    return value
 
 
 def _from_table(path: Path, kind: str) -> Iterator[Record]:

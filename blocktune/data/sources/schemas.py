@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.chunking import Chunker, Message, chunks_of
 from blocktune.data.example import (
     RagExample,
+    answers_of,
     chunk_fields,
     field_error,
     passages_in,
-    read_answers,
     read_chunks,
 )
 from blocktune.data.sources.records import LeftOut
@@ -47,11 +47,8 @@ def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExa
     """Converts blocktune's own format, in which ``chunks`` may be one text that a cutter splits."""
     if record.get("is_impossible") is True and not record.get("response"):
         raise LeftOut("marked as impossible to answer")
-    answers = record.get("answers")
-    if isinstance(answers, list) and any(isinstance(answer, Mapping) for answer in answers):
-        record = {**record, "answers": list(read_answers(answers))}
-    chunks = record.get("chunks")
     if cutter is not None:
+        chunks = record.get("chunks")
         if not isinstance(chunks, str):
             raise ValueError("records have chunks already; leave the chunker out")
         record = {**record, "chunks": chunks_of(cutter.text(chunks))}
@@ -195,14 +192,7 @@ def _example(
     )
 
 
-def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Answers and aliases of a record; empty for a test set that is released without answers."""
-    name = "answer" if record.get("answers") is None else "answers"
-    if record.get(name) is None:
-        return ()
-    return read_answers([*read_answers(record[name], name), *(record.get("answer_aliases") or ())])
-
-
 def id_of(record: Mapping[str, Any]) -> str:
     """The identifier of a record, or an empty string."""
-    return next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")
+    values = map(record.get, ("id", "_id", "question_id"))
+    return next((str(value) for value in values if value is not None and value != ""), "")

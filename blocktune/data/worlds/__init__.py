@@ -6,7 +6,7 @@ Splits share no names. The same configuration gives the same examples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, count, islice
 from random import Random
 from types import MappingProxyType
@@ -25,24 +25,8 @@ later chunk's words for the entity ("Where was she born?")."""
 MARKER = "Answer: "  # precedes the scored answer in a response that names other values first
 
 
-@dataclass(frozen=True)
-class WorldQuestion:
-    """A question about a world, of one of `QUESTION_KINDS`, with its only correct answer.
-
-    ``response`` is the training target: the answer, or the intermediate values, then `MARKER` and
-    the answer. ``supporting`` holds the indices of required chunks; for ``meta`` see `ask`.
-    """
-
-    kind: str
-    text: str
-    answer: str
-    response: str
-    supporting: tuple[int, ...]
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-def chains(world: World, hops: int) -> Iterator[tuple[Fact, ...]]:
-    """Yields all chains in which each fact's value is the subject of the next, without cycles."""
+def chains(world: World, hops: int) -> list[tuple[Fact, ...]]:
+    """All chains in which each fact's value is the subject of the next, without cycles."""
     paths = [(fact,) for fact in world.facts.values()]
     by_subject: dict[str, list[Fact]] = {}
     for fact in world.facts.values():
@@ -55,7 +39,7 @@ def chains(world: World, hops: int) -> Iterator[tuple[Fact, ...]]:
             for fact in by_subject.get(path[-1].value, ())
             if fact.value not in {past.subject.name for past in path}
         ]
-    yield from paths
+    return paths
 
 
 def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
@@ -71,8 +55,8 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
             subjects = (f.subject for f in world.facts.values() if f.relation == fact.relation)
             if [words == refer(subject, place.mention) for subject in subjects].count(True) == 1:
                 groups["referred"].append((fact,))
-    groups["2-hop"] = list(chains(world, 2))
-    groups["3-hop"] = list(chains(world, 3))
+    groups["2-hop"] = chains(world, 2)
+    groups["3-hop"] = chains(world, 3)
     dated = [fact for fact in world.facts.values() if fact.relation.name in COMPARED]
     for one, other in combinations(dated, 2):
         if one.relation == other.relation and one.value != other.value:
@@ -80,12 +64,14 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
     return {kind: facts for kind, facts in groups.items() if facts}
 
 
-def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> WorldQuestion:
-    """Writes a question about facts.
+def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> RagExample:
+    """Writes a question about facts, of one of `QUESTION_KINDS`, with its only correct answer.
 
-    Its ``meta`` holds ``relations``; ``mentions``, how each fact's chunk refers to its subject
-    (``name`` in a titled chunk); ``fact_chunks``, the index of the chunk that states each fact;
-    and, for chains, ``bridges``, the intermediate values.
+    The response is the answer, or the intermediate values, then `MARKER` and the answer.
+    ``supporting`` holds the indices of required chunks. ``meta`` holds ``relations``;
+    ``mentions``, how each fact's chunk refers to its subject (``name`` in a titled chunk);
+    ``fact_chunks``, the index of the chunk that states each fact; and, for chains, ``bridges``, the
+    intermediate values.
     """
     places = [_place(passages, fact) for fact in facts]
     meta: dict[str, Any] = {
@@ -115,7 +101,9 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
         values = meta["bridges"] = [fact.value for fact in before]
     response = f"{', '.join(values)}. {MARKER}{answer}" if values else answer
     supporting = tuple(sorted({i for place in places for i in (place.first, place.chunk)}))
-    return WorldQuestion(kind, text, answer, response, supporting, meta)
+    return RagExample(
+        text, passages.chunks, (answer,), response, kind, supporting=supporting, meta=meta
+    )
 
 
 def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
@@ -203,7 +191,7 @@ class Context(NamedTuple):
     """
 
     chunks: tuple[Chunk, ...]
-    questions: tuple[WorldQuestion, ...]
+    questions: tuple[RagExample, ...]
     statements: tuple[tuple[str, str, str], ...]
 
 
@@ -227,7 +215,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
             "passages; ask for more passages, or leave the kind out"
         )
     pools = {k: rng.sample(pool, len(pool)) for k, pool in pools.items() if k in config.kinds}
-    questions: list[WorldQuestion] = []
+    questions: list[RagExample] = []
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
@@ -242,23 +230,12 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
 def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
     rng = Random(f"{config.split}/{config.seed}/{index}")
     context = draw_context(rng, config, max(config.questions_per_world, config.turns))
-    asked = context.questions[:1] if config.turns > 1 else context.questions
-    later = context.questions[len(asked) :]
-    followups = tuple((question.text, question.response) for question in later)
-    # Augmentation must keep the evidence of every turn.
-    turns = context.questions if later else ()
-    evidence = tuple(sorted({index for turn in turns for index in turn.supporting}))
-    return [
-        RagExample(
-            question=question.text,
-            chunks=context.chunks,
-            answers=(question.answer,),
-            response=question.response,
-            kind=question.kind,
-            id=f"{config.split}-{config.seed}-{index}-{number}",
-            supporting=evidence or question.supporting,
-            meta=question.meta,
-            followups=followups,
-        )
-        for number, question in enumerate(asked)
-    ]
+    questions = context.questions
+    if config.turns > 1:
+        first, *later = questions
+        followups = tuple((question.question, question.response) for question in later)
+        # Augmentation must keep the evidence of every turn.
+        evidence = {index for question in questions for index in question.supporting}
+        questions = (replace(first, supporting=tuple(sorted(evidence)), followups=followups),)
+    name = f"{config.split}-{config.seed}-{index}"
+    return [replace(question, id=f"{name}-{i}") for i, question in enumerate(questions)]
