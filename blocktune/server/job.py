@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from blocktune.cache.responses import ResponseCache
 from blocktune.engine import Engine
@@ -20,7 +21,6 @@ from blocktune.engine.recall import Recall
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.models.small import config_value
 from blocktune.prompt import Pieces, Prompt
 from blocktune.server.decoding import Choice, Settings, TokenLogprob
 
@@ -137,14 +137,12 @@ class Job:
         return self.settings.choices * (rows + self.settings.max_new_tokens)
 
 
+@torch.no_grad()
 def bytes_per_token(engine: Engine) -> int:
-    """Bytes of the keys and values of one column in all layers."""
-    config = engine.model.config.get_text_config()
-    heads = config_value(config, "num_key_value_heads", "num_attention_heads")
-    dim = config_value(config, "head_dim") or config.hidden_size // config_value(
-        config, "num_attention_heads"
-    )
-    return 2 * config.num_hidden_layers * heads * dim * engine.model.dtype.itemsize
+    """Bytes that one token takes in the caches of all layers, measured by a pass over a token."""
+    token, cache = torch.zeros(1, 1, dtype=torch.int64, device=engine.model.device), DynamicCache()
+    engine.model(token, past_key_values=cache, use_cache=True)
+    return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 
 def timed_out(job: Job) -> Failure:
