@@ -10,7 +10,6 @@ conversation over the same documents finds them in the cache in every turn.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -57,27 +56,26 @@ class Conversation(NamedTuple):
         return (self.system or "", *(text for _, text in self.earlier), self.question)
 
 
-def read_document(document: Document, where: str) -> Source:
-    """Makes a chunk of a document in any of the accepted forms.
+def read_documents(documents: Sequence[Document]) -> tuple[Source, ...]:
+    """Makes a chunk of each document. Raises ValueError, with its index, if one has no text."""
+    sources = []
+    for index, document in enumerate(documents):
+        try:
+            sources.append(_source(document))
+        except ValueError as error:
+            raise ValueError(f"documents[{index}]: {error}") from None
+    return tuple(sources)
 
-    Args:
-        document: A validated document.
-        where: Its field, for errors.
 
-    Raises:
-        ValueError: If it has no text.
-    """
-    try:
-        if isinstance(document, str):
-            return Source(None, Chunk(document))
-        if isinstance(document, DocumentBlock):
-            text = "\n".join(part for part in (document.context, document.source.data) if part)
-            return Source(document.id, Chunk(text, document.title))
-        if isinstance(document, CohereDocument):
-            return Source(document.id, _of_fields(document.data))
-        return Source(document.id, Chunk(document.text, document.title))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+def _source(document: Document) -> Source:
+    if isinstance(document, str):
+        return Source(None, Chunk(document))
+    if isinstance(document, DocumentBlock):
+        text = "\n".join(part for part in (document.context, document.source.data) if part)
+        return Source(document.id, Chunk(text, document.title))
+    if isinstance(document, CohereDocument):
+        return Source(document.id, _of_fields(document.data))
+    return Source(document.id, Chunk(document.text, document.title))
 
 
 def _of_fields(data: str | Mapping[str, str]) -> Chunk:
@@ -167,17 +165,15 @@ def _render(
             f" {text}\n\n" if role == "assistant" else text + PLAIN_REPLY_CUE
             for role, text in earlier
         )
-        frame = render_frame(tokenizer, system, dialogue + head, tail)
-    else:
-        turns = [*earlier, ("user", head + SENTINEL + tail)]
-        whole = render_conversation(tokenizer, system, turns)
-        if whole.count(SENTINEL) != 1:
-            raise ValueError(
-                f"the chat template of '{tokenizer.name_or_path}' does not render the last turn "
-                "exactly once; send a single question"
-            )
-        frame = Frame(*whole.split(SENTINEL))
-    return frame
+        return render_frame(tokenizer, system, dialogue + head, tail)
+    turns = [*earlier, ("user", head + SENTINEL + tail)]
+    whole = render_conversation(tokenizer, system, turns)
+    if whole.count(SENTINEL) != 1:
+        raise ValueError(
+            f"the chat template of '{tokenizer.name_or_path}' does not render the last turn "
+            "exactly once; send a single question"
+        )
+    return Frame(*whole.split(SENTINEL))
 
 
 def plain_pieces(
@@ -216,11 +212,7 @@ def named_method(text: str) -> Method:
 
 
 def read_method(extension: Extension, default: str) -> Method:
-    """Builds the method of a request.
-
-    Raises:
-        ValueError: If it cannot be built, or a number is too large.
-    """
+    """Builds a request's method. Raises ValueError if that fails, or a number is too large."""
     text = default if extension.method is None else extension.method
     try:
         if isinstance(text, str):
@@ -232,14 +224,10 @@ def read_method(extension: Extension, default: str) -> Method:
         values = list(_values(dataclasses.asdict(method)))
     except (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"blocktune.method: {error}") from None
-    wrong = [v for v in values if isinstance(v, int | float) and not _is_sane(v)]
+    wrong = [v for v in values if isinstance(v, int | float) and not abs(v) <= LARGEST]  # or NaN
     if wrong:
         raise ValueError(f"blocktune.method: numbers are at most {LARGEST:g}, got {wrong[0]!r:.40}")
     return method
-
-
-def _is_sane(value: float) -> bool:
-    return math.isfinite(value) and abs(value) <= LARGEST
 
 
 def _values(value: Any) -> Iterator[Any]:
