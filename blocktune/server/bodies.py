@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from blocktune.engine.encode import Piece
@@ -51,10 +52,10 @@ def _chunks(
     ]
 
 
-class Bodies:
-    """Response bodies of one route; ``texts`` are the answers so far."""
+class TextBodies:
+    """Bodies of ``/v1/completions``; ``texts`` are the answers so far."""
 
-    prefix = object_name = chunk_name = ""
+    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, submission: Submission, tenant: Tenant):
         self.submission, self.tenant = submission, tenant
@@ -122,15 +123,11 @@ class Bodies:
     def format_logprobs(self, logs: list[TokenLogprob], offset: int) -> dict[str, Any]:
         """Log probabilities in the route's format; ``offset`` in characters."""
         names = [self.token(entry.token) for entry in logs]
-        offsets = []
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
         return {
             "tokens": names,
             "token_logprobs": [entry.logprob for entry in logs],
             "top_logprobs": [{self.token(i): value for i, value in entry.top} for entry in logs],
-            "text_offset": offsets,
+            "text_offset": list(accumulate(map(len, names), initial=offset))[:-1],
         }
 
     def token(self, index: int) -> str:
@@ -168,13 +165,7 @@ class Bodies:
         return fields | ({} if report.strip is None else {"strip": report.strip})
 
 
-class TextBodies(Bodies):
-    """Bodies of ``/v1/completions``."""
-
-    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
-
-
-class ChatBodies(Bodies):
+class ChatBodies(TextBodies):
     """Bodies of ``/v1/chat/completions``."""
 
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,15 +133,8 @@ class ChunkClient:
         self.method = default_method(self.prompts.trained)
         require_served(self.method, self.prompts.spec(self.method))
         self.store = StoreView(store)
-        self._start, self._fingerprint = fingerprint or "", None
+        self._start = fingerprint or ""
         self.stop_ids = sorted(_stop_ids(self.tokenizer, bare, revision, text))
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the chunks' model; ValueError if the store has none or several."""
-        if self._fingerprint is None:
-            self._fingerprint = self._find_fingerprint()
-        return self._fingerprint
 
     def choose(self, start: str) -> bool:
         """Uses the chunks of the fingerprint that begins so, if it fits. Returns whether it does.
@@ -165,7 +159,9 @@ class ChunkClient:
             and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
 
-    def _find_fingerprint(self) -> str:
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the chunks' model; ValueError if the store has none or several."""
         fitting = self._fitting()
         what = f"'{self.name}'" + ("" if self.adapter is None else f" with '{self.adapter}'")
         if not fitting:
