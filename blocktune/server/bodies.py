@@ -11,7 +11,7 @@ from typing import Any
 from blocktune.engine.encode import Piece
 from blocktune.server.config import Tenant
 from blocktune.server.decoding import TokenLogprob
-from blocktune.server.job import Delta, Event, Report, usage_fields
+from blocktune.server.job import Delta, Event, Report
 from blocktune.server.schemas import ChunkList, ChunkStatus
 from blocktune.server.service import Submission
 
@@ -35,21 +35,19 @@ def chunk_list(submission: Submission, tenant: Tenant, report: Report) -> ChunkL
 def _chunks(
     submission: Submission, tenant: Tenant, report: Report, pieces: Sequence[Piece]
 ) -> list[dict[str, Any]]:
-    """Each document's id, size, key and tier; the last ``pieces`` are the documents."""
-    count = len(submission.sources)
-    pieces = pieces[-count:] if len(pieces) >= count else ()  # empty if none was looked up
-    encoder = submission.job.engine.state.encoder
-    return [
-        {
-            "index": index,
-            "id": source.id,
-            "title": source.chunk.title,
-            "tokens": len(piece.ids),
-            "cached": report.tiers.get(piece, "none"),
-            "key": tenant.sign(encoder.key(piece)),
-        }
-        for index, (source, piece) in enumerate(zip(submission.sources, pieces, strict=False))
-    ]
+    """Each document's id and, if it was looked up, size, key and tier.
+
+    The last ``pieces`` are the documents, unless there are fewer.
+    """
+    encoder, chunks, count = submission.job.engine.state.encoder, [], len(submission.sources)
+    for index, source in enumerate(submission.sources):
+        chunk = {"index": index, "id": source.id, "title": source.chunk.title}
+        if len(pieces) >= count:
+            piece = pieces[index - count]
+            chunk["tokens"], chunk["cached"] = len(piece.ids), report.tiers.get(piece, "none")
+            chunk["key"] = tenant.sign(encoder.key(piece))
+        chunks.append(chunk)
+    return chunks
 
 
 class TextBodies:
@@ -155,13 +153,14 @@ class TextBodies:
 
     def _extension(self, report: Report) -> dict[str, Any]:
         """The ``blocktune`` field of an answer."""
-        usage = usage_fields(report.usage)
-        ttft = usage.pop("ttft") | {"queue_s": report.queue_s, "total_s": report.ttft_s}
-        chunks = _chunks(self.submission, self.tenant, report, self.submission.job.looked_up)
-        for index, source in enumerate(self.submission.sources if not chunks else ()):
-            chunks.append({"index": index, "id": source.id, "title": source.chunk.title})
-        fields = {"method": self.submission.job.method.name, "chunks": chunks, "usage": usage}
-        fields["ttft"] = ttft
+        job, usage = self.submission.job, vars(report.usage).copy()
+        ttft = vars(usage.pop("ttft")) | {"queue_s": report.queue_s, "total_s": report.ttft_s}
+        fields = {
+            "method": job.method.name,
+            "chunks": _chunks(self.submission, self.tenant, report, job.looked_up),
+            "usage": usage | {"recompute_ratio": report.usage.recompute_ratio},
+            "ttft": ttft,
+        }
         return fields | ({} if report.strip is None else {"strip": report.strip})
 
 

@@ -10,8 +10,8 @@ conversation over the same documents finds them in the cache in every turn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -205,22 +205,27 @@ def plain_pieces(
     return Pieces(prefix, chunk_ids(tokenizer, fmt, chunks), query)
 
 
-@lru_cache(256)
-def named_method(text: str) -> Method:
-    """`read_method` of a text without parameters, cached, since most requests use the same one."""
-    return read_method(Extension(method=text), "")
-
-
-def read_method(extension: Extension, default: str) -> Method:
-    """Builds a request's method. Raises ValueError if that fails, or a number is too large."""
-    text = default if extension.method is None else extension.method
-    try:
-        if isinstance(text, str):
-            method = build(text, **(extension.params or {}))
-        elif extension.params:
+def read_method(extension: Extension, default: Method) -> Method:
+    """A request's method. Raises ValueError if it cannot be built, or a number is too large."""
+    text, params = extension.method, extension.params
+    if isinstance(text, Mapping):
+        if params:
             raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
-        else:
-            method = build_entry(text)
+        return _checked(partial(build_entry, text))
+    if params:
+        return _checked(partial(build, default.name if text is None else text, **params))
+    return default if text is None else _named(text)
+
+
+@lru_cache(256)
+def _named(text: str) -> Method:
+    """A method without parameters, cached, since most requests use the same one."""
+    return _checked(partial(build, text))
+
+
+def _checked(make: Callable[[], Method]) -> Method:
+    try:
+        method = make()
         values = list(_values(dataclasses.asdict(method)))
     except (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"blocktune.method: {error}") from None

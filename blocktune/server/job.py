@@ -182,17 +182,14 @@ def report_of(job: Job) -> Report:
     )
 
 
-FATES = ("reused", "relocated", "recomputed", "computed")
-"""What happened to a prompt's token: its cached keys and values were used unchanged, moved to
-another position, or computed again in some layers; or it was not cached."""
-
-
 def strip_of(run: Generation) -> list[dict[str, Any]]:
     """The prompt's tokens, grouped in runs of the same kind, chunk and fate.
 
     Returns:
         For each run: ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that
-        were computed) and ``tokens``, their texts.
+        were computed) and ``tokens``, their texts. Cached keys and values were ``reused``
+        unchanged, ``relocated`` to another position, or ``recomputed`` in some layers; tokens that
+        were not cached are ``computed``.
     """
     layout, state = run.batch.layout, run.state
     stored = (layout.kind[0] != Kind.PAD) & (layout.kind[0] != Kind.BLANK)
@@ -217,11 +214,11 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
     for kind, chunk, cached, layers, position, token in facts:
         start = first.setdefault(chunk if kind != Kind.PREFIX else -2, position)
         moved = kind != Kind.PREFIX and start != 0
-        fate = FATES[3] if not cached else FATES[2] if layers else FATES[1 if moved else 0]
+        reused = "recomputed" if layers else "relocated" if moved else "reused"
         entry = {
             "kind": Kind(kind).name.lower(),
             "chunk": chunk if kind in (Kind.CHUNK, Kind.LINK, Kind.WRAP) else None,
-            "fate": fate,
+            "fate": reused if cached else "computed",
             "layers": layers / state.num_layers,
         }
         text = tokenizer.decode([token]) if token < vocabulary else "\u29c9"
@@ -230,12 +227,6 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         else:
             runs.append(entry | {"tokens": [text]})
     return runs
-
-
-def usage_fields(usage: Usage) -> dict[str, Any]:
-    """A usage as plain JSON types."""
-    plain = vars(usage) | {"ttft": dict(vars(usage.ttft))}
-    return plain | {"recompute_ratio": usage.recompute_ratio}
 
 
 def recall(cache: ResponseCache, job: Job, question: str) -> bool:

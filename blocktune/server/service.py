@@ -19,7 +19,6 @@ from blocktune.server.decoding import Settings
 from blocktune.server.front import (
     Source,
     chat_pieces,
-    named_method,
     plain_pieces,
     read_documents,
     read_messages,
@@ -236,12 +235,7 @@ class Service:
         return sources
 
     def _method(self, served: Served, extension: Extension, has_chunks: bool) -> Method:
-        if extension.method is None and not extension.params:
-            method = served.method
-        elif isinstance(extension.method, str) and not extension.params:
-            method = named_method(extension.method)
-        else:
-            method = read_method(extension, served.method.name)
+        method = read_method(extension, served.method)
         if method.warm_up:
             raise ValueError("blocktune: warm_up is for measurements; leave it out")
         return method if has_chunks else build(WITHOUT_CHUNKS)

@@ -119,11 +119,9 @@ def _has_documents(body: Mapping[str, Any]) -> bool:
 
 def _render(client: ChunkClient, request: DocumentRequest) -> Rendered:
     conversation = read_messages(request.messages)
-    extension = request.blocktune or Extension()
     documents = [*(request.documents or ()), *conversation.documents]
     chunks = [source.chunk for source in read_documents(documents)]
-    own = extension.method is not None or extension.params
-    method = client.built(read_method(extension, client.method.name) if own else None)
+    method = client.built(read_method(request.blocktune or Extension(), client.method))
     block = client.prompts.spec(method).block
     pieces = chat_pieces(client.tokenizer, client.format, chunks, conversation, block)
     limit = request.max_completion_tokens or request.max_tokens or 1
