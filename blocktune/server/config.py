@@ -121,10 +121,10 @@ class ServerConfig:
         """The tenant of an ``Authorization`` header, or None if it must not be served."""
         if not self.tenants:
             return Tenant()
-        scheme, _, key = (authorization or "").partition(" ")
-        match = None
+        scheme, _, text = (authorization or "").partition(" ")
+        key, match = text.strip().encode("latin-1"), None  # as the header was decoded
         for tenant in self.tenants:  # always compares all, so that the time reveals nothing
-            is_same = hmac.compare_digest((tenant.key or "").encode(), key.strip().encode())
+            is_same = hmac.compare_digest((tenant.key or "").encode(), key)
             match = tenant if is_same and scheme.lower() == "bearer" else match
         return match
 

@@ -28,6 +28,12 @@ def test_keys_are_asked_for(serve):
         assert client.get(open_to_all).status_code == 200
 
 
+def test_a_key_may_have_any_letters(serve):
+    client = serve(tenants=(Tenant("a", "schlüssel-von-a"),))
+    headers = {"authorization": "Bearer schlüssel-von-a".encode()}
+    assert client.get("/v1/models", headers=headers).status_code == 200
+
+
 def cached(client, headers=None, **more) -> list[str]:
     answer = client.post(CHAT, json=chat(**more), headers=headers or {}).json()
     return [chunk["cached"] for chunk in answer["blocktune"]["chunks"]]
