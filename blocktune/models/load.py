@@ -148,11 +148,6 @@ def require_stops(folder: str, eos: Any) -> None:
         raise ValueError(f"eos_token_id of its generation config must be token ids, got {eos!r}")
 
 
-def examine_base(name: str) -> None:
-    """Calls `examine` for a model by name, without loading it. ValueError if it does not exist."""
-    examine(read_config(name))
-
-
 def read_config(
     name: str, revision: str | None = None, what: str = "a language model"
 ) -> PreTrainedConfig:
