@@ -180,7 +180,8 @@ def encode(
     from blocktune.commands import answering
     from blocktune.data import load_chunks
     from blocktune.evaluation.runner import launched
-    from blocktune.models.load import examine_base
+    from blocktune.models.gate import examine
+    from blocktune.models.load import read_config
 
     if documents is None and not follow:
         raise ValueError("nothing to encode; give --input, or --follow")
@@ -189,7 +190,7 @@ def encode(
         raise ValueError(f"{documents} has no chunks; give one per line")
     words = opt.wording(instruction, system, wording)
     if model is not None and not (Path(model) / INFO_FILE).is_file():
-        examine_base(model)  # before anything is written
+        examine(read_config(model))  # before anything is written
     # Opened before a model is loaded, and on the CPU, since no chunk is read back.
     chosen = answering.build_method(method, [])
     if chosen is not None and not chosen.reuses_chunks:

@@ -90,7 +90,7 @@ def load_base(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     check_dtype(dtype)
-    config = _config(bare, revision, what)
+    config = read_config(bare, revision, what)
     try:
         examine(config)
     except Mixes:
@@ -106,9 +106,8 @@ def load_base(
             bare, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
         )
         _require_all(report, name)
-        _require_stops(Path(bare) / GENERATION_CONFIG_NAME, model.generation_config.eos_token_id)
-    with _explained(name, "a tokenizer"):
-        tokenizer = read_tokenizer(bare, revision)
+        require_stops(bare, model.generation_config.eos_token_id)
+    tokenizer = read_tokenizer(bare, revision)
     if file is not None:
         model.config._name_or_path = name
     model = text_model(model)
@@ -120,14 +119,16 @@ def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     """Loads the fast tokenizer of a folder or repository, with its chat template.
 
     Repositories of multimodal models may keep the template in the processor's file. Mistral's own
-    tokenizers (package mistral-common) have neither a template nor text that stays text.
+    tokenizers (package mistral-common) have neither a template nor text that stays text. Raises
+    ValueError if there is no tokenizer, or its files are damaged.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, mistral_format=False)
-    if tokenizer.chat_template is None:
-        kinds = ("gated_repo", "missing_entries", "connection_errors")
-        quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-        path = cached_file(str(name), PROCESSOR_TEMPLATE, revision=revision, **quiet)
-        tokenizer.chat_template = path and load_json(Path(path)).get("chat_template")
+    with _explained(str(name), "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, mistral_format=False)
+        if tokenizer.chat_template is None:
+            kinds = ("gated_repo", "missing_entries", "connection_errors")
+            quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+            path = cached_file(str(name), PROCESSOR_TEMPLATE, revision=revision, **quiet)
+            tokenizer.chat_template = path and load_json(Path(path)).get("chat_template")
     return tokenizer
 
 
@@ -139,20 +140,18 @@ def _require_all(report: Mapping[str, Any], name: str) -> None:
         logger.warning("%s: %d weights are not used, such as %s", name, len(unused), unused[0])
 
 
-def _require_stops(path: Path, eos: Any) -> None:
+def require_stops(folder: str, eos: Any) -> None:
     """Raises ValueError for a damaged generation config (which transformers ignores) or EOS."""
-    if path.is_file():
+    if (path := Path(folder) / GENERATION_CONFIG_NAME).is_file():
         load_json(path)
     if not all(isinstance(i, int | None) for i in (eos if isinstance(eos, list) else [eos])):
         raise ValueError(f"eos_token_id of its generation config must be token ids, got {eos!r}")
 
 
-def examine_base(name: str) -> None:
-    """Calls `examine` for a model by name, without loading it. ValueError if it does not exist."""
-    examine(_config(name, None, "a language model"))
-
-
-def _config(name: str, revision: str | None, what: str) -> PreTrainedConfig:
+def read_config(
+    name: str, revision: str | None = None, what: str = "a language model"
+) -> PreTrainedConfig:
+    """The configuration of a model by name; ``what`` is for errors. ValueError if it has none."""
     bare, revision = pinned(name, revision)
     file = gguf_file(bare)
     with _explained(name, what):

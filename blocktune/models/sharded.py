@@ -5,7 +5,6 @@ All processes must call these functions, because they exchange data.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,8 +42,3 @@ def is_split(weight: Tensor) -> bool:
 def whole_shape(weight: Tensor) -> tuple[int, ...]:
     """The full shape of a parameter, split or not."""
     return tuple(weight.ds_shape if is_split(weight) else weight.shape)
-
-
-def num_elements(weight: Tensor) -> int:
-    """Number of elements of the full parameter, split or not."""
-    return math.prod(whole_shape(weight))

@@ -119,21 +119,12 @@ async def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
-async def tenant_of(request: Request) -> Tenant:
-    """The tenant that sends the request; see `authorized`."""
-    return authorized(request)
-
-
 Serving = Annotated[Service, Depends(service_of)]
-Caller = Annotated[Tenant, Depends(tenant_of)]
+Caller = Annotated[Tenant, Depends(authorized)]
 
 
 async def own_key(key: str, tenant: Caller) -> str:
-    """The store key of a chunk that a request names by its signed ``key``.
-
-    Raises:
-        HTTPException: If the server did not give this tenant that name.
-    """
+    """The store key of a signed ``key``; HTTPException if this tenant was not given that name."""
     store_key = tenant.verify(key) if KEY.fullmatch(key) else None
     if store_key is None:
         raise HTTPException(404, "no such chunk")
@@ -141,7 +132,7 @@ async def own_key(key: str, tenant: Caller) -> str:
 
 
 OwnKey = Annotated[str, Depends(own_key)]
-tenants = APIRouter(responses=ERRORS, dependencies=[Depends(tenant_of)])
+tenants = APIRouter(responses=ERRORS, dependencies=[Depends(authorized)])
 public = APIRouter()
 
 
@@ -200,14 +191,14 @@ async def model(name: str, service: Serving) -> ModelCard:
 @tenants.get("/v1/chunks/{key}")
 async def status(key: str, store_key: OwnKey, service: Serving) -> ChunkStatus:
     """Whether a chunk is in the store; ``key`` is from ``POST /v1/chunks`` or an answer."""
-    return service.chunk(key, store_key)
+    return await asyncio.to_thread(service.chunk, key, store_key)  # may ask a remote
 
 
 @tenants.delete("/v1/chunks/{key}")
 async def delete(key: str, store_key: OwnKey, service: Serving) -> ChunkStatus:
     """Removes a chunk from memory and from the folder, pinned or not."""
     await asyncio.to_thread(service.discard, store_key)
-    return service.chunk(key, store_key)
+    return await asyncio.to_thread(service.chunk, key, store_key)
 
 
 @tenants.get("/v1/methods")

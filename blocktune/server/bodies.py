@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from blocktune.engine.encode import Piece
 from blocktune.server.config import Tenant
 from blocktune.server.decoding import TokenLogprob
-from blocktune.server.job import Delta, Event, Report, usage_fields
+from blocktune.server.job import Delta, Event, Report
 from blocktune.server.schemas import ChunkList, ChunkStatus
 from blocktune.server.service import Submission
 
@@ -34,27 +35,25 @@ def chunk_list(submission: Submission, tenant: Tenant, report: Report) -> ChunkL
 def _chunks(
     submission: Submission, tenant: Tenant, report: Report, pieces: Sequence[Piece]
 ) -> list[dict[str, Any]]:
-    """Each document's id, size, key and tier; the last ``pieces`` are the documents."""
-    count = len(submission.sources)
-    pieces = pieces[-count:] if len(pieces) >= count else ()  # empty if none was looked up
-    encoder = submission.job.engine.state.encoder
-    return [
-        {
-            "index": index,
-            "id": source.id,
-            "title": source.chunk.title,
-            "tokens": len(piece.ids),
-            "cached": report.tiers.get(piece, "none"),
-            "key": tenant.sign(encoder.key(piece)),
-        }
-        for index, (source, piece) in enumerate(zip(submission.sources, pieces, strict=False))
-    ]
+    """Each document's id and, if it was looked up, size, key and tier.
+
+    The last ``pieces`` are the documents, unless there are fewer.
+    """
+    encoder, chunks, count = submission.job.engine.state.encoder, [], len(submission.sources)
+    for index, source in enumerate(submission.sources):
+        chunk = {"index": index, "id": source.id, "title": source.chunk.title}
+        if len(pieces) >= count:
+            piece = pieces[index - count]
+            chunk["tokens"], chunk["cached"] = len(piece.ids), report.tiers.get(piece, "none")
+            chunk["key"] = tenant.sign(encoder.key(piece))
+        chunks.append(chunk)
+    return chunks
 
 
-class Bodies:
-    """Response bodies of one route; ``texts`` are the answers so far."""
+class TextBodies:
+    """Bodies of ``/v1/completions``; ``texts`` are the answers so far."""
 
-    prefix = object_name = chunk_name = ""
+    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, submission: Submission, tenant: Tenant):
         self.submission, self.tenant = submission, tenant
@@ -122,15 +121,11 @@ class Bodies:
     def format_logprobs(self, logs: list[TokenLogprob], offset: int) -> dict[str, Any]:
         """Log probabilities in the route's format; ``offset`` in characters."""
         names = [self.token(entry.token) for entry in logs]
-        offsets = []
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
         return {
             "tokens": names,
             "token_logprobs": [entry.logprob for entry in logs],
             "top_logprobs": [{self.token(i): value for i, value in entry.top} for entry in logs],
-            "text_offset": offsets,
+            "text_offset": list(accumulate(map(len, names), initial=offset))[:-1],
         }
 
     def token(self, index: int) -> str:
@@ -158,23 +153,18 @@ class Bodies:
 
     def _extension(self, report: Report) -> dict[str, Any]:
         """The ``blocktune`` field of an answer."""
-        usage = usage_fields(report.usage)
-        ttft = usage.pop("ttft") | {"queue_s": report.queue_s, "total_s": report.ttft_s}
-        chunks = _chunks(self.submission, self.tenant, report, self.submission.job.looked_up)
-        for index, source in enumerate(self.submission.sources if not chunks else ()):
-            chunks.append({"index": index, "id": source.id, "title": source.chunk.title})
-        fields = {"method": self.submission.job.method.name, "chunks": chunks, "usage": usage}
-        fields["ttft"] = ttft
+        job, usage = self.submission.job, vars(report.usage).copy()
+        ttft = vars(usage.pop("ttft")) | {"queue_s": report.queue_s, "total_s": report.ttft_s}
+        fields = {
+            "method": job.method.name,
+            "chunks": _chunks(self.submission, self.tenant, report, job.looked_up),
+            "usage": usage | {"recompute_ratio": report.usage.recompute_ratio},
+            "ttft": ttft,
+        }
         return fields | ({} if report.strip is None else {"strip": report.strip})
 
 
-class TextBodies(Bodies):
-    """Bodies of ``/v1/completions``."""
-
-    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
-
-
-class ChatBodies(Bodies):
+class ChatBodies(TextBodies):
     """Bodies of ``/v1/chat/completions``."""
 
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"

@@ -9,9 +9,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from blocktune.parsing import build_strict, load_yaml
+from blocktune.parsing import load_yaml, read
 
 FIX = "give a YAML mapping of tenant names to {key, max_requests, tokens_per_minute}"
 
@@ -53,12 +52,12 @@ class Tenant:
     tokens_per_minute: int | None = None  # prompt and answer tokens; None: no quota
 
     def __post_init__(self):
-        if self.key is not None and (not isinstance(self.key, str) or len(self.key) < 8):
-            raise ValueError(f"tenant '{self.name}': key must be a string of 8 characters or more")
+        if self.key is not None and len(self.key) < 8:
+            raise ValueError("the key must have 8 characters or more")
         for name in ("max_requests", "tokens_per_minute"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"tenant '{self.name}': {name} must be at least 1, got {value!r}")
+            if value is not None and value < 1:
+                raise ValueError(f"'{name}' must be at least 1, got {value}")
 
     def salt(self, cache_salt: str | None) -> str:
         """The salt in the keys of its chunks, from the request's ``cache_salt``.
@@ -99,16 +98,14 @@ def load_tenants(path: Path) -> tuple[Tenant, ...]:
     values = load_yaml(path, "tenants", FIX)
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"{path}: {FIX}")
-    tenants = tuple(_tenant(path, name, value) for name, value in values.items())
+    tenants = []
+    for name, value in values.items():
+        if not isinstance(value, Mapping) or not value.get("key"):
+            raise ValueError(f"{path}: tenant '{name}' has no key; {FIX}")
+        tenants.append(read(Tenant, {"name": str(name), **value}, f"{path}: tenant '{name}'"))
     if len({tenant.key for tenant in tenants}) < len(tenants):
         raise ValueError(f"{path}: two tenants have the same key")
-    return tenants
-
-
-def _tenant(path: Path, name: Any, value: Any) -> Tenant:
-    if not isinstance(value, Mapping) or not value.get("key"):
-        raise ValueError(f"{path}: tenant '{name}' has no key; {FIX}")
-    return build_strict(Tenant, {"name": str(name), **value}, f"{path}: tenant '{name}'")
+    return tuple(tenants)
 
 
 @dataclass(frozen=True)
@@ -118,16 +115,16 @@ class ServerConfig:
     limits: Limits = Limits()
     tenants: tuple[Tenant, ...] = ()  # with keys; empty: all clients are one tenant
     hosts: tuple[str, ...] = ("*",)  # accepted Host headers; ``("*",)`` accepts all
-    log_texts: bool = False  # whether questions and answers are logged
+    log_texts: bool = False  # whether answers are logged
 
     def tenant_of(self, authorization: str | None) -> Tenant | None:
         """The tenant of an ``Authorization`` header, or None if it must not be served."""
         if not self.tenants:
             return Tenant()
-        scheme, _, key = (authorization or "").partition(" ")
-        match = None
+        scheme, _, text = (authorization or "").partition(" ")
+        key, match = text.strip().encode("latin-1"), None  # as the header was decoded
         for tenant in self.tenants:  # always compares all, so that the time reveals nothing
-            is_same = hmac.compare_digest((tenant.key or "").encode(), key.strip().encode())
+            is_same = hmac.compare_digest((tenant.key or "").encode(), key)
             match = tenant if is_same and scheme.lower() == "bearer" else match
         return match
 
@@ -156,7 +153,10 @@ class Quotas:
             self._requests[tenant.name] = running + 1
             return None
 
-    def leave(self, tenant: Tenant) -> None:
-        """Ends a request that `enter` admitted."""
+    def leave(self, tenant: Tenant, refund: int = 0) -> None:
+        """Ends a request that `enter` admitted, and gives back ``refund`` of its tokens."""
         with self._lock:
             self._requests[tenant.name] -= 1
+            if tenant.name in self._tokens:
+                left, since = self._tokens[tenant.name]
+                self._tokens[tenant.name] = (left + refund, since)

@@ -3,7 +3,8 @@
 Each answer keeps the cache of its own prompt: positions with gaps, recomputed columns, reshaped
 scores. The matrices of the model are applied to all answers together; attention is computed for
 each over its own cache, with the same plan that `Engine` decodes a single answer with. So nothing
-is padded or copied when an answer joins or leaves, and answers do not depend on each other.
+is padded or copied when an answer joins or leaves, and answers do not depend on each other. Models
+that do more to their cached states than attend decode one answer after the other.
 
 transformers' continuous batching is not used: its paged cache fills a request's blocks by running
 the model over the request's own tokens in order, one position after the other. It has no way to
@@ -18,12 +19,13 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch import Tensor, nn
 
+from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.attention.kernels import AttentionParams
 from blocktune.cache import RowCache
@@ -130,38 +132,8 @@ class Choice:
         return TokenLogprob(token, float(logs[token]), tuple(top))
 
 
-class _Layer(CacheLayerMixin):
-    """Writes each row into the cache of its own answer, where attention reads it."""
-
-    is_sliding = False
-    is_compileable = False
-
-    def __init__(self, layers: Sequence[Any]):
-        super().__init__()
-        self.layers = layers
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Does nothing, since each answer's cache already exists."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        for index, layer in enumerate(self.layers):
-            layer.update(key_states[index, None], value_states[index, None])
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return max(layer.get_seq_length() for layer in self.layers)
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
-    get_max_length = get_max_cache_shape
-
-
 class RaggedPlan:
-    """Attends each row of a step over the columns of its own answer."""
+    """Writes each row of a step into the cache of its own answer, and attends over its columns."""
 
     def __init__(self, choices: Sequence[Choice]):
         """Appends a column to every answer."""
@@ -171,27 +143,47 @@ class RaggedPlan:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
-        """See `blocktune.attention.interface.Plan.attend`; ``key`` and ``value`` are not read."""
+        """See `blocktune.attention.interface.Plan.attend`; ``key`` and ``value`` are the rows'."""
         outputs = []
         for index, (plan, cache) in enumerate(zip(self.plans, self.caches, strict=True)):
-            layer = cache.layers[rule.layer]
-            rows = query[index, None]
-            outputs.append(plan.attend(rows, layer.keys, layer.values, rule, params))
+            states = cache.layers[rule.layer].update(key[index, None], value[index, None])
+            outputs.append(plan.attend(query[index, None], *states, rule, params))
         return torch.cat(outputs)
+
+
+class _Watch:
+    """Decodes one answer, and notes whether attention gets exactly what is in its cache."""
+
+    def __init__(self, choice: Choice):
+        """Appends a column to the answer."""
+        self.plan, self.cache, self.is_plain = choice.plan(), choice.cache, True
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
+    ) -> Tensor:
+        """See `blocktune.attention.interface.Plan.attend`."""
+        layer = self.cache.layers[rule.layer]
+        for given, held in ((key, layer.keys), (value, layer.values)):
+            self.is_plain &= given.shape == held.shape and given.data_ptr() == held.data_ptr()
+        return self.plan.attend(query, key, value, rule, params)
+
+
+_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Whether a model attends to its cached states unchanged. Others expand them first (DeepSeek's
+latent keys, DiffLlama's values), for each answer over its own columns: they decode one by one."""
 
 
 @torch.no_grad()
 def decode_step(choices: Sequence[Choice]) -> Tensor:
     """Logits ``(B, V)`` after the last token of each answer; all answers are of one model."""
-    plan = RaggedPlan(choices)
-    layers = zip(*(choice.cache.layers for choice in choices), strict=True)
-    model = choices[0].run.state.model
-    device = choices[0].run.prefill.logits.device
-    output = model(
-        torch.tensor([[choice.ids[-1]] for choice in choices], device=device),
-        position_ids=torch.cat([choice.position for choice in choices]),
-        plan=plan,
-        past_key_values=Cache(layers=[_Layer(of_all) for of_all in layers]),
-        use_cache=True,
-    )
-    return output.logits[:, -1]
+    model, device = choices[0].run.state.model, choices[0].run.prefill.logits.device
+    tokens = torch.tensor([[choice.ids[-1]] for choice in choices], device=device)
+    positions = [choice.position for choice in choices]
+    if _PLAIN.get(model):
+        plan = RaggedPlan(choices)
+        return planned_forward(model, tokens, torch.cat(positions), plan).logits[:, -1]
+    plans = [_Watch(choice) for choice in choices]
+    alone = zip(tokens.split(1), positions, plans, strict=True)
+    outputs = [planned_forward(model, *args, args[-1].cache) for args in alone]
+    _PLAIN[model] = all(plan.is_plain for plan in plans)
+    return torch.cat([output.logits[:, -1] for output in outputs])

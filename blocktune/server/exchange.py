@@ -15,23 +15,19 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from blocktune.methods.base import METHODS
-from blocktune.server.bodies import Bodies
+from blocktune.server.bodies import TextBodies
 from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report, recall
 from blocktune.server.middleware import error_body
-from blocktune.server.schemas import ChatRequest, CompletionRequest, WrongField, read_body
+from blocktune.server.schemas import Decoding, WrongField, read_body
 from blocktune.server.service import Service, Submission, UnknownModel
 
 _LOG = logging.getLogger("blocktune.server")
 T = TypeVar("T", bound=BaseModel)
 
 
-def authorized(request: Request) -> Tenant:
-    """The tenant that sends a request.
-
-    Raises:
-        HTTPException: If the request has no key of a tenant.
-    """
+async def authorized(request: Request) -> Tenant:
+    """The tenant that sends a request. Raises HTTPException if it has no key of a tenant."""
     tenant = request.app.state.service.config.tenant_of(request.headers.get("authorization"))
     if tenant is None:
         raise HTTPException(401, "no API key, or a wrong one; send Authorization: Bearer KEY")
@@ -51,7 +47,7 @@ async def begin(
         UnknownModel: If it names a model that is not served.
         Busy: If too many requests wait, or its tenant's quota is used up.
     """
-    service, tenant = request.app.state.service, authorized(request)
+    service, tenant = request.app.state.service, await authorized(request)
     _require_json(request)
     raw, most = await request.body(), 2 * service.config.limits.prompt_tokens
 
@@ -65,20 +61,18 @@ async def begin(
         raise
     except ValueError as error:
         raise HTTPException(400, " ".join(str(error).split())) from None
-    wait = service.quotas.enter(tenant, submission.job.quota_tokens)
+    cache, job, question = service.responses, submission.job, submission.question
+    wait = service.quotas.enter(tenant, job.quota_tokens)
     if wait is not None:
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
     exchange = Exchange(service, submission, tenant, request)
     try:
-        cache = service.responses
-        job, question = submission.job, submission.question
         if not cache or not await asyncio.to_thread(recall, cache, job, question):
             service.scheduler.submit(job)
-    except ValueError as error:
-        exchange.close()
-        raise HTTPException(400, str(error)) from None
-    except BaseException:
-        exchange.close()
+    except BaseException as error:
+        exchange.close(refund=job.quota_tokens)
+        if isinstance(error, ValueError):
+            raise HTTPException(400, str(error)) from None
         raise
     return exchange, body
 
@@ -112,12 +106,12 @@ class Exchange:
 
         submission.job.emit = emit
 
-    def close(self) -> None:
-        """Ends the exchange and cancels the rest of its job."""
+    def close(self, refund: int = 0) -> None:
+        """Ends the exchange and cancels the rest of its job; ``refund`` tokens are not charged."""
         self.submission.job.cancel()
         if self._open:
             self._open = False
-            self.service.quotas.leave(self.tenant)
+            self.service.quotas.leave(self.tenant, refund)
 
     async def events(self) -> AsyncIterator[Delta | Report]:
         """The job's events, the report last.
@@ -149,7 +143,7 @@ class Exchange:
         """Waits for the end of a job that only encodes."""
         return [event async for event in self.events()][-1]
 
-    async def respond(self, kind: type[Bodies], body: ChatRequest | CompletionRequest) -> Response:
+    async def respond(self, kind: type[TextBodies], body: Decoding) -> Response:
         """The whole answer, or a stream, as soon as its first event is there."""
         bodies, events = kind(self.submission, self.tenant), self.events()
         first = await anext(events)
@@ -164,7 +158,7 @@ class Exchange:
         return JSONResponse(bodies.whole(event))
 
     async def _stream(
-        self, bodies: Bodies, first: Event, events: AsyncIterator[Event], with_usage: bool
+        self, bodies: TextBodies, first: Event, events: AsyncIterator[Event], with_usage: bool
     ) -> AsyncIterator[bytes]:
         """Server-sent events in OpenAI's format."""
         try:
@@ -183,7 +177,7 @@ class Exchange:
         finally:
             self.close()
 
-    def _log(self, report: Report, bodies: Bodies) -> None:
+    def _log(self, report: Report, bodies: TextBodies) -> None:
         job, usage = self.submission.job, report.usage
         total_s = time.perf_counter() - job.created
         model, tenant = self.submission.served.name, self.tenant.name

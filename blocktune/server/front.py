@@ -10,9 +10,8 @@ conversation over the same documents finds them in the cache in every turn.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -57,27 +56,26 @@ class Conversation(NamedTuple):
         return (self.system or "", *(text for _, text in self.earlier), self.question)
 
 
-def read_document(document: Document, where: str) -> Source:
-    """Makes a chunk of a document in any of the accepted forms.
+def read_documents(documents: Sequence[Document]) -> tuple[Source, ...]:
+    """Makes a chunk of each document. Raises ValueError, with its index, if one has no text."""
+    sources = []
+    for index, document in enumerate(documents):
+        try:
+            sources.append(_source(document))
+        except ValueError as error:
+            raise ValueError(f"documents[{index}]: {error}") from None
+    return tuple(sources)
 
-    Args:
-        document: A validated document.
-        where: Its field, for errors.
 
-    Raises:
-        ValueError: If it has no text.
-    """
-    try:
-        if isinstance(document, str):
-            return Source(None, Chunk(document))
-        if isinstance(document, DocumentBlock):
-            text = "\n".join(part for part in (document.context, document.source.data) if part)
-            return Source(document.id, Chunk(text, document.title))
-        if isinstance(document, CohereDocument):
-            return Source(document.id, _of_fields(document.data))
-        return Source(document.id, Chunk(document.text, document.title))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+def _source(document: Document) -> Source:
+    if isinstance(document, str):
+        return Source(None, Chunk(document))
+    if isinstance(document, DocumentBlock):
+        text = "\n".join(part for part in (document.context, document.source.data) if part)
+        return Source(document.id, Chunk(text, document.title))
+    if isinstance(document, CohereDocument):
+        return Source(document.id, _of_fields(document.data))
+    return Source(document.id, Chunk(document.text, document.title))
 
 
 def _of_fields(data: str | Mapping[str, str]) -> Chunk:
@@ -167,17 +165,15 @@ def _render(
             f" {text}\n\n" if role == "assistant" else text + PLAIN_REPLY_CUE
             for role, text in earlier
         )
-        frame = render_frame(tokenizer, system, dialogue + head, tail)
-    else:
-        turns = [*earlier, ("user", head + SENTINEL + tail)]
-        whole = render_conversation(tokenizer, system, turns)
-        if whole.count(SENTINEL) != 1:
-            raise ValueError(
-                f"the chat template of '{tokenizer.name_or_path}' does not render the last turn "
-                "exactly once; send a single question"
-            )
-        frame = Frame(*whole.split(SENTINEL))
-    return frame
+        return render_frame(tokenizer, system, dialogue + head, tail)
+    turns = [*earlier, ("user", head + SENTINEL + tail)]
+    whole = render_conversation(tokenizer, system, turns)
+    if whole.count(SENTINEL) != 1:
+        raise ValueError(
+            f"the chat template of '{tokenizer.name_or_path}' does not render the last turn "
+            "exactly once; send a single question"
+        )
+    return Frame(*whole.split(SENTINEL))
 
 
 def plain_pieces(
@@ -209,37 +205,34 @@ def plain_pieces(
     return Pieces(prefix, chunk_ids(tokenizer, fmt, chunks), query)
 
 
-@lru_cache(256)
-def named_method(text: str) -> Method:
-    """`read_method` of a text without parameters, cached, since most requests use the same one."""
-    return read_method(Extension(method=text), "")
-
-
-def read_method(extension: Extension, default: str) -> Method:
-    """Builds the method of a request.
-
-    Raises:
-        ValueError: If it cannot be built, or a number is too large.
-    """
-    text = default if extension.method is None else extension.method
-    try:
-        if isinstance(text, str):
-            method = build(text, **(extension.params or {}))
-        elif extension.params:
+def read_method(extension: Extension, default: Method) -> Method:
+    """A request's method. Raises ValueError if it cannot be built, or a number is too large."""
+    text, params = extension.method, extension.params
+    if isinstance(text, Mapping):
+        if params:
             raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
-        else:
-            method = build_entry(text)
+        return _checked(partial(build_entry, text))
+    if params:
+        return _checked(partial(build, default.name if text is None else text, **params))
+    return default if text is None else _named(text)
+
+
+@lru_cache(256)
+def _named(text: str) -> Method:
+    """A method without parameters, cached, since most requests use the same one."""
+    return _checked(partial(build, text))
+
+
+def _checked(make: Callable[[], Method]) -> Method:
+    try:
+        method = make()
         values = list(_values(dataclasses.asdict(method)))
     except (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"blocktune.method: {error}") from None
-    wrong = [v for v in values if isinstance(v, int | float) and not _is_sane(v)]
+    wrong = [v for v in values if isinstance(v, int | float) and not abs(v) <= LARGEST]  # or NaN
     if wrong:
         raise ValueError(f"blocktune.method: numbers are at most {LARGEST:g}, got {wrong[0]!r:.40}")
     return method
-
-
-def _is_sane(value: float) -> bool:
-    return math.isfinite(value) and abs(value) <= LARGEST
 
 
 def _values(value: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from blocktune.cache.responses import ResponseCache
 from blocktune.engine import Engine
@@ -20,7 +21,6 @@ from blocktune.engine.recall import Recall
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.models.small import config_value
 from blocktune.prompt import Pieces, Prompt
 from blocktune.server.decoding import Choice, Settings, TokenLogprob
 
@@ -137,14 +137,12 @@ class Job:
         return self.settings.choices * (rows + self.settings.max_new_tokens)
 
 
+@torch.no_grad()
 def bytes_per_token(engine: Engine) -> int:
-    """Bytes of the keys and values of one column in all layers."""
-    config = engine.model.config.get_text_config()
-    heads = config_value(config, "num_key_value_heads", "num_attention_heads")
-    dim = config_value(config, "head_dim") or config.hidden_size // config_value(
-        config, "num_attention_heads"
-    )
-    return 2 * config.num_hidden_layers * heads * dim * engine.model.dtype.itemsize
+    """Bytes that one token takes in the caches of all layers, measured by a pass over a token."""
+    token, cache = torch.zeros(1, 1, dtype=torch.int64, device=engine.model.device), DynamicCache()
+    engine.model(token, past_key_values=cache, use_cache=True)
+    return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 
 def timed_out(job: Job) -> Failure:
@@ -184,17 +182,14 @@ def report_of(job: Job) -> Report:
     )
 
 
-FATES = ("reused", "relocated", "recomputed", "computed")
-"""What happened to a prompt's token: its cached keys and values were used unchanged, moved to
-another position, or computed again in some layers; or it was not cached."""
-
-
 def strip_of(run: Generation) -> list[dict[str, Any]]:
     """The prompt's tokens, grouped in runs of the same kind, chunk and fate.
 
     Returns:
         For each run: ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that
-        were computed) and ``tokens``, their texts.
+        were computed) and ``tokens``, their texts. Cached keys and values were ``reused``
+        unchanged, ``relocated`` to another position, or ``recomputed`` in some layers; tokens that
+        were not cached are ``computed``.
     """
     layout, state = run.batch.layout, run.state
     stored = (layout.kind[0] != Kind.PAD) & (layout.kind[0] != Kind.BLANK)
@@ -219,11 +214,11 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
     for kind, chunk, cached, layers, position, token in facts:
         start = first.setdefault(chunk if kind != Kind.PREFIX else -2, position)
         moved = kind != Kind.PREFIX and start != 0
-        fate = FATES[3] if not cached else FATES[2] if layers else FATES[1 if moved else 0]
+        reused = "recomputed" if layers else "relocated" if moved else "reused"
         entry = {
             "kind": Kind(kind).name.lower(),
             "chunk": chunk if kind in (Kind.CHUNK, Kind.LINK, Kind.WRAP) else None,
-            "fate": fate,
+            "fate": reused if cached else "computed",
             "layers": layers / state.num_layers,
         }
         text = tokenizer.decode([token]) if token < vocabulary else "\u29c9"
@@ -232,12 +227,6 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         else:
             runs.append(entry | {"tokens": [text]})
     return runs
-
-
-def usage_fields(usage: Usage) -> dict[str, Any]:
-    """A usage as plain JSON types."""
-    plain = vars(usage) | {"ttft": dict(vars(usage.ttft))}
-    return plain | {"recompute_ratio": usage.recompute_ratio}
 
 
 def recall(cache: ResponseCache, job: Job, question: str) -> bool:

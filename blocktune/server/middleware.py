@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from blocktune.server.scheduler import Report, Scheduler
@@ -93,18 +95,20 @@ class Guard:
                 self.metrics.responses.labels(str(message["status"])).inc()
             await send(message)
 
+        async def refuse(status: int, message: str) -> None:
+            headers = {"connection": "close"}
+            response = JSONResponse(error_body(message, status), status, headers)
+            await response(scope, receive, counted)
+
         try:
             body = await asyncio.wait_for(self._read(receive), self.max_s)
         except TimeoutError:
-            await _refuse(counted, 408, f"the body did not arrive within {self.max_s:g} s")
+            await refuse(408, f"the body did not arrive within {self.max_s:g} s")
             return
-        except ConnectionAbortedError:
+        except HTTPException as error:
+            await refuse(error.status_code, error.detail)
             return
-        except BufferError:
-            await _refuse(counted, 429, "too many bodies are coming at once; try again later")
-            return
-        if body is None:
-            await _refuse(counted, 413, f"the body is larger than {self.max_bytes:,} bytes")
+        except ClientDisconnect:
             return
         pending = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -115,25 +119,25 @@ class Guard:
             await self.app(scope, replay, counted)
         except Exception:
             if not sent:
-                await _refuse(counted, 500, "internal error; the server's log says more")
+                await refuse(500, "internal error; the server's log says more")
             raise
 
-    async def _read(self, receive: Callable) -> bytes | None:
+    async def _read(self, receive: Callable) -> bytes:
         body = bytearray()
         try:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ConnectionAbortedError
+                    raise ClientDisconnect
                 part = message.get("body", b"")
                 body += part
                 self.held += len(part)
                 if len(body) > self.max_bytes:
-                    return None
+                    raise HTTPException(413, f"the body is larger than {self.max_bytes:,} bytes")
                 if not message.get("more_body"):
                     return bytes(body)
                 if self.held > AT_ONCE * self.max_bytes:
-                    raise BufferError
+                    raise HTTPException(429, "too many bodies are coming at once; try again later")
         finally:
             self.held -= len(body)
 
@@ -160,14 +164,6 @@ def with_timeout(seconds: float) -> type[AutoHTTPProtocol]:
             self._timer = self.loop.call_later(seconds, self._look)
 
     return TimedProtocol
-
-
-async def _refuse(send: Callable, status: int, message: str) -> None:
-    body = json.dumps(error_body(message, status)).encode()
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -10,10 +10,9 @@ prefill, the whole prompt), and so is encoding for methods with a loader of thei
 from __future__ import annotations
 
 import ctypes
-import itertools
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
@@ -63,13 +62,12 @@ class Scheduler:
 
     def __init__(self, limits: Limits, before: Callable[[], None] | None = None):
         self.limits = limits
-        self.preparing: OrderedDict[int, Job] = OrderedDict()
+        self.preparing: deque[Job] = deque()
         self.running: dict[Choice, Job] = {}
         self.kv_bytes = 0
         self.pinned: dict[str, int] = {}
         self._before = before
-        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._count = itertools.count()
+        self._queues: dict[str, deque[Job]] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="blocktune-engine", daemon=True)
@@ -148,7 +146,7 @@ class Scheduler:
         while self._queues:
             tenant, queue = next(iter(self._queues.items()))
             job = queue[0]
-            live = len(self.running) + sum(j.settings.choices for j in self.preparing.values())
+            live = len(self.running) + sum(j.settings.choices for j in self.preparing)
             is_full = live + job.settings.choices > max(self.limits.running, job.settings.choices)
             if is_full or self.kv_bytes + job.reserved > self.limits.kv_bytes:
                 return  # the next request waits for room: no other overtakes a large one
@@ -158,22 +156,20 @@ class Scheduler:
                 self._queues[tenant] = queue
             self.kv_bytes += job.reserved
             job.begun = time.perf_counter()
-            self.preparing[next(self._count)] = job
+            self.preparing.append(job)
 
     def _is_expired(self, job: Job) -> bool:
         return job.cancelled or time.perf_counter() - job.created > job.timeout_s
 
     def _fail_expired(self) -> None:
         """Ends admitted requests whose client left, or that take too long."""
-        expired = [(key, job) for key, job in self.preparing.items() if self._is_expired(job)]
-        for key, job in expired:
-            del self.preparing[key]
-            self._fail(job, timed_out(job))
-        for job in dict.fromkeys(self.running.values()):
+        for job in dict.fromkeys((*self.preparing, *self.running.values())):
             if self._is_expired(job):
                 self._fail(job, timed_out(job))
 
     def _fail(self, job: Job, failure: Failure) -> None:
+        if job in self.preparing:
+            self.preparing.remove(job)
         self.running = {choice: j for choice, j in self.running.items() if j is not job}
         self._release(job)
         self._emit(job, failure)
@@ -193,11 +189,10 @@ class Scheduler:
         """Does one unit of work for the request whose turn it is."""
         if not self.preparing:
             return
-        key, job = self.preparing.popitem(last=False)
+        job = self.preparing.popleft()
         try:
-            if self._prepare(job):
-                return
-            self.preparing[key] = job  # to the end of the line
+            if not self._prepare(job):
+                self.preparing.append(job)  # to the end of the line
         except Exception as error:
             self._fail(job, failure_of(error))
 

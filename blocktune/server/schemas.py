@@ -35,7 +35,6 @@ Id = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(max_length=256)]
 T = TypeVar("T", bound=BaseModel)
 
-
 _FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
 """Names of a field's alternatives, which pydantic adds to the location of an error."""
 
@@ -140,6 +139,9 @@ class Message(BaseModel):
     content: Text | Blocks | None = None
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
+
+
 class Extension(Strict):
     """The field ``blocktune``: what OpenAI's interface does not have.
 
@@ -199,6 +201,11 @@ class Decoding(BaseModel):
         return self
 
     @property
+    def asked_tokens(self) -> int | None:
+        """The limit on the answer's length."""
+        return self.max_tokens
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Texts that end an answer; empty ones are ignored."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -208,7 +215,7 @@ class Decoding(BaseModel):
 class ChatRequest(Decoding):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -262,11 +269,6 @@ class CompletionRequest(Decoding):
         if self.best_of not in (None, self.n or 1):
             raise ValueError("best_of is not supported; use n")
         return self
-
-    @property
-    def asked_tokens(self) -> int | None:
-        """The limit on the answer's length."""
-        return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:

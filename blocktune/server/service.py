@@ -19,9 +19,8 @@ from blocktune.server.decoding import Settings
 from blocktune.server.front import (
     Source,
     chat_pieces,
-    named_method,
     plain_pieces,
-    read_document,
+    read_documents,
     read_messages,
     read_method,
 )
@@ -60,19 +59,12 @@ class Served(NamedTuple):
 
 
 class Submission(NamedTuple):
-    """A job to submit, and what its response needs besides.
+    """A job to submit, and what its response needs besides."""
 
-    Attributes:
-        job: Not yet submitted; its ``emit`` does nothing.
-        served: The model.
-        sources: The documents, in prompt order.
-        question: Text that a semantic response cache compares; empty for none.
-    """
-
-    job: Job
-    served: Served
-    sources: tuple[Source, ...]
-    question: str = ""
+    job: Job  # not yet submitted; its ``emit`` does nothing
+    served: Served  # the model
+    sources: tuple[Source, ...]  # the documents, in prompt order
+    question: str = ""  # text that a semantic response cache compares; empty for none
 
 
 class Service:
@@ -135,11 +127,7 @@ class Service:
         self.ready = not self.faults
 
     def model(self, name: str | None) -> Served:
-        """A model by its name; None: the first.
-
-        Raises:
-            UnknownModel: If no model has this name.
-        """
+        """A model by its name; None: the first. Raises `UnknownModel` if none has this name."""
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -147,11 +135,7 @@ class Service:
         return self.models[name]
 
     def chat(self, body: ChatRequest, tenant: Tenant) -> Submission:
-        """The job of a chat request.
-
-        Raises:
-            ValueError: If the request cannot be answered; the message says why.
-        """
+        """The job of a chat request. Raises ValueError, with the reason, if it has no answer."""
         served = self._served(body, tenant)
         conversation = read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
@@ -165,11 +149,7 @@ class Service:
         return Submission(job, served, sources, conversation.question)
 
     def completion(self, body: CompletionRequest, tenant: Tenant) -> Submission:
-        """The job of a plain completion.
-
-        Raises:
-            ValueError: If the request cannot be answered; the message says why.
-        """
+        """The job of a plain completion. Raises ValueError as `chat` does."""
         served = self._served(body, tenant)
         texts = [body.prompt] if isinstance(body.prompt, str) else []
         sources = self._sources(served, body.documents or (), texts)
@@ -183,8 +163,7 @@ class Service:
     def encoding(self, body: ChunksRequest, tenant: Tenant) -> Submission:
         """The job that encodes documents ahead of time, for the model's default method.
 
-        Raises:
-            ValueError: If one does not fit into the model's context, or there is no room to pin.
+        Raises ValueError if one does not fit into the model's context, or into the room for pins.
         """
         served, limits = self._served(body, tenant), self.config.limits
         sources, engine = self._sources(served, body.documents, []), served.engine
@@ -223,11 +202,7 @@ class Service:
             served.engine.store.discard(key)
 
     def card(self, name: str) -> ModelCard:
-        """The description of a model in ``/v1/models``.
-
-        Raises:
-            UnknownModel: If no model has this name.
-        """
+        """The description of a model in ``/v1/models``; `UnknownModel` if there is none."""
         served = self.model(name)
         return ModelCard(
             id=name,
@@ -251,10 +226,7 @@ class Service:
                 f"documents: {len(documents):,} were given, the server takes {limits.chunks:,} at "
                 "most"
             )
-        sources = tuple(
-            read_document(document, f"documents[{index}]")
-            for index, document in enumerate(documents)
-        )
+        sources = read_documents(documents)
         whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)
         whole += sum(map(len, texts))
         room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.max_tokens)
@@ -263,12 +235,7 @@ class Service:
         return sources
 
     def _method(self, served: Served, extension: Extension, has_chunks: bool) -> Method:
-        if extension.method is None and not extension.params:
-            method = served.method
-        elif isinstance(extension.method, str) and not extension.params:
-            method = named_method(extension.method)
-        else:
-            method = read_method(extension, served.method.name)
+        method = read_method(extension, served.method)
         if method.warm_up:
             raise ValueError("blocktune: warm_up is for measurements; leave it out")
         return method if has_chunks else build(WITHOUT_CHUNKS)
@@ -295,8 +262,10 @@ class Service:
                 f"the prompt has {pieces.num_tokens:,} tokens, the server takes "
                 f"{limits.prompt_tokens:,}; cut chunks smaller or retrieve fewer"
             )
-        limited = (body.asked_tokens, limits.new_tokens), (body.n, limits.choices)
-        for name, (value, most) in zip(("max_tokens", "n"), limited, strict=True):
+        for name, value, most in (
+            ("max_tokens", body.asked_tokens, limits.new_tokens),
+            ("n", body.n, limits.choices),
+        ):
             if value is not None and value > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
         prompt = prompts.prompt(pieces, spec, body.asked_tokens or 1)
@@ -306,14 +275,15 @@ class Service:
             length = max(length, int(prompt.layout.position.max()) + 1)
             new_tokens = min(limits.default_new_tokens, limits.new_tokens)
             new_tokens = min(new_tokens, prompts.max_tokens - length)
-        sampling = body.temperature or 0.0, max(0, body.top_k or 0), body.top_p or 1.0
-        settings = new_tokens, Sampling(*sampling, body.seed), body.n or 1, body.stops
+        top_k, top_p = max(0, body.top_k or 0), body.top_p or 1.0
+        sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
+        count, logprobs = body.n or 1, body.num_logprobs
         return Job(
             served.engine,
             method=method,
             pieces=pieces,
             prompt=prompt if method.history is None else None,
-            settings=Settings(*settings, body.num_logprobs, strips),
+            settings=Settings(new_tokens, sampling, count, body.stops, logprobs, strips),
             tenant=tenant.name,
             timeout_s=limits.request_s,
             strip=bool(body.blocktune and body.blocktune.strip),

@@ -19,7 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
-from blocktune.models.sharded import num_elements, whole_shape
+from blocktune.models.sharded import whole_shape
 from blocktune.models.small import config_value
 from blocktune.tables import Table, written
 
@@ -53,7 +53,7 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
     # By shape, not by storage: a 4-bit weight is stored in half a byte.
     matmul = sum(m.in_features * m.out_features for m in linear)
     trained = sum(m.in_features * m.out_features for m in linear if m.weight.requires_grad)
-    weights = [(p, num_elements(p)) for p in model.parameters()]
+    weights = [(p, math.prod(whole_shape(p))) for p in model.parameters()]
     shapes = [whole_shape(p) for p, _ in weights]
     active = getattr(config, "num_experts_per_tok", None) or 1
     matmul += sum(math.prod(shape[1:]) * active for shape in shapes if len(shape) == 3)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
@@ -24,7 +25,13 @@ from blocktune.layout import Kind
 from blocktune.methods import Method, Weights, build, default_method
 from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
-from blocktune.models.load import adapter_folder, pinned, read_tokenizer
+from blocktune.models.load import (
+    adapter_folder,
+    pinned,
+    read_config,
+    read_tokenizer,
+    require_stops,
+)
 from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id
@@ -103,14 +110,13 @@ class ChunkClient:
             model = str(self.adapter) if own else info.base_model
         self.model, self.name = model, info.base_model if info else model
         bare, revision = pinned(model)
+        text = read_config(bare, revision).get_text_config()
         self.tokenizer = read_tokenizer(bare, revision)
         self._tokenizer_hash = tokenizer_hash(self.tokenizer)
         if info is not None and self._tokenizer_hash != info.tokenizer_hash:
             raise ValueError(
                 f"adapter '{adapter}' was trained with another tokenizer than {model}'s"
             )
-        config = AutoConfig.from_pretrained(bare, revision=revision)
-        text = config.get_text_config()
         if exact_length(text) is not None:
             raise ValueError(
                 f"vLLM cannot serve chunks of '{model}': it does more with positions than a "
@@ -132,15 +138,8 @@ class ChunkClient:
         self.method = default_method(self.prompts.trained)
         require_served(self.method, self.prompts.spec(self.method))
         self.store = StoreView(store)
-        self._start, self._fingerprint = fingerprint or "", None
+        self._start = fingerprint or ""
         self.stop_ids = sorted(_stop_ids(self.tokenizer, bare, revision, text))
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the chunks' model; ValueError if the store has none or several."""
-        if self._fingerprint is None:
-            self._fingerprint = self._find_fingerprint()
-        return self._fingerprint
 
     def choose(self, start: str) -> bool:
         """Uses the chunks of the fingerprint that begins so, if it fits. Returns whether it does.
@@ -165,7 +164,9 @@ class ChunkClient:
             and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
 
-    def _find_fingerprint(self) -> str:
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the chunks' model; ValueError if the store has none or several."""
         fitting = self._fitting()
         what = f"'{self.name}'" + ("" if self.adapter is None else f" with '{self.adapter}'")
         if not fitting:
@@ -260,6 +261,7 @@ def _stop_ids(tokenizer, model: str, revision: str | None, config) -> set[int]:
         own = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
     except OSError:  # it has none
         own = config.eos_token_id
+    require_stops(model, own)
     ids = {end_of_turn(tokenizer)[-1], tokenizer.eos_token_id}
     return {i for i in ids.union(own if isinstance(own, list) else [own]) if i is not None}
 

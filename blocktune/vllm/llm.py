@@ -159,11 +159,10 @@ class ChunkLLM:
         """
         from vllm import SamplingParams
 
-        if self.client._fingerprint is None:
-            try:
-                _ = self.client.fingerprint
-            except ValueError:
-                self.client._fingerprint = self._encoder.fingerprint
+        try:
+            _ = self.client.fingerprint
+        except ValueError:
+            self.client.fingerprint = self._encoder.fingerprint
         sampling = sampling or SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
         built = self.client.built(method)
         limit = sampling.max_tokens or 1

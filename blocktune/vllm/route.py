@@ -13,19 +13,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import wraps
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
-from blocktune.server.front import chat_pieces, read_document, read_messages, read_method
-from blocktune.server.schemas import MOST_DOCUMENTS, Document, Extension, Message
+from blocktune.server.front import chat_pieces, read_documents, read_messages, read_method
+from blocktune.server.schemas import Documents, Extension, Messages
 from blocktune.vllm.client import ChunkClient, Rendered, open_clients
 from blocktune.vllm.plan import PARAMS
 
@@ -43,9 +43,10 @@ class DocumentRequest(BaseModel):
     """The fields of a request that are read here; the others are vLLM's."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    documents: Annotated[list[Document], Field(max_length=MOST_DOCUMENTS)] | None = None
-    blocktune: Extension = Extension()
+    messages: Messages
+    documents: Documents | None = None
+    blocktune: Extension | None = None
+    stop_token_ids: list[int] | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
 
@@ -81,7 +82,7 @@ class Renderer:
         kept = {key: value for key, value in body.items() if key not in ("documents", "blocktune")}
         question = read_messages(request.messages[-1:]).question
         if not body.get("ignore_eos"):
-            kept["stop_token_ids"] = sorted({*(kept.get("stop_token_ids") or ()), *client.stop_ids})
+            kept["stop_token_ids"] = sorted({*(request.stop_token_ids or ()), *client.stop_ids})
         return kept | {
             "model": name if client.lora is not None else self.base,
             "messages": [{"role": "user", "content": question}],
@@ -117,13 +118,11 @@ def _has_documents(body: Mapping[str, Any]) -> bool:
 
 
 def _render(client: ChunkClient, request: DocumentRequest) -> Rendered:
-    conversation, extension = read_messages(request.messages), request.blocktune
+    conversation = read_messages(request.messages)
     documents = [*(request.documents or ()), *conversation.documents]
-    sources = [read_document(doc, f"documents[{i}]") for i, doc in enumerate(documents)]
-    own = extension.method is not None or extension.params
-    method = client.built(read_method(extension, client.method.name) if own else None)
+    chunks = [source.chunk for source in read_documents(documents)]
+    method = client.built(read_method(request.blocktune or Extension(), client.method))
     block = client.prompts.spec(method).block
-    chunks = [source.chunk for source in sources]
     pieces = chat_pieces(client.tokenizer, client.format, chunks, conversation, block)
     limit = request.max_completion_tokens or request.max_tokens or 1
     return client.render(pieces, method, limit)

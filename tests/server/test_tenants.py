@@ -1,5 +1,8 @@
 """API keys, tenants, salts and quotas: who may use which chunks, and how much."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from server.support import CHAT, DOCUMENTS, TINY, chat, refused
 from starlette.testclient import TestClient
@@ -23,6 +26,12 @@ def test_keys_are_asked_for(serve):
     assert client.post(CHAT, json=chat(), headers=good).status_code == 200
     for open_to_all in ("/", "/health", "/ready"):
         assert client.get(open_to_all).status_code == 200
+
+
+def test_a_key_may_have_any_letters(serve):
+    client = serve(tenants=(Tenant("a", "schlüssel-von-a"),))
+    headers = {"authorization": "Bearer schlüssel-von-a".encode()}
+    assert client.get("/v1/models", headers=headers).status_code == 200
 
 
 def cached(client, headers=None, **more) -> list[str]:
@@ -165,3 +174,38 @@ def test_pins_of_an_earlier_server_count(serve, engine, tmp_path):
     assert held
     again = serve({"tiny": own})
     assert again.service.scheduler.pinned.keys() == held.keys()
+
+
+def test_a_request_that_is_not_taken_does_not_cost_its_tenants_tokens(serve):
+    limits = {"kv_bytes": 2_000_000}
+    client = serve(limits=limits, tenants=(Tenant("a", "key-of-a", tokens_per_minute=3000),))
+    headers = {"authorization": "Bearer key-of-a"}
+    for _ in range(3):  # the first would leave nothing for the others
+        large = client.post(CHAT, json=chat(max_tokens=2800), headers=headers)
+        refused(large, 400, "keys and values")
+    assert client.post(CHAT, json=chat(), headers=headers).status_code == 200
+
+
+def test_other_requests_do_not_wait_for_a_slow_remote(serve, engine, monkeypatch):
+    """Whether it has a chunk is asked outside of the thread that serves all connections."""
+    client = serve()
+    key = client.post("/v1/chunks", json={"documents": DOCUMENTS}).json()["data"][0]["key"]
+    real = ChunkStore.__contains__
+    asked = threading.Event()
+
+    def slow(self, key):
+        asked.set()
+        return health.wait(30) and real(self, key)
+
+    health = threading.Event()
+    monkeypatch.setattr(ChunkStore, "__contains__", slow)
+    for method in ("GET", "DELETE"):
+        asked.clear()
+        health.clear()
+        with ThreadPoolExecutor(1) as pool:
+            looking = pool.submit(client.request, method, f"/v1/chunks/{key}")
+            assert asked.wait(30)
+            assert client.get("/health").status_code == 200
+            assert not looking.done()
+            health.set()
+            assert looking.result().status_code == 200

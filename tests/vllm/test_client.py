@@ -1,5 +1,7 @@
 """What the client refuses before vLLM is asked; vLLM is not needed."""
 
+import shutil
+
 import pytest
 from transformers import AutoTokenizer, Ministral3Config
 
@@ -38,3 +40,24 @@ def test_a_fingerprint_is_chosen_by_its_first_digits(tmp_path):
 def test_links_are_refused_as_vllms_limit_and_not_for_want_of_an_adapter(tmp_path):
     with pytest.raises(ValueError, match=r"vLLM cannot serve 'kvlink'.*blocktune serve"):
         ChunkClient(TINY, store=tmp_path).built("kvlink")
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("config.json", "cannot load a language model from"),
+        ("tokenizer.json", "cannot load a tokenizer from"),
+        ("generation_config.json", "generation_config.json: not JSON"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, reason):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / file).write_text("{")
+    with pytest.raises(ValueError, match=reason) as error:
+        ChunkClient(str(tmp_path / "model"), store=tmp_path / "store")
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_does_not_exist_is_an_error_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="no such folder, and no repository of that name"):
+        ChunkClient("no/such-model", store=tmp_path)

@@ -105,12 +105,22 @@ def test_a_request_without_documents_is_vllms(server):
         ({"documents": ["x " * 2000]}, 400, "context holds"),
         ({"documents": ["x", " "]}, 400, "documents[1]"),
         ({"max_tokens": 1000}, 400, "context"),
+        ({"stop_token_ids": 7}, 400, "stop_token_ids"),
+        ({"stop_token_ids": ["x"]}, 400, "stop_token_ids"),
+        ({"messages": 5}, 400, "messages"),
     ],
 )
 def test_mistakes_are_one_line(server, more, status, reason):
     made = ask(server, questions(31)[0], **more)
     assert made.status_code == status, made.text
     assert reason in made.text
+
+
+def test_null_is_as_if_left_out(server, engines):
+    example = questions(31)[0]
+    nulls = dict.fromkeys(("blocktune", "stop_token_ids", "max_completion_tokens"))
+    [wanted] = engines[TINY].answer([example], max_new_tokens=12)
+    assert text_of(ask(server, example, **nulls)) == wanted.text
 
 
 def test_a_request_that_is_nested_too_deeply_is_refused(server):
