@@ -240,9 +240,22 @@ def test_looking_into_what_does_not_open_says_what_and_why(place, message):
         Shelf.open(place)
 
 
-def test_a_url_never_shows_its_password():
-    blobs = open_remote("valkey://user:hidden@host:1/0")
+@pytest.mark.parametrize("url", ["valkey://user:hidden@host:1/0", "http://user:hidden@host/p@th"])
+def test_a_url_never_shows_its_password(url):
+    blobs = open_remote(url)
     assert "hidden" not in blobs.place + blobs.name(KEYS[0])
+    assert store_of(url).place == blobs.place == url.replace("user:hidden@", "")
+
+
+def test_what_is_discarded_while_it_waits_is_not_written_later(tmp_path, monkeypatch):
+    write, go_on = remote.FsspecBlobs._write, threading.Event()
+    monkeypatch.setattr(remote.FsspecBlobs, "_write", lambda *args: go_on.wait(30) and write(*args))
+    store = store_of(f"file://{tmp_path}")
+    store.put(KEYS[0], CHUNKS[0])
+    store.discard(KEYS[0])
+    go_on.set()
+    store.flush()
+    assert KEYS[0] not in store
 
 
 def test_a_store_that_is_dropped_writes_what_waits_and_its_thread_ends(tmp_path):

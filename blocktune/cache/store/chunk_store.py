@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -199,29 +200,32 @@ class ChunkStore:
     def pin(self, key: str, pinned: bool = True) -> bool:
         """Protects an entry from eviction, or stops that. Returns whether a tier holds it."""
         with self._lock:
-            return sum(ledger.pin([key], pinned) for ledger in self._ledgers()) > 0
+            return sum(self._ledgers(lambda ledger: ledger.pin([key], pinned), 0)) > 0
 
     def is_pinned(self, key: str) -> bool:
         """Whether the entry is pinned in some tier."""
         with self._lock:
-            return any((row := ledger.row(key)) and row.pinned for ledger in self._ledgers())
+            rows = self._ledgers(lambda ledger: ledger.row(key))
+            return any(row is not None and row.pinned for row in rows)
 
     def pinned(self) -> dict[str, int]:
         """The pinned entries of all tiers: their bytes by key."""
         with self._lock:
-            rows = (row for ledger in self._ledgers() for row in ledger.rows(pinned=1))
-            return {row.key: row.size for row in rows}
+            rows = self._ledgers(lambda ledger: list(ledger.rows(pinned=1)), [])
+            return {row.key: row.size for row in chain.from_iterable(rows)}
 
-    def _ledgers(self) -> list[Ledger]:
-        ledgers = (tier.ledger for tier in (*self._memories, *self._blobs))
-        return [ledger for ledger in ledgers if ledger is not None]
+    def _ledgers(self, act: Callable[[Ledger], Any], default: Any = None) -> list:
+        """Results of ``act`` on the ledger of every tier; ``default`` for one that fails."""
+        memory = [act(tier.ledger) for tier in self._memories]
+        return memory + [tier.on_ledger(act, default) for tier in self._blobs]
 
     def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:
         """Opens the folder's files of one kind and model, by its index. Skips damaged ones."""
         for tier in self._blobs[: self.folder is not None]:
-            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint):
+            wanted = {"kind": kind.kind, "fingerprint": fingerprint}
+            for row in tier.on_ledger(lambda ledger: ledger.rows(**wanted), ()):  # noqa: B023
                 with suppress(OSError, ValueError):
-                    yield ChunkFile(tier.blobs, key, kind)
+                    yield ChunkFile(tier.blobs, row.key, kind)
 
     def describe(
         self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None

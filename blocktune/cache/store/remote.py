@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
+from blocktune.cache.store.config import without_password
 
 TIMEOUT_S = 2.0  # limit on one request to a remote; an answer can do without what is slower
 SLOWEST = 1e6  # bytes per second that a write may take in addition
@@ -32,7 +33,8 @@ def open_remote(url: str, secret: bytes | None = None) -> Blobs:
         return (ValkeyBlobs if scheme in VALKEY else FsspecBlobs)(url, secret)
     except ImportError as error:
         raise ValueError(
-            f"'{url}' needs the package '{error.name or error}'; `pip install 'blocktune[remote]'`"
+            f"'{without_password(url)}' needs the package '{error.name or error}'; "
+            "`pip install 'blocktune[remote]'`"
         ) from None
 
 
@@ -58,7 +60,7 @@ class FsspecBlobs(Blobs):
         import fsspec
 
         super().__init__(secret)
-        self.place, self.timeout_s, options = url.rstrip("/"), TIMEOUT_S, {}
+        self.place, self.timeout_s, options = without_password(url).rstrip("/"), TIMEOUT_S, {}
         if urlsplit(url).scheme in ("s3", "s3a"):
             times = {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S}
             options["config_kwargs"] = times | {"retries": {"max_attempts": 1}}
@@ -135,9 +137,8 @@ class ValkeyBlobs(Blobs):
         import valkey
 
         super().__init__(secret)
-        parts = urlsplit(url)
+        parts, self.place = urlsplit(url), without_password(url)
         self._prefix = parse_qs(parts.query).get("prefix", [PREFIX])[0]
-        self.place = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         try:
             self._client = valkey.from_url(
                 urlunsplit(parts._replace(query="")),

@@ -129,7 +129,7 @@ class BlobTier:
             file = ChunkFile(self.blobs, key, kind)
             return read(file), file.row(), file.content()
         except Expired:
-            self.remove(key)
+            self._remove(key)
             self.stats.expired += 1
         except FileNotFoundError:
             pass
@@ -142,11 +142,7 @@ class BlobTier:
         if time.time() - row.used > TOUCH_S:
             self.blobs.touch(row.key)
         new = row if self._is_folder else None  # rows of a remote come from listing it
-        self._on_ledger(lambda ledger: ledger.use(row.key, new))
-
-    def keys_where(self, **wanted: str) -> list[str]:
-        """Keys of the entries whose columns in the index equal the ``wanted`` values."""
-        return self._on_ledger(lambda ledger: [row.key for row in ledger.rows(**wanted)], [])
+        self.on_ledger(lambda ledger: ledger.use(row.key, new))
 
     def save(self, key: str, make: Callable[[], bytes], about: About) -> None:
         """Writes the file that ``make`` packs, and evicts others if needed. It may not fit.
@@ -165,7 +161,7 @@ class BlobTier:
         """Waits until all files and hits are written, or refused."""
         if self._queue is not None:
             self._queue.join()
-        self._on_ledger(lambda ledger: ledger.flush())
+        self.on_ledger(lambda ledger: ledger.flush())
 
     def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
         if not self.must_write and time.monotonic() < self._retry_at["write"]:
@@ -177,7 +173,7 @@ class BlobTier:
                 self.blobs.write(key, data)
                 written = True
         except OSError as error:
-            self._on_ledger(lambda ledger: ledger.remove([key]))
+            self.on_ledger(lambda ledger: ledger.remove([key]))
             self.failed(error, "write")
         finally:
             with self._lock:
@@ -185,15 +181,18 @@ class BlobTier:
                 self.stats.bytes_written += written * len(data)
                 self.stats.write_s += written * (time.perf_counter() - started)
 
-    def remove(self, key: str) -> bool:
-        """Removes the file of ``key``. Returns whether there was one."""
+    def remove(self, key: str) -> None:
+        """Removes the file of ``key``, if any, even if it still waits to be written."""
+        self._remove(key)
+        if self._queue is not None and self._queue.unfinished_tasks:
+            self._queue.put(partial(self._remove, key))
+
+    def _remove(self, key: str) -> None:
         try:
-            removed = self.blobs.remove(key)
-            self._on_ledger(lambda ledger: ledger.remove([key]))
-            return removed
+            self.blobs.remove(key)
+            self.on_ledger(lambda ledger: ledger.remove([key]))
         except OSError as error:
             self.failed(error, "write")
-            return False
 
     def describe(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
         """Writes a model's manifest, from ``make``, unless there is one."""
@@ -236,7 +235,7 @@ class BlobTier:
             self.ledger.remove(gone)
             self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
         default = [] if most is None else None  # without an index, only a tier without limit writes
-        leaving = self._on_ledger(partial(self._admit, size=size, key=key, about=about), default)
+        leaving = self.on_ledger(partial(self._admit, size=size, key=key, about=about), default)
         with self._lock:
             self.stats.evictions += len(leaving or ())
         return leaving is not None
@@ -252,7 +251,7 @@ class BlobTier:
                 ledger.add(key, size, about)
             return leaving
 
-    def _on_ledger(self, act: Callable[[Ledger], object], default: object = None):
+    def on_ledger(self, act: Callable[[Ledger], object], default: object = None):
         """Calls ``act`` on the ledger. If that fails, skips it for a while, or rebuilds it."""
         if self.ledger is None or time.monotonic() < self._retry_at["index"]:
             return default
@@ -271,13 +270,13 @@ class BlobTier:
 
 
 def _in_background(tier: BlobTier) -> queue.Queue:
-    """A queue of files to save, with a thread that processes it until tier or process end."""
+    """A queue of calls, with a thread that makes them until the tier or the process ends."""
     pending: queue.Queue = queue.Queue(_WAITING)
 
     def work() -> None:
-        while (save := pending.get()) is not None:
-            save()
-            del save  # queued calls keep the tier alive, this thread must not
+        while (act := pending.get()) is not None:
+            act()
+            del act  # queued calls keep the tier alive, this thread must not
             pending.task_done()
 
     def finish() -> None:
