@@ -49,7 +49,6 @@ class _RowLayer(CacheLayerMixin):
     """One layer of a `RowCache`: keys and values ``(B, K, N, D)``, allocated at the first write."""
 
     is_sliding = False
-    is_compileable = False
     supports_early_init = False
     keys, values = _zero_filled("_keys"), _zero_filled("_values")
 

@@ -21,10 +21,8 @@ from blocktune.cache.store.codecs import round_trip
 from blocktune.cache.store.config import MEMORY, StoreConfig, StoreStats, Tracer, keep_latest
 from blocktune.cache.store.ledger import About, Ledger
 from blocktune.cache.store.shelf import open_places
-from blocktune.cache.store.tiers import RETRY_S, BlobTier, MemoryTier
+from blocktune.cache.store.tiers import BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
-
-__all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
 
 _LOG = logging.getLogger(__name__)
 _TENANTS, _NOTED = 1024, 64
@@ -69,7 +67,7 @@ class ChunkStore:
         self.notes: dict[Hashable, Any] = {}  # plug-ins' data, until `clear`
         self.may_load = True  # whether a method may load any model, from folders and the Hub
         self._tenants_notes: dict[Hashable, Any] = {}
-        self.must_write, self.warn_rejected = must_write, True  # whether the first one is a warning
+        self.warn_rejected = True  # whether the first one is a warning
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
         self._shared_ropes: dict[str, RopeSpec] = {}

@@ -7,6 +7,7 @@ there, and entries that cannot be written are counted.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -51,7 +52,7 @@ class MemoryTier:
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or None."""
-        if key in self._expiry and self._expiry[key] <= self.ledger.now():
+        if self._expiry.get(key, math.inf) <= self.ledger.now():
             self.remove(key)
             self.stats.expired += 1
         return self.entries.get(key)
@@ -63,8 +64,7 @@ class MemoryTier:
         if leaving is None:
             self.remove(key)
             return [(key, entry, about)]
-        present = (old for old in leaving if old in self.entries)
-        evicted = [(old, self.entries[old], self.ledger.row(old)) for old in present]
+        evicted = [(old, self.entries[old], self.ledger.row(old)) for old in leaving]
         for old in leaving:
             self.remove(old)
         self.stats.evictions += len(evicted)
@@ -72,17 +72,15 @@ class MemoryTier:
         if self.device.type == "cpu" and torch.cuda.is_available():
             entry = entry.map(lambda tensor: tensor.pin_memory())
         self.entries[key] = entry
-        self._expiry.pop(key, None)
-        if about.expires is not None:
-            self._expiry[key] = about.expires
+        self._expiry[key] = math.inf if about.expires is None else about.expires
         self.ledger.add(key, entry.num_bytes, about)
         self.stats.bytes_written += entry.num_bytes
         return evicted
 
     def remove(self, key: str) -> None:
         """Removes the entry of ``key``, if any."""
-        self._expiry.pop(key, None)
         if self.entries.pop(key, None) is not None:
+            del self._expiry[key]
             self.ledger.remove([key])
 
     def clear(self) -> None:
@@ -98,16 +96,13 @@ class BlobTier:
     def __init__(self, blobs: Blobs, config: StoreConfig, must_write: bool = False):
         """Creates a folder and opens its index. With ``must_write``, a failed write raises."""
         self.blobs, self.must_write, self.stats = blobs, must_write, TierStats()
-        self._is_folder = isinstance(blobs, ChunkFolder)
-        self.name, most = "remote", config.remote_bytes
-        if self._is_folder:
-            self.name, most = "disk", config.disk
+        self._is_folder = folder = isinstance(blobs, ChunkFolder)
+        self.name, most = ("disk", config.disk) if folder else ("remote", config.remote_bytes)
         self._budget = {"max_bytes": most, "policy": config.policy, "quota": config.quota}
         self._lock, self._warned, self._next_listing = threading.Lock(), False, 0.0
         self._retry_at = {"read": 0.0, "write": 0.0, "index": 0.0}
-        self.ledger = None if self._is_folder else Ledger(**self._budget)
-        self._queue = None if self._is_folder or must_write else _in_background(self)
-        if self._is_folder:
+        self._queue = None if folder or must_write else _in_background(self)
+        if folder:
             try:
                 blobs.prepare()
             except OSError as error:
@@ -115,10 +110,12 @@ class BlobTier:
             self.ledger = open_index(blobs, **self._budget)
             if self.ledger is None and most is not None:
                 _LOG.warning("'%s' has no index to limit its size: nothing is written", blobs.place)
+        else:
+            self.ledger = Ledger(**self._budget)
 
     def load(
         self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Entry]
-    ) -> tuple[Entry, Row, bytes | None] | None:
+    ) -> tuple[Entry, Row, memoryview | None] | None:
         """Loads an entry by ``read``. Returns it with its row and, from a remote, the file content.
 
         Returns None if there is none or the tier is out of reach. ValueError: it is damaged.
