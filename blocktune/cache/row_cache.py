@@ -244,7 +244,6 @@ class PrefillCache(DynamicCache):
     exact = True  # tokens are computed in order, and only what a `PrefixMatch` holds is loaded
 
     def __init__(self, config):
-        """Makes an empty cache for the model's ``config``."""
         super().__init__(config=config)
         self.num_columns = 0  # number of tokens; the caller adds to it after each pass
 

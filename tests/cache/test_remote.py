@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import socket
 import threading
 import time
@@ -128,6 +129,20 @@ def test_garbage_in_a_remote_is_a_miss(url, caplog):
     store.put(KEYS[0], CHUNKS[0])
     store.flush()
     assert_same_chunk(store.get(KEYS[0], CHUNKS[0].token_ids, MODEL), CHUNKS[0])
+
+
+def test_a_failed_write_to_a_folder_leaves_the_old_file(tmp_path):
+    blobs = open_remote(f"file://{tmp_path}")
+    blobs.write(KEYS[0], b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            blobs.write(KEYS[0], bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert blobs.open(KEYS[0]).content() == b"old"
+    assert [path.stem for path in tmp_path.rglob("*.*")] == [KEYS[0]]
 
 
 def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):

@@ -227,6 +227,7 @@ class Tracer:
         self._distances, self._lifetimes = Counter(), Counter()
         if path is not None:
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("ab", buffering=0)
             except OSError as error:
                 raise ValueError(f"cannot write the trace '{path}': {error.strerror}") from None

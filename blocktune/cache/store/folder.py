@@ -73,7 +73,6 @@ class ChunkFolder(Blobs):
     """The files of a store in a folder, by their keys."""
 
     def __init__(self, path: str | Path, secret: bytes | None = None):
-        """Uses the folder ``path``; see `Blobs` for ``secret``."""
         super().__init__(secret)
         self.path, self.place = Path(path), str(path)
 

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 from blocktune.cache.store.config import without_password
+from blocktune.files import replacing
 
 TIMEOUT_S = 2.0  # limit on one request to a remote; an answer can do without what is slower
 SLOWEST = 1e6  # bytes per second that a write may take in addition
@@ -56,7 +57,6 @@ class FsspecBlobs(Blobs):
     """Files below an fsspec URL. Credentials come from the file system's usual configuration."""
 
     def __init__(self, url: str, secret: bytes | None):
-        """See `open_remote`."""
         import fsspec
 
         super().__init__(secret)
@@ -84,6 +84,10 @@ class FsspecBlobs(Blobs):
 
     def _write(self, name: str, data: bytes) -> None:
         path = self._path(name)
+        if "file" in self._fs.protocol:  # unlike an object store's, its writes are not atomic
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+            return
         if not self._async:
             _call_client(self._fs.makedirs, self._fs._parent(path), exist_ok=True)
         self._call("pipe_file", path, data, timeout_s=self.timeout_s + len(data) / SLOWEST)
@@ -133,7 +137,6 @@ class ValkeyBlobs(Blobs):
     """Values of a Valkey or Redis server, under ``PREFIX:KEY`` and ``PREFIX:manifest:MODEL``."""
 
     def __init__(self, url: str, secret: bytes | None):
-        """See `open_remote`."""
         import valkey
 
         super().__init__(secret)
