@@ -17,7 +17,8 @@ from typing import Any
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path with the same suffix. The file written there replaces ``path``.
 
-    If the block fails, ``path`` does not change and nothing is left behind. If several processes
+    An existing file keeps its permissions. If the block fails, ``path`` does not change and
+    nothing is left behind. If several processes
     write the same path at once, the last rename wins. Missing folders are created. For a link, its
     target is replaced. A device or pipe, which a rename would remove, is written to directly.
     """
@@ -34,7 +35,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        Path(name).chmod(0o666 & ~_umask())
+        if path.exists():
+            shutil.copymode(path, name)
+        else:
+            Path(name).chmod(0o666 & ~_umask())
         sync(name)
         os.replace(name, path)
         sync(path.parent)

@@ -44,10 +44,12 @@ def test_a_write_replaces_with_usual_permissions(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o600)
     with replacing(path) as temporary:
         assert temporary.suffix == ".json"
         temporary.write_text("2")
     assert path.read_text() == "2"
+    assert path.stat().st_mode & 0o777 == 0o600  # a private file stays private
 
 
 def test_a_link_a_pipe_and_a_folder_stay_what_they_are(tmp_path):

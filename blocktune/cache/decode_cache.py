@@ -39,8 +39,9 @@ class DecodeCache:
         return cls(kind, int(window)) if window.isdigit() else cls(text)
 
     def __post_init__(self):
-        if self.kind not in LAYERS or (self.kind == "sliding") != (self.window > 1):
-            known = ", ".join(name.replace("sliding", "sliding:TOKENS") for name in LAYERS)
+        fits = self.window > 1 if self.kind == "sliding" else not self.window
+        if self.kind not in LAYERS or not fits:
+            known = ", ".join(LAYERS).replace("sliding", "sliding:TOKENS (2 or more)")
             given = f"{self.kind}:{self.window}" if self.window else self.kind
             raise ValueError(f"a decode cache is one of {known}; got '{given}'")
         if self.kind == "offloaded" and not torch.cuda.is_available():

@@ -7,17 +7,16 @@ silently spoil every later answer with that prefix. So exact states have a type 
 Keys and values can be cut at any token. A recurrent state cannot: a later prompt that shares ``d``
 tokens is recomputed from the deepest checkpoint at or before ``d``. The depths to keep are chosen
 from the depths up to which earlier prompts were shared.
-Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme of O(N M) steps.
+Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, replace
-from itertools import accumulate
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,51 +171,25 @@ def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...
 
     ``weights`` say how often prompts were shared up to each depth (in tokens). Deterministic.
     Only depths that occur are candidates: a checkpoint between two of them is never better than
-    one at the next. With the last checkpoint at depth ``i``, the cost up to depth ``j`` is a line
-    of slope ``-i`` in the number of prompts before ``j``. Both only grow, so the lowest line for
-    each ``j`` is found in constant amortised time (convex hull trick).
+    one at the next.
     """
-    depths = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
-    count = len(depths)
-    if budget >= count or budget < 1:
-        return tuple(depths[: max(budget, 0)])
-    before = [0, *accumulate(weights[depth] for depth in depths)]
-    tokens = [0, *accumulate(weights[depth] * depth for depth in depths)]
-    cost, last = tokens, []  # cost[j]: of the first j depths, without any checkpoint
+    kept = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
+    if budget >= len(kept) or budget < 1:
+        return tuple(kept[: max(budget, 0)])
+    depths, counts = np.array(kept), np.array([weights[depth] for depth in kept])
+    prompts = np.concatenate(([0], counts.cumsum()))
+    tokens = np.concatenate(([0], (counts * depths).cumsum()))
+    # after[j, i]: tokens recomputed by the prompts of depths i to j - 1, resumed at depth i
+    after = tokens[:, None] - tokens[:-1] - depths * (prompts[:, None] - prompts[:-1])
+    after[~np.tri(*after.shape, k=-1, dtype=bool)] = tokens[-1] + 1  # none: more than any cost
+    cost, chosen = tokens, []  # cost[j]: of the first j depths, without any checkpoint
     for _ in range(budget):
-        cost, chosen = _one_more(cost, depths, before, tokens)
-        last.append(chosen)
-    placed, j = [], count
-    for chosen in reversed(last):
-        j = chosen[j]
-        if j is None:
-            break
-        placed.append(depths[j])
+        total = after + cost[:-1]
+        chosen.append(len(kept) - 1 - total[:, ::-1].argmin(axis=1))  # the deepest of equal ones
+        cost = np.concatenate(([0], total[1:].min(axis=1)))
+    placed, left = [], len(kept)
+    for last in reversed(chosen):
+        if left:
+            left = last[left]
+            placed.append(kept[left])
     return tuple(reversed(placed))
-
-
-def _one_more(cost: list, depths: list, before: list, tokens: list) -> tuple[list, list]:
-    """Costs with one more checkpoint, and the index of its depth for each ``j`` (None: unused)."""
-    lines: deque[tuple[int, int, int]] = deque()  # slope, intercept, index; decreasing slopes
-    costs, chosen = [0], [None]
-    for j in range(1, len(before)):
-        i = j - 1
-        slope = -depths[i]
-        line = (slope, cost[i] - tokens[i] - slope * before[i], i)
-        while len(lines) > 1 and _hidden(lines[-2], lines[-1], line):
-            lines.pop()
-        lines.append(line)
-        x = before[j]
-        while len(lines) > 1 and lines[1][0] * x + lines[1][1] <= lines[0][0] * x + lines[0][1]:
-            lines.popleft()
-        slope, intercept, index = lines[0]
-        costs.append(tokens[j] + slope * x + intercept)
-        chosen.append(index)
-    return costs, chosen
-
-
-def _hidden(first: tuple, middle: tuple, last: tuple) -> bool:
-    """Whether the middle of three lines with decreasing slopes is nowhere the lowest."""
-    return (last[1] - first[1]) * (first[0] - middle[0]) <= (middle[1] - first[1]) * (
-        first[0] - last[0]
-    )

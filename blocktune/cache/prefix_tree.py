@@ -50,8 +50,8 @@ class _Node:
 
     @property
     def num_bytes(self) -> int:
-        states = () if self.exact is None else (*self.exact.keys, *self.exact.values)
-        return sum(t.nbytes for t in states) + 8 * len(self.ids) + state_bytes(self.state)
+        """Bytes of a run in memory."""
+        return self.exact.num_bytes + state_bytes(self.state)
 
     @property
     def is_leaf(self) -> bool:
@@ -108,7 +108,7 @@ class PrefixTree:
             root = self._root(fingerprint)
             path, from_files = self._loaded(self._walk(root, ids), fingerprint)
             last, overlap = path[-1][0] if path else None, sum(count for _, count in path)
-            while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
+            while path and not _resumes(*path[-1]):
                 path = path[:-1]
             parts = [(node.exact, count) for node, count in path]
             disk_tokens = sum(count for node, count in path if node in from_files)
@@ -214,7 +214,9 @@ class PrefixTree:
         """The nodes along ``ids``, each with the number of its tokens that match."""
         node, at, path = root, 0, []
         while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
-            count = _common(child.ids, ids[at:])
+            rest = ids[at : at + len(child.ids)]
+            differ = np.flatnonzero(child.ids[: len(rest)] != rest)
+            count = int(differ[0]) if len(differ) else len(rest)
             child.used = next(self._clock)
             path.append((child, count))
             if count < len(child.ids):
@@ -350,12 +352,6 @@ class PrefixTree:
                 node = node.parent
 
 
-def _common(left: np.ndarray, right: np.ndarray) -> int:
-    """Length of the common prefix of two runs."""
-    count = min(len(left), len(right))
-    differ = np.flatnonzero(left[:count] != right[:count])
-    return int(differ[0]) if len(differ) else count
-
-
 def _resumes(node: _Node, count: int) -> bool:
-    return node.state is not None and count == len(node.ids)
+    """Whether a prompt can resume after ``count`` tokens of a run."""
+    return node.exact.states is None or (node.state is not None and count == len(node.ids))

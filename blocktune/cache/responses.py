@@ -85,7 +85,13 @@ class ResponseCache:
         return None if record is None else json.loads(bytes(record.data[0].tolist()))
 
     def _list(self, place: str) -> Nearest:
-        return Nearest(self.store, chunk_key(place, (), {"questions": self.model}), most=256)
+        # Of these weights, not of their name: vectors of different models cannot be compared.
+        scope = chunk_key(place, (), {"questions": self._embedder.fingerprint})
+        return Nearest(self.store, scope, most=256)
 
     def _vector(self, question: str) -> torch.Tensor:
-        return Embedder.of(self.store, self.model)([question])[0]
+        return self._embedder([question])[0]
+
+    @property
+    def _embedder(self) -> Embedder:
+        return Embedder.of(self.store, self.model)

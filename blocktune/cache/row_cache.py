@@ -49,7 +49,6 @@ class _RowLayer(CacheLayerMixin):
     """One layer of a `RowCache`: keys and values ``(B, K, N, D)``, allocated at the first write."""
 
     is_sliding = False
-    is_compileable = False
     supports_early_init = False
     keys, values = _zero_filled("_keys"), _zero_filled("_values")
 
@@ -245,7 +244,6 @@ class PrefillCache(DynamicCache):
     exact = True  # tokens are computed in order, and only what a `PrefixMatch` holds is loaded
 
     def __init__(self, config):
-        """Makes an empty cache for the model's ``config``."""
         super().__init__(config=config)
         self.num_columns = 0  # number of tokens; the caller adds to it after each pass
 

@@ -272,6 +272,7 @@ def test_a_store_is_one_text(text, expected):
         ("c,policy=best", "lru, lfu, fifo, gdsf"),
         ("c,codec=mp3", "as-is, fp8"),
         ("c,ttl=soon", "s, m, h or d"),
+        ("c,remote=", "got 'remote='"),  # fsspec would open the current folder
     ],
 )
 def test_a_wrong_text_says_what_is_right(text, wanted):
@@ -292,3 +293,15 @@ def test_looking_into_a_folder_that_is_no_store_makes_nothing(tmp_path):
     with pytest.raises(ValueError, match="no store at"):
         Shelf.open(str(tmp_path))
     assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_an_expired_entry_that_is_replaced_frees_its_space_once():
+    now = [1.0]
+    ledger = Ledger(max_bytes=30, clock=lambda: now[0])
+    ledger.add("a", 10, About(expires=5.0))
+    for key in ("b", "c"):
+        ledger.add(key, 10, About())
+    now[0] = 6.0
+    ledger.remove(ledger.leaving(20, key="a"))
+    ledger.add("a", 20, About())
+    assert ledger.size() <= 30

@@ -72,3 +72,10 @@ def test_tokens_that_no_model_has_do_not_stop_the_encoder(made, tmp_path):
     assert engine.encode_wanted() == 3
     assert queue.take(engine.fingerprint) == []
     assert engine.store.stats().files.bytes_written > 0
+
+
+def test_a_queue_without_a_folder_is_empty():
+    queue = MissQueue(None)
+    queue.add(OTHER, [Wanted((1, 2))])
+    queue.done(OTHER, [Wanted((1, 2))])
+    assert queue.take(OTHER) == []

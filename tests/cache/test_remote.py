@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import socket
 import threading
 import time
@@ -130,6 +131,20 @@ def test_garbage_in_a_remote_is_a_miss(url, caplog):
     assert_same_chunk(store.get(KEYS[0], CHUNKS[0].token_ids, MODEL), CHUNKS[0])
 
 
+def test_a_failed_write_to_a_folder_leaves_the_old_file(tmp_path):
+    blobs = open_remote(f"file://{tmp_path}")
+    blobs.write(KEYS[0], b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            blobs.write(KEYS[0], bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert blobs.open(KEYS[0]).content() == b"old"
+    assert [path.stem for path in tmp_path.rglob("*.*")] == [KEYS[0]]
+
+
 def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
     store = store_of(None, tmp_path / "here")
     for key, kv in zip(KEYS, CHUNKS, strict=True):
@@ -240,9 +255,22 @@ def test_looking_into_what_does_not_open_says_what_and_why(place, message):
         Shelf.open(place)
 
 
-def test_a_url_never_shows_its_password():
-    blobs = open_remote("valkey://user:hidden@host:1/0")
+@pytest.mark.parametrize("url", ["valkey://user:hidden@host:1/0", "http://user:hidden@host/p@th"])
+def test_a_url_never_shows_its_password(url):
+    blobs = open_remote(url)
     assert "hidden" not in blobs.place + blobs.name(KEYS[0])
+    assert store_of(url).place == blobs.place == url.replace("user:hidden@", "")
+
+
+def test_what_is_discarded_while_it_waits_is_not_written_later(tmp_path, monkeypatch):
+    write, go_on = remote.FsspecBlobs._write, threading.Event()
+    monkeypatch.setattr(remote.FsspecBlobs, "_write", lambda *args: go_on.wait(30) and write(*args))
+    store = store_of(f"file://{tmp_path}")
+    store.put(KEYS[0], CHUNKS[0])
+    store.discard(KEYS[0])
+    go_on.set()
+    store.flush()
+    assert KEYS[0] not in store
 
 
 def test_a_store_that_is_dropped_writes_what_waits_and_its_thread_ends(tmp_path):

@@ -3,12 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
 from engine.served import ASK, FORMAT, SHORT
 from minilm import model_folder
 from tiny_llama import tiny_llama
 
 from blocktune.cache import ChunkStore
 from blocktune.cache.responses import ResponseCache
+from blocktune.cache.store.records import Embedder
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.recall import Recall
 from blocktune.methods import build
@@ -114,6 +116,23 @@ def test_a_similar_question_over_the_same_chunks_gets_the_answer(engine):
     strict = ResponseCache(engine.store, 0.999, MODEL)
     engine.responses = strict
     assert asked(engine, SIMILAR).usage.recalled is None
+
+
+def test_questions_of_another_embedding_model_are_not_compared(engine):
+    """A folder may hold another model later; its vectors may also have another size."""
+
+    class Fake:
+        def __init__(self, fingerprint, size):
+            self.fingerprint, self.size = fingerprint, size
+
+        def __call__(self, texts):
+            return torch.nn.functional.normalize(torch.ones(len(texts), self.size))
+
+    engine.responses = ResponseCache(engine.store, 0.8, "folder")
+    for recalled, fake in ((None, Fake("a", 3)), (1.0, Fake("a", 3)), (None, Fake("b", 4))):
+        engine.store.notes[Embedder, "folder"] = fake
+        ask = dataclasses.replace(ASK, question=f"Question of {fake.size}, {recalled}?")
+        assert asked(engine, ask).usage.recalled == (recalled and pytest.approx(recalled))
 
 
 def test_answers_outlive_the_process_and_a_damaged_one_is_made_again(engine, tmp_path):

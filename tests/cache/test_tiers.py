@@ -1,11 +1,14 @@
 """Entries move between tiers: down when there is no room, up when they are used."""
 
+import sqlite3
+from pathlib import Path
+
 import pytest
 from cache.made import MODEL, assert_same_chunk, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
 from blocktune.cache.store.config import StoreConfig
-from blocktune.cache.store.ledger import POLICIES
+from blocktune.cache.store.ledger import INDEX, POLICIES
 
 CHUNKS = [made_chunk(5, seed=10 * n) for n in range(6)]
 KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]
@@ -77,3 +80,43 @@ def test_pinned_entries_stay_in_memory():
     store.pin(KEYS[0], False)
     store.put(KEYS[4], CHUNKS[4])
     assert KEYS[0] not in store
+
+
+def test_a_pin_moves_with_its_entry():
+    store = ChunkStore(config=StoreConfig(memory=SIZE, cpu=SIZE))
+    for index in (0, 1):
+        store.put(KEYS[index], CHUNKS[index])
+    assert store.pin(KEYS[0])  # on the host
+    assert (tier_of(store, 0), tier_of(store, 0)) == ("cpu", "memory")
+    for index in (2, 3, 4):
+        store.put(KEYS[index], CHUNKS[index])
+    assert store.pinned() == {KEYS[0]: SIZE}
+    assert KEYS[0] in store
+
+
+def test_a_trace_on_a_full_disk_ends_and_the_store_goes_on(caplog):
+    store = ChunkStore(config=StoreConfig(trace=Path("/dev/full")))
+    for index in (0, 1):
+        store.put(KEYS[index], CHUNKS[index])
+        assert tier_of(store, index) == "memory"
+    [record] = caplog.records
+    assert record.getMessage() == "the trace '/dev/full' ends here: No space left on device"
+
+
+def test_a_trace_may_lie_in_the_folder_that_the_store_makes(tmp_path):
+    store = ChunkStore.open(f"{tmp_path}/new,trace={tmp_path}/new/trace.jsonl")
+    store.put(KEYS[0], CHUNKS[0])
+    assert '"op": "put"' in (tmp_path / "new" / "trace.jsonl").read_text()
+    assert len(store) == 1
+
+
+def test_a_busy_index_stops_no_pin(tmp_path):
+    store = ChunkStore(folder=tmp_path)
+    store.put(KEYS[0], CHUNKS[0])
+    other = sqlite3.connect(tmp_path / INDEX, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")  # as a process does while it evicts
+    assert store.pin(KEYS[0])  # in memory
+    assert store.is_pinned(KEYS[0])
+    assert store.pinned() == {KEYS[0]: SIZE}
+    other.rollback()
+    other.close()

@@ -65,6 +65,14 @@ def relative_path(key: str) -> str:
     return f"{key[:2]}/{key[2:4]}/{key}.safetensors"
 
 
+def header_end(file: Blob) -> int:
+    """Length in bytes of the header of a safetensors file. Raises ValueError if it is cut off."""
+    end = 8 + int.from_bytes(file.content(8), "little")
+    if end > min(file.size, MOST_HEADER):
+        raise ValueError("its header is cut off")
+    return end
+
+
 def secret_from_environment() -> bytes | None:
     """The signing key from `SECRET` or from the file that `SECRET_FILE` names; None if unset."""
     text, path = os.environ.get(SECRET), os.environ.get(SECRET_FILE)
@@ -161,14 +169,10 @@ class Blobs(ABC):
     def facts(self, key: str) -> tuple[dict[str, str], Row]:
         """A file's header and its row for the index, both unverified. Raises as `open` does."""
         file = self.open(key, FIRST_READ)
-        data = file.content(FIRST_READ)
-        end = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < end <= min(file.size, MOST_HEADER):
-            data = self.open(key, end).content(end)
-        if end > len(data):
-            raise ValueError("its header is cut off")
+        if (end := header_end(file)) > FIRST_READ:
+            file = self.open(key, end)
         try:
-            header = json.loads(data[8:end])
+            header = json.loads(file.content(end)[8:])
             [num_tokens] = header["token_ids"]["shape"]
             facts = {str(name): str(text) for name, text in header["__metadata__"].items()}
             return facts, Row.of(facts, int(num_tokens), key, file.size, file.used)
@@ -204,14 +208,11 @@ class Blobs(ABC):
             record = json.loads(self._open(name, None).content())
             if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
                 raise ValueError(f"it does not describe model {fingerprint[:12]}")
+            self.require_signed(record, record.pop("signature", None))
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ValueError(f"{self.place}/{name}: not a manifest ({error})") from None
-        try:
-            self.require_signed(record, record.pop("signature", None))
-        except ValueError as error:
-            raise ValueError(f"{self.place}/{name}: {error}") from None
+            raise ValueError(f"cannot use the manifest {self.place}/{name}: {error}") from None
         return record
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from blocktune.cache.chunk_kv import ChunkKV, Entry
-from blocktune.cache.store.blobs import MOST_HEADER, Blobs
+from blocktune.cache.store.blobs import Blobs, header_end
 from blocktune.cache.store.codecs import decoded, encoded
 from blocktune.cache.store.ledger import About, Row
 from blocktune.positions import RopeSpec
@@ -82,15 +82,11 @@ class ChunkFile:
     def _read_header(self, blobs: Blobs) -> dict[str, Any]:
         """Reads and verifies the header. Returns the attributes that it sets."""
         with _readable():
-            self._start = 0
-            length = int.from_bytes(self._fetch(0, 8).numpy().tobytes(), "little")
-            if length > min(self._blob.size - 8, MOST_HEADER):
-                raise ValueError("its header is cut off")
-            self._start = 8 + length
-            tensors = json.loads(self._fetch(-length, 0).numpy().tobytes())
+            start = header_end(self._blob)
+            tensors = json.loads(self._blob.content(start)[8:])
             header = dict(tensors.pop("__metadata__"))
             checksum, signature = (header.pop(n, None) for n in ("checksum", "signature"))
-            attrs = {"_tensors": tensors, "_header": header, "_start": self._start}
+            attrs = {"_tensors": tensors, "_header": header, "_start": start}
             attrs["_sums"] = dict(json.loads(header["checksums"]))
             attrs["_heads"] = {} if blobs.secret else json.loads(header.get("heads", "{}"))
             attrs["_sha256"] = dict(json.loads(header.get("sha256", "{}")))
@@ -106,9 +102,9 @@ class ChunkFile:
         size, used = self._blob.size, self._blob.used
         return Row.of(self._header, len(self.token_ids), self.key, size, used)
 
-    def content(self) -> bytes | None:
+    def content(self) -> memoryview | None:
         """The whole file if it was fetched from a remote, else None."""
-        return None if self._blob.data is None else bytes(self._blob.data)
+        return self._blob.data
 
     def read(self, name: str, share: Share | None = None) -> Tensor:
         """Reads and verifies a tensor, or one rank's heads of it. Raises ValueError if damaged."""
@@ -190,7 +186,7 @@ class ChunkFile:
         self._verified.add(_ALL)
 
     def _fetch(self, start: int, end: int) -> Tensor:
-        if not -self._start <= start <= end <= self._blob.size - self._start:
+        if not 0 <= start <= end <= self._blob.size - self._start:
             raise ValueError("it is cut off")
         raw = torch.empty(end - start, dtype=torch.uint8)
         self._fill([memoryview(raw.numpy())], start, end)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +21,8 @@ from blocktune.cache.store.codecs import round_trip
 from blocktune.cache.store.config import MEMORY, StoreConfig, StoreStats, Tracer, keep_latest
 from blocktune.cache.store.ledger import About, Ledger, Row
 from blocktune.cache.store.shelf import open_places
-from blocktune.cache.store.tiers import RETRY_S, BlobTier, MemoryTier
+from blocktune.cache.store.tiers import BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
-
-__all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
 
 _LOG = logging.getLogger(__name__)
 _TENANTS, _NOTED = 1024, 64
@@ -68,7 +67,7 @@ class ChunkStore:
         self.notes: dict[Hashable, Any] = {}  # plug-ins' data, until `clear`
         self.may_load = True  # whether a method may load any model, from folders and the Hub
         self._tenants_notes: dict[Hashable, Any] = {}
-        self.must_write, self.warn_rejected = must_write, True  # whether the first one is a warning
+        self.warn_rejected = True  # whether the first one is a warning
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
         self._shared_ropes: dict[str, RopeSpec] = {}
@@ -199,7 +198,7 @@ class ChunkStore:
     def pin(self, key: str, pinned: bool = True) -> bool:
         """Protects an entry from eviction, or stops that. Returns whether a tier holds it."""
         with self._lock:
-            return sum(ledger.pin([key], pinned) for ledger in self._ledgers()) > 0
+            return sum(self._ledgers(lambda ledger: ledger.pin([key], pinned), 0)) > 0
 
     def row(self, key: str) -> Row | None:
         """What the first tier that has an index says about an entry; None: not in any index."""
@@ -209,24 +208,27 @@ class ChunkStore:
     def is_pinned(self, key: str) -> bool:
         """Whether the entry is pinned in some tier."""
         with self._lock:
-            return any((row := ledger.row(key)) and row.pinned for ledger in self._ledgers())
+            rows = self._ledgers(lambda ledger: ledger.row(key))
+            return any(row is not None and row.pinned for row in rows)
 
     def pinned(self) -> dict[str, int]:
         """The pinned entries of all tiers: their bytes by key."""
         with self._lock:
-            rows = (row for ledger in self._ledgers() for row in ledger.rows(pinned=1))
-            return {row.key: row.size for row in rows}
+            rows = self._ledgers(lambda ledger: list(ledger.rows(pinned=1)), [])
+            return {row.key: row.size for row in chain.from_iterable(rows)}
 
-    def _ledgers(self) -> list[Ledger]:
-        ledgers = (tier.ledger for tier in (*self._memories, *self._blobs))
-        return [ledger for ledger in ledgers if ledger is not None]
+    def _ledgers(self, act: Callable[[Ledger], Any], default: Any = None) -> list:
+        """Results of ``act`` on the ledger of every tier; ``default`` for one that fails."""
+        memory = [act(tier.ledger) for tier in self._memories]
+        return memory + [tier.on_ledger(act, default) for tier in self._blobs]
 
     def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:
         """Opens the folder's files of one kind and model, by its index. Skips damaged ones."""
         for tier in self._blobs[: self.folder is not None]:
-            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint):
+            wanted = {"kind": kind.kind, "fingerprint": fingerprint}
+            for row in tier.on_ledger(lambda ledger: ledger.rows(**wanted), ()):  # noqa: B023
                 with suppress(OSError, ValueError):
-                    yield ChunkFile(tier.blobs, key, kind)
+                    yield ChunkFile(tier.blobs, row.key, kind)
 
     def describe(
         self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None

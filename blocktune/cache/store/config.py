@@ -6,13 +6,14 @@ This module does not import torch.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, TextIO
+from typing import Any, BinaryIO, Literal, Self
 
 POLICIES = {
     "lru": "used",
@@ -31,6 +32,7 @@ Tier = Literal["memory", "cpu", "disk", "remote", "none"]
 _REMEMBERED = 1 << 16
 """Number of keys whose last use a trace remembers."""
 _SHOWN = 16
+_LOG = logging.getLogger(__name__)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -121,8 +123,10 @@ class StoreConfig:
 
     @property
     def place(self) -> str | None:
-        """The folder; if there is none, the URL. Error messages name it."""
-        return str(self.folder) if self.folder is not None else self.remote
+        """The folder; if there is none, the URL without its password. Error messages name it."""
+        if self.folder is not None:
+            return str(self.folder)
+        return None if self.remote is None else without_password(self.remote)
 
     @classmethod
     def parse(cls, text: str | Path, **defaults) -> StoreConfig:
@@ -148,7 +152,7 @@ class StoreConfig:
             values["folder"] = Path(first)
         for pair in rest:
             name, equals, value = (part.strip() for part in pair.partition("="))
-            if not equals or name not in known:
+            if not equals or not value or name not in known:
                 raise ValueError(
                     f"--store is PLACE,name=value,... with {', '.join(sorted(known))}; got '{pair}'"
                 )
@@ -160,6 +164,11 @@ class StoreConfig:
 
 _READ = dict.fromkeys(("memory", "cpu", "disk", "remote_bytes", "quota"), parse_bytes)
 _READ |= {"ttl": parse_seconds, "trace": Path}
+
+
+def without_password(url: str) -> str:
+    """The URL without user and password, for messages."""
+    return re.sub("://[^/?#]*@", "://", url)
 
 
 def keep_latest(known: dict, key: Hashable, value: Any, most: int) -> None:
@@ -207,17 +216,19 @@ class Tracer:
     """Counts lookups. With a path, it also appends lookups and writes to a JSON Lines file.
 
     Lines: ``{"t", "op": "get" or "put", "key", "tokens", "bytes", "tier" or "seconds", ...}``, with
-    ``t`` in seconds since the epoch. Several processes may append to the same file.
+    ``t`` in seconds since the epoch. Several processes may append to the same file. If it cannot be
+    written any more, it ends there, with a warning.
     """
 
     def __init__(self, path: Path | None = None):
         """Opens the file. Raises ValueError if it cannot be written."""
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
         self._count, self._last = 0, OrderedDict()
         self._distances, self._lifetimes = Counter(), Counter()
         if path is not None:
             try:
-                self._file = path.open("a", encoding="utf-8", buffering=1)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("ab", buffering=0)
             except OSError as error:
                 raise ValueError(f"cannot write the trace '{path}': {error.strerror}") from None
 
@@ -254,4 +265,8 @@ class Tracer:
     def _write(self, key: str, **record) -> None:
         if self._file is not None:
             line = json.dumps({"t": round(time.time(), 6), "key": key[:_SHOWN]} | record)
-            self._file.write(line + "\n")
+            try:
+                self._file.write(f"{line}\n".encode())
+            except OSError as error:  # such as a full disk, which must not stop answers
+                _LOG.warning("the trace '%s' ends here: %s", self._file.name, error.strerror)
+                self._file = None

@@ -73,7 +73,6 @@ class ChunkFolder(Blobs):
     """The files of a store in a folder, by their keys."""
 
     def __init__(self, path: str | Path, secret: bytes | None = None):
-        """Uses the folder ``path``; see `Blobs` for ``secret``."""
         super().__init__(secret)
         self.path, self.place = Path(path), str(path)
 
@@ -89,7 +88,7 @@ class ChunkFolder(Blobs):
                 f"cannot use '{self.path}' as a chunk store: {error.strerror}; give a folder"
             ) from None
         probe = self._unfinished("0" * 64)
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        probe.touch()
         probe.unlink(missing_ok=True)
         self.clean()
 
@@ -194,14 +193,13 @@ def _plain(path: Path, flags: int) -> int:
     """Opens a plain file and returns its descriptor. Raises ValueError for anything else."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
     except OSError as error:
         # ENXIO: the path is a socket, or a pipe without a reader.
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
-            raise ValueError("a link, folder or device is at its path") from None
-        raise
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
+            raise
     raise ValueError("a link, folder or device is at its path")
 
 

@@ -108,11 +108,14 @@ class Ledger:
                 raise
 
     def add(self, key: str, size: int, about: About) -> None:
-        """Inserts an entry, or replaces it and keeps its pin and its count of uses."""
+        """Inserts an entry, or replaces it and keeps its pin and its count of uses.
+
+        An entry that moves here from another tier, whose row is ``about``, keeps its pin, too.
+        """
         with self.transaction() as database:
             now = self.now()
             cursor = database.execute("SELECT uses, pinned FROM entries WHERE key = ?", (key,))
-            uses, pinned = cursor.fetchone() or (0, 0)
+            uses, pinned = cursor.fetchone() or (0, getattr(about, "pinned", 0))
             database.execute("DELETE FROM entries WHERE key = ?", (key,))
             metadata = (getattr(about, field.name) for field in fields(About))
             row = (*metadata, key, max(size, 1), now, now, uses + 1, pinned, self._aging())
@@ -148,9 +151,9 @@ class Ledger:
         """
         with self._lock:
             self.flush()
-            database, now = self._open(), self.now()
-            expired = database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
-            evicted = dict(expired)
+            database = self._open()
+            expired = "SELECT key, size FROM entries WHERE expires <= ? AND key != ?"
+            evicted = dict(database.execute(expired, (self.now(), key)))
             old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
             old_size, old_tenant = old.fetchone() or (0, tenant)
             for limit, owner in ((self.quota, tenant), (self.max_bytes, None)):

@@ -13,6 +13,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
+from blocktune.cache.store.config import without_password
+from blocktune.files import replacing
 
 TIMEOUT_S = 2.0  # limit on one request to a remote; an answer can do without what is slower
 SLOWEST = 1e6  # bytes per second that a write may take in addition
@@ -32,7 +34,8 @@ def open_remote(url: str, secret: bytes | None = None) -> Blobs:
         return (ValkeyBlobs if scheme in VALKEY else FsspecBlobs)(url, secret)
     except ImportError as error:
         raise ValueError(
-            f"'{url}' needs the package '{error.name or error}'; `pip install 'blocktune[remote]'`"
+            f"'{without_password(url)}' needs the package '{error.name or error}'; "
+            "`pip install 'blocktune[remote]'`"
         ) from None
 
 
@@ -54,11 +57,10 @@ class FsspecBlobs(Blobs):
     """Files below an fsspec URL. Credentials come from the file system's usual configuration."""
 
     def __init__(self, url: str, secret: bytes | None):
-        """See `open_remote`."""
         import fsspec
 
         super().__init__(secret)
-        self.place, self.timeout_s, options = url.rstrip("/"), TIMEOUT_S, {}
+        self.place, self.timeout_s, options = without_password(url).rstrip("/"), TIMEOUT_S, {}
         if urlsplit(url).scheme in ("s3", "s3a"):
             times = {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S}
             options["config_kwargs"] = times | {"retries": {"max_attempts": 1}}
@@ -82,6 +84,10 @@ class FsspecBlobs(Blobs):
 
     def _write(self, name: str, data: bytes) -> None:
         path = self._path(name)
+        if "file" in self._fs.protocol:  # unlike an object store's, its writes are not atomic
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+            return
         if not self._async:
             _call_client(self._fs.makedirs, self._fs._parent(path), exist_ok=True)
         self._call("pipe_file", path, data, timeout_s=self.timeout_s + len(data) / SLOWEST)
@@ -131,13 +137,11 @@ class ValkeyBlobs(Blobs):
     """Values of a Valkey or Redis server, under ``PREFIX:KEY`` and ``PREFIX:manifest:MODEL``."""
 
     def __init__(self, url: str, secret: bytes | None):
-        """See `open_remote`."""
         import valkey
 
         super().__init__(secret)
-        parts = urlsplit(url)
+        parts, self.place = urlsplit(url), without_password(url)
         self._prefix = parse_qs(parts.query).get("prefix", [PREFIX])[0]
-        self.place = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         try:
             self._client = valkey.from_url(
                 urlunsplit(parts._replace(query="")),

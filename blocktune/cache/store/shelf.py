@@ -192,7 +192,7 @@ class MissQueue:
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
         chunks: list[Wanted] = []
-        for path in sorted(self.folder.glob("*.json")):
+        for path in sorted(self.folder.glob("*.json")) if self.folder is not None else ():
             with suppress(OSError, ValueError, KeyError, TypeError):  # just removed, or foreign
                 record = json.loads(path.read_text())
                 if record["fingerprint"] == fingerprint:

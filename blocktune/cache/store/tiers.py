@@ -7,6 +7,7 @@ there, and entries that cannot be written are counted.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -51,7 +52,7 @@ class MemoryTier:
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or None."""
-        if key in self._expiry and self._expiry[key] <= self.ledger.now():
+        if self._expiry.get(key, math.inf) <= self.ledger.now():
             self.remove(key)
             self.stats.expired += 1
         return self.entries.get(key)
@@ -63,8 +64,7 @@ class MemoryTier:
         if leaving is None:
             self.remove(key)
             return [(key, entry, about)]
-        present = (old for old in leaving if old in self.entries)
-        evicted = [(old, self.entries[old], self.ledger.row(old)) for old in present]
+        evicted = [(old, self.entries[old], self.ledger.row(old)) for old in leaving]
         for old in leaving:
             self.remove(old)
         self.stats.evictions += len(evicted)
@@ -72,17 +72,15 @@ class MemoryTier:
         if self.device.type == "cpu" and torch.cuda.is_available():
             entry = entry.map(lambda tensor: tensor.pin_memory())
         self.entries[key] = entry
-        self._expiry.pop(key, None)
-        if about.expires is not None:
-            self._expiry[key] = about.expires
+        self._expiry[key] = math.inf if about.expires is None else about.expires
         self.ledger.add(key, entry.num_bytes, about)
         self.stats.bytes_written += entry.num_bytes
         return evicted
 
     def remove(self, key: str) -> None:
         """Removes the entry of ``key``, if any."""
-        self._expiry.pop(key, None)
         if self.entries.pop(key, None) is not None:
+            del self._expiry[key]
             self.ledger.remove([key])
 
     def clear(self) -> None:
@@ -98,16 +96,13 @@ class BlobTier:
     def __init__(self, blobs: Blobs, config: StoreConfig, must_write: bool = False):
         """Creates a folder and opens its index. With ``must_write``, a failed write raises."""
         self.blobs, self.must_write, self.stats = blobs, must_write, TierStats()
-        self._is_folder = isinstance(blobs, ChunkFolder)
-        self.name, most = "remote", config.remote_bytes
-        if self._is_folder:
-            self.name, most = "disk", config.disk
+        self._is_folder = folder = isinstance(blobs, ChunkFolder)
+        self.name, most = ("disk", config.disk) if folder else ("remote", config.remote_bytes)
         self._budget = {"max_bytes": most, "policy": config.policy, "quota": config.quota}
         self._lock, self._warned, self._next_listing = threading.Lock(), False, 0.0
         self._retry_at = {"read": 0.0, "write": 0.0, "index": 0.0}
-        self.ledger = None if self._is_folder else Ledger(**self._budget)
-        self._queue = None if self._is_folder or must_write else _in_background(self)
-        if self._is_folder:
+        self._queue = None if folder or must_write else _in_background(self)
+        if folder:
             try:
                 blobs.prepare()
             except OSError as error:
@@ -115,10 +110,12 @@ class BlobTier:
             self.ledger = open_index(blobs, **self._budget)
             if self.ledger is None and most is not None:
                 _LOG.warning("'%s' has no index to limit its size: nothing is written", blobs.place)
+        else:
+            self.ledger = Ledger(**self._budget)
 
     def load(
         self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Entry]
-    ) -> tuple[Entry, Row, bytes | None] | None:
+    ) -> tuple[Entry, Row, memoryview | None] | None:
         """Loads an entry by ``read``. Returns it with its row and, from a remote, the file content.
 
         Returns None if there is none or the tier is out of reach. ValueError: it is damaged.
@@ -129,7 +126,7 @@ class BlobTier:
             file = ChunkFile(self.blobs, key, kind)
             return read(file), file.row(), file.content()
         except Expired:
-            self.remove(key)
+            self._remove(key)
             self.stats.expired += 1
         except FileNotFoundError:
             pass
@@ -142,11 +139,7 @@ class BlobTier:
         if time.time() - row.used > TOUCH_S:
             self.blobs.touch(row.key)
         new = row if self._is_folder else None  # rows of a remote come from listing it
-        self._on_ledger(lambda ledger: ledger.use(row.key, new))
-
-    def keys_where(self, **wanted: str) -> list[str]:
-        """Keys of the entries whose columns in the index equal the ``wanted`` values."""
-        return self._on_ledger(lambda ledger: [row.key for row in ledger.rows(**wanted)], [])
+        self.on_ledger(lambda ledger: ledger.use(row.key, new))
 
     def save(self, key: str, make: Callable[[], bytes], about: About) -> None:
         """Writes the file that ``make`` packs, and evicts others if needed. It may not fit.
@@ -165,7 +158,7 @@ class BlobTier:
         """Waits until all files and hits are written, or refused."""
         if self._queue is not None:
             self._queue.join()
-        self._on_ledger(lambda ledger: ledger.flush())
+        self.on_ledger(lambda ledger: ledger.flush())
 
     def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
         if not self.must_write and time.monotonic() < self._retry_at["write"]:
@@ -177,7 +170,7 @@ class BlobTier:
                 self.blobs.write(key, data)
                 written = True
         except OSError as error:
-            self._on_ledger(lambda ledger: ledger.remove([key]))
+            self.on_ledger(lambda ledger: ledger.remove([key]))
             self.failed(error, "write")
         finally:
             with self._lock:
@@ -185,15 +178,18 @@ class BlobTier:
                 self.stats.bytes_written += written * len(data)
                 self.stats.write_s += written * (time.perf_counter() - started)
 
-    def remove(self, key: str) -> bool:
-        """Removes the file of ``key``. Returns whether there was one."""
+    def remove(self, key: str) -> None:
+        """Removes the file of ``key``, if any, even if it still waits to be written."""
+        self._remove(key)
+        if self._queue is not None and self._queue.unfinished_tasks:
+            self._queue.put(partial(self._remove, key))
+
+    def _remove(self, key: str) -> None:
         try:
-            removed = self.blobs.remove(key)
-            self._on_ledger(lambda ledger: ledger.remove([key]))
-            return removed
+            self.blobs.remove(key)
+            self.on_ledger(lambda ledger: ledger.remove([key]))
         except OSError as error:
             self.failed(error, "write")
-            return False
 
     def describe(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
         """Writes a model's manifest, from ``make``, unless there is one."""
@@ -236,7 +232,7 @@ class BlobTier:
             self.ledger.remove(gone)
             self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
         default = [] if most is None else None  # without an index, only a tier without limit writes
-        leaving = self._on_ledger(partial(self._admit, size=size, key=key, about=about), default)
+        leaving = self.on_ledger(partial(self._admit, size=size, key=key, about=about), default)
         with self._lock:
             self.stats.evictions += len(leaving or ())
         return leaving is not None
@@ -252,7 +248,7 @@ class BlobTier:
                 ledger.add(key, size, about)
             return leaving
 
-    def _on_ledger(self, act: Callable[[Ledger], object], default: object = None):
+    def on_ledger(self, act: Callable[[Ledger], object], default: object = None):
         """Calls ``act`` on the ledger. If that fails, skips it for a while, or rebuilds it."""
         if self.ledger is None or time.monotonic() < self._retry_at["index"]:
             return default
@@ -271,13 +267,13 @@ class BlobTier:
 
 
 def _in_background(tier: BlobTier) -> queue.Queue:
-    """A queue of files to save, with a thread that processes it until tier or process end."""
+    """A queue of calls, with a thread that makes them until the tier or the process ends."""
     pending: queue.Queue = queue.Queue(_WAITING)
 
     def work() -> None:
-        while (save := pending.get()) is not None:
-            save()
-            del save  # queued calls keep the tier alive, this thread must not
+        while (act := pending.get()) is not None:
+            act()
+            del act  # queued calls keep the tier alive, this thread must not
             pending.task_done()
 
     def finish() -> None:
