@@ -57,12 +57,6 @@ class Rotation(NamedTuple):
             part.copy_(self.cos)
         return self._replace(scale=scale)
 
-    def cut(self, rows: slice) -> Rotation:
-        """The rotation of a slice of the tokens."""
-        scale = None if self.scale is None else self.scale[..., rows, :]
-        cos, sin = self.cos[..., rows, :], self.sin[..., rows, :]
-        return self._replace(cos=cos, sin=sin, scale=scale)
-
     def pairs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the first and the second dimension of each rotated pair, ``(..., S, P)``."""
         count = self.cos.shape[-1]
