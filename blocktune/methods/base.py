@@ -13,7 +13,7 @@ selectors, repairs and reshapes, so that listing the methods is fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +37,17 @@ BOTH_LEARNED = (
     "one with num_links alone (kvlink), or with num_headers and num_trailers alone (kv-packet)"
 )
 """Why an adapter with both kinds of learned tokens is refused."""
+
+
+def encoded_alone(spec: LayoutSpec, **changes: Any) -> LayoutSpec:
+    """``spec`` with ``changes``; if these say no other, chunks are encoded alone, without a BOS.
+
+    A changed ``placement`` is one without reserved slots.
+    """
+    if "placement" in changes:
+        changes = {"slot": 0} | changes
+    alone = {"block": True, "num_blanks": 0, "shared_prefix": False, "bos": "none"}
+    return replace(spec, **alone | changes)
 
 
 class Cached(Enum):

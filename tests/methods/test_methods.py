@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from blocktune.methods import available, build, describe_method
-from blocktune.methods.composition import LAYOUT_FIELDS
-from blocktune.methods.describe import GROUPS, LAYOUT_SUMMARIES, describe_all
+from blocktune.methods.describe import GROUPS, describe_all
 from blocktune.prompt import LayoutSpec
 
 
@@ -23,7 +22,6 @@ def test_everything_that_is_described_has_a_group_and_a_summary():
     found = describe_all()
     assert {entry.group for entry in found} <= GROUPS.keys()
     assert all(entry.summary.endswith(".") for entry in found)
-    assert set(LAYOUT_SUMMARIES) == set(LAYOUT_FIELDS)
 
 
 def test_methods_are_listed_without_torch():
@@ -59,6 +57,15 @@ def test_the_methods_of_the_spine_exist():
 def test_bad_names_and_values_are_refused_when_built(name, parameters, message):
     with pytest.raises(ValueError, match=message):
         build(name, **parameters)
+
+
+@pytest.mark.parametrize(
+    "name", ["cache-craft", "fusionrag", "semsharekv", "turborag", "ape", "sel", "cacheclip"]
+)
+@pytest.mark.parametrize("trained", [{"placement": "reserved", "slot": 64}, {"bos": "drop"}])
+def test_a_method_replaces_what_does_not_go_with_its_own_layout(name, trained):
+    spec = LayoutSpec(num_headers=1, **trained)
+    assert build(f"kv-packet + {name}").layout_for(spec).num_headers == 1
 
 
 def test_adapters_are_served_as_they_were_trained():
