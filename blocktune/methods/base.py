@@ -133,6 +133,12 @@ class Method:
         wraps = spec.num_headers + spec.num_trailers
         if spec.num_links and wraps:
             raise ValueError(BOTH_LEARNED)
+        if wraps and self.history is not None and self.history.begins_in_full:
+            raise ValueError(
+                f"method '{self.name}' reuses chunks of prompts computed in full, which lack this "
+                "adapter's learned tokens around chunks; use it without the adapter, or serve the "
+                "adapter with 'kv-packet'"
+            )
         learned = (spec.num_links, Weights.LINKS, "kvlink"), (wraps, Weights.WRAPS, "kv-packet")
         for count, weights, preset in learned:
             if count and self.weights is not weights:

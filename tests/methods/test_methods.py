@@ -59,13 +59,18 @@ def test_bad_names_and_values_are_refused_when_built(name, parameters, message):
         build(name, **parameters)
 
 
-@pytest.mark.parametrize(
-    "name", ["cache-craft", "fusionrag", "semsharekv", "turborag", "ape", "sel", "cacheclip"]
-)
-@pytest.mark.parametrize("trained", [{"placement": "reserved", "slot": 64}, {"bos": "drop"}])
-def test_a_method_replaces_what_does_not_go_with_its_own_layout(name, trained):
-    spec = LayoutSpec(num_headers=1, **trained)
-    assert build(f"kv-packet + {name}").layout_for(spec).num_headers == 1
+@pytest.mark.parametrize("name", ["cache-craft", "fusionrag", "semsharekv", "ape", "cacheclip"])
+def test_a_method_replaces_what_does_not_go_with_its_own_layout(name):
+    for trained in (LayoutSpec(placement="reserved", slot=64), LayoutSpec(bos="drop")):
+        assert build(name).layout_for(trained).block
+    markers = LayoutSpec(placement="reserved", slot=64, num_headers=1)
+    assert build("turborag").layout_for(markers).placement == "sequential"
+
+
+@pytest.mark.parametrize("name", ["cache-craft", "semsharekv"])
+def test_chunks_of_full_prompts_are_not_served_as_if_learned_tokens_were_around_them(name):
+    with pytest.raises(ValueError, match="reuses chunks of prompts computed in full"):
+        build(f"kv-packet + {name}").layout_for(LayoutSpec(num_headers=1))
 
 
 def test_adapters_are_served_as_they_were_trained():
