@@ -142,11 +142,6 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
     ATTACHED.add(decoder)
 
 
-def can_switch(cls: type[PreTrainedModel]) -> bool:
-    """Whether transformers can switch the attention of a class; True if that is unknown."""
-    return getattr(cls, "_can_set_attn_implementation", lambda: True)()
-
-
 def detach(model: PreTrainedModel) -> None:
     """Restores the stock attention of ``model``; does nothing if it is not attached."""
     if is_attached(model):

@@ -111,25 +111,24 @@ class Method:
         of this one.
         """
         # An adapter trained in full attention has no layout of chunks to serve.
-        block = trained if trained is not None and trained.block else None
-        has_links = block is not None and block.num_links > 0
-        has_wraps = block is not None and block.num_headers + block.num_trailers > 0
+        is_block = trained is not None and trained.block
+        spec = trained if is_block else LayoutSpec()
         is_met, recipe = {
             Weights.ANY: (True, ""),
-            Weights.BLOCK: (block is not None and not has_links, "recipes/block_attention.yaml"),
-            Weights.LINKS: (has_links, "recipes/kvlink.yaml"),
-            Weights.WRAPS: (has_wraps, "num_headers and num_trailers"),
+            Weights.BLOCK: (is_block and not spec.num_links, "recipes/block_attention.yaml"),
+            Weights.LINKS: (spec.num_links, "recipes/kvlink.yaml"),
+            Weights.WRAPS: (spec.num_headers + spec.num_trailers, "num_headers and num_trailers"),
         }[self.weights]
         if not is_met:
-            given = "none" if block is None else "one without"
-            if self.weights is Weights.BLOCK and has_links:
+            given = "one without" if is_block else "none"
+            if self.weights is Weights.BLOCK and spec.num_links:
                 given = "one with link tokens (use 'kvlink')"
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
                 f"{given}; train one with {recipe}, and load the model with it: --adapter, or "
                 "`adapter:` in a suite"
             )
-        spec = self.layout(block or LayoutSpec())
+        spec = self.layout(spec)
         wraps = spec.num_headers + spec.num_trailers
         if spec.num_links and wraps:
             raise ValueError(BOTH_LEARNED)
