@@ -80,9 +80,10 @@ class Composition(Method):
     @property
     def exact_on_one_chunk(self) -> bool:
         reshape, changes = self.reshaped, dict(self.changes)
+        if self.history is not None and self.history.begins_in_full:
+            return self.history.exact_alone  # computed in full, whatever the other terms do
         return (
             all(term.exact_on_one_chunk for term in self.terms)
-            and (self.history is None or self.history.exact_alone)
             and (reshape is None or reshape.exact_on_one_chunk or reshape == reshape.neutral())
             # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
             and not (changes.get("num_blanks") or changes.get("slot"))

@@ -22,6 +22,9 @@ COMPOSITIONS = (
     "kv-packet + first-k 4",
     "cache-craft + first-k 4",
     "cache-craft refresh=1.0",
+    "kvlink + semsharekv",
+    "kvlink + cache-craft",
+    "cache-craft + scaled-context",
     "naive + semsharekv",
     "kv-packet + fusionrag",
 )
