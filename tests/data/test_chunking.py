@@ -102,7 +102,7 @@ def test_chunks_keep_the_indent_of_a_line_and_no_other_space_around_them():
             {"name": "fixed", "size": 4, "overlap": 4},
             "at least 5 (more than the overlap), got 4",
         ),
-        ({"name": "sentence", "size": "x"}, "chunker 'sentence': size must be a whole number"),
+        ({"name": "sentence", "size": "x"}, "chunker 'sentence': 'size' must be a whole number"),
         ({"name": "delimiter", "delimiter": ""}, "delimiter must not be empty"),
         ({"name": "delimiter", "max_chunks": 0}, "max_chunks must be a whole number, at least 1"),
         ({"name": "message", "unit": "day"}, "unit must be one of turn, message, got 'day'"),
