@@ -11,10 +11,9 @@ import threading
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
@@ -28,7 +27,7 @@ NOISE = 0.1
 """Noise of new rows around the mean embedding, in standard deviations of the embeddings."""
 
 
-class LinkTable(nn.Module):
+class LinkTable(nn.Embedding):
     """Embeddings of learned tokens; ``weight`` is ``(num_links, hidden)``.
 
     The rows are in the order of `LayoutSpec`: links, headers, trailers. There is at least one.
@@ -36,22 +35,10 @@ class LinkTable(nn.Module):
     scales them after the lookup (Gemma 2, Granite), it scales these rows, too.
     """
 
-    def __init__(self, num_links: int, hidden: int, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        if num_links < 1:
-            raise ValueError(f"a link table needs at least 1 link, got {num_links}")
-        self.weight = nn.Parameter(torch.zeros(num_links, hidden, dtype=dtype))
-
     @classmethod
     def of(cls, weight: Tensor) -> LinkTable:
         """Makes a table with a copy of ``weight``, ``(num_links, hidden)``."""
-        table = cls(*weight.shape, dtype=weight.dtype)
-        table.weight.data.copy_(weight)
-        return table
-
-    def forward(self, slots: Tensor) -> Tensor:
-        """Looks up ``slots``, int64 of any shape. Returns ``(*slots.shape, hidden)``."""
-        return F.embedding(slots, self.weight)
+        return cls.from_pretrained(weight.detach().clone(), freeze=False)
 
 
 def link_base(model: PreTrainedModel) -> int:
@@ -120,13 +107,16 @@ def save_links(table: LinkTable, folder: str | Path) -> Path:
 
 
 def load_links(folder: str | Path) -> LinkTable:
-    """Reads the file of `save_links`. Raises ValueError if it is missing or invalid."""
+    """Reads the file of `save_links`. Raises ValueError if it is missing, damaged or invalid."""
     path = Path(folder) / LINKS_FILE
     if not path.is_file():
         raise ValueError(f"no {LINKS_FILE} in {folder}; its adapter was trained with link tokens")
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        weight = file.get_tensor("weight") if names == ["weight"] else None
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            weight = file.get_tensor("weight") if names == ["weight"] else None
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or incomplete ({error}); copy it again") from None
     if weight is None or weight.ndim != 2:
         raise ValueError(f"{path} must hold one (num_links, hidden) tensor 'weight', got {names}")
     return LinkTable.of(weight)

@@ -11,11 +11,11 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar, dataclass_transform
 
 from blocktune import plugins
-from blocktune.parsing import current_keys
+from blocktune.parsing import current_keys, read
 
 Entry = TypeVar("Entry", bound=type)
 
@@ -35,7 +35,7 @@ class Registry:
     def register(self, name: str) -> Callable[[Entry], Entry]:
         """Registers a class under its published name, and makes it a frozen dataclass.
 
-        Raises ValueError if the name is taken by another class.
+        Raises ValueError if the name is taken by another class, or a parameter has no default.
         """
 
         def enter(cls: Entry) -> Entry:
@@ -48,6 +48,8 @@ class Registry:
                 )
             if "__dataclass_fields__" not in vars(cls):  # not a dataclass yet
                 cls = dataclass(frozen=True)(cls)
+            if needed := [field.name for field in fields(cls) if field.default is MISSING]:
+                raise ValueError(f"{self.what} '{name}': parameter '{needed[0]}' needs a default")
             self._entries[name] = cls
             return cls
 
@@ -78,14 +80,14 @@ class Registry:
         return self._entries[name]
 
     def build(self, name: str, /, **parameters: Any) -> Any:
-        """Builds an entry. Raises ValueError if a name is unknown or a value is out of range."""
+        """Builds an entry. Raises ValueError for an unknown name, or a wrong type or value."""
         cls = self.find(name)
         known = [field.name for field in fields(cls)]
         parameters = current_keys(parameters, known, f"{self.what} '{name}'")
         if unknown := sorted(parameters.keys() - set(known)):
             takes = f"takes {', '.join(known)}" if known else "takes no parameters"
             raise ValueError(f"{self.what} '{name}' {takes}, got unknown {', '.join(unknown)}")
-        return cls(**parameters)
+        return read(cls, parameters, f"{self.what} '{name}'")
 
     def name_of(self, entry: Any) -> str:
         """The registered name of an instance's class, or else the class's own name."""

@@ -95,6 +95,14 @@ def test_missing_links_are_named(tmp_path):
         load_links(tmp_path)
 
 
+def test_damaged_links_are_named(tmp_path):
+    whole = save_links(LinkTable(2, 8), tmp_path).read_bytes()
+    for size in (0, 40, len(whole) - 1):
+        (tmp_path / "links.safetensors").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"links\.safetensors' is damaged or incomplete"):
+            load_links(tmp_path)
+
+
 def test_links_of_another_width_are_refused():
     with pytest.raises(ValueError, match="48 wide, this model's embeddings 32"):
         install_links(toy_model(), LinkTable(1, 48))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +14,6 @@ from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
 
 ROW_BLOCK = 128
 """Rows per block. It is small because computed rows are far apart: a block spans many columns."""
-
-
-class Reshaping(Protocol):
-    """Changes attention scores before softmax; see `ReshapedAttention` in `blocktune.methods`."""
-
-    def attend(
-        self,
-        band: RowBand,
-        columns: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rule: LayerRule,
-        params: AttentionParams,
-    ) -> Tensor | None:
-        """Attends rows that were written into ``columns`` ``(B, R)``, -1 for padding.
-
-        Returns ``(B, H, R, D)``, or None for a layer whose scores are not changed.
-        """
 
 
 class CachePlan:
@@ -49,14 +30,15 @@ class CachePlan:
         self,
         query: Rows,
         key: Rows,
-        reshaping: Reshaping | None = None,
+        reshaping: Any = None,
         columns: Tensor | None = None,
         kept_cells: int = KEPT_CELLS,
     ):
         """Prepares rows ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, both by order.
 
-        ``reshaping`` (one for all plans of a batch) changes scores of reused keys. ``columns``
-        ``(B, R)`` are those that the rows are written into, -1 for padding; None: a row's order.
+        ``reshaping`` (a `ReshapedAttention` of `blocktune.methods` for all plans of a batch, or
+        None) changes scores of reused keys. ``columns`` ``(B, R)`` are those that the rows are
+        written into, -1 for padding; None: a row's order.
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)

@@ -43,7 +43,7 @@ OWN_ATTENTION = (
     "that attends by transformers' attention interface"
 )
 _HANDLE = "_blocktune_attached"
-_EXECUTION = "_blocktune_execution"
+"""Attribute of an attached decoder: its execution, and the handles of its hooks."""
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """The decoders that are attached in this process."""
 _ENTERED: ContextVar[Plan | None] = ContextVar("plan of the current layer", default=None)
@@ -138,14 +138,8 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
         for module in decoder.modules()
         if any(hasattr(child, "layer_idx") for child in module.children())
     ]
-    setattr(decoder, _HANDLE, [reader, leaver, *layers])
-    setattr(decoder, _EXECUTION, execution)
+    setattr(decoder, _HANDLE, (execution, [reader, leaver, *layers]))
     ATTACHED.add(decoder)
-
-
-def can_switch(cls: type[PreTrainedModel]) -> bool:
-    """Whether transformers can switch the attention of a class; True if that is unknown."""
-    return getattr(cls, "_can_set_attn_implementation", lambda: True)()
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -164,7 +158,7 @@ def is_attached(model: PreTrainedModel) -> bool:
 @contextmanager
 def block_attention(model: PreTrainedModel, execution: str = "split") -> Iterator[PreTrainedModel]:
     """Attaches the model inside the block, and restores it afterwards."""
-    before = getattr(decoder_of(model), _EXECUTION, None) if is_attached(model) else None
+    before, _ = getattr(decoder_of(model), _HANDLE, (None, []))
     attach(model, execution)
     try:
         yield model
@@ -180,7 +174,8 @@ def _execution(name: str) -> type:
 
 
 def _remove_hooks(decoder: nn.Module) -> None:
-    for handle in vars(decoder).pop(_HANDLE, ()):
+    _, handles = vars(decoder).pop(_HANDLE, (None, []))
+    for handle in handles:
         handle.remove()
 
 

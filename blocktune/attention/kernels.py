@@ -142,19 +142,10 @@ def _by_products(
     is_causal: bool = False,
 ) -> Tensor:
     """`_fused` by matrix products in the dtype of the inputs; the softmax is in float32."""
-    groups, heads, rows, dim = query.shape
-    shared = query.reshape(groups, key.shape[1], -1, dim)
-    scores = (shared @ key.transpose(-1, -2)).float().view(groups, heads, rows, -1)
-    scores = scores * params.scaling
     if is_causal:
-        attn_mask = _causal_mask(0, rows, query.device)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    weights = torch.softmax(scores, dim=-1).to(value.dtype)
-    weights = weights.view(groups, key.shape[1], -1, key.shape[2])
-    return (weights @ value).view(groups, heads, rows, -1)
+        attn_mask = _causal_mask(0, query.shape[2], query.device)
+    weights = torch.softmax(_scores(query, key, attn_mask, params), dim=-1)
+    return weighted_values(weights.to(value.dtype), value)
 
 
 def folded_attention(
@@ -184,7 +175,7 @@ def plain_attention(
     scores = plain_scores(query, key, mask, params)
     # A row that sees no key (padding) would be NaN. Its output is never used, so it may be 0.
     weights = attention_weights(scores, params).masked_fill(scores == float("-inf"), 0.0)
-    return weighted_values(F.dropout(weights, params.dropout), value).to(query.dtype)
+    return weighted_values(F.dropout(weights, params.dropout), value.float()).to(query.dtype)
 
 
 def plain_scores(
@@ -192,15 +183,22 @@ def plain_scores(
 ) -> Tensor:
     """Scores before softmax, ``(G, H, R, N)`` float32: scaled, capped, and -inf where hidden.
 
-    Arguments as in `masked_attention`, with a bool mask or None.
+    Arguments as in `masked_attention`.
     """
+    return _scores(query.float(), key.float(), mask, params)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, params: AttentionParams) -> Tensor:
+    """`plain_scores` by a product in the dtype of the inputs."""
     groups, heads, rows, dim = query.shape
-    shared = query.reshape(groups, key.shape[1], -1, dim).float()
-    scores = shared @ key.float().transpose(-1, -2) * params.scaling
+    shared = query.reshape(groups, key.shape[1], -1, dim)
+    scores = (shared @ key.transpose(-1, -2)).float().view(groups, heads, rows, -1) * params.scaling
     if params.softcap is not None:
         scores = torch.tanh(scores / params.softcap) * params.softcap
-    scores = scores.view(groups, heads, rows, -1)
-    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    if mask is None:
+        return scores
+    is_bool = mask.dtype == torch.bool
+    return scores.masked_fill(~mask, float("-inf")) if is_bool else scores + mask
 
 
 def attention_weights(scores: Tensor, params: AttentionParams) -> Tensor:
@@ -212,7 +210,7 @@ def attention_weights(scores: Tensor, params: AttentionParams) -> Tensor:
 
 
 def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
-    """Averages values ``(G, K, N, D)`` by ``(G, H, R, N)``, float32; returns ``(G, H, R, D)``."""
+    """Averages values ``(G, K, N, D)`` by ``(G, H, R, N)``; returns ``(G, H, R, D)``."""
     groups, heads, rows, keys = weights.shape
     shared = weights.reshape(groups, value.shape[1], -1, keys)
-    return (shared @ value.float()).view(groups, heads, rows, -1)
+    return (shared @ value).view(groups, heads, rows, -1)

@@ -153,20 +153,18 @@ class SplitPlan:
         rule = rule.first_alike(self._endings)  # layers with the same rows share a mask
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         buckets = self._own + self._wide
-        queries = _cut(*move_rows(q, self._queries), [bucket.query for bucket in buckets])
+        queries = _cut(move_rows(q, self._queries), [bucket.query for bucket in buckets])
         keys, values = (self._stacked_keys(tensor) for tensor in (k, v))
         outs = [
             bucket.attend(*rows, rule, params)
             for bucket, *rows in zip(buckets, queries, keys, values, strict=True)
         ]
-        (out,) = move_rows(torch.cat(outs), self._queries.back)
-        return out.unflatten(0, self.shape)
+        return move_rows(torch.cat(outs), self._queries.back).unflatten(0, self.shape)
 
     def _stacked_keys(self, rows: Tensor) -> list[Tensor]:
         """Gathers each bucket's keys or values from ``(B * S, K, D)``."""
-        wide, own = move_rows(rows, self._wide_keys, self._own_keys)
-        parts = _cut(own, [bucket.key for bucket in self._own])
-        return parts + _cut(wide, [bucket.key for bucket in self._wide])
+        own = _cut(move_rows(rows, self._own_keys), [bucket.key for bucket in self._own])
+        return own + _cut(move_rows(rows, self._wide_keys), [bucket.key for bucket in self._wide])
 
 
 def _cut(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
@@ -257,35 +255,18 @@ class RowMap:
         moved = rows.index_select(0, self._index)
         return moved.index_fill_(0, self._blank, 0) if len(self._blank) else moved
 
-    def add_back(self, total: Tensor, rows: Tensor) -> None:
-        """Adds ``rows`` ``(T, ...)`` to their source rows in ``total`` ``(sources, ...)``."""
-        if self._is_run:
-            total.narrow(0, self._start, len(self._source)).add_(rows)
-        else:
-            total.add_(self.back(rows))
 
-
-def move_rows(rows: Tensor, *maps: RowMap) -> tuple[Tensor, ...]:
-    """Gathers ``rows`` ``(sources, ...)`` by each map, differentiably."""
-    return _Move.apply(rows, *maps)
+def move_rows(rows: Tensor, row_map: RowMap) -> Tensor:
+    """Gathers ``rows`` ``(sources, ...)`` by a map, differentiably."""
+    return _Move.apply(rows, row_map)
 
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, *maps: RowMap) -> tuple[Tensor, ...]:
-        ctx.maps = maps
-        ctx.set_materialize_grads(False)
-        return tuple(row_map(rows) for row_map in maps)
+    def forward(ctx, rows: Tensor, row_map: RowMap) -> Tensor:
+        ctx.row_map = row_map
+        return row_map(rows)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        used = [pair for pair in zip(ctx.maps, grads, strict=True) if pair[1] is not None]
-        total = None
-        for row_map, grad in used:
-            if total is not None:
-                row_map.add_back(total, grad)
-            else:
-                total = row_map.back(grad)
-                # The incoming gradient must not be changed.
-                total = total.clone() if len(used) > 1 and total._is_view() else total
-        return (total, *(None for _ in ctx.maps))
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.row_map.back(grad), None

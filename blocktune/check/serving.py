@@ -169,7 +169,7 @@ def facts_served(method: Method) -> tuple:
 def _served(run: Generation) -> ServedRequest:
     layout = run.batch.layout
     question = int(layout.order[layout.kind == Kind.QUERY].min())
-    last = layout.is_context & (layout.chunk == layout.chunk.max())
+    last = layout.is_encoded & (layout.chunk == layout.chunk.max())
     return ServedRequest(
         run.prefill.logits[0],
         tuple((layer.keys, layer.values) for layer in run.cache.layers),

@@ -104,8 +104,8 @@ class Delimiter(Chunker):
 
     def __post_init__(self):
         if self.delimiter == "":
-            raise ValueError("chunker 'delimiter': delimiter must not be empty; leave it out")
-        require_count("chunker 'delimiter': max_chunks", self.max_chunks, 1)
+            raise ValueError("delimiter must not be empty; leave it out")
+        require_count("max_chunks", self.max_chunks, 1)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans that end with the delimiter, except perhaps the last."""
@@ -144,8 +144,8 @@ class Fixed(Chunker):
     overlap: int = 0  # tokens that a span shares with the previous span
 
     def __post_init__(self):
-        require_count("chunker 'fixed': overlap", self.overlap)
-        require_count("chunker 'fixed': size", self.size, self.overlap + 1, "more than the overlap")
+        require_count("overlap", self.overlap)
+        require_count("size", self.size, self.overlap + 1, "more than the overlap")
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans of ``size`` tokens."""
@@ -181,7 +181,7 @@ class Sentence(Chunker):
     language: str = "en"  # ISO code; about 240 languages are supported
 
     def __post_init__(self):
-        require_count("chunker 'sentence': size", self.size, 1)
+        require_count("size", self.size, 1)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans of ``size`` sentences, each with the white space that follows it."""
@@ -215,7 +215,7 @@ class PerMessage(Chunker):
     unit: str = "turn"  # or ``message``
 
     def __post_init__(self):
-        require_one_of("chunker 'message': unit", self.unit, UNITS)
+        require_one_of("unit", self.unit, UNITS)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans of `Delimiter`."""

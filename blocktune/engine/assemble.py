@@ -134,7 +134,7 @@ def relocate(
             sizes = [run.columns.stop - run.columns.start for run in runs]
             for kind, whole in zip(("key", "value"), room, strict=True):
                 for run, out in zip(runs, whole.split(sizes, 1), strict=True):
-                    rotation = rotations.of(kind, layer, run.tokens, out.shape[2])
+                    rotation = rotations.of(kind, layer, run.tokens)
                     if isinstance(run.kvs[0], FileKV):
                         run.reads.append((f"{kind}.{layer}", out, rotation))
                     elif rotation is None:
@@ -219,18 +219,18 @@ class _Rotations:
         self._same = [specs.index(spec) for spec in specs]  # first layer with the same rotation
         self._computed: dict[tuple, Rotation] = {}
 
-    def of(self, kind: str, layer: int, tokens: slice, dim: int) -> Rotation | None:
-        """The rotation of heads of ``dim`` dimensions, or None if ``kind`` is not rotated.
+    def of(self, kind: str, layer: int, tokens: slice) -> Rotation | None:
+        """The rotation of these tokens, or None if ``kind`` is not rotated.
 
         It is ``(1, S, P)``, or ``(1, 1, P)`` if all tokens move by the same distance.
         """
         if not self._moves or self.rope.layers[layer].in_values != (kind == "value"):
             return None
-        key = self._same[layer], tokens.start, dim
+        key = self._same[layer], tokens.start
         if key not in self._computed:
             shift = self.shift[tokens]
             if bool((shift == shift[0]).all()):  # always so within one chunk
                 shift = shift[:1]
             turn = Rotation.of(shift[None].to(self.device), self.rope.layers[layer])
-            self._computed[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0]).over(dim)
+            self._computed[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0])
         return self._computed[key]

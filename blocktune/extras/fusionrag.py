@@ -7,7 +7,7 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from blocktune.methods import (
@@ -18,6 +18,7 @@ from blocktune.methods import (
     register,
     require_count,
 )
+from blocktune.methods.base import encoded_alone
 from blocktune.prompt import LayoutSpec
 
 if TYPE_CHECKING:
@@ -117,9 +118,7 @@ class FusionRAG(Method):
         return Neighbours(self.neighbours)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        return replace(
-            spec, block=True, num_blanks=0, shared_prefix=False, bos="none", placement="sequential"
-        )
+        return encoded_alone(spec, placement="sequential")
 
     def select(self) -> Selection:
         return QueryAttention(ratio=self.ratio, fuse="last", over="chunks")

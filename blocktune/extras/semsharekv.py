@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,6 +18,7 @@ from blocktune.methods import (
     require_count,
     require_share,
 )
+from blocktune.methods.base import encoded_alone
 from blocktune.prompt import LayoutSpec
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: Serve
 class FuzzyHistory(PromptHistory):
     """Serves a prompt from the most similar one, or in full if none is similar enough."""
 
+    exact_alone: ClassVar[bool] = True
     threshold: float
     references: int
 
@@ -206,8 +208,7 @@ class SemShareKV(Method):
         return References.of(store, fingerprint)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        plain = {"block": True, "num_blanks": 0, "shared_prefix": False}
-        return replace(spec, bos="none", placement="sequential", **plain)
+        return encoded_alone(spec, placement="sequential")
 
     def select(self) -> Selection:
         return Deviation(ratio=self.ratio, by="both")

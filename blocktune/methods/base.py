@@ -13,7 +13,7 @@ selectors, repairs and reshapes, so that listing the methods is fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,6 +37,17 @@ BOTH_LEARNED = (
     "one with num_links alone (kvlink), or with num_headers and num_trailers alone (kv-packet)"
 )
 """Why an adapter with both kinds of learned tokens is refused."""
+
+
+def encoded_alone(spec: LayoutSpec, **changes: Any) -> LayoutSpec:
+    """``spec`` with ``changes``; if these say no other, chunks are encoded alone, without a BOS.
+
+    A changed ``placement`` is one without reserved slots.
+    """
+    if "placement" in changes:
+        changes = {"slot": 0} | changes
+    alone = {"block": True, "num_blanks": 0, "shared_prefix": False, "bos": "none"}
+    return replace(spec, **alone | changes)
 
 
 class Cached(Enum):
@@ -100,28 +111,33 @@ class Method:
         of this one.
         """
         # An adapter trained in full attention has no layout of chunks to serve.
-        block = trained if trained is not None and trained.block else None
-        has_links = block is not None and block.num_links > 0
-        has_wraps = block is not None and block.num_headers + block.num_trailers > 0
+        is_block = trained is not None and trained.block
+        spec = trained if is_block else LayoutSpec()
         is_met, recipe = {
             Weights.ANY: (True, ""),
-            Weights.BLOCK: (block is not None and not has_links, "recipes/block_attention.yaml"),
-            Weights.LINKS: (has_links, "recipes/kvlink.yaml"),
-            Weights.WRAPS: (has_wraps, "num_headers and num_trailers"),
+            Weights.BLOCK: (is_block and not spec.num_links, "recipes/block_attention.yaml"),
+            Weights.LINKS: (spec.num_links, "recipes/kvlink.yaml"),
+            Weights.WRAPS: (spec.num_headers + spec.num_trailers, "num_headers and num_trailers"),
         }[self.weights]
         if not is_met:
-            given = "none" if block is None else "one without"
-            if self.weights is Weights.BLOCK and has_links:
+            given = "one without" if is_block else "none"
+            if self.weights is Weights.BLOCK and spec.num_links:
                 given = "one with link tokens (use 'kvlink')"
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
                 f"{given}; train one with {recipe}, and load the model with it: --adapter, or "
                 "`adapter:` in a suite"
             )
-        spec = self.layout(block or LayoutSpec())
+        spec = self.layout(spec)
         wraps = spec.num_headers + spec.num_trailers
         if spec.num_links and wraps:
             raise ValueError(BOTH_LEARNED)
+        if wraps and self.history is not None and self.history.begins_in_full:
+            raise ValueError(
+                f"method '{self.name}' reuses chunks of prompts computed in full, which lack this "
+                "adapter's learned tokens around chunks; use it without the adapter, or serve the "
+                "adapter with 'kv-packet'"
+            )
         learned = (spec.num_links, Weights.LINKS, "kvlink"), (wraps, Weights.WRAPS, "kv-packet")
         for count, weights, preset in learned:
             if count and self.weights is not weights:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,7 +26,13 @@ TABLES = {Axis.SELECT: SELECTORS, Axis.REPAIR: REPAIRS, Axis.RESHAPE: RESHAPES}
 """Registries of axis values; the axis layout has fields of `LayoutSpec` instead."""
 
 _BASES = {Axis.SELECT: Selection, Axis.REPAIR: Repair, Axis.RESHAPE: Reshape}
-LAYOUT_FIELDS = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
+LAYOUT_FIELDS = {
+    "placement": "Where chunks are placed: sequential, parallel, composite or reserved.",
+    "slot": "Positions reserved for each chunk under placement=reserved.",
+    "num_blanks": "Number of blank tokens that each chunk is encoded after; they are then hidden.",
+    "shared_prefix": "Whether chunks are encoded after a hidden copy of the prefix.",
+    "bos": "A chunk's own BOS: none, drop (encoded after one that is then hidden) or keep.",
+}
 """Fields of `LayoutSpec` that a method chooses; the others depend on the adapter's training."""
 
 
@@ -39,8 +45,6 @@ KEEP = Keep.KEEP
 class Composition(Method):
     """Presets, some of whose axes may be overridden; made by `compose`."""
 
-    cached: ClassVar[Cached] = Cached.CHUNKS
-    keeps_context: ClassVar[bool] = True
     label: str  # name in tables and results
     terms: tuple[Method, ...]  # the presets
     source: str
@@ -76,9 +80,10 @@ class Composition(Method):
     @property
     def exact_on_one_chunk(self) -> bool:
         reshape, changes = self.reshaped, dict(self.changes)
+        if self.history is not None and self.history.begins_in_full:
+            return self.history.exact_alone  # computed in full, whatever the other terms do
         return (
             all(term.exact_on_one_chunk for term in self.terms)
-            and (self.history is None or self.history.exact_alone)
             and (reshape is None or reshape.exact_on_one_chunk or reshape == reshape.neutral())
             # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
             and not (changes.get("num_blanks") or changes.get("slot"))
@@ -121,7 +126,8 @@ def compose(
         reshape: The reshape, likewise.
         layout: Fields of `LayoutSpec` to set, out of `LAYOUT_FIELDS`.
         budget: Share of the context tokens that the selector may choose, in [0, 1].
-        layer_budget: Share of the context's layer-tokens to recompute, in [0, 1].
+        layer_budget: Share of the context's layer-tokens to recompute, in [0, 1]; by default that
+            of the presets, unless ``select`` or ``budget`` is given.
         name: Name in tables; by default the method as written on the command line.
 
     Raises:
@@ -144,6 +150,8 @@ def compose(
     if layout:
         given[Axis.LAYOUT] = layout = _layout_changes(layout)
     at_budget = "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"
+    if layer_budget is None and Axis.SELECT not in given:
+        layer_budget = next((t.layer_budget for t in terms if t.layer_budget is not None), None)
     composed = Composition(
         label=name or format_method(terms, given) + at_budget,
         terms=terms,
@@ -163,7 +171,7 @@ def compose(
 
 def _layout_changes(layout: Mapping[str, Any]) -> dict[str, Any]:
     layout = current_keys(mapping(layout, "layout"), LAYOUT_FIELDS, "layout")
-    if unknown := sorted(layout.keys() - set(LAYOUT_FIELDS)):
+    if unknown := sorted(layout.keys() - LAYOUT_FIELDS.keys(), key=str):
         known = ", ".join(LAYOUT_FIELDS)
         raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
     return layout
@@ -184,7 +192,7 @@ def _choose(axis: Axis, choice: Any) -> Any:
         raise ValueError(
             f"{registry.what} '{name}' takes a mapping of parameters, got {parameters!r:.60}"
         )
-    return registry.build(name, **(parameters or {}))
+    return registry.build(str(name), **{str(key): v for key, v in (parameters or {}).items()})
 
 
 def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:

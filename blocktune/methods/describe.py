@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from blocktune.methods.base import METHODS, Axis, Cached, Weights
-from blocktune.methods.composition import TABLES
+from blocktune.methods.composition import LAYOUT_FIELDS, TABLES
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import summary_of
 
@@ -24,14 +24,6 @@ GROUPS = {
     "value of layout": "Layouts: compose with 'PRESET + layout KEY=VALUE'",
 }
 """Headings of the table, in order."""
-
-LAYOUT_SUMMARIES = {
-    "placement": "Where chunks are placed: sequential, parallel, composite or reserved.",
-    "slot": "Positions reserved for each chunk under placement=reserved.",
-    "num_blanks": "Number of blank tokens that each chunk is encoded after; they are then hidden.",
-    "shared_prefix": "Whether chunks are encoded after a hidden copy of the prefix.",
-    "bos": "A chunk's own BOS: none, drop (encoded after one that is then hidden) or keep.",
-}
 
 
 class Description(NamedTuple):
@@ -67,7 +59,7 @@ def describe_all() -> list[Description]:
         where = table.what, f"value of {axis.value}", (axis.value,)
         rows += [Description(n, *where, *_facts(table.find(n))) for n in table.available()]
     plain, any_, axis = LayoutSpec(), Weights.ANY.value, Axis.LAYOUT.value
-    for name, summary in LAYOUT_SUMMARIES.items():
+    for name, summary in LAYOUT_FIELDS.items():
         default = {name: getattr(plain, name)}
         rows.append(
             Description(name, axis, f"value of {axis}", (axis,), summary, any_, default, "")
@@ -77,5 +69,4 @@ def describe_all() -> list[Description]:
 
 def _facts(cls: type, weights: Weights = Weights.ANY) -> tuple[str, str, dict[str, Any], str]:
     defaults = {field.name: field.default for field in fields(cls)}
-    assert MISSING not in defaults.values(), f"a parameter of {cls} has no default"
     return summary_of(cls), weights.value, defaults, cls.source

@@ -133,15 +133,13 @@ def _share(term: re.Match) -> float:
 
 
 def _parameters(term: re.Match, cls: type) -> dict[str, Any]:
-    pairs = [pair.partition("=") for pair in term["pairs"].split()]
-    refuse_doubles(f"'{term['name']}':", [key for key, *_ in pairs], "give it once")
-    parameters = {key: parse_yaml(value, key) for key, _, value in pairs}
+    pairs = [pair.split("=", 1) for pair in term["pairs"].split()]
     if term["number"] and not term["percent"]:
-        names = [field.name for field in fields(cls)]
-        if not names:
+        if not fields(cls):
             raise ValueError(f"'{term['name']}' takes no parameters, got '{term[0]}'")
-        parameters = {names[0]: parse_yaml(term["number"], names[0])} | parameters
-    return parameters
+        pairs.insert(0, [fields(cls)[0].name, term["number"]])
+    refuse_doubles(f"'{term['name']}':", [key for key, _ in pairs], "give it once")
+    return {key: parse_yaml(value, key) for key, value in pairs}
 
 
 def _match(text: str) -> re.Match:

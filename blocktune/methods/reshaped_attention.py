@@ -90,7 +90,11 @@ class ReshapedAttention:
         self._reused[layer] = self._reused.get(layer, self._is_chunk) & ~written[:, :count]
 
     def attend(self, band, columns, query, key, value, rule, params) -> Tensor | None:
-        """Implements `Reshaping.attend`, in float32, a block of rows at a time."""
+        """Attends, in float32, rows that were written into ``columns`` ``(B, R)``, -1 for padding.
+
+        Other arguments as for `RowBand.attend`. Returns ``(B, H, R, D)``, or None for a layer whose
+        scores are not changed.
+        """
         seen = self._enter(band, columns, rule.layer)
         if not self._acts[rule.layer]:
             return None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from blocktune.attention.interface import OWN_ATTENTION, can_switch, decoder_of
+from blocktune.attention.interface import OWN_ATTENTION, decoder_of
 from blocktune.models.probe import (
     NO_ROTARY,
     Mixes,
@@ -79,7 +79,7 @@ def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) 
         raise Mixes(mixes_tokens(cls.__name__, "a recurrence", 0, depth))
     if shared := getattr(config, "num_kv_shared_layers", None):
         raise Refused(without_keys(cls.__name__, list(range(depth - shared, depth))))
-    if not can_switch(cls):
+    if not getattr(cls, "_can_set_attn_implementation", lambda: True)():
         raise Refused(OWN_ATTENTION.format(cls.__name__))
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)
     if (cls, key) not in _RESULTS:

@@ -30,17 +30,15 @@ def place(
     Source: APE arXiv:2502.05431 (parallel), TurboRAG arXiv:2410.07590 (composite), PromptCache
     arXiv:2311.04934 (reserved).
     """
-    total = prefix_length + sum(chunk_lengths)
+    total, longest = prefix_length + sum(chunk_lengths), max(chunk_lengths, default=0)
     if placement == "sequential":
-        ends = list(accumulate(chunk_lengths, initial=prefix_length))
-        return Placement(tuple(ends[:-1]), total)
+        *starts, _ = accumulate(chunk_lengths, initial=prefix_length)
+        return Placement(tuple(starts), total)
     if placement == "parallel":
-        longest = max(chunk_lengths, default=0)
         return Placement((prefix_length,) * len(chunk_lengths), prefix_length + longest)
     if placement == "composite":
         return Placement((0,) * len(chunk_lengths), total)
     if placement == "reserved":
-        longest = max(chunk_lengths, default=0)
         if longest > slot:
             raise ValueError(
                 f"chunk {list(chunk_lengths).index(longest)} takes {longest} positions, the schema "

@@ -42,26 +42,12 @@ class Rotation(NamedTuple):
     sin: Tensor  # ``(..., S, P)`` float32
     start: int = 0  # as in `LayerRope`
     interleaved: bool = False  # as in `LayerRope`
-    scale: Tensor | None = None  # ``(..., S, D)``: factor of each dimension, see `over`
 
     @classmethod
     def of(cls, shift: Tensor, rope: LayerRope) -> Rotation:
         """The rotation by ``shift`` ``(B, S)`` positions; cos and sin are ``(B, 1, S, P)``."""
         angle = shift[:, None, :, None].float() * rope.inv_freq.to(shift.device).float()
         return cls(angle.cos(), angle.sin(), rope.start, rope.interleaved)
-
-    def over(self, dim: int) -> Rotation:
-        """Adds ``scale`` for heads of ``dim`` dimensions: cos, or 1 if not rotated."""
-        scale = self.cos.new_ones(*self.cos.shape[:-1], dim)
-        for part in self.pairs(scale):
-            part.copy_(self.cos)
-        return self._replace(scale=scale)
-
-    def cut(self, rows: slice) -> Rotation:
-        """The rotation of a slice of the tokens."""
-        scale = None if self.scale is None else self.scale[..., rows, :]
-        cos, sin = self.cos[..., rows, :], self.sin[..., rows, :]
-        return self._replace(cos=cos, sin=sin, scale=scale)
 
     def pairs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the first and the second dimension of each rotated pair, ``(..., S, P)``."""
@@ -113,14 +99,14 @@ def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> 
     cos, sin = rotation.cos, rotation.sin
     result = keys.clone() if out is None else out
     (left, right), (first, second) = rotation.pairs(keys), rotation.pairs(result)
-    if out is not None and keys.dtype == torch.float32:
-        rotation = rotation if rotation.scale is not None else rotation.over(keys.shape[-1])
-        torch.mul(keys, rotation.scale, out=out)  # on whole rows, which is twice as fast as halves
-        first.addcmul_(right, sin, value=-1)
-        second.addcmul_(left, sin)
-        return out
     if out is not None and 2 * cos.shape[-1] < keys.shape[-1]:
         out.copy_(keys)  # for the dimensions that are not rotated
+    if out is not None and keys.dtype == torch.float32:
+        torch.mul(left, cos, out=first)
+        first.addcmul_(right, sin, value=-1)
+        torch.mul(right, cos, out=second)
+        second.addcmul_(left, sin)
+        return out
     left, right = left.float(), right.float()
     first.copy_(left * cos - right * sin)
     second.copy_(right * cos + left * sin)

@@ -110,6 +110,8 @@ def test_learning_again_replaces_and_the_least_used_leaves():
     assert variants.find(CHUNK, (0, 1)) is None
     assert variants.find(CHUNK, (0, 0)) is not None
     assert variants.find(CHUNK, (0, 9)) is not None
+    assert len(variants._uses) == 4  # what has left is not counted for ever, and holds no tokens
+    assert all(isinstance(key, str) for key in variants._uses)
 
 
 @pytest.mark.parametrize("tier", ["memory", "folder"])

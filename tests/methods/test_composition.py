@@ -72,6 +72,17 @@ def test_a_composition_is_named_as_one_would_write_it():
     assert compose(build("kvlink + epic 4"), reshape=None).name == ("kvlink + epic 4 + no reshape")
 
 
+def test_a_layer_budget_stays_in_a_larger_composition():
+    half = compose("cacheblend", layer_budget=0.5)
+    larger = compose(half, "ape")
+    assert larger.layer_budget == 0.5
+    assert larger.name == "cacheblend at 50.0% of the layer-tokens + ape"
+    assert larger.select_for(4) == half.select_for(4)
+    assert compose(half, layer_budget=0.4).layer_budget == 0.4
+    for other in (compose(half, budget=0.1), compose(half, select="first-k")):
+        assert other.layer_budget is None
+
+
 def test_null_is_plain_reuse_on_that_axis():
     psr = build_entry({"name": "x", "preset": "psr", "select": None, "reshape": None})
     assert psr.select() == Nothing()
@@ -103,6 +114,13 @@ def test_null_is_plain_reuse_on_that_axis():
         ("{preset: epic, layout: 3}", "layout: must be a mapping of keys to values, got 3"),
         ("{preset: epic, params: 3}", "'epic': params: must be a mapping"),
         ("{preset: epic, params: {1: 2}}", "'epic' takes k, .* got unknown 1"),
+        ("{preset: epic, select: {5: {k: 2}}}", "unknown selector '5'; available: "),
+        ("{preset: epic, select: {first-k: {1: 2}}}", "'first-k' takes k, .* got unknown 1"),
+        ("naive + deviation by=[keys,values]", "'deviation': 'by' must be text, got .'keys', "),
+        ("turborag positions=[composite]", "'turborag': 'positions' must be text, got"),
+        ("random seed=x", "'random': 'seed' must be a whole number, got 'x'"),
+        ("cacheblend-repo sees_future=maybe", "'sees_future' must be true or false, got 'maybe'"),
+        ("epic 8 k=9", "'epic': 'k' is given 2 times; give it once"),
         ("{1: 2}", "unknown key '1'"),
         ("{preset: epic", "--method: not YAML"),
         ("{select: deviation}", "a method needs a 'name' or a 'preset'"),
@@ -128,7 +146,8 @@ def test_links_are_never_served_in_silence():
 
 def test_a_composition_passes_on_everything_that_a_method_says():
     said = {name for name in vars(Method) if not name.startswith("_")}
-    said -= {"layout_for", "select_for", "reuses_chunks"}  # made of the others
-    said -= {"prefixes"}  # of methods that reuse no chunks, which compose with nothing
     said |= set(inspect.get_annotations(Method))
+    said -= {"layout_for", "select_for", "reuses_chunks"}  # made of the others
+    # Methods that reuse no chunks compose with nothing.
+    said -= {"prefixes", "cached", "keeps_context"}
     assert said <= set(vars(Composition)) | set(inspect.get_annotations(Composition))

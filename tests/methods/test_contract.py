@@ -22,6 +22,11 @@ COMPOSITIONS = (
     "kv-packet + first-k 4",
     "cache-craft + first-k 4",
     "cache-craft refresh=1.0",
+    "kvlink + semsharekv",
+    "kvlink + cache-craft",
+    "cache-craft + scaled-context",
+    "naive + semsharekv",
+    "kv-packet + fusionrag",
 )
 SUBJECTS = subjects() | {name: build(name) for name in COMPOSITIONS}
 ALIKE = {}

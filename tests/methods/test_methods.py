@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from blocktune.methods import available, build, describe_method
-from blocktune.methods.composition import LAYOUT_FIELDS
-from blocktune.methods.describe import GROUPS, LAYOUT_SUMMARIES, describe_all
+from blocktune.methods.describe import GROUPS, describe_all
 from blocktune.prompt import LayoutSpec
 
 
@@ -23,7 +22,6 @@ def test_everything_that_is_described_has_a_group_and_a_summary():
     found = describe_all()
     assert {entry.group for entry in found} <= GROUPS.keys()
     assert all(entry.summary.endswith(".") for entry in found)
-    assert set(LAYOUT_SUMMARIES) == set(LAYOUT_FIELDS)
 
 
 def test_methods_are_listed_without_torch():
@@ -59,6 +57,20 @@ def test_the_methods_of_the_spine_exist():
 def test_bad_names_and_values_are_refused_when_built(name, parameters, message):
     with pytest.raises(ValueError, match=message):
         build(name, **parameters)
+
+
+@pytest.mark.parametrize("name", ["cache-craft", "fusionrag", "semsharekv", "ape", "cacheclip"])
+def test_a_method_replaces_what_does_not_go_with_its_own_layout(name):
+    for trained in (LayoutSpec(placement="reserved", slot=64), LayoutSpec(bos="drop")):
+        assert build(name).layout_for(trained).block
+    markers = LayoutSpec(placement="reserved", slot=64, num_headers=1)
+    assert build("turborag").layout_for(markers).placement == "sequential"
+
+
+@pytest.mark.parametrize("name", ["cache-craft", "semsharekv"])
+def test_chunks_of_full_prompts_are_not_served_as_if_learned_tokens_were_around_them(name):
+    with pytest.raises(ValueError, match="reuses chunks of prompts computed in full"):
+        build(f"kv-packet + {name}").layout_for(LayoutSpec(num_headers=1))
 
 
 def test_adapters_are_served_as_they_were_trained():

@@ -135,6 +135,7 @@ def test_a_suite_runs_it(blocktune, refused, model, file, tmp_path):
         ("import nothing_of_that_name", "cannot be loaded: No module named 'nothing_of_that"),
         ("def broken(:", "cannot be loaded: invalid syntax"),
         (PLUGIN.replace('"nth"', '"epic"'), "reuse method 'epic' of .* is already taken by"),
+        (PLUGIN.replace("n: int = 2", "n: int"), "parameter 'n' needs a default"),
     ],
 )
 def test_what_is_wrong_with_it_is_one_clear_line(refused, clean, tmp_path, text, message):

@@ -293,7 +293,7 @@ def test_a_budget_below_what_the_first_layers_cost_is_refused():
         ("auxiliary-attention", {"window": 0}, "window must be .* at least 1, got 0"),
         ("oracle", {"by": "luck"}, "by must be one of influence, attention, deviation, got 'luck'"),
         ("first-k", {"last": -1}, "last must be .* at least 0, got -1"),
-        ("recency", {"ratio": None}, "ratio must be a share .*, got None"),
+        ("recency", {"ratio": None}, "'ratio' must be a number, got None"),
         ("random", {"ratio": 15}, r"ratio must be a share .* \[0, 1\], got 15"),
     ],
 )

@@ -19,6 +19,7 @@ from blocktune.methods import (
     top_count,
     top_of_context,
 )
+from blocktune.methods.base import encoded_alone
 from blocktune.prompt import LayoutSpec
 
 if TYPE_CHECKING:
@@ -215,9 +216,7 @@ class CacheCraft(Method):
         return self.history.exact_alone
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        return replace(
-            spec, block=True, num_blanks=0, shared_prefix=False, bos="none", placement="sequential"
-        )
+        return encoded_alone(spec, placement="sequential")
 
     def select(self) -> Selection:
         return StoredContext(alpha=self.alpha, focus=self.focus, hold=self.hold)

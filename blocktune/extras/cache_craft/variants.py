@@ -147,7 +147,7 @@ class VariantStore:
 
     def __init__(self, store: ChunkStore, fingerprint: str):
         self.store, self.fingerprint = store, fingerprint
-        self._uses: Counter[tuple[Ids, Ids]] = Counter()
+        self._uses: Counter[str] = Counter()  # by the key of the variant's keys and values
         self._lock = threading.Lock()
 
     @classmethod
@@ -169,7 +169,7 @@ class VariantStore:
     def used(self, chunk: Ids, blanks: Ids) -> None:
         """Counts a use; the least used variant is replaced first."""
         with self._lock:
-            self._uses[chunk, blanks] += 1
+            self._uses[key_after(self.fingerprint, chunk, blanks)] += 1
 
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
         """Stores a variant, in place of one with the same context or of the least used one.
@@ -180,10 +180,12 @@ class VariantStore:
         with self._lock:
             known = [v for v in self._known(chunk) if v.blanks != variant.blanks]
             while len(known) >= most:
-                least = min(known, key=lambda v: self._uses[chunk, v.blanks])
+                keys = [key_after(self.fingerprint, chunk, v.blanks) for v in known]
+                key, least = min(zip(keys, known, strict=True), key=lambda v: self._uses[v[0]])
                 known.remove(least)
+                self._uses.pop(key, None)
                 if least.context:
-                    self.store.discard(key_after(self.fingerprint, chunk, least.blanks))
+                    self.store.discard(key)
             entry = ChunkVariants((*known, variant), torch.tensor(chunk), self.fingerprint)
             self.store.put(self._key(chunk), entry)
 

@@ -20,6 +20,7 @@ from blocktune.methods import (
     require_count,
     require_one_of,
 )
+from blocktune.methods.base import encoded_alone
 from blocktune.prompt import LayoutSpec
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class FullPrefill(_InFull):
 
 
 @register("prefix-cache")
-class PrefixCache(_InFull):
+class PrefixCache(FullPrefill):
     """Reuses the longest prefix seen before, in the same order: exact, but rarely hit in RAG.
 
     ``warm_up`` prompts are served before each question to give it a history: the same chunks, each
@@ -60,9 +61,6 @@ class PrefixCache(_InFull):
 
     def __post_init__(self):
         require_count("warm_up", self.warm_up)
-
-    def select(self) -> Selection:
-        return Everything()
 
 
 @register("recycle")
@@ -121,7 +119,7 @@ class Link0(Method):
         require_count("blanks", self.blanks, least=1)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
+        return encoded_alone(spec, num_blanks=self.blanks)
 
 
 @register("prompt-cache-schema")
@@ -186,7 +184,7 @@ class TurboRag(Method):
         require_one_of("positions", self.positions, PLACEMENTS)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        return replace(spec, placement=PLACEMENTS[self.positions])
+        return replace(spec, placement=PLACEMENTS[self.positions], slot=0)
 
 
 @register("kv-packet")
@@ -232,8 +230,7 @@ class Ape(_Scale):
         require_one_of("positions", self.positions, ("parallel", "sequential"))
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        spec = replace(spec, placement=self.positions, slot=0)
-        return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
+        return encoded_alone(spec, shared_prefix=True, placement=self.positions)
 
 
 @register("sel")
@@ -249,7 +246,7 @@ class Sel(Method):
     aggregation: str = "HT"
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
+        return encoded_alone(spec, shared_prefix=True)
 
     def reshape(self) -> Reshape:
         return TopChunks(chunks=self.chunks, aggregation=self.aggregation)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 from blocktune.methods import Method, Repair, Selection, register, require_one_of
 from blocktune.methods import repair as repairs
 from blocktune.methods import select as selectors
+from blocktune.methods.base import encoded_alone
 from blocktune.prompt import LayoutSpec
 
 
@@ -269,7 +269,7 @@ class CacheClip(Method):
     window: int = 8
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        return replace(spec, block=True, shared_prefix=True, num_blanks=0)
+        return encoded_alone(spec, shared_prefix=True)
 
     def select(self) -> Selection:
         return selectors.AuxiliaryAttention(self.ratio, self.auxiliary, self.window)
