@@ -164,6 +164,12 @@ def read(spec: type[Spec], record: Any, where: str) -> Spec:
     return _construct(spec, values, where)
 
 
+def check_types(config: Any, where: str) -> None:
+    """Raises ValueError if a field of a dataclass has a value of another type than its own."""
+    for field in fields(config):
+        _value(field, getattr(config, field.name), where)
+
+
 def build_strict(spec: type[Spec], record: Any, what: str) -> Spec:
     """Like `read`, for a ``spec`` that checks its values itself; ``what`` names it in errors."""
     return spec(**_known(spec, record, what))
@@ -235,6 +241,11 @@ def _annotation(field: Field) -> str:
 def _is(value: Any, types: Any) -> bool:
     """`isinstance`, except that booleans are not numbers."""
     return isinstance(value, types) and (types is bool or not isinstance(value, bool))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def mapping(record: Any, where: str) -> Mapping:

@@ -9,8 +9,9 @@ from blocktune.training.run import leave, train
 if __name__ == "__main__":
     try:
         train(sys.argv[1:], publisher=Publisher())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)  # its text says how to continue
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+            print("stopped:" if stopped else "error:", *str(error).split(), file=sys.stderr)
+        sys.exit(130 if stopped else 2)
     leave()

@@ -7,7 +7,7 @@ import pytest
 from blocktune import parsing
 from blocktune.methods import build
 from blocktune.methods.method_parser import build_entry
-from blocktune.parsing import build_config, load_spec, parse_yaml, read
+from blocktune.parsing import build_config, first_line, load_spec, parse_yaml, read
 from blocktune.prompt import LayoutSpec
 
 
@@ -126,3 +126,10 @@ def test_both_names_of_a_key_are_refused_and_a_key_that_is_known_is_kept():
 def test_a_parameter_named_as_an_argument_of_the_registry_is_unknown_as_any_other(name):
     with pytest.raises(ValueError, match=f"'epic' takes k, .* got unknown {name}"):
         build_entry({"name": "epic", "params": {name: 3}})
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("one\ntwo", "one"), ("", "OSError"), (" \n", "OSError")]
+)
+def test_an_error_without_text_is_named_by_its_type(text, line):
+    assert first_line(OSError(text)) == line

@@ -10,6 +10,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from blocktune.cache.row_cache import RowCache
+from blocktune.parsing import first_line
 
 LAYERS = {
     "sliding": "DynamicSlidingWindowLayer",
@@ -65,7 +66,7 @@ class DecodeCache:
             cls = getattr(cache_utils, LAYERS[self.kind])
             return cls(self.window) if self.window else cls(**options)
         except (AttributeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"decode cache '{self.kind}' cannot be used here: {reason}") from None
 
 

@@ -27,6 +27,7 @@ from blocktune.methods import build
 from blocktune.models.gate import examine
 from blocktune.models.probe import Refused, Structure
 from blocktune.models.small import causal_class, quiet, small_config, small_model
+from blocktune.parsing import first_line
 from blocktune.prompt import Chunk
 from blocktune.tables import ABSENT, Table
 from blocktune.testing import WORDS, byte_tokenizer
@@ -116,8 +117,7 @@ def check_family(model_type: str) -> Family:
     except Refused as refusal:
         return Family(model_type, name, "refused", str(refusal))
     except Exception as error:
-        line = (str(error).strip() or "no message").splitlines()[0]
-        return Family(model_type, name, "wrong", f"{type(error).__name__}: {line}")
+        return Family(model_type, name, "wrong", f"{type(error).__name__}: {first_line(error)}")
     if wrong or max(full, block) > TOLERANCE:
         return Family(model_type, name, "wrong", wrong, limit, full, block)
     verdict = "exact" if structure.max_tokens is None else "exact up to a length"

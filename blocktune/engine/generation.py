@@ -28,6 +28,7 @@ from blocktune.engine.usage import Executed, Ttft, Usage
 from blocktune.layout import Kind, Rows
 from blocktune.methods import Cached
 from blocktune.methods.hooks import PrefilledBatch
+from blocktune.parsing import check_types
 from blocktune.prompt import Chunk
 
 Pick = Callable[[Tensor], Tensor]
@@ -56,7 +57,7 @@ class Sampling:
     """How the next token is picked. The default is greedy decoding.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If a value is out of range or of another type.
     """
 
     temperature: float = 0.0  # 0 is greedy; above, logits are divided by it
@@ -65,6 +66,7 @@ class Sampling:
     seed: int | None = None  # makes draws reproducible; None: 0, but answers are not cached
 
     def __post_init__(self):
+        check_types(self, "sampling")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
         if self.temperature < COLDEST:

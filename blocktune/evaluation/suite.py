@@ -88,6 +88,8 @@ class TaskSpec:
                 require_count(name, value, 1)
         for name in (self.metric, *self.metrics):
             require_one_of("metric", name, METRICS)
+        if "" in self.stop:
+            raise ValueError("'stop' has an empty text, which ends every output; drop it")
         self.worded(PromptFormat())  # raises on a wrong key now, not in the middle of a run
 
     def worded(self, own: PromptFormat) -> PromptFormat:

@@ -17,7 +17,7 @@ from rich.console import Console
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.check import check_adapter
 from blocktune.hub.card import CardFacts, card, results_of, served_by
-from blocktune.parsing import load_json
+from blocktune.parsing import first_line, load_json
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
 
@@ -166,7 +166,7 @@ def check_repo(repo: str, option: str = "--repo") -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"{option} must be USER/NAME: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{option} must be USER/NAME: {first_line(error)}") from None
     if "/" not in repo:
         raise ValueError(f"{option} must be USER/NAME, got '{repo}'")
 

@@ -116,7 +116,9 @@ def _value(term: re.Match) -> tuple[str | None, Any]:
                 return axis.value, value
             if axis is not Axis.SELECT:
                 raise ValueError(f"'{term[0]}': a {table.what} takes no budget; drop the '%'")
-            return axis.value, value.with_budget(_share(term))
+            budgeted = value.with_budget(_share(term))
+            _require_one_budget(term, value, budgeted)
+            return axis.value, budgeted
     return None, _preset(term, {})
 
 
@@ -125,11 +127,22 @@ def _preset(term: re.Match, parameters: Mapping[str, Any]) -> Method:
     method = METHODS.build(term["name"], **(_parameters(term, cls) | parameters))
     # A wrong value is refused here, not in the middle of a run.
     method.layout(LayoutSpec()), method.select(), method.repair(), method.reshape()
-    return compose(method, budget=_share(term), name=term[0]) if term["percent"] else method
+    if not term["percent"]:
+        return method
+    composed = compose(method, budget=_share(term), name=term[0])
+    _require_one_budget(term, method.select(), composed.select())
+    return composed
 
 
 def _share(term: re.Match) -> float:
     return round(float(term["number"]) / 100, 12)  # 15 % is 0.15
+
+
+def _require_one_budget(term: re.Match, before: Any, after: Any) -> None:
+    """Raises ValueError if the percentage replaces a parameter that the term gives, too."""
+    for key in (pair.partition("=")[0] for pair in term["pairs"].split()):
+        if getattr(before, key, None) != getattr(after, key, None):
+            raise ValueError(f"'{term[0]}' gives its budget twice; drop '{key}' or the percentage")
 
 
 def _parameters(term: re.Match, cls: type) -> dict[str, Any]:

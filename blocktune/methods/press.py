@@ -19,6 +19,7 @@ from blocktune.attention.interface import decoder_of
 from blocktune.methods import Cached, Method
 from blocktune.methods.select.base import Nothing
 from blocktune.models.gate import decoder_layers
+from blocktune.parsing import first_line
 from blocktune.prompt import LayoutSpec
 
 
@@ -94,7 +95,7 @@ class Press:
         try:
             pressed = self._press.compress(inputs["module"], hidden, *states, None, kwargs)
         except Exception as error:  # it needs statistics, attention weights or another model
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"press '{self.text}' cannot score these chunks: {reason}") from error
         if any(part.shape[2] != remaining for part in pressed):
             raise ValueError(

@@ -36,7 +36,7 @@ from blocktune.models.gate import examine
 from blocktune.models.probe import Mixes, Refused
 from blocktune.models.quantize import keep_stored_codes, quantization_config
 from blocktune.models.small import causal_class
-from blocktune.parsing import load_json
+from blocktune.parsing import first_line, load_json
 
 if TYPE_CHECKING:
     from transformers import (
@@ -329,7 +329,7 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(ADAPTER_FILES)))
     except (httpx.HTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"no adapter '{adapter}': it is not a local folder, and the Hub says: {reason}"
         ) from None

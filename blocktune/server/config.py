@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blocktune.parsing import load_yaml, read
+from blocktune.parsing import load_yaml, read, refuse_doubles
 
 FIX = "give a YAML mapping of tenant names to {key, max_requests, tokens_per_minute}"
 
@@ -102,7 +102,10 @@ def load_tenants(path: Path) -> tuple[Tenant, ...]:
     for name, value in values.items():
         if not isinstance(value, Mapping) or not value.get("key"):
             raise ValueError(f"{path}: tenant '{name}' has no key; {FIX}")
+        if "name" in value:
+            raise ValueError(f"{path}: tenant '{name}' has its name twice; drop 'name'; {FIX}")
         tenants.append(read(Tenant, {"name": str(name), **value}, f"{path}: tenant '{name}'"))
+    refuse_doubles(f"{path}: tenants", [tenant.name for tenant in tenants], "rename one")
     if len({tenant.key for tenant in tenants}) < len(tenants):
         raise ValueError(f"{path}: two tenants have the same key")
     return tuple(tenants)

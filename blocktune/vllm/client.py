@@ -37,6 +37,9 @@ from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of ``max_lora_rank`` that vLLM accepts."""
+
 
 class Rendered(NamedTuple):
     """What to send to vLLM for one prompt."""
@@ -270,7 +273,12 @@ def lora_rank(folder: Path) -> int:
     """The smallest ``max_lora_rank`` that vLLM accepts and that fits an adapter."""
     config = load_json(folder / PEFT_FILE)
     rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
-    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
+    if size := next((size for size in LORA_RANKS if size >= rank), None):
+        return size
+    raise ValueError(
+        f"'{folder}' has LoRA of rank {rank}, and vLLM loads at most {LORA_RANKS[-1]}; serve what "
+        "`blocktune merge` makes of it"
+    )
 
 
 def transfer_config(store: str | Path, **more: Any) -> dict[str, Any]:

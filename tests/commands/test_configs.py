@@ -4,7 +4,7 @@ import pytest
 
 DOORS = {
     "train": ("train", "--config"),
-    "launcher": ("train", "--train_data", "worlds:train", "--launcher"),
+    "launcher": ("train", "--model_name_or_path", "m", "--train_data", "t.jsonl", "--launcher"),
     "eval": ("eval", "--output", "out", "--suite"),
     "tune": ("tune", "--output", "out", "--config"),
     "mix": ("data", "mix"),
@@ -64,6 +64,7 @@ def test_no_and_a_byte_order_mark_are_read(tmp_path):
     from blocktune.training.run import parse
 
     text = "\ufefftrain_data: worlds:train\nsave_strategy: no\nreport_to: [none]\nlora_r: 3\n"
+    text += "model_name_or_path: m\n"
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     data, args, choice = parse(["--config=run.yaml", "--lora_r", "4"])
     assert (data.train_data, args.save_strategy.value, choice.lora_r) == ("worlds:train", "no", 4)

@@ -97,7 +97,7 @@ def test_chunks_keep_the_indent_of_a_line_and_no_other_space_around_them():
         ("magic", "unknown chunker 'magic'; available: delimiter, fixed, message, sentence"),
         ({"size": 3}, "must be a name or {name, ...}, got {'size': 3}"),
         ({"name": "fixed", "sise": 3}, "unknown key 'sise'; known: size, overlap"),
-        ({"name": "fixed", "size": 0}, "chunker 'fixed': size must be a whole number, at least 1"),
+        ({"name": "fixed", "size": 0}, "size must be a whole number, at least 1"),
         (
             {"name": "fixed", "size": 4, "overlap": 4},
             "at least 5 (more than the overlap), got 4",

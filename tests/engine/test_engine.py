@@ -188,6 +188,20 @@ def test_sampling_draws_from_the_nucleus_and_the_top_tokens_alone(options, kept)
     assert int(tiny(logits)) == 0
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": "1"}, "'temperature' must be a number, got '1'"),
+        ({"top_k": 2.5}, "'top_k' must be a whole number, got 2.5"),
+        ({"seed": 1.5}, "'seed' must be a whole number or null, got 1.5"),
+        ({"top_p": 0}, "top_p must be in"),
+    ],
+)
+def test_sampling_values_that_do_not_fit_are_refused_before_decoding(values, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**values)
+
+
 def test_sampling_does_not_depend_on_the_batches_and_draws_anew_for_every_request(engine):
     sampling = Sampling(temperature=2.0, seed=5)
     asks = [ASK, SHORT, ASK, ASK]

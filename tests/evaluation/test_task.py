@@ -97,6 +97,7 @@ def test_what_decides_a_row_is_all_but_where_questions_come_from():
         ({"task": "eval/tasks/musique.yaml", "metrc": "f1"}, "unknown key 'metrc'"),
         ({"name": "a", "source": "b", "metric": "bleu"}, "metric must be one of em, f1,"),
         ({"name": "a", "source": "b", "metrics": "f1"}, "'metrics' must be a list of texts"),
+        ({"name": "a", "source": "b", "stop": [""]}, "'stop' has an empty text"),
         ({"name": "a", "source": "b", "stop": [1]}, "'stop' must be a list of texts"),
         ({"name": "a", "source": "b", "prompt": {"x": ""}}, "prompt format: unknown key 'x'"),
         ({"name": "a", "source": "b", "version": 0}, "version must be a whole number, at least 1"),

@@ -100,6 +100,8 @@ def test_null_is_plain_reuse_on_that_axis():
         ("block-attention + kvlink", "trained for 'block attention' and 'link tokens' at once"),
         ("full-prefill + deviation 15 %", "'full-prefill' takes no chunk from a cache"),
         ("naive + scaled-context 15 %", "a reshape takes no budget"),
+        ("naive + deviation 15 % ratio=0.3", "its budget twice; drop 'ratio' or the percentage"),
+        ("cacheblend 15 % ratio=0.3", "its budget twice; drop 'ratio' or the percentage"),
         ("naive + nothing 15 %", "selector 'nothing' takes no budget"),
         ("naive + deviation 150 %", r"ratio must be a share .* got 1.5"),
         ("naive + deviation rato=1", "'deviation' takes ratio, .* got unknown rato"),

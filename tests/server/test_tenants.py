@@ -102,6 +102,13 @@ def test_tenants_are_read_from_a_file(tmp_path):
     path.write_text("a: {key: 'key-of-acme', max_request: 2}\n")
     with pytest.raises(ValueError, match="max_request"):
         load_tenants(path)
+    # who has another's name would share its chunks and quota
+    path.write_text("1: {key: 'key-of-acme'}\n'1': {key: 'key-of-other'}\n")
+    with pytest.raises(ValueError, match="tenants '1' is given 2 times"):
+        load_tenants(path)
+    path.write_text("a: {key: 'key-of-acme'}\nb: {key: 'key-of-other', name: a}\n")
+    with pytest.raises(ValueError, match="tenant 'b' has its name twice"):
+        load_tenants(path)
 
 
 def test_quotas():

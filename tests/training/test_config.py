@@ -123,6 +123,11 @@ def test_what_a_run_may_not_say(tmp_path, overrides, line):
         parsed(tmp_path, **overrides)
 
 
+def test_activations_are_not_moved_off_a_cpu(tmp_path):
+    with pytest.raises(ValueError, match="leave it out on CPUs"):
+        make_trainer(tmp_path, activation_offloading=True)
+
+
 def test_flash_attention_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'flash_attention_2' does not support layouts"):
         make_trainer(tmp_path, attn_implementation="flash_attention_2")

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, Ministral3Config
 
 from blocktune.engine import Engine
 from blocktune.vllm import ChunkClient
-from blocktune.vllm.client import open_clients
+from blocktune.vllm.client import lora_rank, open_clients
 
 TINY = "data/tiny"
 
@@ -61,3 +61,12 @@ def test_damaged_files_are_named(tmp_path, file, reason):
 def test_a_model_that_does_not_exist_is_an_error_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="no such folder, and no repository of that name"):
         ChunkClient("no/such-model", store=tmp_path)
+
+
+def test_a_rank_that_vllm_does_not_load_is_refused(tmp_path):
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"r": 24, "rank_pattern": {"q_proj": 33}}')
+    assert lora_rank(tmp_path) == 64
+    config.write_text('{"r": 1024}')
+    with pytest.raises(ValueError, match="rank 1024, and vLLM loads at most 512"):
+        lora_rank(tmp_path)

@@ -201,15 +201,15 @@ class ChunkStore:
             return sum(self._ledgers(lambda ledger: ledger.pin([key], pinned), 0)) > 0
 
     def row(self, key: str) -> Row | None:
-        """What the first tier that has an index says about an entry; None: not in any index."""
+        """An entry's row in the index of the first tier that has it, or None."""
         with self._lock:
-            return next(filter(None, (ledger.row(key) for ledger in self._ledgers())), None)
+            return next(filter(None, self._ledgers(lambda ledger: ledger.row(key))), None)
 
     def is_pinned(self, key: str) -> bool:
         """Whether the entry is pinned in some tier."""
         with self._lock:
             rows = self._ledgers(lambda ledger: ledger.row(key))
-            return any(row is not None and row.pinned for row in rows)
+            return any(row.pinned for row in filter(None, rows))
 
     def pinned(self) -> dict[str, int]:
         """The pinned entries of all tiers: their bytes by key."""

@@ -19,6 +19,7 @@ from blocktune.cache.chunk_kv import Entry, Read
 from blocktune.cache.exact import ExactKV, PrefixMatch
 from blocktune.cache.store.chunk_store import ChunkStore
 from blocktune.cache.store.fingerprint import chunk_key, weights_hash
+from blocktune.parsing import first_line
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """Default embedding model: 384 numbers a text, from its first 256 word pieces. If the package
@@ -224,5 +225,5 @@ def _load(name: str) -> Any:
     try:
         return SentenceTransformer(name, device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"cannot load an embedding model from '{name}': {reason}") from None

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from blocktune import plugins
 from blocktune.data.chunking import CHUNKERS, Chunker
 from blocktune.data.example import RagExample
-from blocktune.parsing import build_config
+from blocktune.parsing import build_config, first_line
 
 
 class SourceName(NamedTuple):
@@ -117,7 +117,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, mistral_format=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"cannot load a tokenizer from '{name}': {reason}") from None
 
 
