@@ -117,6 +117,9 @@ class Guard:
 
         try:
             await self.app(scope, replay, counted)
+        except asyncio.CancelledError:  # the time to finish after SIGTERM is over
+            if not sent:
+                await refuse(503, "the server has shut down before the answer was done")
         except Exception:
             if not sent:
                 await refuse(500, "internal error; the server's log says more")
