@@ -55,6 +55,7 @@ class Report:
     tiers: Mapping[Piece, str] = field(default_factory=dict)
     cached_tokens: int = 0  # prompt tokens whose keys and values were in a cache
     answer_tokens: int = 0  # tokens of all choices
+    steps: int = 0  # tokens of the longest choice; 0 if none was generated
     queue_s: float = 0.0  # seconds in the queue
     ttft_s: float = 0.0  # seconds from arrival to the first token
     # the prompt's tokens and whether each was reused, if requested; see `strip_of`
@@ -176,6 +177,7 @@ def report_of(job: Job) -> Report:
         tiers=job.found.tiers,
         cached_tokens=max(0, int(job.run.assembled.cached.sum()) - encoded),
         answer_tokens=len(ids),
+        steps=max(len(choice.ids) for choice in job.choices),
         queue_s=job.begun - job.created,
         ttft_s=job.first - job.created,
         strip=strip_of(job.run) if job.strip else None,
@@ -246,7 +248,8 @@ def recall(cache: ResponseCache, job: Job, question: str) -> bool:
         answer, usage = hit
         emit(Delta(0, answer["text"], None, answer["finish"]))
         ttft_s = time.perf_counter() - job.created
-        emit(Report(usage=usage, answer_tokens=answer["count"], ttft_s=ttft_s))
+        cached, count = usage.prompt_tokens, answer["count"]  # no token of the prompt was computed
+        emit(Report(usage=usage, cached_tokens=cached, answer_tokens=count, ttft_s=ttft_s))
         return True
 
     def listen(event: Event) -> None:

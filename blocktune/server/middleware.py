@@ -67,8 +67,8 @@ class Metrics:
                 self.hits.labels(tier).inc()
         self.ttft.observe(report.ttft_s)
         self.whole.observe(total_s)
-        if report.answer_tokens > 1:
-            self.between.observe((total_s - report.ttft_s) / (report.answer_tokens - 1))
+        if report.steps > 1:
+            self.between.observe((total_s - report.ttft_s) / (report.steps - 1))
 
 
 class Guard:
