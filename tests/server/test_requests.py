@@ -38,6 +38,8 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"cache_salt": ""}, "cache_salt"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"min_p": 0.1}, "min_p"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"blocktune": {"methd": "naive"}}, "methd"),
         ({"method": "epic"}, "blocktune: {'method'"),
