@@ -22,7 +22,7 @@ from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
 from blocktune.prompt import Pieces, Prompt
-from blocktune.server.decoding import Choice, Settings, TokenLogprob
+from blocktune.server.decoding import Choice, Settings, TokenLogprob, token_text
 
 _LOG = logging.getLogger(__name__)
 ONE_TOKEN = Settings(1)
@@ -223,7 +223,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
             "fate": reused if cached else "computed",
             "layers": layers / state.num_layers,
         }
-        text = tokenizer.decode([token]) if token < vocabulary else "\u29c9"
+        text = token_text(tokenizer, token) if token < vocabulary else "\u29c9"
         if runs and all(runs[-1][name] == value for name, value in entry.items()):
             runs[-1]["tokens"].append(text)
         else:
