@@ -21,13 +21,16 @@ _IDS = random.Random()
 
 def chunk_list(submission: Submission, tenant: Tenant, report: Report) -> ChunkList:
     """The response of ``POST /v1/chunks``."""
+    job = submission.job
+    pieces = job.wanted[-len(submission.sources) :]
+    chunks = zip(_chunks(submission, tenant, report, pieces), pieces, strict=True)
     data = [
         ChunkStatus(
             **{name: chunk[name] for name in ("key", "id", "tokens", "cached")},
             encoded=chunk["cached"] == "none",
-            pinned=bool(submission.job.pins),
+            pinned=piece in job.pinned,
         )
-        for chunk in _chunks(submission, tenant, report, submission.job.wanted)
+        for chunk, piece in chunks
     ]
     return ChunkList(data=data, encode_s=report.encode_s)
 

@@ -92,6 +92,7 @@ class Job:
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
     # pieces of ``wanted`` to pin in the store until they are deleted
     pins: frozenset[Piece] = frozenset()
+    pinned: set[Piece] = field(default_factory=set)  # those that the store could pin
     token_bytes: int = 0  # bytes of one token's keys and values
     # called with its events in the scheduler's thread; the last is a Report or a Failure
     emit: Callable[[Event], None] = lambda event: None
