@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -11,6 +12,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Adds the path to the error of a full disk, which names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextmanager
@@ -24,7 +38,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # opening a folder will raise in the block
-        yield path
+        with _naming(path):
+            yield path
         return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,14 +49,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     try:
-        yield Path(name)
-        if path.exists():
-            shutil.copymode(path, name)
-        else:
-            Path(name).chmod(0o666 & ~_umask())
-        sync(name)
-        os.replace(name, path)
-        sync(path.parent)
+        with _naming(path):
+            yield Path(name)
+            if path.exists():
+                shutil.copymode(path, name)
+            else:
+                Path(name).chmod(0o666 & ~_umask())
+            sync(name)
+            os.replace(name, path)
+            sync(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -106,7 +122,7 @@ def truncate_lines(path: str | Path, count: int) -> None:
 
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
     """Appends lines to a file and syncs it to disk; or writes them to a pipe or device."""
-    with open(path, "a", encoding="utf-8") as out:
+    with _naming(path), open(path, "a", encoding="utf-8") as out:
         out.writelines(line + "\n" for line in lines)
         out.flush()
         if Path(path).is_file():

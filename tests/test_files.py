@@ -136,7 +136,9 @@ def test_a_second_process_is_refused(tmp_path):
 def test_a_device_is_written_to_and_never_read(tmp_path):
     """``/dev/full`` holds zeros without end, and a pipe cannot be synced."""
     assert whole_lines("/dev/full") == []
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left.*'/dev/full'"):
         append_lines("/dev/full", ["a"])
+    with pytest.raises(OSError, match=r"No space left.*'/dev/full'"):
+        replace_text("/dev/full", "a")
     truncate_lines("/dev/null", 0)
     append_lines("/dev/null", ["a"])

@@ -246,8 +246,9 @@ def report_store(store: ChunkStore, had_chunks: bool) -> None:
             "; the store's chunks are other passages, or of another model, adapter, dtype, "
             "quantisation or prompt format"
         )
-    if files.unwritten:
-        line += f", {files.unwritten:,} of them not stored: the store cannot be written"
+    for name, tier in stats.tiers.items():
+        if tier.unwritten:
+            line += f", {tier.unwritten:,} not stored in the {name}: it is full or out of reach"
     typer.echo(line, err=True)
     _report_rejected(stats, store.place)
 

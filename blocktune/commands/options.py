@@ -152,8 +152,9 @@ def load_engine(
     from blocktune.methods.press import Press
     from blocktune.prompt import LayoutSpec, PromptFormat
 
-    config = StoreConfig.parse(store) if isinstance(store, str) else store and store.config
-    if config and config.press is not None:
+    # A store has a length: to ask whether it is true would list its files.
+    config = StoreConfig.parse(store or "") if isinstance(store, str | None) else store.config
+    if config.press is not None:
         press = Press(config.press)
         if method is not None:
             press.require(method, method.layout(LayoutSpec()))

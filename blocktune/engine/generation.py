@@ -110,14 +110,18 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), strips: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str] = (),
+        strips: bool = True,
+        before: Sequence[int] = (),  # tokens that the text continues: a first one loses its space
     ):
         self.tokenizer, self.stops, self.strips = tokenizer, stops, strips
         self.stopped = False
-        self._ids: list[int] = []
+        self._ids = list(before)
         self._text, self._num_shown = "", 0
         # New tokens are decoded together with the earlier ones from the prefix offset on.
-        self._prefix_offset, self._read_offset = 0, 0
+        self._prefix_offset, self._read_offset = 0, len(before)
 
     def push(self, token: int) -> str:
         """Adds a token. Returns the text that can be shown now, often empty."""

@@ -63,8 +63,7 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.scheduler.start()
         yield
-        service.draining = True
-        await asyncio.to_thread(service.scheduler.stop)
+        await asyncio.to_thread(service.stop)
 
     app = FastAPI(title="blocktune", version=blocktune.__version__, lifespan=lifespan)
     app.router.redirect_slashes = False

@@ -10,7 +10,7 @@ from typing import Any
 
 from blocktune.engine.encode import Piece
 from blocktune.server.config import Tenant
-from blocktune.server.decoding import TokenLogprob
+from blocktune.server.decoding import TokenLogprob, token_text
 from blocktune.server.job import Delta, Event, Report
 from blocktune.server.schemas import ChunkList, ChunkStatus
 from blocktune.server.service import Submission
@@ -21,13 +21,16 @@ _IDS = random.Random()
 
 def chunk_list(submission: Submission, tenant: Tenant, report: Report) -> ChunkList:
     """The response of ``POST /v1/chunks``."""
+    job = submission.job
+    pieces = job.wanted[-len(submission.sources) :]
+    chunks = zip(_chunks(submission, tenant, report, pieces), pieces, strict=True)
     data = [
         ChunkStatus(
             **{name: chunk[name] for name in ("key", "id", "tokens", "cached")},
             encoded=chunk["cached"] == "none",
-            pinned=bool(submission.job.pins),
+            pinned=piece in job.pinned,
         )
-        for chunk in _chunks(submission, tenant, report, submission.job.wanted)
+        for chunk, piece in chunks
     ]
     return ChunkList(data=data, encode_s=report.encode_s)
 
@@ -62,6 +65,7 @@ class TextBodies:
         self.texts = [""] * job.settings.choices
         self.finish: list[str | None] = [None] * job.settings.choices
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.texts]
+        self.ends = [0] * job.settings.choices  # where the tokens end that were streamed with them
         self.tokenizer = job.engine.tokenizer
         self.wants_logprobs = job.settings.logprobs is not None
 
@@ -94,11 +98,13 @@ class TextBodies:
     def delta(self, event: Event) -> list[dict[str, Any]]:
         """The bodies of one event of a stream."""
         assert isinstance(event, Delta)
-        before = len(self.texts[event.index])
         self.add(event)
         if not event.text and event.finish is None and event.logprob is None:
             return []  # part of a character, or perhaps the start of a stop text
-        logs = None if event.logprob is None else self.format_logprobs([event.logprob], before)
+        logs = None
+        if event.logprob is not None:
+            logs = self.format_logprobs([event.logprob], self.ends[event.index])
+            self.ends[event.index] += len(self.token(event.logprob.token))
         return [self._choice(event.index, self.piece(event.text), logs, event.finish)]
 
     def _choice(self, index: int, piece: dict, logs=None, finish=None) -> dict[str, Any]:
@@ -124,13 +130,14 @@ class TextBodies:
         return {
             "tokens": names,
             "token_logprobs": [entry.logprob for entry in logs],
-            "top_logprobs": [{self.token(i): value for i, value in entry.top} for entry in logs],
+            # reversed: of tokens with the same text (parts of characters) the likeliest is shown
+            "top_logprobs": [{self.token(i): p for i, p in reversed(entry.top)} for entry in logs],
             "text_offset": list(accumulate(map(len, names), initial=offset))[:-1],
         }
 
     def token(self, index: int) -> str:
         """The text of a token."""
-        return self.tokenizer.decode([index])
+        return token_text(self.tokenizer, index)
 
     def _frame(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -187,7 +194,8 @@ class ChatBodies(TextBodies):
 
         def entry(index: int, value: float) -> dict[str, Any]:
             text = self.token(index)
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+            known = None if "\ufffd" in text else list(text.encode())  # of a whole character
+            return {"token": text, "logprob": value, "bytes": known}
 
         return {
             "content": [

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
@@ -35,6 +36,11 @@ from blocktune.engine.rows import decoded_rows
 from blocktune.layout import LayerRule, Rows
 
 GREEDY = Sampling()
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """The text of a token inside a text: some tokenizers drop the space of a first one."""
+    return tokenizer.decode([token, token])[len(tokenizer.decode([token])) :]
 
 
 class TokenLogprob(NamedTuple):
@@ -80,7 +86,8 @@ class Choice:
             sampling = replace(sampling, seed=secrets.randbits(32))
         self._pick = sampling.picker(device, (self.index,))
         self._stop_ids = run.state.stop_ids()
-        self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips)
+        before = () if settings.strips else run.pieces[0].query[-1:]
+        self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips, before)
 
     @cached_property
     def _rows(self) -> Rows:

@@ -22,7 +22,7 @@ from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
 from blocktune.prompt import Pieces, Prompt
-from blocktune.server.decoding import Choice, Settings, TokenLogprob
+from blocktune.server.decoding import Choice, Settings, TokenLogprob, token_text
 
 _LOG = logging.getLogger(__name__)
 ONE_TOKEN = Settings(1)
@@ -55,6 +55,7 @@ class Report:
     tiers: Mapping[Piece, str] = field(default_factory=dict)
     cached_tokens: int = 0  # prompt tokens whose keys and values were in a cache
     answer_tokens: int = 0  # tokens of all choices
+    steps: int = 0  # tokens of the longest choice; 0 if none was generated
     queue_s: float = 0.0  # seconds in the queue
     ttft_s: float = 0.0  # seconds from arrival to the first token
     # the prompt's tokens and whether each was reused, if requested; see `strip_of`
@@ -91,6 +92,7 @@ class Job:
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
     # pieces of ``wanted`` to pin in the store until they are deleted
     pins: frozenset[Piece] = frozenset()
+    pinned: set[Piece] = field(default_factory=set)  # those that the store could pin
     token_bytes: int = 0  # bytes of one token's keys and values
     # called with its events in the scheduler's thread; the last is a Report or a Failure
     emit: Callable[[Event], None] = lambda event: None
@@ -176,6 +178,7 @@ def report_of(job: Job) -> Report:
         tiers=job.found.tiers,
         cached_tokens=max(0, int(job.run.assembled.cached.sum()) - encoded),
         answer_tokens=len(ids),
+        steps=max(len(choice.ids) for choice in job.choices),
         queue_s=job.begun - job.created,
         ttft_s=job.first - job.created,
         strip=strip_of(job.run) if job.strip else None,
@@ -221,7 +224,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
             "fate": reused if cached else "computed",
             "layers": layers / state.num_layers,
         }
-        text = tokenizer.decode([token]) if token < vocabulary else "\u29c9"
+        text = token_text(tokenizer, token) if token < vocabulary else "\u29c9"
         if runs and all(runs[-1][name] == value for name, value in entry.items()):
             runs[-1]["tokens"].append(text)
         else:
@@ -246,7 +249,8 @@ def recall(cache: ResponseCache, job: Job, question: str) -> bool:
         answer, usage = hit
         emit(Delta(0, answer["text"], None, answer["finish"]))
         ttft_s = time.perf_counter() - job.created
-        emit(Report(usage=usage, answer_tokens=answer["count"], ttft_s=ttft_s))
+        cached, count = usage.prompt_tokens, answer["count"]  # no token of the prompt was computed
+        emit(Report(usage=usage, cached_tokens=cached, answer_tokens=count, ttft_s=ttft_s))
         return True
 
     def listen(event: Event) -> None:

@@ -67,8 +67,8 @@ class Metrics:
                 self.hits.labels(tier).inc()
         self.ttft.observe(report.ttft_s)
         self.whole.observe(total_s)
-        if report.answer_tokens > 1:
-            self.between.observe((total_s - report.ttft_s) / (report.answer_tokens - 1))
+        if report.steps > 1:
+            self.between.observe((total_s - report.ttft_s) / (report.steps - 1))
 
 
 class Guard:
@@ -117,6 +117,9 @@ class Guard:
 
         try:
             await self.app(scope, replay, counted)
+        except asyncio.CancelledError:  # the time to finish after SIGTERM is over
+            if not sent:
+                await refuse(503, "the server has shut down before the answer was done")
         except Exception:
             if not sent:
                 await refuse(500, "internal error; the server's log says more")

@@ -252,6 +252,7 @@ class Scheduler:
         for piece in job.pins & found.kvs.keys():
             if encoder.store.pin(encoder.key(piece)):
                 self.pinned[encoder.key(piece)] = found.kvs[piece].num_bytes
+                job.pinned.add(piece)
 
     def _prefill(self, job: Job) -> None:
         state, found = job.engine.state, job.found if job.found.kvs else None

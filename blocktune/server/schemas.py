@@ -192,12 +192,16 @@ class Decoding(BaseModel):
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
+    repetition_penalty: Number | None = None  # these two as vLLM has them
+    min_p: Number | None = None
 
     @model_validator(mode="after")
     def _refuse_penalties(self):
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "min_p"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported; leave it out")
+        if self.repetition_penalty not in (None, 1):
+            raise ValueError("repetition_penalty is not supported; leave it out")
         return self
 
     @property

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from blocktune.cache import ChunkStore
 from blocktune.cache.responses import ResponseCache
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
@@ -111,7 +112,7 @@ class Service:
         self.ready = self.draining = False
         self._checked = checked
         self.scheduler = Scheduler(config.limits, self._check)
-        for store in {served.engine.store for served in self.models.values()}:
+        for store in self.stores:
             self.scheduler.pinned |= store.pinned()  # by earlier servers, or `blocktune store pin`
         self.metrics, self.quotas = Metrics(self.scheduler), Quotas()
 
@@ -125,6 +126,18 @@ class Service:
             _LOG.exception("the correctness check did not run")
             self.faults.append(f"the check did not run: {error}")
         self.ready = not self.faults
+
+    @property
+    def stores(self) -> set[ChunkStore]:
+        """The stores of all models."""
+        return {served.engine.store for served in self.models.values()}
+
+    def stop(self) -> None:
+        """Finishes what was accepted, and the files that wait for a remote."""
+        self.draining = True
+        self.scheduler.stop()
+        for store in self.stores:  # SIGTERM ends the process without doing this
+            store.flush()
 
     def model(self, name: str | None) -> Served:
         """A model by its name; None: the first. Raises `UnknownModel` if none has this name."""
@@ -190,16 +203,15 @@ class Service:
 
     def chunk(self, name: str, key: str) -> ChunkStatus:
         """Whether a chunk is stored; ``name`` is the tenant's signed name of the store ``key``."""
-        stores = {served.engine.store for served in self.models.values()}
-        is_stored = any(key in store for store in stores)
-        pinned = any(store.is_pinned(key) for store in stores)
+        is_stored = any(key in store for store in self.stores)
+        pinned = any(store.is_pinned(key) for store in self.stores)
         return ChunkStatus(key=name, cached="stored" if is_stored else "none", pinned=pinned)
 
     def discard(self, key: str) -> None:
         """Removes a chunk from every store, pinned or not."""
         self.scheduler.pinned.pop(key, None)
-        for served in self.models.values():
-            served.engine.store.discard(key)
+        for store in self.stores:
+            store.discard(key)
 
     def card(self, name: str) -> ModelCard:
         """The description of a model in ``/v1/models``; `UnknownModel` if there is none."""

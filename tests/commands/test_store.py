@@ -251,6 +251,26 @@ def test_a_store_that_cannot_be_written_answers_and_encode_fails(
     assert "Read-only file system" in line
 
 
+def test_what_a_remote_does_not_get_is_said_of_the_remote(blocktune, model, tmp_path):
+    ask = ("answer", "-m", model, "-q", "Where?", "-c", "Kirby.", "--max-new-tokens", 1)
+    said = blocktune(*ask, "--store", f"{tmp_path / 'new'},remote=valkey://127.0.0.1:1/0").stderr
+    assert said.endswith("2 encoded now, 2 not stored in the remote: it is full or out of reach\n")
+
+
+def test_encoding_does_not_list_the_store_first(blocktune, refused, model, tmp_path, monkeypatch):
+    def listed(store):
+        raise AssertionError("a remote may have millions of files")
+
+    monkeypatch.setattr(ChunkStore, "__len__", listed)
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text('{"text": "Kirby is small."}\n')
+    encode = ("encode", "-m", model, "-i", documents, "--store")
+    done = blocktune(*encode, tmp_path / "new")
+    assert "encoded 1 chunks" in done.stdout
+    line = refused(*encode, "valkey://127.0.0.1:1/0")
+    assert "cannot write to the store 'valkey://127.0.0.1:1/0'" in line
+
+
 def test_the_manifest_is_shown_without_the_model(answers, blocktune, model):
     folder, run = answers
     run()

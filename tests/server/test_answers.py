@@ -304,6 +304,18 @@ def test_pinned_chunks_outlive_eviction_until_they_are_deleted(serve, engine):
     assert not client.service.scheduler.pinned
 
 
+def test_a_chunk_that_the_store_cannot_keep_is_not_called_pinned(serve, engine, tmp_path):
+    from blocktune.cache import ChunkStore
+    from blocktune.engine import Engine
+
+    store = ChunkStore.open(f"{tmp_path},memory=0,disk=10KB")
+    client = serve({"tiny": Engine(engine.model, engine.tokenizer, store=store)})
+    made = client.post("/v1/chunks", json={"documents": DOCUMENTS, "pin": True}).json()["data"]
+    assert [one["pinned"] for one in made] == [False] * 3
+    found = [client.get(f"/v1/chunks/{one['key']}").json()["cached"] for one in made]
+    assert found == ["none"] * 3
+
+
 def test_models_by_name_share_a_store_and_no_chunks(serve, engine):
     from copy import deepcopy
 

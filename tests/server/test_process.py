@@ -10,7 +10,7 @@ from contextlib import suppress
 import httpx
 import pytest
 from openai import NotFoundError, OpenAI
-from server.support import CHAT, DOCUMENTS, QUESTION, chat, metric, process
+from server.support import CHAT, DOCUMENTS, QUESTION, chat, metric, process, refused
 
 LONG = {"max_tokens": 2000, "temperature": 100, "seed": 5}
 """Nearly uniform draws: the end of turn is one token of a thousand."""
@@ -106,6 +106,20 @@ def test_sigterm_loses_no_accepted_request():
         streamed = [text for _, text in done if text.startswith("data")]
         assert len(streamed) == 3
         assert all(text.endswith("data: [DONE]\n\n") for text in streamed)
+
+
+def test_a_request_that_does_not_end_in_time_is_told_so():
+    with process("--drain-s", "0") as (client, running):
+        done = []
+        body = chat("Go on.", n=8) | LONG
+        asking = threading.Thread(target=lambda: done.append(client.post(CHAT, json=body)))
+        asking.start()
+        until(client, "num_requests_running", lambda value: value > 0)
+        running.terminate()
+        asking.join()
+        refused(done[0], 503, "shut down")
+        assert running.wait(30) in (0, -signal.SIGTERM)
+        assert "Traceback" not in running.err.read_text()
 
 
 def test_connections_that_send_no_request_are_closed():

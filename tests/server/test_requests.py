@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 from server.support import CHAT, chat, metric, refused, wait_until
 
+from blocktune.server.middleware import Metrics
+
 MESSAGES = [{"role": "user", "content": "Who?"}]
 
 
@@ -36,6 +38,8 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"cache_salt": ""}, "cache_salt"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"min_p": 0.1}, "min_p"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"blocktune": {"methd": "naive"}}, "methd"),
         ({"method": "epic"}, "blocktune: {'method'"),
@@ -237,3 +241,20 @@ def test_metrics_count(serve, engine):
     assert metric(text, 'chunk_cache_hits_total{tier="memory"}') >= 3
     assert metric(text, "time_to_first_token_seconds_count") == 2
     assert metric(text, "generation_tokens_total") >= 2
+
+
+def test_the_time_between_tokens_does_not_depend_on_the_number_of_choices(serve, monkeypatch):
+    """Choices are decoded together: each step gives all of them a token."""
+    record, reports = Metrics.record, []
+
+    def seen(metrics, labels, report, total_s):
+        reports.append(total_s - report.ttft_s)
+        record(metrics, labels, report, total_s)
+
+    monkeypatch.setattr(Metrics, "record", seen)
+    client = serve()
+    body = chat(n=8, temperature=100, seed=5, logprobs=True)
+    choices = client.post(CHAT, json=body).json()["choices"]
+    longest = max(len(choice["logprobs"]["content"]) for choice in choices)
+    between_s = metric(client.get("/metrics").text, "inter_token_latency_seconds_sum")
+    assert between_s == pytest.approx(reports[0] / (longest - 1))

@@ -2,7 +2,7 @@
 
 import pytest
 from minilm import model_folder
-from server.support import chat
+from server.support import chat, metric
 from starlette.testclient import TestClient
 
 from blocktune.cache import ChunkStore
@@ -61,6 +61,18 @@ def test_the_second_request_gets_the_first_answer(start):
     text = first.json()["choices"][0]["message"]["content"]
     assert text in streamed
     assert streamed.endswith("data: [DONE]\n\n")
+
+
+def test_a_recalled_answer_is_not_counted_as_computed(start):
+    client = start()
+    ask(client)
+    before = client.get("/metrics").text
+    answer = ask(client).json()
+    after = client.get("/metrics").text
+    for name in ('prompt_tokens_total{source="computed"}', "inter_token_latency_seconds_count"):
+        assert metric(after, name) == metric(before, name)
+    usage = answer["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
 
 
 def test_a_streamed_answer_is_kept_as_well(start):

@@ -1,6 +1,7 @@
 """API keys, tenants, salts and quotas: who may use which chunks, and how much."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,6 +9,7 @@ from server.support import CHAT, DOCUMENTS, TINY, chat, refused
 from starlette.testclient import TestClient
 
 from blocktune.cache import ChunkStore
+from blocktune.cache.store.remote import FsspecBlobs
 from blocktune.cache.store.shelf import Shelf
 from blocktune.engine import Engine
 from blocktune.server import ServerConfig, Service, Tenant, create_app, load_tenants
@@ -191,6 +193,18 @@ def test_a_request_that_is_not_taken_does_not_cost_its_tenants_tokens(serve):
         large = client.post(CHAT, json=chat(max_tokens=2800), headers=headers)
         refused(large, 400, "keys and values")
     assert client.post(CHAT, json=chat(), headers=headers).status_code == 200
+
+
+def test_what_waits_for_a_remote_is_written_before_the_end(engine, tmp_path, monkeypatch):
+    write = FsspecBlobs._write
+    monkeypatch.setattr(FsspecBlobs, "_write", lambda *file: time.sleep(0.1) or write(*file))
+    url = f"file://{tmp_path / 'remote'}"
+    own = Engine(engine.model, engine.tokenizer, format=engine.format, store=ChunkStore.open(url))
+    service = Service({"tiny": own}, ServerConfig(), None, checked=False)
+    with TestClient(create_app(service), "http://localhost") as client:
+        made = client.post("/v1/chunks", json={"documents": DOCUMENTS}).json()["data"]
+    other = ChunkStore.open(url)
+    assert [chunk["key"] in other for chunk in made] == [True] * 3
 
 
 def test_other_requests_do_not_wait_for_a_slow_remote(serve, engine, monkeypatch):
