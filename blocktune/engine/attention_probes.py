@@ -248,8 +248,10 @@ class ScoringPasses:
         spent = below + count * cost.layers[-1].probe + probe.multiply_adds
         self.executed.append(Executed(other, heads=0, extra=spent))
         result = torch.zeros_like(self.cached, dtype=torch.float32)
-        # Both layouts have the same chunk tokens in the same order.
-        result[layout.is_context] = probe.by_layer[last][batch.layout.is_context].to(result.device)
+        # Both layouts have the same chunk tokens in the same order, but for a chunk's own BOS.
+        bos = self.served.state.tokenizer.bos_token_id
+        own = layout.is_context & (self.batch.input_ids != (-1 if bos is None else bos))
+        result[own] = probe.by_layer[last][batch.layout.is_context].to(result.device)
         return result
 
     def look_ahead(self) -> None:
