@@ -170,7 +170,7 @@ def encode(
         str | None,
         Option(
             help="Method that will read the chunks. Default: the one that the adapter was trained "
-            "for, else naive. Methods of another layout, such as link0, need other chunks."
+            "for, else naive. Some, such as link0, need other chunks."
         ),
     ] = None,
 ) -> None:
@@ -179,6 +179,7 @@ def encode(
     from blocktune.cache import ChunkStore
     from blocktune.commands import answering
     from blocktune.data import load_chunks
+    from blocktune.engine.encode import NOT_AHEAD
     from blocktune.evaluation.runner import launched
     from blocktune.models.gate import examine
     from blocktune.models.load import read_config
@@ -193,8 +194,8 @@ def encode(
         examine(read_config(model))  # before anything is written
     # Opened before a model is loaded, and on the CPU, since no chunk is read back.
     chosen = answering.build_method(method, [])
-    if chosen is not None and not chosen.reuses_chunks:
-        raise ValueError(f"method '{chosen.name}' reuses no chunks; name one that does")
+    if chosen is not None and (chosen.history is not None or not chosen.reuses_chunks):
+        raise ValueError(NOT_AHEAD.format(chosen.name))
     chunk_store, processes = ChunkStore.open(store, must_write=True), launched()
     if chunk_store.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")

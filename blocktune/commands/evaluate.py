@@ -74,14 +74,24 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     from blocktune.methods import build_entry
     from blocktune.methods.select import takes_budget
 
+    if budget is None and layer_budget is None:
+        return suite
+    share = f"{100 * (budget or layer_budget or 0):g} %"
+    share += " of the layer-tokens" if budget is None else ""
+
+    def named(label):  # it may state another budget, as in ``naive + epic 15 %``
+        return f"{label} at {share}" if {"%", "="} & set(label) else label
+
     def with_budget(spec):
         if not takes_budget(build_entry(spec.entry()).select()):
             return spec
-        return replace(spec, budget=budget, layer_budget=layer_budget)
+        given = {"budget": budget, "layer_budget": layer_budget, "label": named(spec.label)}
+        return replace(spec, **given)
 
-    if budget is None and layer_budget is None:
-        return suite
-    return replace(suite, methods=tuple(map(with_budget, suite.methods)))
+    methods = tuple(map(with_budget, suite.methods))
+    labels = {old.label: new.label for old, new in zip(suite.methods, methods, strict=True)}
+    pool = {named(name): [labels[one] for one in own] for name, own in suite.pool.items()}
+    return replace(suite, methods=methods, pool=pool)
 
 
 @command("compare", "blocktune eval compare out/before out/after", of=group)

@@ -18,8 +18,8 @@ from blocktune.engine.rows import computed_rows, of_columns
 from blocktune.engine.state import ServedBatch
 from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows, visible
-from blocktune.methods.select import QueryScores, Truth, distance
-from blocktune.positions import relocate_keys
+from blocktune.methods.select import LayerKV, QueryScores, Truth, distance
+from blocktune.positions import LayerRope, relocate_keys
 from blocktune.prompt import LayoutSpec, lay_out, stack
 
 DEFAULT_SCORES = QueryScores()
@@ -27,6 +27,15 @@ OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": 
 """Kinds of keys that attention weights are normalised over, by `QueryScores.over`; (): all."""
 ROW_BLOCK = 64
 """Number of rows whose weights over all keys are in memory at once."""
+
+
+def compared(states: LayerKV, rope: LayerRope) -> LayerKV:
+    """What a layer's cached states are compared by.
+
+    A latent that makes keys and values (DeepSeek) is cached as keys, the rotated part of the keys
+    as values. Both stand for the keys, and the latent for the values.
+    """
+    return LayerKV(torch.cat(states, dim=-1), states.keys) if rope.in_values else states
 
 
 class ProbeDone(Exception):
@@ -205,7 +214,8 @@ class ScoringPasses:
         """See `Passes.full_prefill`."""
         exact = RowCache(len(self.cache), *self.columns.kind.shape, exact=True)
         attention = self._prefill(self._rows, exact)
-        pairs = list(zip(exact.layers, self.cache.layers, strict=True))
+        layers = zip(exact.layers, self.cache.layers, self.served.state.rope.layers, strict=True)
+        pairs = [[compared(LayerKV(c.keys, c.values), rope) for c in two] for *two, rope in layers]
         keys = torch.stack([distance(a.keys, b.keys) for a, b in pairs])
         values = torch.stack([distance(a.values, b.values) for a, b in pairs])
         layout = self.batch.layout
@@ -248,8 +258,10 @@ class ScoringPasses:
         spent = below + count * cost.layers[-1].probe + probe.multiply_adds
         self.executed.append(Executed(other, heads=0, extra=spent))
         result = torch.zeros_like(self.cached, dtype=torch.float32)
-        # Both layouts have the same chunk tokens in the same order.
-        result[layout.is_context] = probe.by_layer[last][batch.layout.is_context].to(result.device)
+        # Both layouts have the same chunk tokens in the same order, but for a chunk's own BOS.
+        bos = self.served.state.tokenizer.bos_token_id
+        own = layout.is_context & (self.batch.input_ids != (-1 if bos is None else bos))
+        result[own] = probe.by_layer[last][batch.layout.is_context].to(result.device)
         return result
 
     def look_ahead(self) -> None:

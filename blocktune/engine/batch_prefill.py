@@ -57,11 +57,11 @@ def prefill_warm(
 ) -> Generation:
     """Serves `Method.warm_up` earlier prompts, untimed, then prefills a batch.
 
-    The earlier ones have the same chunks in rotated order, and are computed in full. Prompts are
-    laid out after that, unless they are ``laid_out``.
+    The earlier ones have the same chunks in rotated order, never in their own unless there is only
+    one, and are computed in full. Prompts are laid out after that, unless they are ``laid_out``.
     """
-    for shift in range(1, method.warm_up + 1):
-        starts = [(prompt.chunks, shift % max(1, len(prompt.chunks))) for prompt in pieces]
+    for turn in range(method.warm_up):
+        starts = [(p.chunks, 1 + turn % max(1, len(p.chunks) - 1)) for p in pieces]
         chunks = [chunks[start:] + chunks[:start] for chunks, start in starts]
         earlier = [p._replace(chunks=c) for p, c in zip(pieces, chunks, strict=True)]
         layouts = [prompts.prompt(prompt, LayoutSpec(block=False), 1) for prompt in earlier]

@@ -29,6 +29,8 @@ from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 Ids = tuple[int, ...]
 TOKENS_PER_PASS = 16_384
 """Most rows, padding included, in one forward pass of encoding."""
+NOT_AHEAD = "method '{}' reuses no chunks that were encoded ahead; name one that does"
+"""Why chunks are not encoded for a method."""
 
 
 @dataclass(frozen=True)
@@ -206,16 +208,17 @@ class Encoder:
         prefix: Piece | None,
         pieces: Sequence[Piece],
         chunks: Sequence[Chunk],
+        layers: Sequence[int],
         progress: Callable[[int, int], None] | None,
     ) -> EncodeReport:
-        """See `Engine.encode`; ``pieces`` are those of the ``chunks``."""
+        """See `Engine.encode`; ``pieces`` are those of the ``chunks``, ``layers`` as in `find`."""
         watch = Stopwatch(self.model.device)
         unique = dict.fromkeys([*([prefix] if prefix else []), *pieces])
         names = {piece: _document(chunk) for piece, chunk in zip(pieces, chunks, strict=True)}
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
-            found = self.find(group, watch, documents=names)
+            found = self.find(group, watch, layers=layers, documents=names)
             new |= found.misses
             for piece in found.hits & names.keys():
                 self._name(piece, found.kvs[piece], names[piece])

@@ -22,7 +22,7 @@ from blocktune.cache.store.fingerprint import manifest
 from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, prefill_warm
 from blocktune.engine.context_cache import CachedContext, make_context
-from blocktune.engine.encode import Encoder, EncodeReport
+from blocktune.engine.encode import NOT_AHEAD, Encoder, EncodeReport
 from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layer_schedule import hook
 from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, built
@@ -161,13 +161,15 @@ class Engine:
         its document (``document`` or ``id`` of its metadata, else its title), by which `blocktune
         store rm --document` removes it. ``progress`` is called after each pass with the tokens
         done and their total. ``method`` is the one that will read them; default: the one that the
-        adapter was trained for, else ``naive``. Only methods of another layout, such as ``link0``,
-        need other chunks.
+        adapter was trained for, else ``naive``. Only methods of another layout (``link0``) or with
+        stored hidden states (``droidspeak``) need other entries. Raises ValueError for one that
+        takes chunks from prompts it has served (it has a `Method.history`).
         """
-        chunks = read_chunks(chunks)
-        spec = self.prompts.spec(built(method, self.prompts.trained))
-        pieces = self.prompts.encodable(chunks, spec)
-        return self.state.encoder.encode(*pieces, chunks, progress)
+        chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
+        if method.history is not None:
+            raise ValueError(NOT_AHEAD.format(method.name))
+        pieces = self.prompts.encodable(chunks, self.prompts.spec(method))
+        return self.state.encoder.encode(*pieces, chunks, self.state.inputs_of(method), progress)
 
     def encode_wanted(self, most: int = 256) -> int:
         """Encodes up to ``most`` chunks from the store's `MissQueue`. Returns their number.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from blocktune.attention import attach, planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import RowCache
-from blocktune.engine.attention_probes import ChunkAttention
+from blocktune.engine.attention_probes import ChunkAttention, compared
 from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Rows
@@ -48,7 +48,7 @@ class SchedulePlan:
         """Starts with all candidates; `enter` changes the rows at the input of each layer."""
         self.candidates, self.schedule, self.watch = candidates, schedule, served.watch
         self.columns, self.cache, self.reshaping = served.columns, served.cache, served.reshaping
-        repair, selection = served.method.repair(), schedule.selection
+        self.rope, repair, selection = served.state.rope, served.method.repair(), schedule.selection
         self.repair = repair and RepairedCache(repair, self.columns, self.cache)
         self.plans: list[CachePlan] = []
         self.probes: dict[int, CachePlan] = {}
@@ -99,7 +99,8 @@ class SchedulePlan:
             cached = LayerKV(*self.cache.layers[index].held())
             if self.repair is not None:
                 self.repair.compared(self._current.rows.columns, fresh[0], cached)
-            return fresh[0], cached
+            rope = self.rope.layers[index]
+            return compared(fresh[0], rope), compared(cached, rope)
 
         check = LayerCheck(
             layer=index,

@@ -108,6 +108,10 @@ class EngineState:
         """Number of decoder layers."""
         return self.model.config.get_text_config().num_hidden_layers
 
+    def inputs_of(self, method: Method) -> tuple[int, ...]:
+        """Layers whose input hidden states a method reads from the chunk store."""
+        return method.select_for(self.num_layers).widens(self.num_layers)
+
     def prefixes(self, method: Method) -> Any:
         """The cache of exact prefixes for a method: a `PrefixTree` or one with its interface."""
         method_cache = method.prefixes(self.encoder.store, self.tokenizer.decode)

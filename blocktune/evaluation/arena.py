@@ -143,9 +143,8 @@ def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any])
     if not method.keeps_context:
         pieces = pieces._replace(chunks=())
     prompt, state = engine.lay_out(pieces, method, exam.max_new_tokens), engine.state
-    layers = method.select_for(state.num_layers).widens(state.num_layers)
     wanted = wanted_pieces(prompt) if method.cached is method.cached.CHUNKS else []
-    state.encoder.find(wanted, Stopwatch(engine.model.device), layers)
+    state.encoder.find(wanted, Stopwatch(engine.model.device), state.inputs_of(method))
     run = engine.start([pieces], method)
     [answer] = run.answers(Sampling(), exam.max_new_tokens, streams=[0])
     usage, payload = answer.usage, sum(map(len, pieces.chunks))

@@ -199,8 +199,8 @@ class _BatchChunks:
         prompts = [engine.lay_out(engine.prompts.pieces(e, method), method) for e in examples]
         prompts.sort(key=lambda prompt: len(prompt.input_ids))  # as `Engine.answer` does
         pieces = [piece for prompt in prompts for piece in wanted_pieces(prompt)]
-        layers = method.select_for(engine.state.num_layers).widens(engine.state.num_layers)
-        wanted = store, engine.fingerprint, pieces, tuple(layers)
+        layers = engine.state.inputs_of(method)
+        wanted = store, engine.fingerprint, pieces, layers
         if self._held != wanted:
             engine.forget()
             encoder.find(pieces, Stopwatch(engine.model.device), layers)

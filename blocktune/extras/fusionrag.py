@@ -97,11 +97,12 @@ class FusionRAG(Method):
     """Encodes each chunk after its likely neighbours, drops those, and recomputes a few tokens.
 
     They are the ``neighbours`` most similar chunks among those that the process has served so far,
-    including this prompt's: first serve or encode a corpus by this method, as in the paper's
-    offline stage. A chunk whose neighbours change is encoded again. Then the tokens that the
-    question attends to most in the last layer are recomputed. The paper finds neighbours by
-    embeddings (BGE-M3), each encoded alone; here they are chunks with common rare tokens, and see
-    each other. The paper's asynchronous loading and kernels are not reproduced.
+    including this prompt's: first serve a corpus by this method, as in the paper's offline stage. A
+    chunk whose neighbours change is encoded again. Then the tokens that the question attends to
+    most in the last layer are recomputed; the weights are over all chunks, at their places in the
+    prompt, while the paper computes them chunk by chunk, free of position. The paper finds
+    neighbours by embeddings (BGE-M3), each encoded alone; here they are chunks with common rare
+    tokens, and see each other. The paper's asynchronous loading and kernels are not reproduced.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2601.12904"

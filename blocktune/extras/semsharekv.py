@@ -183,9 +183,10 @@ class SemShareKV(Method):
     ``references``. After the first layer, only the ``ratio`` of tokens that deviate most stay.
 
     From a third party's notes on the paper: rotation, one match per token, 0.8, 40 %. Ours: the
-    similarity is the mean correlation of signatures (the paper scales a distance of up to 30). Left
-    out: tokens added at deeper layers by attention, and dropping keys. ``warm_up`` prompts of the
-    same chunks in another order give a question its history.
+    similarity is the mean correlation of signatures (the paper scales a distance of up to 30), and
+    states are compared at layer 1, where context counts (in the notes, at layer 0). Left out:
+    tokens added at deeper layers by attention, and dropping keys. ``warm_up`` prompts of the same
+    chunks in another order give a question its history.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2509.24832"

@@ -138,6 +138,13 @@ class Method:
                 "adapter's learned tokens around chunks; use it without the adapter, or serve the "
                 "adapter with 'kv-packet'"
             )
+        if self.history is not None:
+            has_bos = spec.keeps_bos and self.history.begins_in_full
+            if before := [*spec.sinks, *["bos"] * has_bos]:
+                raise ValueError(
+                    f"method '{self.name}' decides itself what its chunks are encoded after; leave "
+                    f"out layout {before[0]}"
+                )
         learned = (spec.num_links, Weights.LINKS, "kvlink"), (wraps, Weights.WRAPS, "kv-packet")
         for count, weights, preset in learned:
             if count and self.weights is not weights:

@@ -85,6 +85,7 @@ class Job:
     # its layout; None for a method with a history, which decides the layout later
     prompt: Prompt | None = None
     wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
+    reader: Method | None = None  # the method that will read them
     settings: Settings = ONE_TOKEN  # how it is decoded
     tenant: str = "default"  # decides its queue; the queues are served in turn
     timeout_s: float = 300.0  # seconds after which it fails
@@ -125,10 +126,8 @@ class Job:
     @cached_property
     def widened(self) -> list[int]:
         """Layers of which the method needs the chunks' input hidden states."""
-        if self.method is None:
-            return []
-        num_layers = self.engine.state.num_layers
-        return list(self.method.select_for(num_layers).widens(num_layers))
+        reader = self.method or self.reader
+        return [] if reader is None else list(self.engine.state.inputs_of(reader))
 
     @property
     def num_tokens(self) -> int:

@@ -195,6 +195,7 @@ class Service:
         job = Job(
             engine,
             wanted=[*([prefix] if prefix else []), *pieces],
+            reader=served.method,
             tenant=tenant.name,
             timeout_s=limits.request_s,
             pins=frozenset(pieces) if body.pin else frozenset(),

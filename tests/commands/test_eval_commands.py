@@ -5,6 +5,9 @@ import json
 import pytest
 import yaml
 
+from blocktune.commands.evaluate import at_one_budget
+from blocktune.evaluation.suite import parse_suite
+
 WORLDS = "worlds:test?seed=1&n=4&passages=2&kinds=self-contained"
 
 
@@ -46,6 +49,22 @@ def test_one_flag_makes_all_that_choose_tokens_spend_alike(blocktune, refused, m
     assert spent[:2] == [1, 0]
     assert spent[2:] == [pytest.approx(0.4, abs=0.05)] * 2
     assert "exclude each other" in refused(*run, "--layer-budget", 0.4, "--budget", 0.4)
+
+
+def test_a_label_that_states_a_budget_states_the_one_for_all(model):
+    methods = [
+        "naive",
+        "epic",
+        {"name": "kvlink + epic 15 %", "adapter": "out-{seed}", "seeds": [0, 1]},
+    ]
+    task = {"name": "worlds", "source": WORLDS}
+    suite = parse_suite({"model": str(model), "methods": methods, "tasks": [task]})
+    changed = at_one_budget(suite, 0.3, None)
+    pooled = [f"kvlink + epic 15 %-{seed} at 30 %" for seed in (0, 1)]
+    assert [spec.label for spec in changed.methods] == ["naive", "epic", *pooled]
+    assert changed.pool == {"kvlink + epic 15 % at 30 %": pooled}
+    changed = at_one_budget(suite, None, 0.3)
+    assert changed.methods[2].label == "kvlink + epic 15 %-0 at 30 % of the layer-tokens"
 
 
 def test_what_is_not_there_is_said_in_one_line(refused, tmp_path):

@@ -76,7 +76,9 @@ def test_two_adapters_of_one_name(refused, model):
 def test_encoding_for_a_method_that_reads_no_chunks(refused, model, tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "A."}\n')
     words = ["-i", tmp_path / "d.jsonl", "--store", tmp_path / "s", "-m", model]
-    assert "reuses no chunks" in refused("encode", *words, "--method", "full-prefill")
+    for method in ("full-prefill", "fusionrag"):
+        assert f"'{method}' reuses no chunks" in refused("encode", *words, "--method", method)
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_port_that_is_taken(refused, model):

@@ -155,6 +155,13 @@ def test_the_prefix_cache_reuses_only_what_stands_first(engine):
     assert [a.recompute_ratio for a in (first, again, other)] == [1.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("turns", [1, 3, 7])
+def test_a_history_never_holds_the_prompt_itself(turns, tokenizer):
+    engine = engine_of(FAMILIES["llama"](), tokenizer)
+    usage = engine.answer([ASK], f"prefix-cache warm_up={turns}", max_new_tokens=1)[0].usage
+    assert (len(ASK.chunks), usage.recompute_ratio) == (3, 1.0)
+
+
 def test_batches_answer_in_the_order_of_the_requests(engine):
     asks = [ASK, SHORT, Ask("What?", ASK.chunks[:1])]
     together = engine.answer(asks, "naive", max_new_tokens=6, batch_size=2)

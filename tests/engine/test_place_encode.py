@@ -139,6 +139,18 @@ def test_learned_tokens_are_stored_with_the_chunk_and_counted_apart(tokenizer):
     assert sum(usage.layer_tokens) == 0
 
 
+@pytest.mark.parametrize("bos", ["keep", "keep-all"])
+def test_an_auxiliary_model_scores_the_tokens_of_chunks_that_begin_with_bos(bos, tokenizer):
+    engine = engine_of(FAMILIES["llama"](), tokenizer)
+    method = method_of(f"naive + auxiliary-attention 30 % window=1 + layout bos={bos}")
+    served, spans = served_spans(engine, ASK, method)
+    torch.testing.assert_close(served, dense_logits(engine, ASK, method, spans), **TOLERANCE)
+    [prompt] = engine._read([ASK], method)[1]
+    fresh = [int((prompt.layout.order[0] == span.column).nonzero()) for span in spans]
+    assert fresh
+    assert tokenizer.bos_token_id not in prompt.input_ids[fresh]
+
+
 def test_turborag_positions_are_one_after_the_other_or_all_from_zero(tokenizer):
     engine = wrapping_engine(FAMILIES["llama"](), tokenizer, LayoutSpec(num_headers=1))
     for positions, starts in (("reordered", None), ("composite", [0, 0, 0])):

@@ -84,6 +84,14 @@ def test_prophetkv_averages_all_layers_over_what_is_cached(engine, stock, column
     assert chosen(engine, build("query-attention", ratio=0.3)) == top(whole, columns, 0.3)
 
 
+def test_the_first_of_the_last_layers_is_not_the_models_first(engine):
+    first, last = (
+        chosen(engine, build("query-attention", ratio=0.3, fuse=fuse, last_layers=1))
+        for fuse in ("first", "last")
+    )
+    assert first == last != chosen(engine, build("query-attention", ratio=0.3, fuse="first"))
+
+
 def test_a3_scores_the_first_layer_over_the_chunks_alone(engine, stock, columns):
     first = per_head(stock, inputs_of(engine))[0]
     scores = over(first, columns, (Kind.CHUNK,)).sum((0, 1))

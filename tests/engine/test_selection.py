@@ -4,11 +4,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from engine.served import ASK, FOREVER, FORMAT, SHORT, dense_logits, engine_of, served_spans
-from families import FAMILIES, dealt
+from engine.served import (
+    ASK,
+    FOREVER,
+    FORMAT,
+    SHORT,
+    context_columns,
+    dense_logits,
+    engine_of,
+    served_spans,
+)
+from families import BASE, FAMILIES, dealt
 from families import build as model_of
+from transformers import DeepseekV3Config
 
 from blocktune.engine import Engine
+from blocktune.engine.attention_probes import ScoringPasses
 from blocktune.engine.layer_schedule import _seeing_future
 from blocktune.layout import GLOBAL, NO_CHUNK, NO_ROW, Kind, Rows
 from blocktune.methods import Method, build
@@ -208,6 +219,27 @@ def test_the_last_of_the_computed_rows_sees_all_columns_each_before_it_one_less(
     columns = rows([chunk] * 9, range(9))
     query = rows([pad, chunk, chunk, chunk], [0, 2, 5, 8])
     assert _seeing_future(query, columns).order.tolist() == [[0, 6, 7, 8]]
+
+
+def test_latents_are_compared_as_the_values_and_keys_that_they_make(tokenizer):
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16}
+    shape = BASE | heads | {"q_lora_rank": 16, "num_key_value_heads": 4, "num_hidden_layers": 3}
+    engine = engine_of(DeepseekV3Config(**shape, first_k_dense_replace=3), tokenizer)
+    full, naive = (engine.prefilled([ASK], name) for name in ("full-prefill", "naive"))
+    true, stale = (run.cache.layers[1] for run in (full, naive))
+    latent, rotated = true.keys - stale.keys, true.values - stale.values
+    changes = {"values": latent, "keys": torch.cat([latent, rotated], -1)}
+    norms = {by: change[0, 0].norm(dim=-1) for by, change in changes.items()}
+    is_chunk = naive.columns.kind[0] == Kind.CHUNK
+    for by, norm in norms.items():
+        run = engine.prefilled([ASK], f"naive + deviation by={by} ratio=0.3")
+        last = next(plan for plan in run.prefill.plans if 2 in plan.executed)
+        best = norm.masked_fill(~is_chunk, -1.0).topk(int(last.context_rows)).indices
+        assert context_columns(last) == set(best.tolist())
+    truth = ScoringPasses(naive, naive.assembled.cached).full_prefill()
+    for by, found in (("keys", truth.key_deviation), ("values", truth.value_deviation)):
+        expected = norms[by][is_chunk]
+        torch.testing.assert_close(found[1, 0, is_chunk], expected, rtol=0, atol=1e-4)
 
 
 def test_the_random_bound_draws_by_its_seed(llama):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from engine.served import engine_of
+from engine.served import ASK, engine_of
+from engine.test_selection import deep
 from families import FAMILIES
 
 from blocktune.attention import DensePlan
@@ -49,6 +50,21 @@ def test_states_are_made_on_demand_and_found_again_in_the_folder(tokenizer, tmp_
     assert second.hits == set(PIECES)
     for key, entry in first.states.items():
         assert torch.equal(entry.states, second.states[key].states)
+
+
+@pytest.mark.parametrize("name", ["droidspeak", "droidspeak-clc restart_layer=2"])
+def test_chunks_are_encoded_ahead_with_the_states_that_a_method_reads(name, tokenizer):
+    engine = engine_of(deep("llama"), tokenizer)
+    assert engine.encode(ASK.chunks, method=name).num_encoded == 3
+    usage = engine.answer([ASK], name, max_new_tokens=1)[0].usage
+    assert (usage.chunk_hits, usage.chunk_misses) == (3, 0)
+
+
+@pytest.mark.parametrize("name", ["cache-craft", "semsharekv", "fusionrag"])
+def test_nothing_is_encoded_ahead_for_a_method_that_takes_chunks_from_its_prompts(name, tokenizer):
+    engine = engine_of(FAMILIES["llama"](), tokenizer)
+    with pytest.raises(ValueError, match=f"'{name}' reuses no chunks that were encoded ahead"):
+        engine.encode(ASK.chunks, method=name)
 
 
 def test_a_chunk_whose_states_were_lost_is_encoded_again(tokenizer):

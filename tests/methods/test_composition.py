@@ -72,6 +72,21 @@ def test_a_composition_is_named_as_one_would_write_it():
     assert compose(build("kvlink + epic 4"), reshape=None).name == ("kvlink + epic 4 + no reshape")
 
 
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [
+        ("cache-craft + layout bos=keep", "bos"),
+        ("semsharekv + layout bos=keep-all", "bos"),
+        ("cache-craft + layout num_blanks=2", "num_blanks"),
+        ("fusionrag + layout shared_prefix=true", "shared_prefix"),
+    ],
+)
+def test_nothing_more_comes_before_chunks_of_earlier_prompts(method, field):
+    with pytest.raises(ValueError, match=f"decides itself .* leave out layout {field}$"):
+        build(method).layout_for(None)
+    assert build("fusionrag + layout bos=keep").layout_for(None).keeps_bos  # stored with the chunk
+
+
 def test_a_layer_budget_stays_in_a_larger_composition():
     half = compose("cacheblend", layer_budget=0.5)
     larger = compose(half, "ape")

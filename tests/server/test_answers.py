@@ -345,7 +345,7 @@ def test_without_a_seed_every_request_draws_anew(client):
     assert len(texts(seed=3)) == 1
 
 
-@pytest.mark.parametrize("method", ["link0", "ape", "naive"])
+@pytest.mark.parametrize("method", ["link0", "ape", "naive", "droidspeak"])
 def test_chunks_encoded_ahead_are_those_that_the_default_method_reads(serve, engine, method):
     from blocktune.engine import Engine
 

@@ -182,12 +182,13 @@ class CacheCraft(Method):
     """Takes chunks from earlier full prompts; recomputes what depended on context now missing.
 
     Each chunk is taken from the variant with the smallest share to recompute (CFO), by how much of
-    its old context precedes it again, in order. A prompt is computed in full if a chunk has no
-    variant, or if more than a share ``refresh`` of its tokens would be recomputed; its chunks are
-    then stored. So a variant is always exact in its own prompt (the paper stores chunks of mixed
-    prompts too). ``variants`` of a chunk are kept; the least used is dropped first (the paper also
-    weighs its cost). A budget replaces CFO, ``refresh`` and early termination, which ``focus: 1``
-    switches off.
+    its old context precedes it again, in order. Context is chunks: the prefix (system prompt,
+    earlier turns) is taken to be the same in all prompts. A prompt is computed in full if a chunk
+    has no variant, or if more than a share ``refresh`` of its tokens would be recomputed; its
+    chunks are then stored. So a variant is always exact in its own prompt (the paper stores chunks
+    of mixed prompts too). ``variants`` of a chunk are kept; the least used is dropped first (the
+    paper also weighs its cost). A budget replaces CFO, ``refresh`` and early termination, which
+    ``focus: 1`` switches off.
 
     ``warm_up`` prompts are served before each question to give it a history: the same chunks, each
     time rotated by one more.

@@ -192,7 +192,8 @@ class InfoFlow(_Recompute):
     A token's score is the Euclidean norm, over the question's rows, of its attention weight (mean
     over heads). Keys are scored at their positions in the prompt, which is the paper's point; for
     comparison, ``positions=encoded`` scores them where each chunk was encoded. The paper's code
-    takes at least one token and rounds the share down; here it is rounded up.
+    scores by the words of the question alone; here all rows after the chunks count. Its share is of
+    prefix and chunks, rounded down to at least one token; here of the chunks, rounded up.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.05353"
@@ -208,7 +209,8 @@ class A3(_Recompute):
 
     Weights are over the chunks' tokens alone. The published code computes the first layer for all
     tokens and then drops the others. Keys and values of that layer do not depend on the context,
-    so computing only the chosen ones gives the same states at a lower cost.
+    so computing only the chosen ones gives the same states at a lower cost. The code rounds the
+    share down; here it is rounded up.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2511.17560"

@@ -64,7 +64,8 @@ class Deviation(_Deviating):
 
     Layers below the check layer are computed in full, and so are the keys and values that are
     compared there. A ratio of 0 recomputes nothing in any layer. The ratio is a share ``of`` the
-    context tokens, rounded up, or of all cached tokens with a cached prefix, rounded down.
+    context tokens, rounded up, or of all cached tokens with a cached prefix, rounded down. Where
+    latents are cached (DeepSeek), values are compared by these, keys by these and the rotated part.
 
     Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218. Squares and
     ``of=cached``: the code of CacheBlend and LMCache.

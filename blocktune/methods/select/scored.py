@@ -66,7 +66,7 @@ class QueryAttention(Scored):
 
     @property
     def _how(self) -> QueryScores:
-        depth = 1 if self.fuse == "first" else None
+        depth = 1 if self.fuse == "first" and self.last_layers is None else None
         return QueryScores(self.over, self.pool, self.positions, depth)
 
     def spends(self, num_layers: int) -> float | None:
