@@ -1,6 +1,7 @@
 """Chunks thinned by kvpress: fewer keys, the positions of the whole, and the right ones kept."""
 
 import dataclasses
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -110,14 +111,16 @@ def test_what_a_press_dropped_does_not_count_against_the_next_chunk(model, token
 
 
 @pytest.mark.parametrize(
-    "method", ["cacheblend", "epic", "query-attention", "cache-craft", "link0"]
+    "method", ["cacheblend", "epic", "query-attention", "cache-craft", "link0", "ape", "sel"]
 )
 def test_methods_that_need_dropped_tokens_are_refused(model, tokenizer, method):
     engine = engine_of(model, tokenizer, "press=knorm:0.5")
     with pytest.raises(ValueError, match=f"method '{method}' recomputes .*knorm:0.5") as error:
         engine.answer([ASK], method)
     assert "\n" not in str(error.value)
-    assert engine.answer([ASK], "full-prefill", max_new_tokens=1)
+    named = re.search(r"use (.+), or no press", str(error.value))[1]
+    for other in ("full-prefill", *re.split(r", | or ", named)):  # what it names is not refused
+        assert engine.answer([ASK], other, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("text", ["knorm", "knorm:1", "knorm:x", "none:0.5", "adakv:0.5"])
