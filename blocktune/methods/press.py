@@ -63,8 +63,12 @@ class Press:
         own = threading.get_ident()
 
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if threading.get_ident() == own:  # other threads run the same modules
-                inputs.append({"module": module, **kwargs})
+            if threading.get_ident() != own:  # other threads run the same modules
+                return
+            for name in ("hidden_states", "position_embeddings"):
+                if name not in kwargs:
+                    raise ValueError(f"presses need '{name}', {type(module).__name__} gets none")
+            inputs.append({"module": module, **kwargs})
 
         rotary = getattr(decoder_of(model), "rotary_emb", None)
         with ExitStack() as hooks:

@@ -11,11 +11,14 @@ from tiny_llama import tiny_llama
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from blocktune.cache import ChunkStore
+from blocktune.check.families import _tiny
 from blocktune.engine import Engine
 from blocktune.layout import Kind
 from blocktune.methods import build
 from blocktune.methods.press import Press
+from blocktune.models.small import small_model
 from blocktune.prompt import Chunk
+from blocktune.testing import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,14 @@ def test_a_press_that_lacks_what_it_needs_is_refused_in_one_line(model, tokenize
     with pytest.raises(ValueError, match=r"press 'observedattention:0.5' cannot score") as error:
         engine_of(model, tokenizer, "press=observedattention:0.5").answer([ASK], "naive")
     assert "\n" not in str(error.value)
+
+
+def test_attention_without_the_arguments_of_a_press_is_refused_in_one_line():
+    moshi = small_model(*_tiny("moshi"))  # its attention computes the rotation itself
+    engine = engine_of(moshi, byte_tokenizer(), "press=knorm:0.5")
+    with pytest.raises(ValueError, match="presses need 'position_embeddings', MoshiAttention gets"):
+        engine.answer([ASK], "naive")
+    assert engine.answer([ASK], "full-prefill", max_new_tokens=1)
 
 
 def test_importing_kvpress_changes_no_attention_function():
