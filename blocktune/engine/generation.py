@@ -228,7 +228,6 @@ class Generation(ServedBatch):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields tokens as `tokens` does, each with the logits ``(B, V)`` it was picked from."""
         logits = self.prefill.logits
-        require_numbers(logits)
         pick = sampling.picker(logits.device, streams)
         stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -236,6 +235,7 @@ class Generation(ServedBatch):
         keys = self.columns.concat(rows)
         self.watch.start()
         for step in range(max_new_tokens):
+            require_numbers(logits)
             token = pick(logits)
             if step == 0:
                 self.watch.stop("first_token_s")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blocktune.data import RagExample
 from blocktune.engine import Engine, Request
+from blocktune.engine.generation import require_numbers
 from blocktune.evaluation.prepare import Ready
 from blocktune.evaluation.results import mean_of
 from blocktune.methods import build
@@ -26,7 +27,12 @@ class Agreement(NamedTuple):
 
 
 def agreement(full: Tensor, own: Tensor) -> Agreement:
-    """Compares next-token distributions at the same positions, given as logits ``(T, V)``."""
+    """Compares next-token distributions at the same positions, given as logits ``(T, V)``.
+
+    Raises ValueError if any logit is NaN.
+    """
+    require_numbers(full)
+    require_numbers(own)
     wanted, given = full.double().log_softmax(-1), own.double().log_softmax(-1)
     kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
     same = (wanted.argmax(-1) == given.argmax(-1)).double().mean().item()
@@ -109,7 +115,7 @@ def profile_layers(
     The results are ordered by length, then by first layer; efficient ranges are marked.
 
     Raises:
-        ValueError: If there is no example, or ``most_layers`` is out of range.
+        ValueError: If there is no example, ``most_layers`` is out of range, or logits are NaN.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
     divergence of the first answer token from full prefill's is used, which needs fewer examples.

@@ -47,13 +47,13 @@ class Press:
         return int(num_tokens * (1 - self._press.compression_ratio)) or num_tokens
 
     def require(self, method: Method, spec: LayoutSpec) -> None:
-        """Raises ValueError if a method recomputes tokens of chunks, or adds tokens to them."""
+        """Raises ValueError if a method recomputes chunks, or encodes them with other tokens."""
         plain = type(method.select()) is Nothing and method.history is None and spec.block
         others = spec.num_learned or spec.sinks or spec.keeps_bos
         if method.cached is Cached.CHUNKS and (others or not plain):
             raise ValueError(
-                f"method '{method.name}' recomputes tokens of chunks or adds some to them, which "
-                f"press '{self.text}' drops or would score; use naive, ape or sel, or no press"
+                f"method '{method.name}' recomputes tokens of chunks or encodes them with others, "
+                f"which press '{self.text}' drops or would score; use naive, or no press"
             )
 
     @contextmanager
@@ -63,8 +63,12 @@ class Press:
         own = threading.get_ident()
 
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if threading.get_ident() == own:  # other threads run the same modules
-                inputs.append({"module": module, **kwargs})
+            if threading.get_ident() != own:  # other threads run the same modules
+                return
+            for name in ("hidden_states", "position_embeddings"):
+                if name not in kwargs:
+                    raise ValueError(f"presses need '{name}', {type(module).__name__} gets none")
+            inputs.append({"module": module, **kwargs})
 
         rotary = getattr(decoder_of(model), "rotary_emb", None)
         with ExitStack() as hooks:

@@ -66,6 +66,20 @@ def test_weights_that_are_no_numbers_answer_nothing(engine):
             engine.answer([ASK], method)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_decoded_token_that_overflows_is_one_line(engine, temperature):
+    def overflow(module, args, output):  # in passes over a single row, not in the prefill
+        return output * float("nan") if output.shape[1] == 1 else output
+
+    engine.model.model.norm.register_forward_hook(overflow)
+    how = {"max_new_tokens": 3, "sampling": Sampling(temperature=temperature)}
+    assert engine.answer([ASK], "naive", max_new_tokens=1)
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        engine.answer([ASK], "naive", **how)
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        list(engine.stream(ASK, "naive", **how))
+
+
 def test_cacheblend_keeps_its_share_and_computes_the_first_layer_in_full(engine):
     usage = engine.answer([ASK], build("cacheblend", ratio=0.5), max_new_tokens=1)[0].usage
     assert usage.layer_tokens[0] == usage.context_tokens == usage.probed_tokens

@@ -1,6 +1,7 @@
 """Chunks thinned by kvpress: fewer keys, the positions of the whole, and the right ones kept."""
 
 import dataclasses
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,11 +11,14 @@ from tiny_llama import tiny_llama
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from blocktune.cache import ChunkStore
+from blocktune.check.families import _tiny
 from blocktune.engine import Engine
 from blocktune.layout import Kind
 from blocktune.methods import build
 from blocktune.methods.press import Press
+from blocktune.models.small import small_model
 from blocktune.prompt import Chunk
+from blocktune.testing import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +114,16 @@ def test_what_a_press_dropped_does_not_count_against_the_next_chunk(model, token
 
 
 @pytest.mark.parametrize(
-    "method", ["cacheblend", "epic", "query-attention", "cache-craft", "link0"]
+    "method", ["cacheblend", "epic", "query-attention", "cache-craft", "link0", "ape", "sel"]
 )
 def test_methods_that_need_dropped_tokens_are_refused(model, tokenizer, method):
     engine = engine_of(model, tokenizer, "press=knorm:0.5")
     with pytest.raises(ValueError, match=f"method '{method}' recomputes .*knorm:0.5") as error:
         engine.answer([ASK], method)
     assert "\n" not in str(error.value)
-    assert engine.answer([ASK], "full-prefill", max_new_tokens=1)
+    named = re.search(r"use (.+), or no press", str(error.value))[1]
+    for other in ("full-prefill", *re.split(r", | or ", named)):  # what it names is not refused
+        assert engine.answer([ASK], other, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("text", ["knorm", "knorm:1", "knorm:x", "none:0.5", "adakv:0.5"])
@@ -137,6 +143,14 @@ def test_a_press_that_lacks_what_it_needs_is_refused_in_one_line(model, tokenize
     with pytest.raises(ValueError, match=r"press 'observedattention:0.5' cannot score") as error:
         engine_of(model, tokenizer, "press=observedattention:0.5").answer([ASK], "naive")
     assert "\n" not in str(error.value)
+
+
+def test_attention_without_the_arguments_of_a_press_is_refused_in_one_line():
+    moshi = small_model(*_tiny("moshi"))  # its attention computes the rotation itself
+    engine = engine_of(moshi, byte_tokenizer(), "press=knorm:0.5")
+    with pytest.raises(ValueError, match="presses need 'position_embeddings', MoshiAttention gets"):
+        engine.answer([ASK], "naive")
+    assert engine.answer([ASK], "full-prefill", max_new_tokens=1)
 
 
 def test_importing_kvpress_changes_no_attention_function():

@@ -32,6 +32,14 @@ def test_agreement_is_worked_by_hand():
     assert agreement(full, full) == (0.0, 1.0, 2)
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_is_no_number_does_not_agree(wrong):
+    logits = [torch.zeros(2, 3), torch.zeros(2, 3)]
+    logits[wrong][1] = math.nan
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        agreement(*logits)
+
+
 def test_full_prefill_agrees_with_itself_and_naive_reuse_does_not(engine):
     oracle, naive = build("full-prefill"), build("naive")
     ids, wanted = forced_logits(engine.prefilled([EXAMPLE], oracle), 3)
