@@ -295,7 +295,7 @@ def test_what_would_act_on_other_rows_is_refused(options, line):
 def test_latents_that_every_answer_expands_again_are_refused():
     model = build(FORMS["deepseek"][0]())
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="kv_b_proj', which expands cached latents in every answer"):
+    with pytest.raises(ValueError, match="kv_b_proj', which expands cached latents in every"):
         scope_adapter(model, "encode")
 
 
