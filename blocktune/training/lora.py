@@ -60,9 +60,24 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
     if added:
         name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
         peft_config.trainable_token_indices = {name.split(".")[-1]: list(added)}
+    leave_out_routers(peft_config, model)
     add_in_product(peft_config, model)
     set_seed(args.seed)  # for LoRA's random A matrices; the Trainer sets its seed later
     return get_peft_model(model, peft_config)
+
+
+def leave_out_routers(config: PeftConfig, model: nn.Module) -> None:
+    """Excludes the routers of Llama 4 and Phi MoE: linear layers that return more than a product.
+
+    PEFT's "all-linear" would wrap them, and fail in the first step.
+    """
+    routers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
+    ]
+    if routers and getattr(config, "target_modules", None) == "all-linear":
+        config.exclude_modules = [*(config.exclude_modules or ()), *routers]
 
 
 class AddedLora(Linear):

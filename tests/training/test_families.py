@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from families import BASE, FAMILIES, build
+from families import BASE, FAMILIES, HEAD, build
 from training.runs import make_trainer
 from training.test_served import trained_logits
 from training.toy import toy_examples, toy_tokenizer
-from transformers import NemotronConfig, StableLmConfig
+from transformers import Llama4TextConfig, NemotronConfig, PhimoeConfig, StableLmConfig
 
 from blocktune.data.example import write_jsonl
 from blocktune.engine import Engine
@@ -48,3 +48,14 @@ def test_layers_that_pass_only_their_mask_to_attention(tmp_path, config, scope):
     options = {"lora_target_modules": ["q_proj", "v_proj"], "gradient_checkpointing": True}
     options |= {"scope": scope, "max_steps": 2, "learning_rate": 1e-1}
     require_served(tmp_path, make_trainer(tmp_path, **options), "block-attention")
+
+
+ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+
+
+@pytest.mark.parametrize("config", [Llama4TextConfig, PhimoeConfig])
+def test_routers_that_are_linear_layers_are_left_out_of_all_of_them(tmp_path, config):
+    save_base(tmp_path, config(**HEAD | ROUTED))
+    trainer = make_trainer(tmp_path, num_links=1, max_steps=2, learning_rate=1e-2)
+    require_served(tmp_path, trainer, "kvlink")
+    assert not any("router" in name and "lora" in name for name, _ in trainer.model.named_modules())
