@@ -26,7 +26,7 @@ SCOPES = ("both", "encode", "read")
 SCOPED_ROWS = {"encode": "rows of chunks", "read": "rows computed at answering time"}
 """Rows that an adapter of each scope acts on."""
 _HANDLE = "_blocktune_scope"
-_INITS = (True, False, "gaussian", "orthogonal")
+INITS = (True, False, "gaussian", "orthogonal")
 """Accepted LoRA initialisations. Others (PiSSA, OLoRA, LoftQ, ...) change the base's weights."""
 
 
@@ -154,7 +154,7 @@ def _acting_on_all(config: Any) -> dict[str, bool]:
         "a trained bias": has("lora_bias") or getattr(config, "bias", "none") != "none",
         "LoRA on parameters or repeated layers": has("target_parameters", "layer_replication"),
         "init_lora_weights, which changes the base,": getattr(config, "init_lora_weights", True)
-        not in _INITS,
+        not in INITS,
     }
 
 
