@@ -151,6 +151,10 @@ def add_link_tokens(
         model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
         with gathered(model.get_output_embeddings().weight, write=True):
             model.get_output_embeddings().weight.data[old:] = head  # the mean row, never trained
+        for table in _other_tables(model):  # resized, too: random rows would differ at each load
+            with gathered(table.weight, write=True):
+                if len(table.weight) == ids[-1] + 1:
+                    table.weight.data[old:] = table.weight.data[:old].float().mean(0)
     weight = model.get_input_embeddings().weight
     # Undo the scaling that the lookup of some models applies (Gemma 3).
     scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
@@ -181,10 +185,14 @@ def _check_model(base: PreTrainedModel, table: LinkTable) -> None:
             f"link rows are {table.weight.shape[1]} wide, this model's embeddings {width}; the "
             "links were trained for another base"
         )
-    inner = set(embedding.modules())
-    others = [m for m in base.modules() if isinstance(m, nn.Embedding) and m not in inner]
-    if any(other.num_embeddings >= link_base(base) for other in others):
+    if any(other.num_embeddings >= link_base(base) for other in _other_tables(base)):
         raise ValueError(
             f"{type(base).__name__} looks token ids up in more than one table, so link ids outside "
             f"the vocabulary cannot work; use link_mode 'added_tokens'"
         )
+
+
+def _other_tables(base: PreTrainedModel) -> list[nn.Embedding]:
+    """Embeddings besides the input embedding, such as that of each layer in Gemma 4."""
+    inner = set(base.get_input_embeddings().modules())
+    return [m for m in base.modules() if isinstance(m, nn.Embedding) and m not in inner]

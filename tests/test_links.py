@@ -3,7 +3,7 @@
 import pytest
 import torch
 from training.toy import toy_config, toy_model, toy_tokenizer
-from transformers import Gemma2Config, Gemma3TextConfig, GraniteConfig
+from transformers import Gemma2Config, Gemma3TextConfig, Gemma4TextConfig, GraniteConfig
 
 from blocktune.links import (
     LinkTable,
@@ -22,7 +22,8 @@ def family(name, **overrides):
     keys = toy_config().to_dict()
     wanted = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     wanted += ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
-    return FAMILIES[name](**{k: keys[k] for k in wanted} | {"head_dim": 8} | overrides)
+    config = FAMILIES.get(name, Gemma4TextConfig)
+    return config(**{k: keys[k] for k in wanted} | {"head_dim": 8} | overrides)
 
 
 def test_link_rows_match_the_same_rows_in_the_vocabulary():
@@ -134,3 +135,13 @@ def test_added_tokens_of_a_scaling_embedding_read_as_a_table_would():
     rows = new_links(model, 2).weight
     ids = add_link_tokens(model, tokenizer, 2)
     torch.testing.assert_close(model.get_input_embeddings()(torch.tensor(list(ids))), rows)
+
+
+def test_added_tokens_are_the_same_at_each_load_in_every_table():
+    """Gemma 4 has a second embedding for each layer, whose rows are not saved with an adapter."""
+    keys = {"vocab_size_per_layer_input": len(toy_tokenizer()), "hidden_size_per_layer_input": 8}
+    keys |= {"num_kv_shared_layers": 0, "global_head_dim": 8}
+    one, other = (toy_model(config=family("gemma4", **keys)) for _ in range(2))
+    for model in (one, other):
+        ids = add_link_tokens(model, toy_tokenizer(), 2)
+    assert torch.equal(one(torch.tensor([ids])).logits, other(torch.tensor([ids])).logits)

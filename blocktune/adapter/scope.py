@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocktune.attention.interface import written_rows
+from blocktune.attention.interface import plan_in, written_rows
 from blocktune.models.gate import decoder_layers
 
 SCOPES = ("both", "encode", "read")
 SCOPED_ROWS = {"encode": "rows of chunks", "read": "rows computed at answering time"}
 """Rows that an adapter of each scope acts on."""
 _HANDLE = "_blocktune_scope"
-_INITS = (True, False, "gaussian", "orthogonal")
+INITS = (True, False, "gaussian", "orthogonal")
 """Accepted LoRA initialisations. Others (PiSSA, OLoRA, LoftQ, ...) change the base's weights."""
 
 
@@ -87,7 +87,7 @@ class _Rows:
 
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of modules that get the attention plan; remembers its rows."""
-        self._thread.written = written_rows(kwargs.get("plan"))
+        self._thread.written = written_rows(plan_in(kwargs))
 
     def forward(
         self, layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs
@@ -130,6 +130,8 @@ def _lora_layers(model: nn.Module, scope: str) -> Iterator[nn.Module]:
             in_order = module in inside and not {"experts", "embed_tokens"} & set(name.split("."))
             if not in_order or not len(module.lora_A):
                 _refuse(scope, f"LoRA of '{name}', whose rows are not in the prompt's order,")
+            if name.endswith(".kv_b_proj"):
+                _refuse(scope, f"LoRA of '{name}', which expands cached latents in every answer,")
             if module.lora_variant:
                 _refuse(scope, f"a variant of LoRA in '{name}' (such as DoRA)")
             yield module
@@ -152,7 +154,7 @@ def _acting_on_all(config: Any) -> dict[str, bool]:
         "a trained bias": has("lora_bias") or getattr(config, "bias", "none") != "none",
         "LoRA on parameters or repeated layers": has("target_parameters", "layer_replication"),
         "init_lora_weights, which changes the base,": getattr(config, "init_lora_weights", True)
-        not in _INITS,
+        not in INITS,
     }
 
 

@@ -1,18 +1,17 @@
 """Makes stock transformers models attend by a layout.
 
-`attach` registers an attention function through transformers' own interface and adds forward hooks
-to the decoder and its layers. A forward pass with a ``layout`` (or a prepared ``plan``) attends by
-it; without one, the model works as before. No model code is forked or patched, and importing this
-module has no effect.
+`attach` registers an attention function through transformers' own interface and adds a forward hook
+to the decoder. A forward pass with a ``layout`` (or a prepared ``plan``) attends by it; without
+one, the model works as before. No model code is forked or patched, and importing this module has no
+effect.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -43,11 +42,9 @@ OWN_ATTENTION = (
     "that attends by transformers' attention interface"
 )
 _HANDLE = "_blocktune_attached"
-"""Attribute of an attached decoder: its execution, and the handles of its hooks."""
+"""Attribute of an attached decoder: its execution, and the handle of its hook."""
 ATTACHED: WeakSet[nn.Module] = WeakSet()
 """The decoders that are attached in this process."""
-_ENTERED: ContextVar[Plan | None] = ContextVar("plan of the current layer", default=None)
-"""For layers that do not pass their keyword arguments on to attention (StableLM, Nemotron)."""
 
 
 class Plan(Protocol):
@@ -65,6 +62,14 @@ class Plan(Protocol):
         ``rule`` is the layer's part of the visibility rule. Returns ``(B, R, H, D)``, as
         transformers expects.
         """
+
+
+def plan_in(kwargs: Mapping[str, Any]) -> Plan | None:
+    """The plan in the keyword arguments of a layer or of its attention, or None.
+
+    Some layers (StableLM, Nemotron) pass only the attention mask on, so it carries the plan, too.
+    """
+    return kwargs.get("plan") or getattr(kwargs.get("attention_mask"), "plan", None)
 
 
 def written_rows(plan: Plan | None) -> Tensor | None:
@@ -130,22 +135,16 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
     model.set_attn_implementation(NAME + stock)
     if model.config.get_text_config()._attn_implementation != NAME + stock:
         raise ValueError(OWN_ATTENTION.format(type(model).__name__))
-    _remove_hooks(decoder)
+    _remove_hook(decoder)
     reader = decoder.register_forward_pre_hook(partial(_read_layout, execution), with_kwargs=True)
-    leaver = decoder.register_forward_hook(_leave, always_call=True)
-    layers = [
-        module.register_forward_pre_hook(_enter, with_kwargs=True)
-        for module in decoder.modules()
-        if any(hasattr(child, "layer_idx") for child in module.children())
-    ]
-    setattr(decoder, _HANDLE, (execution, [reader, leaver, *layers]))
+    setattr(decoder, _HANDLE, (execution, reader))
     ATTACHED.add(decoder)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Restores the stock attention of ``model``; does nothing if it is not attached."""
     if is_attached(model):
-        _remove_hooks(decoder_of(model))
+        _remove_hook(decoder_of(model))
         ATTACHED.discard(decoder_of(model))
         model.set_attn_implementation(_stock(model))
 
@@ -158,7 +157,7 @@ def is_attached(model: PreTrainedModel) -> bool:
 @contextmanager
 def block_attention(model: PreTrainedModel, execution: str = "split") -> Iterator[PreTrainedModel]:
     """Attaches the model inside the block, and restores it afterwards."""
-    before, _ = getattr(decoder_of(model), _HANDLE, (None, []))
+    before, _ = getattr(decoder_of(model), _HANDLE, (None, None))
     attach(model, execution)
     try:
         yield model
@@ -173,19 +172,10 @@ def _execution(name: str) -> type:
     return EXECUTIONS[name]
 
 
-def _remove_hooks(decoder: nn.Module) -> None:
-    _, handles = vars(decoder).pop(_HANDLE, (None, []))
-    for handle in handles:
+def _remove_hook(decoder: nn.Module) -> None:
+    _, handle = vars(decoder).pop(_HANDLE, (None, None))
+    if handle is not None:
         handle.remove()
-
-
-def _leave(*_: Any) -> None:
-    _ENTERED.set(None)
-
-
-def _enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a layer; gradient checkpointing calls it again in backward."""
-    _ENTERED.set(kwargs.get("plan"))
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -241,7 +231,9 @@ def _read_layout(
             "defines all visibility (padding too): leave attention_mask out"
         )
     # Transformers passes four-dimensional masks on unchanged, instead of making its own.
-    return args, kwargs | {"attention_mask": torch.empty(0, 0, 0, 0)}
+    mask = torch.empty(0, 0, 0, 0, dtype=torch.bool)
+    mask.plan = kwargs["plan"]
+    return args, kwargs | {"attention_mask": mask}
 
 
 def _attend(
@@ -256,7 +248,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: attends by the plan, or by the stock function."""
-    plan = _ENTERED.get() if plan is None else plan
+    plan = getattr(attention_mask, "plan", None) if plan is None else plan
     if plan is None:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(stock, _eager(module))
         return attend(module, query, key, value, attention_mask, **kwargs)

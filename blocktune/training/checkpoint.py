@@ -31,6 +31,7 @@ from blocktune.models.sharded import fill
 from blocktune.provenance import provenance
 from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
+from blocktune.training.lora import require_reproducible
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
@@ -136,6 +137,7 @@ class SaveLayoutCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Wraps `save_pretrained` of the trainer's model, so that it also writes the files."""
+        require_reproducible(model)
         collator = self.collator
         collator.num_tokens = links.link_base(model)
         tokenizer, origin = collator.tokenizer, provenance(args.seed)

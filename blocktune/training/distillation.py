@@ -95,12 +95,12 @@ def find_teacher(
     options: ObjectiveOptions,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    base_is_frozen: bool,
+    base_is_kept: bool,
 ) -> Teacher | None:
     """The teacher of a run, or None without distillation.
 
-    ``model`` and ``tokenizer`` are the student's, ready to train. ``base_is_frozen``: the model
-    without its adapter does not change in training.
+    ``model`` and ``tokenizer`` are the student's, ready to train. ``base_is_kept``: the model
+    without its adapter is the base, also after training.
 
     Raises ValueError if the teacher cannot be found, or does not fit the student.
     """
@@ -115,10 +115,11 @@ def find_teacher(
                 yield teacher.to(next(student.parameters()).device)
 
         return opened
-    if not base_is_frozen:
+    if not base_is_kept:
         raise ValueError(
-            "distill_teacher 'self' is the model with its adapter off, and full fine-tuning has "
-            "none; set use_peft or freeze_base, or name another model"
+            "distill_teacher 'self' is the model with its adapter off, which is not the base after "
+            "full fine-tuning, with a trained bias, or with LoRA that starts by changing the base "
+            "(PiSSA); set use_peft or freeze_base, leave those out, or name another model"
         )
     return as_teacher
 

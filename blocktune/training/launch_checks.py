@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
+from transformers import PreTrainedConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy
@@ -102,6 +103,17 @@ def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
         raise ValueError(
             "a quantised base needs an explicit dtype to compute in; set dtype: bfloat16 "
             "(on GPUs) or dtype: float32 (on CPUs)"
+        )
+
+
+def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
+    """Raises ValueError if rows are packed beyond the length that Llama 4 treats alike."""
+    limit = config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None
+    if limit is not None and (args.pack_length or 0) > limit:
+        raise ValueError(
+            f"pack_length must be at most {limit:,} for this model, got {args.pack_length:,}: it "
+            "scales queries by their index in a row, so later prompts of a row would be trained "
+            "otherwise than they are served"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from blocktune.adapter import scope_adapter
+from blocktune.adapter.scope import INITS
 from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
@@ -46,6 +47,7 @@ def make_trainable(
         model.requires_grad_(False)
     elif peft_config is not None:
         model = _wrap(model, args, copy.deepcopy(peft_config), added)
+    require_reproducible(model)
     scope_adapter(model, args.scope)
     if table is not None:
         install_links(model, table)
@@ -60,9 +62,44 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
     if added:
         name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
         peft_config.trainable_token_indices = {name.split(".")[-1]: list(added)}
+    leave_out_routers(peft_config, model)
     add_in_product(peft_config, model)
     set_seed(args.seed)  # for LoRA's random A matrices; the Trainer sets its seed later
     return get_peft_model(model, peft_config)
+
+
+def keeps_base(model: nn.Module) -> bool:
+    """Whether a model has an adapter, and is its base while the adapter is off."""
+    configs = getattr(model, "peft_config", {}).values()
+    return bool(configs) and all(
+        getattr(config, "init_lora_weights", True) in INITS
+        and getattr(config, "bias", "none") == "none"
+        for config in configs
+    )
+
+
+def require_reproducible(model: nn.Module) -> None:
+    """Raises ValueError if PEFT would change the base differently when it loads the adapter."""
+    for config in getattr(model, "peft_config", {}).values():
+        if "niter" in str(init := getattr(config, "init_lora_weights", True)):
+            raise ValueError(
+                f"init_lora_weights '{init}' changes the base at random, and differently when the "
+                "adapter is loaded; set init_lora_weights to 'pissa'"
+            )
+
+
+def leave_out_routers(config: PeftConfig, model: nn.Module) -> None:
+    """Excludes the routers of Llama 4 and Phi MoE: linear layers that return more than a product.
+
+    PEFT's "all-linear" would wrap them, and fail in the first step.
+    """
+    routers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
+    ]
+    if routers and getattr(config, "target_modules", None) == "all-linear":
+        config.exclude_modules = [*(config.exclude_modules or ()), *routers]
 
 
 class AddedLora(Linear):

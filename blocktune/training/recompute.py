@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from blocktune.attention import Plan, make_plan, planned_forward
 from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
@@ -116,17 +117,14 @@ class _ProbeDone(Exception):
 
 
 class _Probe:
-    """An attention plan that keeps one layer's keys and values, and can stop the pass there."""
+    """An attention plan that ends a forward pass after the keys of a layer are cached."""
 
-    def __init__(self, plan: Plan, layer: int, stop: bool):
-        self.plan, self.layer, self.stop = plan, layer, stop
-        self.states: LayerKV | None = None
+    def __init__(self, plan: Plan, layer: int):
+        self.plan, self.layer = plan, layer
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         if rule.layer == self.layer:
-            self.states = LayerKV(key, value)
-            if self.stop:
-                raise _ProbeDone
+            raise _ProbeDone
         return self.plan.attend(query, key, value, rule, params)
 
 
@@ -141,14 +139,15 @@ def states_at(
 ) -> LayerKV:
     """Computes keys and values ``(B, K, S, D)`` of a layer (0-based) for all rows ``(B, S)``.
 
-    With ``stop``, later layers are not run. Do not use it with sharded parameters: a forward pass
-    that stops halfway would leave them gathered.
+    They are those that the model caches (latents in DeepSeek), which serving compares. With
+    ``stop``, later layers are not run. Do not use it with sharded parameters: a forward pass that
+    stops halfway would leave them gathered.
     """
-    probe = _Probe(make_plan(execution, layout), layer, stop)
+    plan, cache = make_plan(execution, layout), DynamicCache()
+    plan = _Probe(plan, layer) if stop else plan
     with suppress(_ProbeDone):
-        planned_forward(model, input_ids, layout.position, probe, logits_to_keep=1)
-    assert probe.states is not None, f"the model has no attention layer {layer}"
-    return probe.states
+        planned_forward(model, input_ids, layout.position, plan, cache, logits_to_keep=1)
+    return LayerKV(cache.layers[layer].keys, cache.layers[layer].values)
 
 
 def narrowed(

@@ -38,8 +38,13 @@ from blocktune.training.collator import Augmentation, BlockDataCollator, EpochOr
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prepare, to_sample
 from blocktune.training.distillation import evaluating, find_teacher
-from blocktune.training.launch_checks import launch_name, refuse_lost_launch, refuse_parallelism
-from blocktune.training.lora import make_trainable, precision_kept
+from blocktune.training.launch_checks import (
+    launch_name,
+    refuse_long_rows,
+    refuse_lost_launch,
+    refuse_parallelism,
+)
+from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed, states_at
@@ -109,6 +114,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self.args, self.processing_class = args, tokenizer
         rope = require_supported(model)
         self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
+        refuse_long_rows(args, model.config.get_text_config())
         context = model.config.get_text_config().max_position_embeddings
         self.exact_tokens = rope.max_tokens
         self._longest = min(args.max_length or context, rope.max_tokens or context)
@@ -123,8 +129,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             num_tokens=link_base(model),  # now including added link tokens
             check_layer=args.sampler.check_layer(layers) if args.sampler else None,
         )
-        frozen = args.freeze_base or hasattr(model, "peft_config")
-        teacher = find_teacher(args, model, tokenizer, frozen)
+        kept = args.freeze_base or keeps_base(model)
+        teacher = find_teacher(args, model, tokenizer, kept)
         self.objective = Objective(args.attention_execution, args, teacher, rope)
         self.order: EpochOrder | None = None
         self._sums = {"train": Sums(), "eval": Sums()}

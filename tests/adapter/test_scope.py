@@ -5,6 +5,8 @@ import threading
 
 import pytest
 import torch
+from families import build
+from models.test_gate import FORMS
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from training.runs import losses, make_trainer
 from training.toy import toy_config, toy_examples, toy_model
@@ -288,6 +290,13 @@ def test_what_would_act_on_other_rows_is_refused(options, line):
         scope_adapter(model, "encode")
     assert scope_of(model) == "both"
     scope_adapter(model, "both")
+
+
+def test_latents_that_every_answer_expands_again_are_refused():
+    model = build(FORMS["deepseek"][0]())
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="kv_b_proj', which expands cached latents in every"):
+        scope_adapter(model, "encode")
 
 
 def test_a_scope_is_given_once():

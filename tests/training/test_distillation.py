@@ -177,7 +177,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
         make_trainer(tmp_path, **options)
     with pytest.raises(ValueError, match="cannot load distill_teacher"):
         make_trainer(tmp_path, **options | {"distill_teacher": str(tmp_path / "none")})
-    with pytest.raises(ValueError, match="full fine-tuning has none"):
+    with pytest.raises(ValueError, match="not the base after full fine-tuning"):
         make_trainer(tmp_path, distill_weight=1.0, use_peft=False)
 
 

@@ -198,6 +198,14 @@ def test_the_trainer_takes_what_trl_users_pass(base, tmp_path):
     assert predicted.predictions.shape[-1] == len(toy_tokenizer())
 
 
+def started(init=True, **more) -> LoraConfig:
+    return LoraConfig(**LORA | more, init_lora_weights=init)
+
+
+def distilled() -> BlockSFTConfig:
+    return BlockSFTConfig("out", **options(distill_weight=0.5))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -216,6 +224,9 @@ def test_the_trainer_takes_what_trl_users_pass(base, tmp_path):
             "max_length 10, but the configuration has None",
         ),
         ({"args": lambda: BlockSFTConfig("out", use_cpu=True, push_to_hub=True)}, "blocktune push"),
+        ({"peft_config": lambda: started("pissa_niter_4")}, "changes the base at random"),
+        ({"peft_config": lambda: started("pissa"), "args": distilled}, "is not the base after"),
+        ({"peft_config": lambda: started(bias="all"), "args": distilled}, "with a trained bias"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_the_trainer_is_refused(tmp_path, change, words):

@@ -8,6 +8,7 @@ import torch
 from engine.served import ASK, FORMAT
 from families import FAMILIES
 from families import build as build_model
+from models.test_gate import FORMS
 from peft import LoraConfig, get_peft_model
 from training.runs import losses, make_trainer
 
@@ -26,6 +27,7 @@ from blocktune.training.dataset import PartReader, Sample, prepare
 from blocktune.training.recompute import RecomputeSampler, narrowed, states_at, with_fresh_rows
 
 SHARE = 0.3
+CONFIGS = {**FAMILIES, "deepseek": FORMS["deepseek"][0]}  # caches latents, not keys
 SAMPLERS = ("first-k", "random", "deviation")
 
 
@@ -42,7 +44,7 @@ class Served(Method):
 
 
 def engine_with_links(family: str, tokenizer, scope: str | None = None) -> Engine:
-    config = FAMILIES[family]()
+    config = CONFIGS[family]()
     config.vocab_size = len(tokenizer)
     model = build_model(config)
     if scope:
@@ -104,7 +106,10 @@ def served_selection(engine: Engine, name: str, layout: Layout) -> Selection:
 
 @pytest.mark.parametrize(
     ("family", "scope"),
-    [("llama", None), ("qwen3", None), ("gemma2", None), ("llama", "encode"), ("llama", "read")],
+    [
+        *((family, None) for family in ("llama", "qwen3", "gemma2", "deepseek")),
+        *(("llama", scope) for scope in ("encode", "read")),
+    ],
 )
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_training_logits_match_the_served_ones(family, scope, name, tokenizer):
