@@ -19,7 +19,8 @@ from blocktune.engine.state import ServedBatch
 from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows, visible
 from blocktune.methods.select import LayerKV, QueryScores, Truth, distance
-from blocktune.positions import LayerRope, relocate_keys
+from blocktune.methods.select.layers import compared
+from blocktune.positions import relocate_keys
 from blocktune.prompt import LayoutSpec, lay_out, stack
 
 DEFAULT_SCORES = QueryScores()
@@ -27,15 +28,6 @@ OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": 
 """Kinds of keys that attention weights are normalised over, by `QueryScores.over`; (): all."""
 ROW_BLOCK = 64
 """Number of rows whose weights over all keys are in memory at once."""
-
-
-def compared(states: LayerKV, rope: LayerRope) -> LayerKV:
-    """What a layer's cached states are compared by.
-
-    A latent that makes keys and values (DeepSeek) is cached as keys, the rotated part of the keys
-    as values. Both stand for the keys, and the latent for the values.
-    """
-    return LayerKV(torch.cat(states, dim=-1), states.keys) if rope.in_values else states
 
 
 class ProbeDone(Exception):

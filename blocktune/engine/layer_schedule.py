@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from blocktune.attention import attach, planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import RowCache
-from blocktune.engine.attention_probes import ChunkAttention, compared
+from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.repaired_cache import RepairedCache
 from blocktune.methods.select import LayerCheck, LayerKV, Selection
+from blocktune.methods.select.layers import compared
 from blocktune.models.gate import decoder_layers, require_supported
 from blocktune.models.probe import NoRotary
 from blocktune.models.recurrent import Recurrence, find_recurrence

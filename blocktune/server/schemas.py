@@ -35,6 +35,20 @@ Id = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(max_length=256)]
 T = TypeVar("T", bound=BaseModel)
 
+NEUTRAL: dict[str, tuple] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words"), ([],)),
+    **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
+    **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
+    **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+    **dict.fromkeys(("structured_outputs", "chat_template", "truncate_prompt_tokens"), ()),
+    "response_format": ({"type": "text"}, {}),
+    "modalities": (["text"],),
+    "suffix": ("",),
+}
+"""Fields of OpenAI's and vLLM's interfaces that change an answer, and the values that do not."""
 _FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
 """Names of a field's alternatives, which pydantic adds to the location of an error."""
 
@@ -189,20 +203,14 @@ class Decoding(BaseModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     user: str | None = None
     blocktune: Extension | None = None
-    frequency_penalty: Number | None = None
-    presence_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
-    repetition_penalty: Number | None = None  # these two as vLLM has them
-    min_p: Number | None = None
 
-    @model_validator(mode="after")
-    def _refuse_penalties(self):
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "min_p"):
-            if getattr(self, name):
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        for name, neutral in NEUTRAL.items() if isinstance(body, dict) else ():
+            if body.get(name) is not None and body[name] not in neutral:
                 raise ValueError(f"{name} is not supported; leave it out")
-        if self.repetition_penalty not in (None, 1):
-            raise ValueError("repetition_penalty is not supported; leave it out")
-        return self
+        return body
 
     @property
     def asked_tokens(self) -> int | None:
@@ -223,16 +231,11 @@ class ChatRequest(Decoding):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _refuse_tools(self):
-        if self.tools or self.functions:
-            raise ValueError("tools are not supported; leave them out")
-        if self.response_format and self.response_format.get("type") != "text":
-            raise ValueError("response_format must be {'type': 'text'}, or left out")
+    def _require_logprobs(self):
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         return self
 
     @property
@@ -251,9 +254,7 @@ class CompletionRequest(Decoding):
 
     prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool | None = False
     best_of: int | None = None
-    suffix: str | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -266,10 +267,7 @@ class CompletionRequest(Decoding):
         return value[0]
 
     @model_validator(mode="after")
-    def _refuse_echo(self):
-        for name in ("echo", "suffix"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported; leave it out")
+    def _refuse_best_of(self):
         if self.best_of not in (None, self.n or 1):
             raise ValueError("best_of is not supported; use n")
         return self

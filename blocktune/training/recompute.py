@@ -14,7 +14,9 @@ from blocktune.attention import Plan, make_plan, planned_forward
 from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
 from blocktune.methods.select import SELECTORS, Selection
 from blocktune.methods.select.base import LayerCheck, LayerKV
+from blocktune.methods.select.layers import compared
 from blocktune.parsing import parse_yaml
+from blocktune.positions import RopeSpec
 from blocktune.prompt import Prompt
 
 _BUDGETS = ("ratio", "share", "k", "last")
@@ -135,11 +137,12 @@ def states_at(
     layout: Layout,
     layer: int,
     execution: str,
+    rope: RopeSpec,
     stop: bool = True,
 ) -> LayerKV:
-    """Computes keys and values ``(B, K, S, D)`` of a layer (0-based) for all rows ``(B, S)``.
+    """Computes what a layer (0-based) is compared by, ``(B, K, S, D)``, for all rows ``(B, S)``.
 
-    They are those that the model caches (latents in DeepSeek), which serving compares. With
+    These are the states that the model caches, as `compared` has them for its ``rope``. With
     ``stop``, later layers are not run. Do not use it with sharded parameters: a forward pass that
     stops halfway would leave them gathered.
     """
@@ -147,7 +150,8 @@ def states_at(
     plan = _Probe(plan, layer) if stop else plan
     with suppress(_ProbeDone):
         planned_forward(model, input_ids, layout.position, plan, cache, logits_to_keep=1)
-    return LayerKV(cache.layers[layer].keys, cache.layers[layer].values)
+    states = LayerKV(cache.layers[layer].keys, cache.layers[layer].values)
+    return compared(states, rope.layers[layer])
 
 
 def narrowed(

@@ -251,7 +251,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         stop = not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
         execution = self.args.attention_execution
         with evaluating(model):
-            states = states_at(model, inputs["input_ids"], layout, layer, execution, stop)
+            ids, rope = inputs["input_ids"], self.objective.rope
+            states = states_at(model, ids, layout, layer, execution, rope, stop)
         layers, shares = self.size.config.num_hidden_layers, inputs["shares"]
         layout = narrowed(layout, states, layer, layers, self.collator.sampler, shares)
         return {**inputs, "layout": layout.pack()}

@@ -73,7 +73,8 @@ def trained_rows(engine: Engine, sampler: RecomputeSampler):
     )([record])
     layout = Layout.unpack(batch["layout"])
     if check is not None:
-        states = states_at(engine.model, batch["input_ids"], layout, check, "split")
+        rope = engine.state.rope
+        states = states_at(engine.model, batch["input_ids"], layout, check, "split", rope)
         layout = narrowed(layout, states, check, layers, sampler, batch["shares"])
     return batch["input_ids"], batch["labels"], layout
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.select.base import SELECTORS, Selection, selectable
+from blocktune.methods.select.base import SELECTORS, LayerKV, Selection, selectable
 from blocktune.methods.select.budget import share_count, top_count, top_share
 from blocktune.registry import require_count, require_one_of, require_share
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from blocktune.layout import Layout
     from blocktune.methods.select.base import LayerCheck
+    from blocktune.positions import LayerRope
 
 STATES = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
 REASON = "at layer 0 keys do not depend on the context yet, so nothing deviates"
@@ -30,6 +31,17 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
     """
     difference = fresh.float() - cached.float()
     return (difference.square().sum(-1) if squared else difference.norm(dim=-1)).mean(dim=1)
+
+
+def compared(states: LayerKV, rope: LayerRope) -> LayerKV:
+    """What a layer's cached states are compared by.
+
+    A latent that makes keys and values (DeepSeek) is cached as keys, the rotated part of the keys
+    as values. Both stand for the keys, and the latent for the values.
+    """
+    import torch
+
+    return LayerKV(torch.cat(states, dim=-1), states.keys) if rope.in_values else states
 
 
 class _Deviating(Selection):
