@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from blocktune.attention.interface import decoder_of
@@ -101,12 +102,34 @@ class Press:
         except Exception as error:  # it needs statistics, attention weights or another model
             reason = first_line(error)
             raise ValueError(f"press '{self.text}' cannot score these chunks: {reason}") from error
+        if not _keys_as_kvpress(inputs["module"], hidden, *angles, keys):
+            blind = self._press.compress(inputs["module"], hidden * 0, *states, None, kwargs)
+            if not all(map(torch.equal, pressed, blind)):
+                raise ValueError(
+                    f"press '{self.text}' scores by queries, which kvpress does not compute as "
+                    f"{type(inputs['module']).__name__} does; use one that scores by keys, as knorm"
+                )
         if any(part.shape[2] != remaining for part in pressed):
             raise ValueError(
                 f"press '{self.text}' leaves {pressed[0].shape[2]} keys of {size} in one layer and "
                 f"{remaining} in another; use one that drops as many in every layer, such as snapkv"
             )
         return pressed[0][0], pressed[1][0]
+
+
+def _keys_as_kvpress(
+    module: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor
+) -> bool:
+    """Whether kvpress computes a layer's keys as the layer does, and so its queries as well."""
+    from kvpress.utils import get_prerope_key_states
+    from transformers.models.llama.modeling_llama import rotate_half
+
+    try:
+        own = get_prerope_key_states(module, hidden)
+        own = own * cos[:, None] + rotate_half(own) * sin[:, None]
+        return torch.allclose(own, keys[None], rtol=0, atol=0.02 * float(keys.abs().max()))
+    except (NotImplementedError, RuntimeError):  # another projection, or a part is rotated
+        return False
 
 
 def _presses() -> dict[str, type]:

@@ -153,6 +153,17 @@ def test_attention_without_the_arguments_of_a_press_is_refused_in_one_line():
     assert engine.answer([ASK], "full-prefill", max_new_tokens=1)
 
 
+@pytest.mark.parametrize("family", ["cohere", "olmo2", "qwen3_moe"])
+def test_a_press_by_queries_is_refused_where_kvpress_computes_others(family):
+    """Cohere rotates pairs of neighbours; kvpress lacks the norms of the other two."""
+    model = small_model(*_tiny(family))
+    long = dataclasses.replace(ASK, chunks=(Chunk("Noel shot it. " * 20),))
+    with pytest.raises(ValueError, match=r"'snapkv:0.5' scores by queries, .* use .* knorm"):
+        engine_of(model, byte_tokenizer(), "press=snapkv:0.5").answer([long], "naive")
+    by_keys = engine_of(model, byte_tokenizer(), "press=knorm:0.5")
+    assert by_keys.answer([long], "naive", max_new_tokens=1)
+
+
 def test_importing_kvpress_changes_no_attention_function():
     before = dict(ALL_ATTENTION_FUNCTIONS.items())
     Press("knorm:0.5")
