@@ -146,7 +146,7 @@ class PromptMaker:
         spec = self.spec(method)
         if method.history is None:
             return self.prompt(pieces, spec, max_new_tokens)
-        model = ServedModel(encoder.model.get_input_embeddings(), encoder.rope)
+        model = ServedModel(encoder.model.get_input_embeddings(), encoder.rope, self.max_tokens)
         contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces, model)
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompt(pieces, spec, max_new_tokens, contexts)

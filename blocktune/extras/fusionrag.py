@@ -85,8 +85,14 @@ class Neighbours(PromptHistory):
     ) -> list[Ids]:
         known = KnownChunks.of(store, fingerprint)
         known.add(pieces.chunks)
-        neighbours = (known.like(chunk, self.most) for chunk in pieces.chunks)
-        return [sum(chunks, pieces.prefix) for chunks in neighbours]
+        contexts = []
+        for chunk in pieces.chunks:
+            context = pieces.prefix
+            for other in known.like(chunk, self.most):
+                if len(context) + len(other) + len(chunk) <= model.max_tokens:
+                    context += other
+            contexts.append(context)
+        return contexts
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
         """Learns nothing more: `lookup` has added the chunks."""
@@ -97,12 +103,13 @@ class FusionRAG(Method):
     """Encodes each chunk after its likely neighbours, drops those, and recomputes a few tokens.
 
     They are the ``neighbours`` most similar chunks among those that the process has served so far,
-    including this prompt's: first serve a corpus by this method, as in the paper's offline stage. A
-    chunk whose neighbours change is encoded again. Then the tokens that the question attends to
-    most in the last layer are recomputed; the weights are over all chunks, at their places in the
-    prompt, while the paper computes them chunk by chunk, free of position. The paper finds
-    neighbours by embeddings (BGE-M3), each encoded alone; here they are chunks with common rare
-    tokens, and see each other. The paper's asynchronous loading and kernels are not reproduced.
+    including this prompt's: first serve a corpus by this method, as in the paper's offline stage.
+    One that does not fit into the context any more is left out. A chunk whose neighbours change is
+    encoded again. Then the tokens that the question attends to most in the last layer are
+    recomputed; the weights are over all chunks, at their places in the prompt, while the paper
+    computes them chunk by chunk, free of position. The paper finds neighbours by embeddings
+    (BGE-M3), each encoded alone; here they are chunks with common rare tokens, and see each other.
+    The paper's asynchronous loading and kernels are not reproduced.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2601.12904"

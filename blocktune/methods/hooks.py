@@ -43,6 +43,7 @@ class ServedModel(NamedTuple):
 
     embed: nn.Embedding  # token embeddings
     rope: RopeSpec  # how it rotates keys
+    max_tokens: int  # context length
 
 
 class PromptHistory(ABC):

@@ -4,14 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from engine.served import ASK, dense_logits, engine_of, served_spans
+from engine.served import ASK, FORMAT, dense_logits, engine_of, served_spans
 from families import FAMILIES
+from tiny_llama import tiny_llama
 
+from blocktune.engine import Engine
 from blocktune.extras.fusionrag import MOST, KnownChunks
 from blocktune.layout import Kind
-from blocktune.methods import build, compose
+from blocktune.methods import ServedModel, build, compose
 from blocktune.prompt import Chunk
 
+ROOMY = ServedModel(None, None, 1 << 30)
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
 
@@ -23,7 +26,7 @@ def engine(tokenizer):
 def contexts(engine, ask, method):
     """The tokens that each chunk of a prompt is encoded after, without the prefix."""
     pieces = engine.prompts.pieces(ask, method)
-    after = method.history.lookup(engine.store, engine.fingerprint, pieces, None)
+    after = method.history.lookup(engine.store, engine.fingerprint, pieces, ROOMY)
     assert all(ids[: len(pieces.prefix)] == pieces.prefix for ids in after)
     return pieces.chunks, [ids[len(pieces.prefix) :] for ids in after]
 
@@ -94,3 +97,20 @@ def test_emptied_caches_forget_the_chunks_too(engine):
     engine.forget()
     alone = dataclasses.replace(ASK, chunks=ASK.chunks[:1])
     assert contexts(engine, alone, method)[1] == [()]
+
+
+def test_neighbours_that_do_not_fit_into_the_context_are_left_out(tokenizer):
+    model = tiny_llama(tokenizer, 128, initializer_range=0.2)
+    engine = Engine(model, tokenizer, format=FORMAT)
+    method = build("fusionrag", neighbours=3)
+    for text in ("Noel Lane shot it in May. " * 3, "Noel Lane"):
+        other = dataclasses.replace(ASK, chunks=(Chunk(text),))
+        engine.answer([other], method, max_new_tokens=1)
+    own = dataclasses.replace(ASK, chunks=(Chunk("Noel Lane shot a film. " * 3),))
+    pieces = engine.prompts.pieces(own, method)
+    [prompt] = engine._read([own], method)[1]
+    blanks = prompt.layout.kind == Kind.BLANK
+    longest = len(pieces.prefix) + len(pieces.chunks[0]) + int(blanks.sum())
+    assert len(pieces.prefix) < int(blanks.sum())
+    assert longest <= 128
+    assert engine.answer([own], method, max_new_tokens=1)
