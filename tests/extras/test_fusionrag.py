@@ -103,7 +103,7 @@ def test_neighbours_that_do_not_fit_into_the_context_are_left_out(tokenizer):
     model = tiny_llama(tokenizer, 128, initializer_range=0.2)
     engine = Engine(model, tokenizer, format=FORMAT)
     method = build("fusionrag", neighbours=3)
-    for text in ("Noel Lane shot it in May. " * 3, "Noel Lane"):
+    for text in ("Noel Lane shot it. " * 6, "Noel Lane shot it in May. " * 6, "Noel Lane"):
         other = dataclasses.replace(ASK, chunks=(Chunk(text),))
         engine.answer([other], method, max_new_tokens=1)
     own = dataclasses.replace(ASK, chunks=(Chunk("Noel Lane shot a film. " * 3),))
