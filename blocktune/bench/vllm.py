@@ -58,7 +58,8 @@ def bench_vllm(setting: VllmBench) -> dict[str, Any]:
     seconds (``wall_s``) of a full prefill (``full``), of cached chunks in memory (``cached``) and
     on disk (``disk``), and of another question over chunks that are still in vLLM's pages
     (``paged``). ``copy_s`` and ``write_s`` are CPU seconds of copying the keys and values in
-    memory, and of writing them into vLLM's pages with its kernel. Ratios are of CPU seconds. Load
+    memory, and of writing them into vLLM's pages with its kernel. Ratios are of CPU seconds, which
+    should not count waiting: set ``OMP_WAIT_POLICY=passive`` before torch is imported. Load
     time is ``cached`` minus ``paged``; ``load_over_write`` and ``load_over_copy`` divide its growth
     from the shortest to the longest prompt by that of ``write_s`` and ``copy_s``.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,7 @@ def store(
 )
 def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False) -> None:
     """Measure time to first token on vLLM: cached chunks, full prefill and prefix cache."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # CPU seconds without waiting in a loop
     from blocktune.bench.vllm import TINY, VllmBench, bench_vllm
 
     _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)

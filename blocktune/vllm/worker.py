@@ -9,6 +9,7 @@ load runs during the forward pass, which waits for each layer when it reaches it
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -108,7 +109,12 @@ class WorkerSide:
         }
         self.places: dict[str, _Place] = {}
         self._rope: dict[str, _Rope] = {}
-        self._pool = ThreadPoolExecutor(int(extra.get("threads", 2)), "blocktune-load")
+        self._pool = ThreadPoolExecutor(
+            int(extra.get("threads", 2)),
+            "blocktune-load",
+            initializer=_use_one_core,
+            initargs=(torch.get_num_threads(),),
+        )
         self._jobs: list[_Job] = []
         self._idle = False
         self._invalid: set[int] = set()
@@ -305,6 +311,19 @@ class WorkerSide:
     def forget(self) -> None:
         """Drops the chunks in memory."""
         self.store.clear()
+
+
+def _use_one_core(usual: int) -> None:
+    """Lets this thread's kernels use one core: they are too small to gain by several.
+
+    vLLM on a CPU replaces `torch.set_num_threads`, which would also change the number for threads
+    that begin later; here they keep the ``usual`` one.
+    """
+    torch.get_num_threads()  # otherwise the first kernel sets this thread's number to the usual one
+    torch._C.set_num_threads(1)
+    other = threading.Thread(target=torch._C.set_num_threads, args=(usual,))
+    other.start()
+    other.join()
 
 
 class _Rope(NamedTuple):

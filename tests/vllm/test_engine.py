@@ -2,9 +2,11 @@
 
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm_cases import SMALL, TINY, close, first_logprobs, forget, make_adapter, questions, worst
@@ -14,6 +16,7 @@ from blocktune.cache.store.shelf import MissQueue, StoreView
 from blocktune.prompt import LayoutSpec
 from blocktune.vllm import ChunkLLM, guard
 from blocktune.vllm.plan import LoadPlan
+from blocktune.vllm.worker import _use_one_core
 
 TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=20)
@@ -171,6 +174,21 @@ def test_hazard_3_without_a_chunk_nothing_is_answered(llm, engine, store, how, m
     queue.done(made.plan.fingerprint, wanted)
     # `answer` has it encoded again.
     require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
+
+
+def test_loads_use_one_core_and_leave_other_threads_theirs(llm):
+    before = torch.get_num_threads()
+    assert connector(llm)._pool.submit(torch.get_num_threads).result() == 1
+
+    def in_a_thread(work, *values, **options):
+        with ThreadPoolExecutor(1, **options) as pool:
+            return pool.submit(work, *values).result()
+
+    alone = {"initializer": _use_one_core, "initargs": (before + 1,)}
+    assert in_a_thread(torch.get_num_threads, **alone) == 1
+    assert in_a_thread(torch.get_num_threads) == before + 1
+    in_a_thread(torch._C.set_num_threads, before)
+    assert torch.get_num_threads() == before
 
 
 def test_a_request_that_is_alone_is_loaded_beside_its_forward_pass(llm, engine, monkeypatch):
