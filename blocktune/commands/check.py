@@ -65,7 +65,7 @@ def _print_methods(descriptions: list) -> None:
     "blocktune check --method 'naive + first-k 8'   # the contract of one method",
     "blocktune check --method mine --plugin mine.py",
     "blocktune check --model Qwen/Qwen3-8B --dtype float32 --json",
-    "blocktune check --families --json       # every model class of the installed transformers",
+    "blocktune check --families --json   # every class of transformers",
     "blocktune check --families --only cohere --only gpt_oss",
     "The exit code is 0 if every check passed, else 1.",
 )

@@ -256,7 +256,7 @@ def print_options(console: Console | None = None) -> None:
         "Objective": config.ObjectiveOptions.__annotations__,
         "Batches": config.BatchOptions.__annotations__,
         "The run": config.BlockSFTConfig.__annotations__,
-        "Model, LoRA and quantisation, by TRL": ModelConfig.__annotations__,
+        "Model, LoRA and quantization, by TRL": ModelConfig.__annotations__,
         "Training, by TRL and transformers": [f.name for f in fields(config.BlockSFTConfig)],
     }
     holders = (config.DataArgs, config.BlockSFTConfig, ModelConfig)
