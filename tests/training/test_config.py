@@ -154,7 +154,7 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_the_run(tmp_path, kind
         ({"dtype": "float31"}, "dtype: invalid choice: 'float31'"),
         (
             {"freeze_base": True, "use_peft": False, "num_links": 1, "load_in_4bit": True},
-            "cannot train a quantised base without an adapter",
+            "cannot train a quantized base without an adapter",
         ),
     ],
 )
