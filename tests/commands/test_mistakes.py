@@ -279,6 +279,18 @@ def test_a_device_that_is_not_there(refused, model, device, message):
     assert message in refused("answer", "--model", model, *QUESTION, *CHUNK, "--device", device)
 
 
+@pytest.mark.parametrize(
+    "command", [("vllm", "serve", "M", "--store", "s"), ("bench", "vllm", "--tiny")]
+)
+def test_a_command_that_needs_vllm(refused, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert "vLLM is not installed here" in refused(*command)
+
+
+def test_a_trace_that_is_nowhere(refused, tmp_path):
+    assert "gone.jsonl': No such file or directory" in refused("replay", tmp_path / "gone.jsonl")
+
+
 def test_a_full_device_is_one_line_and_other_errors_of_torch_are_not(monkeypatch, blocktune):
     import torch
 
