@@ -45,7 +45,7 @@ Output = Annotated[
     ),
 ]
 Stream = Annotated[bool, Option("--stream", help="Print one answer while it is generated.")]
-TopK = Annotated[int, opt.of_decoding(help="Sample from the K likeliest tokens; 0: from all.")]
+TopK = Annotated[int, opt.of_decoding(help="Sample from the K most likely tokens; 0: from all.")]
 OwnSeed = Annotated[int | None, opt.of_decoding(help="Random seed for sampling. Default: 0.")]
 DecodeCache = Annotated[
     str | None,

@@ -118,7 +118,7 @@ def gc(
     store: Place,
     max_size: Annotated[str, Option(help="Such as 50GB: remove the least recently used.")] = "",
     unused_days: Annotated[
-        float | None, Option(min=0, help="Remove chunks not used for so many days.")
+        float | None, Option(min=0, help="Remove chunks not used for this many days.")
     ] = None,
     damaged: Annotated[bool, Option("--damaged", help="Remove chunks that fail `verify`.")] = False,
     dry_run: DryRun = False,

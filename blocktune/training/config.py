@@ -191,7 +191,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         self._check_own()
 
     def _check_types(self) -> None:
-        """Checks values that TRL would fail on: floats that are no numbers, text for a mapping."""
+        """Checks values that TRL would fail on: floats that are not numbers, text for a mapping."""
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
             if isinstance(value, float) and not 0 <= value < math.inf:

@@ -214,7 +214,7 @@ def test_the_only_line_of_a_file_is_not_taken_for_a_torn_answer(refused, model, 
     record = [{"question": "Who?", "chunks": ["Anna."]}]
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(record))
-    assert "no log of this command" in refused("answer", "-m", model, "-i", path, "-o", path)
+    assert "is not a log of this command" in refused("answer", "-m", model, "-i", path, "-o", path)
     assert json.loads(path.read_text()) == record
 
 
