@@ -152,8 +152,7 @@ def teach(*lines: str) -> str:
     shown = ["[bold]Examples[/bold]"]
     for x in lines:
         if x.startswith(("blocktune ", "torchrun ", "git ", "kva ", " ")):
-            x = re.sub(r"(?=.{76})(.{30,73}) (?=-)", "\\1 \\\\\n      ", x, count=1)
-            x = f"  [cyan]{x}[/cyan]"
+            x = re.sub(r"(?=.{84})(.{38,80}) (?=-)", "\\1 \\\\\n      ", f"  [cyan]{x}") + "[/cyan]"
         shown.append(x)
     return "\n".join(shown)
 

@@ -22,10 +22,8 @@ from blocktune.commands.application import command
     "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
     "Methods can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
 )
-def methods(
-    as_json: opt.AsJson = False,
-) -> None:
-    """List methods, selectors, reshapes and layouts with their requirements and parameters."""
+def methods(as_json: opt.AsJson = False) -> None:
+    """List methods, selectors, repairs, reshapes and layouts, with requirements and parameters."""
     from blocktune.methods.describe import describe_all
 
     descriptions = describe_all()

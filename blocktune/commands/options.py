@@ -51,8 +51,7 @@ Responses = Annotated[
     Option(
         metavar="KIND",
         help="Reuse whole answers from the store: for the same prompt (exact), or for similar "
-        "questions over the same chunks (semantic:0.95 or semantic:0.95:MODEL, with the least "
-        "similarity). Default: none.",
+        "questions over the same chunks (semantic:0.95 or semantic:0.95:MODEL). Default: none.",
     ),
 ]
 Dtype = Annotated[
