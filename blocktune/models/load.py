@@ -83,7 +83,7 @@ def load_base(
 
     Raises:
         ValueError: If the model, device, dtype or quantization does not exist, its files are
-            damaged or lack weights, or it is saved quantised and ``quantize`` is given.
+            damaged or lack weights, or it is saved quantized and ``quantize`` is given.
         Refused: If chunk reuse would be wrong on the model, before its weights are read.
     """
     bare, revision = pinned(name, revision)
