@@ -156,7 +156,7 @@ def resumed(path: str | Path) -> Iterator[list[str]]:
     with locked(path):
         lines = whole_lines(path)
         if Path(path).is_file() and not _is_torn(Path(path).read_bytes().rpartition(b"\n")[2]):
-            raise ValueError(f"'{path}' is no log of this command; use another file or remove it")
+            raise ValueError(f"'{path}' is not a log of this command; name another file")
         truncate_lines(path, len(lines))
         yield lines
 

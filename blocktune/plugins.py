@@ -1,4 +1,4 @@
-"""Loads plug-ins: modules that register methods, selectors or reshapes when they are imported.
+"""Loads plug-ins: modules that register methods or their parts when they are imported.
 
 A plug-in is named by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin
 FILE|MODULE``, or by the environment variable ``BLOCKTUNE_PLUGINS`` (a list with path separators),

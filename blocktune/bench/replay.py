@@ -249,7 +249,8 @@ def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
             requests = list(islice(_azure(lines) if azure else _json_lines(lines), limit))
     except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError) as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__} "
-        raise ValueError(f"cannot read the trace '{path}': {kind}{error}") from None
+        reason = getattr(error, "strerror", None) or f"{kind}{error}"
+        raise ValueError(f"cannot read the trace '{path}': {reason}") from None
     if not any(requests):
         raise ValueError(f"{path}: an empty trace")
     for use in chain.from_iterable(requests):

@@ -45,7 +45,7 @@ Output = Annotated[
     ),
 ]
 Stream = Annotated[bool, Option("--stream", help="Print one answer while it is generated.")]
-TopK = Annotated[int, opt.of_decoding(help="Sample from the K likeliest tokens; 0: from all.")]
+TopK = Annotated[int, opt.of_decoding(help="Sample from the K most likely tokens; 0: from all.")]
 OwnSeed = Annotated[int | None, opt.of_decoding(help="Random seed for sampling. Default: 0.")]
 DecodeCache = Annotated[
     str | None,
@@ -64,8 +64,7 @@ DecodeCache = Annotated[
     "blocktune answer -m M -i q.jsonl --adapter A --method 'kvlink + deviation 15 %'",
     "blocktune answer -m M -i q.jsonl --system 'Be brief.' -o answers.jsonl",
     "Encode chunks once, reuse them in later runs, and write the answers to a file:",
-    "blocktune answer -m M --adapter out/block --method block-attention",
-    "    --store cache/ -i questions.jsonl -o reused.jsonl",
+    "blocktune answer -m M --adapter out/block --store cache/ -i questions.jsonl -o reused.jsonl",
     "A stopped command that writes to a file continues where it stopped: repeat it.",
 )
 def answer(
@@ -138,10 +137,10 @@ def answer(
     "encode",
     "blocktune encode --input docs.jsonl --store cache/ --model data/tiny",
     "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
-    "blocktune encode --follow --store cache/ --model M   # chunks that other engines miss",
-    'A line of docs.jsonl: {"text": "...", "title": "..."}, or a question with "chunks".',
-    "A stopped command continues where it stopped: repeat it. Several processes, also on",
-    "several machines, share the work:",
+    "blocktune encode --follow --store cache/ -m M   # encode what others miss",
+    'Lines of docs.jsonl are {"text": "...", "title": "..."}, or questions with "chunks".',
+    "A stopped command continues where it stopped: repeat it. Several processes or machines "
+    "share the work:",
     "    accelerate launch --num_processes 4 --module blocktune.cli encode ...",
 )
 def encode(

@@ -244,7 +244,7 @@ def report_store(store: ChunkStore, had_chunks: bool) -> None:
     if had_chunks and stats.misses > stats.rejected and not files.hits:
         line += (
             "; the store's chunks are other passages, or of another model, adapter, dtype, "
-            "quantisation or prompt format"
+            "quantization or prompt format"
         )
     for name, tier in stats.tiers.items():
         if tier.unwritten:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import locale
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -116,6 +117,8 @@ def explain(error: Exception) -> str | None:
         return _out_of_memory(error) if type(error).__name__ == "OutOfMemoryError" else None
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
+        if package == "vllm":
+            return "vLLM is not installed here; it needs its own environment, docs/vllm.md"
         extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
         return extra and f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -145,9 +148,13 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def teach(*lines: str) -> str:
-    """The examples at the end of a command's help. Commands are coloured, explanations are not."""
-    shown = (f"  [cyan]{x}[/cyan]" if x.startswith(("blocktune", " ")) else x for x in lines)
-    return "\n".join(["[bold]Examples[/bold]", *shown])
+    """The examples at the end of a command's help, whose commands fit in 80 columns."""
+    shown = ["[bold]Examples[/bold]"]
+    for x in lines:
+        if x.startswith(("blocktune ", "torchrun ", "git ", "kva ", " ")):
+            x = re.sub(r"(?=.{84})(.{38,80}) (?=-)", "\\1 \\\\\n      ", f"  [cyan]{x}") + "[/cyan]"
+        shown.append(x)
+    return "\n".join(shown)
 
 
 app = typer.Typer(
@@ -161,7 +168,7 @@ app = typer.Typer(
         "blocktune answer --model data/tiny --input out/test.jsonl --limit 1",
         "blocktune train --config recipes/block_attention.yaml",
         "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
-        "Every command has its own examples: blocktune COMMAND --help",
+        "Every command has examples of its own: blocktune COMMAND --help",
     ),
 )
 
@@ -202,7 +209,7 @@ def root(
         Option(
             PLUGIN,
             metavar="FILE|MODULE",
-            help="Python file or module that adds methods, selectors or reshapes, for any command; "
+            help="Python file or module that adds methods or their parts, for any command; "
             "repeatable. Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
         ),
     ] = None,

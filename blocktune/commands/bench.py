@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "replay",
     "blocktune replay trace.jsonl --budget 10GB --budget 50GB --output out/replay",
     "blocktune replay mooncake_trace.jsonl.gz --policy lru --policy gdsf --budget 100GB --json",
-    "blocktune replay zipf --limit 10000   # a synthetic trace with recurring and new chunks",
+    "blocktune replay zipf --limit 10000   # a synthetic trace",
     "Record a trace with `--store chunks/,trace=trace.jsonl`.",
 )
 def replay(
@@ -93,7 +93,7 @@ Output = Annotated[Path | None, opt.in_file(help="Also write the results to this
 Tiny = Annotated[bool, Option("--tiny", help="Use a toy model and prompt, for a quick try.")]
 
 
-group = new_group("bench", "Measure speed on this machine.")
+group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
 
 
 @command("attention", "blocktune bench attention --json", of=group)

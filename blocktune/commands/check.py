@@ -22,10 +22,8 @@ from blocktune.commands.application import command
     "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
     "Methods can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
 )
-def methods(
-    as_json: opt.AsJson = False,
-) -> None:
-    """List methods, selectors, reshapes and layouts with their requirements and parameters."""
+def methods(as_json: opt.AsJson = False) -> None:
+    """List methods, selectors, repairs, reshapes and layouts, with requirements and parameters."""
     from blocktune.methods.describe import describe_all
 
     descriptions = describe_all()
@@ -65,7 +63,7 @@ def _print_methods(descriptions: list) -> None:
     "blocktune check --method 'naive + first-k 8'   # the contract of one method",
     "blocktune check --method mine --plugin mine.py",
     "blocktune check --model Qwen/Qwen3-8B --dtype float32 --json",
-    "blocktune check --families --json       # every model class of the installed transformers",
+    "blocktune check --families --json   # every class of transformers",
     "blocktune check --families --only cohere --only gpt_oss",
     "The exit code is 0 if every check passed, else 1.",
 )

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 HELP = """Find, make and inspect data.
 
-Every command names a data source in the same way: a file (JSON, JSON lines, CSV, Parquet or
-Arrow, recognised by its fields), the short name of a data set (musique, tulu-3),
-hf:OWNER/NAME[:CONFIG] or hf:FOLDER, or a generator (worlds:test, needle:). Options follow a
-question mark: 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
+Every command names a data source in the same way: a file (JSON, JSON lines,
+CSV, Parquet or Arrow, recognized by its fields), the short name of a data set
+(musique, tulu-3), hf:OWNER/NAME[:CONFIG] or hf:FOLDER, or a generator
+(worlds:test, needle:). Options follow a question mark:
+'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
 """
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -35,9 +36,7 @@ Split = Annotated[
 ]
 Fields = Annotated[
     str | None,
-    Option(
-        metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=context,answers=a.value."
-    ),
+    Option(metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=docs."),
 ]
 Counter = Annotated[
     str | None,
@@ -94,7 +93,7 @@ def show_list(as_json: opt.AsJson = False) -> None:
     tables = (
         Table(("name", "on the Hub", "licence", "a record becomes"), data_sets, "data sets"),
         Table(("source", "an example contains"), examples, "generators"),
-        Table(("as=", "recognised by its fields", "cut by"), shapes, "record shapes of files"),
+        Table(("as=", "recognized by its fields", "cut by"), shapes, "record shapes of files"),
         Table(("chunker=", "what it does"), list(chunkers.items()), "chunkers"),
     )
     opt.tell(as_json, facts, *(table._replace(left=table.headings) for table in tables))

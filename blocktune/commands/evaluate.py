@@ -42,7 +42,7 @@ def evaluate(
     model: Annotated[str | None, Option(help="Overrides the suite's model.")] = None,
     device: Annotated[str | None, Option(help="Overrides the suite's device.")] = None,
     quantize: Annotated[
-        str | None, Option(help="nf4 or int8; overrides the suite's quantisation.")
+        str | None, Option(help="nf4 or int8; overrides the suite's quantization.")
     ] = None,
     store: opt.Store = None,
     budget: Annotated[

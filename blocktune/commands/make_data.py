@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     "passages",
     "Search a corpus, one passage per record, by BM25:",
     "blocktune data passages nq --split train --corpus wiki.jsonl -o nq.jsonl",
-    "Results of your own retriever, one {id or question, passages} per line, best first:",
+    "Results of your retriever, one {id or question, passages} per line, best first:",
     "blocktune data passages questions.jsonl --retrieved dpr.jsonl -o out.jsonl",
-    "Keep the best of each question's own passages, such as the evidence in TriviaQA:",
+    "Keep the best of each question's own passages, as the evidence in TriviaQA:",
     "blocktune data passages triviaqa --own --k 10 -o triviaqa.jsonl",
     of=group,
 )
@@ -43,8 +43,7 @@ def passages(
         str | None,
         Option(
             metavar="MODEL",
-            help="Search --corpus by sentence embeddings of this model instead of BM25, such as "
-            "sentence-transformers/all-MiniLM-L6-v2.",
+            help="Search --corpus by embeddings of this sentence-transformers model, not by BM25.",
         ),
     ] = None,
     store: Annotated[
@@ -187,11 +186,11 @@ def answer(
     "blocktune data mix mixture.yaml",
     "blocktune data mix mixture.yaml --tokenizer M -o mixed.jsonl",
     "A mixture in YAML. Every example of two sources, one of them in both modes:",
-    "  draw: duplication        # or sampling, with size: 10000 and weights as shares",
+    "  draw: duplication   # or sampling, with a size; weights are then shares",
     "  seed: 0",
     "  parts:",
-    "    - {source: '2wikimultihopqa?split=train', mode: both, limit: 20000}",
-    "    - {source: 'tulu-3?split=train', mode: full, weight: 0.5, chunker: message}",
+    "    - {source: 2wikimultihopqa, split: train, mode: both, limit: 20000}",
+    "    - {source: tulu-3, split: train, mode: full, weight: 0.5}",
     "  A part may also hold augment: {shuffle: true, num_chunks: [4, 10]}.",
     of=group,
 )

@@ -41,7 +41,7 @@ Store = Annotated[
     Option(
         metavar="PLACE[,NAME=VALUE...]",
         help="Store of encoded chunks to read and add to: a folder or a URL (s3://, valkey://), "
-        "such as chunks/,disk=50GB,policy=gdsf. Settings: memory, cpu, disk, remote, remote_bytes, "
+        "such as chunks/,disk=50GB. Settings: memory, cpu, disk, remote, remote_bytes, "
         "policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
         "(NAME:RATIO of kvpress), trace. Default: memory only.",
     ),
@@ -49,9 +49,9 @@ Store = Annotated[
 Responses = Annotated[
     str | None,
     Option(
-        metavar="exact|semantic:SIMILARITY[:MODEL]",
-        help="Reuse whole answers from the store for the same prompt (exact), or for similar "
-        "questions over the same chunks (semantic; least similarity such as 0.95). Default: none.",
+        metavar="KIND",
+        help="Reuse whole answers from the store: for the same prompt (exact), or for similar "
+        "questions over the same chunks (semantic:0.95 or semantic:0.95:MODEL). Default: none.",
     ),
 ]
 Dtype = Annotated[
@@ -59,7 +59,7 @@ Dtype = Annotated[
 ]
 Quantize = Annotated[
     str | None,
-    of_model(help="Quantise the base while it loads: nf4 (4 bits, as in QLoRA) or int8."),
+    of_model(help="Quantize the base while it loads: nf4 (4 bits, as in QLoRA) or int8."),
 ]
 Device = Annotated[
     str | None, of_model(help="Device, such as cuda:0 or cpu. Default: a GPU if there is one.")

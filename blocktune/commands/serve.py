@@ -158,7 +158,7 @@ def serve(
     )
 
 
-group = new_group("vllm", "Serve cached chunks from vLLM.")
+group = new_group("vllm", "Serve cached chunks from vLLM.", "blocktune vllm serve M --store S")
 
 
 @group.callback()

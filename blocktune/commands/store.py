@@ -16,7 +16,7 @@ from typer import Argument, Option
 from blocktune.cache.store.blobs import Blobs
 from blocktune.cache.store.config import Row, parse_bytes
 from blocktune.cache.store.shelf import Shelf
-from blocktune.commands.application import new_group
+from blocktune.commands.application import command, new_group
 from blocktune.commands.options import AsJson, tell
 
 SHORT = 12  # number of digits of a key or fingerprint that are shown
@@ -43,7 +43,7 @@ group = new_group(
 )
 
 
-@group.command()
+@command("stat", "blocktune store stat cache/", of=group)
 def stat(store: Place, as_json: AsJson = False) -> None:
     """Count chunks and bytes by model, and by kind (such as exact prefixes)."""
     shelf = Shelf.open(store)
@@ -64,7 +64,7 @@ def stat(store: Place, as_json: AsJson = False) -> None:
     tell(as_json, record | {"models": models}, *lines)
 
 
-@group.command()
+@command("ls", "blocktune store ls cache/ --document handbook.pdf", of=group)
 def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson = False) -> None:
     """List chunks, one per line: key, kind, tokens, bytes, last use, model, document."""
     for row in Shelf.open(store).rows(model=model, document=document):
@@ -78,7 +78,7 @@ def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson
             typer.echo(json.dumps(record) if as_json else line)
 
 
-@group.command()
+@command("show", "blocktune store show cache/ 9c01ab4e", of=group)
 def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     """Show one chunk: its header and token ids, and whether it verifies."""
     from blocktune.cache.store.chunk_file import ChunkFile  # imports torch
@@ -95,7 +95,7 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     tell(as_json, record, *(f"{name:12} {value}" for name, value in record.items()))
 
 
-@group.command()
+@command("verify", "blocktune store verify s3://bucket/chunks", of=group)
 def verify(store: Place, as_json: AsJson = False) -> None:
     """Compare every file with its checksums (and signature); exit code 1 if one fails.
 
@@ -113,12 +113,12 @@ def verify(store: Place, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@group.command()
+@command("gc", "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged", of=group)
 def gc(
     store: Place,
     max_size: Annotated[str, Option(help="Such as 50GB: remove the least recently used.")] = "",
     unused_days: Annotated[
-        float | None, Option(min=0, help="Remove chunks unused so long.")
+        float | None, Option(min=0, help="Remove chunks not used for this many days.")
     ] = None,
     damaged: Annotated[bool, Option("--damaged", help="Remove chunks that fail `verify`.")] = False,
     dry_run: DryRun = False,
@@ -149,7 +149,7 @@ def gc(
     _remove(shelf, to_remove, dry_run, as_json, unfinished=unfinished, index=index)
 
 
-@group.command()
+@command("pin", "blocktune store pin cache/ 9c01ab4e", of=group)
 def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
     """Protect chunks of a folder from eviction, until they are removed, expired or damaged."""
     shelf = Shelf.open(store)
@@ -159,7 +159,7 @@ def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -
     tell(as_json, record, f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
 
 
-@group.command()
+@command("rm", "blocktune store rm cache/ --document handbook.pdf", of=group)
 def rm(
     store: Place,
     keys: Annotated[list[str] | None, Argument(help="Keys, or their first digits.")] = None,
@@ -184,7 +184,7 @@ def rm(
     _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json)
 
 
-@group.command("export")
+@command("export", "blocktune store export cache/ s3://bucket/chunks --model 3f2a91", of=group)
 def export_chunks(
     store: Place, target: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
@@ -192,7 +192,7 @@ def export_chunks(
     _copy(Shelf.open(store), Shelf.open(target, make=True), model, document, as_json)
 
 
-@group.command("import")
+@command("import", "blocktune store import cache/ s3://bucket/chunks", of=group)
 def import_chunks(
     store: Place, source: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
@@ -200,7 +200,7 @@ def import_chunks(
     _copy(Shelf.open(source), Shelf.open(store, make=True), model, document, as_json)
 
 
-@group.command()
+@command("manifest", "blocktune store manifest cache/ --json", of=group)
 def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     """Show what other programs need to use the chunks: model, tokenizer, prompt, shapes, RoPE."""
     blobs = Shelf.open(store).blobs

@@ -29,11 +29,11 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of 
     "train",
     "blocktune train --config recipes/block_attention.yaml",
     "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
-    "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
+    "blocktune train --config recipes/kvlink.yaml --dry-run   # only the plan",
     "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
     "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M "
     "--output_dir out/mine",
-    "blocktune train --config R.yaml --overwrite   # replace the earlier run in its folder",
+    "blocktune train --config R.yaml --overwrite   # replace an earlier run",
     "A stopped command continues from its last checkpoint: repeat it.",
     "Every key of the YAML is also an option and overrides the file: see --help-all.",
     context_settings=PASS_ON,
@@ -152,8 +152,8 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
     "blocktune merge out/block --output out/merged",
     "blocktune answer --adapter out/merged -i questions.jsonl --method block-attention",
     "blocktune merge out/kvlink --output out/merged-links --links added_tokens",
-    "An adapter trained on a 4-bit base is merged into the unquantised base; the command "
-    "measures how much quantising the result again would change the logits.",
+    "An adapter trained on a 4-bit base is merged into the unquantized base; the command "
+    "measures how much quantizing the result again would change the logits.",
 )
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
@@ -183,7 +183,7 @@ def merge(
     if report.requantised_max_abs_diff is not None:
         lines.append(
             f"the adapter was trained on a {report.quantization} base and the merged weights are "
-            f"not quantised; quantised to {report.quantization} again, logits differ by "
+            f"not quantized; quantized to {report.quantization} again, logits differ by "
             f"{report.requantised_max_abs_diff:.1e}"
         )
     opt.tell(as_json, asdict(report), *lines)
@@ -191,7 +191,7 @@ def merge(
 
 @command(
     "push",
-    "blocktune push out/block --repo USER/NAME --dry-run   # show the files and the card",
+    "blocktune push out/block --repo USER/NAME --dry-run   # files and card",
     "blocktune push out/block --repo USER/NAME --results out/eval/results.json",
     "blocktune push out/block --repo USER/NAME --base-model ORG/BASE --license apache-2.0",
     "blocktune answer --adapter USER/NAME -i questions.jsonl --method block-attention",

@@ -43,7 +43,7 @@ def require_numbers(logits: Tensor) -> None:
     """Raises `NoNumbers` if any logit is NaN."""
     if logits.isnan().any():
         raise NoNumbers(
-            f"the model's logits are no numbers (NaN): its weights hold NaN, or {logits.dtype} "
+            f"the model's logits are not numbers (NaN): its weights hold NaN, or {logits.dtype} "
             "overflows; try dtype float32, or copy the files again"
         )
 
@@ -61,8 +61,8 @@ class Sampling:
     """
 
     temperature: float = 0.0  # 0 is greedy; above, logits are divided by it
-    top_k: int = 0  # keep this many of the likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest tokens up to this cumulative probability
+    top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the most likely tokens up to this cumulative probability
     seed: int | None = None  # makes draws reproducible; None: 0, but answers are not cached
 
     def __post_init__(self):

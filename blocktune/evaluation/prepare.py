@@ -51,7 +51,7 @@ class Ready:
         return [q.example for q in self.questions if q.task is task][:limit]
 
     def fingerprints(self) -> dict[str, Any]:
-        """Digests of the base model and of adapters that are no releases, for the provenance."""
+        """Digests of the base model and of adapters that are not releases, for the provenance."""
         if None in self.engines:
             base = base_fingerprint(self.engines[None].model)
         else:  # adapters are merged into the model; each was checked against the base

@@ -55,9 +55,9 @@ def card(
     """
     method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
     summary = (
-        "with retrieved passages encoded once, each by itself, and reused in any prompt"
+        "to answer from passages that are encoded once, separately, and reused in any prompt"
         if info.layout.block
-        else "trained on the same prompts with full attention, as a control"
+        else "on the same prompts in full attention, as a control"
     )
     data = ModelCardData(
         base_model=base,

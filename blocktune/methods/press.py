@@ -76,7 +76,7 @@ class Press:
             for layer in decoder_layers(model):
                 if not hasattr(layer, "self_attn"):
                     raise ValueError(f"presses need '.self_attn', {type(layer).__name__} has none")
-                # kvpress reads it there; set this way it is no submodule.
+                # kvpress reads it there; set this way it is not a submodule.
                 vars(layer.self_attn).setdefault("rotary_emb", rotary)
                 hook = layer.self_attn.register_forward_pre_hook(record, with_kwargs=True)
                 hooks.callback(hook.remove)

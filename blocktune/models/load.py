@@ -83,7 +83,7 @@ def load_base(
 
     Raises:
         ValueError: If the model, device, dtype or quantization does not exist, its files are
-            damaged or lack weights, or it is saved quantised and ``quantize`` is given.
+            damaged or lack weights, or it is saved quantized and ``quantize`` is given.
         Refused: If chunk reuse would be wrong on the model, before its weights are read.
     """
     bare, revision = pinned(name, revision)
@@ -190,7 +190,7 @@ def _dequantised(file: Path, dtype: str) -> str:
     target = Path(constants.HF_HOME, "blocktune", "gguf", f"{file.stem}-{key}")
     if target.is_dir():
         return str(target)
-    logger.warning("dequantising %s once, into %s", file.name, target)
+    logger.warning("dequantizing %s once, into %s", file.name, target)
     options = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
@@ -276,7 +276,7 @@ def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> d
     if saved is not None and quantize is not None:
         wanted = f"'{quantize}'" if isinstance(quantize, str) else "by a configuration"
         raise ValueError(
-            f"the model is saved quantised ({saved.get('quant_method')}) and cannot be quantised "
+            f"the model is saved quantized ({saved.get('quant_method')}) and cannot be quantized "
             f"again ({wanted}); leave quantize out, or name the plain model"
         )
     if isinstance(quantize, str):

@@ -87,6 +87,6 @@ def find_recurrence(model: PreTrainedModel, always: bool = False) -> Recurrence 
         if error <= 0.1 * (alone - whole).abs().max():
             return recurrence
     raise ValueError(
-        f"{name} does not go on from its own cache (it may keep a state outside of transformers' "
+        f"{name} does not continue from its own cache (it may keep a state outside transformers' "
         "cache layers), so its prefixes cannot be reused; use another hybrid, such as Qwen3-Next"
     )

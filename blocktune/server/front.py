@@ -108,7 +108,7 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
         else:
             turns.append((message.role, text))
     if not turns or turns[-1][0] != "user" or not turns[-1][1].strip():
-        raise ValueError("messages must end with a question of the user")
+        raise ValueError("the last message must have the role 'user' and a text: the question")
     whole = "\n\n".join(filter(None, system)) or None
     return Conversation(whole, tuple(turns[:-1]), turns[-1][1], tuple(documents))
 

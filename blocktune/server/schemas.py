@@ -43,10 +43,11 @@ NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
     **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
-    **dict.fromkeys(("structured_outputs", "chat_template", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("structured_outputs", "chat_template", "extra_body"), ()),
     "response_format": ({"type": "text"}, {}),
     "modalities": (["text"],),
     "suffix": ("",),
+    "truncate_prompt_tokens": (),
 }
 """Fields of OpenAI's and vLLM's interfaces that change an answer, and the values that do not."""
 _FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
@@ -177,7 +178,7 @@ class StreamOptions(BaseModel):
 
 def _misplaced(value: Any, field: ValidationInfo) -> None:
     if value is not None:
-        raise ValueError(f"belongs into the field blocktune: {{'{field.field_name}': ...}}")
+        raise ValueError(f"belongs in the field blocktune: {{'{field.field_name}': ...}}")
 
 
 Misplaced = Annotated[SkipJsonSchema[Any], AfterValidator(_misplaced)]
@@ -209,7 +210,8 @@ class Decoding(BaseModel):
     def _refuse_unsupported(cls, body: Any) -> Any:
         for name, neutral in NEUTRAL.items() if isinstance(body, dict) else ():
             if body.get(name) is not None and body[name] not in neutral:
-                raise ValueError(f"{name} is not supported; leave it out")
+                fix = "put its fields into the body" if name == "extra_body" else "leave it out"
+                raise ValueError(f"{name} is not supported; {fix}")
         return body
 
     @property

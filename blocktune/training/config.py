@@ -37,10 +37,10 @@ class LayoutOptions:
     attention_execution: Literal["split", "flex", "dense"] = option(
         "split", "How block attention is computed: flex needs CUDA; dense builds an N x N mask"
     )
-    block_share: float = option(1.0, "Share of examples in block layout; the rest is in full")
-    both_modes: bool = option(False, "Train every example twice, in block layout and in full")
+    block_share: float = option(1.0, "Share of examples in block layout; others: full attention")
+    both_modes: bool = option(False, "Train every example in block and in full attention")
     num_links: int = option(0, "Link tokens per chunk (KVLink)")
-    link_side: Literal["after", "before"] = option("after", "Side of a chunk where its links are")
+    link_side: Literal["after", "before"] = option("after", "Links before or after their chunk")
     link_table: Literal["shared", "slot", "chunk"] = option(
         "slot", "Embeddings of links: one shared by all, one per slot, or per chunk and slot"
     )
@@ -51,7 +51,7 @@ class LayoutOptions:
         "table", "Learned tokens in a table beside the vocabulary, or added to it"
     )
     placement: Literal["sequential", "parallel", "composite"] = option(
-        "sequential", "How positions are assigned to chunks"
+        "sequential", "Positions of chunks: sequential, parallel or composite"
     )
     shared_prefix: bool = option(False, "Encode every chunk after a hidden copy of the prefix")
 
@@ -191,7 +191,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         self._check_own()
 
     def _check_types(self) -> None:
-        """Checks values that TRL would fail on: floats that are no numbers, text for a mapping."""
+        """Checks values that TRL would fail on: floats that are not numbers, text for a mapping."""
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
             if isinstance(value, float) and not 0 <= value < math.inf:
@@ -259,7 +259,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
 class DataArgs:
     """The data of a run and the wording of its prompts."""
 
-    train_data: str = option("", "Source of examples, see `load_examples`: file, hf:, worlds:")
+    train_data: str = option("", "Source of examples (see `blocktune data list`)")
     train_limit: int | None = option(None, "Use at most this many of the first examples")
     mixture: str | None = option(None, "YAML file of a mixture of sources, in place of train_data")
     eval_data: str | None = option(None, "Source of examples for the evaluation loss")

@@ -154,7 +154,7 @@ def prepare(
             gap_note = f" less {gaps} for position_jitter" if gaps else ""
             raise ValueError(
                 f"{_name(index, sample)} has {part['length']} tokens, the limit is {longest} (the "
-                f"smaller of pack_length and max_length{gap_note}; default: the model's context); "
+                f"smallest of pack_length, max_length and the model's own limit{gap_note}); "
                 "shorten it or set long_examples: drop"
             )
     if not parts:

@@ -37,7 +37,7 @@ class TeacherProbs(NamedTuple):
 
 
 def teacher_probs(logits: Tensor, temperature: float, top_k: int | None) -> TeacherProbs:
-    """The distributions of logits ``(T, V)``, reduced to the ``top_k`` likeliest tokens if set."""
+    """Distributions of logits ``(T, V)``, reduced to the ``top_k`` most likely tokens if set."""
     log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_k is None or top_k >= log_probs.shape[-1]:
         return TeacherProbs(None, log_probs)

@@ -91,8 +91,8 @@ def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if args.freeze_base and quantised:
         raise ValueError(
-            "freeze_base trains only learned tokens, but transformers cannot train a quantised "
-            "base without an adapter; set use_peft: true, or load the base unquantised"
+            "freeze_base trains only learned tokens, but transformers cannot train a quantized "
+            "base without an adapter; set use_peft: true, or load the base unquantized"
         )
     if choice.attn_implementation is not None:
         raise ValueError(
@@ -101,7 +101,7 @@ def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
         )
     if quantised and choice.dtype in (None, "auto"):
         raise ValueError(
-            "a quantised base needs an explicit dtype to compute in; set dtype: bfloat16 "
+            "a quantized base needs an explicit dtype to compute in; set dtype: bfloat16 "
             "(on GPUs) or dtype: float32 (on CPUs)"
         )
 

@@ -30,7 +30,7 @@ class Sums(NamedTuple):
     """Sums over answer tokens: of one batch (tensors), or of all since the last log (numbers)."""
 
     tokens: Any = 0.0  # number of answer tokens
-    correct: Any = 0.0  # number of those that were the likeliest token
+    correct: Any = 0.0  # number of those that were the most likely token
     rows: Any = 0.0  # rows of the batch that are not padding
     total: Any = 0.0  # the loss, in nats; as a tensor it is float32 and differentiable
     cross_entropy: Any = 0.0  # in nats

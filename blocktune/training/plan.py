@@ -173,7 +173,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "trainable": trained,
         "examples": f"{examples:,} ({prepared.num_dropped:,} dropped as too long)",
         "tokens": f"{packed}{mean:,.0f} per row, longest {max(lengths):,}",
-        "exact up to": limit and f"{limit:,} tokens; longer examples are dropped",
+        "exact up to": limit and f"{limit:,} tokens; longer examples: {args.long_examples}",
         "device": args.device.type if has_gpu else "cpu (use_cpu, since no GPU was found)",
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",
@@ -256,7 +256,7 @@ def print_options(console: Console | None = None) -> None:
         "Objective": config.ObjectiveOptions.__annotations__,
         "Batches": config.BatchOptions.__annotations__,
         "The run": config.BlockSFTConfig.__annotations__,
-        "Model, LoRA and quantisation, by TRL": ModelConfig.__annotations__,
+        "Model, LoRA and quantization, by TRL": ModelConfig.__annotations__,
         "Training, by TRL and transformers": [f.name for f in fields(config.BlockSFTConfig)],
     }
     holders = (config.DataArgs, config.BlockSFTConfig, ModelConfig)

@@ -129,7 +129,7 @@ def _rows_per_step(config: Mapping[str, Any], world_size: int) -> int:
 
 _FIX = "remove the checkpoint to continue from the previous one, or start again with --overwrite"
 _STATES = {
-    "optimiser state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    "optimizer state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
     "learning rate schedule": ("scheduler.pt", "global_step*"),
     "random states": ("rng_state*.pth",),
 }

@@ -28,15 +28,10 @@ def serve(
         extra: More keys of ``kv_connector_extra_config``.
 
     Raises:
-        ValueError: If vLLM is not installed or would not find blocktune, an adapter cannot be
-            served, or the store has no chunks of the default model.
+        ValueError: If vLLM would not find blocktune, an adapter cannot be served, or the store has
+            no chunks of the default model.
     """
-    try:
-        import_module("vllm.config")  # before torch, since it sets environment variables
-    except ModuleNotFoundError:
-        raise ValueError(
-            "vLLM is not installed here; it needs its own environment, docs/vllm.md"
-        ) from None
+    import_module("vllm.config")  # before torch, since it sets environment variables
     plugins = {point.name for group in GROUPS for point in entry_points(group=group)}
     if "blocktune" not in plugins:
         raise ValueError(

@@ -4,7 +4,7 @@
 
 Draws the figure of sparse prefix caching (arXiv:2605.05219): recomputed tokens of a prompt against
 checkpoints per cached entry, for questions over a document and for system prompts that diverge.
-Placements are learnt from the first half of a trace and evaluated on the second. No model runs.
+Placements are learned from the first half of a trace and evaluated on the second. No model runs.
 """
 
 import argparse

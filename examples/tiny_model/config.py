@@ -53,13 +53,13 @@ class PretrainConfig:
         ffn: Intermediate size of the MLP.
         heads: Number of query heads, H.
         kv_heads: Number of key and value heads, K. With only two, or with smaller heads, retrieval
-            is learnt later, since the values of a head must distinguish some hundred words.
+            is learned later, since the values of a head must distinguish some hundred words.
         head_dim: Dimensions of a head, D.
         rope_theta: Base of RoPE; large, so that enough dimensions hardly rotate over a context.
         vocab_size: Rows of the embeddings, and maximum tokens of the tokenizer. Fixed, so that the
             random weights do not depend on the words of the worlds; some seeds learn to retrieve
             late or never.
-        stages: Curriculum; it must begin with short contexts, or retrieval is not learnt.
+        stages: Curriculum; it must begin with short contexts, or retrieval is not learned.
         questions: Maximum number of questions about one context, in successive turns.
         kinds: Weight of each kind of question.
         aliased: As in `WorldConfig`, also for the tokenizer's worlds and the dev questions.

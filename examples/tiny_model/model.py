@@ -17,7 +17,7 @@ def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
     have to learn that they are the same name. So both get the same embedding. Also, all embeddings
     share a common vector, which does not affect the softmax over tied embeddings. It gives queries
     and keys a constant part, from which RoPE can form heads that look at the previous token, so
-    that these are learnt early.
+    that these are learned early.
     """
     torch.manual_seed(config.seed)
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.text import Text
 
 from blocktune.commands import app
 
@@ -41,7 +42,8 @@ STAND_INS = {
 }
 LEFT_OUT = re.compile(
     r"(?<!\S)(nq|musique|tulu-3|triviaqa|2wikimultihopqa)(\s|\?|$)|USER/NAME|s3://|KVShareArena|"
-    r"^serve|--only-correct|--follow|vllm|--families|--processes|--launcher|3f2a91"
+    r"^serve|--only-correct|--follow|vllm|--families|--processes|--launcher|3f2a91|"
+    "9c01ab4e"
 )
 """What needs the Hub, a clone, vLLM or a model that answers well, does not return, starts several
 processes or sweeps classes (these have tests of their own), or names a model that was made up."""
@@ -71,13 +73,22 @@ class Mine(Method):
 '''
 
 
+def text(command):
+    """The examples of a command as a terminal shows them."""
+    return Text.from_markup(command.epilog or "").plain
+
+
+def walk(command):
+    """A command and those below it."""
+    yield command
+    for below in getattr(command, "commands", {}).values():
+        yield from walk(below)
+
+
 def examples(command):
     """Words of every example of a command and those below it, without the program's name."""
-    lines = re.sub(r"\[/?\w+\]", "", command.epilog or "").replace("\\[", "[").splitlines()
-    for number, line in enumerate(lines):
+    for line in text(command).replace("\\\n", " ").splitlines():
         if line.startswith("  blocktune "):
-            more = lines[number + 1] if number + 1 < len(lines) else ""
-            line += more if more.startswith("      --") else ""
             yield shlex.split(line.partition(" | ")[0], comments=True)[1:]
     for below in getattr(command, "commands", {}).values():
         yield from examples(below)
@@ -130,6 +141,13 @@ def there(tmp_path, monkeypatch, blocktune, small_benches, clean):
 
 def stop(*_):
     raise TimeoutError(f"took longer than {LIMIT_S} s")
+
+
+def test_every_command_has_examples_that_can_be_copied_from_80_columns():
+    for command in walk(typer.main.get_command(app)):
+        lines = [line for line in text(command).splitlines() if line.startswith(" ")]
+        assert lines, command.name
+        assert max(map(len, lines)) < 79, command.name
 
 
 @pytest.mark.alone

@@ -214,7 +214,7 @@ def test_the_only_line_of_a_file_is_not_taken_for_a_torn_answer(refused, model, 
     record = [{"question": "Who?", "chunks": ["Anna."]}]
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(record))
-    assert "no log of this command" in refused("answer", "-m", model, "-i", path, "-o", path)
+    assert "is not a log of this command" in refused("answer", "-m", model, "-i", path, "-o", path)
     assert json.loads(path.read_text()) == record
 
 
@@ -277,6 +277,18 @@ def test_a_process_ends_with_2_and_a_traceback_only_when_asked(tmp_path, debug, 
 )
 def test_a_device_that_is_not_there(refused, model, device, message):
     assert message in refused("answer", "--model", model, *QUESTION, *CHUNK, "--device", device)
+
+
+@pytest.mark.parametrize(
+    "command", [("vllm", "serve", "M", "--store", "s"), ("bench", "vllm", "--tiny")]
+)
+def test_a_command_that_needs_vllm(refused, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert "vLLM is not installed here" in refused(*command)
+
+
+def test_a_trace_that_is_nowhere(refused, tmp_path):
+    assert "gone.jsonl': No such file or directory" in refused("replay", tmp_path / "gone.jsonl")
 
 
 def test_a_full_device_is_one_line_and_other_errors_of_torch_are_not(monkeypatch, blocktune):

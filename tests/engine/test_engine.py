@@ -62,7 +62,7 @@ def test_the_usage_matches_the_rows_that_the_layers_executed(engine, method):
 def test_weights_that_are_no_numbers_answer_nothing(engine):
     engine.model.model.norm.weight.data.fill_(float("nan"))
     for method in ("naive", "full-prefill"):
-        with pytest.raises(ValueError, match="logits are no numbers"):
+        with pytest.raises(ValueError, match="logits are not numbers"):
             engine.answer([ASK], method)
 
 
@@ -74,9 +74,9 @@ def test_a_decoded_token_that_overflows_is_one_line(engine, temperature):
     engine.model.model.norm.register_forward_hook(overflow)
     how = {"max_new_tokens": 3, "sampling": Sampling(temperature=temperature)}
     assert engine.answer([ASK], "naive", max_new_tokens=1)
-    with pytest.raises(ValueError, match="logits are no numbers"):
+    with pytest.raises(ValueError, match="logits are not numbers"):
         engine.answer([ASK], "naive", **how)
-    with pytest.raises(ValueError, match="logits are no numbers"):
+    with pytest.raises(ValueError, match="logits are not numbers"):
         list(engine.stream(ASK, "naive", **how))
 
 

@@ -136,7 +136,7 @@ def test_mamba_1_goes_on_one_token_at_a_time():
 def test_a_model_with_a_cache_of_its_own_is_refused():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
     config = MiniMaxConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=101)
-    with pytest.raises(ValueError, match="MiniMaxForCausalLM does not go on from its own cache"):
+    with pytest.raises(ValueError, match="MiniMaxForCausalLM does not continue from its own cache"):
         find_recurrence(AutoModelForCausalLM.from_config(config).eval())
 
 
@@ -145,5 +145,5 @@ def test_a_model_that_forgets_its_state_is_refused(monkeypatch):
     for kind in ("conv", "recurrent"):
         monkeypatch.setattr(DynamicCache, f"get_{kind}_state", lambda *a, **k: None)
     monkeypatch.setattr(DynamicCache, "update_conv_state", lambda cache, states, *a, **k: states)
-    with pytest.raises(ValueError, match="does not go on from its own cache"):
+    with pytest.raises(ValueError, match="does not continue from its own cache"):
         find_recurrence(model)

@@ -36,7 +36,7 @@ def test_agreement_is_worked_by_hand():
 def test_what_is_no_number_does_not_agree(wrong):
     logits = [torch.zeros(2, 3), torch.zeros(2, 3)]
     logits[wrong][1] = math.nan
-    with pytest.raises(ValueError, match="logits are no numbers"):
+    with pytest.raises(ValueError, match="logits are not numbers"):
         agreement(*logits)
 
 

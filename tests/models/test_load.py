@@ -77,7 +77,7 @@ def test_a_gguf_file_or_its_folder_is_dequantised_once_and_served(tmp_path, capl
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
         assert loaded.config._name_or_path == str(name)
         assert base_fingerprint(loaded) == base_fingerprint(model)  # epsilon is float32 in GGUF
-    assert caplog.text.count("dequantising tiny.gguf once, into") == 1
+    assert caplog.text.count("dequantizing tiny.gguf once, into") == 1
     [kept] = (tmp_path / "hub/blocktune/gguf").iterdir()
     assert (kept / "model.safetensors").is_file()
     write_gguf(folder / "tiny.gguf", build(model.config, seed=1), tokenizer)  # another content

@@ -52,7 +52,7 @@ def test_a_quantised_checkpoint_loads_where_it_belongs(base, tmp_path, name):
     again, _ = load_base(str(tmp_path), device="cpu")
     assert quantization_of(again) == name
     torch.testing.assert_close(logits(again), logits(model))
-    with pytest.raises(ValueError, match=r"is saved quantised .*'nf4'"):
+    with pytest.raises(ValueError, match=r"is saved quantized .*'nf4'"):
         load_base(str(tmp_path), quantize="nf4")
 
 
@@ -132,5 +132,5 @@ def test_evaluating_does_not_change_what_is_trained(tmp_path):
 
 def test_a_quantised_base_needs_a_dtype(tmp_path):
     path = write_run(tmp_path, load_in_4bit=True, dtype="auto")
-    with pytest.raises(ValueError, match="a quantised base needs an explicit dtype"):
+    with pytest.raises(ValueError, match="a quantized base needs an explicit dtype"):
         train(["--config", str(path)])

@@ -46,6 +46,8 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"guided_choice": ["yes", "no"]}, "guided_choice"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
         ({"min_p": 0.1}, "min_p"),
+        ({"extra_body": {"documents": []}}, "extra_body is not supported; put its fields into"),
+        ({"messages": [{"role": "user", "content": " "}]}, "the last message must have the role"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"blocktune": {"methd": "naive"}}, "methd"),
         ({"method": "epic"}, "blocktune: {'method'"),

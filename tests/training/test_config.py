@@ -154,7 +154,7 @@ def test_a_schedule_that_cannot_be_made_is_refused_before_the_run(tmp_path, kind
         ({"dtype": "float31"}, "dtype: invalid choice: 'float31'"),
         (
             {"freeze_base": True, "use_peft": False, "num_links": 1, "load_in_4bit": True},
-            "cannot train a quantised base without an adapter",
+            "cannot train a quantized base without an adapter",
         ),
     ],
 )
@@ -211,6 +211,6 @@ def test_a_bad_key_is_one_line_and_exit_code_2(tmp_path, refused):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_recipes_parse_and_open_with_their_command(path):
     first = path.read_text().splitlines()[0]
-    assert f"recipes/train.py --config recipes/{path.name}" in first
+    assert first == f"# blocktune train --config recipes/{path.name}"
     data, args, model = parse(["--config", str(path)])
     assert set(yaml.safe_load(path.read_text())) <= {*vars(data), *vars(args), *vars(model)}

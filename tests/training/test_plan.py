@@ -140,7 +140,7 @@ def test_the_plan_says_up_to_which_length_reuse_is_exact(tmp_path):
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     path.write_text(json.dumps(config))
     said = make_plan(make_trainer(tmp_path))["exact up to"]
-    assert said == f"{config['max_position_embeddings']:,} tokens; longer examples are dropped"
+    assert said == f"{config['max_position_embeddings']:,} tokens; longer examples: refuse"
 
 
 def test_the_plan_says_what_is_trained_and_how(tmp_path):

@@ -39,7 +39,7 @@ def encoded(
     if bits:
         if rope is None:
             raise ValueError(
-                "int8 and int4 quantise keys before their rotation and need the model's "
+                "int8 and int4 quantize keys before their rotation and need the model's "
                 "frequencies; open the store through an engine, or use fp8"
             )
         # Layers that rotate values instead have unrotated keys: they get no frequencies.

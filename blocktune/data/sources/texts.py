@@ -1,4 +1,4 @@
-"""Converters of records that are no question over passages: conversations, documents, pairs."""
+"""Converters of records that are not questions over passages: conversations, documents, pairs."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def parse_pair(record: Mapping[str, Any]) -> RagExample:
 def parse_session(record: Mapping[str, Any]) -> RagExample:
     """Converts MT-RAG: a conversation over retrieved ``contexts``.
 
-    All its messages become the question: they are no passages that others could reuse.
+    All its messages become the question: they are not passages that others could reuse.
 
     Source: https://github.com/IBM/mt-rag-benchmark, reference tasks.
     """
