@@ -178,7 +178,8 @@ def test_a_lost_index_is_made_again(folder, how):
     else:
         for suffix in ("-wal", "-shm"):
             path.with_name(INDEX + suffix).unlink(missing_ok=True)
-        data = {"removed": None, "damaged": b"x" * 5000, "half": path.read_bytes()[:3000]}[how]
+        data = {"removed": None, "emptied": b"", "damaged": b"x" * 5000}
+        data = (data | {"half": path.read_bytes()[:3000]})[how]
         path.unlink() if data is None else path.write_bytes(data)
     store = store_of(folder, disk=10**6)
     for key, kv in zip(KEYS[:3], CHUNKS, strict=False):
@@ -207,6 +208,9 @@ def test_an_index_that_is_a_link_is_not_followed(folder, tmp_path_factory):
     limited.discard(KEYS[0])
     limited.put(KEYS[0], CHUNKS[0])
     assert (KEYS[0] in limited, limited.stats().files.unwritten) == (False, 1)
+    strict = ChunkStore(config=StoreConfig(folder=folder, disk=10**9), must_write=True)
+    with pytest.raises(ValueError, match=r"index\.sqlite, which keeps account of its size, cannot"):
+        strict.put(KEYS[0], CHUNKS[0])
 
 
 def test_files_that_the_index_does_not_know_are_found_by_use_and_by_gc(folder):
@@ -305,3 +309,18 @@ def test_an_expired_entry_that_is_replaced_frees_its_space_once():
     ledger.remove(ledger.leaving(20, key="a"))
     ledger.add("a", 20, About())
     assert ledger.size() <= 30
+
+
+def test_a_clock_that_jumps_and_comes_back_ends_nothing_early(tmp_path, monkeypatch):
+    now, start = [1e9], Ledger.__init__.__kwdefaults__
+    monkeypatch.setitem(start, "clock", lambda: now[0])
+    monkeypatch.setattr("blocktune.cache.store.tiers.time.time", lambda: now[0])
+    store = store_of(tmp_path, memory=1 << 20, ttl=60.0)
+    now[0] += 86400
+    store.put(KEYS[0], CHUNKS[0])
+    now[0] -= 86400
+    for key, kv in zip(KEYS[1:], CHUNKS[1:], strict=True):
+        store.put(key, kv)
+    for key, kv in zip(KEYS, CHUNKS, strict=True):
+        assert store.lookup(key, kv.token_ids, MODEL).tier == "memory"
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(KEYS)

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -226,7 +226,16 @@ class Ledger:
     def fill(self, rows: Iterable[Row]) -> None:
         """Inserts rows found by listing the files, unless their keys are there already."""
         with self.transaction() as database:
-            database.executemany(_ADD, ((*astuple(row), 0.0) for row in rows))
+        found = [(*astuple(row), 0.0) for row in rows]  # files are read before others must wait
+            database.executemany(_ADD, found)
+
+    def copy(self, path: Path) -> None:
+        """Adds the rows of an index that may not be writable; none if it cannot be read."""
+        for how in ("mode=ro", "immutable=1"):  # the former needs shared memory: room on the disk
+            with suppress(sqlite3.Error):
+                with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as of:
+                    self.fill(Row(*record) for record in of.execute(_SELECT))
+                return
 
     def now(self) -> float:
         """The current time, strictly increasing from call to call."""

@@ -42,13 +42,12 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
     """
     path = folder.path / INDEX
     for _ in range(3):
-        fresh = not path.exists()
-        if path.is_symlink() or not (fresh or path.is_file()):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
             _LOG.warning("'%s' is not the index of the store; it is not used", path)
             return None
         try:
             ledger = Ledger(path, **budget)
-            if fresh:
+            if not ledger.size():  # new, lost or emptied
                 ledger.fill(found_rows(folder))
             return ledger
         except sqlite3.OperationalError as error:  # read-only, or locked for too long
@@ -76,7 +75,8 @@ class Shelf:
     """The files of one folder or remote, and their index.
 
     A folder keeps its index in a file. For a remote, or a folder where that is impossible, the
-    index is built in memory from the headers of the files at the first use.
+    index is built in memory at the first use: from a copy of the file, where one can be read, and
+    from the headers of the files.
     """
 
     def __init__(self, blobs: Blobs):
@@ -121,6 +121,8 @@ class Shelf:
         if self._index is not None:
             return self._index
         ledger = Ledger()
+        if self._is_store(self.blobs) and not (path := self.blobs.path / INDEX).is_symlink():
+            ledger.copy(path)
         ledger.fill(found_rows(self.blobs))
         return ledger
 
@@ -141,28 +143,23 @@ class Shelf:
     def mend(self) -> dict[str, int]:
         """Repairs the index. Returns the number of entries without a file and of missing entries.
 
-        Both may result from a full disk or a kill. Raises ValueError if the index is not writable.
+        Both may result from a full disk or a kill. Raises as a `Ledger` does.
         """
         if self._index is None:
             return {"without_file": 0, "not_indexed": 0}
-        try:
-            indexed, stored = {row.key for row in self._index.rows()}, set(self.blobs.keys())
-            # Check again: other processes add an entry to the index before they write its file.
-            gone = {key for key in indexed - stored if not self.blobs.has(key)}
-            self._index.remove(gone)
-            self._index.fill(found_rows(self.blobs, sorted(stored - indexed)))
-        except sqlite3.Error as error:
-            raise ValueError(f"the index of '{self.blobs.place}': {error}") from None
+        indexed, stored = {row.key for row in self._index.rows()}, set(self.blobs.keys())
+        # Check again: other processes add an entry to the index before they write its file.
+        gone = {key for key in indexed - stored if not self.blobs.has(key)}
+        self._index.remove(gone)
+        self._index.fill(found_rows(self.blobs, sorted(stored - indexed)))
         return {"without_file": len(gone), "not_indexed": len(stored - indexed)}
 
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
         """Pins or unpins entries. Returns how many of them exist."""
         if self._index is None:
-            raise ValueError(f"'{self.blobs.place}' has no index, which pins are stored in")
-        try:
-            return self._index.pin(keys, pinned)
-        except sqlite3.OperationalError as error:
-            raise ValueError(f"'{self.blobs.place}': {error}") from None
+            place = self.blobs.place
+            raise ValueError(f"'{place}' has no index that can be written, where pins are stored")
+        return self._index.pin(keys, pinned)
 
 
 class Wanted(NamedTuple):

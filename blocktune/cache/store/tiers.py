@@ -25,7 +25,7 @@ from blocktune.cache.store.blobs import Blobs
 from blocktune.cache.store.chunk_file import ChunkFile, Expired
 from blocktune.cache.store.config import StoreConfig, TierStats
 from blocktune.cache.store.folder import ChunkFolder, is_taken
-from blocktune.cache.store.ledger import About, Ledger, Row
+from blocktune.cache.store.ledger import INDEX, About, Ledger, Row
 from blocktune.cache.store.shelf import open_index
 
 RETRY_S = 10.0  # seconds for which a tier is skipped after a failure
@@ -108,8 +108,6 @@ class BlobTier:
             except OSError as error:
                 self.failed(error, "write")
             self.ledger = open_index(blobs, **self._budget)
-            if self.ledger is None and most is not None:
-                _LOG.warning("'%s' has no index to limit its size: nothing is written", blobs.place)
         else:
             self.ledger = Ledger(**self._budget)
 
@@ -231,7 +229,7 @@ class BlobTier:
             gone = {row.key for row in self.ledger.rows()} - {k for k, _, _ in rows}
             self.ledger.remove(gone)
             self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
-        default = [] if most is None else None  # without an index, only a tier without limit writes
+        default = [] if most is None else False
         leaving = self.on_ledger(partial(self._admit, size=size, key=key, about=about), default)
         with self._lock:
             self.stats.evictions += len(leaving or ())
@@ -245,6 +243,8 @@ class BlobTier:
                 for old in leaving:
                     self.blobs.remove(old)
                 ledger.remove(leaving)
+        if leaving is False:
+            raise OSError(f"{INDEX}, which keeps account of its size, cannot be written")
                 ledger.add(key, size, about)
             return leaving
 
