@@ -151,7 +151,7 @@ def gc(
 
 @group.command()
 def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
-    """Protect chunks of a folder from eviction, until they are removed, expired or damaged."""
+    """Protect chunks of a folder from eviction, until `rm` or `gc` removes them."""
     shelf = Shelf.open(store)
     selected = [row.key for row in _rows(shelf, keys)]
     count = shelf.pin(selected, not undo)

@@ -167,7 +167,7 @@ def test_a_folder_keeps_its_budget_over_processes(folder):
     assert KEYS[1] not in store
 
 
-@pytest.mark.parametrize("how", ["removed", "damaged", "half", "other version"])
+@pytest.mark.parametrize("how", ["removed", "emptied", "damaged", "half", "other version"])
 def test_a_lost_index_is_made_again(folder, how):
     path = folder / INDEX
     before = list(Shelf.open(str(folder)).rows())

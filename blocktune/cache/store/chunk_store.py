@@ -330,5 +330,7 @@ class ChunkStore:
         evicted = self._memories[0].put(key, kv, about)
         for tier in self._memories[1:]:
             tier.remove(key)
+            if tier.is_pinned(key):
+                self._memories[0].ledger.pin([key])
             for item in evicted:
                 tier.put(*item)

@@ -146,14 +146,15 @@ class Ledger:
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
         """Keys to evict so that ``size`` bytes fit, and expired keys; None if they cannot fit.
 
-        An entry that ``key`` already has counts as free space. The worth of the last key chosen
-        becomes the ``gdsf`` clock. Call `remove` once the entries have been evicted.
+        Pinned entries stay, also expired ones. An entry that ``key`` already has counts as free
+        space. The worth of the last key chosen becomes the ``gdsf`` clock. Call `remove` once the
+        entries have been evicted.
         """
         with self._lock:
             self.flush()
             database = self._open()
-            expired = "SELECT key, size FROM entries WHERE expires <= ? AND key != ?"
-            evicted = dict(database.execute(expired, (self.now(), key)))
+            expired = "SELECT key, size FROM entries WHERE expires <= ? AND key != ? AND NOT pinned"
+            evicted = dict(database.execute(expired, (self._clock(), key)))
             old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
             old_size, old_tenant = old.fetchone() or (0, tenant)
             for limit, owner in ((self.quota, tenant), (self.max_bytes, None)):
@@ -225,8 +226,8 @@ class Ledger:
 
     def fill(self, rows: Iterable[Row]) -> None:
         """Inserts rows found by listing the files, unless their keys are there already."""
-        with self.transaction() as database:
         found = [(*astuple(row), 0.0) for row in rows]  # files are read before others must wait
+        with self.transaction() as database:
             database.executemany(_ADD, found)
 
     def copy(self, path: Path) -> None:

@@ -52,10 +52,16 @@ class MemoryTier:
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or None."""
-        if self._expiry.get(key, math.inf) <= self.ledger.now():
+        if self._expiry.get(key, math.inf) > time.time():
+            return self.entries.get(key)
+        self.stats.expired += 1
+        if not self.is_pinned(key):
             self.remove(key)
-            self.stats.expired += 1
-        return self.entries.get(key)
+        return None
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether it holds the entry of ``key`` and the entry is pinned."""
+        return key in self.entries and bool(self.ledger.row(key).pinned)
 
     def put(self, key: str, entry: Entry, about: About) -> list[tuple[str, Entry, About]]:
         """Keeps an entry. Returns the evicted ones, or the entry itself if it does not fit."""
@@ -127,6 +133,9 @@ class BlobTier:
             self._remove(key)
             self.stats.expired += 1
         except FileNotFoundError:
+            row = self.on_ledger(lambda ledger: ledger.row(key))
+            if row is None or not row.pinned:  # a row keeps its pin until it is written again
+                self._remove(key)
             pass
         except OSError as error:
             self.failed(error, "read")
@@ -168,7 +177,8 @@ class BlobTier:
                 self.blobs.write(key, data)
                 written = True
         except OSError as error:
-            self.on_ledger(lambda ledger: ledger.remove([key]))
+            if not self._is_folder or not self.blobs.has(key):  # else its older file is still there
+                self.on_ledger(lambda ledger: ledger.remove([key]))
             self.failed(error, "write")
         finally:
             with self._lock:
