@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
 import sqlite3
 import threading
@@ -108,6 +109,7 @@ class BlobTier:
         self._lock, self._warned, self._next_listing = threading.Lock(), False, 0.0
         self._retry_at = {"read": 0.0, "write": 0.0, "index": 0.0}
         self._queue = None if folder or must_write else _in_background(self)
+        self._pid = os.getpid()
         if folder:
             try:
                 blobs.prepare()
@@ -153,18 +155,18 @@ class BlobTier:
 
         A remote is written later by a thread, unless the store must write.
         """
-        if self._queue is None:
+        if (pending := self._pending()) is None:
             self._save(key, make, about)
             return
         try:
-            self._queue.put_nowait(partial(self._save, key, make, about))
+            pending.put_nowait(partial(self._save, key, make, about))
         except queue.Full:  # a slow remote must not delay answers
             self._count_unwritten()
 
     def flush(self) -> None:
         """Waits until all files and hits are written, or refused."""
-        if self._queue is not None:
-            self._queue.join()
+        if (pending := self._pending()) is not None:
+            pending.join()
         self.on_ledger(lambda ledger: ledger.flush())
 
     def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
@@ -270,6 +272,12 @@ class BlobTier:
             if not isinstance(error, sqlite3.OperationalError):  # damaged
                 self.ledger = open_index(self.blobs, **self._budget)
             return default
+
+    def _pending(self) -> queue.Queue | None:
+        """The calls that wait for a remote. A fork has no threads: it gets a queue of its own."""
+        if self._queue is not None and self._pid != os.getpid():
+            self._queue, self._pid = _in_background(self), os.getpid()
+        return self._queue
 
     def _count_unwritten(self) -> None:
         with self._lock:
