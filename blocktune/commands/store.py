@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from blocktune.cache.store.blobs import Blobs
+from blocktune.cache.store.blobs import Blobs, states_key
 from blocktune.cache.store.config import Row, parse_bytes
 from blocktune.cache.store.shelf import Shelf
 from blocktune.commands.application import new_group
 from blocktune.commands.options import AsJson, tell
 
 SHORT = 12  # number of digits of a key or fingerprint that are shown
+MOST_LAYERS = 512  # of a model, whose hidden states `rm` looks for
 LEAST_DIGITS = 6  # that identify a key or fingerprint on the command line
 
 Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
@@ -169,7 +170,10 @@ def rm(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove chunks by their keys, or all chunks of a model, an adapter or a document."""
+    """Remove chunks by their keys, or all chunks of a model, an adapter or a document.
+
+    Hidden states of the chunks, which some methods store besides them, are removed, too.
+    """
     shelf = Shelf.open(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
         raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
@@ -181,6 +185,10 @@ def rm(
         rows = [row for row in shelf.rows() if row.fingerprint in selected]
     else:
         rows = shelf.rows(model=_model(shelf, model), document=document)
+    if keys or document:  # an answer that made a chunk's states knew no document
+        rows = list(rows)
+        own = {states_key(row.key, layer) for row in rows for layer in range(MOST_LAYERS)}
+        rows += [row for row in shelf.ledger.rows(kind="states") if row.key in own]
     _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json)
 
 

@@ -132,12 +132,11 @@ class BlobTier:
             file = ChunkFile(self.blobs, key, kind)
             return read(file), file.row(), file.content()
         except Expired:
-            self._remove(key)
             self.stats.expired += 1
-        except FileNotFoundError:
             row = self.on_ledger(lambda ledger: ledger.row(key))
             if row is None or not row.pinned:  # a row keeps its pin until it is written again
                 self._remove(key)
+        except FileNotFoundError:
             pass
         except OSError as error:
             self.failed(error, "read")
@@ -188,16 +187,17 @@ class BlobTier:
                 self.stats.bytes_written += written * len(data)
                 self.stats.write_s += written * (time.perf_counter() - started)
 
-    def remove(self, key: str) -> None:
-        """Removes the file of ``key``, if any, even if it still waits to be written."""
-        self._remove(key)
-        if self._queue is not None and self._queue.unfinished_tasks:
-            self._queue.put(partial(self._remove, key))
+    def remove(self, *keys: str) -> None:
+        """Removes the files of ``keys``, if any, even if they still wait to be written."""
+        self._remove(*keys)
+        if (pending := self._pending()) is not None and pending.unfinished_tasks:
+            pending.put(partial(self._remove, *keys))
 
-    def _remove(self, key: str) -> None:
+    def _remove(self, *keys: str) -> None:
         try:
-            self.blobs.remove(key)
-            self.on_ledger(lambda ledger: ledger.remove([key]))
+            for key in keys:
+                self.blobs.remove(key)
+            self.on_ledger(lambda ledger: ledger.remove(keys))
         except OSError as error:
             self.failed(error, "write")
 
@@ -243,6 +243,8 @@ class BlobTier:
             self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
         default = [] if most is None else False
         leaving = self.on_ledger(partial(self._admit, size=size, key=key, about=about), default)
+        if leaving is False:
+            raise OSError(f"{INDEX}, which keeps account of its size, cannot be written")
         with self._lock:
             self.stats.evictions += len(leaving or ())
         return leaving is not None
@@ -255,8 +257,6 @@ class BlobTier:
                 for old in leaving:
                     self.blobs.remove(old)
                 ledger.remove(leaving)
-        if leaving is False:
-            raise OSError(f"{INDEX}, which keeps account of its size, cannot be written")
                 ledger.add(key, size, about)
             return leaving
 
