@@ -300,12 +300,12 @@ class _Unreadable(ValueError):
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Turns whatever the libraries raise for a damaged file into one ValueError."""
+    """Turns what the libraries raise for a damaged file into one ValueError; OSError stays."""
     try:
         yield
     except _Unreadable:
         raise
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise _Unreadable(f"unreadable ({error})") from None
 
 
