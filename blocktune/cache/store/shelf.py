@@ -188,13 +188,17 @@ class MissQueue:
 
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
+        from blocktune.cache.store.fingerprint import stored_key  # imports torch
+
         chunks: list[Wanted] = []
         for path in sorted(self.folder.glob("*.json")) if self.folder is not None else ():
             with suppress(OSError, ValueError, KeyError, TypeError):  # just removed, or foreign
                 record = json.loads(path.read_text())
                 if record["fingerprint"] == fingerprint:
                     ids, blanks = tuple(record["ids"]), tuple(record["blanks"])
-                    chunks.append(Wanted(ids, blanks, bool(record["prefix"])))
+                    chunk = Wanted(ids, blanks, bool(record["prefix"]))
+                    if path.stem == stored_key(fingerprint, *chunk):  # else `done` would keep it
+                        chunks.append(chunk)
             if len(chunks) == most:
                 break
         return chunks
