@@ -248,6 +248,7 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
     ("place", "message"),
     [
         ("foo://x/y", r"cannot open a store there \(Protocol not known: foo\); give"),
+        ("valkey://127.0.0.1:1/chunks", r"number of a database, such as /0, got '/chunks'; name a"),
         ("valkey://127.0.0.1:1/0", r"cannot read the store 'valkey://127.0.0.1:1/0': Connection"),
     ],
 )
@@ -263,7 +264,6 @@ def test_a_url_never_shows_its_password(url):
     assert store_of(url).place == blobs.place == url.replace("user:hidden@", "")
 
 
-def test_what_is_discarded_while_it_waits_is_not_written_later(tmp_path, monkeypatch):
 def test_options_of_a_valkey_url_reach_the_client():
     blobs = open_remote("valkey://127.0.0.1:1?db=3&prefix=mine&password=hidden&socket_timeout=9")
     options = blobs._client.connection_pool.connection_kwargs
@@ -285,6 +285,7 @@ def test_a_fork_writes_to_the_remote_by_a_thread_of_its_own(tmp_path):
     assert KEYS[1] in store
 
 
+def test_what_is_discarded_while_it_waits_is_not_written_later(tmp_path, monkeypatch):
     write, go_on = remote.FsspecBlobs._write, threading.Event()
     monkeypatch.setattr(remote.FsspecBlobs, "_write", lambda *args: go_on.wait(30) and write(*args))
     store = store_of(f"file://{tmp_path}")

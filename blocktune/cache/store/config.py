@@ -168,7 +168,7 @@ _READ |= {"ttl": parse_seconds, "trace": Path}
 
 def without_password(url: str) -> str:
     """The URL without user and password, for messages."""
-    return re.sub("://[^/?#]*@", "://", url)
+    return re.sub("://[^/?#]*@", "://", re.sub("password=[^&]*&?", "", url))
 
 
 def keep_latest(known: dict, key: Hashable, value: Any, most: int) -> None:

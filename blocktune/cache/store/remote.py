@@ -5,12 +5,13 @@ File names are the same as in a folder, so a synchronised copy of a folder is a 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 from blocktune.cache.store.config import without_password
@@ -141,10 +142,16 @@ class ValkeyBlobs(Blobs):
 
         super().__init__(secret)
         parts, self.place = urlsplit(url), without_password(url)
-        self._prefix = parse_qs(parts.query).get("prefix", [PREFIX])[0]
+        options = dict(parse_qsl(parts.query))
+        self._prefix = options.pop("prefix", PREFIX)
+        if parts.scheme != "unix" and not re.fullmatch("/?[0-9]*", parts.path):
+            raise ValueError(
+                f"'{self.place}': the path is the number of a database, such as /0, "
+                f"got '{parts.path}'; name a store by ?prefix=NAME"
+            )
         try:
             self._client = valkey.from_url(
-                urlunsplit(parts._replace(query="")),
+                urlunsplit(parts._replace(query=urlencode(options))),
                 socket_timeout=TIMEOUT_S,
                 socket_connect_timeout=TIMEOUT_S,
             )
