@@ -87,11 +87,11 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
     problem, header = _problem(shelf.blobs, row.key), {}
-    with suppress(OSError, ValueError):  # damaged or gone, as ``problem`` says
+    with suppress(OSError, ValueError):  # damaged, as ``problem`` says, or gone
         header, _ = shelf.blobs.facts(row.key)
     record = _record(row) | {"sound": problem is None, "problem": problem}
     record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
-    if problem is None:
+    with suppress(OSError, ValueError):  # the same, or expired
         record["token_ids"] = ChunkFile(shelf.blobs, row.key).token_ids.tolist()
     tell(as_json, record, *(f"{name:12} {value}" for name, value in record.items()))
 
