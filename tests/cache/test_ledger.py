@@ -324,3 +324,18 @@ def test_a_clock_that_jumps_and_comes_back_ends_nothing_early(tmp_path, monkeypa
     for key, kv in zip(KEYS, CHUNKS, strict=True):
         assert store.lookup(key, kv.token_ids, MODEL).tier == "memory"
     assert len(list(tmp_path.rglob("*.safetensors"))) == len(KEYS)
+
+
+def test_what_is_evicted_before_its_file_is_written_leaves_no_file(tmp_path):
+    store = store_of(tmp_path, disk=6000)  # one file
+    blobs, real = store._blobs[0].blobs, store._blobs[0].blobs.write
+
+    def write(key, data):
+        blobs.write = real
+        store_of(tmp_path, disk=6000).put(KEYS[1], CHUNKS[1])
+        real(key, data)
+
+    blobs.write = write
+    store.put(KEYS[0], CHUNKS[0])
+    assert [path.stem for path in tmp_path.rglob("*.safetensors")] == [KEYS[1]]
+    assert [row.key for row in Shelf.open(str(tmp_path)).rows()] == [KEYS[1]]

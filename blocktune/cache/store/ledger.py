@@ -178,6 +178,11 @@ class Ledger:
             record = self._open().execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
         return record and Row(*record)
 
+    def holds(self, key: str) -> bool:
+        """Whether it has an entry, after the evictions that other processes are at."""
+        with self.transaction():
+            return self.row(key) is not None
+
     def rows(self, **wanted: str) -> Iterator[Row]:
         """Rows whose columns equal the ``wanted`` values, sorted by key.
 

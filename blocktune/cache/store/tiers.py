@@ -177,6 +177,8 @@ class BlobTier:
             if self._make_room(len(data), key, about):
                 self.blobs.write(key, data)
                 written = True
+                if not self.on_ledger(lambda ledger: ledger.holds(key), True):
+                    self.blobs.remove(key)  # evicted before its file was there
         except OSError as error:
             if not self._is_folder or not self.blobs.has(key):  # else its older file is still there
                 self.on_ledger(lambda ledger: ledger.remove([key]))
