@@ -52,6 +52,14 @@ def test_what_is_no_order_is_left_alone(made, tmp_path):
         made.encode_wanted()
 
 
+def test_readers_of_a_folder_that_cannot_be_written_are_warned(tmp_path, caplog):
+    queue = MissQueue(tmp_path)
+    queue.folder.write_text("a file in its place")
+    queue.add(OTHER, [Wanted((5, 6))])
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"cannot queue chunks in '{queue.folder}': ")
+
+
 def test_the_follower_encodes_what_is_wanted_until_it_is_stopped(tmp_path, monkeypatch):
     engine = Engine.from_pretrained("data/tiny", store=tmp_path, dtype="float32", device="cpu")
     queue = MissQueue(tmp_path)

@@ -181,10 +181,13 @@ class MissQueue:
         self.folder = None if store is None else Path(store) / WANTED
 
     def add(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
-        """Adds chunks of the model ``fingerprint``."""
-        for path, chunk in self._paths(fingerprint, chunks):
-            if not path.exists():
-                replace_json(path, {"fingerprint": fingerprint, **chunk._asdict()})
+        """Adds chunks of the model ``fingerprint``, or warns that the folder cannot be written."""
+        try:
+            for path, chunk in self._paths(fingerprint, chunks):
+                if not path.exists():
+                    replace_json(path, {"fingerprint": fingerprint, **chunk._asdict()})
+        except OSError as error:  # a reader may have a read-only mount
+            _LOG.warning("cannot queue chunks in '%s': %s", self.folder, error.strerror)
 
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
