@@ -86,12 +86,12 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
 
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
-    problem, header = _problem(shelf.blobs, row.key), {}
-    with suppress(OSError, ValueError):  # damaged, as ``problem`` says, or gone
-        header, _ = shelf.blobs.facts(row.key)
+    problem = _problem(shelf.blobs, row.key)
     record = _record(row) | {"sound": problem is None, "problem": problem}
-    record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
-    with suppress(OSError, ValueError):  # the same, or expired
+    record |= {"signed": False, "codec": "as-is"}
+    with suppress(OSError, ValueError):  # damaged, as ``problem`` says, gone or expired
+        header, _ = shelf.blobs.facts(row.key)
+        record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
         record["token_ids"] = ChunkFile(shelf.blobs, row.key).token_ids.tolist()
     tell(as_json, record, *(f"{name:12} {value}" for name, value in record.items()))
 
@@ -170,10 +170,7 @@ def rm(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove chunks by their keys, or all chunks of a model, an adapter or a document.
-
-    Hidden states of the chunks, which some methods store besides them, are removed, too.
-    """
+    """Remove chunks by keys, model, adapter or document, with their hidden states, if any."""
     shelf = Shelf.open(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
         raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
@@ -277,9 +274,7 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
                 raise ValueError(f"'{target.blobs.place}', {done}: {reason}") from None
             counts["copied"] += 1
             counts["bytes"] += len(data)
-    for name in source.blobs.fingerprints():
-        if fingerprint not in ("", name):
-            continue
+    for name in (n for n in source.blobs.fingerprints() if n.startswith(fingerprint)):
         try:
             record = source.blobs.manifest(name)
         except ValueError as error:  # the chunks are copied all the same

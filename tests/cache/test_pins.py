@@ -98,5 +98,5 @@ def test_gc_keeps_what_is_pinned_if_the_index_cannot_be_written(tmp_path, monkey
     assert [path.stem for path in tmp_path.rglob("*.safetensors")] == [KEYS[0]]
     refused = run(["store", "pin", str(tmp_path), KEYS[0]])
     assert refused.exit_code == 2
-    assert "has no index that can be written, where pins are stored" in refused.stderr
+    assert "has no writable index, where pins are stored" in refused.stderr
     other.close()

@@ -248,7 +248,7 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
     ("place", "message"),
     [
         ("foo://x/y", r"cannot open a store there \(Protocol not known: foo\); give"),
-        ("valkey://127.0.0.1:1/chunks", r"number of a database, such as /0, got '/chunks'; name a"),
+        ("valkey://127.0.0.1:1/chunks", r"N numbers a database; name a store"),
         ("valkey://127.0.0.1:1/0", r"cannot read the store 'valkey://127.0.0.1:1/0': Connection"),
     ],
 )

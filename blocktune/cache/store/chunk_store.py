@@ -208,9 +208,7 @@ class ChunkStore:
 
     def is_pinned(self, key: str) -> bool:
         """Whether the entry is pinned in some tier."""
-        with self._lock:
-            rows = self._ledgers(lambda ledger: ledger.row(key))
-            return any(row.pinned for row in filter(None, rows))
+        return key in self.pinned()
 
     def pinned(self) -> dict[str, int]:
         """The pinned entries of all tiers: their bytes by key."""
@@ -330,7 +328,7 @@ class ChunkStore:
         """Keeps an entry on the device, and moves the entries that it evicts to the host."""
         evicted = self._memories[0].put(key, kv, about)
         for tier in self._memories[1:]:
-            if tier.is_pinned(key):
+            if tier.ledger.is_pinned(key):
                 self._memories[0].ledger.pin([key])
             tier.remove(key)
             for item in evicted:

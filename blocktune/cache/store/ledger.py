@@ -173,15 +173,18 @@ class Ledger:
             return int(self._open().execute(find, (tenant,)).fetchone()[0])
 
     def row(self, key: str) -> Row | None:
-        """The row of ``key``, or None. Hits that are not written yet are missing from it."""
-        with self._lock:
-            record = self._open().execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
+        """The row of ``key``, without hits that are not written yet; or None.
+
+        It waits until other processes have finished what they evict.
+        """
+        with self.transaction() as database:
+            record = database.execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
         return record and Row(*record)
 
-    def holds(self, key: str) -> bool:
-        """Whether it has an entry, after the evictions that other processes are at."""
-        with self.transaction():
-            return self.row(key) is not None
+    def is_pinned(self, key: str) -> bool:
+        """Whether ``key`` has an entry that is pinned."""
+        row = self.row(key)
+        return row is not None and bool(row.pinned)
 
     def rows(self, **wanted: str) -> Iterator[Row]:
         """Rows whose columns equal the ``wanted`` values, sorted by key.

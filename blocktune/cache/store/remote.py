@@ -108,10 +108,7 @@ class FsspecBlobs(Blobs):
         ]
 
     def _manifests(self) -> Iterable[str]:
-        try:
-            names = _call_client(self._fs.ls, self._path(MANIFESTS), detail=False)
-        except FileNotFoundError:
-            return ()
+        names = _call_client(self._fs.find, self._path(MANIFESTS))  # none if there is no folder
         return (PurePosixPath(name).stem for name in names)
 
     def _path(self, name: str) -> str:
@@ -145,10 +142,7 @@ class ValkeyBlobs(Blobs):
         options = dict(parse_qsl(parts.query))
         self._prefix = options.pop("prefix", PREFIX)
         if parts.scheme != "unix" and not re.fullmatch("/?[0-9]*", parts.path):
-            raise ValueError(
-                f"'{self.place}': the path is the number of a database, such as /0, "
-                f"got '{parts.path}'; name a store by ?prefix=NAME"
-            )
+            raise ValueError(f"'{self.place}': /N numbers a database; name a store by ?prefix=NAME")
         try:
             self._client = valkey.from_url(
                 urlunsplit(parts._replace(query=urlencode(options))),

@@ -157,8 +157,7 @@ class Shelf:
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
         """Pins or unpins entries. Returns how many of them exist."""
         if self._index is None:
-            place = self.blobs.place
-            raise ValueError(f"'{place}' has no index that can be written, where pins are stored")
+            raise ValueError(f"'{self.blobs.place}' has no writable index, where pins are stored")
         return self._index.pin(keys, pinned)
 
 
@@ -191,8 +190,6 @@ class MissQueue:
 
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
-        from blocktune.cache.store.fingerprint import stored_key  # imports torch
-
         chunks: list[Wanted] = []
         for path in sorted(self.folder.glob("*.json")) if self.folder is not None else ():
             with suppress(OSError, ValueError, KeyError, TypeError):  # just removed, or foreign
@@ -200,7 +197,7 @@ class MissQueue:
                 if record["fingerprint"] == fingerprint:
                     ids, blanks = tuple(record["ids"]), tuple(record["blanks"])
                     chunk = Wanted(ids, blanks, bool(record["prefix"]))
-                    if path.stem == stored_key(fingerprint, *chunk):  # else `done` would keep it
+                    if (path, chunk) in self._paths(fingerprint, [chunk]):  # else it is a copy
                         chunks.append(chunk)
             if len(chunks) == most:
                 break

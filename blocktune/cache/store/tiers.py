@@ -1,8 +1,4 @@
-"""The tiers of a store: device memory, host memory, a folder, a remote. Each has its own limits.
-
-A tier that cannot be reached or written is skipped for a while, with one warning: lookups miss
-there, and entries that cannot be written are counted.
-"""
+"""The tiers of a store: device memory, host memory, a folder, a remote. Each has its own limits."""
 
 from __future__ import annotations
 
@@ -56,13 +52,9 @@ class MemoryTier:
         if self._expiry.get(key, math.inf) > time.time():
             return self.entries.get(key)
         self.stats.expired += 1
-        if not self.is_pinned(key):
+        if not self.ledger.is_pinned(key):
             self.remove(key)
         return None
-
-    def is_pinned(self, key: str) -> bool:
-        """Whether it holds the entry of ``key`` and the entry is pinned."""
-        return key in self.entries and bool(self.ledger.row(key).pinned)
 
     def put(self, key: str, entry: Entry, about: About) -> list[tuple[str, Entry, About]]:
         """Keeps an entry. Returns the evicted ones, or the entry itself if it does not fit."""
@@ -133,8 +125,7 @@ class BlobTier:
             return read(file), file.row(), file.content()
         except Expired:
             self.stats.expired += 1
-            row = self.on_ledger(lambda ledger: ledger.row(key))
-            if row is None or not row.pinned:  # a row keeps its pin until it is written again
+            if not self.on_ledger(lambda ledger: ledger.is_pinned(key)):  # the row keeps the pin
                 self._remove(key)
         except FileNotFoundError:
             pass
@@ -160,7 +151,8 @@ class BlobTier:
         try:
             pending.put_nowait(partial(self._save, key, make, about))
         except queue.Full:  # a slow remote must not delay answers
-            self._count_unwritten()
+            with self._lock:
+                self.stats.unwritten += 1
 
     def flush(self) -> None:
         """Waits until all files and hits are written, or refused."""
@@ -169,15 +161,13 @@ class BlobTier:
         self.on_ledger(lambda ledger: ledger.flush())
 
     def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
-        if not self.must_write and time.monotonic() < self._retry_at["write"]:
-            self._count_unwritten()
-            return
-        started, data, written = time.perf_counter(), make(), False
+        started, data, written = time.perf_counter(), b"", False
         try:
-            if self._make_room(len(data), key, about):
+            may_write = self.must_write or time.monotonic() >= self._retry_at["write"]
+            if may_write and self._make_room(len(data := make()), key, about):
                 self.blobs.write(key, data)
                 written = True
-                if not self.on_ledger(lambda ledger: ledger.holds(key), True):
+                if self.on_ledger(lambda ledger: ledger.row(key), about) is None:
                     self.blobs.remove(key)  # evicted before its file was there
         except OSError as error:
             if not self._is_folder or not self.blobs.has(key):  # else its older file is still there
@@ -280,10 +270,6 @@ class BlobTier:
         if self._queue is not None and self._pid != os.getpid():
             self._queue, self._pid = _in_background(self), os.getpid()
         return self._queue
-
-    def _count_unwritten(self) -> None:
-        with self._lock:
-            self.stats.unwritten += 1
 
 
 def _in_background(tier: BlobTier) -> queue.Queue:
