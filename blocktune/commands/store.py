@@ -260,11 +260,8 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
             counts["there"] += 1
         elif _problem(source.blobs, row.key):
             counts["unsound"] += 1
-        else:
-            try:
-                data = source.blobs.open(row.key).content()
-            except FileNotFoundError:
-                continue
+        elif source.blobs.has(row.key):
+            data = source.blobs.open(row.key).content()
             try:
                 target.blobs.write(row.key, data)
                 target.ledger.fill([row])

@@ -248,12 +248,6 @@ class Service:
             raise ValueError(f"{whole:,} characters were given, the model reads {room:,} at most")
         return sources
 
-    def _method(self, served: Served, extension: Extension, has_chunks: bool) -> Method:
-        method = read_method(extension, served.method)
-        if method.warm_up:
-            raise ValueError("blocktune: warm_up is for measurements; leave it out")
-        return method if has_chunks else build(WITHOUT_CHUNKS)
-
     def _job(
         self,
         served: Served,
@@ -264,7 +258,10 @@ class Service:
         strips: bool,
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
-        method = self._method(served, body.blocktune or Extension(), bool(sources))
+        method = read_method(body.blocktune or Extension(), served.method)
+        if method.warm_up:
+            raise ValueError("blocktune: warm_up is for measurements; leave it out")
+        method = method if sources else build(WITHOUT_CHUNKS)
         spec, chunks = prompts.spec(method), [source.chunk for source in sources]
         pieces = read(prompts.tokenizer, prompts.format, chunks, block=spec.block)
         if not method.keeps_context:

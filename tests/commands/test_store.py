@@ -347,7 +347,7 @@ def test_an_index_that_disagrees_with_the_files_is_mended(blocktune, folder, ask
 def test_a_file_without_a_header_is_shown_with_its_problem(folder, asked):
     chunk_path(folder, KEYS[0]).write_bytes(b"")
     shown = asked("show", KEYS[0])
-    assert (shown["sound"], shown["problem"]) == (False, "unreadable (its header is cut off)")
+    assert (shown["sound"], shown["problem"]) == (False, "unreadable: its header is cut off")
 
 
 def test_a_copy_to_a_full_place_names_the_place(blocktune, folder, tmp_path, monkeypatch):

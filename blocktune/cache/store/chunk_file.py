@@ -294,19 +294,13 @@ def pack_chunk(
     return b"".join((*head, memoryview(data)[8 + length :]))
 
 
-class _Unreadable(ValueError):
-    """Marks an error that `_readable` has already wrapped."""
-
-
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Turns what the libraries raise for a damaged file into one ValueError; OSError stays."""
+    """Turns what a damaged file raises into one ValueError, not OSError. It may be nested."""
     try:
         yield
-    except _Unreadable:
-        raise
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise _Unreadable(f"unreadable ({error})") from None
+        raise ValueError(f"unreadable: {str(error).removeprefix('unreadable: ')}") from None
 
 
 def _sums(hasher, tensors: dict[str, Tensor]) -> str:

@@ -20,8 +20,7 @@ from blocktune.positions.relocation import relocate_keys
 FP8 = torch.float8_e4m3fn
 GROUP = {8: 64, 4: 32}
 """Largest group of numbers that share a scale and an offset, by bits."""
-_HALF = (1e-2, 6e4)
-"""Range of the largest number of a tensor whose scales and offsets fit into 16-bit floats."""
+_HALF = (1e-2, 6e4)  # largest number of a tensor whose scales and offsets fit into 16 bits
 _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 
 

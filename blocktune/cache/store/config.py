@@ -135,9 +135,7 @@ class StoreConfig:
         Examples: ``chunks/``, ``s3://bucket/chunks``, ``chunks/,disk=50GB,policy=gdsf``,
         ``chunks/,cpu=8GB,remote=valkey://host:6379/0,codec=fp8,ttl=30d``. The place may be left
         out: ``memory=2GB,codec=fp8``. The name of an existing folder may contain commas and ``=``.
-
-        Raises:
-            ValueError: If a name or value is wrong; the message lists the valid ones.
+        Raises ValueError, which lists what is valid, if a name or value is wrong.
         """
         known = {field.name for field in fields(cls)} - {"folder"}
         if isinstance(text, Path) or (text and Path(text).is_dir()):  # Path("") is the current one

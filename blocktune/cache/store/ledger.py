@@ -146,9 +146,8 @@ class Ledger:
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
         """Keys to evict so that ``size`` bytes fit, and expired keys; None if they cannot fit.
 
-        Pinned entries stay, also expired ones. An entry that ``key`` already has counts as free
-        space. The worth of the last key chosen becomes the ``gdsf`` clock. Call `remove` once the
-        entries have been evicted.
+        Pinned entries stay, even if expired; that of ``key`` counts as free space. The worth of the
+        last key chosen becomes the ``gdsf`` clock. Call `remove` once they have been evicted.
         """
         with self._lock:
             self.flush()
@@ -173,10 +172,7 @@ class Ledger:
             return int(self._open().execute(find, (tenant,)).fetchone()[0])
 
     def row(self, key: str) -> Row | None:
-        """The row of ``key``, without hits that are not written yet; or None.
-
-        It waits until other processes have finished what they evict.
-        """
+        """The row of ``key`` or None, after others' evictions; hits not yet written are missing."""
         with self.transaction() as database:
             record = database.execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
         return record and Row(*record)
@@ -192,8 +188,7 @@ class Ledger:
         ``start`` matches the first digits of the key.
         """
         start = wanted.pop("start", "")
-        clauses = ["key >= ?", "key < ?", *(f"{name} = ?" for name in wanted if name in _COLUMNS)]
-        assert len(clauses) == 2 + len(wanted), wanted
+        clauses = ["key >= ?", "key < ?", *(f"{name} = ?" for name in wanted)]
         find, values = f"{_SELECT} WHERE {' AND '.join(clauses)} ORDER BY key", wanted.values()
         with self._lock:
             self.flush()

@@ -74,9 +74,8 @@ def found_rows(blobs: Blobs, keys: Iterable[str] | None = None) -> Iterator[Row]
 class Shelf:
     """The files of one folder or remote, and their index.
 
-    A folder keeps its index in a file. For a remote, or a folder where that is impossible, the
-    index is built in memory at the first use: from a copy of the file, where one can be read, and
-    from the headers of the files.
+    A folder keeps its index in a file. For a remote, or a folder where that is impossible, it is
+    built in memory at the first use: from that file, if it can be read, and the files' headers.
     """
 
     def __init__(self, blobs: Blobs):
