@@ -339,3 +339,17 @@ def test_what_is_evicted_before_its_file_is_written_leaves_no_file(tmp_path):
     store.put(KEYS[0], CHUNKS[0])
     assert [path.stem for path in tmp_path.rglob("*.safetensors")] == [KEYS[1]]
     assert [row.key for row in Shelf.open(str(tmp_path)).rows()] == [KEYS[1]]
+
+
+def test_entries_dated_by_a_clock_ahead_leave_as_others_do(tmp_path):
+    ahead = Ledger(tmp_path / INDEX, clock=lambda: 4e9)
+    for key in ("a", "b"):
+        ahead.add(key, 10, About())
+    del ahead
+    now = [1e9]
+    ledger = Ledger(tmp_path / INDEX, max_bytes=30, clock=lambda: now[0])
+    for key in "cdef":
+        now[0] += 1
+        ledger.remove(ledger.leaving(10))
+        ledger.add(key, 10, About())
+    assert [row.key for row in ledger.rows()] == ["d", "e", "f"]

@@ -62,6 +62,8 @@ _ADD = (
     f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
     f"VALUES ({', '.join('?' * len(_COLUMNS))}, ?, 0.0)"
 )
+_LATE = "UPDATE entries SET used = min(used, ?1), created = min(created, ?1) WHERE used > ?1"
+"""Corrects entries that a clock ahead of time dated: they would never be the oldest again."""
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 
 
@@ -179,8 +181,7 @@ class Ledger:
 
     def is_pinned(self, key: str) -> bool:
         """Whether ``key`` has an entry that is pinned."""
-        row = self.row(key)
-        return row is not None and bool(row.pinned)
+        return bool(getattr(self.row(key), "pinned", 0))
 
     def rows(self, **wanted: str) -> Iterator[Row]:
         """Rows whose columns equal the ``wanted`` values, sorted by key.
@@ -205,11 +206,9 @@ class Ledger:
 
     def pin(self, keys: Iterable[str], pinned: bool = True) -> int:
         """Pins entries, which are then never evicted, or unpins them. Returns how many exist."""
+        pins, update = [(int(pinned), key) for key in keys], "UPDATE entries SET pinned = ?"
         with self.transaction() as database:
-            cursor = database.executemany(
-                "UPDATE entries SET pinned = ? WHERE key = ?", [(int(pinned), key) for key in keys]
-            )
-            return cursor.rowcount
+            return database.executemany(f"{update} WHERE key = ?", pins).rowcount
 
     def flush(self) -> None:
         """Writes the hits counted since the last write."""
@@ -290,7 +289,8 @@ class Ledger:
                 raise sqlite3.DatabaseError(f"{where}: index of another version")
             database.execute("INSERT OR REPLACE INTO meta VALUES ('format', ?)", (_FORMAT,))
             self.policy = self.policy or meta.get("policy", "lru")
-            if meta.get("policy") != self.policy:
+            late = database.execute(_LATE, (self._clock(),)).rowcount
+            if late or meta.get("policy") != self.policy:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('policy', ?)", (self.policy,))
                 database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
         self._database.executescript(_VALUED.format(POLICIES[self.policy]))
