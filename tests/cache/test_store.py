@@ -232,3 +232,15 @@ def test_threads_share_one_store(tmp_path):
     assert stats.tiers["memory"].hits + stats.files.hits + stats.misses == 6 * 40
     assert (stats.rejected, len(store.held())) == (0, 3)
     assert stats.memory_bytes == 3 * chunks[0].num_bytes
+
+
+def test_a_process_that_changes_its_folder_keeps_its_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = ChunkStore(0, "chunks")
+    store.put(KEY, CHUNK)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert store.get(KEY, CHUNK.token_ids, MODEL) is not None
+    store.discard(KEY)
+    store.put(KEY, CHUNK)
+    assert len(list((tmp_path / "chunks").rglob("*.safetensors"))) == 1

@@ -74,7 +74,7 @@ class ChunkFolder(Blobs):
 
     def __init__(self, path: str | Path, secret: bytes | None = None):
         super().__init__(secret)
-        self.path, self.place = Path(path), str(path)
+        self.path, self.place = Path(path).absolute(), str(path)
 
     def prepare(self) -> None:
         """Makes the folder, checks that it is writable, and removes unfinished files.

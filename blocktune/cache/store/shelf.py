@@ -176,7 +176,7 @@ class MissQueue:
 
     def __init__(self, store: str | Path | None):
         """Uses the folder ``store``; the first `add` creates it. With None, the queue is empty."""
-        self.folder = None if store is None else Path(store) / WANTED
+        self.folder = None if store is None else Path(store).absolute() / WANTED
 
     def add(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
         """Adds chunks of the model ``fingerprint``, or warns that the folder cannot be written."""
