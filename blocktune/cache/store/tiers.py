@@ -98,10 +98,9 @@ class BlobTier:
         self._is_folder = folder = isinstance(blobs, ChunkFolder)
         self.name, most = ("disk", config.disk) if folder else ("remote", config.remote_bytes)
         self._budget = {"max_bytes": most, "policy": config.policy, "quota": config.quota}
-        self._lock, self._warned, self._next_listing = threading.Lock(), False, 0.0
-        self._retry_at = {"read": 0.0, "write": 0.0, "index": 0.0}
+        self._lock, self._pid, self._warned = threading.Lock(), os.getpid(), False
+        self._retry_at, self._next_listing = {"read": 0.0, "write": 0.0, "index": 0.0}, 0.0
         self._queue = None if folder or must_write else _in_background(self)
-        self._pid = os.getpid()
         if folder:
             try:
                 blobs.prepare()
@@ -236,6 +235,7 @@ class BlobTier:
         default = [] if most is None else False
         leaving = self.on_ledger(partial(self._admit, size=size, key=key, about=about), default)
         if leaving is False:
+            self.ledger = self.ledger or open_index(self.blobs, **self._budget)  # for the next one
             raise OSError(f"{INDEX}, which keeps account of its size, cannot be written")
         with self._lock:
             self.stats.evictions += len(leaving or ())
