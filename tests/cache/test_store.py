@@ -157,6 +157,7 @@ def test_a_truncated_file_is_reported_once_then_written_anew(tmp_path, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"] + 5 * ["INFO"]
     for record in caplog.records:
         assert f"it is encoded again: {path}" in record.getMessage()
+        assert "cut off" in record.getMessage()
     assert (store.stats().rejected, str(path) in store.stats().first_rejected) == (6, True)
     store.put(KEY, CHUNK)
     assert_same_chunk(store.get(KEY, IDS, MODEL), CHUNK)

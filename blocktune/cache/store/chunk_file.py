@@ -118,8 +118,7 @@ class ChunkFile:
                 row = (end - start) // shape[0]
                 start, end = start + rows.start * row, start + rows.stop * row
                 shape = [rows.stop - rows.start, *shape[1:]]
-            raw = self._fetch(start, end) if self._data is None else self._data[start:end]
-            tensor = raw.view(DTYPES[info["dtype"]]).view(shape)
+            tensor = self._fetch(start, end).view(DTYPES[info["dtype"]]).view(shape)
             if by_head:
                 if _head_sums(tensor) != self._heads[name][16 * rows.start : 16 * rows.stop]:
                     raise ValueError(f"'{name}' does not match its checksum")
@@ -188,6 +187,8 @@ class ChunkFile:
     def _fetch(self, start: int, end: int) -> Tensor:
         if not 0 <= start <= end <= self._blob.size - self._start:
             raise ValueError("it is cut off")
+        if self._data is not None:
+            return self._data[start:end]
         raw = torch.empty(end - start, dtype=torch.uint8)
         self._fill([memoryview(raw.numpy())], start, end)
         return raw

@@ -30,9 +30,8 @@ def open_remote(url: str, secret: bytes | None = None) -> Blobs:
     fsspec opens: ``s3://BUCKET/PREFIX``, ``gs://...``, ``file:///...``. Raises ValueError if the
     URL is wrong or the package that opens it is missing.
     """
-    scheme = urlsplit(url).scheme
     try:
-        return (ValkeyBlobs if scheme in VALKEY else FsspecBlobs)(url, secret)
+        return (ValkeyBlobs if urlsplit(url).scheme in VALKEY else FsspecBlobs)(url, secret)
     except ImportError as error:
         raise ValueError(
             f"'{without_password(url)}' needs the package '{error.name or error}'; "
