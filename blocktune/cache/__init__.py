@@ -6,8 +6,9 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "blocktune.cache.chunk_kv": "ChunkKV ChunkStates Entry Lookup",
-        "blocktune.cache.store.fingerprint": "chunk_key key_after model_fingerprint states_key "
-        "stored_key weights_hash",
+        "blocktune.cache.store.fingerprint": "chunk_key key_after model_fingerprint stored_key "
+        "weights_hash",
+        "blocktune.cache.store.blobs": "states_key",
         "blocktune.cache.exact": "ExactKV PrefixMatch cut_exact",
         "blocktune.cache.prefix_tree": "PrefixTree",
         "blocktune.cache.row_cache": "SKIP PrefillCache RowCache",

@@ -135,14 +135,11 @@ class ChunkKV(Entry):
             self._check_layer(layer, key, value)
 
     def _check_layer(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if key.ndim != 3 or value.ndim != 3 or key.shape[:2] != value.shape[:2]:
+        places = key.shape[:1] + self.token_ids.shape
+        if key.ndim != 3 or value.ndim != 3 or not key.shape[:2] == value.shape[:2] == places:
             raise ValueError(
-                f"layer {layer}: keys and values must be (kv heads, tokens, head dim); "
-                f"got {tuple(key.shape)} and {tuple(value.shape)}"
-            )
-        if key.shape[1] != self.num_tokens:
-            raise ValueError(
-                f"layer {layer} holds {key.shape[1]} tokens, the chunk has {self.num_tokens}"
+                f"layer {layer}: keys and values must be (kv heads, {self.num_tokens} tokens, "
+                f"head dim); got {tuple(key.shape)} and {tuple(value.shape)}"
             )
         if not key.dtype.is_floating_point or {key.dtype, value.dtype} != {self.dtype}:
             raise ValueError(

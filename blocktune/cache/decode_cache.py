@@ -52,10 +52,9 @@ class DecodeCache:
             try:
                 layer.update(torch.zeros(1, 1, 2, 64), torch.zeros(1, 1, 2, 64))
             except Exception as error:  # from torch, the compiler or the linker
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ValueError(
-                    f"decode cache 'quanto' compiles an extension, which failed ({reason}); "
-                    "install a C++ compiler and ninja, or use fp8 or hqq"
+                    "decode cache 'quanto' compiles an extension, which failed "
+                    f"({first_line(error)}); install a C++ compiler and ninja, or use fp8 or hqq"
                 ) from None
 
     def layer(self, *dims: int) -> CacheLayerMixin:

@@ -199,7 +199,7 @@ class PrefixTree:
             keep_latest(self._listed, fingerprint, None, _TENANTS)
             runs = []
             for file in self._store.files(ExactKV, fingerprint):
-                with suppress(ValueError):  # damaged: skip it
+                with suppress(OSError, ValueError):  # damaged or out of reach: skip it
                     runs.append((file.read("context"), file.token_ids, file.key))
             for context, ids, key in sorted(runs, key=lambda run: (len(run[0]), len(run[1]))):
                 path = self._walk(root, torch.cat((context, ids)).numpy())

@@ -261,8 +261,9 @@ class PrefillCache(DynamicCache):
             layer.update(torch.cat(keys, 1)[None], torch.cat(values, 1)[None])
         states = iter(state or ())
         for layer, index in self._recurrent():
-            _put(layer.update_conv_state, next(states), index)
-            _put(layer.update_recurrent_state, next(states), index)
+            for update in (layer.update_conv_state, layer.update_recurrent_state):
+                if (held := next(states)) is not None:
+                    update(held, index)  # the cache copies it
         self.num_columns = num_tokens
 
     def key_bytes(self) -> int:
@@ -273,8 +274,3 @@ class PrefillCache(DynamicCache):
     def _recurrent(self) -> list[tuple[LinearAttentionCacheLayerMixin, int]]:
         layers = [x for x in self.layers if isinstance(x, LinearAttentionCacheLayerMixin)]
         return [(layer, index) for layer in layers for index in range(layer.number_of_states)]
-
-
-def _put(update, state: Tensor | None, index: int) -> None:
-    if state is not None:
-        update(state, index)  # the cache copies it

@@ -8,6 +8,7 @@ from __future__ import annotations
 import locale
 import os
 import re
+import sqlite3
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -125,6 +126,8 @@ def explain(error: Exception) -> str | None:
         # FileExistsError: a folder was to be created where a file is, or below a file.
         reason = "Not a folder" if isinstance(error, FileExistsError) else error.strerror
         return f"{reason}: '{error.filename}'"
+    if isinstance(error, sqlite3.Error):
+        return f"the index of the store cannot be used: {error}; repeat the command"
     if not isinstance(error, ValueError | OSError):
         return None
     hint = "; set PYTHONUTF8=1, since this locale does not use UTF-8"

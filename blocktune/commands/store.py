@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from blocktune.cache.store.blobs import Blobs
+from blocktune.cache.store.blobs import Blobs, states_key
 from blocktune.cache.store.config import Row, parse_bytes
 from blocktune.cache.store.shelf import Shelf
 from blocktune.commands.application import command, new_group
 from blocktune.commands.options import AsJson, tell
 
 SHORT = 12  # number of digits of a key or fingerprint that are shown
+MOST_LAYERS = 512  # of a model, whose hidden states `rm` looks for
 LEAST_DIGITS = 6  # that identify a key or fingerprint on the command line
 
 Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
@@ -85,12 +86,12 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
 
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
-    problem, header = _problem(shelf.blobs, row.key), {}
-    with suppress(OSError, ValueError):  # damaged or gone, as ``problem`` says
-        header, _ = shelf.blobs.facts(row.key)
+    problem = _problem(shelf.blobs, row.key)
     record = _record(row) | {"sound": problem is None, "problem": problem}
-    record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
-    if problem is None:
+    record |= {"signed": False, "codec": "as-is"}
+    with suppress(OSError, ValueError):  # damaged, as ``problem`` says, gone or expired
+        header, _ = shelf.blobs.facts(row.key)
+        record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
         record["token_ids"] = ChunkFile(shelf.blobs, row.key).token_ids.tolist()
     tell(as_json, record, *(f"{name:12} {value}" for name, value in record.items()))
 
@@ -151,7 +152,7 @@ def gc(
 
 @command("pin", "blocktune store pin cache/ 9c01ab4e", of=group)
 def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
-    """Protect chunks of a folder from eviction, until they are removed, expired or damaged."""
+    """Protect chunks of a folder from eviction, until `rm` or `gc` removes them."""
     shelf = Shelf.open(store)
     selected = [row.key for row in _rows(shelf, keys)]
     count = shelf.pin(selected, not undo)
@@ -169,7 +170,7 @@ def rm(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove chunks by their keys, or all chunks of a model, an adapter or a document."""
+    """Remove chunks by keys, model, adapter or document, with their hidden states, if any."""
     shelf = Shelf.open(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
         raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
@@ -181,6 +182,10 @@ def rm(
         rows = [row for row in shelf.rows() if row.fingerprint in selected]
     else:
         rows = shelf.rows(model=_model(shelf, model), document=document)
+    if keys or document:  # an answer that made a chunk's states knew no document
+        rows = list(rows)
+        own = {states_key(row.key, layer) for row in rows for layer in range(MOST_LAYERS)}
+        rows += [row for row in shelf.ledger.rows(kind="states") if row.key in own]
     _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json)
 
 
@@ -255,11 +260,8 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
             counts["there"] += 1
         elif _problem(source.blobs, row.key):
             counts["unsound"] += 1
-        else:
-            try:
-                data = source.blobs.open(row.key).content()
-            except FileNotFoundError:
-                continue
+        elif source.blobs.has(row.key):
+            data = source.blobs.open(row.key).content()
             try:
                 target.blobs.write(row.key, data)
                 target.ledger.fill([row])
@@ -269,9 +271,7 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
                 raise ValueError(f"'{target.blobs.place}', {done}: {reason}") from None
             counts["copied"] += 1
             counts["bytes"] += len(data)
-    for name in source.blobs.fingerprints():
-        if fingerprint not in ("", name):
-            continue
+    for name in (n for n in source.blobs.fingerprints() if n.startswith(fingerprint)):
         try:
             record = source.blobs.manifest(name)
         except ValueError as error:  # the chunks are copied all the same

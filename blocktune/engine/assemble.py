@@ -143,7 +143,7 @@ def relocate(
                         rotate_keys(run.states(kind, layer).to(out.device), rotation, out)
     try:
         _read_all(run for runs in blocks for run in runs if run.reads)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise DamagedChunk(str(error)) from None
 
 

@@ -236,7 +236,8 @@ class Encoder:
         watch = Stopwatch(self.model.device)
         known = self.model.get_input_embeddings().num_embeddings
         pieces = [Piece(*chunk) for chunk in wanted]
-        pieces = [p for p in pieces if max(p.ids + p.blanks) < known and _size(p) <= longest]
+        pieces = [p for p in pieces if p.ids and _size(p) <= longest]
+        pieces = [p for p in pieces if all(0 <= i < known for i in p.ids + p.blanks)]
         for group in grouped(pieces):
             self.find(group, watch)
         queue.done(self.fingerprint, wanted)

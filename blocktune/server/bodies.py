@@ -120,9 +120,7 @@ class TextBodies:
         """The text of a whole choice."""
         return {"text": text}
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """The new text of a streamed choice."""
-        return {"text": text}
+    piece = message  # the new text of a streamed choice
 
     def format_logprobs(self, logs: list[TokenLogprob], offset: int) -> dict[str, Any]:
         """Log probabilities in the route's format; ``offset`` in characters."""

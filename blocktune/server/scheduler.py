@@ -45,9 +45,7 @@ IDLE_S = 1.0
 
 def trim_memory() -> None:
     """Makes the C library return freed memory, which it may keep after a large prompt."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # only glibc has it
 
 
 class Scheduler:
@@ -250,8 +248,10 @@ class Scheduler:
             job.found.states |= found.states
         encoder = job.engine.state.encoder
         for piece in job.pins & found.kvs.keys():
-            if encoder.store.pin(encoder.key(piece)):
-                self.pinned[encoder.key(piece)] = found.kvs[piece].num_bytes
+            key, size = encoder.key(piece), found.kvs[piece].num_bytes
+            room = self.limits.pinned_bytes - sum(self.pinned.values())  # others may have taken it
+            if (key in self.pinned or size <= room) and encoder.store.pin(key):
+                self.pinned[key] = size
                 job.pinned.add(piece)
 
     def _prefill(self, job: Job) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from blocktune.cache import ChunkStore
+from blocktune.cache import ChunkStore, states_key
 from blocktune.cache.responses import ResponseCache
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
@@ -209,10 +209,11 @@ class Service:
         return ChunkStatus(key=name, cached="stored" if is_stored else "none", pinned=pinned)
 
     def discard(self, key: str) -> None:
-        """Removes a chunk from every store, pinned or not."""
+        """Removes a chunk and its hidden states from every store, pinned or not."""
         self.scheduler.pinned.pop(key, None)
+        layers = range(max(served.engine.state.num_layers for served in self.models.values()))
         for store in self.stores:
-            store.discard(key)
+            store.discard(key, *(states_key(key, layer) for layer in layers))
 
     def card(self, name: str) -> ModelCard:
         """The description of a model in ``/v1/models``; `UnknownModel` if there is none."""
@@ -247,12 +248,6 @@ class Service:
             raise ValueError(f"{whole:,} characters were given, the model reads {room:,} at most")
         return sources
 
-    def _method(self, served: Served, extension: Extension, has_chunks: bool) -> Method:
-        method = read_method(extension, served.method)
-        if method.warm_up:
-            raise ValueError("blocktune: warm_up is for measurements; leave it out")
-        return method if has_chunks else build(WITHOUT_CHUNKS)
-
     def _job(
         self,
         served: Served,
@@ -263,7 +258,10 @@ class Service:
         strips: bool,
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
-        method = self._method(served, body.blocktune or Extension(), bool(sources))
+        method = read_method(body.blocktune or Extension(), served.method)
+        if method.warm_up:
+            raise ValueError("blocktune: warm_up is for measurements; leave it out")
+        method = method if sources else build(WITHOUT_CHUNKS)
         spec, chunks = prompts.spec(method), [source.chunk for source in sources]
         pieces = read(prompts.tokenizer, prompts.format, chunks, block=spec.block)
         if not method.keeps_context:

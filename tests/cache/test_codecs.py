@@ -86,6 +86,14 @@ def test_large_numbers_do_not_overflow(codec):
     assert all(torch.isfinite(key).all() for key in back.keys)
 
 
+@pytest.mark.parametrize("codec", LOSSY)
+def test_small_numbers_do_not_vanish(codec):
+    kv = rotated(40, torch.float32)
+    small = [value * 1e-5 for value in kv.values]
+    kv = made_chunk(40, keys=kv.keys, values=small, shapes=SHAPES)
+    assert codec_error(kv, codec, ROPE).value_error <= BOUNDS[codec][1]
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("secret", [None, b"k" * 32])
 def test_a_file_gives_back_what_was_handed_out(tmp_path, codec, secret):

@@ -167,7 +167,7 @@ def test_a_folder_keeps_its_budget_over_processes(folder):
     assert KEYS[1] not in store
 
 
-@pytest.mark.parametrize("how", ["removed", "damaged", "half", "other version"])
+@pytest.mark.parametrize("how", ["removed", "emptied", "damaged", "half", "other version"])
 def test_a_lost_index_is_made_again(folder, how):
     path = folder / INDEX
     before = list(Shelf.open(str(folder)).rows())
@@ -178,7 +178,8 @@ def test_a_lost_index_is_made_again(folder, how):
     else:
         for suffix in ("-wal", "-shm"):
             path.with_name(INDEX + suffix).unlink(missing_ok=True)
-        data = {"removed": None, "damaged": b"x" * 5000, "half": path.read_bytes()[:3000]}[how]
+        data = {"removed": None, "emptied": b"", "damaged": b"x" * 5000}
+        data = (data | {"half": path.read_bytes()[:3000]})[how]
         path.unlink() if data is None else path.write_bytes(data)
     store = store_of(folder, disk=10**6)
     for key, kv in zip(KEYS[:3], CHUNKS, strict=False):
@@ -207,6 +208,9 @@ def test_an_index_that_is_a_link_is_not_followed(folder, tmp_path_factory):
     limited.discard(KEYS[0])
     limited.put(KEYS[0], CHUNKS[0])
     assert (KEYS[0] in limited, limited.stats().files.unwritten) == (False, 1)
+    strict = ChunkStore(config=StoreConfig(folder=folder, disk=10**9), must_write=True)
+    with pytest.raises(ValueError, match=r"index\.sqlite, which keeps account of its size, cannot"):
+        strict.put(KEYS[0], CHUNKS[0])
 
 
 def test_files_that_the_index_does_not_know_are_found_by_use_and_by_gc(folder):
@@ -305,3 +309,47 @@ def test_an_expired_entry_that_is_replaced_frees_its_space_once():
     ledger.remove(ledger.leaving(20, key="a"))
     ledger.add("a", 20, About())
     assert ledger.size() <= 30
+
+
+def test_a_clock_that_jumps_and_comes_back_ends_nothing_early(tmp_path, monkeypatch):
+    now, start = [1e9], Ledger.__init__.__kwdefaults__
+    monkeypatch.setitem(start, "clock", lambda: now[0])
+    monkeypatch.setattr("blocktune.cache.store.tiers.time.time", lambda: now[0])
+    store = store_of(tmp_path, memory=1 << 20, ttl=60.0)
+    now[0] += 86400
+    store.put(KEYS[0], CHUNKS[0])
+    now[0] -= 86400
+    for key, kv in zip(KEYS[1:], CHUNKS[1:], strict=True):
+        store.put(key, kv)
+    for key, kv in zip(KEYS, CHUNKS, strict=True):
+        assert store.lookup(key, kv.token_ids, MODEL).tier == "memory"
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(KEYS)
+
+
+def test_what_is_evicted_before_its_file_is_written_leaves_no_file(tmp_path):
+    store = store_of(tmp_path, disk=6000)  # one file
+    blobs, real = store._blobs[0].blobs, store._blobs[0].blobs.write
+
+    def write(key, data):
+        blobs.write = real
+        store_of(tmp_path, disk=6000).put(KEYS[1], CHUNKS[1])
+        real(key, data)
+
+    blobs.write = write
+    store.put(KEYS[0], CHUNKS[0])
+    assert [path.stem for path in tmp_path.rglob("*.safetensors")] == [KEYS[1]]
+    assert [row.key for row in Shelf.open(str(tmp_path)).rows()] == [KEYS[1]]
+
+
+def test_entries_dated_by_a_clock_ahead_leave_as_others_do(tmp_path):
+    ahead = Ledger(tmp_path / INDEX, clock=lambda: 4e9)
+    for key in ("a", "b"):
+        ahead.add(key, 10, About())
+    del ahead
+    now = [1e9]
+    ledger = Ledger(tmp_path / INDEX, max_bytes=30, clock=lambda: now[0])
+    for key in "cdef":
+        now[0] += 1
+        ledger.remove(ledger.leaving(10))
+        ledger.add(key, 10, About())
+    assert [row.key for row in ledger.rows()] == ["d", "e", "f"]

@@ -40,10 +40,24 @@ def test_what_is_no_order_is_left_alone(made, tmp_path):
     queue.folder.mkdir()
     for name, text in (("a.json", "{"), ("b.json", "[]"), ("c.json", '{"fingerprint": 1}')):
         (queue.folder / name).write_text(text)
+    queue.add(OTHER, [Wanted((5, 6))])
+    [order] = queue.folder.glob("?" * 64 + ".json")
+    (queue.folder / "copy.json").write_text(order.read_text())  # it would be encoded for ever
+    (queue.folder / "d.json").write_text(order.read_text().replace("5", '"five"'))
+    assert queue.take(OTHER) == [Wanted((5, 6))]
+    queue.done(OTHER, queue.take(OTHER))
     assert queue.take(OTHER) == []
-    assert len(list(queue.folder.iterdir())) == 3
+    assert len(list(queue.folder.iterdir())) == 5
     with pytest.raises(ValueError, match="use a store with a folder"):
         made.encode_wanted()
+
+
+def test_readers_of_a_folder_that_cannot_be_written_are_warned(tmp_path, caplog):
+    queue = MissQueue(tmp_path)
+    queue.folder.write_text("a file in its place")
+    queue.add(OTHER, [Wanted((5, 6))])
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"cannot queue chunks in '{queue.folder}': ")
 
 
 def test_the_follower_encodes_what_is_wanted_until_it_is_stopped(tmp_path, monkeypatch):

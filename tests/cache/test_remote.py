@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -247,6 +248,7 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
     ("place", "message"),
     [
         ("foo://x/y", r"cannot open a store there \(Protocol not known: foo\); give"),
+        ("valkey://127.0.0.1:1/chunks", r"N numbers a database; name a store"),
         ("valkey://127.0.0.1:1/0", r"cannot read the store 'valkey://127.0.0.1:1/0': Connection"),
     ],
 )
@@ -260,6 +262,27 @@ def test_a_url_never_shows_its_password(url):
     blobs = open_remote(url)
     assert "hidden" not in blobs.place + blobs.name(KEYS[0])
     assert store_of(url).place == blobs.place == url.replace("user:hidden@", "")
+
+
+def test_options_of_a_valkey_url_reach_the_client():
+    blobs = open_remote("valkey://127.0.0.1:1?db=3&prefix=mine&password=hidden&socket_timeout=9")
+    options = blobs._client.connection_pool.connection_kwargs
+    assert (options["db"], options["password"], options["socket_timeout"]) == (3, "hidden", 9.0)
+    assert blobs.name(KEYS[0]).endswith(f" mine:{KEYS[0]}")
+    assert "hidden" not in blobs.place
+
+
+def test_a_fork_writes_to_the_remote_by_a_thread_of_its_own(tmp_path):
+    store = store_of(f"file://{tmp_path}")
+    store.put(KEYS[0], CHUNKS[0])
+    store.flush()
+    if not (child := os.fork()):
+        signal.alarm(30)  # a fork that waits for its parent's thread would wait for ever
+        store.put(KEYS[1], CHUNKS[1])
+        store.flush()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert KEYS[1] in store
 
 
 def test_what_is_discarded_while_it_waits_is_not_written_later(tmp_path, monkeypatch):

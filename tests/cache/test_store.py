@@ -157,6 +157,7 @@ def test_a_truncated_file_is_reported_once_then_written_anew(tmp_path, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"] + 5 * ["INFO"]
     for record in caplog.records:
         assert f"it is encoded again: {path}" in record.getMessage()
+        assert "cut off" in record.getMessage()
     assert (store.stats().rejected, str(path) in store.stats().first_rejected) == (6, True)
     store.put(KEY, CHUNK)
     assert_same_chunk(store.get(KEY, IDS, MODEL), CHUNK)
@@ -232,3 +233,15 @@ def test_threads_share_one_store(tmp_path):
     assert stats.tiers["memory"].hits + stats.files.hits + stats.misses == 6 * 40
     assert (stats.rejected, len(store.held())) == (0, 3)
     assert stats.memory_bytes == 3 * chunks[0].num_bytes
+
+
+def test_a_process_that_changes_its_folder_keeps_its_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = ChunkStore(0, "chunks")
+    store.put(KEY, CHUNK)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert store.get(KEY, CHUNK.token_ids, MODEL) is not None
+    store.discard(KEY)
+    store.put(KEY, CHUNK)
+    assert len(list((tmp_path / "chunks").rglob("*.safetensors"))) == 1

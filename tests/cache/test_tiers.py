@@ -1,12 +1,14 @@
 """Entries move between tiers: down when there is no room, up when they are used."""
 
 import sqlite3
+from functools import partial
 from pathlib import Path
 
 import pytest
 from cache.made import MODEL, assert_same_chunk, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache.store import tiers
 from blocktune.cache.store.config import StoreConfig
 from blocktune.cache.store.ledger import INDEX, POLICIES
 
@@ -120,3 +122,17 @@ def test_a_busy_index_stops_no_pin(tmp_path):
     assert store.pinned() == {KEYS[0]: SIZE}
     other.rollback()
     other.close()
+
+
+def test_an_index_that_was_busy_at_the_start_is_opened_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiers, "RETRY_S", 0.0)
+    store_of = partial(ChunkStore, config=StoreConfig(folder=tmp_path, memory=0, disk=10**6))
+    store_of().put(KEYS[0], CHUNKS[0])
+    other = sqlite3.connect(tmp_path / INDEX, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    store = store_of()
+    other.rollback()
+    other.close()
+    for index in (1, 2):
+        store.put(KEYS[index], CHUNKS[index])
+    assert [key in store for key in KEYS[:3]] == [True, False, True]

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import sqlite3
+import time
 
 import forked
 import pytest
@@ -345,7 +347,7 @@ def test_an_index_that_disagrees_with_the_files_is_mended(blocktune, folder, ask
 def test_a_file_without_a_header_is_shown_with_its_problem(folder, asked):
     chunk_path(folder, KEYS[0]).write_bytes(b"")
     shown = asked("show", KEYS[0])
-    assert (shown["sound"], shown["problem"]) == (False, "unreadable (its header is cut off)")
+    assert (shown["sound"], shown["problem"]) == (False, "unreadable: its header is cut off")
 
 
 def test_a_copy_to_a_full_place_names_the_place(blocktune, folder, tmp_path, monkeypatch):
@@ -381,6 +383,60 @@ def test_a_chunk_that_cannot_be_read_is_not_called_damaged(blocktune, folder, mo
         assert "cannot read" in done.stderr
         assert not done.stderr.rstrip().endswith(":")
     assert sorted(folder.rglob("*.safetensors")) == before
+
+
+def test_a_disk_that_cannot_be_read_does_not_damage_a_chunk(blocktune, folder, monkeypatch):
+    real = os.preadv
+
+    def preadv(descriptor, buffers, start):
+        if start > 0:
+            raise EIO
+        return real(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for command in (["gc", folder, "--damaged"], ["verify", folder]):
+        done = blocktune("store", *command)
+        assert done.exit_code == 2, done.output
+        assert "cannot read" in done.stderr
+        assert done.stderr.endswith(": Input/output error; repeat the command\n")
+    store = ChunkStore(0, folder)
+    assert store.get(KEYS[0], CHUNKS[0].token_ids, MODEL) is None
+    assert (store.stats().files.failures, store.stats().rejected) == (1, 0)
+
+
+def test_an_expired_chunk_is_shown(folder, asked):
+    chunk, key = made_chunk(5, seed=30), chunk_key(MODEL, range(30, 35))
+    ChunkStore.open(f"{folder},ttl=0.01s").put(key, chunk)
+    time.sleep(0.02)
+    assert (shown := asked("show", key))["sound"]
+    assert "token_ids" not in shown
+
+
+def test_a_chunk_is_removed_with_its_states(folder, asked):
+    store = ChunkStore(folder=folder)
+    for key, kv in zip(KEYS[:2], CHUNKS, strict=True):
+        for layer in (0, 3):
+            store.put(
+                states_key(key, layer), ChunkStates(kv.keys[0][0], layer, kv.token_ids, MODEL)
+            )
+    store.put(KEYS[1], CHUNKS[1], document="handbook")
+    assert asked("rm", KEYS[0])["chunks"] == 3
+    assert asked("rm", "--document", "handbook")["chunks"] == 3
+    assert [path.stem for path in folder.rglob("*.safetensors")] == [KEYS[2]]
+
+
+def test_a_busy_index_is_one_line(folder, refused, monkeypatch):
+    other, real = sqlite3.connect(folder / INDEX, isolation_level=None), Shelf.open.__func__
+
+    def open_(*args, **options):
+        shelf = real(*args, **options)
+        other.execute("BEGIN IMMEDIATE")
+        return shelf
+
+    monkeypatch.setattr(Shelf, "open", classmethod(open_))
+    line = refused("store", "rm", folder, KEYS[0])
+    assert "the index of the store cannot be used: database is locked; repeat the" in line
+    other.close()
 
 
 def test_a_row_without_its_file_does_not_stop_a_copy(blocktune, folder, asked, tmp_path):

@@ -357,3 +357,36 @@ def test_chunks_encoded_ahead_are_those_that_the_default_method_reads(serve, eng
     own.encode(["Another text."], method=method)
     answer = client.post("/v1/chat/completions", json=chat(documents=["Another text."])).json()
     assert answer["blocktune"]["usage"]["chunk_hits"] == 1
+
+
+def test_pins_asked_for_at_once_keep_to_the_limit(serve, engine):
+    from blocktune.cache import ChunkStore
+    from blocktune.engine import Engine
+
+    size = engine.state.encoder.sample().num_bytes
+    own = Engine(engine.model, engine.tokenizer, store=ChunkStore(1 << 30))
+    client = serve({"tiny": own}, limits={"pinned_bytes": 40 * size})
+
+    def pin(number: int) -> bool:
+        documents = [f"The harbour of Selby is near the house with the number {number}."]
+        made = client.post("/v1/chunks", json={"documents": documents, "pin": True}).json()
+        return "data" in made and made["data"][0]["pinned"]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert 0 < sum(threads.map(pin, range(8))) < 4
+    assert sum(client.service.scheduler.pinned.values()) <= 40 * size
+
+
+def test_a_deleted_chunk_leaves_no_hidden_states(serve, engine, tmp_path):
+    from blocktune.cache import ChunkStore
+    from blocktune.engine import Engine
+
+    own = Engine(engine.model, engine.tokenizer, store=ChunkStore(folder=tmp_path))
+    client = serve({"tiny": own}, method="droidspeak")
+    before = set(tmp_path.rglob("*.safetensors"))
+    [made] = client.post("/v1/chunks", json={"documents": DOCUMENTS[:1]}).json()["data"]
+    new = {path.stem for path in set(tmp_path.rglob("*.safetensors")) - before}
+    assert len(new) > 2  # with the prefix
+    assert client.delete(f"/v1/chunks/{made['key']}").json()["cached"] == "none"
+    kinds = {row.kind for row in own.store._blobs[0].ledger.rows(num_tokens=made["tokens"])}
+    assert not kinds

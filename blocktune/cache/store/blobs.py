@@ -65,6 +65,11 @@ def relative_path(key: str) -> str:
     return f"{key[:2]}/{key[2:4]}/{key}.safetensors"
 
 
+def states_key(chunk_key: str, layer: int) -> str:
+    """Key of a chunk's states at ``layer`` (0-based): the chunk's own key, hashed."""
+    return hashlib.sha256(f"{chunk_key} states {layer}".encode()).hexdigest()
+
+
 def header_end(file: Blob) -> int:
     """Length in bytes of the header of a safetensors file. Raises ValueError if it is cut off."""
     end = 8 + int.from_bytes(file.content(8), "little")

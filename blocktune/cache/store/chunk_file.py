@@ -118,8 +118,7 @@ class ChunkFile:
                 row = (end - start) // shape[0]
                 start, end = start + rows.start * row, start + rows.stop * row
                 shape = [rows.stop - rows.start, *shape[1:]]
-            raw = self._fetch(start, end) if self._data is None else self._data[start:end]
-            tensor = raw.view(DTYPES[info["dtype"]]).view(shape)
+            tensor = self._fetch(start, end).view(DTYPES[info["dtype"]]).view(shape)
             if by_head:
                 if _head_sums(tensor) != self._heads[name][16 * rows.start : 16 * rows.stop]:
                     raise ValueError(f"'{name}' does not match its checksum")
@@ -188,6 +187,8 @@ class ChunkFile:
     def _fetch(self, start: int, end: int) -> Tensor:
         if not 0 <= start <= end <= self._blob.size - self._start:
             raise ValueError("it is cut off")
+        if self._data is not None:
+            return self._data[start:end]
         raw = torch.empty(end - start, dtype=torch.uint8)
         self._fill([memoryview(raw.numpy())], start, end)
         return raw
@@ -294,19 +295,13 @@ def pack_chunk(
     return b"".join((*head, memoryview(data)[8 + length :]))
 
 
-class _Unreadable(ValueError):
-    """Marks an error that `_readable` has already wrapped."""
-
-
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Turns whatever the libraries raise for a damaged file into one ValueError."""
+    """Turns what a damaged file raises into one ValueError, not OSError. It may be nested."""
     try:
         yield
-    except _Unreadable:
-        raise
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise _Unreadable(f"unreadable ({error})") from None
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"unreadable: {str(error).removeprefix('unreadable: ')}") from None
 
 
 def _sums(hasher, tensors: dict[str, Tensor]) -> str:

@@ -187,13 +187,14 @@ class ChunkStore:
         for tier in self._blobs:
             tier.flush()
 
-    def discard(self, key: str) -> None:
-        """Removes the entry of ``key``, if any, from every tier."""
+    def discard(self, *keys: str) -> None:
+        """Removes the entries of ``keys``, if any, from every tier."""
         with self._lock:
             for tier in self._memories:
-                tier.remove(key)
+                for key in keys:
+                    tier.remove(key)
         for tier in self._blobs:
-            tier.remove(key)
+            tier.remove(*keys)
 
     def pin(self, key: str, pinned: bool = True) -> bool:
         """Protects an entry from eviction, or stops that. Returns whether a tier holds it."""
@@ -207,9 +208,7 @@ class ChunkStore:
 
     def is_pinned(self, key: str) -> bool:
         """Whether the entry is pinned in some tier."""
-        with self._lock:
-            rows = self._ledgers(lambda ledger: ledger.row(key))
-            return any(row.pinned for row in filter(None, rows))
+        return key in self.pinned()
 
     def pinned(self) -> dict[str, int]:
         """The pinned entries of all tiers: their bytes by key."""
@@ -329,6 +328,8 @@ class ChunkStore:
         """Keeps an entry on the device, and moves the entries that it evicts to the host."""
         evicted = self._memories[0].put(key, kv, about)
         for tier in self._memories[1:]:
+            if tier.ledger.is_pinned(key):
+                self._memories[0].ledger.pin([key])
             tier.remove(key)
             for item in evicted:
                 tier.put(*item)

@@ -20,7 +20,7 @@ from blocktune.positions.relocation import relocate_keys
 FP8 = torch.float8_e4m3fn
 GROUP = {8: 64, 4: 32}
 """Largest group of numbers that share a scale and an offset, by bits."""
-_HALF_LIMIT = 6e4
+_HALF = (1e-2, 6e4)  # largest number of a tensor whose scales and offsets fit into 16 bits
 _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 
 
@@ -113,9 +113,9 @@ def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
     last = tensor[..., -1:].expand(*tensor.shape[:-1], -length % group)
     groups = torch.cat((tensor, last), dim=-1).float().unflatten(-1, (-1, group))
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    dtype = torch.float16 if float(groups.abs().max()) < _HALF_LIMIT else torch.float32
+    dtype = torch.float16 if _HALF[0] < float(groups.abs().max()) < _HALF[1] else torch.float32
     low = low.to(dtype)
-    scale = ((high - low.float()) / (2**bits - 1)).clamp_min(6e-5).to(dtype)
+    scale = ((high - low.float()) / (2**bits - 1)).clamp_min(torch.finfo(dtype).tiny).to(dtype)
     codes = ((groups - low.float()) / scale.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
     if bits == 4:
         codes = codes[..., ::2] | codes[..., 1::2] << 4

@@ -135,9 +135,7 @@ class StoreConfig:
         Examples: ``chunks/``, ``s3://bucket/chunks``, ``chunks/,disk=50GB,policy=gdsf``,
         ``chunks/,cpu=8GB,remote=valkey://host:6379/0,codec=fp8,ttl=30d``. The place may be left
         out: ``memory=2GB,codec=fp8``. The name of an existing folder may contain commas and ``=``.
-
-        Raises:
-            ValueError: If a name or value is wrong; the message lists the valid ones.
+        Raises ValueError, which lists what is valid, if a name or value is wrong.
         """
         known = {field.name for field in fields(cls)} - {"folder"}
         if isinstance(text, Path) or (text and Path(text).is_dir()):  # Path("") is the current one
@@ -168,7 +166,7 @@ _READ |= {"ttl": parse_seconds, "trace": Path}
 
 def without_password(url: str) -> str:
     """The URL without user and password, for messages."""
-    return re.sub("://[^/?#]*@", "://", url)
+    return re.sub("://[^/?#]*@", "://", re.sub("password=[^&]*&?", "", url))
 
 
 def keep_latest(known: dict, key: Hashable, value: Any, most: int) -> None:

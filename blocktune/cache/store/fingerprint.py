@@ -85,11 +85,6 @@ def stored_key(fingerprint: str, ids: Ids, blanks: Sequence[int], scoped_prefix:
     return key_after(fingerprint, ids, blanks)
 
 
-def states_key(chunk_key: str, layer: int) -> str:
-    """Key of a chunk's states at ``layer`` (0-based): the chunk's own key, hashed."""
-    return hashlib.sha256(f"{chunk_key} states {layer}".encode()).hexdigest()
-
-
 def weights_hash(model: nn.Module) -> str:
     """Digest of names, shapes, dtypes and contents of all parameters and buffers.
 

@@ -74,7 +74,7 @@ class ChunkFolder(Blobs):
 
     def __init__(self, path: str | Path, secret: bytes | None = None):
         super().__init__(secret)
-        self.path, self.place = Path(path), str(path)
+        self.path, self.place = Path(path).absolute(), str(path)
 
     def prepare(self) -> None:
         """Makes the folder, checks that it is writable, and removes unfinished files.
@@ -96,10 +96,9 @@ class ChunkFolder(Blobs):
         """Removes files of interrupted writers, not those of running ones. Returns how many."""
         removed = 0
         for entry in self._entries(self.path / WRITING):
-            with suppress(OSError, ValueError):  # just removed, or owned by another user
-                if entry.is_file(follow_symlinks=False):
-                    age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                    removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)
+            with suppress(OSError, ValueError):  # just removed, foreign, or of another user
+                age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)
         return removed
 
     def _open(self, name: str, most: int | None) -> OpenFile:
@@ -111,11 +110,7 @@ class ChunkFolder(Blobs):
         return OpenFile(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
 
     def _write(self, name: str, data: bytes) -> None:
-        """Writes a file atomically: readers see the old file, none, or the whole new one.
-
-        If several processes write the same file, the last one wins. A failed write leaves nothing
-        behind; `is_taken` tells whether its cause is a foreign file at the path.
-        """
+        """See `Blobs.write`. A failed write leaves nothing behind; `is_taken` tells its cause."""
         path, unfinished = self._path(name, make=True), self._unfinished(Path(name).stem)
         try:
             os.close(_plain(path, os.O_RDONLY | os.O_NONBLOCK))

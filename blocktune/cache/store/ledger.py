@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -62,6 +62,8 @@ _ADD = (
     f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
     f"VALUES ({', '.join('?' * len(_COLUMNS))}, ?, 0.0)"
 )
+_LATE = "UPDATE entries SET used = min(used, ?1), created = min(created, ?1) WHERE used > ?1"
+"""Corrects entries that a clock ahead of time dated: they would never be the oldest again."""
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 
 
@@ -146,14 +148,14 @@ class Ledger:
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
         """Keys to evict so that ``size`` bytes fit, and expired keys; None if they cannot fit.
 
-        An entry that ``key`` already has counts as free space. The worth of the last key chosen
-        becomes the ``gdsf`` clock. Call `remove` once the entries have been evicted.
+        Pinned entries stay, even if expired; that of ``key`` counts as free space. The worth of the
+        last key chosen becomes the ``gdsf`` clock. Call `remove` once they have been evicted.
         """
         with self._lock:
             self.flush()
             database = self._open()
-            expired = "SELECT key, size FROM entries WHERE expires <= ? AND key != ?"
-            evicted = dict(database.execute(expired, (self.now(), key)))
+            expired = "SELECT key, size FROM entries WHERE expires <= ? AND key != ? AND NOT pinned"
+            evicted = dict(database.execute(expired, (self._clock(), key)))
             old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
             old_size, old_tenant = old.fetchone() or (0, tenant)
             for limit, owner in ((self.quota, tenant), (self.max_bytes, None)):
@@ -172,10 +174,14 @@ class Ledger:
             return int(self._open().execute(find, (tenant,)).fetchone()[0])
 
     def row(self, key: str) -> Row | None:
-        """The row of ``key``, or None. Hits that are not written yet are missing from it."""
-        with self._lock:
-            record = self._open().execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
+        """The row of ``key`` or None, after others' evictions; hits not yet written are missing."""
+        with self.transaction() as database:
+            record = database.execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
         return record and Row(*record)
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether ``key`` has an entry that is pinned."""
+        return bool(getattr(self.row(key), "pinned", 0))
 
     def rows(self, **wanted: str) -> Iterator[Row]:
         """Rows whose columns equal the ``wanted`` values, sorted by key.
@@ -183,8 +189,7 @@ class Ledger:
         ``start`` matches the first digits of the key.
         """
         start = wanted.pop("start", "")
-        clauses = ["key >= ?", "key < ?", *(f"{name} = ?" for name in wanted if name in _COLUMNS)]
-        assert len(clauses) == 2 + len(wanted), wanted
+        clauses = ["key >= ?", "key < ?", *(f"{name} = ?" for name in wanted)]
         find, values = f"{_SELECT} WHERE {' AND '.join(clauses)} ORDER BY key", wanted.values()
         with self._lock:
             self.flush()
@@ -201,11 +206,9 @@ class Ledger:
 
     def pin(self, keys: Iterable[str], pinned: bool = True) -> int:
         """Pins entries, which are then never evicted, or unpins them. Returns how many exist."""
+        pins, update = [(int(pinned), key) for key in keys], "UPDATE entries SET pinned = ?"
         with self.transaction() as database:
-            cursor = database.executemany(
-                "UPDATE entries SET pinned = ? WHERE key = ?", [(int(pinned), key) for key in keys]
-            )
-            return cursor.rowcount
+            return database.executemany(f"{update} WHERE key = ?", pins).rowcount
 
     def flush(self) -> None:
         """Writes the hits counted since the last write."""
@@ -225,8 +228,17 @@ class Ledger:
 
     def fill(self, rows: Iterable[Row]) -> None:
         """Inserts rows found by listing the files, unless their keys are there already."""
+        found = [(*astuple(row), 0.0) for row in rows]  # files are read before others must wait
         with self.transaction() as database:
-            database.executemany(_ADD, ((*astuple(row), 0.0) for row in rows))
+            database.executemany(_ADD, found)
+
+    def copy(self, path: Path) -> None:
+        """Adds the rows of an index that may not be writable; none if it cannot be read."""
+        for how in ("mode=ro", "immutable=1"):  # the former needs shared memory: room on the disk
+            with suppress(sqlite3.Error):
+                with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as of:
+                    self.fill(Row(*record) for record in of.execute(_SELECT))
+                return
 
     def now(self) -> float:
         """The current time, strictly increasing from call to call."""
@@ -277,7 +289,8 @@ class Ledger:
                 raise sqlite3.DatabaseError(f"{where}: index of another version")
             database.execute("INSERT OR REPLACE INTO meta VALUES ('format', ?)", (_FORMAT,))
             self.policy = self.policy or meta.get("policy", "lru")
-            if meta.get("policy") != self.policy:
+            late = database.execute(_LATE, (self._clock(),)).rowcount
+            if late or meta.get("policy") != self.policy:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('policy', ?)", (self.policy,))
                 database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
         self._database.executescript(_VALUED.format(POLICIES[self.policy]))

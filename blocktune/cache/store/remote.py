@@ -5,12 +5,13 @@ File names are the same as in a folder, so a synchronised copy of a folder is a 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 from blocktune.cache.store.config import without_password
@@ -29,9 +30,8 @@ def open_remote(url: str, secret: bytes | None = None) -> Blobs:
     fsspec opens: ``s3://BUCKET/PREFIX``, ``gs://...``, ``file:///...``. Raises ValueError if the
     URL is wrong or the package that opens it is missing.
     """
-    scheme = urlsplit(url).scheme
     try:
-        return (ValkeyBlobs if scheme in VALKEY else FsspecBlobs)(url, secret)
+        return (ValkeyBlobs if urlsplit(url).scheme in VALKEY else FsspecBlobs)(url, secret)
     except ImportError as error:
         raise ValueError(
             f"'{without_password(url)}' needs the package '{error.name or error}'; "
@@ -107,10 +107,7 @@ class FsspecBlobs(Blobs):
         ]
 
     def _manifests(self) -> Iterable[str]:
-        try:
-            names = _call_client(self._fs.ls, self._path(MANIFESTS), detail=False)
-        except FileNotFoundError:
-            return ()
+        names = _call_client(self._fs.find, self._path(MANIFESTS))  # none if there is no folder
         return (PurePosixPath(name).stem for name in names)
 
     def _path(self, name: str) -> str:
@@ -141,10 +138,13 @@ class ValkeyBlobs(Blobs):
 
         super().__init__(secret)
         parts, self.place = urlsplit(url), without_password(url)
-        self._prefix = parse_qs(parts.query).get("prefix", [PREFIX])[0]
+        options = dict(parse_qsl(parts.query))
+        self._prefix = options.pop("prefix", PREFIX)
+        if parts.scheme != "unix" and not re.fullmatch("/?[0-9]*", parts.path):
+            raise ValueError(f"'{self.place}': /N numbers a database; name a store by ?prefix=NAME")
         try:
             self._client = valkey.from_url(
-                urlunsplit(parts._replace(query="")),
+                urlunsplit(parts._replace(query=urlencode(options))),
                 socket_timeout=TIMEOUT_S,
                 socket_connect_timeout=TIMEOUT_S,
             )

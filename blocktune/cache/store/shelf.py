@@ -42,13 +42,12 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
     """
     path = folder.path / INDEX
     for _ in range(3):
-        fresh = not path.exists()
-        if path.is_symlink() or not (fresh or path.is_file()):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
             _LOG.warning("'%s' is not the index of the store; it is not used", path)
             return None
         try:
             ledger = Ledger(path, **budget)
-            if fresh:
+            if not ledger.size():  # new, lost or emptied
                 ledger.fill(found_rows(folder))
             return ledger
         except sqlite3.OperationalError as error:  # read-only, or locked for too long
@@ -75,8 +74,8 @@ def found_rows(blobs: Blobs, keys: Iterable[str] | None = None) -> Iterator[Row]
 class Shelf:
     """The files of one folder or remote, and their index.
 
-    A folder keeps its index in a file. For a remote, or a folder where that is impossible, the
-    index is built in memory from the headers of the files at the first use.
+    A folder keeps its index in a file. For a remote, or a folder where that is impossible, it is
+    built in memory at the first use: from that file, if it can be read, and the files' headers.
     """
 
     def __init__(self, blobs: Blobs):
@@ -121,6 +120,8 @@ class Shelf:
         if self._index is not None:
             return self._index
         ledger = Ledger()
+        if self._is_store(self.blobs) and not (path := self.blobs.path / INDEX).is_symlink():
+            ledger.copy(path)
         ledger.fill(found_rows(self.blobs))
         return ledger
 
@@ -141,28 +142,22 @@ class Shelf:
     def mend(self) -> dict[str, int]:
         """Repairs the index. Returns the number of entries without a file and of missing entries.
 
-        Both may result from a full disk or a kill. Raises ValueError if the index is not writable.
+        Both may result from a full disk or a kill. Raises as a `Ledger` does.
         """
         if self._index is None:
             return {"without_file": 0, "not_indexed": 0}
-        try:
-            indexed, stored = {row.key for row in self._index.rows()}, set(self.blobs.keys())
-            # Check again: other processes add an entry to the index before they write its file.
-            gone = {key for key in indexed - stored if not self.blobs.has(key)}
-            self._index.remove(gone)
-            self._index.fill(found_rows(self.blobs, sorted(stored - indexed)))
-        except sqlite3.Error as error:
-            raise ValueError(f"the index of '{self.blobs.place}': {error}") from None
+        indexed, stored = {row.key for row in self._index.rows()}, set(self.blobs.keys())
+        # Check again: other processes add an entry to the index before they write its file.
+        gone = {key for key in indexed - stored if not self.blobs.has(key)}
+        self._index.remove(gone)
+        self._index.fill(found_rows(self.blobs, sorted(stored - indexed)))
         return {"without_file": len(gone), "not_indexed": len(stored - indexed)}
 
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
         """Pins or unpins entries. Returns how many of them exist."""
         if self._index is None:
-            raise ValueError(f"'{self.blobs.place}' has no index, which pins are stored in")
-        try:
-            return self._index.pin(keys, pinned)
-        except sqlite3.OperationalError as error:
-            raise ValueError(f"'{self.blobs.place}': {error}") from None
+            raise ValueError(f"'{self.blobs.place}' has no writable index, where pins are stored")
+        return self._index.pin(keys, pinned)
 
 
 class Wanted(NamedTuple):
@@ -181,13 +176,16 @@ class MissQueue:
 
     def __init__(self, store: str | Path | None):
         """Uses the folder ``store``; the first `add` creates it. With None, the queue is empty."""
-        self.folder = None if store is None else Path(store) / WANTED
+        self.folder = None if store is None else Path(store).absolute() / WANTED
 
     def add(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
-        """Adds chunks of the model ``fingerprint``."""
-        for path, chunk in self._paths(fingerprint, chunks):
-            if not path.exists():
-                replace_json(path, {"fingerprint": fingerprint, **chunk._asdict()})
+        """Adds chunks of the model ``fingerprint``, or warns that the folder cannot be written."""
+        try:
+            for path, chunk in self._paths(fingerprint, chunks):
+                if not path.exists():
+                    replace_json(path, {"fingerprint": fingerprint, **chunk._asdict()})
+        except OSError as error:  # a reader may have a read-only mount
+            _LOG.warning("cannot queue chunks in '%s': %s", self.folder, error.strerror)
 
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
@@ -197,7 +195,9 @@ class MissQueue:
                 record = json.loads(path.read_text())
                 if record["fingerprint"] == fingerprint:
                     ids, blanks = tuple(record["ids"]), tuple(record["blanks"])
-                    chunks.append(Wanted(ids, blanks, bool(record["prefix"])))
+                    chunk = Wanted(ids, blanks, bool(record["prefix"]))
+                    if (path, chunk) in self._paths(fingerprint, [chunk]):  # else it is a copy
+                        chunks.append(chunk)
             if len(chunks) == most:
                 break
         return chunks

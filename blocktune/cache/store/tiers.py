@@ -1,13 +1,10 @@
-"""The tiers of a store: device memory, host memory, a folder, a remote. Each has its own limits.
-
-A tier that cannot be reached or written is skipped for a while, with one warning: lookups miss
-there, and entries that cannot be written are counted.
-"""
+"""The tiers of a store: device memory, host memory, a folder, a remote. Each has its own limits."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
 import sqlite3
 import threading
@@ -25,7 +22,7 @@ from blocktune.cache.store.blobs import Blobs
 from blocktune.cache.store.chunk_file import ChunkFile, Expired
 from blocktune.cache.store.config import StoreConfig, TierStats
 from blocktune.cache.store.folder import ChunkFolder, is_taken
-from blocktune.cache.store.ledger import About, Ledger, Row
+from blocktune.cache.store.ledger import INDEX, About, Ledger, Row
 from blocktune.cache.store.shelf import open_index
 
 RETRY_S = 10.0  # seconds for which a tier is skipped after a failure
@@ -52,10 +49,12 @@ class MemoryTier:
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or None."""
-        if self._expiry.get(key, math.inf) <= self.ledger.now():
+        if self._expiry.get(key, math.inf) > time.time():
+            return self.entries.get(key)
+        self.stats.expired += 1
+        if not self.ledger.is_pinned(key):
             self.remove(key)
-            self.stats.expired += 1
-        return self.entries.get(key)
+        return None
 
     def put(self, key: str, entry: Entry, about: About) -> list[tuple[str, Entry, About]]:
         """Keeps an entry. Returns the evicted ones, or the entry itself if it does not fit."""
@@ -99,8 +98,8 @@ class BlobTier:
         self._is_folder = folder = isinstance(blobs, ChunkFolder)
         self.name, most = ("disk", config.disk) if folder else ("remote", config.remote_bytes)
         self._budget = {"max_bytes": most, "policy": config.policy, "quota": config.quota}
-        self._lock, self._warned, self._next_listing = threading.Lock(), False, 0.0
-        self._retry_at = {"read": 0.0, "write": 0.0, "index": 0.0}
+        self._lock, self._pid, self._warned = threading.Lock(), os.getpid(), False
+        self._retry_at, self._next_listing = {"read": 0.0, "write": 0.0, "index": 0.0}, 0.0
         self._queue = None if folder or must_write else _in_background(self)
         if folder:
             try:
@@ -108,8 +107,6 @@ class BlobTier:
             except OSError as error:
                 self.failed(error, "write")
             self.ledger = open_index(blobs, **self._budget)
-            if self.ledger is None and most is not None:
-                _LOG.warning("'%s' has no index to limit its size: nothing is written", blobs.place)
         else:
             self.ledger = Ledger(**self._budget)
 
@@ -126,8 +123,9 @@ class BlobTier:
             file = ChunkFile(self.blobs, key, kind)
             return read(file), file.row(), file.content()
         except Expired:
-            self._remove(key)
             self.stats.expired += 1
+            if not self.on_ledger(lambda ledger: ledger.is_pinned(key)):  # the row keeps the pin
+                self._remove(key)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -146,31 +144,33 @@ class BlobTier:
 
         A remote is written later by a thread, unless the store must write.
         """
-        if self._queue is None:
+        if (pending := self._pending()) is None:
             self._save(key, make, about)
             return
         try:
-            self._queue.put_nowait(partial(self._save, key, make, about))
+            pending.put_nowait(partial(self._save, key, make, about))
         except queue.Full:  # a slow remote must not delay answers
-            self._count_unwritten()
+            with self._lock:
+                self.stats.unwritten += 1
 
     def flush(self) -> None:
         """Waits until all files and hits are written, or refused."""
-        if self._queue is not None:
-            self._queue.join()
+        if (pending := self._pending()) is not None:
+            pending.join()
         self.on_ledger(lambda ledger: ledger.flush())
 
     def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
-        if not self.must_write and time.monotonic() < self._retry_at["write"]:
-            self._count_unwritten()
-            return
-        started, data, written = time.perf_counter(), make(), False
+        started, data, written = time.perf_counter(), b"", False
         try:
-            if self._make_room(len(data), key, about):
+            may_write = self.must_write or time.monotonic() >= self._retry_at["write"]
+            if may_write and self._make_room(len(data := make()), key, about):
                 self.blobs.write(key, data)
                 written = True
+                if self.on_ledger(lambda ledger: ledger.row(key), about) is None:
+                    self.blobs.remove(key)  # evicted before its file was there
         except OSError as error:
-            self.on_ledger(lambda ledger: ledger.remove([key]))
+            if not self._is_folder or not self.blobs.has(key):  # else its older file is still there
+                self.on_ledger(lambda ledger: ledger.remove([key]))
             self.failed(error, "write")
         finally:
             with self._lock:
@@ -178,16 +178,17 @@ class BlobTier:
                 self.stats.bytes_written += written * len(data)
                 self.stats.write_s += written * (time.perf_counter() - started)
 
-    def remove(self, key: str) -> None:
-        """Removes the file of ``key``, if any, even if it still waits to be written."""
-        self._remove(key)
-        if self._queue is not None and self._queue.unfinished_tasks:
-            self._queue.put(partial(self._remove, key))
+    def remove(self, *keys: str) -> None:
+        """Removes the files of ``keys``, if any, even if they still wait to be written."""
+        self._remove(*keys)
+        if (pending := self._pending()) is not None and pending.unfinished_tasks:
+            pending.put(partial(self._remove, *keys))
 
-    def _remove(self, key: str) -> None:
+    def _remove(self, *keys: str) -> None:
         try:
-            self.blobs.remove(key)
-            self.on_ledger(lambda ledger: ledger.remove([key]))
+            for key in keys:
+                self.blobs.remove(key)
+            self.on_ledger(lambda ledger: ledger.remove(keys))
         except OSError as error:
             self.failed(error, "write")
 
@@ -231,8 +232,11 @@ class BlobTier:
             gone = {row.key for row in self.ledger.rows()} - {k for k, _, _ in rows}
             self.ledger.remove(gone)
             self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
-        default = [] if most is None else None  # without an index, only a tier without limit writes
+        default = [] if most is None else False
         leaving = self.on_ledger(partial(self._admit, size=size, key=key, about=about), default)
+        if leaving is False:
+            self.ledger = self.ledger or open_index(self.blobs, **self._budget)  # for the next one
+            raise OSError(f"{INDEX}, which keeps account of its size, cannot be written")
         with self._lock:
             self.stats.evictions += len(leaving or ())
         return leaving is not None
@@ -261,9 +265,11 @@ class BlobTier:
                 self.ledger = open_index(self.blobs, **self._budget)
             return default
 
-    def _count_unwritten(self) -> None:
-        with self._lock:
-            self.stats.unwritten += 1
+    def _pending(self) -> queue.Queue | None:
+        """The calls that wait for a remote. A fork has no threads: it gets a queue of its own."""
+        if self._queue is not None and self._pid != os.getpid():
+            self._queue, self._pid = _in_background(self), os.getpid()
+        return self._queue
 
 
 def _in_background(tier: BlobTier) -> queue.Queue:
