@@ -170,6 +170,7 @@ class StagedSaving(Trainer):
 
     files: AdapterFiles
     _staging: bool = False
+    _replaces: bool = False  # whether the first save removes an earlier run
     _best: bool = False  # whether the weights are those of the best checkpoint, not the last step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -179,6 +180,7 @@ class StagedSaving(Trainer):
         other settings, data or base; or if the data makes no step.
         """
         self._best = False
+        self._replaces = self.args.overwrite and not resume_from_checkpoint
         if resume_from_checkpoint:
             self._continue_from(resume_from_checkpoint)
         if self.args.should_save:
@@ -233,6 +235,7 @@ class StagedSaving(Trainer):
         if self.args.should_save:
             if is_best:
                 self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
+            self._remove_earlier(run_dir)
             move_folder(run_dir / STAGING / name, run_dir / name)
             rotate_checkpoints(
                 output_dir=str(run_dir),
@@ -251,8 +254,15 @@ class StagedSaving(Trainer):
         super().save_model(str(target / STAGING / "adapter"), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self._remove_earlier(target)
             move_entries(target / STAGING / "adapter", target, last=INFO_FILE)
             (target / STAGING).rmdir()
+
+    def _remove_earlier(self, folder: Path) -> None:
+        """Removes the run that this one replaces; called when this one has something to keep."""
+        if self._replaces and folder == Path(self.args.output_dir):
+            resume.remove_run(folder)
+            self._replaces = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

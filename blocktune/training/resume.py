@@ -64,14 +64,22 @@ def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
 @contextmanager
 def stoppable(output_dir: str | Path, overwrite: bool) -> Iterator[None]:
     """On Ctrl-C inside the block, reports the last checkpoint and how to continue."""
+    earlier = _last_and_time(output_dir) if overwrite else None
     try:
         yield
     except KeyboardInterrupt:
         last = last_checkpoint(output_dir)
         how = " without --overwrite" if overwrite else ""
         line = f"the last checkpoint is {last}; repeat the command{how} to continue"
-        no_checkpoint = "no checkpoint is saved yet; repeat the command to start again"
-        raise KeyboardInterrupt(line if last else no_checkpoint) from None
+        kept = " (the earlier run is unchanged)" if overwrite else ""
+        no_checkpoint = f"no checkpoint is saved yet{kept}; repeat the command to start again"
+        is_saved = last is not None and _last_and_time(output_dir) != earlier
+        raise KeyboardInterrupt(line if is_saved else no_checkpoint) from None
+
+
+def _last_and_time(folder: str | Path) -> tuple[Path, int] | None:
+    last = last_checkpoint(folder)
+    return None if last is None else (last, last.stat().st_mtime_ns)
 
 
 def require_same_run(

@@ -185,14 +185,10 @@ def _train(data, args, choice, callbacks) -> Path | None:
         launch_checks.wait_for_builds()
     with resume.leaving_no_empty_folder(folder), resume.stoppable(folder, args.overwrite):
         trainer = build(data, args, choice, callbacks)
-        is_first = trainer.is_world_process_zero()
-        if is_first:
+        if trainer.is_world_process_zero():
             print_plan(make_plan(trainer))
         if args.dry_run:
             return None
-        trainer.accelerator.wait_for_everyone()  # until all have checked for an earlier run
-        if args.overwrite and is_first:
-            resume.remove_run(folder)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_model()
         trainer.save_state()
