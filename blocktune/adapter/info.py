@@ -115,8 +115,9 @@ class AdapterInfo:
         """
         path = Path(folder) / INFO_FILE
         if not path.is_file():
+            lack = f"it has no {INFO_FILE}" if path.parent.is_dir() else "there is no such folder"
             raise ValueError(
-                f"{folder} is not a blocktune adapter: it has no {INFO_FILE}; a trainer writes it "
+                f"{folder} is not a blocktune adapter: {lack}; a trainer writes {INFO_FILE} "
                 "with callbacks=[SaveLayoutCallback(collator)]"
             )
         values = dict(mapping(load_json(path), str(path)))

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
+from blocktune.adapter.kinds import require_kind, unmergeable
 from blocktune.adapter.releases import Release, find_release
 from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
-from blocktune.models.load import adapter_folder, load_base, sharing
+from blocktune.models.load import (
+    adapter_folder,
+    load_base,
+    read_config,
+    require_readable,
+    sharing,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 PEFT_FILE = "adapter_config.json"
+logger = logging.getLogger("blocktune")
 
 
 def load_adapter(
@@ -35,9 +45,9 @@ def load_adapter(
 ) -> tuple[PreTrainedModel, AdapterInfo]:
     """Applies an adapter, a folder or a repository of the Hub, to a bare base model.
 
-    PEFT wraps the base in place, or LoRA weights are added to it (``merge``). The adapter's link
-    tokens are added to the tokenizer. With ``links``, the adapter's link table is installed, if it
-    has one.
+    PEFT wraps the base in place, or LoRA weights are added to it (``merge``, if they can be). The
+    adapter's link tokens are added to the tokenizer. With ``links``, the adapter's link table is
+    installed, if it has one.
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, it was made for another base or
@@ -54,20 +64,38 @@ def load_adapter(
     if info.adds_tokens:
         add_link_tokens(model, tokenizer, info.num_learned, info.link_seed)
     if (folder / PEFT_FILE).is_file():
-        from peft import PeftModel  # imported here, since only adapters need PEFT
-
-        try:
-            with warnings.catch_warnings():  # missing weights would be random
-                warnings.filterwarnings("error", message="Found missing adapter keys")
-                model = PeftModel.from_pretrained(model, folder)
-        except Exception as error:  # of any type, since the files may be arbitrary
-            reason = " ".join(str(error).split())
-            raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
-        model = _merged(model) if merge else model
+        model = _with_peft(model, folder)
+        if merge and (part := unmergeable(model)):
+            logger.warning("%s is served without merging it: %s", adapter, part)
+        elif merge:
+            with _explained("merge", folder):
+                model = _merged(model)
     scope_adapter(model, info.scope)
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info
+
+
+def _with_peft(model: PreTrainedModel, folder: Path) -> PeftModel:
+    from peft import PeftConfig, PeftModel  # imported here, since only adapters need PEFT
+
+    with _explained("load", folder):
+        config = PeftConfig.from_pretrained(folder)
+    require_kind(config)
+    with _explained("load", folder), warnings.catch_warnings():  # missing weights would be random
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(model, folder, config=config)
+
+
+@contextmanager
+def _explained(what: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any type, since the files may be arbitrary
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"PEFT cannot {what} '{folder}' ({PEFT_FILE}): {reason}") from None
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:
@@ -83,6 +111,8 @@ def _merged(model: PeftModel) -> PreTrainedModel:
     config, head = base.config, base.get_output_embeddings()
     ends = (base.get_input_embeddings(), head)
     adapted = any(isinstance(end, LoraLayer | ModulesToSaveWrapper) for end in ends)
+    if all(isinstance(end, ModulesToSaveWrapper) for end in ends):  # unless they are saved as one
+        adapted = ends[0].weight is not ends[1].weight
     if adapted and config.get_text_config().tie_word_embeddings:
         own = getattr(head, "base_layer", getattr(head, "original_module", head))
         own.weight = nn.Parameter(own.weight.detach().clone())
@@ -93,15 +123,13 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 
 def require_whole(folder: str | Path) -> None:
     """Raises ValueError if a weight file is missing or truncated; reads only headers."""
-    folder = Path(folder)
-    if (folder / PEFT_FILE).is_file() != any(folder.glob("adapter_model*")):
+    folder, info = Path(folder), AdapterInfo.load(folder)
+    has_peft = (folder / PEFT_FILE).is_file()
+    below = any(folder.glob(f"*/{PEFT_FILE}"))  # where older versions put an adapter with a name
+    bare = info.base_model == OWN_WEIGHTS or (info.has_table and not below)
+    if has_peft != any(folder.glob("adapter_model*")) or not (has_peft or bare):
         raise ValueError(f"'{folder}' lacks one of {PEFT_FILE} and adapter_model.safetensors")
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is damaged or incomplete ({error})") from None
+    require_readable(folder)
 
 
 def attach_links(
@@ -123,6 +151,8 @@ def attach_links(
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
+    for config in getattr(model, "peft_config", {}).values():
+        require_kind(config)
     if info.has_table:
         install_links(model, load_links(folder).to(model.dtype))
     scope_adapter(model, info.scope)
@@ -147,6 +177,15 @@ def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
             f"'{info.base_model}' ({info.tokenizer_hash}), got another one from "
             f"'{tokenizer.name_or_path}' ({tokenizer_hash(tokenizer)}); use that of the base"
         )
+
+
+def quantize_as_trained(info: AdapterInfo, model: str | None = None) -> str | None:
+    """How to quantise the base (None: the adapter's own) on loading; None if it is saved so."""
+    if info.quantization is None:
+        return None
+    name, revision = (model, None) if model else (info.base_model, info.base_revision)
+    saved = getattr(read_config(name, revision), "quantization_config", None)
+    return None if saved else info.quantization
 
 
 class Loaded(NamedTuple):
@@ -201,8 +240,9 @@ def load_models(
     """
     sources = [_source(model, adapter, options.get("revision")) for adapter in adapters]
     loaded: list[Loaded | None] = [None] * len(sources)
-    for name, revision in dict.fromkeys((source.base, source.revision) for source in sources):
-        base, tokenizer = load_base(name, **options | {"revision": revision}, recurrent=recurrent)
+    for (name, revision), what in {(s.base, s.revision): s.what for s in sources}.items():
+        how = options | {"revision": revision, "what": what}
+        base, tokenizer = load_base(name, **how, recurrent=recurrent)
         users = [i for i, s in enumerate(sources) if (s.base, s.revision) == (name, revision)]
         for index in users:
             loaded[index] = _apply(sources[index], base, tokenizer, len(users) == 1, merge)
@@ -214,6 +254,7 @@ class _Source(NamedTuple):
 
     base: str
     revision: str | None
+    what: str  # the base, for errors
     release: Release | None
     folder: Path | None
     info: AdapterInfo | None
@@ -225,6 +266,7 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
     release = None if adapter is None else find_release(str(adapter))
     folder = None if adapter is None or release else adapter_folder(adapter)
     info = None if folder is None else AdapterInfo.load(folder)
+    what = "a language model" if model or release else base_of(adapter)
     if model is None and release is not None:
         model = release.repository
     elif model is None and info is None:
@@ -232,7 +274,12 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
     elif model is None:
         own = info.base_model == OWN_WEIGHTS
         model, revision = (str(folder), None) if own else (info.base_model, info.base_revision)
-    return _Source(model, revision, release, folder, info)
+    return _Source(model, revision, what, release, folder, info)
+
+
+def base_of(adapter: str | Path | None) -> str:
+    """What is loaded if the base is the one that an adapter names, for errors."""
+    return f"the base of adapter '{adapter}' (--model takes another copy)"
 
 
 def _apply(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded:

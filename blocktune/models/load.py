@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -100,6 +101,7 @@ def load_base(
     file = gguf_file(bare)
     is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+    require_readable(bare)
     with _explained(name, what):
         bare = bare if file is None else _dequantised(file, dtype)
         model, report = auto.from_pretrained(
@@ -138,6 +140,18 @@ def _require_all(report: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
     if unused := sorted(key for key in report["unexpected_keys"] if "inv_freq" not in key):
         logger.warning("%s: %d weights are not used, such as %s", name, len(unused), unused[0])
+
+
+def require_readable(folder: str | Path) -> None:
+    """Raises ValueError if a safetensors file or index in a folder is damaged; names the file."""
+    for path in sorted(Path(folder).glob("*.safetensors.index.json")):
+        load_json(path)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"'{path}' is damaged or incomplete ({error})") from None
 
 
 def require_stops(folder: str, eos: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_checkpoints
 
 from blocktune import links
-from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, scope_of
+from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo, scope_of
 from blocktune.attention import is_attached
 from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
@@ -31,7 +31,7 @@ from blocktune.models.sharded import fill
 from blocktune.provenance import provenance
 from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
-from blocktune.training.lora import require_reproducible
+from blocktune.training.lora import require_reproducible, trained_adapters
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
@@ -81,8 +81,11 @@ class AdapterFiles:
         ``state`` has the weights by name if those in ``model`` are sharded over processes.
         """
         if hasattr(model, "peft_config"):
+            names = trained_adapters(model)
             # By default PEFT writes whole embeddings after a resize, not just the trained rows.
-            model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+            options = {"save_embedding_layers": False, "selected_adapters": names}
+            model.save_pretrained(folder, state_dict=state, **options)
+            lift_adapter(names, folder)
         elif not self.links_only:
             state = model.state_dict() if state is None else state
             kept = {name: w for name, w in state.items() if not name.startswith(links.LINKS_MODULE)}
@@ -124,6 +127,13 @@ class AdapterFiles:
         info.save(folder)
 
 
+def lift_adapter(names: Sequence[str], folder: Path) -> None:
+    """Moves PEFT's files up to ``folder``; those of adapters with other names than "default"."""
+    for name in names:
+        if name != "default" and (folder / name).is_dir():
+            move_entries(folder / name, folder, last=PEFT_FILE)
+
+
 class SaveLayoutCallback(TrainerCallback):
     """Adds the files that serving needs to the adapter of any trainer.
 
@@ -146,9 +156,13 @@ class SaveLayoutCallback(TrainerCallback):
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
+        names = trained_adapters(model)
+        selected = {"selected_adapters": names} if names else {}
+
         def save_pretrained(folder, *rest, **options):
-            save(folder, *rest, **options)
+            save(folder, *rest, **(selected | options))
             if options.get("is_main_process", True):
+                lift_adapter(names, Path(folder))
                 tokenizer.save_pretrained(folder)
                 files.write_links(model, Path(folder), options.get("state_dict"))
                 files.write_info(model, Path(folder), options.get("state_dict"))
