@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,9 +15,10 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from rich.console import Console
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
+from blocktune.adapter.load import quantize_as_trained
 from blocktune.check import check_adapter
 from blocktune.hub.card import CardFacts, card, results_of, served_by
-from blocktune.parsing import first_line, load_json
+from blocktune.parsing import first_line, load_json, mapping
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
 
@@ -59,7 +60,8 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     files[INFO_FILE] = _json(public_info.to_dict())
     if PEFT_FILE in files:
         base_fields = {"base_model_name_or_path": base, "revision": info.base_revision}
-        files[PEFT_FILE] = _json(load_json(folder / PEFT_FILE) | base_fields)
+        config = mapping(load_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
+        files[PEFT_FILE] = _json({**config, **base_fields})
     return files
 
 
@@ -116,8 +118,8 @@ def prepare(
     files = files_of(folder, info, base)
     results = [results_of(facts.results, folder, info)] if facts.results else []
     facts = replace(facts, license=facts.license or license_of(base, token))
-    settings = {"dtype": dtype, "device": device, "quantize": info.quantization}
-    checks = check_adapter(model, folder, **settings)
+    quantize = quantize_as_trained(info, model)
+    checks = check_adapter(model, folder, dtype=dtype, device=device, quantize=quantize)
     if failed := [check for check in checks if not check.passed]:
         first = failed[0]
         raise ValueError(
@@ -125,7 +127,7 @@ def prepare(
             f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
             "`blocktune check`"
         )
-    text = card(repo, info, base, facts, checks, *results)
+    text = card(repo, replace(info, quantization=quantize), base, facts, checks, *results)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
 
@@ -173,12 +175,14 @@ def check_repo(repo: str, option: str = "--repo") -> None:
 
 def on_the_hub(name: str) -> str:
     """Returns the name of a base; raises ValueError if it cannot be one on the Hub."""
-    if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
-        raise ValueError(
-            f"the base is the local folder '{name}', which nobody else can load; give its name on "
-            "the Hub: --base-model ORG/NAME"
-        )
-    return name
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        if not Path(name).exists():
+            return name
+    raise ValueError(
+        f"the base is '{name}', a folder or no name on the Hub, which nobody else can load; give "
+        "its name: --base-model ORG/NAME"
+    )
 
 
 def license_of(base: str, token: str | None = None) -> str:
