@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,23 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
-from blocktune.adapter.kinds import require_kind, unmergeable
 from blocktune.adapter.releases import Release, find_release
 from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
-from blocktune.models.load import (
-    adapter_folder,
-    load_base,
-    read_config,
-    require_readable,
-    sharing,
-)
+from blocktune.models.load import adapter_folder, load_base, read_config, require_readable, sharing
+from blocktune.models.probe import Refused
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 PEFT_FILE = "adapter_config.json"
+OWN_BASE = "the base of adapter '{}' (--model takes another copy)"  # for errors
 logger = logging.getLogger("blocktune")
 
 
@@ -46,13 +40,10 @@ def load_adapter(
     """Applies an adapter, a folder or a repository of the Hub, to a bare base model.
 
     PEFT wraps the base in place, or LoRA weights are added to it (``merge``, if they can be). The
-    adapter's link tokens are added to the tokenizer. With ``links``, the adapter's link table is
-    installed, if it has one.
+    adapter's link tokens are added to the tokenizer, and its link table is installed (``links``).
 
-    Raises:
-        ValueError: If there is no such adapter, it is damaged, it was made for another base or
-            tokenizer, or its scope cannot be merged. The base is then unchanged, unless the weights
-            do not fit PEFT's configuration.
+    Raises ValueError if there is no such adapter, it is damaged, it was made for another base or
+    tokenizer, or its scope cannot be merged. The base is unchanged, unless PEFT fails.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -64,45 +55,63 @@ def load_adapter(
     if info.adds_tokens:
         add_link_tokens(model, tokenizer, info.num_learned, info.link_seed)
     if (folder / PEFT_FILE).is_file():
-        model = _with_peft(model, folder)
-        if merge and (part := unmergeable(model)):
-            logger.warning("%s is served without merging it: %s", adapter, part)
-        elif merge:
-            with _explained("merge", folder):
-                model = _merged(model)
+        model = _with_peft(model, folder, merge)
     scope_adapter(model, info.scope)
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info
 
 
-def _with_peft(model: PreTrainedModel, folder: Path) -> PeftModel:
+def _with_peft(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
     from peft import PeftConfig, PeftModel  # imported here, since only adapters need PEFT
 
-    with _explained("load", folder):
-        config = PeftConfig.from_pretrained(folder)
-    require_kind(config)
-    with _explained("load", folder), warnings.catch_warnings():  # missing weights would be random
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(model, folder, config=config)
-
-
-@contextmanager
-def _explained(what: str, folder: Path) -> Iterator[None]:
     try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
+        require_kind(PeftConfig.from_pretrained(folder))
+        with warnings.catch_warnings():  # missing weights would be random
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, folder)
+        if merge and (part := unmergeable(wrapped)):
+            logger.warning("'%s' is served without merging it: %s", folder, part)
+        return _merged(wrapped) if merge and not part else wrapped
+    except (Refused, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any type, since the files may be arbitrary
         reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise ValueError(f"PEFT cannot {what} '{folder}' ({PEFT_FILE}): {reason}") from None
+        raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
+
+
+def require_kind(config: Any) -> None:
+    """Raises `Refused` if an adapter of a PEFT configuration acts on a prompt as a whole."""
+    does = {
+        "alora_invocation_tokens": "starts an adapter in the middle of a prompt",
+        "layer_replication": "gives several layers one place in the cache",
+    }
+    wrong = [f"{name} {effect}" for name, effect in does.items() if getattr(config, name, None)]
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        wrong = [f"a {config.peft_type.value} adapter puts rows of its own before a prompt"]
+    if wrong:
+        raise Refused(f"{wrong[0]}, so chunks cannot be cached alone; train LoRA without it")
+
+
+def unmergeable(model: nn.Module) -> str | None:
+    """The part of a PEFT model that PEFT applies, but cannot merge; None if it can merge all."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            name = name.removeprefix("base_model.model.")
+            if any(module.lora_bias.values()) and module.get_base_layer().bias is None:
+                return f"lora_bias adds a bias to '{name}', which has none"
+            if isinstance(module.base_layer, TrainableTokensWrapper):
+                return f"'{name}' has LoRA and trained tokens, by a tied embedding"
+    return None
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:
     """Merges the adapter into its base.
 
-    If the embedding is tied to the output head and the adapter changes only one of them, the head
-    gets its own weights first; PEFT alone would change both.
+    If it changes one of two tied embeddings, the head gets its own weights; PEFT changes both.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -146,8 +155,7 @@ def attach_links(
     PEFT loads the base by the name in its configuration, and resizes it if the adapter's tokenizer
     has more tokens. The model may be merged only if the adapter's scope is ``both``.
 
-    Raises:
-        ValueError: If there is no such adapter, or its table or scope does not fit the model.
+    Raises ValueError if there is no such adapter, or its table or scope does not fit the model.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -181,10 +189,8 @@ def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
 
 def quantize_as_trained(info: AdapterInfo, model: str | None = None) -> str | None:
     """How to quantise the base (None: the adapter's own) on loading; None if it is saved so."""
-    if info.quantization is None:
-        return None
     name, revision = (model, None) if model else (info.base_model, info.base_revision)
-    saved = getattr(read_config(name, revision), "quantization_config", None)
+    saved = info.quantization and getattr(read_config(name, revision), "quantization_config", None)
     return None if saved else info.quantization
 
 
@@ -207,8 +213,7 @@ def load_model(
 ) -> Loaded:
     """Loads a causal language model with an adapter.
 
-    LoRA weights are merged, so that serving is as fast as the base. Exceptions are a quantised base
-    and an adapter that acts only on some rows (`AdapterInfo.scope`).
+    LoRA weights are merged, except into a quantised base or with a scope (`AdapterInfo.scope`).
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
@@ -220,8 +225,7 @@ def load_model(
         recurrent: Whether recurrent layers are allowed; if not, refused before reading weights.
         options: dtype, device, revision and quantize, see `blocktune.models.load.load_base`.
 
-    Raises:
-        ValueError: If there is no such model or adapter, or they do not fit each other.
+    Raises ValueError if there is no such model or adapter, or they do not fit each other.
     """
     return load_models(model, [adapter], merge, recurrent, **options)[0]
 
@@ -235,8 +239,7 @@ def load_models(
 ) -> list[Loaded]:
     """Loads a model with each of several adapters (None: the bare model); see `load_model`.
 
-    An adapter that has a base to itself is merged into it. Adapters that share a base are applied
-    by PEFT, each in separate modules.
+    An adapter that has a base to itself is merged into it; PEFT applies those that share one.
     """
     sources = [_source(model, adapter, options.get("revision")) for adapter in adapters]
     loaded: list[Loaded | None] = [None] * len(sources)
@@ -266,7 +269,7 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
     release = None if adapter is None else find_release(str(adapter))
     folder = None if adapter is None or release else adapter_folder(adapter)
     info = None if folder is None else AdapterInfo.load(folder)
-    what = "a language model" if model or release else base_of(adapter)
+    what = "a language model" if model or release else OWN_BASE.format(adapter)
     if model is None and release is not None:
         model = release.repository
     elif model is None and info is None:
@@ -275,11 +278,6 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
         own = info.base_model == OWN_WEIGHTS
         model, revision = (str(folder), None) if own else (info.base_model, info.base_revision)
     return _Source(model, revision, what, release, folder, info)
-
-
-def base_of(adapter: str | Path | None) -> str:
-    """What is loaded if the base is the one that an adapter names, for errors."""
-    return f"the base of adapter '{adapter}' (--model takes another copy)"
 
 
 def _apply(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, load_adapter
-from blocktune.adapter.kinds import unmergeable
-from blocktune.adapter.load import base_of, load_model, quantize_as_trained
+from blocktune.adapter.load import OWN_BASE, load_model, quantize_as_trained, unmergeable
 from blocktune.adapter.scope import require_mergeable
 from blocktune.files import move_entries
 from blocktune.links import add_link_tokens, load_links, save_links
@@ -50,8 +49,7 @@ def merge_adapter(
 ) -> MergeReport:
     """Writes base and adapter as one model, loads it and compares its logits.
 
-    If the base was quantised in training, LoRA is added to the dequantised weights, on which it was
-    trained.
+    LoRA that was trained on a quantised base is added to the dequantised weights.
 
     Args:
         adapter: Folder, or repository of the Hub.
@@ -61,15 +59,14 @@ def merge_adapter(
         device: Device to compute on.
         links: ``table`` beside the model, or ``added_tokens`` in its vocabulary; None: as trained.
 
-    Raises:
-        ValueError: If the output is not empty, or this adapter cannot be merged in this way.
+    Raises ValueError if the output is not empty, or this adapter cannot be merged in this way.
     """
     folder, output = adapter_folder(adapter), Path(output)
     info = AdapterInfo.load(folder)
     _check(info, folder, output, links)
     loading = {"dtype": dtype, "device": device}
     name, revision = model or info.base_model, None if model else info.base_revision
-    options = loading | {"revision": revision, "what": base_of(adapter)}
+    options = loading | {"revision": revision, "what": OWN_BASE.format(adapter)}
     options["quantize"] = quantize_as_trained(info, model)
     reference = _reference_logits(name, folder, options)
     if not reference.isfinite().all():
@@ -121,7 +118,7 @@ def _write(name, folder, output, info: AdapterInfo, link_mode: str, options) -> 
         if options["quantize"] is None:  # saved quantised, in a form that is not written again
             vars(base).pop("_weight_conversions", None)
     model, _ = load_adapter(base, tokenizer, folder, merge=True, links=False)
-    if part := hasattr(model, "peft_config") and unmergeable(model):
+    if part := unmergeable(model):
         raise ValueError(f"'{folder}' cannot be merged: {part}; serve it with --adapter")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, ignore_cleanup_errors=True) as new:

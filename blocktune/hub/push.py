@@ -102,12 +102,10 @@ def prepare(
 ) -> Publication:
     """Checks an adapter's folder and collects the files to publish, without sending them.
 
-    The check runs on the base ``model`` (default: the adapter's own). ``token`` is used to ask the
-    Hub for the licence of the base.
+    The check runs on the base ``model`` (default: the adapter's own). ``token`` is for the Hub.
 
-    Raises:
-        ValueError: If a check fails, the base is a local folder, its licence is unknown, the folder
-            is not an adapter or has pickled weights, or the results are of another adapter.
+    Raises ValueError if a check fails, the base is a local folder, its licence is unknown, the
+    folder is not an adapter or has pickled weights, or the results are of another adapter.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
@@ -134,9 +132,8 @@ def prepare(
 def send(publication: Publication, private: bool = False, token: str | None = None) -> CommitInfo:
     """Creates the repository if needed and commits all files at once.
 
-    Files of an earlier push that are not in this one are deleted, since old weights would be loaded
-    with the new ones. ``private`` applies to a new repository. Without ``token``, that of ``hf auth
-    login`` or ``HF_TOKEN`` is used. Raises ValueError if the Hub refuses.
+    Published files of an earlier push are deleted, since old weights would be loaded, too.
+    ``private`` applies to a new repository. Raises ValueError if the Hub refuses.
     """
     api = HfApi(token=token)
     try:
@@ -147,10 +144,9 @@ def send(publication: Publication, private: bool = False, token: str | None = No
         operations += [CommitOperationDelete(name) for name in old]
         return api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
     except (httpx.HTTPError, OSError) as error:
-        [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"the Hub refused '{publication.repo}': {reason}; log in with `hf auth login` or set "
-            "HF_TOKEN to a token with write access"
+            f"the Hub refused '{publication.repo}': {first_line(error)}; log in with `hf auth "
+            "login` or set HF_TOKEN to a token with write access"
         ) from None
 
 
@@ -180,8 +176,7 @@ def on_the_hub(name: str) -> str:
         if not Path(name).exists():
             return name
     raise ValueError(
-        f"the base is '{name}', a folder or no name on the Hub, which nobody else can load; give "
-        "its name: --base-model ORG/NAME"
+        f"the base is '{name}', which nobody else can load; name it: --base-model ORG/NAME"
     )
 
 
@@ -223,8 +218,7 @@ class Publisher:
 def alone() -> Iterator[None]:
     """Inside the block, models are loaded completely into this process.
 
-    After a run with ZeRO-3, transformers would shard every model over the processes of the run, and
-    wait for processes that do not load it.
+    After a run with ZeRO-3, transformers would shard every model over the processes of the run.
     """
     from transformers.integrations import deepspeed  # only after a training run
 

@@ -90,7 +90,8 @@ def load_base(
     bare, revision = pinned(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    check_dtype(dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype '{dtype}'; available: {', '.join(DTYPES)}")
     config = read_config(bare, revision, what)
     try:
         examine(config)
@@ -177,8 +178,7 @@ def read_config(
 def gguf_file(name: str) -> Path | None:
     """The GGUF file that ``name`` refers to: itself, or the only one in a folder; None: no GGUF.
 
-    Raises:
-        ValueError: If the file does not exist, a folder has several, or package gguf is missing.
+    Raises ValueError if the file does not exist, a folder has several, or package gguf is missing.
     """
     path = Path(name)
     files = [path] if path.suffix == ".gguf" else []
@@ -235,20 +235,18 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     setattr(text, text.base_model_prefix, decoder)
     text.set_output_embeddings(head)
     text.generation_config = model.generation_config
-    for name in ("_name_or_path", "_commit_hash", "quantization_config"):
-        if hasattr(model.config, name):
-            setattr(text.config, name, getattr(model.config, name))
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
-        if hasattr(model, name):
-            setattr(text, name, getattr(model, name))
+    state = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
+    kept = ("_name_or_path", "_commit_hash", "quantization_config")
+    for source, target, names in ((model.config, text.config, kept), (model, text, state)):
+        for name in (name for name in names if hasattr(source, name)):
+            setattr(target, name, getattr(source, name))
     return text.eval()
 
 
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
     """Copies a model's modules, but shares its weights; with ``own_embeddings`` copies those, too.
 
-    Hooks, LoRA or a link table on one copy do not affect the other. The weights must no longer be
-    changed in place.
+    Hooks, LoRA or a link table on one copy do not affect the other; changed weights would.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     if own_embeddings:
@@ -288,10 +286,9 @@ def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> d
     if saved is None and quantize is None:
         return {}
     if saved is not None and quantize is not None:
-        wanted = f"'{quantize}'" if isinstance(quantize, str) else "by a configuration"
         raise ValueError(
             f"the model is saved quantised ({saved.get('quant_method')}) and cannot be quantised "
-            f"again ({wanted}); leave quantize out, or name the plain model"
+            f"again ({quantize!r:.40}); leave quantize out, or name the plain model"
         )
     if isinstance(quantize, str):
         compute = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -312,12 +309,6 @@ def check_device(name: str) -> None:
             f"no device '{name}' here: torch {torch.__version__} finds {count} CUDA device(s); "
             "take cpu, or leave the device out"
         )
-
-
-def check_dtype(name: str) -> None:
-    """Raises ValueError if ``name`` is not one of `DTYPES`."""
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype '{name}'; available: {', '.join(DTYPES)}")
 
 
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:

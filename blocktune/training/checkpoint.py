@@ -47,8 +47,7 @@ def adapter_info(
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
-    Call it before link tokens are added to model and tokenizer. ``fields`` are those that do not
-    follow from the two.
+    Call it before link tokens are added to model and tokenizer. ``fields`` are all others.
     """
     config = model.config.get_text_config()
     return AdapterInfo(
@@ -178,8 +177,7 @@ class SaveLayoutCallback(TrainerCallback):
 class StagedSaving(Trainer):
     """Saves adapters and checkpoints through a staging folder.
 
-    A checkpoint gets its name only after every rank has written its part. A killed run thus leaves
-    its older checkpoints, and never a partial one.
+    A checkpoint gets its name only after every rank has written its part.
     """
 
     files: AdapterFiles
@@ -190,8 +188,7 @@ class StagedSaving(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains as the Trainer does, after removing the partial files of a killed run.
 
-        Raises ValueError if the checkpoint to continue from is damaged, or comes from a run with
-        other settings, data or base; or if the data makes no step.
+        Raises ValueError if the checkpoint is damaged or of another run, or the data makes no step.
         """
         self._best = False
         self._replaces = self.args.overwrite and not resume_from_checkpoint
@@ -225,8 +222,7 @@ class StagedSaving(Trainer):
         }
         for name in (name for name, differs in changed.items() if differs):
             raise ValueError(
-                f"the {name} changed since '{checkpoint}'; restore the old content to continue, "
-                "or start again with --overwrite"
+                f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
             )
         self.files = self.files.described(**resume.history(checkpoint))
 

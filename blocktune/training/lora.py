@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from blocktune.adapter import scope_adapter
-from blocktune.adapter.kinds import require_kind
+from blocktune.adapter.load import require_kind
 from blocktune.adapter.scope import INITS
 from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.models.quantize import quantization_of
@@ -69,8 +69,7 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
     try:
         return get_peft_model(model, peft_config)
     except (TypeError, KeyError, AttributeError) as error:  # parts that exclude each other
-        reason = f"{type(error).__name__} {error}"
-        raise ValueError(f"PEFT cannot make this adapter for the model: {reason}") from None
+        raise ValueError(f"PEFT cannot make this adapter for the model: {error!r}") from None
 
 
 def _train_rows(config: PeftConfig, model: PreTrainedModel, added: range) -> None:
@@ -133,10 +132,8 @@ class AddedLora(Linear):
     """PEFT's LoRA layer with the same results and less memory traffic.
 
     PEFT scales the product of A and B and adds it to the output. That writes and reads two tensors
-    as large as the output, and their gradients. Here the matrix product adds to the output directly
-    (``addmm_``). This applies only to one plain LoRA adapter with unsharded weights in one
-    precision. All else is left to PEFT: dropout, DoRA, autocast, several, merged or disabled
-    adapters, and weights sharded by FSDP or ZeRO-3.
+    as large as the output, and their gradients. Here the product adds to the output, for one plain
+    LoRA adapter with unsharded weights in one precision. All else is left to PEFT.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
