@@ -76,8 +76,7 @@ class Rows:
 class Layout(Rows):
     """The rows of one batch, each field ``(B, S)``.
 
-    Raises:
-        ValueError: If the fields are not int64 tensors of one two-dimensional shape.
+    Raises ValueError if the fields are not int64 tensors of one two-dimensional shape.
     """
 
     def __post_init__(self):

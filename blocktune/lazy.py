@@ -1,7 +1,6 @@
 """Imports the public names of a package on first use.
 
-So importing a package is cheap, and light modules in it (``blocktune.prompt.layout_spec``) can be
-imported without torch.
+So importing a package is cheap, and light modules in it need no torch.
 """
 
 from __future__ import annotations

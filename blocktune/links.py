@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
 from blocktune.files import replacing
+from blocktune.models.gate import unwrapped
 from blocktune.models.sharded import gathered, whole_shape
 
 LINKS_FILE = "links.safetensors"
@@ -59,14 +60,13 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``.
 
     Install links after PEFT has wrapped the model, because PEFT replaces embeddings that it trains.
-    The table becomes a submodule of the base, so DDP, ZeRO and ``.to()`` handle it like any other
-    weight.
+    The table becomes a submodule of the base, which DDP, ZeRO and ``.to()`` handle like others.
 
     Raises:
         ValueError: If links are installed already, the width differs, or the model has a second
             embedding table for the same ids (Gemma 3n), which cannot look up virtual ids.
     """
-    base = _base(model)
+    base = unwrapped(model)
     _check_model(base, table)
     first = link_base(model)
     embedding = model.get_input_embeddings()
@@ -91,11 +91,7 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
 
 def installed_links(model: nn.Module) -> LinkTable | None:
     """The table that was installed by `install_links`, or None."""
-    return getattr(_base(model), LINKS_MODULE, None)
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(unwrapped(model), LINKS_MODULE, None)
 
 
 def save_links(table: LinkTable, folder: str | Path) -> Path:

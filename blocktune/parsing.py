@@ -193,8 +193,7 @@ def build_config(
     """Builds ``spec`` from option strings, each parsed by the type of its field.
 
     ``names`` maps options to fields with other names; ``given`` are values of fields that are not
-    options. Raises ValueError, starting with ``where`` (such as ``worlds:test``), if an option is
-    unknown or cannot be parsed.
+    options. Raises ValueError, starting with ``where``, if one is unknown or cannot be parsed.
     """
     option_of = {field: option for option, field in (names or {}).items()}
     known = {option_of.get(f.name, f.name): f for f in fields(spec) if f.name not in given}

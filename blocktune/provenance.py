@@ -63,8 +63,7 @@ def without_tokens(text: str) -> str:
 def public(value: Any) -> Any:
     """Removes folders of this machine and tokens of the Hub from provenance.
 
-    Absolute paths are replaced by their last name. Tokens occur in adapters from versions that
-    recorded them.
+    Absolute paths are replaced by their last name. Adapters of old versions may have tokens.
     """
     if isinstance(value, dict):
         return {

@@ -30,16 +30,14 @@ LINK_MODES = ("table", "added_tokens")
 class AdapterInfo:
     """The contents of ``blocktune.json``, which serving needs.
 
-    Serving must use the layout and format of training. The tokenizer's hash is taken without link
-    tokens.
+    Serving must use the layout and format of training.
 
-    Raises:
-        ValueError: If the link mode or the scope is unknown.
+    Raises ValueError if the link mode or the scope is unknown.
     """
 
     base_model: str  # name or path of the base as given to the run, or `OWN_WEIGHTS`
     base_fingerprint: str  # see `blocktune.models.identity.base_fingerprint`
-    tokenizer_hash: str  # see `blocktune.models.identity.tokenizer_hash`
+    tokenizer_hash: str  # see `blocktune.models.identity.tokenizer_hash`; without link tokens
     layout: LayoutSpec  # layout of prompts
     format: PromptFormat  # wording of prompts
     link_mode: str = "table"  # one of `LINK_MODES`; no effect without learned tokens
@@ -110,13 +108,13 @@ class AdapterInfo:
     def load(cls, folder: str | Path) -> AdapterInfo:
         """Reads ``blocktune.json``.
 
-        Raises ValueError if there is none, it has another version, or a key is unknown, missing or
-        of the wrong type.
+        Raises ValueError if there is none, or its version, its keys or their types are others.
         """
         path = Path(folder) / INFO_FILE
         if not path.is_file():
+            lack = f"it has no {INFO_FILE}" if path.parent.is_dir() else "there is no such folder"
             raise ValueError(
-                f"{folder} is not a blocktune adapter: it has no {INFO_FILE}; a trainer writes it "
+                f"{folder} is not a blocktune adapter: {lack}; a trainer writes {INFO_FILE} "
                 "with callbacks=[SaveLayoutCallback(collator)]"
             )
         values = dict(mapping(load_json(path), str(path)))

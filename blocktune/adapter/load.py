@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,12 +18,15 @@ from blocktune.adapter.releases import Release, find_release
 from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
-from blocktune.models.load import adapter_folder, load_base, sharing
+from blocktune.models.load import adapter_folder, load_base, read_config, require_readable, sharing
+from blocktune.models.probe import Refused
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 PEFT_FILE = "adapter_config.json"
+OWN_BASE = "the base of adapter '{}' (--model takes another copy)"  # for errors
+logger = logging.getLogger("blocktune")
 
 
 def load_adapter(
@@ -35,14 +39,11 @@ def load_adapter(
 ) -> tuple[PreTrainedModel, AdapterInfo]:
     """Applies an adapter, a folder or a repository of the Hub, to a bare base model.
 
-    PEFT wraps the base in place, or LoRA weights are added to it (``merge``). The adapter's link
-    tokens are added to the tokenizer. With ``links``, the adapter's link table is installed, if it
-    has one.
+    PEFT wraps the base in place, or LoRA weights are added to it (``merge``, if they can be). The
+    adapter's link tokens are added to the tokenizer, and its link table is installed (``links``).
 
-    Raises:
-        ValueError: If there is no such adapter, it is damaged, it was made for another base or
-            tokenizer, or its scope cannot be merged. The base is then unchanged, unless the weights
-            do not fit PEFT's configuration.
+    Raises ValueError if there is no such adapter, it is damaged, it was made for another base or
+    tokenizer, or its scope cannot be merged. The base is unchanged, unless PEFT fails.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -54,27 +55,63 @@ def load_adapter(
     if info.adds_tokens:
         add_link_tokens(model, tokenizer, info.num_learned, info.link_seed)
     if (folder / PEFT_FILE).is_file():
-        from peft import PeftModel  # imported here, since only adapters need PEFT
-
-        try:
-            with warnings.catch_warnings():  # missing weights would be random
-                warnings.filterwarnings("error", message="Found missing adapter keys")
-                model = PeftModel.from_pretrained(model, folder)
-        except Exception as error:  # of any type, since the files may be arbitrary
-            reason = " ".join(str(error).split())
-            raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
-        model = _merged(model) if merge else model
+        model = _with_peft(model, folder, merge)
     scope_adapter(model, info.scope)
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info
 
 
+def _with_peft(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
+    from peft import PeftConfig, PeftModel  # imported here, since only adapters need PEFT
+
+    try:
+        require_kind(PeftConfig.from_pretrained(folder))
+        with warnings.catch_warnings():  # missing weights would be random
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, folder)
+        if merge and (part := unmergeable(wrapped)):
+            logger.warning("'%s' is served without merging it: %s", folder, part)
+        return _merged(wrapped) if merge and not part else wrapped
+    except (Refused, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any type, since the files may be arbitrary
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
+
+
+def require_kind(config: Any) -> None:
+    """Raises `Refused` if an adapter of a PEFT configuration acts on a prompt as a whole."""
+    does = {
+        "alora_invocation_tokens": "starts an adapter in the middle of a prompt",
+        "layer_replication": "gives several layers one place in the cache",
+    }
+    wrong = [f"{name} {effect}" for name, effect in does.items() if getattr(config, name, None)]
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        wrong = [f"a {config.peft_type.value} adapter puts rows of its own before a prompt"]
+    if wrong:
+        raise Refused(f"{wrong[0]}, so chunks cannot be cached alone; train LoRA without it")
+
+
+def unmergeable(model: nn.Module) -> str | None:
+    """The part of a PEFT model that PEFT applies, but cannot merge; None if it can merge all."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            name = name.removeprefix("base_model.model.")
+            if any(module.lora_bias.values()) and module.get_base_layer().bias is None:
+                return f"lora_bias adds a bias to '{name}', which has none"
+            if isinstance(module.base_layer, TrainableTokensWrapper):
+                return f"'{name}' has LoRA and trained tokens, by a tied embedding"
+    return None
+
+
 def _merged(model: PeftModel) -> PreTrainedModel:
     """Merges the adapter into its base.
 
-    If the embedding is tied to the output head and the adapter changes only one of them, the head
-    gets its own weights first; PEFT alone would change both.
+    If it changes one of two tied embeddings, the head gets its own weights; PEFT changes both.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -83,6 +120,8 @@ def _merged(model: PeftModel) -> PreTrainedModel:
     config, head = base.config, base.get_output_embeddings()
     ends = (base.get_input_embeddings(), head)
     adapted = any(isinstance(end, LoraLayer | ModulesToSaveWrapper) for end in ends)
+    if all(isinstance(end, ModulesToSaveWrapper) for end in ends):  # unless they are saved as one
+        adapted = ends[0].weight is not ends[1].weight
     if adapted and config.get_text_config().tie_word_embeddings:
         own = getattr(head, "base_layer", getattr(head, "original_module", head))
         own.weight = nn.Parameter(own.weight.detach().clone())
@@ -93,15 +132,13 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 
 def require_whole(folder: str | Path) -> None:
     """Raises ValueError if a weight file is missing or truncated; reads only headers."""
-    folder = Path(folder)
-    if (folder / PEFT_FILE).is_file() != any(folder.glob("adapter_model*")):
+    folder, info = Path(folder), AdapterInfo.load(folder)
+    has_peft = (folder / PEFT_FILE).is_file()
+    below = any(folder.glob(f"*/{PEFT_FILE}"))  # where older versions put an adapter with a name
+    bare = info.base_model == OWN_WEIGHTS or (info.has_table and not below)
+    if has_peft != any(folder.glob("adapter_model*")) or not (has_peft or bare):
         raise ValueError(f"'{folder}' lacks one of {PEFT_FILE} and adapter_model.safetensors")
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is damaged or incomplete ({error})") from None
+    require_readable(folder)
 
 
 def attach_links(
@@ -118,11 +155,12 @@ def attach_links(
     PEFT loads the base by the name in its configuration, and resizes it if the adapter's tokenizer
     has more tokens. The model may be merged only if the adapter's scope is ``both``.
 
-    Raises:
-        ValueError: If there is no such adapter, or its table or scope does not fit the model.
+    Raises ValueError if there is no such adapter, or its table or scope does not fit the model.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
+    for config in getattr(model, "peft_config", {}).values():
+        require_kind(config)
     if info.has_table:
         install_links(model, load_links(folder).to(model.dtype))
     scope_adapter(model, info.scope)
@@ -149,6 +187,13 @@ def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
         )
 
 
+def quantize_as_trained(info: AdapterInfo, model: str | None = None) -> str | None:
+    """How to quantise the base (None: the adapter's own) on loading; None if it is saved so."""
+    name, revision = (model, None) if model else (info.base_model, info.base_revision)
+    saved = info.quantization and getattr(read_config(name, revision), "quantization_config", None)
+    return None if saved else info.quantization
+
+
 class Loaded(NamedTuple):
     """A model ready to serve; ``info`` and ``folder`` are None without an adapter."""
 
@@ -168,8 +213,7 @@ def load_model(
 ) -> Loaded:
     """Loads a causal language model with an adapter.
 
-    LoRA weights are merged, so that serving is as fast as the base. Exceptions are a quantised base
-    and an adapter that acts only on some rows (`AdapterInfo.scope`).
+    LoRA weights are merged, except into a quantised base or with a scope (`AdapterInfo.scope`).
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
@@ -181,8 +225,7 @@ def load_model(
         recurrent: Whether recurrent layers are allowed; if not, refused before reading weights.
         options: dtype, device, revision and quantize, see `blocktune.models.load.load_base`.
 
-    Raises:
-        ValueError: If there is no such model or adapter, or they do not fit each other.
+    Raises ValueError if there is no such model or adapter, or they do not fit each other.
     """
     return load_models(model, [adapter], merge, recurrent, **options)[0]
 
@@ -196,13 +239,13 @@ def load_models(
 ) -> list[Loaded]:
     """Loads a model with each of several adapters (None: the bare model); see `load_model`.
 
-    An adapter that has a base to itself is merged into it. Adapters that share a base are applied
-    by PEFT, each in separate modules.
+    An adapter that has a base to itself is merged into it; PEFT applies those that share one.
     """
     sources = [_source(model, adapter, options.get("revision")) for adapter in adapters]
     loaded: list[Loaded | None] = [None] * len(sources)
-    for name, revision in dict.fromkeys((source.base, source.revision) for source in sources):
-        base, tokenizer = load_base(name, **options | {"revision": revision}, recurrent=recurrent)
+    for (name, revision), what in {(s.base, s.revision): s.what for s in sources}.items():
+        how = options | {"revision": revision, "what": what}
+        base, tokenizer = load_base(name, **how, recurrent=recurrent)
         users = [i for i, s in enumerate(sources) if (s.base, s.revision) == (name, revision)]
         for index in users:
             loaded[index] = _apply(sources[index], base, tokenizer, len(users) == 1, merge)
@@ -214,6 +257,7 @@ class _Source(NamedTuple):
 
     base: str
     revision: str | None
+    what: str  # the base, for errors
     release: Release | None
     folder: Path | None
     info: AdapterInfo | None
@@ -225,6 +269,7 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
     release = None if adapter is None else find_release(str(adapter))
     folder = None if adapter is None or release else adapter_folder(adapter)
     info = None if folder is None else AdapterInfo.load(folder)
+    what = "a language model" if model or release else OWN_BASE.format(adapter)
     if model is None and release is not None:
         model = release.repository
     elif model is None and info is None:
@@ -232,7 +277,7 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
     elif model is None:
         own = info.base_model == OWN_WEIGHTS
         model, revision = (str(folder), None) if own else (info.base_model, info.base_revision)
-    return _Source(model, revision, release, folder, info)
+    return _Source(model, revision, what, release, folder, info)
 
 
 def _apply(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, load_adapter
-from blocktune.adapter.load import load_model
+from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, load_adapter
+from blocktune.adapter.load import OWN_BASE, load_model, quantize_as_trained, unmergeable
 from blocktune.adapter.scope import require_mergeable
+from blocktune.files import move_entries
 from blocktune.links import add_link_tokens, load_links, save_links
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, load_base
@@ -47,8 +49,7 @@ def merge_adapter(
 ) -> MergeReport:
     """Writes base and adapter as one model, loads it and compares its logits.
 
-    If the base was quantised in training, LoRA is added to the dequantised weights, on which it was
-    trained.
+    LoRA that was trained on a quantised base is added to the dequantised weights.
 
     Args:
         adapter: Folder, or repository of the Hub.
@@ -58,16 +59,18 @@ def merge_adapter(
         device: Device to compute on.
         links: ``table`` beside the model, or ``added_tokens`` in its vocabulary; None: as trained.
 
-    Raises:
-        ValueError: If the output is not empty, or this adapter cannot be merged in this way.
+    Raises ValueError if the output is not empty, or this adapter cannot be merged in this way.
     """
     folder, output = adapter_folder(adapter), Path(output)
     info = AdapterInfo.load(folder)
     _check(info, folder, output, links)
     loading = {"dtype": dtype, "device": device}
-    options = loading | {"revision": None if model else info.base_revision}
-    name = model or info.base_model
-    reference = _reference_logits(name, folder, info.quantization, options)
+    name, revision = model or info.base_model, None if model else info.base_revision
+    options = loading | {"revision": revision, "what": OWN_BASE.format(adapter)}
+    options["quantize"] = quantize_as_trained(info, model)
+    reference = _reference_logits(name, folder, options)
+    if not reference.isfinite().all():
+        raise ValueError(f"'{folder}' gives logits that are no numbers (NaN); train it again")
     _write(name, folder, output, info, links or info.link_mode, options)
     num_logits, difference = reference.shape[-1], None
     merged = _logits(*load_model(adapter=output, **loading)[:3], num_logits)
@@ -100,8 +103,8 @@ def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> 
 
 
 @torch.no_grad()
-def _reference_logits(name, folder, quantization, options) -> Tensor:
-    base, tokenizer = load_base(name, quantize=quantization, **options)
+def _reference_logits(name, folder, options) -> Tensor:
+    base, tokenizer = load_base(name, **options)
     # Rows beyond the tokenizer's vocabulary are left out, since added link tokens may use them.
     vocab_size = min(len(tokenizer), base.config.get_text_config().vocab_size)
     model, info = load_adapter(base, tokenizer, folder)
@@ -109,31 +112,36 @@ def _reference_logits(name, folder, quantization, options) -> Tensor:
 
 
 def _write(name, folder, output, info: AdapterInfo, link_mode: str, options) -> None:
-    base, tokenizer = load_base(name, quantize=info.quantization, **options)
+    base, tokenizer = load_base(name, **options)
     if info.quantization is not None:
         base = base.dequantize(dtype=base.dtype)
+        if options["quantize"] is None:  # saved quantised, in a form that is not written again
+            vars(base).pop("_weight_conversions", None)
     model, _ = load_adapter(base, tokenizer, folder, merge=True, links=False)
+    if part := unmergeable(model):
+        raise ValueError(f"'{folder}' cannot be merged: {part}; serve it with --adapter")
     output.mkdir(parents=True, exist_ok=True)
-    if info.has_table:
-        table = load_links(folder)
-        if link_mode == "table":
-            save_links(table, output)
-        else:
-            add_link_tokens(model, tokenizer, info.num_learned, rows=table.weight.data)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    origin = {"started_from": info.base_model, "merged_on": info.quantization}
-    merged = replace(
-        info,
-        base_model=OWN_WEIGHTS,
-        base_revision=None,
-        base_fingerprint=base_fingerprint(model),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        quantization=None,
-        link_mode=link_mode,
-        training={**info.training, **origin},
-    )
-    merged.save(output)
+    with tempfile.TemporaryDirectory(dir=output, ignore_cleanup_errors=True) as new:
+        if info.has_table and link_mode == "table":
+            save_links(load_links(folder), new)
+        elif info.has_table:
+            rows = load_links(folder).weight.data
+            add_link_tokens(model, tokenizer, info.num_learned, rows=rows)
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        origin = {"started_from": info.base_model, "merged_on": info.quantization}
+        merged = replace(
+            info,
+            base_model=OWN_WEIGHTS,
+            base_revision=None,
+            base_fingerprint=base_fingerprint(model),
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            quantization=None,
+            link_mode=link_mode,
+            training={**info.training, **origin},
+        )
+        merged.save(new)
+        move_entries(new, output, last=INFO_FILE)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Published models of other projects, with the prompt and layout to serve them.
 
-These are full models without a ``blocktune.json``. ``releases.yaml`` has its contents instead, for
-``--adapter release:NAME`` (with ``--model`` for a local copy).
+``releases.yaml`` has what their ``blocktune.json`` would have, for ``--adapter release:NAME``.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ class Release:
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
         """Sets the tokenizer's chat template and BOS; returns the description of the adapter.
 
-        Raises ValueError if the tokenizer has other ids for the trained tokens, or the model has no
-        embeddings for them.
+        Raises ValueError if the trained tokens have other ids here, or no embeddings.
         """
         for token, expected in self.tokens.items():
             actual = tokenizer.convert_tokens_to_ids(token)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from blocktune.attention.interface import plan_in, written_rows
-from blocktune.models.gate import decoder_layers
+from blocktune.models.gate import decoder_layers, unwrapped
 
 SCOPES = ("both", "encode", "read")
 SCOPED_ROWS = {"encode": "rows of chunks", "read": "rows computed at answering time"}
@@ -34,12 +34,9 @@ def scope_adapter(model: nn.Module, scope: str) -> None:
     """Restricts the LoRA of a PEFT model to some rows, in training and in serving.
 
     The layout of a forward pass has the kinds of rows, see `Layout.written`; without a layout,
-    attention is full. The adapter must be plain LoRA (or rsLoRA) on linear modules of the model's
-    layers. Scope ``both`` restricts nothing.
+    attention is full. The adapter must be plain LoRA (or rsLoRA) on linear modules of the layers.
 
-    Raises:
-        ValueError: If the model has no adapter or has another scope, or a part of its adapter
-            would act on other rows too.
+    Raises ValueError if the model has no adapter or another scope, or a part acts on other rows.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got '{scope}'")
@@ -58,12 +55,12 @@ def scope_adapter(model: nn.Module, scope: str) -> None:
         # gets the hook too. Prepended, since another hook (a probe) may run the layer's forward.
         for module in {layer, *(m for m in layer.modules() if hasattr(m, "layer_idx"))}:
             module.register_forward_pre_hook(rows.enter, with_kwargs=True, prepend=True)
-    setattr(_base(model), _HANDLE, scope)
+    setattr(unwrapped(model), _HANDLE, scope)
 
 
 def scope_of(model: nn.Module) -> str:
     """The scope set by `scope_adapter`, of a bare model or one wrapped by PEFT."""
-    return getattr(_base(model), _HANDLE, "both")
+    return getattr(unwrapped(model), _HANDLE, "both")
 
 
 def require_mergeable(scope: str) -> None:
@@ -73,10 +70,6 @@ def require_mergeable(scope: str) -> None:
             f"an adapter of scope '{scope}' acts on {SCOPED_ROWS[scope]} only, but merged weights "
             "act on all rows; serve it with --adapter instead, which is as fast as the base"
         )
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class _Rows:

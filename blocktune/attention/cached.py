@@ -111,8 +111,7 @@ def find_tails(query: Rows, key: Rows) -> list[Tail]:
     """Tails that cover the whole batch; [] if a prompt computes other rows than its last ones.
 
     Computed rows ``(B, R)`` have padding before them, columns ``(B, N)`` after them. For few rows
-    after many columns the result is [], too: their mask is small, while a causal kernel would need
-    many padding rows. A single row needs neither.
+    after many columns the result is [], too: their mask is small. A single row needs neither.
     """
     rows = (query.kind != Kind.PAD).sum(1)
     columns = (key.kind != Kind.PAD).sum(1)

@@ -2,8 +2,7 @@
 
 `attach` registers an attention function through transformers' own interface and adds a forward hook
 to the decoder. A forward pass with a ``layout`` (or a prepared ``plan``) attends by it; without
-one, the model works as before. No model code is forked or patched, and importing this module has no
-effect.
+one, the model works as before. No model code is forked or patched.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ ATTACHED: WeakSet[nn.Module] = WeakSet()
 class Plan(Protocol):
     """An execution of the visibility rule, prepared once per batch and used by all layers.
 
-    A plan made from a layout has the attribute ``written`` (`Layout.written`). A plan that wraps
-    another one has that as its attribute ``plan``.
+    A plan made from a layout has ``written`` (`Layout.written`), a wrapping one also ``plan``.
     """
 
     def attend(
@@ -59,8 +57,7 @@ class Plan(Protocol):
     ) -> Tensor:
         """Attends ``query`` ``(B, H, R, D)`` over ``key`` and ``value`` ``(B, K, N, D)``.
 
-        ``rule`` is the layer's part of the visibility rule. Returns ``(B, R, H, D)``, as
-        transformers expects.
+        ``rule`` is the layer's part of the visibility rule. Returns ``(B, R, H, D)``.
         """
 
 

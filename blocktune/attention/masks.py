@@ -100,9 +100,8 @@ class RowBand:
     """Masked attention in blocks of query rows. Query rows and keys are sorted by order.
 
     A block is scored only against the keys up to its last row (and, with a window, from the first
-    key in reach), so no work is done for keys that no row sees. Masks are made once per rule and
-    kept while there is room. Otherwise they are made block by block in each layer, and again in
-    its backward.
+    key in reach). Masks are made once per rule and
+    kept while there is room, else made block by block in each layer and in its backward.
     """
 
     query: Rows  # the query rows, ``(G, R)``

@@ -98,8 +98,7 @@ def _index(rows: list[_Row]) -> list[int]:
 class _Bucket:
     """Stacked segments of similar length. Indices are into the flattened ``B * S`` rows.
 
-    Indices are padded on the right with -1. No real row sees padding and its output is dropped, so
-    it holds zeros and gets no gradient.
+    Indices are padded on the right with -1. No real row sees padding, and its output is dropped.
     """
 
     query: Tensor  # (G, R)
@@ -226,8 +225,7 @@ def _pad(rows: list[list[int]]) -> Tensor:
 class RowMap:
     """Gathers rows so that each source row goes to at most one target row.
 
-    So the gradient is a gather, too. Autograd's gradient of ``index_select`` cannot assume this and
-    accumulates instead, which took longer than attention itself.
+    So the gradient is a gather, too; that of ``index_select`` took longer than attention itself.
     """
 
     def __init__(self, source: Tensor, num_sources: int):

@@ -170,8 +170,7 @@ def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...
     """Chooses at most ``budget`` depths, in ascending order, that minimise recomputed tokens.
 
     ``weights`` say how often prompts were shared up to each depth (in tokens). Deterministic.
-    Only depths that occur are candidates: a checkpoint between two of them is never better than
-    one at the next.
+    Only depths that occur are candidates.
     """
     kept = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
     if budget >= len(kept) or budget < 1:

@@ -1,8 +1,7 @@
 """Checks that chunk reuse is correct on a given model or adapter, and helpers of all checks.
 
 Tests on small random models say little about a new architecture, a custom kernel or a converted
-checkpoint. So the same equivalences are checked on the user's model, with its tokenizer and chat
-template, before it is served.
+checkpoint. So the user's model is checked with its tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ HISTORY = (
     Ask("Who was she?", (ASK.chunks[1], ASK.chunks[2], ASK.chunks[0])),
     Ask("Where?", (*SHORT.chunks[::-1], *LAST.chunks[2:])),
 )
-"""Earlier prompts, for methods that need them: each chunk of the requests above once, in another
-context."""
+"""Earlier prompts for methods that need them: each chunk of the requests above, once, elsewhere."""
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference of logits, relative to the largest logit. Rounding in float32 stays
@@ -114,8 +112,7 @@ class Subject:
     method: Method
     engine: Engine
     bare: Engine  # another engine, whose prompts have nothing before the first chunk
-    # Results from empty caches so far, which several claims and similar methods need. Subjects on
-    # the same engine may share it.
+    # Results from empty caches so far; subjects on the same engine may share them.
     results: dict[Any, Any] = field(default_factory=dict)
 
     def begin(self, history: Sequence[Ask] = HISTORY) -> Engine:
@@ -142,8 +139,7 @@ class Subject:
     def dense_logits(self, method: Method, rows: RowChange | None = None) -> Tensor:
         """Logits ``(V,)`` after the prompt of `ASK`, from one forward pass with the dense mask.
 
-        ``rows``, such as `all_visible`, changes ids and layout first; the prompt's own rows must
-        stay first.
+        ``rows``, such as `all_visible`, changes ids and layout first, and keeps the prompt's rows.
         """
         key = facts_served(method), rows
         if key not in self.results:
@@ -307,8 +303,7 @@ def _plain(engine: Engine) -> Method:
 def check_adapter(model: str | None, adapter: str | Path, **options: Any) -> list[Check]:
     """Runs `check_model`, and compares full prefill with stock PEFT, unmerged.
 
-    Base (None: the adapter's own) and adapter are loaded twice, one after the other, with
-    the ``options`` ``dtype``, ``device`` and ``quantize``.
+    Base and adapter are loaded twice, with the ``options`` ``dtype``, ``device`` and ``quantize``.
     """
     folder = adapter_folder(adapter)
     stock = _stock_logits(model, folder, options) if (folder / PEFT_FILE).is_file() else None

@@ -120,8 +120,9 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
-    # If an adapter changes only one of two tied embeddings, that one gets its own weights.
-    warnings.filterwarnings("ignore", message="(?s).*ensure_weight_tying")
+    # If an adapter changes only one of two tied embeddings, that one gets its own weights. An
+    # adapter that cannot be merged is reported, once.
+    warnings.filterwarnings("ignore", message="(?s).*(ensure_weight_tying|lora_bias=True)")
     # A filter, since they set their level on import. It does not apply to child loggers.
     for name in (
         *("bitsandbytes", "bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"),

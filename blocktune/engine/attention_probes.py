@@ -110,8 +110,7 @@ class ChunkAttention(ScoreReader):
 class QueryProbe(ScoreReader):
     """Attends by another plan, and reads the attention weights of the question's rows.
 
-    ``by_layer`` holds for each layer read the weight of each key, mean over heads, pooled over the
-    question's rows, ``(B, N)`` float32.
+    ``by_layer`` has each read layer's weight of each key, pooled, mean over heads, ``(B, N)``.
     """
 
     def __init__(
@@ -308,8 +307,7 @@ class ScoringPasses:
 def _to_encoded(columns: Rows) -> Tensor:
     """Shift of each column from its position in the prompt to that at encoding, ``(B, N)``.
 
-    Chunks were encoded from position 0. Rows outside of chunks, except for the prefix, move to the
-    positions after the longest chunk.
+    Rows outside of chunks, except for the prefix, move to positions after the longest chunk.
     """
     in_chunk = (columns.kind == Kind.CHUNK) | (columns.kind == Kind.WRAP)
     chunk = torch.where(in_chunk, columns.chunk, columns.chunk.max() + 1)

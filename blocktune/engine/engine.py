@@ -48,8 +48,7 @@ class Engine:
     print(answer.text, answer.usage.recompute_ratio, answer.usage.ttft_s)
     ```
 
-    Several threads may answer at once: requests share no mutable state except the caches, which
-    are locked.
+    Several threads may answer at once: requests share only the caches, which are locked.
     """
 
     responses: ResponseCache | None = None  # set it to cache whole answers
@@ -78,8 +77,7 @@ class Engine:
             store: Where encoded chunks are kept; default: memory.
             prefix_tree: Where exact prefixes are kept; default: memory, then the store's folder.
 
-        Raises:
-            ValueError: If cached chunks of the model cannot be moved, or ``adapter`` is wrong.
+        Raises ValueError if cached chunks of the model cannot be moved, or ``adapter`` is wrong.
         """
         rope, recurrence = hook(model)
         if rope is not None and model.device.type == "cpu":
@@ -140,8 +138,7 @@ class Engine:
         chunks are kept: a `ChunkStore`, or any text that `ChunkStore.open` takes, such as a folder;
         None: memory only. ``format`` is the wording of prompts; None: the adapter's.
 
-        Raises:
-            ValueError: If the model or adapter does not exist, or they do not match.
+        Raises ValueError if the model or adapter does not exist, or they do not match.
         """
         how = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
         base, tokenizer, info, folder = load_model(model, adapter, recurrent=recurrent, **how)

@@ -156,8 +156,7 @@ class PromptMaker:
     ) -> tuple[Piece | None, list[Piece]]:
         """Pieces to encode ahead: the prefix (None if empty) and the chunks.
 
-        They are those of prompts of the layout ``spec``; default, and if that is full attention:
-        the adapter's, else plain reuse.
+        Their layout is ``spec``; if it is None or full attention, the adapter's or plain reuse.
 
         Raises ValueError as `prompt` does.
         """

@@ -42,8 +42,7 @@ class Auxiliaries:
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Adds a loaded model, and replaces its attention by blocktune's.
 
-        Raises:
-            ValueError: If its tokenizer maps the served model's token ids to other text.
+        Raises ValueError if its tokenizer maps the served model's token ids to other text.
         """
         own, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
         if wrong := sorted((i, token) for token, i in own.items() if theirs.get(token) != i):

@@ -50,8 +50,7 @@ def card(
 ) -> str:
     """The complete ``README.md`` of a repository.
 
-    ``base`` is the name of the base on the Hub, ``facts`` has a licence, ``results`` is the text of
-    the section "Results".
+    ``base`` is its name on the Hub, ``facts`` has a licence, ``results`` is a section's text.
     """
     method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
     summary = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,9 +15,10 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from rich.console import Console
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
+from blocktune.adapter.load import quantize_as_trained
 from blocktune.check import check_adapter
 from blocktune.hub.card import CardFacts, card, results_of, served_by
-from blocktune.parsing import first_line, load_json
+from blocktune.parsing import first_line, load_json, mapping
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
 
@@ -59,7 +60,8 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     files[INFO_FILE] = _json(public_info.to_dict())
     if PEFT_FILE in files:
         base_fields = {"base_model_name_or_path": base, "revision": info.base_revision}
-        files[PEFT_FILE] = _json(load_json(folder / PEFT_FILE) | base_fields)
+        config = mapping(load_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
+        files[PEFT_FILE] = _json({**config, **base_fields})
     return files
 
 
@@ -100,12 +102,10 @@ def prepare(
 ) -> Publication:
     """Checks an adapter's folder and collects the files to publish, without sending them.
 
-    The check runs on the base ``model`` (default: the adapter's own). ``token`` is used to ask the
-    Hub for the licence of the base.
+    The check runs on the base ``model`` (default: the adapter's own). ``token`` is for the Hub.
 
-    Raises:
-        ValueError: If a check fails, the base is a local folder, its licence is unknown, the folder
-            is not an adapter or has pickled weights, or the results are of another adapter.
+    Raises ValueError if a check fails, the base is a local folder, its licence is unknown, the
+    folder is not an adapter or has pickled weights, or the results are of another adapter.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
@@ -116,8 +116,8 @@ def prepare(
     files = files_of(folder, info, base)
     results = [results_of(facts.results, folder, info)] if facts.results else []
     facts = replace(facts, license=facts.license or license_of(base, token))
-    settings = {"dtype": dtype, "device": device, "quantize": info.quantization}
-    checks = check_adapter(model, folder, **settings)
+    quantize = quantize_as_trained(info, model)
+    checks = check_adapter(model, folder, dtype=dtype, device=device, quantize=quantize)
     if failed := [check for check in checks if not check.passed]:
         first = failed[0]
         raise ValueError(
@@ -125,16 +125,15 @@ def prepare(
             f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
             "`blocktune check`"
         )
-    text = card(repo, info, base, facts, checks, *results)
+    text = card(repo, replace(info, quantization=quantize), base, facts, checks, *results)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
 
 def send(publication: Publication, private: bool = False, token: str | None = None) -> CommitInfo:
     """Creates the repository if needed and commits all files at once.
 
-    Files of an earlier push that are not in this one are deleted, since old weights would be loaded
-    with the new ones. ``private`` applies to a new repository. Without ``token``, that of ``hf auth
-    login`` or ``HF_TOKEN`` is used. Raises ValueError if the Hub refuses.
+    Published files of an earlier push are deleted, since old weights would be loaded, too.
+    ``private`` applies to a new repository. Raises ValueError if the Hub refuses.
     """
     api = HfApi(token=token)
     try:
@@ -145,10 +144,9 @@ def send(publication: Publication, private: bool = False, token: str | None = No
         operations += [CommitOperationDelete(name) for name in old]
         return api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
     except (httpx.HTTPError, OSError) as error:
-        [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"the Hub refused '{publication.repo}': {reason}; log in with `hf auth login` or set "
-            "HF_TOKEN to a token with write access"
+            f"the Hub refused '{publication.repo}': {first_line(error)}; log in with `hf auth "
+            "login` or set HF_TOKEN to a token with write access"
         ) from None
 
 
@@ -173,12 +171,13 @@ def check_repo(repo: str, option: str = "--repo") -> None:
 
 def on_the_hub(name: str) -> str:
     """Returns the name of a base; raises ValueError if it cannot be one on the Hub."""
-    if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
-        raise ValueError(
-            f"the base is the local folder '{name}', which nobody else can load; give its name on "
-            "the Hub: --base-model ORG/NAME"
-        )
-    return name
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        if not Path(name).exists():
+            return name
+    raise ValueError(
+        f"the base is '{name}', which nobody else can load; name it: --base-model ORG/NAME"
+    )
 
 
 def license_of(base: str, token: str | None = None) -> str:
@@ -219,8 +218,7 @@ class Publisher:
 def alone() -> Iterator[None]:
     """Inside the block, models are loaded completely into this process.
 
-    After a run with ZeRO-3, transformers would shard every model over the processes of the run, and
-    wait for processes that do not load it.
+    After a run with ZeRO-3, transformers would shard every model over the processes of the run.
     """
     from transformers.integrations import deepspeed  # only after a training run
 

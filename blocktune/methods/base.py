@@ -107,8 +107,7 @@ class Method:
     def layout_for(self, trained: LayoutSpec | None) -> LayoutSpec:
         """The layout to serve with, given the one that the model's adapter was trained with.
 
-        Raises ValueError if the method needs another adapter, or does not serve the learned tokens
-        of this one.
+        Raises ValueError if the method needs another adapter, or other learned tokens.
         """
         # An adapter trained in full attention has no layout of chunks to serve.
         is_block = trained is not None and trained.block

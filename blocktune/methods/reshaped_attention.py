@@ -92,8 +92,7 @@ class ReshapedAttention:
     def attend(self, band, columns, query, key, value, rule, params) -> Tensor | None:
         """Attends, in float32, rows that were written into ``columns`` ``(B, R)``, -1 for padding.
 
-        Other arguments as for `RowBand.attend`. Returns ``(B, H, R, D)``, or None for a layer whose
-        scores are not changed.
+        Other arguments as for `RowBand.attend`. Returns ``(B, H, R, D)``, or None: no change.
         """
         seen = self._enter(band, columns, rule.layer)
         if not self._acts[rule.layer]:

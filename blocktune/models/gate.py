@@ -3,8 +3,7 @@
 Chunk reuse and block training are exact on a decoder if four properties hold. Only attention mixes
 tokens. Every layer attends by the function that blocktune passes to it and keeps its own keys.
 Positions enter only by rotating queries and keys. A layer attends exactly to what it passes to that
-function. `examine` checks them, and names the one that is missing. It never looks at a model's
-name.
+function. `examine` names the one that is missing, without looking at a model's name.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attent
 def require_supported(model: PreTrainedModel) -> RopeSpec:
     """Returns how to move a model's cached chunks. Raises `Refused` if that is impossible.
 
-    The frequencies are read from this model. It may be a PEFT model, quantised or split over
-    processes, because it is not run. The error names the missing property.
+    It is not run, so it may be a PEFT model, quantised or split. The error names the property.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     config = base.config.get_text_config()
     cls = type(base) if isinstance(config, type(base).config_class) else causal_class(config)
     structure = examine(config, cls)
@@ -137,6 +135,11 @@ def exact_length(config: PreTrainedConfig) -> int | None:
         lengths.append(config.floor_scale - 1)
     lengths.append(getattr(config, "index_topk", None))
     return min((length for length in lengths if length is not None), default=None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

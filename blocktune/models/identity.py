@@ -32,8 +32,7 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
     in bfloat16. For a 4- or 8-bit base only embeddings and norms are compared. The model must not
     be merged or resized. ``state`` has its whole weights by name, if a launch has split them.
 
-    Returns digests of architecture, plain weights and linear weights (or `QUANTISED`), joined by
-    ``-``. Raises ValueError if a weight is not in memory.
+    It joins those of architecture, plain and linear weights. ValueError: a weight is not in memory.
     """
     config = model.config.get_text_config().to_dict()
     shape = {name: config.get(name) for name in _ARCHITECTURE}
@@ -94,8 +93,7 @@ def _base_weights(
 def _sample(name: str, weight: Tensor) -> bytes:
     if weight.is_meta:
         raise ValueError(
-            f"cannot fingerprint '{name}': its weights are not in memory; load the model without "
-            "offloading to disk"
+            f"cannot fingerprint '{name}': its weights are not in memory; do not offload to disk"
         )
     if not weight.is_floating_point():
         return b""

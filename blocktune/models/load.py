@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -89,7 +90,8 @@ def load_base(
     bare, revision = pinned(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    check_dtype(dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype '{dtype}'; available: {', '.join(DTYPES)}")
     config = read_config(bare, revision, what)
     try:
         examine(config)
@@ -100,6 +102,7 @@ def load_base(
     file = gguf_file(bare)
     is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+    require_readable(bare)
     with _explained(name, what):
         bare = bare if file is None else _dequantised(file, dtype)
         model, report = auto.from_pretrained(
@@ -140,6 +143,18 @@ def _require_all(report: Mapping[str, Any], name: str) -> None:
         logger.warning("%s: %d weights are not used, such as %s", name, len(unused), unused[0])
 
 
+def require_readable(folder: str | Path) -> None:
+    """Raises ValueError if a safetensors file or index in a folder is damaged; names the file."""
+    for path in sorted(Path(folder).glob("*.safetensors.index.json")):
+        load_json(path)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"'{path}' is damaged or incomplete ({error})") from None
+
+
 def require_stops(folder: str, eos: Any) -> None:
     """Raises ValueError for a damaged generation config (which transformers ignores) or EOS."""
     if (path := Path(folder) / GENERATION_CONFIG_NAME).is_file():
@@ -163,8 +178,7 @@ def read_config(
 def gguf_file(name: str) -> Path | None:
     """The GGUF file that ``name`` refers to: itself, or the only one in a folder; None: no GGUF.
 
-    Raises:
-        ValueError: If the file does not exist, a folder has several, or package gguf is missing.
+    Raises ValueError if the file does not exist, a folder has several, or package gguf is missing.
     """
     path = Path(name)
     files = [path] if path.suffix == ".gguf" else []
@@ -221,20 +235,18 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     setattr(text, text.base_model_prefix, decoder)
     text.set_output_embeddings(head)
     text.generation_config = model.generation_config
-    for name in ("_name_or_path", "_commit_hash", "quantization_config"):
-        if hasattr(model.config, name):
-            setattr(text.config, name, getattr(model.config, name))
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
-        if hasattr(model, name):
-            setattr(text, name, getattr(model, name))
+    state = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit")
+    kept = ("_name_or_path", "_commit_hash", "quantization_config")
+    for source, target, names in ((model.config, text.config, kept), (model, text, state)):
+        for name in (name for name in names if hasattr(source, name)):
+            setattr(target, name, getattr(source, name))
     return text.eval()
 
 
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
     """Copies a model's modules, but shares its weights; with ``own_embeddings`` copies those, too.
 
-    Hooks, LoRA or a link table on one copy do not affect the other. The weights must no longer be
-    changed in place.
+    Hooks, LoRA or a link table on one copy do not affect the other; changed weights would.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     if own_embeddings:
@@ -274,10 +286,9 @@ def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> d
     if saved is None and quantize is None:
         return {}
     if saved is not None and quantize is not None:
-        wanted = f"'{quantize}'" if isinstance(quantize, str) else "by a configuration"
         raise ValueError(
             f"the model is saved quantized ({saved.get('quant_method')}) and cannot be quantized "
-            f"again ({wanted}); leave quantize out, or name the plain model"
+            f"again ({quantize!r:.40}); leave quantize out, or name the plain model"
         )
     if isinstance(quantize, str):
         compute = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -298,12 +309,6 @@ def check_device(name: str) -> None:
             f"no device '{name}' here: torch {torch.__version__} finds {count} CUDA device(s); "
             "take cpu, or leave the device out"
         )
-
-
-def check_dtype(name: str) -> None:
-    """Raises ValueError if ``name`` is not one of `DTYPES`."""
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype '{name}'; available: {', '.join(DTYPES)}")
 
 
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:

@@ -80,8 +80,7 @@ def without_keys(name: str, missing: list[int]) -> str:
     """Error for a model whose layers ``missing`` keep no keys."""
     return (
         f"{name}: {_layers(missing)} no keys of their own (they use those of other layers, or "
-        "cache none); blocktune caches the keys of every layer: use a decoder in which every layer "
-        "keeps them"
+        "cache none); blocktune caches the keys of every layer: use a decoder that keeps them"
     )
 
 
@@ -171,11 +170,8 @@ class Probe:
 
         def watch(name: str, module: nn.Module, _: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
-            if (
-                isinstance(first, Tensor)
-                and first.shape[:2] == (1, count)
-                and not first.is_complex()
-            ):
+            is_rows = isinstance(first, Tensor) and first.shape[:2] == (1, count)
+            if is_rows and not first.is_complex():
                 outputs.append((name, type(module).__name__, first[0].float()))
 
         hooks = [
@@ -194,8 +190,7 @@ class Probe:
         if more := run.plan.queries.keys() - every:
             raise Refused(
                 f"{self.name} attends in {self.depth + len(more)} layers where its configuration "
-                f"has {self.depth} (layers that run several times); use a decoder whose layers run "
-                "once"
+                f"has {self.depth} (layers that run several times); use one whose layers run once"
             )
         if missing := sorted(every - run.plan.queries.keys()):
             raise Refused(
@@ -239,8 +234,7 @@ class Probe:
         if errors[best] > TOLERANCE or _moves(fixed):
             raise Refused(
                 f"{self.name}: in layer {index}, keys at different positions do not differ by a "
-                "rotation by the model's frequencies, so cached keys cannot be moved; use a RoPE "
-                "model"
+                "rotation by the model's frequencies, so cached keys cannot be moved; use RoPE"
             )
         query = run.plan.queries[index]
         if self._error(query, forms[best].rope(buffers).of_keys(query.shape[-1])) > TOLERANCE:

@@ -17,8 +17,7 @@ QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """The configuration by which transformers quantises a base on loading (see `QUANTIZATIONS`).
 
-    Products with 4-bit weights use ``dtype``; 8-bit weights are multiplied as integers. Raises
-    ValueError if the name is unknown, or bitsandbytes is not installed.
+    Products with 4-bit weights use ``dtype``. ValueError: unknown name, or no bitsandbytes.
 
     Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
     """
@@ -60,8 +59,7 @@ def keep_stored_codes(model: nn.Module) -> None:
     """Stops bitsandbytes from rewriting 4-bit weights on some CPUs.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 rewrites them in place at the first forward pass
-    without gradients. Their scales lose 16 bits, products are bfloat16 even in a float32 model, a
-    later pass with gradients has no kernel, and fingerprints no longer match the weights.
+    without gradients: less precise, without a kernel for gradients, and unlike their fingerprint.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

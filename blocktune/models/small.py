@@ -64,8 +64,7 @@ def small_config(
 ) -> PreTrainedConfig:
     """A copy of a text model's configuration with small widths.
 
-    It has ``heads`` query heads (half as many key heads with grouped-query attention), and only the
-    first ``layers`` layers; None: all.
+    It has ``heads`` query heads (half as many key heads if grouped), and the first ``layers``.
     """
     values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED}
     names = config.attribute_map

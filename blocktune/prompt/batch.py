@@ -33,8 +33,7 @@ class Batch:
 def stack(prompts: Sequence[Prompt], pad_id: int, multiple: int = 1) -> Batch:
     """Pads prompts to the longest, rounded up to a ``multiple``, one batch entry each.
 
-    Pad rows with token ``pad_id`` are added at the end. They see nothing and are not seen. Raises
-    ValueError if there is no prompt.
+    Pad rows of token ``pad_id``, which see nothing, come last. ValueError: there is no prompt.
     """
     if not prompts:
         raise ValueError("stack needs at least one prompt, got none")

@@ -20,8 +20,7 @@ class Chunk:
         metadata: Other data (id, score, source). It is not encoded, and not part of equality or
             hash, so that the same passage is cached once.
 
-    Raises:
-        ValueError: If a field has the wrong type, or the text is blank or cannot be encoded.
+    Raises ValueError if a field has the wrong type, or the text is blank or cannot be encoded.
     """
 
     text: str
@@ -72,8 +71,7 @@ class PromptFormat:
             first turn (after BOS) and tokenised separately, as Block-Attention's code does.
         strip: Whether to strip white space around a passage and after a question.
 
-    Raises:
-        ValueError: If a field has the wrong type or lacks its placeholders.
+    Raises ValueError if a field has the wrong type or lacks its placeholders.
     """
 
     instruction: str = "Answer the question from the passages below."

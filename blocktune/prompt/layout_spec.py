@@ -30,8 +30,7 @@ class LayoutSpec:
     stored and served as the chunk's first token; or ``keep-all``: the question gets one, too
     (EPIC's code).
 
-    Raises:
-        ValueError: If a value is not accepted, or fields exclude each other.
+    Raises ValueError if a value is not accepted, or fields exclude each other.
     """
 
     block: bool = True  # chunks see only themselves; False is full causal attention

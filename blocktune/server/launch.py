@@ -34,8 +34,7 @@ def load_engines(
         store_bytes: Memory for chunks, and the same again for exact prefixes.
         options: See `blocktune.adapter.load.load_models`.
 
-    Raises:
-        ValueError: If two have the same name, or a model cannot reuse chunks.
+    Raises ValueError if two have the same name, or a model cannot reuse chunks.
     """
     split = [text.partition("=") for text in adapters]
     wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]

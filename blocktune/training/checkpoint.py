@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_checkpoints
 
 from blocktune import links
-from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, scope_of
+from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo, scope_of
 from blocktune.attention import is_attached
 from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
@@ -31,7 +31,7 @@ from blocktune.models.sharded import fill
 from blocktune.provenance import provenance
 from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
-from blocktune.training.lora import require_reproducible
+from blocktune.training.lora import require_reproducible, trained_adapters
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
@@ -47,8 +47,7 @@ def adapter_info(
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
-    Call it before link tokens are added to model and tokenizer. ``fields`` are those that do not
-    follow from the two.
+    Call it before link tokens are added to model and tokenizer. ``fields`` are all others.
     """
     config = model.config.get_text_config()
     return AdapterInfo(
@@ -81,8 +80,11 @@ class AdapterFiles:
         ``state`` has the weights by name if those in ``model`` are sharded over processes.
         """
         if hasattr(model, "peft_config"):
+            names = trained_adapters(model)
             # By default PEFT writes whole embeddings after a resize, not just the trained rows.
-            model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+            options = {"save_embedding_layers": False, "selected_adapters": names}
+            model.save_pretrained(folder, state_dict=state, **options)
+            lift_adapter(names, folder)
         elif not self.links_only:
             state = model.state_dict() if state is None else state
             kept = {name: w for name, w in state.items() if not name.startswith(links.LINKS_MODULE)}
@@ -124,6 +126,13 @@ class AdapterFiles:
         info.save(folder)
 
 
+def lift_adapter(names: Sequence[str], folder: Path) -> None:
+    """Moves PEFT's files up to ``folder``; those of adapters with other names than "default"."""
+    for name in names:
+        if name != "default" and (folder / name).is_dir():
+            move_entries(folder / name, folder, last=PEFT_FILE)
+
+
 class SaveLayoutCallback(TrainerCallback):
     """Adds the files that serving needs to the adapter of any trainer.
 
@@ -146,9 +155,13 @@ class SaveLayoutCallback(TrainerCallback):
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
+        names = trained_adapters(model)
+        selected = {"selected_adapters": names} if names else {}
+
         def save_pretrained(folder, *rest, **options):
-            save(folder, *rest, **options)
+            save(folder, *rest, **(selected | options))
             if options.get("is_main_process", True):
+                lift_adapter(names, Path(folder))
                 tokenizer.save_pretrained(folder)
                 files.write_links(model, Path(folder), options.get("state_dict"))
                 files.write_info(model, Path(folder), options.get("state_dict"))
@@ -164,21 +177,21 @@ class SaveLayoutCallback(TrainerCallback):
 class StagedSaving(Trainer):
     """Saves adapters and checkpoints through a staging folder.
 
-    A checkpoint gets its name only after every rank has written its part. A killed run thus leaves
-    its older checkpoints, and never a partial one.
+    A checkpoint gets its name only after every rank has written its part.
     """
 
     files: AdapterFiles
     _staging: bool = False
+    _replaces: bool = False  # whether the first save removes an earlier run
     _best: bool = False  # whether the weights are those of the best checkpoint, not the last step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains as the Trainer does, after removing the partial files of a killed run.
 
-        Raises ValueError if the checkpoint to continue from is damaged, or comes from a run with
-        other settings, data or base; or if the data makes no step.
+        Raises ValueError if the checkpoint is damaged or of another run, or the data makes no step.
         """
         self._best = False
+        self._replaces = self.args.overwrite and not resume_from_checkpoint
         if resume_from_checkpoint:
             self._continue_from(resume_from_checkpoint)
         if self.args.should_save:
@@ -209,8 +222,7 @@ class StagedSaving(Trainer):
         }
         for name in (name for name, differs in changed.items() if differs):
             raise ValueError(
-                f"the {name} changed since '{checkpoint}'; restore the old content to continue, "
-                "or start again with --overwrite"
+                f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
             )
         self.files = self.files.described(**resume.history(checkpoint))
 
@@ -233,6 +245,7 @@ class StagedSaving(Trainer):
         if self.args.should_save:
             if is_best:
                 self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
+            self._remove_earlier(run_dir)
             move_folder(run_dir / STAGING / name, run_dir / name)
             rotate_checkpoints(
                 output_dir=str(run_dir),
@@ -251,8 +264,15 @@ class StagedSaving(Trainer):
         super().save_model(str(target / STAGING / "adapter"), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self._remove_earlier(target)
             move_entries(target / STAGING / "adapter", target, last=INFO_FILE)
             (target / STAGING).rmdir()
+
+    def _remove_earlier(self, folder: Path) -> None:
+        """Removes the run that this one replaces; called when this one has something to keep."""
+        if self._replaces and folder == Path(self.args.output_dir):
+            resume.remove_run(folder)
+            self._replaces = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

@@ -33,8 +33,7 @@ logger = logging.getLogger("blocktune")
 def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
     """A random generator for one example in one epoch.
 
-    It depends on nothing else, so an example varies the same way in any batch, on any rank, and
-    after a resume.
+    So an example varies the same way in any batch, on any rank, and after a resume.
     """
     return random.Random("/".join(map(str, (seed, epoch, *keys))))
 
@@ -133,8 +132,7 @@ class BlockDataCollator:
             chooses at a layer also ``shares`` ``(B, prompts)`` float64: the share of tokens of
             each packed prompt that stays fresh above that layer, or `NO_SHARE`.
 
-        Raises:
-            ValueError: If a row cannot be read, or is longer than ``max_length``.
+        Raises ValueError if a row cannot be read, or is longer than ``max_length``.
         """
         if not ATTACHED and get_worker_info() is None:
             _warn_unattached()
@@ -145,9 +143,8 @@ class BlockDataCollator:
             teacher = self._tensors([laid.teacher for laid in row] for row in rows)
             batch |= {f"teacher_{name}": value for name, value in teacher.items()}
         if self.check_layer is not None:
-            shares = [
-                torch.tensor([laid.share for laid in row], dtype=torch.float64) for row in rows
-            ]
+            shares = ([laid.share for laid in row] for row in rows)
+            shares = [torch.tensor(row, dtype=torch.float64) for row in shares]
             batch["shares"] = pad_sequence(shares, batch_first=True, padding_value=NO_SHARE)
         return batch
 
@@ -178,8 +175,7 @@ class BlockDataCollator:
         part = self.reader(int.from_bytes(key[:4]), sample, name)
         if self.max_length is not None and part["length"] > self.max_length:
             raise ValueError(
-                f"{name} has {part['length']} tokens, max_length is {self.max_length}; shorten or "
-                "drop it"
+                f"{name} has {part['length']} tokens, max_length is {self.max_length}; shorten it"
             )
         if len(self._parts) < MAX_CACHED:
             self._parts[key] = part
@@ -224,8 +220,7 @@ class EpochOrder(Sampler[int]):
     after a resume, and dropout can make it differ between ranks: rows would come twice or never.
 
     The last ``num_blank`` rows have no labels and stay last. The ``group`` rows of one optimizer
-    step, over accumulation and ranks, have similar length; None mixes all. Set ``epoch`` before an
-    epoch begins.
+    step, over accumulation and ranks, have similar length; None mixes all. Set ``epoch`` first.
     """
 
     def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):

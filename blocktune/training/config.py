@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from trl import SFTConfig
 
-from blocktune.adapter.info import LINK_MODES
-from blocktune.adapter.scope import SCOPES
 from blocktune.parsing import mapping, parse_yaml
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import Augmentation
@@ -141,14 +139,7 @@ _MUST_BE = {
     "dataloader_persistent_workers": False,
     "model_init_kwargs": None,
 }
-_CHOICES = {
-    "attention_execution": ("split", "flex", "dense"),
-    "link_mode": LINK_MODES,
-    "scope": SCOPES,
-    "distill_states": ("none", "hidden", "kv"),
-    "long_examples": ("refuse", "drop"),
-    "train_sampling_strategy": ("random", "group_by_length", "sequential"),
-}
+_STRATEGIES = Literal["random", "group_by_length", "sequential"]  # of ``train_sampling_strategy``
 _AT_LEAST_1 = (
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
     *("gradient_accumulation_steps", "max_length", "pack_length", "distill_top_k"),
@@ -160,8 +151,7 @@ _HINTS = {"packing": "pack_length packs by layout", "padding_free": "pack_length
 class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
     """TRL's `SFTConfig` with options for the layout, the objective and batches.
 
-    Raises ValueError for a value that is not accepted, or an option of TRL that would change
-    prompts or the loss without regard to the layout.
+    Raises ValueError for a value that is not accepted, or an option that ignores the layout.
     """
 
     scope: Literal["both", "encode", "read"] = option(
@@ -202,8 +192,10 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
     def _check_own(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir is empty; name a folder for the adapter")
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
+        kinds = get_type_hints(type(self)) | {"train_sampling_strategy": _STRATEGIES}
+        for name, kind in kinds.items():
+            value, choices = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal and value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         for name in _AT_LEAST_1:
             if (value := getattr(self, name)) is not None and value < 1:
@@ -245,8 +237,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             raise ValueError("recompute adds rows to block examples; raise block_share")
         if self.block_dropout and self.shared_prefix:
             raise ValueError(
-                "block_dropout would join chunks that each have a copy of the prefix; drop it or "
-                "shared_prefix"
+                "block_dropout would join chunks that each have a prefix; drop it or shared_prefix"
             )
         if self.position_jitter and self.placement != "sequential":
             raise ValueError(

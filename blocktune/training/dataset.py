@@ -60,8 +60,7 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
         tokenizer: The model's; used for records that are cut into chunks.
         fmt: The run's prompt format, used for a row whose messages have a system turn.
 
-    Raises:
-        ValueError: If the row is none of these; names the column.
+    Raises ValueError if the row is none of these; names the column.
     """
     if isinstance(row, Sample):
         return row
@@ -138,8 +137,7 @@ def prepare(
         multiple_of: Number of rows that all ranks take at a time. Rows without labels fill up the
             last round; otherwise accelerate would repeat the first rows, which then count twice.
 
-    Raises:
-        ValueError: If an example is too long or has no answer, or if no example is left.
+    Raises ValueError if an example is too long or has no answer, or if no example is left.
     """
     parts, num_dropped = [], 0
     for index, sample in enumerate(samples):
@@ -268,9 +266,8 @@ def _name(index: int, sample: Sample) -> str:
 
 def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
     """The same prompt, cut after its first question."""
-    turns = [part, *part["followups"]]
-    removed = sum(len(turn["answer"]) for turn in turns)
-    removed += sum(len(turn["query"]) for turn in part["followups"])
+    removed = len(part["answer"])
+    removed += sum(len(turn["query"]) + len(turn["answer"]) for turn in part["followups"])
     return part | {"answer": [], "followups": [], "length": part["length"] - removed}
 
 

@@ -48,9 +48,8 @@ def teacher_probs(logits: Tensor, temperature: float, top_k: int | None) -> Teac
 def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Tensor:
     """Forward Kullback-Leibler divergence KL(teacher || student), summed over rows, in nats.
 
-    With a top-k teacher all other tokens form one event, so that the divergence is never negative
-    and never above that over all tokens. ``student`` are logits ``(T, V)``. The result is scaled by
-    the square of the ``temperature`` (Hinton et al., 2015).
+    With a top-k teacher all other tokens form one event. ``student`` are logits ``(T, V)``. The
+    result is scaled by the square of the ``temperature`` (Hinton et al., 2015).
     """
     log_q = torch.log_softmax(student.float() / temperature, dim=-1)
     if teacher.tokens is not None:
@@ -99,8 +98,7 @@ def find_teacher(
 ) -> Teacher | None:
     """The teacher of a run, or None without distillation.
 
-    ``model`` and ``tokenizer`` are the student's, ready to train. ``base_is_kept``: the model
-    without its adapter is the base, also after training.
+    ``base_is_kept``: the model without its adapter is the base, also after training.
 
     Raises ValueError if the teacher cannot be found, or does not fit the student.
     """
@@ -182,8 +180,7 @@ def question_rows(layout: Layout) -> Tensor:
 def row_weights(layout: Layout, labels: Tensor, rows: Tensor) -> Tensor:
     """Weights of rows ``(rows,)`` float32 that sum to the number of answer tokens of a prompt.
 
-    Losses are divided by the number of all answer tokens, so they do not depend on how examples
-    are split into batches.
+    So losses do not depend on how examples are split into batches.
     """
     entry = torch.arange(len(labels), device=labels.device)[:, None]
     prompt = entry * (layout.sample.max() + 1) + layout.sample

@@ -56,8 +56,7 @@ def refuse_schedule(args: SFTConfig) -> None:
         get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=given)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_type '{kind.value}' cannot be used with lr_scheduler_kwargs {given}: "
-            f"{error}"
+            f"lr_scheduler_type '{kind.value}' does not fit lr_scheduler_kwargs {given}: {error}"
         ) from None
 
 
@@ -112,8 +111,7 @@ def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
     if limit is not None and (args.pack_length or 0) > limit:
         raise ValueError(
             f"pack_length must be at most {limit:,} for this model, got {args.pack_length:,}: it "
-            "scales queries by their index in a row, so later prompts of a row would be trained "
-            "otherwise than they are served"
+            "scales queries by their index in a row, so later prompts would be trained otherwise"
         )
 
 
@@ -143,8 +141,7 @@ def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: boo
     if n_gpu > 1:
         raise ValueError(
             f"one process sees {n_gpu} GPUs and would separate prompts from their layouts; start "
-            f"one process per GPU (blocktune train --processes {n_gpu}), or make only one GPU "
-            "visible (CUDA_VISIBLE_DEVICES=0)"
+            f"one per GPU (blocktune train --processes {n_gpu}), or set CUDA_VISIBLE_DEVICES=0"
         )
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
         raise ValueError(

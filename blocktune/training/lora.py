@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from blocktune.adapter import scope_adapter
+from blocktune.adapter.load import require_kind
 from blocktune.adapter.scope import INITS
 from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.models.quantize import quantization_of
@@ -59,13 +60,27 @@ def make_trainable(
 def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) -> PreTrainedModel:
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    require_kind(peft_config)
     if added:
-        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-        peft_config.trainable_token_indices = {name.split(".")[-1]: list(added)}
+        _train_rows(peft_config, model, added)
     leave_out_routers(peft_config, model)
     add_in_product(peft_config, model)
     set_seed(args.seed)  # for LoRA's random A matrices; the Trainer sets its seed later
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except (TypeError, KeyError, AttributeError) as error:  # parts that exclude each other
+        raise ValueError(f"PEFT cannot make this adapter for the model: {error!r}") from None
+
+
+def _train_rows(config: PeftConfig, model: PreTrainedModel, added: range) -> None:
+    """Trains the embeddings of added tokens, and the tokens that are trained already."""
+    if not hasattr(config, "trainable_token_indices"):
+        kind = config.peft_type.value
+        raise ValueError(f"{kind} cannot train the tokens of link_mode 'added_tokens'; use a table")
+    name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    name, given = name.split(".")[-1], config.trainable_token_indices or []
+    given = given if isinstance(given, dict) else {name: given}
+    config.trainable_token_indices = given | {name: [*given.get(name, ()), *added]}
 
 
 def keeps_base(model: nn.Module) -> bool:
@@ -79,13 +94,24 @@ def keeps_base(model: nn.Module) -> bool:
 
 
 def require_reproducible(model: nn.Module) -> None:
-    """Raises ValueError if PEFT would change the base differently when it loads the adapter."""
-    for config in getattr(model, "peft_config", {}).values():
+    """Raises ValueError if a model's adapter would be served otherwise than it is trained."""
+    if len(names := trained_adapters(model)) > 1:
+        raise ValueError(
+            f"several adapters are active ({', '.join(names)}), but only one is saved; activate "
+            "one (model.set_adapter), or merge the others into the base and save that first"
+        )
+    for config in (model.peft_config[name] for name in names):
+        require_kind(config)
         if "niter" in str(init := getattr(config, "init_lora_weights", True)):
             raise ValueError(
                 f"init_lora_weights '{init}' changes the base at random, and differently when the "
                 "adapter is loaded; set init_lora_weights to 'pissa'"
             )
+
+
+def trained_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters of a PEFT model; [] for a bare one."""
+    return list(model.active_adapters) if hasattr(model, "peft_config") else []
 
 
 def leave_out_routers(config: PeftConfig, model: nn.Module) -> None:
@@ -106,10 +132,8 @@ class AddedLora(Linear):
     """PEFT's LoRA layer with the same results and less memory traffic.
 
     PEFT scales the product of A and B and adds it to the output. That writes and reads two tensors
-    as large as the output, and their gradients. Here the matrix product adds to the output directly
-    (``addmm_``). This applies only to one plain LoRA adapter with unsharded weights in one
-    precision. All else is left to PEFT: dropout, DoRA, autocast, several, merged or disabled
-    adapters, and weights sharded by FSDP or ZeRO-3.
+    as large as the output, and their gradients. Here the product adds to the output, for one plain
+    LoRA adapter with unsharded weights in one precision. All else is left to PEFT.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -83,9 +83,8 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
         )
     targets = targets[:, keep]
     is_answer = targets != IGNORED
-    return AnswerRows(
-        output.logits[is_answer], targets[is_answer], output.hidden_states if hidden else None
-    )
+    states = output.hidden_states if hidden else None
+    return AnswerRows(output.logits[is_answer], targets[is_answer], states)
 
 
 @dataclass(frozen=True)

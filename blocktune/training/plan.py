@@ -26,8 +26,7 @@ from blocktune.tables import Table, written
 ADAM_BYTES = 8  # two float32 moments per trainable parameter
 HIDDEN_COPIES, FFN_COPIES = 12, 4
 """Tensors that a layer keeps for backward: of the model's width (norms, q, k, v, output, residuals
-and their upcasts), and of the feed-forward width (gate, up, activation, product). An estimate; a
-kernel may keep fewer."""
+and their upcasts), and of the feed-forward width (gate, up, activation, product). An estimate."""
 LOGIT_BYTES = 12
 """Per answer row and vocabulary entry: logits, their log-softmax and its gradient, in float32."""
 EFFICIENCY = 0.4  # share of the measured matmul rate that a training step is expected to reach
@@ -82,10 +81,8 @@ def peak_bytes(
     activation ``checkpointing`` only the input of each layer is kept, and one layer in full.
     """
     config, layers = size.config, size.config.num_hidden_layers
-    ffn = (
-        config_value(config, "moe_intermediate_size", "intermediate_size") or 4 * config.hidden_size
-    )
-    ffn = max(ffn) if isinstance(ffn, list) else ffn
+    ffn = config_value(config, "moe_intermediate_size", "intermediate_size")
+    ffn = max(ffn) if isinstance(ffn, list) else ffn or 4 * config.hidden_size
     layer = HIDDEN_COPIES * config.hidden_size + FFN_COPIES * ffn
     kept = layers * config.hidden_size + layer if checkpointing else layers * layer
     states = (rows * kept + mask_cells) * size.state_bytes
@@ -145,8 +142,7 @@ class Speedometer:
 def make_plan(trainer: Trainer) -> dict[str, str]:
     """Describes what a `BlockSFTTrainer` is about to do: texts by the name of a property.
 
-    Peak memory is for a process without sharding. Time is estimated at `EFFICIENCY` of the measured
-    matmul rate.
+    Peak memory is without sharding, time at `EFFICIENCY` of the measured matmul rate.
     """
     args, info, prepared = trainer.args, trainer.files.info, trainer.prepared
     size, examples, limit = trainer.size, prepared.num_examples, trainer.exact_tokens

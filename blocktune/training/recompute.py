@@ -27,9 +27,7 @@ _BUDGETS = ("ratio", "share", "k", "last")
 class RecomputeSampler:
     """Chooses the fresh tokens of a prompt by a selector of `blocktune.methods.select`.
 
-    Raises:
-        ValueError: If the shares are out of range, or the selector needs more than one layer's
-            keys and values.
+    Raises ValueError if the shares are out of range, or the selector needs more than one layer.
     """
 
     selection: Selection  # the selector; its budget is set per prompt
@@ -76,8 +74,7 @@ class RecomputeSampler:
     def check_layer(self, num_layers: int) -> int | None:
         """The layer at which the selector chooses, or None if it chooses beforehand.
 
-        Raises ValueError if the selector chooses more than once, or adds rows at later layers, or
-        the model has too few layers for it.
+        Raises ValueError if it chooses more than once, or the model has too few layers for it.
         """
         selection = self.selection
         if selection.min_layers > num_layers:
@@ -143,8 +140,7 @@ def states_at(
     """Computes what a layer (0-based) is compared by, ``(B, K, S, D)``, for all rows ``(B, S)``.
 
     These are the states that the model caches, as `compared` has them for its ``rope``. With
-    ``stop``, later layers are not run. Do not use it with sharded parameters: a forward pass that
-    stops halfway would leave them gathered.
+    ``stop``, later layers are not run, which would leave sharded parameters gathered.
     """
     plan, cache = make_plan(execution, layout), DynamicCache()
     plan = _Probe(plan, layer) if stop else plan

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,14 +65,17 @@ def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
 @contextmanager
 def stoppable(output_dir: str | Path, overwrite: bool) -> Iterator[None]:
     """On Ctrl-C inside the block, reports the last checkpoint and how to continue."""
+    started = time.time() if overwrite else 0.0
     try:
         yield
     except KeyboardInterrupt:
         last = last_checkpoint(output_dir)
         how = " without --overwrite" if overwrite else ""
         line = f"the last checkpoint is {last}; repeat the command{how} to continue"
-        no_checkpoint = "no checkpoint is saved yet; repeat the command to start again"
-        raise KeyboardInterrupt(line if last else no_checkpoint) from None
+        kept = " (the earlier run is unchanged)" if overwrite else ""
+        no_checkpoint = f"no checkpoint is saved yet{kept}; repeat the command to start again"
+        is_saved = last is not None and last.stat().st_mtime > started
+        raise KeyboardInterrupt(line if is_saved else no_checkpoint) from None
 
 
 def require_same_run(
@@ -139,8 +143,7 @@ _STATES = {
 def require_loadable(checkpoint: Path) -> None:
     """Checks the files of a checkpoint before anything is loaded.
 
-    Raises:
-        ValueError: If a file is truncated or missing; names the file.
+    Raises ValueError if a file is truncated or missing; names the file.
     """
     for part, patterns in _STATES.items():
         if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):

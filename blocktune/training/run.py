@@ -95,8 +95,7 @@ class Parser(TrlParser):
 def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     """Reads ``--config FILE`` and the options that override it.
 
-    Raises ValueError on an unknown key or option, a value of the wrong type, a missing file, or
-    settings that exclude each other.
+    Raises ValueError on unknown keys, wrong values, a missing file, or contradictory settings.
     """
     if argv and Path(argv[0]).suffix in (".yaml", ".yml") and not argv[0].startswith("-"):
         raise ValueError(f"unexpected argument '{argv[0]}'; did you mean '--config {argv[0]}'?")
@@ -131,14 +130,10 @@ def train(
     Args:
         argv: Command line without the program's name, e.g. ``["--config", "run.yaml"]``.
         callbacks: Additional callbacks of transformers' Trainer, e.g. evaluation.
-        publisher: A `blocktune.hub.Publisher` for ``push_to_hub``; an argument, since training
-            does not import the code that serves and checks.
+        publisher: A `blocktune.hub.Publisher` for ``push_to_hub``, which training cannot import.
 
-    Returns:
-        The adapter's folder, or None after a dry run.
-
-    Raises:
-        ValueError: For any error that a user can fix, in one line.
+    Returns the adapter's folder, or None after a dry run. Raises ValueError for any error that a
+    user can fix, in one line.
     """
     data, args, choice = parse(argv)
     atexit.register(_close_process_group)
@@ -185,14 +180,10 @@ def _train(data, args, choice, callbacks) -> Path | None:
         launch_checks.wait_for_builds()
     with resume.leaving_no_empty_folder(folder), resume.stoppable(folder, args.overwrite):
         trainer = build(data, args, choice, callbacks)
-        is_first = trainer.is_world_process_zero()
-        if is_first:
+        if trainer.is_world_process_zero():
             print_plan(make_plan(trainer))
         if args.dry_run:
             return None
-        trainer.accelerator.wait_for_everyone()  # until all have checked for an earlier run
-        if args.overwrite and is_first:
-            resume.remove_run(folder)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_model()
         trainer.save_state()
@@ -285,10 +276,9 @@ def samples_of(
         examples = load_examples(source, limit=data.train_limit, split=split, tokenizer=tokenizer)
         samples = [to_sample(example, tokenizer, data.format) for example in examples]
         return in_modes(samples, args.block_share, args.both_modes, args.seed)
-    if args.both_modes:
-        raise ValueError("a mixture sets the mode of each source; leave both_modes out")
-    if args.block_share not in (0, 1):
-        raise ValueError("a mixture sets the mode of each source; leave block_share out")
+    if args.both_modes or args.block_share not in (0, 1):
+        name = "both_modes" if args.both_modes else "block_share"
+        raise ValueError(f"a mixture sets the mode of each source; leave {name} out")
     mixture = load_mixture(data.mixture)
     for part in mixture.parts:
         launch_checks.refuse_test(part.source, part.split)
@@ -318,8 +308,7 @@ _PUSH_OPTIONS = {
 def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Any) -> str | None:
     """The repository to push a run to, or None. Resets ``push_to_hub``.
 
-    Otherwise the Trainer would push without any check. Raises ValueError if the run cannot be
-    pushed as its options say.
+    The Trainer would push without a check. Raises ValueError if the options cannot be followed.
     """
     if not args.push_to_hub:
         return None

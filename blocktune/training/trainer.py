@@ -58,9 +58,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     """Trains a model to answer from chunks that do not see each other (or as the layout says).
 
     It is used like TRL's `SFTTrainer`; `blocktune train` runs it. `BlockSFTConfig` sets the layout,
-    the objective and what is frozen. The loss is the sum over answer tokens divided by their number
-    in the whole step. It is thus the same for any split of a global batch over accumulation steps
-    and processes.
+    the objective and what is frozen. The loss is the mean over the answer tokens of the whole step,
+    the same for any split of a global batch over accumulation steps and processes.
 
     Args:
         model: A folder or repository name (loaded in float32), or a model; bare or PEFT.
@@ -76,9 +75,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         prepared: The training set, with the number of dropped examples.
         files: Writes the files of adapters.
 
-    Raises:
-        ValueError: If the model is not supported, a row cannot be read or is too long, options
-            are incompatible, or context or sequence parallelism would ignore the layout.
+    Raises ValueError if the model is not supported, a row cannot be read or is too long, options
+    are incompatible, or context or sequence parallelism would ignore the layout.
     """
 
     _tag_names = ["blocktune", "trl", "sft"]  # noqa: RUF012 (TRL's own shape)

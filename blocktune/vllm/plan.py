@@ -171,8 +171,7 @@ def slots_of(
 def require_served(method: Method, spec: LayoutSpec) -> None:
     """Checks that a connector, which only loads chunks, can serve a method.
 
-    ``spec`` is the layout from `Method.layout_for`. Raises ValueError if the method does something
-    that vLLM's forward pass does not.
+    ``spec`` is that of `Method.layout_for`. Raises ValueError if vLLM's forward pass cannot do it.
     """
     selects = method.select() != Nothing() or method.layer_budget is not None
     reasons = {

@@ -6,8 +6,10 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 from training.runs import write_run
+from transformers import AutoModelForCausalLM
 
 from blocktune import Engine
+from blocktune.models.load import load_base
 from blocktune.training.run import train
 
 
@@ -43,6 +45,21 @@ def test_a_damaged_file_is_named(trained, tmp_path, name, how):
     line = str(refused.value)
     assert "\n" not in line
     assert path.parent.name in line or path.name in line
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00002-of-00004.safetensors", "model.safetensors.index.json"]
+)
+def test_a_damaged_part_of_a_model_is_named(trained, tmp_path, name):
+    shutil.copytree(trained / "base", tmp_path / "base")
+    (tmp_path / "base/model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(trained / "base")
+    model.save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    load_base(str(tmp_path / "base"), device="cpu")
+    path = tmp_path / "base" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{name}.*damaged"):
+        load_base(str(tmp_path / "base"), device="cpu")
 
 
 def test_an_adapter_that_lacks_weights_or_has_another_rank_is_refused(trained, tmp_path):

@@ -1,12 +1,14 @@
 """A merged model answers as the adapter on its base does, and says how far it is off."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from training.runs import make_trainer
+from training.runs import make_trainer, write_run
 from training.toy import toy_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -16,7 +18,10 @@ from blocktune.adapter.load import load_model
 from blocktune.adapter.merge import merge_adapter
 from blocktune.commands import app
 from blocktune.engine import Engine
+from blocktune.hub import CardFacts, prepare
 from blocktune.links import installed_links, load_links
+from blocktune.models.load import load_base
+from blocktune.training.run import train
 
 MODES = {
     "lora": {},
@@ -97,6 +102,34 @@ def test_a_four_bit_base_is_merged_into_its_codes_and_the_loss_is_said(tmp_path)
     loaded = load_model(adapter=tmp_path / "merged")
     assert all(weight.is_floating_point() for weight in loaded.model.parameters())
     assert loaded.info.quantization is None
+
+
+def test_a_base_that_is_saved_quantised_is_merged_and_published_too(tmp_path):
+    """As Unsloth publishes bases: nobody has to quantise them, and nobody can."""
+    path = write_run(tmp_path, max_steps=1)
+    base, tokenizer = load_base(str(tmp_path / "base"), quantize="nf4", device="cpu")
+    for part in (base, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    train(["--config", str(path)])
+    facts = CardFacts(base_model="org/base-bnb-4bit", license="mit")
+    assert "--quantize" not in prepare(tmp_path / "out", "me/mine", facts, device="cpu").card
+    report = merge_adapter(tmp_path / "out", tmp_path / "merged", device="cpu")
+    assert report.quantization == "nf4"
+    assert report.max_abs_diff < 1e-4
+    loaded = load_model(adapter=tmp_path / "merged", device="cpu").model
+    assert all(weight.is_floating_point() for weight in loaded.parameters())
+
+
+def test_a_base_that_was_moved_is_named_with_its_adapter(trained, tmp_path):
+    shutil.copytree(trained("lora"), tmp_path / "run")
+    info = AdapterInfo.load(tmp_path / "run/out")
+    replace(info, base_model=str(tmp_path / "gone")).save(tmp_path / "run/out")
+    words = r"cannot load the base of adapter '.*out' \(--model takes another copy\) from '.*gone'"
+    with pytest.raises(ValueError, match=words):
+        load_model(adapter=tmp_path / "run/out")
+    with pytest.raises(ValueError, match=words):
+        merge_adapter(tmp_path / "run/out", tmp_path / "merged")
+    merge_adapter(tmp_path / "run/out", tmp_path / "merged", model=str(tmp_path / "run/base"))
 
 
 def test_what_cannot_be_merged_is_refused(trained, tmp_path):

@@ -107,6 +107,7 @@ def test_a_failing_check_stops_the_push(run, monkeypatch):
     ("facts", "repo", "line"),
     [
         (replace(FACTS, base_model=None), "me/mine", "which nobody else can load"),
+        (replace(FACTS, base_model="org/ba se"), "me/mine", "which nobody else can load"),
         (FACTS, "mine", "--repo must be USER/NAME, got 'mine'"),
         (FACTS, "me/mi ne", "--repo must be USER/NAME: "),
         (replace(FACTS, license=None), "me/mine", "the licence of 'org/base' is not known"),
@@ -117,6 +118,14 @@ def test_what_is_missing_is_named_in_one_line(run, facts, repo, line):
     with pytest.raises(ValueError, match=line) as caught:
         prepare(run / "out", repo, facts)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_configuration_is_one_line(adapter):
+    (adapter / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: must be a mapping"):
+        prepare(adapter, "me/mine", FACTS)
+    with pytest.raises(ValueError, match=r"nowhere is not .*: there is no such folder"):
+        prepare(adapter / "nowhere", "me/mine", FACTS)
 
 
 def test_pickled_weights_are_refused(adapter):

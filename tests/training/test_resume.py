@@ -151,6 +151,29 @@ def test_overwrite_removes_the_earlier_run_alone(tmp_path):
         run(path, "--overwrite", "--resume_from_checkpoint", "true")
 
 
+def test_overwrite_keeps_the_earlier_run_until_the_new_one_has_a_checkpoint(tmp_path, stop):
+    path = write_run(tmp_path, **OPTIONS)
+    run(path)
+    out = tmp_path / "out"
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StagedSaving, "_save_checkpoint", _interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"no checkpoint .*earlier run is unchanged\)"):
+            run(path, "--overwrite", "--seed", "7")
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
+    stop(2)
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-2; repeat the command without"):
+        run(path, "--overwrite", "--seed", "7")
+    assert not {"checkpoint-4", "blocktune.json"} & {file.name for file in out.iterdir()}
+    stop(None)
+    run(path, "--seed", "7")
+    assert AdapterInfo.load(out).training["seed"] == 7
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_run_without_a_step_saves_nothing(tmp_path):
     path = write_run(tmp_path, train_limit=1, dataloader_drop_last=True)
     with pytest.raises(ValueError, match="nothing was trained: 1 rows are less than one batch"):

@@ -45,8 +45,7 @@ class Reshape(ABC):
     """Changes attention scores before softmax; subclasses are frozen dataclasses.
 
     All scores are ``(B, H, R, N)`` float32, scaled and capped, with -inf where a row does not see a
-    column (future, window, padding). Only rows over a cache are reshaped, never a chunk while it is
-    encoded alone.
+    column (future, window, padding). Only rows over a cache are reshaped.
 
     If a reshape ``surveys``, `choose` decides from the `survey` of all rows, and `scores` gets the
     decision. If it ``looks_ahead``, the question is first computed once more, and every row gets

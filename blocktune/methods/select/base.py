@@ -215,8 +215,7 @@ class LayerCheck:
 def selectable(layout: Layout) -> Tensor:
     """Context tokens whose cached state can differ from a full prefill, ``(B, S)`` bool.
 
-    A chunk at the very start of the prompt has nothing before it: its cached state is exact,
-    unless it was encoded after blanks.
+    A chunk at the very start of the prompt is exact, unless it was encoded after blanks.
     """
     from blocktune.layout import Kind
 

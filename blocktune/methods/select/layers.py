@@ -24,8 +24,7 @@ REASON = "at layer 0 keys do not depend on the context yet, so nothing deviates"
 def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
     """Euclidean distance of fresh from cached keys or values, ``(B, K, R, D)``, mean over heads.
 
-    ``squared`` averages squared distances, which ranks like the distance over all heads together.
-    Returns ``(B, R)`` float32.
+    ``squared`` averages squared distances, which ranks like the distance over all heads.
 
     Source: arXiv:2603.20218, section 4.1 (delta K); squared: the code of CacheBlend and LMCache.
     """
