@@ -32,9 +32,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path with the same suffix. The file written there replaces ``path``.
 
     An existing file keeps its permissions. If the block fails, ``path`` does not change and
-    nothing is left behind. If several processes
-    write the same path at once, the last rename wins. Missing folders are created. For a link, its
-    target is replaced. A device or pipe, which a rename would remove, is written to directly.
+    nothing is left behind. If several processes write the same path at once, the last rename wins.
+    Missing folders are created. For a link, its target is replaced. A device or pipe, which a
+    rename would remove, is written to directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # opening a folder will raise in the block

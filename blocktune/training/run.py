@@ -162,10 +162,7 @@ def leave() -> None:
 
 
 def _close_process_group() -> None:
-    """Ends the threads of the process group, which may abort a process that ends before them.
-
-    The launcher would then end the other processes too, even one that is still publishing.
-    """
+    """Ends the threads of the process group; see `leave`."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
