@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from blocktune.prompt.format import Chunk, require_unicode
+from blocktune.prompt.format import Chunk, PromptFormat, require_unicode
 
 TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
 TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "data")
@@ -133,6 +133,12 @@ class RagExample:
 
 
 FIELDS = tuple(f.name for f in fields(RagExample))
+
+
+def own_wording(example: RagExample, fmt: PromptFormat) -> PromptFormat | None:
+    """The run's format with the system turn in the example's ``meta``; None if it has none."""
+    system = example.meta.get("system")
+    return replace(fmt, system=system) if isinstance(system, str) else None
 
 
 def unknown_fields(record: Mapping[str, Any]) -> list[str]:

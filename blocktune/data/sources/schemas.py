@@ -81,8 +81,7 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
         raise LeftOut("no context")
     if isinstance(context, str):
         spans = cutter.text(context) if cutter else [context]
-        entries = [{"title": record.get("title"), "text": span} for span in spans]
-        record = {**record, "context": entries}
+        record = {**record, "context": [{"title": record.get("title"), "text": s} for s in spans]}
     elif cutter:
         raise ValueError("records have chunks already; leave the chunker out")
     return _example(record, "context", str(record.get("type") or ""), _supporting_titles(record))
