@@ -293,3 +293,12 @@ def test_kinds_and_ids_may_be_numbers(tmp_path):
     row = {"question": "Who?", "context": ["Ann."], "type": 2}
     path = save(tmp_path / "k.jsonl", row | {"_id": 7.0}, row | {"_id": float("nan")})
     assert [(e.kind, e.id) for e in load_examples(path)] == [("2", "7"), ("2", "")]
+
+
+def test_documents_are_not_lost_where_the_first_conversation_has_none(tmp_path):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    rows = [{"messages": turns, "documents": given} for given in (None, ["It is Ann."])]
+    with pytest.raises(ValueError, match=r'^m\.jsonl, line 1: field "documents" must be'):
+        load_examples(save(tmp_path / "m.jsonl", *rows))
+    (example,) = load_examples(save(tmp_path / "m.jsonl", rows[1]))
+    assert (example.chunks[0].text, len(example.followups)) == ("It is Ann.", 1)

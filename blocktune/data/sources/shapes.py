@@ -62,11 +62,11 @@ SHAPES = (
 
 
 def find_shape(values: Iterable[Any], source: str, key: str | None = None) -> Shape:
-    """Returns the shape named by ``key``, else the first shape that fits one of the records."""
+    """Returns the shape named by ``key``, else the first in `SHAPES` that fits any record."""
     by_key, values = {shape.key: shape for shape in SHAPES}, list(values)
     if key and key not in by_key:
         raise ValueError(f"unknown record shape '{key}'; available: {', '.join(by_key)}")
-    shape = by_key[key] if key else next((s for v in values for s in SHAPES if s.fits(v)), None)
+    shape = by_key[key] if key else next((s for s in SHAPES for v in values if s.fits(v)), None)
     if shape is None:
         raise ValueError(unknown_shape(values[0] if values else None, source))
     return shape
