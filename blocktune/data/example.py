@@ -153,7 +153,7 @@ def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
     with open(path, "w", encoding="utf-8") as out:
         for example in examples:
             count += 1
-            out.write(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n")
+            out.write(json.dumps(plain(example.to_json()), ensure_ascii=False, default=str) + "\n")
     return count
 
 

@@ -210,6 +210,14 @@ def test_rows_of_numpy_arrays_and_numbers():
     assert RagExample.from_json(row | {"id": float("nan")}).id == ""
 
 
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+    hit = {"text": "one", "score": np.float32(0.5), "rank": np.int64(3)}
+    write_jsonl(tmp_path / "out.jsonl", [RagExample("q", [hit], meta={"scores": np.ones(2)})])
+    (read,) = load_examples(tmp_path / "out.jsonl")
+    assert read.chunks[0].metadata == {"score": 0.5, "rank": 3}
+    assert read.meta == {"scores": [1.0, 1.0]}
+
+
 @pytest.mark.parametrize(
     ("change", "read"),
     [
