@@ -186,8 +186,6 @@ def encode(
     if documents is None and not follow:
         raise ValueError("nothing to encode; give --input, or --follow")
     chunks = [] if documents is None else load_chunks(documents)
-    if not chunks and documents is not None:
-        raise ValueError(f"{documents} has no chunks; give one per line")
     words = opt.wording(instruction, system, wording)
     if model is not None and not (Path(model) / INFO_FILE).is_file():
         examine(read_config(model))  # before anything is written

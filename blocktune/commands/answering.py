@@ -42,9 +42,7 @@ def read_examples(
     if source is not None:
         if chunks:
             raise ValueError("--chunk belongs to --question; the chunks of --input are in its file")
-        if examples := load_examples(source, limit=limit):
-            return examples
-        raise ValueError(f"{source} has no questions; give at least one")
+        return load_examples(source, limit=limit)
     if not chunks:
         raise ValueError("a question needs at least one chunk; add --chunk TEXT")
     for option, text in (("--question", question), *(("--chunk", chunk) for chunk in chunks)):

@@ -155,6 +155,7 @@ def _show_text(example: RagExample) -> None:
 
 def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
     from blocktune.adapter import AdapterInfo
+    from blocktune.data.example import own_wording
     from blocktune.models.load import adapter_folder
     from blocktune.prompt import LayoutSpec, PromptFormat, lay_out, make_pieces
     from blocktune.prompt.batch import show as rows_of
@@ -162,12 +163,11 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool)
     info = AdapterInfo.load(adapter_folder(adapter)) if adapter else None
     format = info.format if info else PromptFormat()
     spec = info.layout if info and block else LayoutSpec(block=block)
-    if spec.num_blanks:  # serving adds these rows; training examples have none
-        spec = replace(spec, num_blanks=0)
+    spec = replace(spec, num_blanks=0)  # serving adds these rows; training examples have none
     has_answer = example.response is not None or example.answers
     pieces = make_pieces(
         tokenizer,
-        format,
+        own_wording(example, format) or format,
         example.chunks,
         example.question,
         example.target if has_answer else None,
@@ -176,8 +176,8 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool)
     )
     prompt = lay_out(pieces, spec, link_base=len(tokenizer), bos_id=tokenizer.bos_token_id)
     _echo(rows_of(tokenizer, prompt))
-    total = pieces.num_tokens
-    typer.echo(f"\n{total:,} tokens in {len(pieces.chunks)} chunks; {len(prompt.ids):,} rows")
+    counts = f"{pieces.num_tokens:,} tokens in {len(pieces.chunks)} chunks"
+    typer.echo(f"\n{counts}; {len(prompt.ids):,} rows")
 
 
 @command(

@@ -78,7 +78,7 @@ def passages(
         examples = list(retrieval.from_own(originals, k))
     else:
         mapped = with_fields(source, fields)
-        questions = retrieval.read_questions(mapped, limit=limit, split=split)
+        questions = list(retrieval.read_questions(mapped, limit=limit, split=split))
         if corpus is not None:
             examples = retrieval.from_corpus(questions, load_chunks(corpus), k, embed)
         else:
@@ -209,10 +209,9 @@ def mix(
 
     mixture_spec = load_mixture(mixture)
     mixed = draw(mixture_spec, tokenizer=data.tokenizer_of(tokenizer))
-    total = len(mixed.examples)
     rows = []
     for source, loaded, block, full, epochs in mixed.parts:
-        share = f"{(block + full) / total:.1%}"
+        share = f"{(block + full) / len(mixed.examples):.1%}"
         rows.append((source, f"{loaded:,}", f"{block:,}", f"{full:,}", share, f"{epochs:.2f}"))
     block, full = (f"{sum(getattr(p, mode) for p in mixed.parts):,}" for mode in ("block", "full"))
     rows.append(("total", "", block, full, "100.0%", ""))

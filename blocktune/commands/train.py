@@ -86,8 +86,7 @@ def launch(processes: int | None, launcher: str | None, program: list[str]) -> N
         KeyboardInterrupt: After Ctrl-C.
     """
     if launcher is not None:
-        hint = "see recipes/accelerate"
-        mapping(load_yaml(launcher, "launcher configuration", hint), launcher)
+        mapping(load_yaml(launcher, "launcher configuration", "see recipes/accelerate"), launcher)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[FAILURES] = folder
         try:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from blocktune.data.example import RagExample, write_jsonl
 from blocktune.files import append_lines, replacing, resumed
 from blocktune.prompt.format import Chunk
-
-VERDICTS = ("yes", "no")
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
 """Chinese and Japanese characters, for a regular expression; each counts as a word."""
@@ -79,12 +78,12 @@ def evidence(example: RagExample) -> frozenset[int]:
 def _split_verdicts(answers: Iterable[str]) -> tuple[set[str], list[str]]:
     """Splits answers into yes/no verdicts (normalised) and all others."""
     answers = list(answers)
-    verdicts = {_normalize(answer) for answer in answers} & set(VERDICTS)
-    return verdicts, [answer for answer in answers if _normalize(answer) not in VERDICTS]
+    verdicts = {_normalize(answer) for answer in answers} & {"yes", "no"}
+    return verdicts, [answer for answer in answers if _normalize(answer) not in verdicts]
 
 
 def _normalize(text: str) -> str:
-    return " ".join(_WORDS.findall(text.casefold()))
+    return " ".join(_WORDS.findall(normalize("NFC", text).casefold()))
 
 
 Answerer = Callable[[Sequence[RagExample], int], Sequence[str | None]]

@@ -13,16 +13,14 @@ from blocktune.data.answers import chunk_mentions, evidence
 from blocktune.data.example import RagExample
 from blocktune.prompt.format import Chunk
 
-Range = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Augment:
     """How contexts are varied. Chunks with `evidence` are never dropped."""
 
     shuffle: bool = False  # put the chunks into a random order
-    num_chunks: Range | None = None  # number of chunks, N or [low, high]; None: unchanged
-    num_distractors: Range | None = None  # chunks without evidence; excludes num_chunks
+    num_chunks: tuple[int, int] | None = None  # number of chunks, N or [low, high]; None: unchanged
+    num_distractors: tuple[int, int] | None = None  # chunks without evidence; excludes num_chunks
     seed: int = 0  # example ``i`` of a source is always varied in the same way
 
     def __post_init__(self):

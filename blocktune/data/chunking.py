@@ -1,7 +1,6 @@
 """Chunkers: split a long text or a conversation into spans, which are cached separately.
 
-They split at delimiters, after a number of tokens or sentences, or between messages. Without
-overlap, the concatenated spans of a text are the text.
+Without overlap, the concatenated spans of a text are the text.
 """
 
 from __future__ import annotations
@@ -87,7 +86,6 @@ def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
 
 
 STRONGEST_FIRST = ("\n\n", "---", "===", "\n\t", "\n")
-UNITS = ("turn", "message")
 
 
 @CHUNKERS.register("delimiter")
@@ -215,7 +213,7 @@ class PerMessage(Chunker):
     unit: str = "turn"  # or ``message``
 
     def __post_init__(self):
-        require_one_of("unit", self.unit, UNITS)
+        require_one_of("unit", self.unit, ("turn", "message"))
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
         """Spans of `Delimiter`."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from blocktune.prompt.format import Chunk, require_unicode
+from blocktune.prompt.format import Chunk, PromptFormat, require_unicode
 
 TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
 TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "data")
@@ -62,10 +62,10 @@ class RagExample:
     def __post_init__(self):
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         set_field("chunks", read_chunks(self.chunks))
-        answers = self.answers if isinstance(self.answers, list | tuple) else (self.answers,)
+        answers = _as_tuple(self.answers)
+        answers = answers if isinstance(answers, tuple) else (answers,)
         set_field("answers", tuple(map(_as_text, answers)))
-        if type(self.id) is int:
-            set_field("id", str(self.id))
+        set_field("id", as_id(self.id))
         set_field("supporting", _as_tuple(self.supporting))
         for name in ("followups", "conversation"):
             turns = _as_tuple(getattr(self, name))
@@ -135,6 +135,12 @@ class RagExample:
 FIELDS = tuple(f.name for f in fields(RagExample))
 
 
+def own_wording(example: RagExample, fmt: PromptFormat) -> PromptFormat | None:
+    """The run's format with the system turn in the example's ``meta``; None if it has none."""
+    system = example.meta.get("system")
+    return replace(fmt, system=system) if isinstance(system, str) else None
+
+
 def unknown_fields(record: Mapping[str, Any]) -> list[str]:
     """Fields of a record that `RagExample.from_json` keeps in ``meta``."""
     known = {*FIELDS, "answer"} if _is_null(record.get("answers")) else {*FIELDS}
@@ -147,7 +153,7 @@ def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
     with open(path, "w", encoding="utf-8") as out:
         for example in examples:
             count += 1
-            out.write(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n")
+            out.write(json.dumps(plain(example.to_json()), ensure_ascii=False, default=str) + "\n")
     return count
 
 
@@ -194,8 +200,7 @@ def passages_in(value: Any, name: str) -> list[Any]:
             return [value]
         if len({len(column) for column in value.values()}) != 1:
             raise field_error(name, 'an object of lists "title", "text" of one length', value)
-        rows = zip(*value.values(), strict=True)
-        return [dict(zip(value, row, strict=True)) for row in rows]
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if type(value).__name__ == "DataFrame":  # iterates over the names of its columns
         return value.to_dict("records")
     if not isinstance(value, Iterable) or isinstance(value, bytes):
@@ -221,8 +226,7 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str):
         value = {"title": value[0], "text": value[1]}
     elif hasattr(value, "page_content"):  # LangChain's Document
-        attributes = {key: getattr(value, key, None) for key in ("page_content", "metadata", "id")}
-        value = {key: given for key, given in attributes.items() if given is not None}
+        value = {key: getattr(value, key, None) for key in ("page_content", "metadata", "id")}
     elif isinstance(value, Mapping) and isinstance(value.get("kwargs"), Mapping):
         value = value["kwargs"]  # LangChain's Document as its `dumps` writes it
     if not isinstance(value, Mapping):
@@ -254,11 +258,11 @@ def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
     Drops blank answers, which public data sets contain, unless all are blank.
     """
     wanted = 'text, a list of texts, {"text"} or {"value", "aliases"}'
-    answers = value = _as_text(value)
+    answers = value = [] if value is None else _as_text(value)
     if isinstance(value, str):
         answers = [value]
     elif isinstance(value, Mapping) and "value" in value:
-        answers = [value["value"], *(value.get("aliases") or ())]
+        answers = [value["value"], *read_answers(value.get("aliases"), "aliases")]
     elif isinstance(value, Mapping):
         answers = value.get("text")
         answers = [answers] if isinstance(answers, str) else answers
@@ -276,7 +280,8 @@ def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     name = "answer" if record.get("answers") is None else "answers"
     if record.get(name) is None:
         return ()
-    return read_answers([*read_answers(record[name], name), *(record.get("answer_aliases") or ())])
+    aliases = read_answers(record.get("answer_aliases"), "answer_aliases")
+    return read_answers([*read_answers(record[name], name), *aliases])
 
 
 def is_conversation(value: Any) -> bool:
@@ -285,9 +290,7 @@ def is_conversation(value: Any) -> bool:
         return False
     roles = [role for role, _ in value]
     roles = roles[1:] if roles[:1] == ["system"] else roles
-    return len(roles) % 2 == 1 and all(
-        role == ("assistant" if index % 2 else "user") for index, role in enumerate(roles)
-    )
+    return len(roles) % 2 == 1 and roles == (["user", "assistant"] * len(roles))[: len(roles)]
 
 
 def _decode(record: Any) -> dict[str, Any]:
@@ -301,8 +304,7 @@ def _decode(record: Any) -> dict[str, Any]:
     if missing := [key for key in ("question", "chunks") if key not in given]:
         raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(FIELDS)}')
     values = {key: given[key] for key in FIELDS if key in given}
-    if answers := answers_of(given):
-        values["answers"] = answers
+    values["answers"] = answers_of(given)
     if unknown and isinstance(values.setdefault("meta", {}), dict):
         if repeated := sorted(values["meta"].keys() & set(unknown)):
             raise ValueError(f'field "{repeated[0]}" is given twice, in the record and in "meta"')
@@ -315,11 +317,27 @@ def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
+def as_id(value: Any) -> Any:
+    """An identifier as text, or "" if it is missing; 7.0 is 7 in a table with missing numbers."""
+    value = "" if _is_null(value) else plain(value)
+    return _as_text(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def plain(value: Any) -> Any:
+    """Converts NumPy arrays and numbers, at any depth, to Python's; pandas returns such rows."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    return list(map(plain, value)) if isinstance(value, list) else value
+
+
 def _as_text(value: Any) -> Any:
+    value = plain(value)
     return str(value) if type(value) in (int, float) and not _is_null(value) else value
 
 
 def _as_tuple(value: Any) -> Any:
+    value = plain(value)
     return tuple(value) if isinstance(value, list) else value
 
 

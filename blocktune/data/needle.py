@@ -21,6 +21,7 @@ from blocktune.data.chunking import sentences_of
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import Chunk, PromptFormat, make_pieces
+from blocktune.prompt.format import require_unicode
 from blocktune.registry import require_count
 
 INSTRUCTION = (
@@ -68,8 +69,7 @@ def generate_needles(
     Source: RULER's niah_single_2 (arXiv:2404.06654), here with chosen depths and in chunks. RULER
     uses Paul Graham's essays, which we may not ship: pass them as ``haystack``.
     """
-    file = config.haystack
-    source = _sentences_of_file(file) if file else _generated_sentences()
+    source = _sentences_of_file(config.haystack) if config.haystack else _generated_sentences()
     sentences: list[str] = []
 
     def prose(number: int) -> list[str]:
@@ -101,7 +101,8 @@ def _sentences_of_file(file: str) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         text = json.loads(text)["text"] if path.suffix == ".json" else text
-    except (ValueError, KeyError, TypeError) as error:
+        require_unicode(text, "the text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path.name} is not UTF-8 text, or JSON with "text": {error}') from None
     sentences = [s.strip() for s in sentences_of(re.sub(r"\s+", " ", text)) if s.strip()]
     if not sentences:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -43,18 +44,23 @@ class Index:
         if not chunks:
             raise ValueError("an index needs at least one chunk, got none")
         self.chunks = list(chunks)
-        texts = [f"{chunk.title or ''} {chunk.text}".strip() for chunk in chunks]
+        texts = [_composed(f"{chunk.title or ''} {chunk.text}") for chunk in chunks]
         self._scores = _bm25(texts) if embed is None else _cosine(texts, embed)
 
     def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
         """Finds the ``k`` best chunks for each question. Ties are in the order of the corpus."""
         best, k = [], min(k, len(self.chunks))
-        for scores in self._scores(list(questions)):
+        for scores in self._scores(list(map(_composed, questions))):
             # Candidates are all chunks that reach the k-th score, so that ties are stable.
             (candidates,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
             order = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
             best.append([Hit(int(index), float(scores[index])) for index in order])
         return best
+
+
+def _composed(text: str) -> str:
+    """A text to compare with others: accents are composed (NFC), so that either form matches."""
+    return normalize("NFC", text).strip()
 
 
 def _bm25(texts: list[str]) -> Callable[[list[str]], Iterator[np.ndarray]]:
@@ -75,12 +81,9 @@ def _bm25(texts: list[str]) -> Callable[[list[str]], Iterator[np.ndarray]]:
     return scores
 
 
-def _cosine(texts: list[str], embed: Embed) -> Callable[[list[str]], np.ndarray]:
+def _cosine(texts: list[str], embed: Embed) -> Callable[[list[str]], Iterator[np.ndarray]]:
     vectors = np.asarray(embed(texts))
-    return lambda questions: np.asarray(embed(questions)) @ vectors.T
-
-
-_NO_PASSAGES = (Chunk("(no passages)"),)
+    return lambda questions: (vectors @ question for question in np.asarray(embed(questions)))
 
 
 def read_questions(
@@ -104,7 +107,7 @@ def _question(record: Mapping[str, Any]) -> RagExample:
     question = record.get("question")
     return RagExample(
         question.strip() if isinstance(question, str) else question,
-        _NO_PASSAGES,
+        (Chunk("(no passages)"),),
         answers_of(record),
         response=record.get("response"),
         kind=kind if isinstance(kind, str) else "",
@@ -121,8 +124,8 @@ def from_corpus(
     embed: Embed | None = None,
 ) -> list[RagExample]:
     """Gives each question the ``k`` best passages of a corpus, with their scores in ``meta``."""
+    questions = list(questions)  # a mistake in them is reported before the corpus is indexed
     index = Index(corpus, embed)
-    questions = list(questions)
     results = index.search([question.question for question in questions], k)
     examples = []
     for question, hits in zip(questions, results, strict=True):
@@ -145,10 +148,16 @@ def from_retriever(
     retrieved: dict[tuple[str, str], tuple[Chunk, ...]] = {}
     for record in read_records(path):
         key, text, chunks = parse_record(record, _retrieved)
-        retrieved |= {name: chunks for name in (("id", key), ("question", text)) if name[1]}
+        names = [name for name in (("id", key), ("question", text)) if name[1]]
+        if retrieved.get(names[0], chunks) != chunks:
+            raise ValueError(
+                f"{record.where}: question '{names[0][1]:.60}' has other passages in an earlier "
+                "record; give all its passages in one"
+            )
+        retrieved |= dict.fromkeys(names, chunks)
     for question in questions:
         by_id = retrieved.get(("id", question.id)) if question.id else None
-        if not (chunks := by_id or retrieved.get(("question", question.question))):
+        if not (chunks := by_id or retrieved.get(("question", _composed(question.question)))):
             name = question.id or question.question
             raise ValueError(f"{Path(path).name} has no passages for question '{name:.60}'")
         meta = question.meta | {"retriever": Path(path).name}
@@ -170,8 +179,9 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
 
 def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
     """Id, question and passages of a record of a retriever's file."""
-    name = next((name for name in ("passages", *PASSAGES) if name in record), "passages")
+    name = next((n for n in ("passages", *PASSAGES) if record.get(n) is not None), "passages")
     key, question = id_of(record), record.get("question")
-    if not key and not isinstance(question, str):
+    question = _composed(question) if isinstance(question, str) else ""
+    if not key and not question:
         raise ValueError('needs the question\'s "id" or the "question"')
-    return key, (question or "").strip(), read_chunks(record.get(name), name)
+    return key, question, read_chunks(record.get(name), name)

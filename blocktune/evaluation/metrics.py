@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,8 +21,9 @@ def normalize_answer(text: str) -> str:
     """Lower-cases, removes ASCII punctuation, then articles, and collapses white space.
 
     Source: ``normalize_answer`` of SQuAD's evaluation script (v1.1 and v2.0 are the same).
+    Departure: accents are composed first (NFC), so an answer in either Unicode form is the same.
     """
-    lowered = text.lower().translate(_PUNCTUATION)
+    lowered = normalize("NFC", text).lower().translate(_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", lowered).split())
 
 
@@ -48,8 +50,7 @@ def qa_f1(prediction: str, answers: Sequence[str]) -> float:
 
     Source: ``qa_f1_score`` of LongBench, arXiv:2308.14508, as EPIC and kvpress report it.
     """
-    score = word_f1(prediction, answers)
-    return score if normalize_answer(prediction) else 0.0
+    return word_f1(prediction, answers) if normalize_answer(prediction) else 0.0
 
 
 def chatrag_f1(prediction: str, answers: Sequence[str]) -> float:
@@ -135,8 +136,7 @@ def first_line(text: str) -> str:
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
-    has_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
-    return ids[1:] if has_bos else ids
+    return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:

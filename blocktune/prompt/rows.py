@@ -41,11 +41,6 @@ class Prompt:
         return tuple(labels_of(self.input_ids, self.layout.kind[0]).tolist())
 
 
-def array_of(ids: Sequence[int]) -> np.ndarray:
-    """Ids as a read-only int64 array."""
-    return ids.array if isinstance(ids, TokenIds) else int64(ids)
-
-
 def labels_of(ids: Tensor, kind: Tensor) -> Tensor:
     """``ids`` where ``kind`` is an answer, -100 elsewhere; both have the same shape."""
     return torch.where(kind == Kind.ANSWER, ids, IGNORED)
@@ -89,7 +84,8 @@ def lay_out(
         pieces = pieces._replace(query=(bos_id, *pieces.query))
     segments = list(_segments(pieces, spec, link_base or 0, contexts, spans))
     chunks = tuple(zip(stored, contexts, strict=True)) if spec.block else ()
-    ids = torch.from_numpy(np.concatenate([array_of(segment.ids) for segment in segments]))
+    arrays = [s.ids.array if isinstance(s.ids, TokenIds) else int64(s.ids) for s in segments]
+    ids = torch.from_numpy(np.concatenate(arrays))
     return Prompt(ids, _layout(segments), pieces.prefix, chunks)
 
 

@@ -206,10 +206,9 @@ class UserText:
         ids: Ids = ()
         for part in re.split(f"({'|'.join(self._replaced)})", rendered):
             if part in self._replaced:
-                [own] = encode_user_texts(self._tokenizer, [self._replaced[part]])
+                ids += encode_user_texts(self._tokenizer, [self._replaced[part]])[0]
             else:
-                own = encode(self._tokenizer, part)
-            ids += own
+                ids += encode(self._tokenizer, part)
         return ids
 
 

@@ -9,7 +9,7 @@ import bisect
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,9 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.example import RagExample
+from blocktune.data.example import FIELDS, RagExample, own_wording, plain
 from blocktune.data.sources.catalog import data_sets_of
-from blocktune.data.sources.shapes import find_shape
+from blocktune.data.sources.shapes import SHAPES
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat
 from blocktune.prompt.pieces import conversation_pieces, make_pieces
 from blocktune.prompt.special_tokens import require_embedded
@@ -67,17 +67,16 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
     if not isinstance(row, RagExample):
         if not isinstance(row, Mapping):
             raise ValueError(f"a row must be a dict of columns, got {type(row).__name__}")
-        shape, names = find_shape([row], "a row"), RagExample.__dataclass_fields__
+        row = plain(row)
+        if (shape := next((shape for shape in SHAPES if shape.fits(row)), None)) is None:
+            raise ValueError(
+                f"no known shape; the columns are {', '.join(map(str, row))}, wanted are question, "
+                "chunks and answers, or messages (or prompt and completion) with documents"
+            )
         if shape.key == "blocktune":
-            row = {key: value for key, value in row.items() if key in {*names, "answer"}}
+            row = {key: value for key, value in row.items() if key in {*FIELDS, "answer"}}
         row = shape.parser(None, tokenizer)(row)
     return Sample(row, True, own_wording(row, fmt))
-
-
-def own_wording(example: RagExample, fmt: PromptFormat) -> PromptFormat | None:
-    """The run's format with the system turn in the example's ``meta``; None if it has none."""
-    system = example.meta.get("system")
-    return replace(fmt, system=system) if isinstance(system, str) else None
 
 
 @dataclass(frozen=True)

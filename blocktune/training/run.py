@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from blocktune.data import load_examples
+from blocktune.data.example import own_wording
 from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources.load import training_split
 from blocktune.models import load
@@ -31,7 +32,7 @@ from blocktune.training import launch_checks, resume
 from blocktune.training.checkpoint import settings
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.dataset import Sample, in_modes, own_wording, to_sample
+from blocktune.training.dataset import Sample, in_modes, to_sample
 from blocktune.training.plan import LogLines, make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
 
@@ -157,10 +158,7 @@ def leave() -> None:
 
 
 def _close_process_group() -> None:
-    """Ends the threads of the process group, which may abort a process that ends before them.
-
-    The launcher would then end the other processes too, even one that is still publishing.
-    """
+    """Ends the threads of the process group; see `leave`."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

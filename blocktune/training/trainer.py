@@ -193,11 +193,13 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
                 "(dataset['train']), or load_examples(PATH)"
             )
         samples, left_out = [], Counter()
-        for row in rows:
+        for index, row in enumerate(rows):
             try:
                 samples.append(to_sample(row, self.processing_class, self.collator.format))
             except LeftOut as reason:
                 left_out[str(reason)] += 1
+            except ValueError as error:
+                raise ValueError(f"row {index} of the dataset: {error}") from None
         for reason, count in left_out.items():
             logger.warning("%d rows are left out: %s", count, reason)
         if not (isinstance(rows, list) and rows and isinstance(rows[0], Sample)):
@@ -344,13 +346,8 @@ def _checked_collator(
             f"data_collator has {collator.layout}, but the configuration has {args.layout}; "
             "make the collator with layout=args.layout"
         )
-    own = {
-        "augmentation": args.augmentation,
-        "sampler": args.sampler,
-        "has_teacher": args.has_teacher,
-        "seed": args.seed,
-        "max_length": args.max_length,
-    }
+    names = ("augmentation", "sampler", "has_teacher", "seed", "max_length")
+    own = {name: getattr(args, name) for name in names}
     plain = BlockDataCollator(tokenizer)
     for name, value in own.items():
         if getattr(collator, name) not in (value, getattr(plain, name)):

@@ -77,6 +77,13 @@ def test_rows_are_shown_in_the_wording_of_an_adapter(
     assert "no adapter 'none/such': it is not a local folder" in refused(*show, "none/such")
 
 
+def test_the_system_turn_of_a_row_is_shown_as_it_is_trained(blocktune, tmp_path, model):
+    said = zip(("system", "user", "assistant"), ("In rhymes.", "Who?", "Ann."), strict=True)
+    row = {"messages": [{"role": r, "content": t} for r, t in said], "documents": ["It is Ann."]}
+    shown = blocktune("data", "show", lines(tmp_path / "s.jsonl", [row]), "--model", model).stdout
+    assert "In rhymes." in shown.split("[chunk 0")[0]
+
+
 def test_show_as_text(blocktune):
     shown = blocktune("data", "show", "worlds:test?n=4&passages=3", "--index", "2").stdout
     assert "[chunk 0" in shown

@@ -4,7 +4,7 @@ import pytest
 from source_records import HUB_HOTPOT, MUSIQUE
 
 from blocktune.data import load_examples
-from blocktune.data.sources.catalog import CATALOG
+from blocktune.data.sources.catalog import CATALOG, is_test_split
 from blocktune.data.sources.shapes import SHAPES
 
 TURNS = ["Who?", "Anna.", "Where?", "In Kirby."]
@@ -110,3 +110,20 @@ def test_catalog_says_what_a_user_must_know():
         assert entry.becomes
         assert entry.hub.count("/") == 1
         assert entry.shape is None or entry.shape in keys
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "is_test"),
+    [
+        ("data/qa_test.jsonl", None, True),
+        ("data/testset.jsonl.gz", None, True),
+        ("tests-2.csv", None, True),
+        ("hf:owner/name?split=test[:10%]", None, True),
+        ("musique", "test", True),
+        ("tests/latest.jsonl", None, False),
+        ("contest.jsonl", None, False),
+        ("musique?split=train", "test", False),
+    ],
+)
+def test_a_test_split_is_known_by_its_name(source, split, is_test):
+    assert is_test_split(source, split) is is_test

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas
 import pytest
 
@@ -196,3 +197,37 @@ def test_examples_built_in_code_are_checked():
     assert RagExample("q", ["c"], "a", supporting=[0], followups=[["q2", "r"]]) == RagExample(
         "q", (Chunk("c"),), ("a",), supporting=(0,), followups=(("q2", "r"),)
     )
+
+
+def test_rows_of_numpy_arrays_and_numbers():
+    """As `pandas.read_parquet` returns them."""
+    wanted = RagExample("q", ["one"], ["a", "2"], supporting=[0], id="7")
+    fields = {"answers": np.array(["a", 2], dtype=object), "supporting": np.array([0])}
+    for number in (7, 7.0, np.int64(7), np.float64(7)):
+        assert RagExample("q", np.array(["one"]), **fields, id=number) == wanted
+    row = {"question": "q", "chunks": np.array([{"text": "one"}]), **fields, "id": 7.0}
+    assert RagExample.from_json(row) == wanted
+    assert RagExample.from_json(row | {"id": float("nan")}).id == ""
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+    hit = {"text": "one", "score": np.float32(0.5), "rank": np.int64(3)}
+    write_jsonl(tmp_path / "out.jsonl", [RagExample("q", [hit], meta={"scores": np.ones(2)})])
+    (read,) = load_examples(tmp_path / "out.jsonl")
+    assert read.chunks[0].metadata == {"score": 0.5, "rank": 3}
+    assert read.meta == {"scores": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "read"),
+    [
+        ({"answers": {"text": [], "answer_start": []}}, ()),
+        ({"answers": "a", "answer_aliases": "bcd"}, ("a", "bcd")),
+        ({"answers": {"value": "a", "aliases": "bcd"}}, ("a", "bcd")),
+        ({"answers": {"value": "a", "aliases": None}, "answer_aliases": None}, ("a",)),
+    ],
+)
+def test_no_answer_and_a_single_alias(change, read):
+    """A text is one alias, not one for each of its letters."""
+    kept = {"question": "q", "chunks": ["c"]} | change
+    assert RagExample.from_json(kept).answers == read

@@ -158,6 +158,15 @@ BROKEN = {
         "line 1: not",
     ),
     "twice.csv": (b"question,question,chunks\nA?,B?,c\n", "gives the column 'question' twice"),
+    "half.csv": (
+        b'question,chunks,note\nA?,c,"{""k"": ""\\ud83d""}"\n',
+        r'line 2: field "note\.k" holds a lone surrogate',
+    ),
+    "name.jsonl": (
+        b'{"question": "A?", "chunks": ["c"], "\\ud83d": 1}',
+        "line 1: name of a field holds a lone surrogate",
+    ),
+    "texts.jsonl": (b'"A?"\n"B?"\n', "the first is str"),
     "mid.gz": (ZIPPED[:1000] + b"junk" * 10 + ZIPPED[1040:], "mid.gz is damaged"),
     "mid.bz2": (b"BZh9" + b"junk" * 90, "mid.bz2 is damaged"),
 }
@@ -210,3 +219,21 @@ def test_csv_is_told_by_the_last_suffix(tmp_path):
         gzip.compress(b"question,chunks\nWho?,[1] Ann.\n")
     )
     assert load_examples(tmp_path / "table.jsonl.CSV.gz") == [RagExample("Who?", "[1] Ann.")]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path, kind):
+    """Only one of them would be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = [pa.array([text]) for text in ("Who?", "one", "two")]
+    table = pa.Table.from_arrays(arrays, names=["question", "chunks", "chunks"])
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as out:
+            out.write(table)
+    with pytest.raises(ValueError, match=r"^rows\.\w+ has the column 'chunks' twice$"):
+        load_examples(path)

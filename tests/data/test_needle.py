@@ -93,3 +93,10 @@ def test_a_haystack_of_another_encoding_is_named(tokenizer, tmp_path):
     (tmp_path / "prose.txt").write_bytes("Größe.".encode("latin-1"))
     with pytest.raises(ValueError, match=r"prose\.txt is not UTF-8"):
         load_examples(f"needle:?haystack={tmp_path / 'prose.txt'}", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("text", ['{"text": 5}', '{"text": "half \\ud83d."}', '{"text": null}'])
+def test_a_haystack_without_text_is_named(tokenizer, tmp_path, text):
+    (tmp_path / "prose.json").write_text(text)
+    with pytest.raises(ValueError, match=r'^prose\.json is not UTF-8 text, or JSON with "text"'):
+        load_examples(f"needle:?haystack={tmp_path / 'prose.json'}", tokenizer=tokenizer)

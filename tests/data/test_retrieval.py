@@ -208,3 +208,45 @@ def test_what_a_question_has_besides_is_kept(tmp_path):
     wrong = lines(tmp_path / "w.jsonl", {"question": "q", "answers": ["a"], "response": 3})
     with pytest.raises(ValueError, match='field "response"'):
         list(read_questions(wrong))
+
+
+CAFE = ("Le caf\u00e9 est l\u00e0.", "Le cafe\u0301 est la\u0300.")
+"""A text with composed accents, and with separate ones, as macOS writes them."""
+
+
+@pytest.mark.parametrize(("one", "other"), [CAFE, CAFE[::-1]])
+def test_both_unicode_forms_of_an_accent_are_the_same(tmp_path, one, other):
+    word = other.split()[1]
+    assert gives_answer(one, [word])
+    assert holds_answer(RagExample("q", [one], [word]))
+    found = Index([Chunk("Le bar est ici."), Chunk(one)]).search([f"{word}?"], 1)
+    assert found[0][0].index == 1
+    path = lines(tmp_path / "r.jsonl", {"question": other, "passages": ["here"]})
+    assert next(from_retriever([ask(one, ())], path, 1)).chunks == (Chunk("here"),)
+
+
+def test_passages_of_a_question_in_several_records_are_refused(tmp_path):
+    """The last record would win, and the passages of the others would be lost."""
+    rows = [{"id": "q", "passages": ["one"]}, {"id": "q", "passages": ["two"]}]
+    with pytest.raises(ValueError, match=r"^r\.jsonl, line 2: question 'q' has other passages"):
+        list(from_retriever([], lines(tmp_path / "r.jsonl", *rows), 2))
+    again = [rows[0], rows[0], {"id": "r", "question": "Q?", "ctxs": None, "docs": ["three"]}]
+    again += [{"id": "s", "question": "Q?", "passages": ["four"]}]
+    asked = [ask("A?", (), "q"), ask("Q?", (), "r"), ask("Q?", (), "s")]
+    found = from_retriever(asked, lines(tmp_path / "r.jsonl", *again), 2)
+    assert [e.chunks[0].text for e in found] == ["one", "three", "four"]
+
+
+def test_embeddings_are_compared_question_by_question():
+    """One matrix of all questions by all passages would not fit into memory."""
+    rows = {"a": [1.0, 0.0], "b": [0.0, 1.0]}
+    index = Index([Chunk("a"), Chunk("b")], lambda texts: [rows[text] for text in texts])
+    assert not hasattr(index._scores(["a", "b"]), "shape")
+    assert [[hit.index for hit in hits] for hits in index.search(["b", "a"], 1)] == [[1], [0]]
+
+
+def test_mistakes_in_questions_are_told_before_the_corpus_is_indexed(tmp_path, monkeypatch):
+    monkeypatch.setattr("blocktune.data.retrieval.Index", None)
+    path = lines(tmp_path / "q.jsonl", {"answer": "x"})
+    with pytest.raises(ValueError, match=r"^q\.jsonl, line 1: field \"question\""):
+        from_corpus(read_questions(path), CORPUS, 2)

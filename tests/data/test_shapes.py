@@ -265,3 +265,40 @@ def test_a_record_of_another_shape_is_named(tmp_path, first, other):
     path.write_text(f"{json.dumps(first)}\n{other}\n")
     with pytest.raises(ValueError, match=r"^mixed\.jsonl, line 2: [^\n]*$"):
         load_examples(path)
+
+
+def test_a_dotted_name_is_a_field_of_its_own_first(tmp_path):
+    path = save(tmp_path / "d.jsonl", {"a.b": "Who?", "a": "kept", "docs": ["one"]})
+    (example,) = load_examples(f"{path}?fields=question:a.b,chunks:docs")
+    assert (example.question, example.meta) == ("Who?", {"a": "kept"})
+
+
+def test_what_a_conversation_over_documents_is_scored_by_is_kept(tmp_path):
+    asked = {"messages": [{"role": "user", "content": "Who?"}], "documents": ["It is Ann."]}
+    (example,) = load_examples(save(tmp_path / "m.jsonl", asked | {"answers": ["Ann"]}))
+    assert (example.answers, example.response) == (("Ann",), None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [("ctxs", 'field "ctxs" must be'), ("longbench", 'field "context" must be')],
+)
+def test_a_field_that_a_shape_lacks_is_named(tmp_path, shape, words):
+    path = save(tmp_path / "own.jsonl", {"question": "Who?", "chunks": ["Ann."]})
+    with pytest.raises(ValueError, match=f"line 1: {words}"):
+        load_examples(f"{path}?as={shape}")
+
+
+def test_kinds_and_ids_may_be_numbers(tmp_path):
+    row = {"question": "Who?", "context": ["Ann."], "type": 2}
+    path = save(tmp_path / "k.jsonl", row | {"_id": 7.0}, row | {"_id": float("nan")})
+    assert [(e.kind, e.id) for e in load_examples(path)] == [("2", "7"), ("2", "")]
+
+
+def test_documents_are_not_lost_where_the_first_conversation_has_none(tmp_path):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    rows = [{"messages": turns, "documents": given} for given in (None, ["It is Ann."])]
+    with pytest.raises(ValueError, match=r'^m\.jsonl, line 1: field "documents" must be'):
+        load_examples(save(tmp_path / "m.jsonl", *rows))
+    (example,) = load_examples(save(tmp_path / "m.jsonl", rows[1]))
+    assert (example.chunks[0].text, len(example.followups)) == ("It is Ann.", 1)

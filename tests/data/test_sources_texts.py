@@ -101,10 +101,10 @@ def test_document_ends_with_what_the_model_writes(save):
     assert len(cut.chunks) == 1
 
 
-@pytest.mark.parametrize("mark", ["\n", "---", "1", "#", "- "])
+@pytest.mark.parametrize("mark", ["\n", "---", "1", "#", "- ", "++"])
 def test_a_delimiter_is_taken_as_written(save, mark):
     path = save({"text": f"One.\n\nTwo, still two.{mark}Three."})
-    example = only(f"{path}?as=document&chunker=delimiter&delimiter={quote(mark)}")
+    example = only(f"{path}?as=document&chunker=delimiter&delimiter={quote(mark, safe='+')}")
     assert example.target == "Three."
     assert len(example.chunks) == (2 if mark == "\n" else 1)
 

@@ -33,6 +33,7 @@ from blocktune.evaluation.metrics import (
         ("theatre", "theatre"),
         ("It’s “quoted”", "it’s “quoted”"),  # noqa: RUF001  only ASCII punctuation is dropped
         ("\tNew\nYork ", "new york"),
+        ("Cafe\u0301", "caf\u00e9"),  # both forms of an accent are one
     ],
 )
 def test_normalisation_follows_squad(text, normalised):

@@ -4,6 +4,7 @@ import json
 from unittest.mock import patch
 from weakref import WeakSet
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset
@@ -51,6 +52,10 @@ ROWS = {
         "question": EXAMPLE.question, "documents": TEXTS, "answers": list(EXAMPLE.answers)
     },
     "prompt as messages": {"prompt": [ASKED], "completion": [SAID], "documents": TEXTS},
+    "HotpotQA": {
+        "question": EXAMPLE.question, "answer": EXAMPLE.answers[0],
+        "context": {"title": [None] * len(TEXTS), "sentences": [[text] for text in TEXTS]},
+    },
 }  # fmt: skip
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -78,6 +83,15 @@ def test_rows_of_every_form_are_the_same_batch(form, tmp_path):
     assert torch.equal(collator(load_examples(file))["input_ids"], expected["input_ids"])
 
 
+def test_a_row_that_pandas_read_from_a_table(tmp_path):
+    """Lists come as NumPy arrays, at any depth."""
+    path = tmp_path / "rows.parquet"
+    pandas.DataFrame([ROWS["HotpotQA"]]).to_parquet(path)
+    (row,) = pandas.read_parquet(path).to_dict("records")
+    sample = to_sample(row, toy_tokenizer(), PromptFormat())
+    assert sample == to_sample(ROWS["HotpotQA"], toy_tokenizer(), PromptFormat())
+
+
 def test_a_system_turn_and_later_turns_are_kept(tmp_path):
     later = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     system = {"role": "system", "content": "Be brief."}
@@ -98,7 +112,7 @@ def test_a_system_turn_and_later_turns_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"title": "x"}, "no known shape"),
+        ({"title": "x"}, "^no known shape; the columns are title, wanted are question, chunks"),
         ({"messages": [ASKED], "documents": TEXTS}, "no answer to train on"),
         ({"messages": [SAID, ASKED], "documents": TEXTS}, '"messages" must be .*assistant'),
         ({"prompt": "Who?", "documents": TEXTS}, "no answer to train on"),
@@ -213,6 +227,10 @@ def distilled() -> BlockSFTConfig:
         ({"data_collator": list}, "data_collator must be a BlockDataCollator, got list"),
         ({"train_dataset": None}, "train_dataset is missing"),
         ({"train_dataset": list}, "no example to train on"),
+        (
+            {"train_dataset": lambda: [EXAMPLE, {"question": "Who?", "chunks": [1]}]},
+            r'^row 1 of the dataset: field "chunks\[0\]" must be',
+        ),
         ({"train_dataset": dict}, r"rows, got dict; pass one split \(dataset\['train'\]\)"),
         (
             {"data_collator": lambda: BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=1))},

@@ -17,7 +17,7 @@ from blocktune.data.example import RagExample
 
 DATA_SETS = "data_sets"
 """Key in an example's ``meta`` for its data sets: name on the Hub -> licence."""
-_TEST = re.compile(r"(?<![a-z])test(?![a-z])")
+_TEST = re.compile(r"(?<![a-z])test(s|set)?(?![a-z])")
 _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 

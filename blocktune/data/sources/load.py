@@ -43,7 +43,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chunker: Chunker | None = None,
 ) -> list[RagExample]:
-    """Loads examples from a file, the Hub or a generator.
+    """Loads examples, at least one, from a file, the Hub or a generator.
 
     Unusable rows (2WikiMultihopQA without its context) are left out. Their number is logged, and so
     are the names of unknown fields, which are kept in ``meta``.
@@ -71,7 +71,9 @@ def load_examples(
         _refuse_split(source, split)
         if chunker is not None:
             raise ValueError(f"'{source}' has chunks already; leave the chunker out")
-        return list(islice(generated, limit))
+        if not (examples := list(islice(generated, limit))):
+            raise ValueError(f"'{source}' generates no example; ask for at least one")
+        return examples
     reading = read_options(parsed, split=split, tokenizer=tokenizer, chunker=chunker)
     records = open_records(parsed, reading, limit)
     shots = None
@@ -99,8 +101,8 @@ def open_records(parsed: SourceName, reading: Reading, limit: int | None) -> Ite
             Random(reading.shuffle).shuffle(records)
     if reading.fields is None:
         return iter(records)
-    fields = reading.fields
-    return (Record(r.where, parse_record(r, lambda value: rename(value, fields))) for r in records)
+    renamed = partial(rename, fields=reading.fields)
+    return (Record(r.where, parse_record(r, renamed)) for r in records)
 
 
 def load_chunks(source: str | Path) -> list[Chunk]:
@@ -113,8 +115,8 @@ def load_chunks(source: str | Path) -> list[Chunk]:
     value = first[0].value if first else None
     has_text = isinstance(value, dict) and any(key in value for key in TEXT_KEYS)
     if isinstance(value, str) or (has_text and "question" not in value):
-        read = partial(read_chunk, name="text")
-        return list(dict.fromkeys(parse_record(record, read) for record in records))
+        read = partial(parse_record, parse=partial(read_chunk, name="text"), types=dict | str)
+        return list(dict.fromkeys(map(read, records)))
     examples = parse_records(records, parsed, reading)
     return list(dict.fromkeys(chunk for example in examples for chunk in example.chunks))
 

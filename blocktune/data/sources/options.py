@@ -29,7 +29,7 @@ def parse_source(source: str) -> SourceName:
     if os.path.isfile(source):  # unlike `Path.is_file`, takes names of any length
         return SourceName(source, source, {})
     name, _, query = source.partition("?")
-    pairs = parse_qsl(query, keep_blank_values=True)
+    pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)  # a plus is no space
     if not all(map(all, pairs)):
         raise ValueError(f"'{source}' has options that are not key=value&key=value")
     options = dict(pairs)

@@ -26,7 +26,7 @@ from blocktune.prompt.format import require_unicode
 
 WANTED = "a JSON list, JSON lines, CSV, Parquet or Arrow (also .gz, .bz2, .xz)"
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow file", b"\xff\xff\xff\xff": "arrow stream"}
+_TABLES = {b"PAR1": "parquet file", b"ARROW1": "arrow file", b"\xff\xff\xff\xff": "arrow stream"}
 _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Office file",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -135,9 +135,14 @@ def _decoded(text: str, where: str, wanted: str = "") -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"'{key}' is given twice in one object")
+        _refuse_repeated([key for key, _ in pairs], "one object gives")
     return unique
+
+
+def _refuse_repeated(names: list[str], what: str) -> None:
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise ValueError(f"{what} '{name}' twice")
 
 
 def _require_text(value: Any, name: str, where: str) -> None:
@@ -148,6 +153,7 @@ def _require_text(value: Any, name: str, where: str) -> None:
             _require_text(entry, f"{name}[{index}]", where)
     elif isinstance(value, Mapping):
         for key, entry in value.items():
+            require_unicode(key, f"{where}: name of a field")
             _require_text(entry, f"{name}.{key}" if name else key, where)
 
 
@@ -162,13 +168,15 @@ def _from_csv(name: str, stream) -> Iterator[Record]:
     rows = csv.DictReader(stream, delimiter=max(",\t;", key=header.count))
     try:
         names = rows.fieldnames or []
-        if repeated := [column for column in names if names.count(column) > 1]:
-            raise ValueError(f"{name}: the header gives the column '{repeated[0]}' twice")
+        _refuse_repeated(names, f"{name}: the header gives the column")
         for row in rows:
             where = f"{name}, line {rows.line_num}"
             if None in row or None in row.values():
                 raise ValueError(f"{where}: the row does not have {len(rows.fieldnames)} columns")
-            yield Record(where, {key: _cell(text, where, key) for key, text in row.items()})
+            value = {key: _cell(text, where, key) for key, text in row.items()}
+            if any(map(_SURROGATE.search, row.values())):
+                _require_text(value, "", where)
+            yield Record(where, value)
     except csv.Error as error:
         raise ValueError(f"{name}, line {rows.line_num}: not CSV ({error})") from None
     if not names:
@@ -203,7 +211,7 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     try:
-        if kind == "parquet":
+        if kind == "parquet file":
             batches = pq.ParquetFile(path).iter_batches()
         elif kind == "arrow stream":
             batches = pa.ipc.open_stream(pa.memory_map(str(path)))
@@ -212,12 +220,13 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         number = 0
         for batch in batches:
+            _refuse_repeated(batch.schema.names, f"{path.name} has the column")
             for row in batch.to_pylist():
                 number += 1
                 yield Record(f"{path.name}, record {number}", row)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path.name} is not a whole {kind} file ({reason})") from None
+        raise ValueError(f"{path.name} is not a whole {kind} ({reason})") from None
 
 
 def _expand(record: Record) -> Iterator[Record]:
@@ -312,17 +321,17 @@ def read_hub(
         raise ValueError(f"cannot load 'hf:{name}' (split '{split}'): {reason}") from None
 
 
-def parse_record(record: Record, parse) -> Any:
+def parse_record(record: Record, parse, types=dict) -> Any:
     """Applies ``parse`` to a record's value. Errors become a ValueError that names its place."""
     try:
-        if not isinstance(record.value, dict | str):
+        if not isinstance(record.value, types):
             raise ValueError(f"must be an object, got {type(record.value).__name__}")
         return parse(record.value)
     except LeftOut:
         raise
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from None
-    except (LookupError, TypeError, AttributeError, StopIteration) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{record.where}: not of the shape that the first records have "
             f"({type(error).__name__}: {error})"

@@ -12,6 +12,7 @@ from blocktune.data.chunking import Chunker, Message, chunks_of
 from blocktune.data.example import (
     RagExample,
     answers_of,
+    as_id,
     chunk_fields,
     field_error,
     passages_in,
@@ -62,9 +63,8 @@ def parse_musique(record: Mapping[str, Any]) -> RagExample:
     """
     if record.get("answerable") is False:
         raise LeftOut("not answerable from its paragraphs")
-    hops = len(record.get("question_decomposition") or ())
     match = re.match(r"(\d+)hop", str(record.get("id", "")))
-    hops = int(match[1]) if match else hops
+    hops = int(match[1]) if match else len(record.get("question_decomposition") or ())
     return _example(record, "paragraphs", kind=f"{hops}-hop" if hops else "")
 
 
@@ -81,12 +81,10 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
         raise LeftOut("no context")
     if isinstance(context, str):
         spans = cutter.text(context) if cutter else [context]
-        entries = [{"title": record.get("title"), "text": span} for span in spans]
-        record = {**record, "context": entries}
+        record = {**record, "context": [{"title": record.get("title"), "text": s} for s in spans]}
     elif cutter:
         raise ValueError("records have chunks already; leave the chunker out")
-    supporting = _supporting_titles(record)
-    return _example(record, "context", kind=record.get("type") or "", supporting=supporting)
+    return _example(record, "context", str(record.get("type") or ""), _supporting_titles(record))
 
 
 def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
@@ -94,8 +92,8 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
 
     Source: https://github.com/YaoJiayi/CacheBlend, ``inputs/``.
     """
-    name = next(name for name in PASSAGES if record.get(name) is not None)
-    return _example(record, name, kind=record.get("type") or "")
+    name = next((name for name in PASSAGES if record.get(name) is not None), PASSAGES[0])
+    return _example(record, name, kind=str(record.get("type") or ""))
 
 
 def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -106,7 +104,7 @@ def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
     Source: LongBench, arXiv:2308.14508.
     """
-    context, question = record["context"], record["input"]
+    context, question = record.get("context"), record.get("input")
     if not isinstance(context, str) or not isinstance(question, str):
         raise field_error("context", 'a text, as "input" is', context)
     if not context.strip():
@@ -133,19 +131,15 @@ def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """
     chunks: tuple[Chunk, ...] = ()
     for field, texts in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
-        for title, text in _pages(record, field, texts):
+        pages = record.get(field) or {}
+        bodies = pages.get(texts, []) if isinstance(pages, Mapping) else None
+        if not isinstance(bodies, list) or not all(isinstance(text, str) for text in bodies):
+            raise field_error(field, f'an object of lists "title", "{texts}"', pages)
+        for title, text in zip(pages.get("title", [None] * len(bodies)), bodies, strict=False):
             chunks += chunks_of(cutter.text(text), title)
     if not chunks:
         raise LeftOut("no evidence; add passages with `blocktune data passages`")
     return RagExample(record.get("question"), chunks, answers_of(record), id=id_of(record))
-
-
-def _pages(record: Mapping[str, Any], field: str, texts: str) -> list[tuple[str | None, str]]:
-    pages = record.get(field) or {}
-    bodies = pages.get(texts, []) if isinstance(pages, Mapping) else None
-    if not isinstance(bodies, list) or not all(isinstance(text, str) for text in bodies):
-        raise field_error(field, f'an object of lists "title", "{texts}"', pages)
-    return list(zip(pages.get("title", [None] * len(bodies)), bodies, strict=False))
 
 
 def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
@@ -194,5 +188,5 @@ def _example(
 
 def id_of(record: Mapping[str, Any]) -> str:
     """The identifier of a record, or an empty string."""
-    values = map(record.get, ("id", "_id", "question_id"))
-    return next((str(value) for value in values if value is not None and value != ""), "")
+    ids = (str(as_id(record.get(key))) for key in ("id", "_id", "question_id"))
+    return next(filter(None, ids), "")

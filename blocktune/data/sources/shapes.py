@@ -62,21 +62,19 @@ SHAPES = (
 
 
 def find_shape(values: Iterable[Any], source: str, key: str | None = None) -> Shape:
-    """Returns the shape named by ``key``, else the first shape that fits one of the records."""
+    """Returns the shape named by ``key``, else the first in `SHAPES` that fits any record."""
     by_key, values = {shape.key: shape for shape in SHAPES}, list(values)
     if key and key not in by_key:
         raise ValueError(f"unknown record shape '{key}'; available: {', '.join(by_key)}")
-    shape = by_key[key] if key else next((s for v in values for s in SHAPES if s.fits(v)), None)
+    shape = by_key[key] if key else next((s for s in SHAPES for v in values if s.fits(v)), None)
     if shape is None:
         raise ValueError(unknown_shape(values[0] if values else None, source))
     return shape
 
 
-def rename(record: Any, fields: Mapping[str, str]) -> Any:
+def rename(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """Renames fields: new name -> old name, which may be a dotted path to a nested field."""
-    if not isinstance(record, Mapping):
-        return record
-    used = {old.partition(".")[0] for old in fields.values()}
+    used = {old if old in record else old.partition(".")[0] for old in fields.values()}
     renamed = {key: value for key, value in record.items() if key not in used | fields.keys()}
     for new, old in fields.items():
         value: Any = record
@@ -90,7 +88,7 @@ def rename(record: Any, fields: Mapping[str, str]) -> Any:
 
 _QUESTION_KEYS = ("question", "query", "user_input", "instruction", "prompt", "input", "q", "key")
 _ANSWER_KEYS = ("answers", "answer", "outputs", "output", "target", "response", "label", "value")
-_PASSAGE_KEYS = ("context", "passage", "article", "document", "story", "input")
+_PASSAGE_KEYS = ("chunks", "context", "passage", "article", "document", "story", "input")
 
 
 def unknown_shape(first: Any, source: str) -> str:
@@ -118,13 +116,9 @@ def unknown_shape(first: Any, source: str) -> str:
         )
     if question and answers and passages is None:
         return f"{reason}. It holds questions without passages; add them: `blocktune data passages`"
-    if (
-        passages is None
-        and question is None
-        and not any(
-            isinstance(v, str) and sum(map(str.isalpha, v.split())) > 1 for v in first.values()
-        )
-    ):
+    texts = [value.split() for value in first.values() if isinstance(value, str)]
+    has_words = any(sum(map(str.isalpha, words)) > 1 for words in texts)
+    if passages is None and question is None and not has_words:
         return f"{reason}. None of them holds text; questions with their passages are wanted"
     mapping = f"question:{question or 'FIELD'},chunks:{passages or 'FIELD'}"
     mapping += f",answers:{answers}" if answers else ""

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from blocktune.data.chunking import SPEAKERS, Message, chunks_of, tidy, trimmed
-from blocktune.data.example import RagExample, field_error, is_conversation, read_chunks
+from blocktune.data.example import RagExample, answers_of, field_error, is_conversation, read_chunks
 from blocktune.data.sources.records import LeftOut
 from blocktune.data.sources.schemas import SUMMARIZE, Cutter, id_of
 from blocktune.prompt.format import Chunk
@@ -89,7 +89,8 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
     question, response, *more = [*(message.text for message in messages), None][: len(roles) + 1]
     return RagExample(
         question=question,
-        chunks=read_chunks(record["documents"], "documents"),
+        chunks=read_chunks(record.get("documents"), "documents"),
+        answers=answers_of(record),
         response=response,
         followups=tuple(zip(more[::2], more[1::2], strict=False)),
         id=id_of(record),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import world as worlds
 from blocktune.data.worlds.vocabulary import COMPARED, SPLITS
-from blocktune.data.worlds.world import Fact, Passages, Place, World, refer
+from blocktune.data.worlds.world import Fact, Passages, World, refer
 from blocktune.prompt import Chunk
 from blocktune.registry import require_count, require_one_of, require_share
 
@@ -46,7 +46,7 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
     """Groups the facts, or chains of facts, that can be asked about, by kind of question."""
     groups: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
     for fact in world.facts.values():
-        place = _place(passages, fact)
+        place = passages.places[fact.subject.name, fact.relation.name]
         kind = "self-contained" if place.chunk == place.first else "cross-chunk"
         groups[kind].append((fact,))
         # Only if the chunk's words for the subject identify the fact.
@@ -73,7 +73,7 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
     ``fact_chunks``, the index of the chunk that states each fact; and, for chains, ``bridges``, the
     intermediate values.
     """
-    places = [_place(passages, fact) for fact in facts]
+    places = [passages.places[fact.subject.name, fact.relation.name] for fact in facts]
     meta: dict[str, Any] = {
         "relations": [fact.relation.name for fact in facts],
         "mentions": [place.mention for place in places],
@@ -113,10 +113,6 @@ def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
     wording = relation.plain_fact if by_role else rng.choice(relation.facts)
     before, after = wording.format(s=fact.subject.name, o="|").split("|")
     return before, fact.value, after
-
-
-def _place(passages: Passages, fact: Fact) -> Place:
-    return passages.places[fact.subject.name, fact.relation.name]
 
 
 DEFAULT_KINDS = MappingProxyType(

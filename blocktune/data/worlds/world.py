@@ -128,8 +128,7 @@ def draw_world(
     whole context finds it in the preceding chunk; one that sees chunks separately does not need it,
     since each fact is stated in only one chunk.
 
-    ``aliased`` is the share of continued documents, except lists, that use an alias; for ``plain``
-    see `draw_style`.
+    ``aliased``: share of continued documents, except lists, with an alias; ``plain``: `draw_style`.
     """
     style, taken = draw_style(rng, plain), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
