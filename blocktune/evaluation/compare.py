@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from operator import gt, itemgetter, lt
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from blocktune.evaluation.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
 from blocktune.evaluation.rows import Row, read_all
-from blocktune.evaluation.significance import ALPHA, difference, holm, p_value, power
+from blocktune.evaluation.significance import ALPHA, difference, holm, p_value, paired, power
 from blocktune.parsing import load_json
 from blocktune.tables import Table, with_interval, written
 
@@ -49,7 +49,7 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     """Compares the methods that two runs share. Raises ValueError if there is none."""
     first, second = load_results(before), load_results(after)
     for task in first["tasks"].keys() & second["tasks"].keys():
-        metrics = [run["tasks"][task]["metric"] for run in (first, second)]
+        metrics = [run["tasks"][task].get("metric") for run in (first, second)]
         if metrics[0] != metrics[1]:
             raise ValueError(
                 f"task '{task}' is scored by {metrics[0]} in '{before}' and by {metrics[1]} in "
@@ -65,15 +65,19 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     left, right = _rows(before, old, shared), _rows(after, new, shared)
     pairs = {}
     for label in shared:
-        a, b = _scores(left[label]), _scores(right[label])
+        a, b = _scores(left[label], right[label])
         if not (both := [key for key in b if key in a]):
-            raise ValueError(f"the runs have no common question for '{label}'; compare one task")
+            raise ValueError(
+                f"the runs have no common question for '{label}': they share no task and id, or "
+                "each id they share is of several questions"
+            )
         pairs[label] = [a[key] for key in both], [b[key] for key in both]
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
     adjusted, changes = holm(p), []
     for label, (a, b) in pairs.items():
         gain, shown = difference(b, a), power(b, a, p[label], adjusted[label])
-        wins, losses = sum(map(gt, b, a)), sum(map(lt, b, a))
+        gains = paired(b, a)
+        wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
         tests = p[label], adjusted[label], wins, losses, shown and shown.n_needed
         changes.append(Change(label, len(a), fmean(a), fmean(b), gain.mean, gain.ci95, *tests))
     return changes
@@ -84,18 +88,29 @@ def _rows(
 ) -> dict[str, Sequence[Row]]:
     """Rows of a run by label; the mean of the seeds for a pool."""
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
-    members = [member for label in labels for member in pools.get(label, [label])]
-    return with_pools(read_all(Path(folder), members), pools)
+    members = {member: label for label in labels for member in pools.get(label, [label])}
+    rows = read_all(Path(folder), list(members))
+    for member, label in members.items():
+        if (found := len(rows[member])) != methods[label].get("n", found):
+            raise ValueError(
+                f"'{folder}' has {found} rows of '{member}', but its {RESULTS} counts "
+                f"{methods[label]['n']}; repeat the command of that run to complete it"
+            )
+    return with_pools(rows, pools)
 
 
-def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
-    """Scores by task, id and occurrence (from 0), since a source may repeat an id."""
-    seen: Counter[tuple[str, str]] = Counter()
-    scores = {}
-    for row in rows:
-        name = (row.task, row.id)
-        scores[*name, seen[name]] = row.score
-        seen[name] += 1
+def _scores(*runs: Sequence[Row]) -> list[dict[Any, float]]:
+    """Scores of each run by task and id; by the prompt too if a run has several rows of that id."""
+    counts = [Counter((row.task, row.id) for row in rows) for rows in runs]
+    scores: list[dict[Any, float]] = []
+    for rows in runs:
+        scores.append({})
+        seen: Counter[Any] = Counter()
+        for row in rows:
+            name = row.task, row.id
+            key = (name, max(count[name] for count in counts) > 1 and row.prompt_hash)
+            scores[-1][key, seen[key]] = row.score
+            seen[key] += 1
     return scores
 
 

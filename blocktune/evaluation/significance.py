@@ -167,9 +167,9 @@ def power(
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """
     differences = paired(own, other)
-    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
-    if spread == 0:
+    if len(set(differences)) < 2:
         return None
+    spread = float(differences.std(ddof=1))
     alpha = ALPHA * (p / p_holm if p_holm > 0 else 1.0)
     reach = (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(wanted)) * spread
     mean = abs(float(differences.mean()))
@@ -178,10 +178,13 @@ def power(
 
 
 def paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:
-    """Left minus right score of each question, ``(n,)``; ValueError if the lengths differ."""
+    """Left minus right score of each question, ``(n,)``; ValueError if the lengths differ.
+
+    Means of several seeds that are equal may differ in the last bits, so differences are rounded.
+    """
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(
             f"paired scores must be two lists of one length, got {first.shape} and {second.shape}"
         )
-    return first - second
+    return np.round(first - second, 12)
