@@ -6,9 +6,11 @@ import glob
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
 from blocktune.methods import Method
+from blocktune.parsing import check_types
 
 COMMON = ("em", "f1", "substring_em")  # metrics of the extracted answer that every row has
 
@@ -179,17 +182,20 @@ class RowFile:
         self._part = folder / f"{label}.part{rank}.jsonl"
         self._rows, self._opened = self._wanted_rows(), False
 
-    def refuse_loss(self, asked: Collection[tuple[str, str]]) -> None:
+    def refuse_loss(self, asked: Iterable[tuple[str, str]]) -> None:
         """Raises ValueError if the file has answers to questions that are not in ``asked``.
 
-        `merge` would delete them. Questions are given as task and id.
+        `merge` would delete them. Questions are given as task and id, which may be repeated.
         """
-        answered = {(row.task, row.id) for path in self._paths() for row in read_rows(path)}
-        if lost := answered - set(asked):
+        answered, *parts = (
+            [(row.task, row.id) for row in read_rows(path)] for path in self._paths()
+        )
+        # A part may have several rows of one question, from runs of different code.
+        if lost := (Counter(answered) | Counter(set(chain(*parts)))) - Counter(asked):
             raise ValueError(
-                f"'{self.path}' has answers to {len(lost)} questions that this run does not ask, "
-                f"such as {min(lost)[1]!r}, and would lose them; give another output folder, or "
-                "move this one away"
+                f"'{self.path}' has answers to {lost.total()} questions that this run does not "
+                f"ask, such as {min(lost)[1]!r}, and would lose them; give another output folder, "
+                "or move this one away"
             )
 
     def __contains__(self, key: str) -> bool:
@@ -238,8 +244,11 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Complete lines of a file as rows; raises ValueError if a line is not a row."""
     for number, line in enumerate(whole_lines(path), start=1):
         try:
-            yield Row(**json.loads(line))
-        except (json.JSONDecodeError, TypeError) as error:
+            check_types(row := Row(**json.loads(line)), "a value")
+            if not all(0 <= value <= 1 for value in (row.score, row.em, row.f1)):
+                raise ValueError("its score, em and f1 must be from 0 to 1")
+            yield row
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}: not a row of this version ({error}); move it away"
             ) from None

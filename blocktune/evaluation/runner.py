@@ -143,7 +143,7 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
     decides = engine.fingerprint, code, engine.store.config.codec
     keys = [row_key(spec, q.task, q.example, *decides) for q in ready.questions]
     file = RowFile(output / ROWS, spec.label, keys, processes.rank)
-    file.refuse_loss({(q.task.name, q.example.id or q.name) for q in ready.questions})
+    file.refuse_loss((q.task.name, q.example.id or q.name) for q in ready.questions)
     return file
 
 
@@ -259,8 +259,8 @@ def _measure_once(
     row_keys = {label: [row.key for row in own] for label, own in rows.items()}
     keys = [path.name, getattr(suite, name), row_keys, code_digest(), hardware(), versions()]
     keys += [suite.device, str(suite.store)]
-    record = load_json(path) if path.exists() else {}
-    if record.get("keys") != digest_of(keys):
+    record = load_json(path) if path.exists() else None
+    if not isinstance(record, dict) or record.get("keys") != digest_of(keys):
         record = {"keys": digest_of(keys), name: measure()}
         replace_json(path, record)
     return record[name]

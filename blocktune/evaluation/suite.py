@@ -43,9 +43,10 @@ class MethodSpec:
     def __post_init__(self):
         if not self.label:
             object.__setattr__(self, "label", self.name)
-        if "/" in self.label or self.label.startswith("."):
+        if "/" in self.label or self.label.startswith(".") or ".part" in self.label:
             raise ValueError(
-                f"label must name a file, got '{self.label}'; remove slashes and a leading dot"
+                f"label must name a file, got '{self.label}'; remove slashes, a leading dot and "
+                "'.part'"
             )
 
     def entry(self) -> dict[str, Any]:
