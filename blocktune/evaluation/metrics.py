@@ -142,10 +142,15 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of stemmed words, best over the answers.
 
+    Raises ValueError if no answer has a word of a-z or 0-9: the source drops all other characters,
+    so every prediction would score 0.
+
     Source: Lin (2004), as CacheBlend computes it: the package ``rouge-score`` with stemming. It is
     installed by the extra ``eval``.
     """
     scorer = _scorer()
+    if not re.search("[a-z0-9]", " ".join(_accepted(answers)).lower()):
+        raise ValueError(f"rouge_l reads a-z and 0-9 only, and {answers[0]!r:.60} has none; use f1")
     return best(lambda answer: scorer.score(answer, prediction)["rougeL"].fmeasure, answers)
 
 
