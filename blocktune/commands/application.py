@@ -116,6 +116,8 @@ def explain(error: Exception) -> str | None:
         return _out_of_memory(error) if type(error).__name__ == "OutOfMemoryError" else None
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
+        if package == "vllm":
+            return "vLLM is not installed here; it needs its own environment, docs/vllm.md"
         extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
         return extra and f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
     if isinstance(error, OSError) and error.strerror and error.filename:
