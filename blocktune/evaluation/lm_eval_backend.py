@@ -40,8 +40,7 @@ class BlocktuneLM(LM):
         device: None or ``cuda:0`` (the harness's default): a GPU if there is one, else the CPU.
         batch_size: Prompts at a time; ``auto`` and ``auto:N`` are 8.
         max_gen_toks: Longest generation for tasks that set no limit.
-        max_batch_size: Ignored; the harness passes it to every model.
-        trust_remote_code: Ignored, likewise.
+        max_batch_size, trust_remote_code: Ignored; the harness passes them to every model.
     """
 
     def __init__(

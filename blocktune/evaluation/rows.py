@@ -22,6 +22,7 @@ from blocktune.files import append_lines, replace_text, truncate_lines, whole_li
 from blocktune.methods import Method
 from blocktune.parsing import check_types
 
+ROWS = "rows"
 COMMON = ("em", "f1", "substring_em")  # metrics of the extracted answer that every row has
 
 
@@ -58,8 +59,7 @@ def code_digest(method: Method | None = None) -> str:
     """Version and digest of the code in `PARTS`, such as ``0.1.0-3f2a91c05d7e``.
 
     For a ``method`` that a plug-in defines, in whole or in part, a digest of the plug-in follows.
-    Rows of other code are dropped. A commit hash would not do: it changes with the README, and does
-    not change with uncommitted work.
+    Rows of other code are dropped.
     """
     plugins = {path for cls in _classes_of(method) for path in _sources_of(cls)}
     texts = [path.read_bytes() for path in sorted(plugins)]
@@ -164,9 +164,6 @@ def digest_of(value: Any) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of a value as JSON."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-ROWS = "rows"
 
 
 class RowFile:

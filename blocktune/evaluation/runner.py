@@ -84,8 +84,7 @@ def run_suite(
 ) -> dict[str, Any] | None:
     """Answers, scores and times all questions of a suite. An interrupted run resumes.
 
-    Answers do not depend on where a run was interrupted or how many processes share it: the
-    batches are always the same, and the caches only hold the chunks of the current batch.
+    Answers do not depend on where a run was interrupted or how many processes share it.
 
     Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
     content of ``results.json`` (see `build_results`), or None except in the main process.
@@ -213,8 +212,7 @@ class _BatchChunks:
 def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, list[MethodSpec]]]:
     """Batches, as ranges of question indices, with the methods that have not answered them yet.
 
-    A batch has questions of one task. Batches are always the same, so a resumed run repeats whole
-    batches. Methods that use the same adapter follow each other.
+    A batch has questions of one task. Methods that use the same adapter follow each other.
     """
     specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
     missing, start = [], 0

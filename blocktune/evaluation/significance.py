@@ -44,8 +44,7 @@ def mean_interval(own: ArrayLike) -> Interval:
     """The mean of scores ``(n,)`` with Wilson's interval. Raises ValueError if there is none.
 
     The variance is that of the scores. For scores of 0 and 1 this is Wilson's interval of a
-    proportion. For scores in between, such as F1, a smaller spread gives a narrower interval, but
-    never one of zero width.
+    proportion. For scores in between, such as F1, a smaller spread gives a narrower interval.
 
     Source: Wilson, Probable Inference (1927).
     """
@@ -122,7 +121,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
     Under the null hypothesis each question's difference is as likely with the other sign. For up to
     `FEW` nonzero differences, signs are drawn at random by ``seed``; the observed signs count as
     one draw, so p is never 0. For more, the sum is taken as normal, with the variance under random
-    signs. Both arguments are ``(n,)``, on the same questions.
+    signs.
 
     Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), approximate
     randomisation; Fisher's paired test.
@@ -178,13 +177,10 @@ def power(
 
 
 def paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:
-    """Left minus right score of each question, ``(n,)``; ValueError if the lengths differ.
-
-    Means of several seeds that are equal may differ in the last bits, so differences are rounded.
-    """
+    """Left minus right score of each question, ``(n,)``; ValueError if the lengths differ."""
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(
             f"paired scores must be two lists of one length, got {first.shape} and {second.shape}"
         )
-    return np.round(first - second, 12)
+    return np.round(first - second, 12)  # equal means of seeds may differ in the last bits

@@ -44,10 +44,8 @@ class MethodSpec:
         if not self.label:
             object.__setattr__(self, "label", self.name)
         if "/" in self.label or self.label.startswith(".") or ".part" in self.label:
-            raise ValueError(
-                f"label must name a file, got '{self.label}'; remove slashes, a leading dot and "
-                "'.part'"
-            )
+            fix = "remove slashes, a leading dot and '.part'"
+            raise ValueError(f"label must name a file, got '{self.label}'; {fix}")
 
     def entry(self) -> dict[str, Any]:
         """The keys that were given, as `blocktune.methods.build_entry` takes them."""

@@ -213,5 +213,5 @@ def test_results_of_another_version_are_refused_in_one_line(tmp_path, key):
     results = json.loads(json.dumps(fake_results()))
     del results["methods"]["naive"][key]
     replace_json(tmp_path / "results.json", results)
-    with pytest.raises(ValueError, match=rf"results\.json lacks what the report shows.*'{key}'"):
+    with pytest.raises(ValueError, match=rf"results\.json: edited, or of another .*'{key}'"):
         write_report(tmp_path)

@@ -34,8 +34,7 @@ def write_report(folder: str | Path, title: str | None = None) -> Path:
         page = render(results, charts, title or folder.resolve().name)
     except (LookupError, TypeError, AttributeError, StopIteration, UndefinedError) as error:
         raise ValueError(
-            f"{folder / RESULTS} lacks what the report shows ({type(error).__name__}: {error}); it "
-            "was edited, or written by another version: repeat the command of the run"
+            f"{folder / RESULTS}: edited, or of another version ({error!r}); repeat the evaluation"
         ) from error
     replace_text(folder / PAGE, page)
     return folder / PAGE
