@@ -78,7 +78,8 @@ class Table(NamedTuple):
     def _blocks(self, console: Console) -> list[RichTable]:
         """Splits the columns into tables that fit the console, each with the first column."""
         columns = range(len(self.headings))
-        needed, least = zip(*map(self._widths, columns), strict=True)
+        needed, least = map(list, zip(*map(self._widths, columns), strict=True))
+        needed[0] = least[0] = min(needed[0], console.width // 2)  # longer names are folded
         blocks, start = [], 1
         while start < len(self.headings):
             for stop in range(len(self.headings), start, -1):

@@ -4,7 +4,6 @@ Nothing is encoded. A trace is a sequence of requests with the chunks that each 
 recorded by a store (JSON lines of ``--store ...,trace=FILE``), published (Mooncake: ``hash_ids`` of
 blocks of 512 tokens; Azure: CSV with ``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts
 are filled with random chunks, since it names none), or random. Files may be gzipped (``.gz``).
-Costs are those that the store recorded, else those of `Costs`.
 """
 
 from __future__ import annotations
@@ -154,14 +153,11 @@ def break_even(
     return points
 
 
-COLOURS = {"gdsf": 2, "lru": 3, "lfu": 4, "fifo": 1}
-"""Index of each policy's colour in the palette."""
-
-
 def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
     """Plots hit rate and share of time saved against the budget, and hit rate over time."""
     from blocktune.evaluation.report import style
 
+    colours = {"gdsf": 2, "lru": 3, "lfu": 4, "fifo": 1}  # indices in the palette
     largest = max(outcome.budget for outcome in outcomes)
     ticks = sorted({outcome.budget / 1e9 for outcome in outcomes})
 
@@ -169,7 +165,7 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
         axes, ends = figure.subplots(1, 3), {}
         for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
             line = sorted((o for o in outcomes if o.policy == policy), key=lambda o: o.budget)
-            budgets, colour = [o.budget / 1e9 for o in line], ground.series[COLOURS[policy]]
+            budgets, colour = [o.budget / 1e9 for o in line], ground.series[colours[policy]]
             look = {"color": colour, "marker": "o", "markersize": 3}
             axes[0].plot(budgets, [o.hit_rate for o in line], **look)
             axes[1].plot(budgets, [o.saved for o in line], **look)

@@ -26,6 +26,8 @@ from blocktune.testing import byte_tokenizer, random_llama
 
 TARGETS = {"cacheblend_over_full": 0.35, "epic_over_full": 0.12, "naive_over_query_only": 1.8}
 """The project's goals, on two cores with the default setting."""
+WARM_S = 3.0
+"""Work that takes longer than this many seconds needs no warm-up round."""
 PRODUCT, COPIED = 2048, 1 << 28
 """Rows of the square matrices, and bytes copied, in measurements of the machine's rates."""
 
@@ -93,10 +95,6 @@ def random_pieces(vocab_size: int, tokens: int, chunk: int, question: int, seed:
 def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
     """Usage of a method on a prompt whose chunks are cached."""
     return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
-
-
-WARM_S = 3.0
-"""Work that takes longer than this many seconds needs no warm-up round."""
 
 
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -169,10 +167,9 @@ def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
     """Times prefills by several methods in turn, over chunks that are already in memory.
 
     A method's time covers everything from token ids to the logits after the question: looking up
-    chunks, relocating their keys, joining caches, selecting tokens, computing. ``full`` is the
-    faster of this engine's and the stock model's full prefill in each round; ``query_only``
-    computes the question over an assembled cache. Ratios are medians of the ratios in each round.
-    ``cost`` holds the bytes moved and FLOPs of each method, and their time at the machine's rates.
+    chunks, relocating their keys, joining caches, selecting tokens, computing. For ``full`` see
+    `time_methods`; ``query_only`` computes the question over an assembled cache. Ratios are medians
+    of the ratios in each round. ``cost`` holds each method's `_cost`.
     """
     with threads(bench.threads), torch.no_grad():
         engine = bench.engine()

@@ -164,9 +164,9 @@ def ttft(
     lengths = [int(part) for part in tokens.split(",")]
     engine = opt.load_engine(model, adapter, "memory=1TB", dtype, device)  # all chunks fit
     result = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
+    _show(result, as_json, output, table)
     if picture is not None:
         draw_ttft(result, picture)
-    _show(result, as_json, output, table)
 
 
 @command(

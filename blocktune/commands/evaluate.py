@@ -178,19 +178,17 @@ def tune(
     as_json: opt.AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; test splits are refused."""
-    from blocktune.evaluation.sweep import load_tuning
+    from blocktune.evaluation import sweep
 
-    spec = load_tuning(config)
+    spec = sweep.load_tuning(config)
     spec = replace(spec, model=model or spec.model)
     if limit:
         spec = replace(spec, task=replace(spec.task, limit=limit))
     opt.quiet_libraries()
-    from blocktune.evaluation.sweep import TUNED
-    from blocktune.evaluation.sweep import tune as run
     from blocktune.tables import Table
 
     with resumable(f"the rows so far are in {output}"):
-        result = run(spec, output)
+        result = sweep.tune(spec, output)
     if result is None:  # of several processes the main one reports
         return
     names = list(result["best"]["values"])
@@ -201,5 +199,5 @@ def tune(
         values = map(str, point["values"].values())
         rows.append((*values, *numbers, f"{point['recompute_ratio']:.0%}"))
     headings = (*names, result["task"]["metric"], "95 %", "recomputed")
-    line = f"best: {result['best']['label']}; all points in {output / TUNED}"
+    line = f"best: {result['best']['label']}; all points in {output / sweep.TUNED}"
     opt.tell(as_json, result, Table(headings, rows, left=names), line)

@@ -100,9 +100,9 @@ def run_exam(
 ) -> Path:
     """Answers an exam, writes its result file and returns the path. An interrupted run resumes.
 
-    The engine's store and prefix cache are emptied after every question. Answers are also saved to
-    ``output`` one by one. With a ``limit``, ``kva validate`` rejects the file. ``port`` is the
-    provenance of the method's code: ``official``, ``port`` or ``reference``.
+    The engine's store and prefix cache are emptied after every question. With a ``limit``,
+    ``kva validate`` rejects the file. ``port`` is the provenance of the method's code:
+    ``official``, ``port`` or ``reference``.
 
     Raises:
         ValueError: If the method takes chunks from earlier prompts, a prompt does not fit into the

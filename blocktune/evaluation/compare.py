@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import combinations
-from operator import gt, itemgetter, lt
+from itertools import chain, combinations
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from blocktune.evaluation.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
 from blocktune.evaluation.rows import Row, read_all
-from blocktune.evaluation.significance import ALPHA, difference, holm, p_value, power
+from blocktune.evaluation.significance import ALPHA, difference, holm, p_value, paired, power
 from blocktune.parsing import load_json
 from blocktune.tables import Table, with_interval, written
+
+MOST = 8  # up to this many methods get a sentence each
+MOST_PAIRS = 3  # of more pairs of tuned methods, only those that differ get a sentence
+MOST_NOTED = 3  # up to this many methods are named in a sentence about too few questions
 
 
 class Change(NamedTuple):
@@ -49,7 +53,7 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     """Compares the methods that two runs share. Raises ValueError if there is none."""
     first, second = load_results(before), load_results(after)
     for task in first["tasks"].keys() & second["tasks"].keys():
-        metrics = [run["tasks"][task]["metric"] for run in (first, second)]
+        metrics = [run["tasks"][task].get("metric") for run in (first, second)]
         if metrics[0] != metrics[1]:
             raise ValueError(
                 f"task '{task}' is scored by {metrics[0]} in '{before}' and by {metrics[1]} in "
@@ -65,15 +69,17 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     left, right = _rows(before, old, shared), _rows(after, new, shared)
     pairs = {}
     for label in shared:
-        a, b = _scores(left[label]), _scores(right[label])
-        if not (both := [key for key in b if key in a]):
+        a, b = _scores(left[label], right[label])
+        common = [zip(a[key], b[key], strict=False) for key in b if key in a]
+        if not (both := list(chain(*common))):
             raise ValueError(f"the runs have no common question for '{label}'; compare one task")
-        pairs[label] = [a[key] for key in both], [b[key] for key in both]
+        pairs[label] = tuple(zip(*both, strict=True))
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
     adjusted, changes = holm(p), []
     for label, (a, b) in pairs.items():
         gain, shown = difference(b, a), power(b, a, p[label], adjusted[label])
-        wins, losses = sum(map(gt, b, a)), sum(map(lt, b, a))
+        gains = paired(b, a)
+        wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
         tests = p[label], adjusted[label], wins, losses, shown and shown.n_needed
         changes.append(Change(label, len(a), fmean(a), fmean(b), gain.mean, gain.ci95, *tests))
     return changes
@@ -84,18 +90,28 @@ def _rows(
 ) -> dict[str, Sequence[Row]]:
     """Rows of a run by label; the mean of the seeds for a pool."""
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
-    members = [member for label in labels for member in pools.get(label, [label])]
-    return with_pools(read_all(Path(folder), members), pools)
+    members = {member: label for label in labels for member in pools.get(label, [label])}
+    rows = read_all(Path(folder), list(members))
+    for member, label in members.items():
+        if (found := len(rows[member])) != methods[label].get("n", found):
+            raise ValueError(
+                f"'{folder}' has {found} rows of '{member}', but its {RESULTS} counts "
+                f"{methods[label]['n']}; repeat the command of that run to complete it"
+            )
+    return with_pools(rows, pools)
 
 
-def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
-    """Scores by task, id and occurrence (from 0), since a source may repeat an id."""
-    seen: Counter[tuple[str, str]] = Counter()
-    scores = {}
-    for row in rows:
-        name = (row.task, row.id)
-        scores[*name, seen[name]] = row.score
-        seen[name] += 1
+def _scores(*runs: Sequence[Row]) -> list[Mapping[Any, list[float]]]:
+    """Scores of each run by task and id; by the prompt too if a run has several rows of that id."""
+    counts = [Counter((row.task, row.id) for row in rows) for rows in runs]
+    scores: list[Mapping[Any, list[float]]] = []
+    for rows in runs:
+        scores.append(own := defaultdict(list))
+        for row in rows:
+            name = row.task, row.id
+            own[name, max(count[name] for count in counts) > 1 and row.prompt_hash].append(
+                row.score
+            )
     return scores
 
 
@@ -134,18 +150,12 @@ def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
     return "within chance"
 
 
-MOST = 8  # up to this many methods get a sentence each
-MOST_PAIRS = 3  # of more pairs of tuned methods, only those that differ get a sentence
-MOST_NOTED = 3  # up to this many methods are named in a sentence about too few questions
-
-
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Sentences about results: what naive reuse loses, and how much of it other methods recover.
 
-    A difference is significant if its p-value, after Holm's correction for all pairs of the run, is
-    below `ALPHA`, as in the tables' verdicts and in `power_notes`. Methods with an adapter are also
-    compared with each other. If there are more than `MOST` methods, only those on the Pareto front
-    are named. Returns no sentences if a baseline is missing.
+    Methods with an adapter are also compared with each other. If there are more than `MOST`
+    methods, only those on the Pareto front are named. Returns no sentences if a baseline is
+    missing.
     """
     methods = results["methods"]
     full, naive = (plain_label(results, name) for name in (ORACLE, FLOOR))
@@ -161,8 +171,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
             for kind, cell in methods[naive]["tasks"].items()
         )
         said = [f"Naive reuse loses {points} ({by_kind})."]
-        others = [n for n in methods if methods[n]["method"] != "no-context"]
-        others = [n for n in others if n not in (full, naive)]
+        left_out = {full, naive, *(n for n, m in methods.items() if m["method"] == "no-context")}
+        others = [n for n in methods if n not in left_out]
         front = results["budget"]["pareto"]["recompute_ratio"]
         shown = others if len(others) <= MOST else [n for n in front if n in others]
         said += [_gain(methods[label], label) for label in shown]
@@ -218,8 +228,7 @@ def is_shown(difference: Mapping[str, Any]) -> bool:
 def power_notes(results: Mapping[str, Any]) -> list[str]:
     """Sentences about differences that would need more questions to be significant.
 
-    Methods are compared with full prefill and naive reuse. For each difference that is within
-    chance after Holm's correction, the number of questions that would be enough is given.
+    Methods are compared with full prefill and naive reuse; the sentences say how many would do.
     """
     notes = []
     for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):

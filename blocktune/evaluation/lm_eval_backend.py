@@ -9,6 +9,7 @@ the harness separates by blank lines (few-shot examples) are its chunks; the las
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ from blocktune.attention import make_plan
 from blocktune.engine import Engine, Sampling
 from blocktune.methods import build, default_method
 from blocktune.prompt import IGNORED, Pieces, stack
+from blocktune.registry import require_count
 
 MODES = ("block", "full")
+KNOWN = ("pretrained", "adapter", "mode", "separator", "dtype", "device", "max_gen_toks")
 
 
 @register_model("blocktune")
@@ -37,7 +40,7 @@ class BlocktuneLM(LM):
         device: None or ``cuda:0`` (the harness's default): a GPU if there is one, else the CPU.
         batch_size: Prompts at a time; ``auto`` and ``auto:N`` are 8.
         max_gen_toks: Longest generation for tasks that set no limit.
-        **ignored: Options that the harness passes to every model, such as ``max_batch_size``.
+        max_batch_size, trust_remote_code: Ignored; the harness passes them to every model.
     """
 
     def __init__(
@@ -51,11 +54,15 @@ class BlocktuneLM(LM):
         batch_size: int | str = 8,
         max_gen_toks: int = 256,
         engine: Engine | None = None,
-        **ignored: Any,
+        max_batch_size: int | None = None,
+        trust_remote_code: bool = False,
+        **unknown: Any,
     ):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode must be {' or '.join(MODES)}, got '{mode}'")
+        if unknown:
+            raise ValueError(f"unknown model argument '{min(unknown)}'; known: {', '.join(KNOWN)}")
         if engine is None:
             device = None if device == "cuda:0" and not torch.cuda.is_available() else device
             engine = Engine.from_pretrained(pretrained, adapter, dtype=dtype, device=device)
@@ -63,6 +70,7 @@ class BlocktuneLM(LM):
         trained = default_method(engine.prompts.trained)
         self.method = trained if mode == "block" else build("full-prefill")
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        require_count("batch_size", self.batch_size, 1)
         self.max_gen_toks = max_gen_toks
 
     @property
@@ -169,4 +177,7 @@ class BlocktuneLM(LM):
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -6,8 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unicodedata import normalize
 
 from transformers import PreTrainedTokenizerBase
@@ -143,20 +142,14 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of stemmed words, best over the answers.
 
     Source: Lin (2004), as CacheBlend computes it: the package ``rouge-score`` with stemming. It is
-    installed by the extra ``eval``.
+    installed by the extra ``eval``. It reads a-z and 0-9 only: ValueError for answers without any.
     """
-    scorer = _scorer()
-    return best(lambda answer: scorer.score(answer, prediction)["rougeL"].fmeasure, answers)
-
-
-@cache
-def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-_CONTROL = re.compile(r"[\x00-\x1f]")
+    if not re.search("[a-z0-9]", " ".join(_accepted(answers)).lower()):
+        raise ValueError(f"rouge_l reads a-z and 0-9 only, and {answers[0]!r:.60} has none; use f1")
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return best(lambda answer: scorer.score(answer, prediction)["rougeL"].fmeasure, answers)
 
 
 def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
@@ -167,18 +160,16 @@ def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
     Source: ``string_match_all`` of github.com/NVIDIA/RULER, ``scripts/eval``. RULER publishes the
     mean over examples in percent, rounded to two decimals.
     """
-    text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
+    text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
     return sum(answer.lower() in text for answer in _accepted(answers)) / len(answers)
-
-
-ScoreText = Callable[[str, Sequence[str], PreTrainedTokenizerBase], float]
 
 
 class Metric(NamedTuple):
     """A score in [0, 1]."""
 
     title: str  # its name in tables
-    score: ScoreText  # takes the output, the accepted answers and the model's tokenizer
+    # takes the output, the accepted answers and the model's tokenizer
+    score: Callable[[str, Sequence[str], PreTrainedTokenizerBase], float]
 
 
 def _plain(title: str, metric: Callable[[str, Sequence[str]], float]) -> Metric:
@@ -209,11 +200,10 @@ class AdjustedF1(NamedTuple):
 
 
 def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
-    """Mean F1 over the examples on which full prefill scores above 0.
+    """What reuse loses on questions that the model can answer; F1 scores of the same examples.
 
-    It measures what reuse loses on questions that the model can answer. The filter favours full
-    prefill, because it also keeps the questions that full prefill got right by luck; so report the
-    raw F1 and the ``bias`` as well. Both arguments are F1 scores of the same examples.
+    The filter favours full prefill, because it also keeps the questions that full prefill got right
+    by luck; so report the raw F1 and the ``bias`` as well.
 
     Source: arXiv:2603.20218, evaluation set-up.
     """

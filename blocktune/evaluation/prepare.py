@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
-from blocktune.evaluation.rows import digest_of
+from blocktune.evaluation.rows import digest_of, scores_of
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
@@ -131,8 +131,11 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
         source = task.full_source()
         examples = load_examples(source, limit=task.limit, tokenizer=tokenizer)
         for index, example in enumerate(examples):
-            if not example.answers:
-                raise ValueError(f"{source}: question {index + 1} has no answer to score with")
+            try:
+                scores_of(task, "", example, tokenizer)
+            except ValueError as error:
+                place = f"{source}: question {index + 1}"
+                raise ValueError(f"{place} has no answer to score with: {error}") from None
             name = digest_of([example.question, example.answers])  # files may be cut or reordered
             questions.append(TaskQuestion(task, example, f"{task.name}/{name}"))
     return tuple(questions)

@@ -13,14 +13,16 @@ import numpy as np
 from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation import significance
 from blocktune.evaluation.metrics import METRICS, AdjustedF1, adjusted_f1
-from blocktune.evaluation.rows import Row
+from blocktune.evaluation.rows import COMMON, Row
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
 
 RESULTS = "results.json"
 ORACLE, FLOOR = "full-prefill", "naive"
-AVERAGED = ("em", "f1", "substring_em", "score", "recompute_ratio")
-"""Row fields that are averaged over the members of a pool."""
+NUM_BINS = 5
+MIN_ROWS = 5  # bins with fewer questions are left out
+NEAR = 0.02
+"""Largest difference in the recomputed share of layer-tokens at which budgets count as equal."""
 
 
 def build_results(
@@ -133,7 +135,8 @@ def with_pools(
         elif name not in merged:
             merged[name] = []
             for same in zip(*(rows[member] for member in pools[name]), strict=True):
-                means = {key: fmean(getattr(row, key) for row in same) for key in AVERAGED}
+                averaged = (*COMMON, "score", "recompute_ratio")
+                means = {key: fmean(getattr(row, key) for row in same) for key in averaged}
                 scores = mean_of([row.scores for row in same])
                 merged[name].append(replace(same[0], scores=scores, **means))
     return merged
@@ -151,15 +154,10 @@ def mean_of(values: Sequence[Any]) -> Any:
     return fmean(values)
 
 
-COSTS = ("recompute_ratio", "ttft_s")
-NEAR = 0.02
-"""Largest difference in the recomputed share of layer-tokens at which budgets count as equal."""
-
-
 def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """The Pareto front for each measured cost: labels from cheap to expensive, scores rising."""
     fronts: dict[str, list[str]] = {}
-    for cost in COSTS:
+    for cost in ("recompute_ratio", "ttft_s"):
         if all(summary[cost] is not None for summary in methods.values()):
             front = fronts[cost] = []
             for label in sorted(methods, key=lambda n: (methods[n][cost], -methods[n]["score"])):
@@ -169,11 +167,7 @@ def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Pairs of methods at the same budget, with their difference in score.
-
-    The budget is the share of the context's layer-tokens that are computed when answering. Unlike
-    the ratios that papers state, it includes layers computed in full, such as CacheBlend's first.
-    """
+    """Pairs of methods that recompute the same share of layer-tokens, with their difference."""
     pairs = []
     for pair in combinations(methods, 2):
         shares = [methods[name]["recompute_ratio"] for name in pair]
@@ -212,7 +206,11 @@ def summarize(
             "f1": raw.mean,
             "substring_em": fmean(row.substring_em for row in own),
             "score": score.mean,
-            "scores": _further_metrics(own),
+            "scores": {
+                name: fmean(row.scores[name] for row in own)
+                for name in own[0].scores
+                if all(name in row.scores for row in own)
+            },
             "adjusted_f1": adjusted.mean,
             "n_kept": adjusted.num_kept,
             "adjusted_f1_bias": adjusted.bias,
@@ -247,16 +245,6 @@ def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
     if full is None or any("flops" not in row.usage for row in (*own, *full)):
         return None
     return sum(row.usage["flops"] for row in own) / sum(row.usage["flops"] for row in full)
-
-
-def _further_metrics(own: Sequence[Row]) -> dict[str, float]:
-    """Means of the further metrics that all rows have; tasks may have different metrics."""
-    names = [name for name in own[0].scores if all(name in row.scores for row in own)]
-    return {name: fmean(row.scores[name] for row in own) for name in names}
-
-
-NUM_BINS = 5
-MIN_ROWS = 5  # bins with fewer questions are left out
 
 
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

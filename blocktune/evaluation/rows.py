@@ -6,9 +6,11 @@ import glob
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
 from blocktune.methods import Method
+from blocktune.parsing import check_types
 
+ROWS = "rows"
 COMMON = ("em", "f1", "substring_em")  # metrics of the extracted answer that every row has
 
 
@@ -55,8 +59,7 @@ def code_digest(method: Method | None = None) -> str:
     """Version and digest of the code in `PARTS`, such as ``0.1.0-3f2a91c05d7e``.
 
     For a ``method`` that a plug-in defines, in whole or in part, a digest of the plug-in follows.
-    Rows of other code are dropped. A commit hash would not do: it changes with the README, and does
-    not change with uncommitted work.
+    Rows of other code are dropped.
     """
     plugins = {path for cls in _classes_of(method) for path in _sources_of(cls)}
     texts = [path.read_bytes() for path in sorted(plugins)]
@@ -163,9 +166,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-ROWS = "rows"
-
-
 class RowFile:
     """The rows of one method in ``LABEL.jsonl``; during a run, one part file per process.
 
@@ -179,17 +179,20 @@ class RowFile:
         self._part = folder / f"{label}.part{rank}.jsonl"
         self._rows, self._opened = self._wanted_rows(), False
 
-    def refuse_loss(self, asked: Collection[tuple[str, str]]) -> None:
+    def refuse_loss(self, asked: Iterable[tuple[str, str]]) -> None:
         """Raises ValueError if the file has answers to questions that are not in ``asked``.
 
-        `merge` would delete them. Questions are given as task and id.
+        `merge` would delete them. Questions are given as task and id, which may be repeated.
         """
-        answered = {(row.task, row.id) for path in self._paths() for row in read_rows(path)}
-        if lost := answered - set(asked):
+        answered, *parts = (
+            [(row.task, row.id) for row in read_rows(path)] for path in self._paths()
+        )
+        # A part may have several rows of one question, from runs of different code.
+        if lost := (Counter(answered) | Counter(set(chain(*parts)))) - Counter(asked):
             raise ValueError(
-                f"'{self.path}' has answers to {len(lost)} questions that this run does not ask, "
-                f"such as {min(lost)[1]!r}, and would lose them; give another output folder, or "
-                "move this one away"
+                f"'{self.path}' has answers to {lost.total()} questions that this run does not "
+                f"ask, such as {min(lost)[1]!r}, and would lose them; give another output folder, "
+                "or move this one away"
             )
 
     def __contains__(self, key: str) -> bool:
@@ -238,8 +241,11 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Complete lines of a file as rows; raises ValueError if a line is not a row."""
     for number, line in enumerate(whole_lines(path), start=1):
         try:
-            yield Row(**json.loads(line))
-        except (json.JSONDecodeError, TypeError) as error:
+            check_types(row := Row(**json.loads(line)), "a value")
+            if not all(0 <= value <= 1 for value in (row.score, row.em, row.f1)):
+                raise ValueError("its score, em and f1 must be from 0 to 1")
+            yield row
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}: not a row of this version ({error}); move it away"
             ) from None

@@ -84,8 +84,7 @@ def run_suite(
 ) -> dict[str, Any] | None:
     """Answers, scores and times all questions of a suite. An interrupted run resumes.
 
-    Answers do not depend on where a run was interrupted or how many processes share it: the
-    batches are always the same, and the caches only hold the chunks of the current batch.
+    Answers do not depend on where a run was interrupted or how many processes share it.
 
     Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
     content of ``results.json`` (see `build_results`), or None except in the main process.
@@ -143,7 +142,7 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
     decides = engine.fingerprint, code, engine.store.config.codec
     keys = [row_key(spec, q.task, q.example, *decides) for q in ready.questions]
     file = RowFile(output / ROWS, spec.label, keys, processes.rank)
-    file.refuse_loss({(q.task.name, q.example.id or q.name) for q in ready.questions})
+    file.refuse_loss((q.task.name, q.example.id or q.name) for q in ready.questions)
     return file
 
 
@@ -213,8 +212,7 @@ class _BatchChunks:
 def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, list[MethodSpec]]]:
     """Batches, as ranges of question indices, with the methods that have not answered them yet.
 
-    A batch has questions of one task. Batches are always the same, so a resumed run repeats whole
-    batches. Methods that use the same adapter follow each other.
+    A batch has questions of one task. Methods that use the same adapter follow each other.
     """
     specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
     missing, start = [], 0
@@ -259,8 +257,8 @@ def _measure_once(
     row_keys = {label: [row.key for row in own] for label, own in rows.items()}
     keys = [path.name, getattr(suite, name), row_keys, code_digest(), hardware(), versions()]
     keys += [suite.device, str(suite.store)]
-    record = load_json(path) if path.exists() else {}
-    if record.get("keys") != digest_of(keys):
+    record = load_json(path) if path.exists() else None
+    if not isinstance(record, dict) or record.get("keys") != digest_of(keys):
         record = {"keys": digest_of(keys), name: measure()}
         replace_json(path, record)
     return record[name]

@@ -43,10 +43,9 @@ class MethodSpec:
     def __post_init__(self):
         if not self.label:
             object.__setattr__(self, "label", self.name)
-        if "/" in self.label or self.label.startswith("."):
-            raise ValueError(
-                f"label must name a file, got '{self.label}'; remove slashes and a leading dot"
-            )
+        if "/" in self.label or self.label.startswith(".") or ".part" in self.label:
+            fix = "remove slashes, a leading dot and '.part'"
+            raise ValueError(f"label must name a file, got '{self.label}'; {fix}")
 
     def entry(self) -> dict[str, Any]:
         """The keys that were given, as `blocktune.methods.build_entry` takes them."""

@@ -16,8 +16,7 @@ from blocktune.files import replace_json
 from blocktune.methods import build_entry
 from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 
-OWN_KEYS = ("budget",)
-"""Keys of a method's entry among grid paths without a dot; other such paths are parameters."""
+TUNED = "tuned.json"
 
 
 class Point(NamedTuple):
@@ -107,7 +106,7 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     entry.setdefault("name", entry.get("preset"))
     for path, value in chosen.items():
         first, *rest = str(path).split(".")
-        keys = [first, *rest] if rest or first in OWN_KEYS else ["params", first]
+        keys = [first, *rest] if rest or first == "budget" else ["params", first]
         inner = entry
         for key in keys[:-1]:
             inner = inner.setdefault(key, {})
@@ -115,9 +114,6 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"grid '{path}': '{key}' must be a mapping, got {inner!r}")
         inner[keys[-1]] = value
     return entry
-
-
-TUNED = "tuned.json"
 
 
 def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | None:
@@ -140,7 +136,7 @@ def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | Non
     ]
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
     task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
-    found = {"best": points[0], "points": points}
-    tuned = found | {"task": task, "provenance": results["provenance"]}
+    found = {"best": points[0], "points": points, "task": task}
+    tuned = found | {"provenance": results["provenance"]}
     replace_json(output / TUNED, tuned)
     return tuned

@@ -23,12 +23,8 @@ class TtftSummary(NamedTuple):
     context_tokens: float  # median length of their contexts
 
 
-Ask = Callable[[RagExample], Any]
-"""Answers one example with one new token and returns the engine's `Answer`."""
-
-
 def measure_ttft(
-    methods: Mapping[str, Ask],
+    methods: Mapping[str, Callable[[RagExample], Any]],
     examples: Sequence[RagExample],
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, TtftSummary]:
@@ -38,7 +34,7 @@ def measure_ttft(
     is the typical case of reuse: all chunks are cached, but the prompt as a whole is not, so an
     exact prefix cache only finds its usual prefix. The order of methods rotates between prompts.
 
-    ``step`` is called after every answer, for a progress bar.
+    Methods return the engine's `Answer` with one new token; ``step`` is called after each.
     """
     usages: dict[str, list[Any]] = {label: [] for label in methods}
     for turn, example in enumerate(examples):

@@ -58,6 +58,10 @@ def test_the_command_measures_a_model(blocktune, tmp_path):  # noqa: F811
     done = blocktune("bench", "ttft", "--model", "data/tiny", *options, "--output", kept)
     assert "of full" in done.stdout
     assert list(json.loads(kept.read_text())["lengths"]) == ["64", "128"]
+    kept.unlink()
+    options += ["--output", kept, "--picture", tmp_path / "ttft.txt"]
+    assert "not supported" in blocktune("bench", "ttft", "-m", "data/tiny", *options).stderr
+    assert list(json.loads(kept.read_text())["lengths"]) == ["64", "128"]  # measured, and kept
     wrong = blocktune("bench", "ttft", "--model", "data/tiny", "--tokens", "many")
     assert wrong.exit_code == 2
     assert "--tokens must be lengths such as 512,8192, got 'many'" in wrong.stderr

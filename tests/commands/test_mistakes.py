@@ -335,6 +335,7 @@ def test_a_terminal_without_size_or_utf8(monkeypatch, capsys):
     monkeypatch.setattr(locale, "getencoding", lambda: "ANSI_X3.4-1968")
     assert "PYTHONUTF8=1" in explain(UnicodeEncodeError("ascii", "ü", 0, 1, "no"))
     assert "PYTHONUTF8" not in explain(ValueError("no"))
+    assert "vLLM is not installed here" in explain(ModuleNotFoundError("no", name="vllm.config"))
 
 
 def test_a_reader_that_stops_early_is_no_error():

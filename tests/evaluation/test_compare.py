@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ def write_run(folder, rows) -> None:
         file = RowFile(folder / "rows", label, [row.key for row in own])
         file.append(own)
         file.merge()
-    replace_json(folder / "results.json", fake_results())
+    results = json.loads(json.dumps(fake_results()))
+    for label, own in rows.items():
+        results["methods"][label]["n"] = len(own)
+    replace_json(folder / "results.json", results)
 
 
 @pytest.fixture
@@ -55,6 +59,41 @@ def test_a_method_is_compared_on_shared_questions(runs):
     assert naive.ci95[0] > 0
     assert naive.p < naive.p_holm < 0.05
     assert (kvlink.mean, kvlink.p, kvlink.n_needed) == (0, 1, None)
+
+
+def test_rows_that_repeat_an_id_are_paired_by_their_prompt(tmp_path):
+    first, second, *others = fake_rows()["naive"][:10]
+    same = {"task": "worlds", "id": "q1"}
+    first = replace(first, **same, prompt_hash="one", score=1.0)
+    second = replace(second, **same, prompt_hash="two", score=0.0)
+    for name, own in (("a", (first, second)), ("swapped", (second, first)), ("b", (second,))):
+        write_run(tmp_path / name, {"naive": [*own, *others]})
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        results["methods"] = {"naive": results["methods"]["naive"]}
+        replace_json(tmp_path / name / "results.json", results)
+    for name, n in (("swapped", 10), ("b", 9)):
+        [change] = compare(tmp_path / "a", tmp_path / name)
+        assert (change.n, change.wins, change.losses) == (n, 0, 0), name
+
+
+def test_means_of_seeds_that_differ_in_the_last_bit_are_the_same(tmp_path):
+    rows = fake_rows()["naive"][:10]
+    write_run(tmp_path / "a", {"naive": [replace(row, score=0.1 + 0.2) for row in rows]})
+    write_run(tmp_path / "b", {"naive": [replace(row, score=0.3) for row in rows]})
+    for name in "ab":
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        results["methods"] = {"naive": results["methods"]["naive"]}
+        replace_json(tmp_path / name / "results.json", results)
+    [change] = compare(tmp_path / "a", tmp_path / "b")
+    assert (change.mean, change.p, change.wins, change.losses) == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("kept", [200, 399])
+def test_a_folder_with_fewer_rows_than_its_results_is_refused(runs, kept):
+    path = runs[0] / "rows" / "naive.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]) + '{"key": "x", "ta')
+    with pytest.raises(ValueError, match=f"has {kept} rows of 'naive', but its results.json.* 400"):
+        compare(*runs)
 
 
 def test_the_table_says_what_differs(runs):

@@ -110,5 +110,14 @@ def test_wrong_modes_and_sampling_are_refused(engine):
         model.generate_until(ask(("x", {"do_sample": True, "temperature": 1.0})))
 
 
+def test_a_misspelt_argument_is_refused(engine):
+    """Without ``adapter`` the base model would be scored in its place."""
+    with pytest.raises(ValueError, match="unknown model argument 'adaptor'; known: pretrained, ad"):
+        BlocktuneLM(engine=engine, adaptor="out/kvlink")
+    with pytest.raises(ValueError, match="batch_size must be a whole number, at least 1, got 0"):
+        BlocktuneLM(engine=engine, batch_size=0)
+    BlocktuneLM(engine=engine, max_batch_size=64, trust_remote_code=True)
+
+
 def test_the_harness_knows_the_backend():
     assert get_model("blocktune") is BlocktuneLM

@@ -206,3 +206,12 @@ def test_too_few_questions_are_said_to_be_too_few():
     [note, *_] = power_notes(results)
     assert note.startswith("400 questions cannot tell these methods from full-prefill: ")
     assert "kvlink (-1.2 points; 1,200 would be enough)" in note
+
+
+@pytest.mark.parametrize("key", ["score_minus", "tasks", "score_ci95"])
+def test_results_of_another_version_are_refused_in_one_line(tmp_path, key):
+    results = json.loads(json.dumps(fake_results()))
+    del results["methods"]["naive"][key]
+    replace_json(tmp_path / "results.json", results)
+    with pytest.raises(ValueError, match=rf"results\.json: edited, or of another .*'{key}'"):
+        write_report(tmp_path)

@@ -1,7 +1,8 @@
 """Rows on disk: parts of processes, half-written lines, and what makes two rows the same."""
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -77,6 +78,10 @@ def test_what_is_no_row_is_refused_with_its_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"key": "a"}\n')
     with pytest.raises(ValueError, match=r"x\.jsonl, line 1: not a row of this version"):
         list(read_rows(tmp_path / "x.jsonl"))
+    for wrong in ({"score": None}, {"em": "1"}, {"id": 3}, {"score": 70.0}, {"f1": math.nan}):
+        (tmp_path / "x.jsonl").write_text(json.dumps(asdict(row("a")) | wrong) + "\n")
+        with pytest.raises(ValueError, match=r"x\.jsonl, line 1: not a row of this version"):
+            list(read_rows(tmp_path / "x.jsonl"))
     with pytest.raises(ValueError, match="no rows of 'naive'"):
         read_all(tmp_path, ["naive"])
 

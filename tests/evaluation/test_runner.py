@@ -191,6 +191,37 @@ def test_a_smaller_run_into_a_finished_folder_is_refused_and_a_larger_one_adds(t
         run(half, make_engine(), **few)
 
 
+def test_of_questions_that_share_an_id_none_is_lost(tmp_path):
+    first, second, *_ = (replace(e, id="q1") for e in load_examples(SOURCE))
+    write_jsonl(tmp_path / "q.jsonl", [first, second])
+    task = {"name": "mine", "source": str(tmp_path / "q.jsonl"), "max_new_tokens": 2}
+    out, few = tmp_path / "out", {"methods": ["naive"], "ttft": {"num": 0}}
+    run(out, make_engine(), **few, tasks=[task])
+    before = (out / "rows" / "naive.jsonl").read_text()
+    with pytest.raises(ValueError, match="answers to 1 questions that this run does not ask"):
+        run(out, make_engine(), **few, tasks=[task | {"limit": 1}])
+    assert (out / "rows" / "naive.jsonl").read_text() == before
+    run(out, make_engine(), **few, tasks=[task])
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}"])
+def test_a_record_of_times_that_is_none_is_measured_again(tmp_path, text):
+    for name in ("ttft", "fidelity"):
+        (tmp_path / f"{name}.json").write_text(text)
+    run(tmp_path, make_engine(), methods=["naive"], fidelity={"num": 1})
+    assert "keys" in json.loads((tmp_path / "ttft.json").read_text())
+
+
+def test_a_metric_that_cannot_read_the_answers_is_refused_before_the_first_question(tmp_path):
+    [example, *_] = load_examples(SOURCE)
+    write_jsonl(tmp_path / "q.jsonl", [example, replace(example, answers=("Москва",))])
+    tasks = [{"name": "mine", "source": str(tmp_path / "q.jsonl"), "metrics": ["rouge_l"]}]
+    engine = make_engine()
+    with pytest.raises(ValueError, match=r"question 2 .* rouge_l reads a-z and 0-9 only"):
+        run(tmp_path / "out", engine, tasks=tasks)
+    assert engine.answered == 0
+
+
 def _scores(results):
     timed = ("ttft_s", "ttft_s_quartiles", "ttft_over_full_prefill")
     return [

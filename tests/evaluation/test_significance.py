@@ -12,6 +12,7 @@ from blocktune.evaluation.significance import (
     holm,
     mcnemar_exact,
     mean_interval,
+    p_value,
     power,
     recovered_gap,
     sign_flip,
@@ -150,6 +151,11 @@ def test_the_questions_needed_show_the_difference_that_is_there():
     drawn = rng.normal(mean, spread, (2000, found.n_needed)).mean(1)
     hits = drawn / (spread / np.sqrt(found.n_needed)) > 1.959964
     assert hits.mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_differences_in_the_last_bit_are_ties():
+    assert p_value([0.1 + 0.2] * 10, [0.3] * 10) == 1
+    assert power([0.5] * 60, [0.4] * 60) is None
 
 
 def test_power_knows_nothing_without_spread():

@@ -35,6 +35,7 @@ def test_names_and_mappings_are_both_methods():
         ({"methods": [3]}, "methods[0]: must be a mapping"),
         ({"methods": ["naive", "naive"]}, "method label 'naive' is given 2 times; give one a"),
         ({"methods": [{"name": "a", "label": "a/b"}]}, "label must name a file"),
+        ({"methods": ["a", {"name": "a", "label": "a.part1"}]}, "label must name a file"),
         ({"tasks": [{"name": "w"}]}, "tasks[0]: 'source' is missing"),
         (
             {"tasks": [{"name": "w", "source": "x", "limit": 0}]},

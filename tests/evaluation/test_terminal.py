@@ -120,6 +120,25 @@ def test_no_column_of_the_table_is_cut(width):
     assert set(METHODS) <= {line[0] for line in lines}
 
 
+def test_a_long_name_leaves_room_for_the_numbers():
+    console = Console(width=80, record=True, file=io.StringIO())
+    name = "kvlink + deviation 15 % at 40 % of the layer-tokens, over a second adapter, seed 0"
+    Table(("method", "score", "gap"), [(name, "62.5 ±5", "100 %")]).show(console)
+    lines = console.export_text().splitlines()
+    assert lines[0].split() == ["method", "score", "gap"]
+    assert any(line.endswith("62.5 ±5  100 %") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(tmp_path):
+    results = json.loads(json.dumps(fake_results()))
+    tasks = {"讨论": "2-hop"}
+    for summary in results["methods"].values():
+        summary["tasks"] = {name: summary["tasks"][kind] for name, kind in tasks.items()}
+    with warnings.catch_warnings(action="error"):
+        draw_results(results, tmp_path / "figure.png")
+
+
 def test_a_loss_of_more_than_the_gap_is_not_written_as_a_share_of_it():
     results = json.loads(json.dumps(fake_results()))
     gaps = {"no-context": -6.58, "naive": 0.0, "epic": -0.4, "cacheblend": -1.0, "kvlink": 1.2}

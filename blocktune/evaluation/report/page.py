@@ -9,13 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from blocktune.evaluation.compare import findings, load_results, power_notes, verdict
 from blocktune.evaluation.report.charts import Chart, charts_of
 from blocktune.evaluation.report.style import DARK, LIGHT, mark, to_png, to_svg
-from blocktune.evaluation.results import ORACLE, plain_label
+from blocktune.evaluation.results import ORACLE, RESULTS, plain_label
 from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written
 
@@ -27,10 +27,15 @@ def write_report(folder: str | Path, title: str | None = None) -> Path:
     """Writes the report of a finished run into its folder and returns the page's path."""
     folder = Path(folder)
     results = load_results(folder)
-    charts = charts_of(results)
-    for chart in charts:
-        to_png(chart.draw, folder / PICTURES / f"{chart.name}.png", chart.height)
-    page = render(results, charts, title or folder.resolve().name)
+    try:
+        charts = charts_of(results)
+        for chart in charts:
+            to_png(chart.draw, folder / PICTURES / f"{chart.name}.png", chart.height)
+        page = render(results, charts, title or folder.resolve().name)
+    except (LookupError, TypeError, AttributeError, StopIteration, UndefinedError) as error:
+        raise ValueError(
+            f"{folder / RESULTS}: edited, or of another version ({error!r}); repeat the evaluation"
+        ) from error
     replace_text(folder / PAGE, page)
     return folder / PAGE
 

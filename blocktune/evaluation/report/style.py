@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -88,23 +90,26 @@ def mark(ground: Ground, label: str) -> dict[str, Any]:
 def to_svg(draw: Draw, ground: Ground, height: float, width: float = PHONE_INCHES) -> bytes:
     """Draws a chart as SVG; equal charts give equal bytes."""
     out = io.BytesIO()
-    with mpl.rc_context(_settings(ground)):
-        figure = _figure(draw, ground, (width, height))
+    with _figure(draw, ground, (width, height)) as figure:
         figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
 
 
 def to_png(draw: Draw, path: str | Path, height: float, width: float = PHONE_INCHES) -> Path:
     """Draws a chart on a light background as PNG, written atomically; returns its path."""
-    with mpl.rc_context(_settings(LIGHT)), replacing(path) as temporary:
-        _figure(draw, LIGHT, (width, height)).savefig(temporary, dpi=200)
+    with _figure(draw, LIGHT, (width, height)) as figure, replacing(path) as temporary:
+        figure.savefig(temporary, dpi=200)
     return Path(path)
 
 
-def _figure(draw: Draw, ground: Ground, size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure, ground)
-    return figure
+@contextmanager
+def _figure(draw: Draw, ground: Ground, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure to save within the block, in which the style of the ``ground`` holds."""
+    with mpl.rc_context(_settings(ground)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s)Glyph .* missing from font")  # for each character
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, ground)
+        yield figure
 
 
 def _settings(ground: Ground) -> dict[str, Any]:
