@@ -205,6 +205,6 @@ def serve_vllm(
             raise ValueError(f"leave out {option}: blocktune sets the model and the KV connector")
     parts = [text.partition("=") for text in adapter or ()]
     named = [(name if path else Path(name).name, path or name) for name, _, path in parts]
-    refuse_doubles("--adapter", [name for name, _ in named], "name them: --adapter NAME=ADAPTER")
+    refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
     launch.serve(model, dict(named), store, context.args, **extra)

@@ -90,8 +90,7 @@ class Guard:
             await send(message)
 
         async def refuse(status: int, message: str) -> None:
-            headers = {"connection": "close"}
-            response = JSONResponse(error_body(message, status), status, headers)
+            response = JSONResponse(error_body(message, status), status, {"connection": "close"})
             await response(scope, receive, counted)
 
         try:

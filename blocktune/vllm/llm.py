@@ -92,12 +92,11 @@ class ChunkLLM:
         if self.client.lora is not None:
             rank = lora_rank(self.client.lora)
             options = {"enable_lora": True, "max_lora_rank": rank} | options
-        model, revision = self.client.source
         self.llm = LLM(
-            model,
+            self.client.source[0],
             dtype=dtype,
             kv_transfer_config=KVTransferConfig(**transfer_config(store, host_gb=host_gb)),
-            **{"revision": revision} | options,
+            **{"revision": self.client.source[1]} | options,
         )
 
     def adapted(self, adapter: str | Path | None) -> ChunkLLM:

@@ -55,6 +55,17 @@ def test_options_that_replace_the_connector_or_the_model_are_refused(tmp_path, o
         serve_vllm(SimpleNamespace(args=[option, "1"]), TINY, str(tmp_path))
 
 
+@pytest.mark.parametrize("adapters", [["a=x", "a=y"], [f"{TINY}=x"]])
+def test_names_of_models_are_given_once(tmp_path, adapters):
+    with pytest.raises(ValueError, match="is given 2 times; name it: NAME=ADAPTER"):
+        serve_vllm(SimpleNamespace(args=[]), TINY, str(tmp_path), adapters)
+
+
+def test_a_store_out_of_reach_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read the store 'redis://127\.0\.0\.1:1/0': "):
+        _ = ChunkClient(TINY, store="redis://127.0.0.1:1/0").fingerprint
+
+
 def test_a_revision_is_passed_on_as_one(tmp_path, monkeypatch):
     """vLLM takes it as an option of its own; the chunks are named without it."""
     monkeypatch.setattr(client, "read_config", lambda *_: read_config(TINY))

@@ -288,6 +288,7 @@ def test_a_missing_chunk_is_not_called_damaged(llm, store):
     with pytest.raises(Missing, match=r"1 of \d segments.*they are not there"):
         worker._chunks(plan, 0, Counter())
     paths[2].write_bytes(whole[2])
+    MissQueue(store).done(plan.fingerprint, [segment.wanted for segment in plan.segments])
 
 
 def over(llm, store):

@@ -235,7 +235,10 @@ class StoreView:
         return next((record for record in records if record is not None), None)
 
     def manifests(self) -> list[dict[str, Any]]:
-        """The manifests of all models."""
-        names = {name for blobs in self._blobs for name in blobs.fingerprints()}
-        records = (self.manifest(name) for name in sorted(names))
-        return [record for record in records if record is not None]
+        """The manifests of all models. Raises ValueError if the store is out of reach."""
+        try:
+            names = {name for blobs in self._blobs for name in blobs.fingerprints()}
+            found = map(self.manifest, sorted(names))
+            return [record for record in found if record is not None]
+        except OSError as error:
+            raise ValueError(f"cannot read the store '{self.place}': {error}") from None
