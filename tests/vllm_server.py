@@ -18,6 +18,7 @@ from blocktune.prompt import LayoutSpec
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32"]
 OPTIONS += ["--tensor-parallel-size", "2", "--max-num-seqs", "8"]
+OPTIONS += ["--served-model-name", TINY, "alias"]
 
 
 class Serving:
@@ -26,6 +27,7 @@ class Serving:
     def __init__(self, folder: Path):
         self.store, self._log = folder / "store", folder / "server.log"
         adapter = make_adapter(folder / "tuned", LayoutSpec(), True)
+        packet = make_adapter(folder / "packet", LayoutSpec(num_headers=1), False)
         options = {"store": self.store, "dtype": "float32", "device": "cpu"}
         self.engines = {
             TINY: Engine.from_pretrained(TINY, **options),
@@ -36,6 +38,7 @@ class Serving:
         self.env, port = _installed(folder / "site"), valkey_server.free_port()
         command = [sys.executable, "-m", "blocktune.cli", "vllm", "serve", TINY]
         command += ["--store", str(self.store), "--adapter", str(adapter), "--port", str(port)]
+        command += ["--adapter", str(packet)]
         command += ["--host", "127.0.0.1", "--encode-wait", "120", *OPTIONS]
         self._url = f"http://127.0.0.1:{port}"
         with self._log.open("w") as file:

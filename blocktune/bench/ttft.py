@@ -50,13 +50,12 @@ def bench_ttft(
     its question and one answer token. ``repeats`` rounds are timed, after an untimed one.
 
     Returns:
-        ``lengths`` holds for each length: ``cached_over_full`` (median of the ratios in each round)
-        and its ``spread``; ``seconds`` of ``cached`` and ``full``, see `time_methods`; and
-        ``parts``, the steps of a cached prompt, with ``seconds`` and, on a CPU in float32, the
-        machine's ``limit``. Parts are ``lookup`` of the chunks; ``join``, copying them into one
-        cache (limit: copy rate); ``rotate``, the added time of relocating the keys (limit: another
-        pass over the keys); and ``question``, its forward pass (limit: FLOPs at the matmul rate, or
-        reading weights and cache at the copy rate). Also the method, setting and provenance.
+        ``lengths`` holds for each length: ``cached_over_full`` (median of the rounds) and its
+        ``spread``; ``seconds`` of ``cached`` and ``full``, see `time_methods`; and ``parts`` of a
+        cached prompt, with ``seconds`` and, on a CPU in float32, the machine's ``limit``:
+        ``lookup``; ``join`` into one cache (copy rate); ``rotate``, the added time of relocating
+        keys (another pass over them); and the ``question``'s forward pass (FLOPs at the matmul
+        rate, or weights and cache at the copy rate). Also the method, setting and provenance.
 
     Raises:
         ValueError: If a prompt has no room for a chunk and the question, or the engine's store for

@@ -6,6 +6,7 @@ import os
 import random
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,14 +55,13 @@ TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, 
 def bench_vllm(setting: VllmBench) -> dict[str, Any]:
     """Times first tokens by prompt length, and a trace.
 
-    For each length, there are CPU seconds (``cpu_s``, all threads of this process) and wall-clock
-    seconds (``wall_s``) of a full prefill (``full``), of cached chunks in memory (``cached``) and
-    on disk (``disk``), and of another question over chunks that are still in vLLM's pages
-    (``paged``). ``copy_s`` and ``write_s`` are CPU seconds of copying the keys and values in
-    memory, and of writing them into vLLM's pages with its kernel. Ratios are of CPU seconds, which
-    should not count waiting: set ``OMP_WAIT_POLICY=passive`` before torch is imported. Load
-    time is ``cached`` minus ``paged``; ``load_over_write`` and ``load_over_copy`` divide its growth
-    from the shortest to the longest prompt by that of ``write_s`` and ``copy_s``.
+    For each length, there are CPU seconds (``cpu_s``, all threads) and wall-clock seconds of a full
+    prefill, of chunks in memory (``cached``) and on disk, and of another question over chunks that
+    are still in vLLM's pages (``paged``). ``copy_s`` and ``write_s`` are CPU seconds of copying the
+    keys and values, and of writing them into vLLM's pages with its kernel. Ratios are of CPU time,
+    without waiting if ``OMP_WAIT_POLICY=passive`` is set before torch is imported.
+    ``load_over_write`` and ``load_over_copy`` divide the growth of ``cached`` minus ``paged`` from
+    the shortest to the longest prompt by that of ``write_s`` and ``copy_s``.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # to measure its CPU time
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes to stdout, like the JSON
@@ -147,12 +147,7 @@ def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[s
 
 
 def _least_cpu_s(work: Callable[[], object], runs: int) -> float:
-    times = []
-    for _ in range(runs):
-        started = time.process_time()
-        work()
-        times.append(time.process_time() - started)
-    return min(times)
+    return min(timeit.repeat(work, timer=time.process_time, number=1, repeat=runs))
 
 
 def _write_s(count: int, setting: VllmBench) -> float:

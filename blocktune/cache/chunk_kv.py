@@ -90,6 +90,7 @@ class Lookup(NamedTuple):
     bytes_read: int  # of keys, values and ids; 0 on a miss
     lookup_s: float  # seconds until the entry was located, or missed
     load_s: float  # seconds spent reading, verifying and moving it
+    reason: str = ""  # why a stored entry could not be used
 
 
 def compact(tensor: Tensor) -> Tensor:

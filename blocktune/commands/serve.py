@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
+from blocktune.parsing import refuse_doubles
 
 SAFETY, LIMITS = {"rich_help_panel": "Safety"}, {"rich_help_panel": "Limits"}
 KEY_VARIABLE = "BLOCKTUNE_API_KEY"
@@ -178,7 +179,7 @@ def _root() -> None:
 )
 def serve_vllm(
     context: typer.Context,
-    model: Annotated[str, Argument(help="Base model, as in `vllm serve`.")],
+    model: Annotated[str, Argument(help="Base model, as in `vllm serve`, or NAME@REVISION.")],
     store: Annotated[str, Option(help="Store of encoded chunks: a folder or URL, see `answer`.")],
     adapter: Annotated[
         list[str] | None,
@@ -199,12 +200,11 @@ def serve_vllm(
     """Start vLLM's server with cached chunks for chat completions with `documents`."""
     from blocktune.vllm import launch
 
+    for option in (text.replace("_", "-").partition("=")[0] for text in context.args):
+        if option == "--model" or option.startswith(("--kv-transfer", "--kv-offloading")):
+            raise ValueError(f"leave out {option}: blocktune sets the model and the KV connector")
     parts = [text.partition("=") for text in adapter or ()]
     named = [(name if path else Path(name).name, path or name) for name, _, path in parts]
-    if len(adapters := dict(named)) < len(named):
-        raise ValueError(
-            f"two adapters have the same name, got {', '.join(name for name, _ in named)}; name "
-            "them: --adapter NAME=ADAPTER"
-        )
+    refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
-    launch.serve(model, adapters, store, context.args, **extra)
+    launch.serve(model, dict(named), store, context.args, **extra)

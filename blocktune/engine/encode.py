@@ -63,11 +63,11 @@ def alone(piece: Piece) -> Prompt:
     return lay_out(chunk, LayoutSpec(), contexts=[piece.blanks])
 
 
-def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Yields groups of pieces of similar length, as many as fit into one pass."""
+def grouped(pieces: Iterable[Piece], most: int = TOKENS_PER_PASS) -> Iterator[list[Piece]]:
+    """Yields groups of pieces of similar length, of ``most`` tokens with padding, or of one."""
     group: list[Piece] = []
     for piece in sorted(pieces, key=_size):
-        if group and (len(group) + 1) * _size(piece) > TOKENS_PER_PASS:
+        if group and (len(group) + 1) * _size(piece) > min(most, TOKENS_PER_PASS):
             yield group
             group = []
         group.append(piece)

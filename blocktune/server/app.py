@@ -171,7 +171,8 @@ async def complete(request: Request) -> Response:
 async def encode(request: Request) -> Response:
     """Encodes documents ahead of time, and pins them if requested."""
     exchange, _ = await begin(request, ChunksRequest, Service.encoding)
-    chunks = chunk_list(exchange.submission, exchange.tenant, await exchange.report())
+    [report] = [event async for event in exchange.events()]
+    chunks = chunk_list(exchange.submission, exchange.tenant, report)
     return JSONResponse(chunks.model_dump())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -66,7 +67,7 @@ class TextBodies:
         self.finish: list[str | None] = [None] * job.settings.choices
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.texts]
         self.ends = [0] * job.settings.choices  # where the tokens end that were streamed with them
-        self.tokenizer = job.engine.tokenizer
+        self.token = partial(token_text, job.engine.tokenizer)  # the text of a token, by its id
         self.wants_logprobs = job.settings.logprobs is not None
 
     def add(self, event: Event) -> None:
@@ -132,10 +133,6 @@ class TextBodies:
             "top_logprobs": [{self.token(i): p for i, p in reversed(entry.top)} for entry in logs],
             "text_offset": list(accumulate(map(len, names), initial=offset))[:-1],
         }
-
-    def token(self, index: int) -> str:
-        """The text of a token."""
-        return token_text(self.tokenizer, index)
 
     def _frame(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -6,10 +6,9 @@ each over its own cache, with the same plan that `Engine` decodes a single answe
 is padded or copied when an answer joins or leaves, and answers do not depend on each other. Models
 that do more to their cached states than attend decode one answer after the other.
 
-transformers' continuous batching is not used: its paged cache fills a request's blocks by running
-the model over the request's own tokens in order, one position after the other. It has no way to
-put given keys and values into a block, to write a recomputed token over a stored one in some layers
-only, to give a request positions with gaps, or to change scores before softmax.
+transformers' continuous batching is not used: its paged cache is filled by running the model over
+a request's own tokens in order. It cannot be given keys and values, nor a recomputed token in some
+layers only, positions with gaps, or other scores before softmax.
 """
 
 from __future__ import annotations

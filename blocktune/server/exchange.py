@@ -102,13 +102,13 @@ class Exchange:
             try:
                 loop.call_soon_threadsafe(self._queue.put_nowait, event)
             except RuntimeError:  # the loop is closed: no client waits any more
-                submission.job.cancel()
+                submission.job.cancelled = True
 
         submission.job.emit = emit
 
     def close(self, refund: int = 0) -> None:
         """Ends the exchange and cancels the rest of its job; ``refund`` tokens are not charged."""
-        self.submission.job.cancel()
+        self.submission.job.cancelled = True
         if self._open:
             self._open = False
             self.service.quotas.leave(self.tenant, refund)
@@ -136,12 +136,8 @@ class Exchange:
         """Cancels the job when the client leaves."""
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self.submission.job.cancel()
+        self.submission.job.cancelled = True
         self._queue.put_nowait(Failure(499, "the client has left"))
-
-    async def report(self) -> Report:
-        """Waits for the end of a job that only encodes."""
-        return [event async for event in self.events()][-1]
 
     async def respond(self, kind: type[TextBodies], body: Decoding) -> Response:
         """The whole answer, or a stream, as soon as its first event is there."""

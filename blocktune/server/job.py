@@ -98,7 +98,7 @@ class Job:
     # called with its events in the scheduler's thread; the last is a Report or a Failure
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
-    cancelled: bool = False
+    cancelled: bool = False  # if set, it is stopped before its next step
     looked_up: list[Piece] = field(default_factory=list)
     found: Found = field(default_factory=Found)
     prefix_hits: int = 0
@@ -108,10 +108,6 @@ class Job:
     run: Generation | None = None
     choices: list[Choice] = field(default_factory=list)
     watch: Stopwatch | None = None
-
-    def cancel(self) -> None:
-        """Stops it before its next step."""
-        self.cancelled = True
 
     @property
     def quota_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -33,27 +34,20 @@ class Metrics:
 
         running = of(Gauge, "num_requests_running", "Answers that are decoded or prepared.")
         running.set_function(lambda: len(scheduler.running) + len(scheduler.preparing))
-        of(Gauge, "num_requests_waiting", "Requests in the queue.").set_function(
-            lambda: scheduler.waiting
-        )
-        of(Gauge, "kv_bytes", "Keys and values reserved for answers.").set_function(
-            lambda: scheduler.kv_bytes
-        )
+        waiting = of(Gauge, "num_requests_waiting", "Requests in the queue.")
+        waiting.set_function(lambda: scheduler.waiting)
+        held = of(Gauge, "kv_bytes", "Keys and values reserved for answers.")
+        held.set_function(lambda: scheduler.kv_bytes)
         self.responses = of(Counter, "http_responses", "Responses by status.", "status")
         self.requests = of(Counter, "requests", "Requests answered.", "model", "method", "tenant")
         self.prompt = of(Counter, "prompt_tokens", "Prompt tokens.", "source")
         self.generated = of(Counter, "generation_tokens", "Answer tokens.")
         self.queries = of(Counter, "chunk_cache_queries", "Chunks looked up.")
         self.hits = of(Counter, "chunk_cache_hits", "Chunks found.", "tier")
-        self.ttft = of(
-            Histogram, "time_to_first_token_seconds", "From arrival to token.", buckets=TTFT
-        )
-        self.between = of(
-            Histogram, "inter_token_latency_seconds", "Between two tokens.", buckets=TTFT
-        )
-        self.whole = of(
-            Histogram, "e2e_request_latency_seconds", "From arrival to the end.", buckets=TTFT
-        )
+        times = partial(of, Histogram, buckets=TTFT)
+        self.ttft = times("time_to_first_token_seconds", "From arrival to token.")
+        self.between = times("inter_token_latency_seconds", "Between two tokens.")
+        self.whole = times("e2e_request_latency_seconds", "From arrival to the end.")
 
     def record(self, labels: tuple[str, str, str], report: Report, total_s: float) -> None:
         """Counts one answered request; ``labels`` are model, method and tenant."""
@@ -96,8 +90,7 @@ class Guard:
             await send(message)
 
         async def refuse(status: int, message: str) -> None:
-            headers = {"connection": "close"}
-            response = JSONResponse(error_body(message, status), status, headers)
+            response = JSONResponse(error_body(message, status), status, {"connection": "close"})
             await response(scope, receive, counted)
 
         try:

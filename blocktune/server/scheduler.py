@@ -2,9 +2,8 @@
 
 A step of the loop does two things: one unit of preparation (encode missing chunks of one request,
 up to a number of tokens, or prefill one request), then one token for every running answer. So
-requests join and leave while others decode, and a request with many missing chunks delays the
-others by one unit at a time. There are two limits: the prefill of a prompt is one unit (in full
-prefill, the whole prompt), and so is encoding for methods with a loader of their own.
+requests join and leave while others decode. The prefill of a prompt is one unit (in full prefill,
+the whole prompt), and so is encoding for methods with a loader of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
@@ -238,7 +237,7 @@ class Scheduler:
             missing.remove(wanted[0])
             kv, job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
             job.found.kvs[wanted[0]] = kv
-        job.missing = deque(groups_of(missing, self.limits.prefill_tokens))
+        job.missing = deque(grouped(missing, self.limits.prefill_tokens))
 
     def _keep(self, job: Job, found: Found) -> None:
         """Keeps what was found until the prefill, even if the store evicts it, and pins chunks."""
@@ -324,18 +323,3 @@ def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[Ch
     stored = encoder.store.put(encoder.key(prefix), kv.compact(), tenant=encoder.tenant)
     watch.stop("encode_s")
     return stored, int(run.assembled.cached.sum())
-
-
-def groups_of(pieces: Iterable[Piece], tokens: int) -> list[list[Piece]]:
-    """Groups pieces by similar length, with about ``tokens`` tokens or one piece per group."""
-    groups: list[list[Piece]] = []
-    for group in grouped(pieces):
-        room = 0
-        for piece in group:
-            size = len(piece.blanks) + len(piece.ids)
-            if size > room:
-                groups.append([])
-                room = tokens
-            groups[-1].append(piece)
-            room -= size
-    return groups

@@ -9,6 +9,7 @@ would change the answer, and ignored otherwise.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -73,8 +74,13 @@ def read_body(kind: type[T], body: bytes, most: int) -> T:
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:
         raise WrongField(f"the body has {values:,} values, the server reads {most:,} at most", None)
+    return validated(kind.model_validate_json, body)
+
+
+def validated(validate: Callable[[Any], T], body: Any) -> T:
+    """Calls pydantic's ``validate``. Raises `WrongField` as `read_body` does."""
     try:
-        return kind.model_validate_json(body)
+        return validate(body)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
     deepest = max(errors, key=lambda item: len(item["loc"]))  # of the alternative that fits best

@@ -64,7 +64,10 @@ def open_clients(
     """
     base = ChunkClient(model, store=store)
     clients = {name: ChunkClient(model, path, store=store) for name, path in adapters.items()}
-    if fingerprint and not sum(one.choose(fingerprint) for one in (base, *clients.values())):
+    chosen = [one for one in (base, *clients.values()) if fingerprint and one._fitting(fingerprint)]
+    for one in chosen:
+        one._start = fingerprint
+    if fingerprint and not chosen:
         raise ValueError(
             f"the store '{base.store.place}' has no chunks of fingerprint '{fingerprint}' that fit "
             f"'{model}' or its adapters; see `blocktune store stat`"
@@ -76,7 +79,7 @@ class ChunkClient:
     """Makes requests for one model, or for one adapter on it.
 
     Args:
-        model: Folder or repository, as vLLM is given it; None: the adapter's base.
+        model: Folder or repository, may end in ``@REVISION``; None: the adapter's base.
         adapter: Folder or repository of a blocktune adapter, or None.
         store: The chunks' folder or URL, as ``--store``.
         format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
@@ -84,6 +87,7 @@ class ChunkClient:
             digits are enough.
 
     Attributes:
+        source: The model and its revision (or None), as vLLM is given them.
         lora: Folder of the LoRA adapter that vLLM loads; None: the base answers (chunks may still
             have been encoded with learned tokens).
         method: The default method.
@@ -108,11 +112,14 @@ class ChunkClient:
         info = None if self.adapter is None else AdapterInfo.load(self.adapter)
         if model is None and info is None:
             raise ValueError("no model is named; give a model, or an adapter")
-        if model is None:
-            own = info.base_model == OWN_WEIGHTS
-            model = str(self.adapter) if own else info.base_model
-        self.model, self.name = model, info.base_model if info else model
-        bare, revision = pinned(model)
+        if model is None and info.base_model == OWN_WEIGHTS:
+            model = str(self.adapter)
+        elif model is None:
+            commit = None if Path(info.base_model).exists() else info.base_revision
+            model = f"{info.base_model}@{commit}" if commit else info.base_model
+        self.model, self.source = model, pinned(model)
+        bare, revision = self.source
+        self.name = info.base_model if info else bare
         text = read_config(bare, revision).get_text_config()
         self.tokenizer = read_tokenizer(bare, revision)
         self._tokenizer_hash = tokenizer_hash(self.tokenizer)
@@ -144,24 +151,14 @@ class ChunkClient:
         self._start = fingerprint or ""
         self.stop_ids = sorted(_stop_ids(self.tokenizer, bare, revision, text))
 
-    def choose(self, start: str) -> bool:
-        """Uses the chunks of the fingerprint that begins so, if it fits. Returns whether it does.
-
-        The base is then not compared by its name, which another folder may change.
-        """
-        before, self._start = self._start, start
-        fits = bool(self._fitting())
-        self._start = start if fits else before
-        return fits
-
-    def _fitting(self) -> list[dict[str, Any]]:
-        """Manifests of the models whose chunks this client's prompts can use."""
+    def _fitting(self, start: str) -> list[dict[str, Any]]:
+        """Manifests of models whose chunks fit; with a ``start``, whatever the base's name."""
         wanted = [None if self.adapter is None else adapter_fingerprint(self.adapter), self._scope]
         return [
             manifest
             for manifest in self.store.manifests()
-            if manifest["fingerprint"].startswith(self._start)
-            and (self._start or Path(manifest["base"]["name"]).name == Path(self.name).name)
+            if manifest["fingerprint"].startswith(start)
+            and (start or Path(manifest["base"]["name"]).name == Path(self.name).name)
             and [(manifest["adapter"] or {}).get(k) for k in ("fingerprint", "scope")] == wanted
             and manifest["tokenizer"]["hash"] == self._tokenizer_hash
             and manifest["prompt_format"] == dataclasses.asdict(self.format)
@@ -170,13 +167,14 @@ class ChunkClient:
     @cached_property
     def fingerprint(self) -> str:
         """The fingerprint of the chunks' model; ValueError if the store has none or several."""
-        fitting = self._fitting()
+        fitting = self._fitting(self._start)
         what = f"'{self.name}'" + ("" if self.adapter is None else f" with '{self.adapter}'")
         if not fitting:
             named = f", fingerprint {self._start[:12]}," if self._start else ""
+            model = self.model + ("" if self.adapter is None else f" --adapter {self.adapter}")
             raise ValueError(
                 f"the store '{self.store.place}' has no chunks of {what}{named} in this wording; "
-                f"run `blocktune encode --model {self.model} --store {self.store.place}` first"
+                f"run `blocktune encode --model {model} --store {self.store.place}` first"
             )
         if len(fitting) > 1:
             named = ", ".join(f"{m['fingerprint'][:12]} ({m['dtype']})" for m in fitting)

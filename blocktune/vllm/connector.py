@@ -5,6 +5,7 @@ vLLM's interface is experimental; docs/vllm.md lists the tested versions.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import CUDAGraphMode
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PLAIN_CACHE = ("auto", "float32", "float16", "bfloat16")
+LEAST = {"host_gb": 0, "threads": 1, "encode_wait_s": 0}
+OPTIONS = "store, adapters, fingerprint, host_gb (0 or more), threads (1), encode_wait_s (0)"
+"""Keys of ``kv_connector_extra_config``; the least of numbers is in `LEAST`."""
 
 guard.install()
 
@@ -77,7 +81,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         meta = self._get_connector_metadata()
         idle = forward_context.attn_metadata is None and not kwargs
         if meta.forget:
-            self.worker.forget()
+            self.worker.store.clear()
         self.worker.start(meta.loads, forward_context.no_compile_layers, idle)
 
     def get_transfer_results(self, finished_req_ids) -> KVConnectorTransferResults:
@@ -129,19 +133,28 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
 
 def require_served_config(config: VllmConfig) -> None:
     """Refuses what was never shown to be right, by a ValueError of one line."""
-    cache, transfer = config.cache_config.cache_dtype, config.kv_transfer_config
-    if not transfer.kv_connector_extra_config.get("store"):
-        raise ValueError("BlocktuneConnector needs kv_connector_extra_config {'store': FOLDER}")
-    if transfer.kv_load_failure_policy != "fail":
-        raise ValueError(
-            f"kv_load_failure_policy must be 'fail', got '{transfer.kv_load_failure_policy}': a "
-            "chunk that cannot be read must fail the request, or full attention is mixed in"
-        )
-    if cache not in PLAIN_CACHE:
-        raise ValueError(f"BlocktuneConnector writes {', '.join(PLAIN_CACHE)} caches, not {cache}")
-    if config.speculative_config is not None:
-        raise ValueError(
-            "BlocktuneConnector loads no draft model's cache; drop speculative decoding"
-        )
-    if config.model_config.use_mla:
-        raise ValueError("BlocktuneConnector cannot move latent keys (MLA); use a RoPE model")
+    transfer, parallel = config.kv_transfer_config, config.parallel_config
+    extra, cache = transfer.kv_connector_extra_config, config.cache_config.cache_dtype
+    policy, store = transfer.kv_load_failure_policy, extra.get("store")
+    odd = [f"{name}={extra[name]!r}" for name in sorted(extra) if not _is_option(name, extra[name])]
+    ranks = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+    reasons = {
+        f"needs kv_connector_extra_config {{'store': FOLDER}}, got {store!r}": not store,
+        f"takes kv_connector_extra_config with {OPTIONS}; got {', '.join(odd)}": odd,
+        f"needs kv_load_failure_policy 'fail', got '{policy}': a chunk that cannot be read must "
+        "fail the request, or full attention is mixed in": policy != "fail",
+        f"writes {', '.join(PLAIN_CACHE)} caches, not {cache}": cache not in PLAIN_CACHE,
+        "loads no draft model's cache; drop speculative decoding": config.speculative_config,
+        "cannot move latent keys (MLA); use a RoPE model": config.model_config.use_mla,
+        "writes whole chunks in each rank; drop context parallelism": max(ranks) > 1,
+        "reads chunks that were encoded with the RoPE of the model's config.json; change it there, "
+        "not by hf_overrides, and encode again": "rope" in str(config.model_config.hf_overrides),
+    }
+    if reason := next((text for text, applies in reasons.items() if applies), None):
+        raise ValueError(f"BlocktuneConnector {reason}")
+
+
+def _is_option(name: str, value: Any) -> bool:
+    if name in LEAST:
+        return isinstance(value, int | float) and LEAST[name] <= value < math.inf
+    return name in ("adapters", "fingerprint") or (name == "store" and isinstance(value, str))

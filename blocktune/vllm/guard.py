@@ -20,9 +20,10 @@ MARK = "_blocktune"
 def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     """Checks a request that has a plan; raises VLLMValidationError (HTTP 400) if it is invalid.
 
-    Log probabilities of the prompt are refused: vLLM would compute the prompt in full attention
-    and cache the result in the plan's namespace. Chunks that a folder lacks are queued for
-    encoding. A remote is not asked, since that takes too long: its requests fail while they load.
+    ``store`` is the connector's; None: vLLM runs without it, and would ignore the plan. With log
+    probabilities of the prompt, vLLM would compute it in full attention and cache the result in the
+    plan's namespace. Chunks that a folder lacks are queued for encoding. A remote is not asked,
+    since that takes too long: its requests fail while they load.
     """
     params = request.sampling_params
     transfer = params and (params.extra_args or {}).get("kv_transfer_params")
@@ -40,8 +41,12 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
         plan = LoadPlan.read(transfer, request.prompt_token_ids)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from None
-    view = None if store is None else _view(store)
-    if view is None or view.config.remote is not None:
+    if store is None:
+        raise VLLMValidationError(
+            "this vLLM runs without BlocktuneConnector, and would compute the chunks in full"
+        )
+    view = _view(store)
+    if view.config.remote is not None:
         return
     if missing := plan.missing(view.has):
         if view.manifest(plan.fingerprint) is None:  # nothing would ever encode them
@@ -69,8 +74,8 @@ def install() -> None:
     def checked(self, *args, **kwargs):
         request = process(self, *args, **kwargs)
         transfer = self.vllm_config.kv_transfer_config
-        extra = transfer.kv_connector_extra_config if transfer else {}
-        require_loadable(request, extra.get("store"))
+        ours = transfer is not None and transfer.kv_connector == "BlocktuneConnector"
+        require_loadable(request, transfer.kv_connector_extra_config["store"] if ours else None)
         return request
 
     setattr(checked, MARK, True)

@@ -51,7 +51,9 @@ def serve(
     loras = {name: client.lora for name, client in clients.items() if client.lora is not None}
     folders = {name: str(client.adapter) for name, client in clients.items()}
     transfer = transfer_config(store, adapters=folders, **extra)
-    line = ["--model", model, "--enable-prompt-tokens-details"]
+    bare, revision = base.source
+    line = ["--model", bare, "--enable-prompt-tokens-details"]
+    line += ["--revision", revision] if revision else []
     line += ["--kv-transfer-config", json.dumps(transfer)]
     if loras:
         rank = max(lora_rank(folder) for folder in loras.values())

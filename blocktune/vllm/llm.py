@@ -18,7 +18,7 @@ from blocktune.methods import Method
 from blocktune.models.identity import adapter_fingerprint
 from blocktune.prompt import PromptFormat
 from blocktune.vllm.client import ChunkClient, Rendered, lora_rank, transfer_config
-from blocktune.vllm.plan import Segment
+from blocktune.vllm.plan import LoadPlan, Segment
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -33,7 +33,7 @@ class LoadFailed(ValueError):
 class Completion:
     """An answer of vLLM."""
 
-    text: str  # decoded, without the end of turn
+    text: str  # without the end of turn, and cut at a stop string
     token_ids: tuple[int, ...]  # as generated
     prompt_tokens: int  # tokens of the whole prompt
     cached_tokens: int  # how many of them were loaded, or in vLLM's own cache
@@ -93,10 +93,10 @@ class ChunkLLM:
             rank = lora_rank(self.client.lora)
             options = {"enable_lora": True, "max_lora_rank": rank} | options
         self.llm = LLM(
-            self.client.model,
+            self.client.source[0],
             dtype=dtype,
             kv_transfer_config=KVTransferConfig(**transfer_config(store, host_gb=host_gb)),
-            **options,
+            **{"revision": self.client.source[1]} | options,
         )
 
     def adapted(self, adapter: str | Path | None) -> ChunkLLM:
@@ -131,12 +131,22 @@ class ChunkLLM:
         return engine if engine.format == client.format else engine.reworded(client.format)
 
     def encode(self, segments: Sequence[Segment]) -> None:
-        """Encodes segments into the store."""
-        engine = self._encoder
+        """Encodes segments into the store. Raises ValueError if it does not get or keep them."""
+        engine, client = self._encoder, self.client
+        known, place = client.fingerprint, client.store.place
+        if engine.fingerprint != known:
+            raise ValueError(
+                f"'{place}' lacks {len(segments)} segments of model {known[:12]}, and this model "
+                f"is {engine.fingerprint[:12]}: its dtype ({engine.model.dtype}) or weights differ"
+            )
         wanted = [segment.wanted for segment in segments]
-        pieces = [Piece(*fields) for fields in wanted]
-        engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
-        self.client.store.queue.done(engine.fingerprint, wanted)
+        watch = Stopwatch(engine.model.device)
+        engine.state.encoder.find([Piece(*fields) for fields in wanted], watch)
+        client.store.queue.done(known, wanted)
+        if lost := client.missing(LoadPlan(known, tuple(segments))):
+            raise ValueError(
+                f"'{place}' did not keep {len(lost)} of {len(segments)} segments; raise its limits"
+            )
 
     def answer(
         self,
@@ -203,11 +213,10 @@ class ChunkLLM:
 
     def _completion(self, output: RequestOutput) -> Completion:
         answer = output.outputs[0]
-        if answer.finish_reason == "error":
+        if any(one.finish_reason == "error" for one in output.outputs):
             raise LoadFailed("chunks could not be loaded, see the log; nothing was answered")
-        tokenizer = self.client.tokenizer
         return Completion(
-            tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip(),
+            answer.text.strip(),
             tuple(answer.token_ids),
             len(output.prompt_token_ids),
             output.num_cached_tokens or 0,

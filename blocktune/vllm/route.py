@@ -21,15 +21,18 @@ from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
 from blocktune.server.front import chat_pieces, read_documents, read_messages, read_method
-from blocktune.server.schemas import Documents, Extension, Messages
+from blocktune.server.schemas import Documents, Extension, Messages, validated
 from blocktune.vllm.client import ChunkClient, Rendered, open_clients
 from blocktune.vllm.plan import PARAMS
 
 POLL_S = 0.05
+OWN = ("documents", "blocktune")
+"""Fields that vLLM does not know."""
 REFUSED = (
     *("prompt_logprobs", "echo", "tools", "functions", "continue_final_message"),
     *("truncate_prompt_tokens", "chat_template", "chat_template_kwargs", "add_special_tokens"),
@@ -61,26 +64,27 @@ class Renderer:
     async def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
         """Returns the body for vLLM.
 
-        Raises:
-            ValueError: If the request cannot be answered; the message is one line.
-            HTTPException: 503 if its chunks are not encoded in time.
+        Raises ValueError, in one line, if the request cannot be answered, and HTTPException if its
+        model is not served or its chunks are not encoded in time.
         """
         if not _has_documents(body):
-            return body
-        request = DocumentRequest.model_validate(body)
-        refused = next((name for name in REFUSED if body.get(name)), None)
-        if refused is None and body.get("add_generation_prompt") is False:
-            refused = "add_generation_prompt: false"
-        if refused:
+            name = body.get("model")
+            client = self.clients.get(name) if isinstance(name, str) else None
+            # vLLM does not know an adapter that only encodes.
+            return body | {"model": self.base} if client and client.lora is None else body
+        request = validated(DocumentRequest.model_validate, body)
+        asked = {name: body.get(name) for name in REFUSED}
+        asked["add_generation_prompt: false"] = body.get("add_generation_prompt") is False
+        asked["blocktune.strip"] = request.blocktune and request.blocktune.strip
+        if refused := next((name for name, value in asked.items() if value), None):
             raise ValueError(f"{refused} is not supported with documents; leave it out")
         name = next(iter(self.clients)) if request.model is None else request.model
         if name not in self.clients:
             raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
         client = self.clients[name]
-        rendered = await asyncio.to_thread(_render, client, request)
+        rendered, question = await asyncio.to_thread(_render, client, request)
         await self._encoded(client, rendered)
-        kept = {key: value for key, value in body.items() if key not in ("documents", "blocktune")}
-        question = read_messages(request.messages[-1:]).question
+        kept = {key: value for key, value in body.items() if key not in OWN}
         if not body.get("ignore_eos"):
             kept["stop_token_ids"] = sorted({*(request.stop_token_ids or ()), *client.stop_ids})
         return kept | {
@@ -117,7 +121,7 @@ def _has_documents(body: Mapping[str, Any]) -> bool:
     return any(isinstance(part, Mapping) and part.get("type") == "document" for part in parts)
 
 
-def _render(client: ChunkClient, request: DocumentRequest) -> Rendered:
+def _render(client: ChunkClient, request: DocumentRequest) -> tuple[Rendered, str]:
     conversation = read_messages(request.messages)
     documents = [*(request.documents or ()), *conversation.documents]
     chunks = [source.chunk for source in read_documents(documents)]
@@ -125,20 +129,22 @@ def _render(client: ChunkClient, request: DocumentRequest) -> Rendered:
     block = client.prompts.spec(method).block
     pieces = chat_pieces(client.tokenizer, client.format, chunks, conversation, block)
     limit = request.max_completion_tokens or request.max_tokens or 1
-    return client.render(pieces, method, limit)
+    return client.render(pieces, method, limit), conversation.question
 
 
-def _refuse_beams(kind: type[BaseModel]) -> None:
-    """Makes beam search refuse a plan, since vLLM's requests for the beams would lack it."""
-    make = kind.to_beam_search_params
+def _check(kind: type[BaseModel], name: str) -> None:
+    """Makes requests refuse documents, which vLLM would ignore, and plans, which beams lack."""
+    make = getattr(kind, name)
 
     @wraps(make)
     def checked(self, *args, **kwargs):
-        if (self.kv_transfer_params or {}).get(PARAMS) is not None:
+        if unread := next((key for key in OWN if self.model_extra.get(key)), None):
+            raise VLLMValidationError(f"{unread} is read by /v1/chat/completions only; drop it")
+        if "beam" in name and (self.kv_transfer_params or {}).get(PARAMS) is not None:
             raise VLLMValidationError("use_beam_search excludes cached chunks; leave it out")
         return make(self, *args, **kwargs)
 
-    kind.to_beam_search_params = checked
+    setattr(kind, name, checked)
 
 
 class DocumentsRoute:
@@ -150,7 +156,9 @@ class DocumentsRoute:
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's route."""
         for kind in (ChatCompletionRequest, CompletionRequest):
-            _refuse_beams(kind)
+            _check(kind, "to_beam_search_params")
+        for kind in (CompletionRequest, ResponsesRequest):
+            _check(kind, "to_sampling_params")
 
         @app.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
         async def chat(raw_request: Request) -> Any:
@@ -169,17 +177,14 @@ class DocumentsRoute:
             return await create_chat_completion(request, raw_request)
 
     async def init_state(self, engine_client, state, args) -> None:
-        """Opens the store.
-
-        Raises:
-            ValueError: If an adapter cannot be served.
-        """
+        """Opens the store. Raises ValueError if an adapter cannot be served."""
         extra = args.kv_transfer_config.kv_connector_extra_config
-        base = (args.served_model_name or [args.model])[0]
+        names = args.served_model_name or [args.model]
         own = extra["store"], extra.get("fingerprint")
-        plain, clients = open_clients(args.model, extra.get("adapters") or {}, *own)
-        clients[base] = plain
+        model = f"{args.model}@{args.revision}" if args.revision else args.model
+        plain, clients = open_clients(model, extra.get("adapters") or {}, *own)
+        clients |= dict.fromkeys(names, plain)
         for client in clients.values():
             room = min(client.prompts.max_tokens, engine_client.model_config.max_model_len)
             client.prompts = replace(client.prompts, max_tokens=room)
-        state.blocktune = Renderer(clients, base, float(extra.get("encode_wait_s", 30)))
+        state.blocktune = Renderer(clients, names[0], float(extra.get("encode_wait_s", 30)))

@@ -1,7 +1,6 @@
 """The connector's half in vLLM's scheduler: which requests load, and into which blocks.
 
-All chunks of a request with a plan are loaded, or it fails. It never falls back to computing the
-chunks: vLLM would do that in full attention, which is not the requested method.
+A request with a plan never falls back to computing chunks: vLLM would do that in full attention.
 """
 
 from __future__ import annotations

@@ -266,11 +266,13 @@ class WorkerSide:
     def _chunks(self, plan: LoadPlan, start: int, counts: Counter[str]) -> dict[int, ChunkKV]:
         """All segments from token ``start`` on; missing ones are queued and raise `Missing`."""
         read, chunks, lacking = partial(ChunkFile.entry, share=self.share), {}, []
+        reason = "they are not there"
         for index in plan.wanted(start):
             key, segment = plan.keys[index], plan.segments[index]
             hit = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
             if hit.kv is None:  # missing, or damaged: then the encoder also finds it damaged
                 lacking.append(segment.wanted)
+                reason = hit.reason or reason
                 continue
             chunks[index] = hit.kv
             if hit.tier == "memory":
@@ -280,7 +282,6 @@ class WorkerSide:
                 counts["store_bytes"] += hit.kv.num_bytes
         if lacking:
             self.view.queue.add(plan.fingerprint, lacking)
-            reason = self.store.stats().first_rejected or "they are not there"
             raise Missing(
                 f"{len(lacking)} of {len(plan.segments)} segments cannot be read from the store "
                 f"'{self.view.place}': {reason}; encode them (`blocktune encode --follow`) and ask "
@@ -307,10 +308,6 @@ class WorkerSide:
                 raise Missing("the chunks hold latent keys, which this connector does not load")
             self._rope[fingerprint] = _Rope(forms, rope["layer"])
         return self._rope[fingerprint]
-
-    def forget(self) -> None:
-        """Drops the chunks in memory."""
-        self.store.clear()
 
 
 def _use_one_core(usual: int) -> None:

@@ -1,12 +1,17 @@
 """What the client refuses before vLLM is asked; vLLM is not needed."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer, Ministral3Config
+from vllm_cases import make_adapter
 
+from blocktune.commands.serve import serve_vllm
 from blocktune.engine import Engine
-from blocktune.vllm import ChunkClient
+from blocktune.models.load import read_config, read_tokenizer
+from blocktune.prompt import LayoutSpec
+from blocktune.vllm import ChunkClient, client
 from blocktune.vllm.client import lora_rank, open_clients
 
 TINY = "data/tiny"
@@ -35,6 +40,47 @@ def test_a_fingerprint_is_chosen_by_its_first_digits(tmp_path):
             assert ChunkClient(TINY, store=tmp_path, fingerprint=given).fingerprint == whole
     with pytest.raises(ValueError, match="no chunks of fingerprint '123456'"):
         open_clients(TINY, {}, tmp_path, "123456")
+
+
+@pytest.mark.parametrize("store", ["memory=1GB", "chunks/,press=snapkv:0.5"])
+def test_a_store_that_vllm_cannot_read_is_refused(store):
+    with pytest.raises(ValueError, match=f"whole chunks from a folder or a URL, got '{store}'"):
+        ChunkClient(TINY, store=store)
+
+
+@pytest.mark.parametrize("option", ["--kv-offloading-size", "--kv_transfer_config={}", "--model"])
+def test_options_that_replace_the_connector_or_the_model_are_refused(tmp_path, option):
+    named = option.replace("_", "-").partition("=")[0]
+    with pytest.raises(ValueError, match=f"leave out {named}: "):
+        serve_vllm(SimpleNamespace(args=[option, "1"]), TINY, str(tmp_path))
+
+
+@pytest.mark.parametrize("adapters", [["a=x", "a=y"], [f"{TINY}=x"]])
+def test_names_of_models_are_given_once(tmp_path, adapters):
+    with pytest.raises(ValueError, match="is given 2 times; name it: NAME=ADAPTER"):
+        serve_vllm(SimpleNamespace(args=[]), TINY, str(tmp_path), adapters)
+
+
+def test_a_store_out_of_reach_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read the store 'redis://127\.0\.0\.1:1/0': "):
+        _ = ChunkClient(TINY, store="redis://127.0.0.1:1/0").fingerprint
+
+
+def test_a_revision_is_passed_on_as_one(tmp_path, monkeypatch):
+    """vLLM takes it as an option of its own; the chunks are named without it."""
+    monkeypatch.setattr(client, "read_config", lambda *_: read_config(TINY))
+    monkeypatch.setattr(client, "read_tokenizer", lambda *_: read_tokenizer(TINY))
+    made = ChunkClient("some/model@main", store=tmp_path)
+    assert (made.source, made.name) == (("some/model", "main"), "some/model")
+    with pytest.raises(ValueError, match="encode --model some/model@main --store"):
+        _ = made.fingerprint
+    assert ChunkClient(TINY, store=tmp_path).source == (TINY, None)
+
+
+def test_an_adapter_without_chunks_is_named_in_the_command(tmp_path):
+    adapter = make_adapter(tmp_path / "a", LayoutSpec(num_headers=1), False)
+    with pytest.raises(ValueError, match=f"encode --model {TINY} --adapter {adapter} --store"):
+        _ = ChunkClient(TINY, adapter, store=tmp_path / "store").fingerprint
 
 
 def test_links_are_refused_as_vllms_limit_and_not_for_want_of_an_adapter(tmp_path):

@@ -1,13 +1,16 @@
 """vLLM over cached chunks gives the answers of blocktune's own engine, and never a mixture."""
 
+import copy
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.config import KVTransferConfig
 from vllm.exceptions import VLLMValidationError
 from vllm_cases import SMALL, TINY, close, first_logprobs, forget, make_adapter, questions, worst
 
@@ -16,7 +19,7 @@ from blocktune.cache.store.shelf import MissQueue, StoreView
 from blocktune.prompt import LayoutSpec
 from blocktune.vllm import ChunkLLM, guard
 from blocktune.vllm.plan import LoadPlan
-from blocktune.vllm.worker import _use_one_core
+from blocktune.vllm.worker import Missing, _use_one_core
 
 TOKENS = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=20)
@@ -258,6 +261,84 @@ def test_several_choices_are_the_same_prompts(llm, engine):
     [made] = llm.answer([example], sampling=asked)
     wanted = first_logprobs(engine, example, "naive")
     assert [worst(made, wanted, choice) < TOLERANCE for choice in range(3)] == [True] * 3
+
+
+def test_an_answer_of_which_a_choice_failed_is_a_failure(llm, engine, monkeypatch):
+    [example] = questions(10, 1)
+    llm.answer([example])
+    forget(llm)
+    worker, made, calls = connector(llm), llm.client.read(example), []
+    chunks = worker._chunks
+
+    def second_fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise Missing("gone")
+        return chunks(*args)
+
+    monkeypatch.setattr(worker, "_chunks", second_fails)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        llm.generate([made], SamplingParams(n=3, temperature=1, max_tokens=3))
+
+
+def test_the_text_ends_before_a_stop_string(llm):
+    [example] = questions(10, 1)
+    [whole] = llm.answer([example])
+    [made] = llm.answer([example], sampling=SamplingParams(temperature=0, stop=[whole.text[2:5]]))
+    assert made.text == whole.text[:2]
+
+
+def test_a_missing_chunk_is_not_called_damaged(llm, store):
+    """The reason of an earlier failure is not that of a later one."""
+    [example] = questions(17, 1)
+    llm.answer([example])
+    plan, worker = llm.client.read(example).plan, connector(llm)
+    worker.store.clear()
+    paths = [store / key[:2] / key[2:4] / f"{key}.safetensors" for key in plan.keys]
+    whole = [path.read_bytes() for path in paths]
+    paths[1].write_bytes(whole[1][:-9])
+    with pytest.raises(Missing, match=rf"1 of \d segments.*{plan.keys[1]}"):
+        worker._chunks(plan, 0, Counter())
+    paths[1].write_bytes(whole[1])
+    paths[2].unlink()
+    worker.store.clear()
+    with pytest.raises(Missing, match=r"1 of \d segments.*they are not there"):
+        worker._chunks(plan, 0, Counter())
+    paths[2].write_bytes(whole[2])
+    MissQueue(store).done(plan.fingerprint, [segment.wanted for segment in plan.segments])
+
+
+def over(llm, store):
+    """The same vLLM with the chunks of another store."""
+    other = copy.copy(llm)
+    other._store = store
+    return other.adapted(None)
+
+
+def test_chunks_of_another_dtype_are_not_encoded_in_vain(llm, tmp_path):
+    examples = questions(18, 2)
+    bfloat = Engine.from_pretrained(TINY, store=tmp_path, dtype="bfloat16", device="cpu")
+    bfloat.encode(examples[0].chunks)
+    with pytest.raises(ValueError, match=r"dtype \(torch.float32\) or weights differ") as error:
+        over(llm, tmp_path).answer(examples)
+    assert "\n" not in str(error.value)
+
+
+def test_a_store_that_is_too_small_for_a_batch_is_named_as_that(llm, tmp_path):
+    with pytest.raises(ValueError, match=r"did not keep \d+ of \d+ segments; raise its limits"):
+        over(llm, f"{tmp_path},disk=100kB").answer(questions(18, 2))
+
+
+def test_a_plan_is_refused_where_the_connector_does_not_run(llm, monkeypatch):
+    """vLLM's ``kv_offloading_size`` replaces it by another one."""
+    [example] = questions(10, 1)
+    llm.answer([example])
+    config = llm.llm.llm_engine.vllm_config
+    for transfer in (None, KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")):
+        with monkeypatch.context() as patch:
+            patch.setattr(config, "kv_transfer_config", transfer)
+            with pytest.raises(VLLMValidationError, match="runs without BlocktuneConnector"):
+                llm.generate([llm.client.read(example)], GREEDY)
 
 
 def test_odd_documents_are_the_engines(llm, engine):

@@ -55,6 +55,42 @@ def test_answers_are_the_engines(server, engines, model):
         assert 0.7 * usage["prompt_tokens"] < cached < usage["prompt_tokens"]
 
 
+def test_each_name_of_the_model_answers(server, engines):
+    example = questions(31)[0]
+    [wanted] = engines[TINY].answer([example], max_new_tokens=12)
+    assert text_of(ask(server, example, "alias")) == wanted.text
+
+
+def test_an_adapter_that_only_encodes_answers_without_documents(server):
+    example = questions(31)[0]
+    bare = body(example, "packet")
+    del bare["documents"]
+    url = f"{server}/v1/chat/completions"
+    made = [httpx.post(url, json=bare | {"model": name}, timeout=120) for name in ("packet", TINY)]
+    assert text_of(made[0]) == text_of(made[1])
+
+
+def test_documents_may_follow_the_question(server):
+    example = questions(31)[0]
+    blocks = [
+        {"type": "document", "title": one.title, "source": {"type": "text", "data": one.text}}
+        for one in example.chunks
+    ]
+    messages = [{"role": "user", "content": text} for text in (example.question, blocks)]
+    asked = {"model": TINY, "messages": messages, "temperature": 0, "max_tokens": 12}
+    made = httpx.post(f"{server}/v1/chat/completions", json=asked, timeout=120)
+    assert made.json()["usage"]["prompt_tokens_details"]["cached_tokens"], made.text
+
+
+@pytest.mark.parametrize(
+    ("path", "more"), [("completions", {"prompt": "x"}), ("responses", {"input": "x"})]
+)
+def test_documents_are_not_ignored_on_other_routes(server, path, more):
+    made = httpx.post(f"{server}/v1/{path}", json={"model": TINY, "documents": ["x"]} | more)
+    assert made.status_code == 400, made.text
+    assert "documents is read by /v1/chat/completions only" in made.text
+
+
 def test_openais_client_streams(server, engines):
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
     example = questions(31)[0]
@@ -101,9 +137,16 @@ def test_a_request_without_documents_is_vllms(server):
         ({"blocktune": {"method": "kv-packet"}}, 400, "needs an adapter"),
         ({"blocktune": {"method": "link0", "params": {"blanks": "x"}}}, 400, "blanks"),
         ({"blocktune": {"strange": 1}}, 400, "strange"),
+        ({"blocktune": {"strip": True}}, 400, "blocktune.strip is not supported"),
         ({"model": "other"}, 404, "no model 'other'"),
         ({"documents": ["x " * 2000]}, 400, "context holds"),
         ({"documents": ["x", " "]}, 400, "documents[1]"),
+        (
+            {"documents": ["x", {"id": "y", "data": {"title": None}}]},
+            400,
+            "documents.1.data.title: ",
+        ),
+        ({"documents": "x"}, 400, "documents: Input should be a valid list"),
         ({"max_tokens": 1000}, 400, "context"),
         ({"stop_token_ids": 7}, 400, "stop_token_ids"),
         ({"stop_token_ids": ["x"]}, 400, "stop_token_ids"),
@@ -114,6 +157,7 @@ def test_mistakes_are_one_line(server, more, status, reason):
     made = ask(server, questions(31)[0], **more)
     assert made.status_code == status, made.text
     assert reason in made.text
+    assert r"\n" not in made.text
 
 
 def test_null_is_as_if_left_out(server, engines):

@@ -114,13 +114,21 @@ def test_a_merged_adapter_is_a_model_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("change", "options", "reason"),
     [
-        ({"kv_load_failure_policy": "recompute"}, {}, "must be 'fail'"),
+        ({"kv_load_failure_policy": "recompute"}, {}, "got 'recompute'"),
         ({"kv_connector_extra_config": {}}, {}, "needs kv_connector_extra_config"),
+        ({"kv_connector_extra_config": {"store": "x", "host_gib": 4}}, {}, "got host_gib=4"),
+        ({"kv_connector_extra_config": {"store": "x", "threads": 0}}, {}, "got threads=0"),
+        ({"kv_connector_extra_config": {"store": "x", "host_gb": "a"}}, {}, "got host_gb='a'"),
+        ({"kv_connector_extra_config": {"store": 5}}, {}, "got store=5"),
+        ({}, {"hf_overrides": {"rope_parameters": YARN}}, "not by hf_overrides"),
+        ({}, {"context_parallel": 2}, "drop context parallelism"),
         ({}, {"kv_cache_dtype": "fp8"}, "caches, not fp8"),
     ],
 )
 def test_a_configuration_that_would_mix_is_refused(tmp_path, change, options, reason):
     transfer = KVTransferConfig(**transfer_config(tmp_path) | change)
+    ranks = (options := dict(options)).pop("context_parallel", 1)
     made = EngineArgs(TINY, kv_transfer_config=transfer, **SMALL | options).create_engine_config()
+    made.parallel_config.decode_context_parallel_size = ranks
     with pytest.raises(ValueError, match=reason):
         BlocktuneConnector(made, KVConnectorRole.SCHEDULER, SimpleNamespace(kv_cache_groups=[]))

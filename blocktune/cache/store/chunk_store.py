@@ -139,7 +139,7 @@ class ChunkStore:
             self._stats.misses += 1
             seconds = time.perf_counter() - started
             self._tracer.looked_up(key, len(token_ids), "none", 0, seconds)
-        return Lookup(None, "none", 0, seconds, 0.0)
+        return Lookup(None, "none", 0, seconds, 0.0, "; ".join(sorted(rejected)))
 
     def put(
         self,

@@ -215,11 +215,13 @@ class MissQueue:
 
 
 class StoreView:
-    """Read-only view of the files in a store's folder and remote, without an index."""
+    """Read-only view of a store's files, without an index; ``queue`` takes chunks to encode."""
 
     def __init__(self, store: str | Path):
-        """Opens a store as named by ``--store``; ``queue`` takes chunks to encode."""
+        """Opens a store as named by ``--store``; ValueError if it names no place, or a press."""
         self.config = StoreConfig.parse(store, memory=0)
+        if self.config.place is None or self.config.press is not None:
+            raise ValueError(f"vLLM reads whole chunks from a folder or a URL, got '{store}'")
         self.place, self.queue = self.config.place, MissQueue(self.config.folder)
         self._blobs = open_places(self.config)
 
@@ -233,7 +235,10 @@ class StoreView:
         return next((record for record in records if record is not None), None)
 
     def manifests(self) -> list[dict[str, Any]]:
-        """The manifests of all models."""
-        names = {name for blobs in self._blobs for name in blobs.fingerprints()}
-        records = (self.manifest(name) for name in sorted(names))
-        return [record for record in records if record is not None]
+        """The manifests of all models. Raises ValueError if the store is out of reach."""
+        try:
+            names = {name for blobs in self._blobs for name in blobs.fingerprints()}
+            found = map(self.manifest, sorted(names))
+            return [record for record in found if record is not None]
+        except OSError as error:
+            raise ValueError(f"cannot read the store '{self.place}': {error}") from None
