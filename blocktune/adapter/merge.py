@@ -70,7 +70,7 @@ def merge_adapter(
     options["quantize"] = quantize_as_trained(info, model)
     reference = _reference_logits(name, folder, options)
     if not reference.isfinite().all():
-        raise ValueError(f"'{folder}' gives logits that are no numbers (NaN); train it again")
+        raise ValueError(f"'{folder}' gives logits that are not numbers (NaN); train it again")
     _write(name, folder, output, info, links or info.link_mode, options)
     num_logits, difference = reference.shape[-1], None
     merged = _logits(*load_model(adapter=output, **loading)[:3], num_logits)

@@ -200,6 +200,6 @@ def test_a_merge_of_weights_that_are_no_numbers_writes_nothing(base, tmp_path):
     save(base, tmp_path / "out", LoraConfig(**TARGETS))
     path = tmp_path / "out/adapter_model.safetensors"
     save_file({name: weight * float("nan") for name, weight in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="gives logits that are no numbers"):
+    with pytest.raises(ValueError, match="gives logits that are not numbers"):
         merge_adapter(tmp_path / "out", tmp_path / "merged", device="cpu")
     assert not (tmp_path / "merged").exists()

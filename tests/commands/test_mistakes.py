@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from blocktune import cli
@@ -137,6 +138,8 @@ def test_an_adapter_made_for_another_base(refused, model, tmp_path):
         layout=LayoutSpec(),
         format=PromptFormat(),
     ).save(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({}, folder / "adapter_model.safetensors")
     line = refused("answer", "--model", model, "--adapter", folder, *QUESTION, *CHUNK)
     assert "was made for base 'somebody/else'" in line
     assert "is not a blocktune adapter" in refused(

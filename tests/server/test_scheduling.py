@@ -194,6 +194,6 @@ def test_logits_that_are_no_numbers_fail_their_request(client, engine, monkeypat
     monkeypatch.setattr(engine.model.lm_head, "forward", broken)
     for temperature in (0, 1):
         calls.clear()
-        refused(client.post(CHAT, json=chat(temperature=temperature)), 500, "no numbers")
+        refused(client.post(CHAT, json=chat(temperature=temperature)), 500, "not numbers")
     monkeypatch.undo()
     assert client.post(CHAT, json=chat()).status_code == 200
