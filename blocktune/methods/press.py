@@ -103,8 +103,12 @@ class Press:
             reason = first_line(error)
             raise ValueError(f"press '{self.text}' cannot score these chunks: {reason}") from error
         if not _keys_as_kvpress(inputs["module"], hidden, *angles, keys):
-            blind = self._press.compress(inputs["module"], hidden * 0, *states, None, kwargs)
-            if not all(map(torch.equal, pressed, blind)):
+            chosen, choose = [], self._press.compress
+            for seen in (hidden, hidden * 0):
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)  # for presses that draw
+                    chosen.append(choose(inputs["module"], seen, *states, None, kwargs))
+            if not all(map(torch.equal, *chosen)):
                 raise ValueError(
                     f"press '{self.text}' scores by queries, which kvpress does not compute as "
                     f"{type(inputs['module']).__name__} does; use one that scores by keys, as knorm"

@@ -160,8 +160,9 @@ def test_a_press_by_queries_is_refused_where_kvpress_computes_others(family):
     long = dataclasses.replace(ASK, chunks=(Chunk("Noel shot it. " * 20),))
     with pytest.raises(ValueError, match=r"'snapkv:0.5' scores by queries, .* use .* knorm"):
         engine_of(model, byte_tokenizer(), "press=snapkv:0.5").answer([long], "naive")
-    by_keys = engine_of(model, byte_tokenizer(), "press=knorm:0.5")
-    assert by_keys.answer([long], "naive", max_new_tokens=1)
+    for other in ("knorm", "random"):
+        without_queries = engine_of(model, byte_tokenizer(), f"press={other}:0.5")
+        assert without_queries.answer([long], "naive", max_new_tokens=1)
 
 
 def test_importing_kvpress_changes_no_attention_function():

@@ -137,6 +137,7 @@ def test_names_in_any_script_are_drawn_without_a_warning(tmp_path):
         summary["tasks"] = {name: summary["tasks"][kind] for name, kind in tasks.items()}
     with warnings.catch_warnings(action="error"):
         draw_results(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
 
 
 def test_a_loss_of_more_than_the_gap_is_not_written_as_a_share_of_it():
