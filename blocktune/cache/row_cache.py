@@ -16,6 +16,17 @@ from blocktune.cache.chunk_kv import State
 SKIP = -1
 """Column number of a padding row, whose keys and values are not stored."""
 
+
+def refuse_autocast(states: Tensor) -> None:
+    """Raises ValueError if autocast is on where ``states`` are computed."""
+    if torch.is_autocast_enabled(states.device.type):
+        raise ValueError(
+            "the model runs under autocast, but cached states have the model's own dtype; call the "
+            "engine outside of torch.autocast, and take a Trainer's model out of it by "
+            "trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)"
+        )
+
+
 Observer = Callable[[Tensor, Tensor], None]
 """Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written. If it
 raises, the forward pass stops and the layer stays unchanged."""
@@ -85,6 +96,7 @@ class _RowLayer(CacheLayerMixin):
                 f"{key_states.shape[0]} prompts, but columns were selected for {selected}; "
                 "call `RowCache.select` or `append` before every forward pass"
             )
+        refuse_autocast(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.observer is not None:

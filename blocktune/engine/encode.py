@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
-from blocktune.attention import Plan, SplitPlan, planned_forward
+from blocktune.attention import Plan, SplitPlan, is_attached, planned_forward
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
+from blocktune.cache.row_cache import refuse_autocast
 from blocktune.cache.store.chunk_file import FileKV
 from blocktune.cache.store.shelf import MissQueue
 from blocktune.engine.usage import Stopwatch
@@ -143,6 +144,24 @@ class Encoder:
         self.model, self.store, self.tenant = model, store, ""
         self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
+        self._parameters = list(model.parameters())
+        self._made_with = self._weights()
+
+    def _weights(self) -> tuple:
+        """Facts that tell cheaply whether the weights are still those of the fingerprint."""
+        first = self._parameters[0]
+        changes = sum(0 if p.is_inference() else p._version for p in self._parameters)
+        return first.dtype, first.device, changes, getattr(self.model, "active_adapter", None)
+
+    def require_model(self, caches: bool = True) -> None:
+        """Raises ValueError if the model was detached or, for a pass that ``caches``, changed."""
+        if self.rope is not None and not is_attached(self.model):
+            raise ValueError("the engine's model was detached; call blocktune.attach(engine.model)")
+        if caches and self._weights() != self._made_with:
+            raise ValueError(
+                "the model's weights, dtype, device or active adapter changed after its engine was "
+                "made, so cached chunks do not belong to it; make a new Engine(model, tokenizer)"
+            )
 
     def find(
         self,
@@ -271,6 +290,7 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
+        self.require_model()
         prompts = [alone(self._unpruned(piece)) for piece in pieces]
         batch = stack(prompts, self.pad_id).to(self.model.device)
         cache = DynamicCache()
@@ -320,6 +340,7 @@ class InputRecorder:
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`."""
+        refuse_autocast(key)
         return self.plan.attend(query, key, value, rule, params)
 
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:

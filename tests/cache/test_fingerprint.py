@@ -4,14 +4,18 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_llama import tiny_llama
 from training.toy import toy_config, toy_model, toy_tokenizer
 
-from blocktune.cache import chunk_key, model_fingerprint, weights_hash
+from blocktune import attach, detach
+from blocktune.cache import ChunkStore, chunk_key, model_fingerprint, weights_hash
+from blocktune.engine import Engine
 from blocktune.prompt import PromptFormat
 
 FORMAT = asdict(PromptFormat())
@@ -202,3 +206,56 @@ def test_the_chunk_key_depends_on_model_tokens_and_encoding():
 def test_an_encoding_that_is_not_plain_is_refused(value):
     with pytest.raises(ValueError, match="plain JSON values"):
         chunk_key("ab", [1], {"blanks": value})
+
+
+QUESTION = {"question": "Where was she born?", "chunks": ["She was born there.", "He was not."]}
+
+
+def trained(model):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+
+
+AFTERWARDS = {
+    "half": (lambda model: model.half(), "changed after its engine was made"),
+    "bfloat16": (lambda model: model.bfloat16(), "changed after its engine was made"),
+    "trained": (trained, "changed after its engine was made"),
+    "detached": (detach, "was detached"),
+}
+
+
+@pytest.mark.parametrize("name", AFTERWARDS)
+def test_an_engine_refuses_a_model_that_changed_under_it(tmp_path, tokenizer, name):
+    """Its chunks would go into the store, and be taken from it, by a wrong fingerprint."""
+    change, message = AFTERWARDS[name]
+    engine = Engine(tiny_llama(tokenizer, 256), tokenizer, store=ChunkStore(folder=tmp_path))
+    other = QUESTION | {"chunks": ["It rained."]}
+    engine.answer([QUESTION], max_new_tokens=1)
+    change(engine.model)
+    for act in (
+        lambda: engine.answer([QUESTION]),
+        lambda: list(engine.stream(other)),
+        lambda: engine.encode(["It rained."]),
+        lambda: engine.cache(QUESTION["chunks"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            act()
+    if name == "detached":
+        attach(engine.model)
+        assert engine.answer([other], max_new_tokens=1)[0].usage.chunk_misses
+    else:
+        assert engine.answer([QUESTION], "full-prefill", max_new_tokens=1)
+        again = Engine(engine.model, tokenizer, store=engine.store)
+        assert again.answer([QUESTION], max_new_tokens=1)[0].usage.chunk_misses == 2
+
+
+@pytest.mark.parametrize("how", ["around the call", "in the model, as a Trainer leaves it"])
+def test_states_of_autocast_are_not_cached(tokenizer, how):
+    engine = Engine(tiny_llama(tokenizer, 256), tokenizer)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    if "model" in how:
+        engine.model.forward, autocast = autocast(engine.model.forward), nullcontext()
+    for method in ("naive", "prefix-cache"):
+        with autocast, pytest.raises(ValueError, match="runs under autocast"):
+            engine.answer([QUESTION], method)
+    assert not len(engine.store)
