@@ -20,6 +20,27 @@ from blocktune.methods import Method
 from blocktune.prompt import Chunk, Pieces, Prompt
 
 
+class _Continued(DynamicCache):
+    """The copy of a context's cache that one call of `generate` continues."""
+
+    def __init__(self, context: DynamicCache, prompt_tokens: int):
+        super().__init__()
+        self.layers = copy.deepcopy(context.layers)
+        self.context_tokens, self.prompt_tokens = context.get_seq_length(), prompt_tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        layer = self.layers[layer_idx]
+        is_first = layer.get_seq_length() == self.context_tokens
+        if is_first and key_states.shape[2] >= self.prompt_tokens:
+            raise ValueError(
+                "generate computes the whole prompt on top of its cached context, as transformers' "
+                "assisted decoding and prompt lookup do; leave these options out"
+            )
+        if is_first and len(key_states) > len(layer.keys):  # beams, several sequences
+            layer.batch_repeat_interleave(len(key_states) // len(layer.keys))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
 @dataclass(frozen=True)
 class CachedContext:
     """A stock cache of a prompt's prefix and chunks, made by `Engine.cache`.
@@ -27,7 +48,7 @@ class CachedContext:
     ```python
     context = engine.cache(chunks, "block-attention")
     inputs = context.inputs("Who wrote it?")
-    output = engine.model.generate(**inputs, max_new_tokens=32)
+    output = engine.model.generate(**inputs, max_new_tokens=32, do_sample=False)
     text = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     ```
     """
@@ -45,7 +66,8 @@ class CachedContext:
         The question may be omitted if the cache was made for one. ``input_ids``,
         ``attention_mask`` and ``position_ids`` cover the whole prompt, ``(1, N + Q)``;
         ``past_key_values`` is a copy, because `generate` appends to it. The output repeats the
-        prompt: new tokens start at ``N + Q``.
+        prompt: new tokens start at ``N + Q``. Call this for each `generate`; beams and several
+        sequences are possible, assisted decoding and prompt lookup are refused.
 
         Raises:
             ValueError: If there is no question, the cache was made for another question, or
@@ -73,7 +95,7 @@ class CachedContext:
             "input_ids": ids.to(device),
             "attention_mask": torch.ones_like(ids, device=device),
             "position_ids": positions.to(device),
-            "past_key_values": copy.deepcopy(self.past_key_values),
+            "past_key_values": _Continued(self.past_key_values, ids.shape[1]),
             **self._decoding,
         }
 
@@ -105,15 +127,15 @@ def make_context(
     def lay_out(query: str) -> Prompt:
         return prompts.prompt(pieces(query), prompts.spec(method))
 
-    run = prefill_warm(state, prompts, [pieces("?" if question is None else question)], method)
-    layout = run.batch.layout
+    ready = prefill_warm(state, prompts, [pieces("?" if question is None else question)], method)
+    layout = ready.batch.layout
     count = int(layout.order[layout.kind == Kind.QUERY].min())
     cache = DynamicCache()
-    for index, layer in enumerate(run.cache.layers):
+    for index, layer in enumerate(ready.cache.layers):
         cache.update(layer.keys[:, :, :count], layer.values[:, :, :count], index)
-    ids = run.batch.input_ids.new_zeros(1, count)
+    ids = ready.batch.input_ids.new_zeros(1, count)
     stored = (layout.kind[0] != Kind.BLANK) & (layout.order[0] < count)
-    ids[0, layout.order[0, stored]] = run.batch.input_ids[0, stored]
+    ids[0, layout.order[0, stored]] = ready.batch.input_ids[0, stored]
     decoding = {"eos_token_id": sorted(state.stop_ids()), "pad_token_id": state.encoder.pad_id}
     decoding |= unfollowed(state.model.generation_config)
-    return CachedContext(cache, ids, run.columns.position[:, :count], question, lay_out, decoding)
+    return CachedContext(cache, ids, ready.columns.position[:, :count], question, lay_out, decoding)

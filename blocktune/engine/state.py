@@ -67,8 +67,11 @@ class Auxiliaries:
 
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "num_beams": 1}
+NEUTRAL |= {"encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "use_cache": True}
 NEUTRAL |= dict.fromkeys(("min_new_tokens", "stop_strings", "bad_words_ids", "sequence_bias"))
 NEUTRAL |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"))
+NEUTRAL |= dict.fromkeys(("exponential_decay_length_penalty", "prompt_lookup_num_tokens"))
+NEUTRAL |= dict.fromkeys(("cache_implementation", "penalty_alpha", "dola_layers", "max_time"))
 """Settings of a generation config that change greedy decoding, with the value that changes none."""
 
 
@@ -155,6 +158,7 @@ class ServedBatch:
         method: Method,
     ) -> Self:
         """Stacks prompts, laid out for the method, and makes an empty cache for them."""
+        state.encoder.require_model(caches=method.cached is not Cached.NOTHING)
         watch = Stopwatch(state.model.device)
         watch.start()
         batch = stack(prompts, state.encoder.pad_id).to(state.model.device)

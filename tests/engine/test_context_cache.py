@@ -146,6 +146,30 @@ def test_generate_ignores_what_the_engine_ignores(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
     config = engine.model.generation_config
     config.repetition_penalty, config.no_repeat_ngram_size, config.num_beams = 1.9, 2, 2
+    config.encoder_repetition_penalty, config.exponential_decay_length_penalty = 9.0, (0, 9.0)
+    config.use_cache, config.cache_implementation = False, "static"
     assert generated(engine, engine.cache(ASK.chunks), ASK.question) == answered(
         engine, ASK, "naive"
     )
+
+
+def test_beams_and_several_sequences_continue_one_cache(tokenizer):
+    engine = engine_of(FAMILIES["llama"](), tokenizer)
+    inputs = engine.cache(ASK.chunks, "full-prefill").inputs(ASK.question)
+    for how in ({"num_beams": 3}, {"do_sample": True}):
+        how |= {"num_return_sequences": 3, "max_new_tokens": TOKENS}
+        outputs = []
+        for given in (inputs, {k: v for k, v in inputs.items() if k != "past_key_values"}):
+            torch.manual_seed(0)
+            outputs.append(engine.model.generate(**given, **how))
+        assert torch.equal(*outputs)
+        assert len(outputs[0]) == 3
+        inputs = engine.cache(ASK.chunks, "full-prefill").inputs(ASK.question)
+
+
+def test_a_pass_over_the_whole_prompt_on_top_of_its_cache_is_refused(tokenizer):
+    """Assisted decoding and prompt lookup of transformers 5 do not skip what is cached."""
+    engine = engine_of(FAMILIES["llama"](), tokenizer)
+    inputs = engine.cache(ASK.chunks, "naive").inputs(ASK.question)
+    with pytest.raises(ValueError, match="on top of its cached context"):
+        engine.model.generate(**inputs, max_new_tokens=4, prompt_lookup_num_tokens=2)
