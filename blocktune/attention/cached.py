@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blocktune.attention.kernels import ROW_BLOCK as CAUSAL_BLOCK
 from blocktune.attention.kernels import AttentionParams, tail_attention
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
@@ -21,9 +22,9 @@ class CachePlan:
 
     A fresh row overwrites the column of its original before any row attends. So global rows may see
     all columns, and the rule applies only order, window and padding. The plan records what it
-    executes: ``executed`` has each layer that ran by it, with the window and the multiply-adds per
-    score of each time that it attended (twice in DiffLlama); ``context_rows`` ``(B,)`` counts the
-    rows of chunk tokens among its ``query`` rows ``(B, R)``.
+    executes: ``executed`` has each layer that ran by it, with the window, the multiply-adds per
+    score and the rows per causal block of each time that it attended (twice in DiffLlama);
+    ``context_rows`` ``(B,)`` counts the rows of chunk tokens among its ``query`` rows ``(B, R)``.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class CachePlan:
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
-        self.executed: dict[int, list[tuple[int | None, int]]] = {}
+        self.executed: dict[int, list[tuple[int | None, int, int]]] = {}
         exists, stored = query.kind != Kind.PAD, key.kind != Kind.PAD
         self._reshaping = reshaping
         self.columns = query.order.masked_fill(~exists, -1) if columns is None else columns
@@ -54,7 +55,8 @@ class CachePlan:
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`. The caller has left out rows that end before this layer."""
         macs = query.shape[1] * (query.shape[3] + value.shape[3])
-        self.executed.setdefault(rule.layer, []).append((rule.window, macs))
+        block = 1 if params.is_plain else CAUSAL_BLOCK
+        self.executed.setdefault(rule.layer, []).append((rule.window, macs, block))
         if self._reshaping is not None:
             out = self._reshaping.attend(self._band, self.columns, query, key, value, rule, params)
             if out is not None:
@@ -80,14 +82,16 @@ class CachePlan:
     def attention_macs(self) -> list[Tensor]:
         """Multiply-adds of attention in each `executed` layer, with masked scores, ``(B,)``."""
         calls = self.executed.values()
-        return [sum(self._pairs(w).cpu() * macs for w, macs in layer) for layer in calls]
+        return [sum(self._pairs(w, b).cpu() * macs for w, macs, b in layer) for layer in calls]
 
-    def _pairs(self, window: int | None) -> Tensor:
+    def _pairs(self, window: int | None, block: int) -> Tensor:
         pairs = self._band.pairs(window)
         if pairs is not None:
             return pairs
         rows, columns = self.num_rows(), self.num_columns()
-        return torch.where(rows == 1, columns, columns * (columns + 1) // 2)
+        full, rest = columns // block, columns % block
+        causal = block * block * full * (full + 1) // 2 + rest * columns
+        return torch.where(rows == 1, columns, causal)
 
 
 class Tail(NamedTuple):

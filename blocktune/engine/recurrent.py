@@ -134,15 +134,14 @@ class _Run:
         return states
 
     def _compute(self, cache: PrefillCache, stop: int) -> Tensor:
-        """Computes the tokens up to ``stop`` that are not cached. Returns the last logits."""
         state, ids = self.state, self.ids[:, cache.num_columns : stop]
         logits = _run(state, cache, ids)
         cost, rows = ModelCost.of(state.model), ids.shape[1]
         attending = [getattr(layer, "keys", None) is not None for layer in cache.layers]
+        pairs = rows * (rows + 1) // 2 if rows == stop else rows * stop  # causal without a mask
         self.macs += cost.head
         for layer, attends in zip(cost.layers, attending, strict=True):
-            self.macs += rows * layer.row + stop * layer.column
-            self.macs += attends * rows * stop * cost.pair
+            self.macs += rows * layer.row + stop * layer.column + attends * pairs * cost.pair
         return logits
 
 

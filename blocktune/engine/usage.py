@@ -184,12 +184,12 @@ class Executed:
 def _matrices(layer: nn.Module, share: float) -> Iterator[tuple[str, int]]:
     """Yields module names and multiply-adds per row; experts count with their ``share``."""
     for name, module in layer.named_modules():
-        weight = share if "experts." in name else 1.0
+        weight = share if "experts" in name.split(".") else 1.0  # all rows pass shared_experts
         if isinstance(module, nn.Linear):  # includes quantised ones, whose weights differ in shape
             yield name, round(module.in_features * module.out_features * weight)
             continue
-        weights = dict(module.named_parameters(recurse=False)).values()
-        stacked = sum(p.numel() for p in weights if p.ndim == 3)  # all experts in one parameter
-        plain = sum(p.numel() for p in weights if p.ndim == 2)  # a router
+        own = [p for n, p in module.named_parameters(recurse=False) if not n.endswith("bias")]
+        stacked = sum(p.numel() for p in own if p.ndim == 3)  # all experts in one parameter
+        plain = sum(p.numel() for p in own if p.ndim == 2)  # a router
         if stacked or plain:
             yield name, plain + round(stacked * share)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from engine.served import ASK, SHORT, Ask, engine_of
 from engine.test_selection import METHODS, deep, label
 from families import BASE, FAMILIES
-from transformers import DeepseekV3Config, DiffLlamaConfig, GPTNeoXConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DeepseekV3Config, DiffLlamaConfig, GPT2Config, GPTNeoXConfig, GptOssConfig
 
 from blocktune.engine import attention_probes
 from blocktune.methods import build
@@ -93,6 +94,45 @@ def test_flops_of_heads_that_are_only_rotated_in_part_are_exact(tokenizer, execu
         executed.clear()
         usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
         assert usage.flops == 2 * sum(executed.values())
+
+
+def fused(query, key, value, dropout=0.0, is_causal=False, *more, **options):
+    batch, heads, rows, dim = query
+    pairs = rows * (rows + 1) // 2 if is_causal else rows * key[2]
+    return 2 * batch * heads * pairs * (dim + value[3])
+
+
+def grouped(rows, experts, *more, **options):
+    return 2 * rows[0] * rows[1] * experts[-1]
+
+
+OPERATORS = {  # on a CPU, unknown to PyTorch's counter
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused,
+    torch.ops.aten._grouped_mm: grouped,
+}
+SOME = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16}
+COUNTED = {
+    "soft-capping": FAMILIES["gemma2"],
+    "sinks, experts with biases": lambda: GptOssConfig(
+        **BASE | DEEP | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
+    "an expert for all": lambda: DeepseekV3Config(
+        **BASE | DEEP | SOME | LATENT | {"num_key_value_heads": 4, "q_lora_rank": 16},
+        **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "positions of GPT-2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_flops_are_those_that_torch_counts(tokenizer, name):
+    engine = engine_of(COUNTED[name](), tokenizer)
+    for method in ("full-prefill", "prefix-cache" if "GPT" in name else "cacheblend"):
+        engine.answer([ASK], method, max_new_tokens=1)  # fills the caches
+        with FlopCounterMode(display=False, custom_mapping=OPERATORS) as counter:
+            usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
+        assert usage.flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", ["cache-craft", "cache-craft + first-k 2"])
