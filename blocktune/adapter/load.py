@@ -273,7 +273,7 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
     if model is None and release is not None:
         model = release.repository
     elif model is None and info is None:
-        raise ValueError("no model is named; give --model, or --adapter to run on its own base")
+        raise ValueError("no model is named; give a model, or an adapter to run on its own base")
     elif model is None:
         own = info.base_model == OWN_WEIGHTS
         model, revision = (str(folder), None) if own else (info.base_model, info.base_revision)

@@ -204,9 +204,9 @@ def write(
 def tokenizer_of(name: str | None):
     """Loads the tokenizer of that name; None for None."""
     opt.quiet_libraries()
-    from blocktune.data.sources.options import load_tokenizer
+    from blocktune.models.load import read_tokenizer
 
-    return None if name is None else load_tokenizer(name)
+    return None if name is None else read_tokenizer(name)
 
 
 def load_from(source: str, fields: str | None = None, **options: Any) -> list[RagExample]:

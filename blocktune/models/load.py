@@ -105,9 +105,8 @@ def load_base(
     require_readable(bare)
     with _explained(name, what):
         bare = bare if file is None else _dequantised(file, dtype)
-        model, report = auto.from_pretrained(
-            bare, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
-        )
+        how = {"revision": revision, "dtype": dtype, "trust_remote_code": False} | kwargs
+        model, report = auto.from_pretrained(bare, output_loading_info=True, **how)
         _require_all(report, name)
         require_stops(bare, model.generation_config.eos_token_id)
     tokenizer = read_tokenizer(bare, revision)
@@ -126,7 +125,8 @@ def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     ValueError if there is no tokenizer, or its files are damaged.
     """
     with _explained(str(name), "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, mistral_format=False)
+        how = {"revision": revision, "mistral_format": False, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(name, **how)
         if tokenizer.chat_template is None:
             kinds = ("gated_repo", "missing_entries", "connection_errors")
             quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
@@ -171,7 +171,7 @@ def read_config(
     file = gguf_file(bare)
     with _explained(name, what):
         if file is None:
-            return AutoConfig.from_pretrained(bare, revision=revision)
+            return AutoConfig.from_pretrained(bare, revision=revision, trust_remote_code=False)
         return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
@@ -272,6 +272,8 @@ def _explained(name: str, what: str) -> Iterator[None]:
                 f"cannot load {what} from '{name}': there is no such folder, and no repository of "
                 "that name in the Hub's cache or, unless this process is offline, on the Hub"
             ) from None
+        if "contains custom code" in reason:  # its text asks for an option that nobody can give
+            reason = "it needs code from its own repository, which blocktune never runs"
         if "ignore_mismatched_sizes" in reason:
             reason = "weights in its files have other shapes than its configuration says"
         raise ValueError(
@@ -300,15 +302,11 @@ def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> d
 def check_device(name: str) -> None:
     """Raises ValueError if ``name`` is not a device of this machine."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device '{name}'; use cuda, cuda:0 or cpu, for example") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+        torch.empty(0, device=name)
+    except Exception as error:  # each backend raises its own kind
         raise ValueError(
-            f"no device '{name}' here: torch {torch.__version__} finds {count} CUDA device(s); "
-            "take cpu, or leave the device out"
-        )
+            f"no device '{name}' here ({first_line(error)}); use cuda, cuda:0 or cpu, for example"
+        ) from None
 
 
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:

@@ -134,6 +134,10 @@ DAMAGED = {
         lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'),
         "eos_token_id of its generation config must be token ids",
     ),
+    "code of its own": (
+        in_config(model_type="own", auto_map={"AutoConfig": "configuration_own.Own"}),
+        "needs code from its own repository",
+    ),
     "null": (lambda folder: (folder / "config.json").write_text("null"), "cannot load"),
     "half a tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"version'),
@@ -186,7 +190,7 @@ def test_of_a_multimodal_model_the_text_model_is_served(tmp_path):
 def test_a_revision_in_the_name_is_the_one_that_is_loaded(monkeypatch):
     asked = []
 
-    def fetch(name, revision):
+    def fetch(name, revision, **more):
         asked.append((name, revision))
         raise OSError("offline")
 

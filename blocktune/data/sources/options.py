@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import parse_qsl, quote
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from blocktune import plugins
 from blocktune.data.chunking import CHUNKERS, Chunker
 from blocktune.data.example import RagExample
-from blocktune.parsing import build_config, first_line
+from blocktune.models.load import read_tokenizer
+from blocktune.parsing import build_config
 
 
 class SourceName(NamedTuple):
@@ -104,21 +105,12 @@ def read_options(
             built = build_config(CHUNKERS.find(name), options, f"chunker={name}")
             given["chunker"] = chunker or built
         if name := own.pop("tokenizer", None):
-            given["tokenizer"] = load_tokenizer(name)
+            given["tokenizer"] = read_tokenizer(name)
         given["fields"] = _mapping(own.pop("fields")) if "fields" in own else None
     except ValueError as error:
         raise ValueError(f"'{source.text}': {error}") from None
     own |= {"split": split} if split else {}
     return build_config(Reading, own, f"'{source.text}'", {"as": "shape"}, **given)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or the Hub."""
-    try:
-        return AutoTokenizer.from_pretrained(name, mistral_format=False)
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise ValueError(f"cannot load a tokenizer from '{name}': {reason}") from None
 
 
 Examples = Iterator[RagExample]
@@ -168,7 +160,7 @@ def _needle(rest: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Exam
 
     refuse_rest("needle", rest)
     config = build_config(NeedleConfig, options, "needle:")
-    counter = load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer
+    counter = read_tokenizer(config.tokenizer) if config.tokenizer else tokenizer
     if counter is None:
         raise ValueError("needle: lengths are in tokens; name a tokenizer: tokenizer=MODEL")
     return generate_needles(config, counter)
