@@ -46,7 +46,6 @@ class SchedulePlan:
     """Attention plan of one forward pass whose rows change between layers. See `Prefill`."""
 
     def __init__(self, served: ServedBatch, candidates: Computed, schedule: LayerSchedule):
-        """Starts with all candidates; `enter` changes the rows at the input of each layer."""
         self.candidates, self.schedule, self.watch = candidates, schedule, served.watch
         self.columns, self.cache, self.reshaping = served.columns, served.cache, served.reshaping
         self.rope, repair, selection = served.state.rope, served.method.repair(), schedule.selection
@@ -148,7 +147,6 @@ class SchedulePlan:
         return self._current.pick(all_hidden)
 
     def _set_rows(self, layer: int, current: RowSubset) -> None:
-        """Sets the rows that are computed from ``layer`` on."""
         if self.plans and not self.plans[-1].executed:
             self.plans.pop()  # no layer used it: e.g. the first layer computes fewer rows
         if self.plans:
@@ -245,8 +243,14 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
     """Attaches blocktune to a model. Returns how its keys rotate, or how it resumes from a cache.
 
     The latter is for models with recurrent layers or absolute positions, which are not changed.
-    Raises ValueError if the model is of neither kind.
+    Raises ValueError if the model is of neither kind, has no language-model head or is compiled.
     """
+    generates = getattr(model, "can_generate", bool)()
+    if not generates or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise ValueError(
+            f"an engine needs a causal language model without torch.compile, got "
+            f"{type(model).__name__}; load it by AutoModelForCausalLM or Engine.from_pretrained"
+        )
     if (recurrence := find_recurrence(model)) is not None:
         return None, recurrence
     try:

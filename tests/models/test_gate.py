@@ -177,3 +177,17 @@ def test_positions_below_zero_are_refused_where_positions_scale():
     for method in ("ape", "naive + layout bos=drop", "fusionrag", "cache-craft"):
         with pytest.raises(ValueError, match="at positions below 0"):
             engine.answer([question], method)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda model: model.model, r"needs a causal language model .*got LlamaModel"),
+        (lambda model: "data/tiny", r"got str; .*Engine.from_pretrained"),
+        (lambda model: torch.compile(model, backend="eager"), "without torch.compile"),
+        (lambda model: model.compile(backend="eager") or model, "without torch.compile"),
+    ],
+)
+def test_what_is_no_plain_language_model_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(given(build(FAMILIES["llama"]())), toy_tokenizer())
