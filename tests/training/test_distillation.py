@@ -49,7 +49,7 @@ def test_a_student_that_agrees_has_nothing_to_learn():
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"distill_weight": 1.5}, r"distill_weight must be in \[0, 1\], got 1.5"),
+        ({"distill_weight": 1.5}, r"distill_weight must be a share in \[0, 1\], got 1.5"),
         ({"distill_temperature": 0.0}, "distill_temperature must be above 0"),
         ({"distill_top_k": 0}, "distill_top_k must be at least 1"),
         ({"distill_states": "all"}, "distill_states must be one of none, hidden, kv, got 'all'"),
