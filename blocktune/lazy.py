@@ -15,15 +15,18 @@ def exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Makes a package's ``__getattr__``, ``__dir__`` and ``__all__``.
 
-    ``homes`` maps a module's dotted name to its public names, separated by spaces. A name must not
-    be that of a module in the package: once imported, the module would hide it.
+    ``homes`` maps a module's dotted name to its public names, separated by spaces; ``new=old``
+    renames one. A name must not be that of a module in the package: once imported, the module
+    would hide it.
     """
-    home_of = {name: module for module, names in homes.items() for name in names.split()}
+    pairs = ((module, name) for module, names in homes.items() for name in names.split())
+    home_of = {name.partition("=")[0]: (module, name.rpartition("=")[2]) for module, name in pairs}
 
     def get(name: str) -> Any:
         if name not in home_of:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
-        return getattr(import_module(home_of[name]), name)
+        module, attribute = home_of[name]
+        return getattr(import_module(module), attribute)
 
     names = sorted(home_of)
     return get, lambda: names, names
