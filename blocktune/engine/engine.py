@@ -94,7 +94,9 @@ class Engine:
         encoder = Encoder(model, self.store, self.fingerprint, pad_id, rope, press)
         if rope is not None:
             facts = model, tokenizer, words, adapter, adapter_folder, rope
-            self.store.describe(self.fingerprint, lambda: manifest(*facts, encoder.sample()), rope)
+            self.store.write_manifest(
+                self.fingerprint, lambda: manifest(*facts, encoder.sample()), rope
+            )
         if press is not None:  # engines without the press must not find pruned chunks
             encoder = encoder.salted(press.text, what="press")
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
@@ -267,11 +269,11 @@ class Engine:
         batch_size = 1 if decode_cache is not None and decode_cache.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            laid_out = None if method.history is not None else [prompts[i] for i in batch]
+            ready = None if method.history is not None else [prompts[i] for i in batch]
             own = [pieces[i] for i in batch]
-            run = prefill_warm(self.state, self.prompts, own, method, max_new_tokens, laid_out)
-            run.watch.add("prompt_s", read_s * len(batch))
-            batch_answers = run.answers(sampling, max_new_tokens, streams=batch)
+            generation = prefill_warm(self.state, self.prompts, own, method, max_new_tokens, ready)
+            generation.watch.add("prompt_s", read_s * len(batch))
+            batch_answers = generation.answers(sampling, max_new_tokens, streams=batch)
             for index, answer in zip(batch, batch_answers, strict=True):
                 answers[index] = answer
                 if (recall := recalls[index]) is not None:
@@ -298,9 +300,9 @@ class Engine:
         if recall is not None and (cached := recall.answer()) is not None:
             yield cached.text
             return
-        run = prefill_warm(self.state, self.prompts, [pieces], method, max_new_tokens)
+        generation = prefill_warm(self.state, self.prompts, [pieces], method, max_new_tokens)
         ids: list[int] = []
-        yield from run.texts(sampling, max_new_tokens, ids)
+        yield from generation.texts(sampling, max_new_tokens, ids)
         if recall is not None:
             recall.keep(self.state.text(ids), ids)
 

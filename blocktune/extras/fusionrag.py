@@ -45,7 +45,7 @@ class KnownChunks:
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> Self:
         """The instance of a store and model."""
-        return store.note((cls, fingerprint), cls)
+        return store.memoized((cls, fingerprint), cls)
 
     def add(self, chunks: Sequence[Ids]) -> None:
         """Remembers chunks as the most recently requested."""

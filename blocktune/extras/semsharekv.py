@@ -64,7 +64,7 @@ class References(ChunkLoader):
 
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> References:
-        return store.note((cls, fingerprint), lambda: cls(store))
+        return store.memoized((cls, fingerprint), lambda: cls(store))
 
     def lookup(self, key: str, token_ids, fingerprint: str) -> Lookup:
         from blocktune.cache import Lookup

@@ -1,4 +1,4 @@
-"""Makes batches from the rows of a dataset. Their order and layout vary from epoch to epoch."""
+"""Makes batches from the rows of a dataset. Their layout varies from epoch to epoch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from blocktune.attention.interface import ATTACHED
 from blocktune.data.example import RagExample
@@ -24,18 +23,12 @@ from blocktune.data.sources.records import LeftOut
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
 from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, pack, stack
 from blocktune.prompt.special_tokens import padding_id
+from blocktune.registry import require_count, require_share
 from blocktune.training.dataset import PartReader, to_pieces, to_sample
+from blocktune.training.order import draw_of
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
 
 logger = logging.getLogger("blocktune")
-
-
-def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
-    """A random generator for one example in one epoch.
-
-    So an example varies the same way in any batch, on any rank, and after a resume.
-    """
-    return random.Random("/".join(map(str, (seed, epoch, *keys))))
 
 
 @dataclass(frozen=True)
@@ -46,10 +39,8 @@ class Augmentation:
     position_jitter: int = 0  # largest gap in positions before each chunk and the question
 
     def __post_init__(self):
-        if not 0.0 <= self.block_dropout <= 1.0:
-            raise ValueError(f"block_dropout must be in [0, 1], got {self.block_dropout}")
-        if self.position_jitter < 0:
-            raise ValueError(f"position_jitter must be at least 0, got {self.position_jitter}")
+        require_share("block_dropout", self.block_dropout)
+        require_count("position_jitter", self.position_jitter)
 
     def vary(self, layout: Layout, draw: random.Random) -> Layout:
         """Joins chunks of one block example ``(1, S)`` at random, and shifts their positions."""
@@ -211,33 +202,3 @@ def _warn_unattached() -> None:
     logger.warning(
         "no model of this process is attached, so it ignores layouts; call blocktune.attach(model)"
     )
-
-
-class EpochOrder(Sampler[int]):
-    """The order of an epoch's rows, which depends only on seed and epoch.
-
-    Transformers draws groups of similar length from the global random generator. Its state differs
-    after a resume, and dropout can make it differ between ranks: rows would come twice or never.
-
-    The last ``num_blank`` rows have no labels and stay last. The ``group`` rows of one optimizer
-    step, over accumulation and ranks, have similar length; None mixes all. Set ``epoch`` first.
-    """
-
-    def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):
-        self.lengths, self.num_blank = list(lengths), num_blank
-        self.group, self.seed = group, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        count = len(self.lengths) - self.num_blank
-        stream = torch.Generator()
-        stream.manual_seed(draw_of(self.seed, self.epoch).getrandbits(63))
-        if self.group is None:
-            order = torch.randperm(count, generator=stream).tolist()
-        else:
-            lengths = self.lengths[:count]
-            order = get_length_grouped_indices(lengths, self.group, generator=stream)
-        return iter([*order, *range(count, len(self.lengths))])

@@ -34,7 +34,7 @@ from blocktune.models.gate import require_supported
 from blocktune.models.load import load_base, read_tokenizer
 from blocktune.provenance import provenance
 from blocktune.training.checkpoint import AdapterFiles, StagedSaving, adapter_info, settings
-from blocktune.training.collator import Augmentation, BlockDataCollator, EpochOrder
+from blocktune.training.collator import Augmentation, BlockDataCollator
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prepare, to_sample
 from blocktune.training.distillation import evaluating, find_teacher
@@ -46,6 +46,7 @@ from blocktune.training.launch_checks import (
 )
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
+from blocktune.training.order import EpochOrder
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed, states_at
 
@@ -148,7 +149,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self._finish(info)
 
     def _describe(self, model: PreTrainedModel) -> AdapterInfo:
-        """The contents of ``blocktune.json`` for this run."""
         args, prepared = self.args, self.prepared
         full = prepared.num_examples - prepared.num_block
         if args.scope == "encode" and full:
@@ -336,7 +336,6 @@ def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -
 def _checked_collator(
     collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> BlockDataCollator:
-    """The collator with the settings of the configuration."""
     collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
     if not isinstance(collator, BlockDataCollator):
         name = type(collator).__name__

@@ -142,7 +142,7 @@ def _but_identity(self, name, value):
 def test_layers_are_read_from_a_file_as_they_are_in_memory(tmp_path, codec):
     rope = RopeSpec((LayerRope(torch.linspace(1, 0.1, 16)),) * 2)
     store = ChunkStore(config=StoreConfig(folder=tmp_path, memory=0, codec=codec))
-    store.describe(MODEL, lambda: {"fingerprint": MODEL}, rope)
+    store.write_manifest(MODEL, lambda: {"fingerprint": MODEL}, rope)
     whole = store.put(KEY, CHUNK)
     found = store.lookup(KEY, CHUNK.token_ids, MODEL, read=FileKV.read)
     assert found.bytes_read == found.kv.num_bytes == whole.num_bytes

@@ -99,7 +99,7 @@ def test_small_numbers_do_not_vanish(codec):
 def test_a_file_gives_back_what_was_handed_out(tmp_path, codec, secret):
     config = StoreConfig(folder=tmp_path, memory=0, codec=codec)
     store = ChunkStore(config=config, secret=secret)
-    store.describe(MODEL, lambda: {"fingerprint": MODEL}, ROPE)
+    store.write_manifest(MODEL, lambda: {"fingerprint": MODEL}, ROPE)
     kv = rotated()
     key = chunk_key(MODEL, kv.token_ids)
     kept = store.put(key, kv)
@@ -164,7 +164,7 @@ def test_a_rank_reads_and_verifies_only_its_heads(codec, tmp_path, monkeypatch):
     kv = rotated(100, dtype=torch.float32)
     ids, key = kv.token_ids.tolist(), chunk_key(MODEL, kv.token_ids.tolist())
     store = ChunkStore(config=StoreConfig(folder=tmp_path, memory=0, codec=codec))
-    store.describe(MODEL, lambda: {"fingerprint": MODEL}, ROPE)
+    store.write_manifest(MODEL, lambda: {"fingerprint": MODEL}, ROPE)
     store.put(key, kv)
     size = count_reads(monkeypatch)
 

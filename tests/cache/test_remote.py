@@ -84,7 +84,7 @@ def test_machines_share_a_remote(url, tmp_path):
     here = store_of(url, tmp_path / "here")
     for key, kv in zip(KEYS, CHUNKS, strict=True):
         here.put(key, kv, document="a.pdf", seconds=0.5)
-    here.describe(MODEL, lambda: {"fingerprint": MODEL, "dtype": "float32"})
+    here.write_manifest(MODEL, lambda: {"fingerprint": MODEL, "dtype": "float32"})
     here.flush()
     there = store_of(url, tmp_path / "there")
     for key, kv in zip(KEYS, CHUNKS, strict=True):

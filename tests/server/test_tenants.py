@@ -76,7 +76,7 @@ def test_made_up_salts_leave_little_behind(client, engine, monkeypatch):
             assert response.status_code == 200, response.text
     assert held[0]
     assert all(len(one) <= most for one, most in zip(held, before, strict=True))
-    assert engine.store.note("x", dict) is engine.store.note("x", dict)
+    assert engine.store.memoized("x", dict) is engine.store.memoized("x", dict)
 
 
 def test_exact_prefixes_are_not_shared_either(client, engine):

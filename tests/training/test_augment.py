@@ -8,7 +8,8 @@ import torch
 from blocktune.attention import dense_mask
 from blocktune.layout import GLOBAL
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
-from blocktune.training.collator import Augmentation, draw_of
+from blocktune.training.collator import Augmentation
+from blocktune.training.order import draw_of
 
 PIECES = Pieces(prefix=(1, 2), chunks=((3, 4), (5,), (6, 7)), query=(8,), answer=(9,))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from training.runs import make_trainer
 
-from blocktune.training.collator import EpochOrder
+from blocktune.training.order import EpochOrder
 
 LENGTHS = [(37 * i) % 101 for i in range(64)]
 

@@ -229,7 +229,7 @@ class ChunkStore:
                 with suppress(OSError, ValueError):
                     yield ChunkFile(tier.blobs, row.key, kind)
 
-    def describe(
+    def write_manifest(
         self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None
     ) -> None:
         """Writes the model's manifest to the folder and the remote, where it is missing.
@@ -239,7 +239,9 @@ class ChunkStore:
         if rope is not None:
             self._ropes[fingerprint] = rope
         for tier in self._blobs:
-            tier.describe(fingerprint, make)
+            tier.write_manifest(fingerprint, make)
+
+    describe = write_manifest  # its earlier name
 
     def share_rope(self, fingerprint: str, other: str) -> None:
         """Uses the RoPE frequencies of ``fingerprint`` for ``other``, a tenant's fingerprint."""
@@ -247,13 +249,15 @@ class ChunkStore:
             with self._lock:
                 keep_latest(self._shared_ropes, other, rope, _TENANTS)
 
-    def note(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def memoized(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A plug-in's data for one tenant; calls ``make`` if there is none (any more)."""
         with self._lock:
             note = self._tenants_notes.get(key)
             note = make() if note is None else note
             keep_latest(self._tenants_notes, key, note, _NOTED)
             return note
+
+    note = memoized  # its earlier name
 
     def clear(self) -> None:
         """Empties the memory and the notes. Folder and remote keep their files."""

@@ -192,7 +192,7 @@ class BlobTier:
         except OSError as error:
             self.failed(error, "write")
 
-    def describe(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
+    def write_manifest(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
         """Writes a model's manifest, from ``make``, unless there is one."""
         if time.monotonic() < self._retry_at["write"]:
             return

@@ -153,7 +153,7 @@ class VariantStore:
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> Self:
         """The instance of a store and model in this process, so that use counts are shared."""
-        return store.note((cls, fingerprint), lambda: cls(store, fingerprint))
+        return store.memoized((cls, fingerprint), lambda: cls(store, fingerprint))
 
     def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
         """The variant with the least to recompute after ``context``; the latest of equal ones."""

@@ -84,7 +84,7 @@ class Recycle(PrefixCache):
 
         embed = Embedder.of(store, self.model)
         key = ("recycle", self.model, self.candidates)
-        return store.note(key, lambda: Recycler(store, read, embed, self.candidates))
+        return store.memoized(key, lambda: Recycler(store, read, embed, self.candidates))
 
 
 @register("no-context")

@@ -24,8 +24,9 @@ SELECTORS = Registry("selector", "blocktune.methods.select")
 class Selection(ABC):
     """Chooses the context tokens to recompute; subclasses are frozen dataclasses.
 
-    A simple selector only defines `start`. One that needs scores overrides `begin`, one that drops
-    tokens at deeper layers `checks` and `refine`, one that adds tokens there `widens` and `widen`.
+    A simple selector only defines `start`. For each batch the engine calls, in this order, `begin`
+    (by default `start`; override it if you need scores); `widen` for every layer of `widens`, to
+    add tokens there; then, in the forward pass, `refine` at every layer of `checks`, to drop some.
     A field ``ratio`` is the share of the context tokens to recompute, in [0, 1], or None if None
     is its default. A parameter out of range is a `ValueError`.
     """
