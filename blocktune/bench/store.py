@@ -176,7 +176,6 @@ def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, flo
     prompts = [tuple(draw.randrange(32_000) for _ in range(length))]
 
     def prompt() -> tuple[int, ...]:
-        """Makes a prompt that shares a random prefix with an earlier prompt."""
         shared = draw.choice(prompts)[: draw.randrange(length)]
         return shared + tuple(draw.randrange(32_000) for _ in range(length - len(shared)))
 

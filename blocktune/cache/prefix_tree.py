@@ -50,7 +50,6 @@ class _Node:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a run in memory."""
         return self.exact.num_bytes + state_bytes(self.state)
 
     @property

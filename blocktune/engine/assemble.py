@@ -158,7 +158,6 @@ class _Run:
     reads: list[tuple[str, Tensor, Rotation | None]] = field(default_factory=list)
 
     def states(self, kind: str, layer: int) -> Tensor:
-        """The run's keys or values in a layer, ``(K, S, D)``."""
         states = [getattr(kv, f"{kind}s")[layer] for kv in self.kvs]
         return states[0] if len(states) == 1 else torch.cat(states, 1)
 

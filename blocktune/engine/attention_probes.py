@@ -79,7 +79,6 @@ class ChunkAttention(ScoreReader):
     """
 
     def __init__(self, columns: Rows):
-        """Prepares for a pass over ``columns`` ``(B, N)``."""
         super().__init__(len(columns.kind))
         self.columns = columns
         chunks = torch.arange(int(columns.chunk.max()) + 1, device=columns.chunk.device)
@@ -161,7 +160,6 @@ class OutsideProbe(ScoreReader):
     """
 
     def __init__(self, rows: Rows):
-        """Prepares for a self-attention pass of ``rows`` ``(B, R)``."""
         super().__init__(len(rows.kind))
         self.rows = rows
         self.share = torch.zeros_like(rows.kind, dtype=torch.float32)

@@ -30,6 +30,7 @@ from blocktune.methods import Cached
 from blocktune.methods.hooks import PrefilledBatch
 from blocktune.parsing import check_types
 from blocktune.prompt import Chunk
+from blocktune.registry import require_count
 
 Pick = Callable[[Tensor], Tensor]
 """Picks tokens ``(B, 1)`` from logits ``(B, V)``."""
@@ -71,8 +72,7 @@ class Sampling:
             raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
         if self.temperature < COLDEST:
             object.__setattr__(self, "temperature", 0.0)
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (all tokens), got {self.top_k}")
+        require_count("top_k", self.top_k, why="0: all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
@@ -139,7 +139,6 @@ class TextStream:
         return self._show(len(self._text))
 
     def _unread(self) -> str:
-        """Text of the tokens from the read offset on."""
         ids, count = self._ids[self._prefix_offset :], self._read_offset - self._prefix_offset
         before, after = (
             self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:count], ids)

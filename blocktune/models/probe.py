@@ -92,7 +92,6 @@ class _Recorder:
         self.windows: dict[int, int | None] = {}
 
     def attend(self, query, key, value, rule: LayerRule, params) -> Tensor:
-        """Implements `Plan.attend`."""
         self.queries[rule.layer], self.windows[rule.layer] = query, rule.window
         own = value[:, :, -query.shape[2] :]
         return own.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
@@ -262,7 +261,6 @@ class Probe:
 
 
 def _full(rows: int) -> Layout:
-    """Layout of a prompt in full attention."""
     at = torch.arange(rows)[None]
     values = {"kind": int(Kind.QUERY), "chunk": NO_CHUNK, "group": GLOBAL, "sample": 0}
     values |= {"supersedes": NO_ROW, "until": FOREVER}

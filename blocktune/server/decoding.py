@@ -95,7 +95,6 @@ class Choice:
 
     @cached_property
     def _keys(self) -> Rows:
-        """All columns that the answer may have."""
         return self.run.columns.concat(self._rows)
 
     @property
@@ -142,7 +141,6 @@ class RaggedPlan:
     """Writes each row of a step into the cache of its own answer, and attends over its columns."""
 
     def __init__(self, choices: Sequence[Choice]):
-        """Appends a column to every answer."""
         self.plans = [choice.plan() for choice in choices]
         self.caches = [choice.cache for choice in choices]
 
@@ -161,13 +159,11 @@ class _Watch:
     """Decodes one answer, and notes whether attention gets exactly what is in its cache."""
 
     def __init__(self, choice: Choice):
-        """Appends a column to the answer."""
         self.plan, self.cache, self.is_plain = choice.plan(), choice.cache, True
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
-        """See `blocktune.attention.interface.Plan.attend`."""
         layer = self.cache.layers[rule.layer]
         for given, held in ((key, layer.keys), (value, layer.values)):
             self.is_plain &= given.shape == held.shape and given.data_ptr() == held.data_ptr()

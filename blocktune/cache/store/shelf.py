@@ -79,7 +79,6 @@ class Shelf:
     """
 
     def __init__(self, blobs: Blobs):
-        """Opens the index of ``blobs``, which must exist."""
         self.blobs = blobs
         # Create nothing in a folder that is not a store.
         self._index = open_index(blobs) if self._is_store(blobs) else None
