@@ -57,9 +57,8 @@ def bench_ttft(
         keys (another pass over them); and the ``question``'s forward pass (FLOPs at the matmul
         rate, or weights and cache at the copy rate). Also the method, setting and provenance.
 
-    Raises:
-        ValueError: If a prompt has no room for a chunk and the question, or the engine's store for
-            the chunks of a prompt.
+    Raises ValueError if a prompt has no room for a chunk and the question, or the engine's store
+    for the chunks of a prompt.
     """
     if min(lengths) - question < 3 or question < 1 or chunk < 1:
         raise ValueError(

@@ -124,9 +124,8 @@ def regenerate(
     ``only_correct``, examples whose reply gives no accepted answer are dropped, see `gives_answer`.
     ``on_batch`` is called with the number of examples done.
 
-    Raises:
-        ValueError: If the part file belongs to another command, an example has no accepted answer
-            to compare with, or no answer is left to write.
+    Raises ValueError if the part file belongs to another command, an example has no accepted answer
+    to compare with, or no answer is left to write.
     """
     for example in examples if only_correct else ():
         if not example.answers:

@@ -44,8 +44,7 @@ class RagExample:
             (role, text): optionally system, then user and assistant in turn, with user last.
             ``chunks`` and ``question`` hold the same text; a mixture's ``turns`` trains on it.
 
-    Raises:
-        ValueError: If a field has the wrong type; one line that names the field.
+    Raises ValueError if a field has the wrong type; one line that names the field.
     """
 
     question: str

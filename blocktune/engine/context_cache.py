@@ -47,9 +47,8 @@ class CachedContext:
         ``past_key_values`` is a copy, because `generate` appends to it. The output repeats the
         prompt: new tokens start at ``N + Q``.
 
-        Raises:
-            ValueError: If there is no question, the cache was made for another question, or
-                tokens were appended to the cache itself.
+        Raises ValueError if there is no question, the cache was made for another question, or
+        tokens were appended to the cache itself.
         """
         if self.past_key_values.get_seq_length() != self.input_ids.shape[1]:
             raise ValueError(

@@ -104,9 +104,8 @@ def run_exam(
     ``kva validate`` rejects the file. ``port`` is the provenance of the method's code:
     ``official``, ``port`` or ``reference``.
 
-    Raises:
-        ValueError: If the method takes chunks from earlier prompts, a prompt does not fit into the
-            model's context, or ``output`` has answers of other weights, methods, questions or code.
+    Raises ValueError if the method takes chunks from earlier prompts, a prompt does not fit into
+    the model's context, or ``output`` has answers of other weights, methods, questions or code.
     """
     if method.history is not None:
         raise ValueError(

@@ -73,9 +73,8 @@ def load_engine(suite: Suite, adapter: str | None) -> Engine:
 def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     """Builds methods, reads questions, loads weights and checks that they fit together.
 
-    Raises:
-        ValueError: If a method is unknown or does not suit its weights, a question has no answer,
-            or a prompt is malformed or does not fit into the model's context.
+    Raises ValueError if a method is unknown or does not suit its weights, a question has no answer,
+    or a prompt is malformed or does not fit into the model's context.
     """
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
@@ -171,9 +170,8 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     A doubled BOS or a missing assistant turn lowers the scores of all methods, full prefill's most,
     so reuse seems to lose nothing. The checks do not rely on the function that builds prompts.
 
-    Raises:
-        ValueError: If the prompt does not begin with BOS, or repeats it, where the tokenizer or its
-            template adds one; if the assistant's turn is not open; or if prompts differ.
+    Raises ValueError if the prompt does not begin with BOS, or repeats it, where the tokenizer or
+    its template adds one; if the assistant's turn is not open; or if prompts differ.
     """
     prompts = {}
     for name, engine in engines.items():

@@ -90,9 +90,8 @@ def run_suite(
     content of ``results.json`` (see `build_results`), or None except in the main process.
     ``command`` is recorded (default: ``sys.argv``); ``processes`` are by default the launcher's.
 
-    Raises:
-        ValueError: Before the first question, if something cannot be run, or ``output`` has
-            answers to questions that this run does not ask and would delete.
+    Raises ValueError, before the first question, if something cannot be run, or ``output`` has
+    answers to questions that this run does not ask and would delete.
     """
     processes = processes or launched()
     if processes.device is not None:

@@ -130,9 +130,8 @@ def compose(
             of the presets, unless ``select`` or ``budget`` is given.
         name: Name in tables; by default the method as written on the command line.
 
-    Raises:
-        ValueError: If a name, a key or a value is unknown, presets decide the same axis or need
-            different weights, or a preset takes nothing from cached chunks.
+    Raises ValueError if a name, a key or a value is unknown, presets decide the same axis or need
+    different weights, or a preset takes nothing from cached chunks.
     """
     terms = tuple(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)

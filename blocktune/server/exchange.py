@@ -116,8 +116,7 @@ class Exchange:
     async def events(self) -> AsyncIterator[Delta | Report]:
         """The job's events, the report last.
 
-        Raises:
-            HTTPException: If the job fails, or the client has left (499, which nobody receives).
+        Raises HTTPException if the job fails, or the client has left (499, which nobody receives).
         """
         watch = asyncio.create_task(self._watch())
         try:

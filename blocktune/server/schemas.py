@@ -68,8 +68,7 @@ def read_body(kind: type[T], body: bytes, most: int) -> T:
 
     Values are counted first, since 8 MB of ``[],[],[]`` would become 200 MB of objects.
 
-    Raises:
-        WrongField: If it is not a request of this kind; the message is one line.
+    Raises WrongField if it is not a request of this kind; the message is one line.
     """
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:

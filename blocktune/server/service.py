@@ -78,8 +78,7 @@ class Service:
         checked: Whether every model must pass `check_model` before the first answer.
         responses: Cache of whole answers, or None.
 
-    Raises:
-        ValueError: If the method does not fit a model.
+    Raises ValueError if the method does not fit a model.
     """
 
     def __init__(

@@ -93,8 +93,7 @@ class ChunkClient:
         method: The default method.
         stop_ids: Tokens that end an answer.
 
-    Raises:
-        ValueError: If there is no such model or adapter, or vLLM cannot serve it.
+    Raises ValueError if there is no such model or adapter, or vLLM cannot serve it.
     """
 
     def __init__(

@@ -62,8 +62,7 @@ class ChunkLLM:
         host_gb: Memory for recently used chunks, in GiB.
         options: Options of `vllm.LLM`.
 
-    Raises:
-        ValueError: As `ChunkClient`.
+    Raises ValueError as `ChunkClient`.
     """
 
     def __init__(
@@ -164,8 +163,7 @@ class ChunkLLM:
             max_new_tokens: Most tokens to decode, if ``sampling`` is None.
             sampling: vLLM's parameters; default: greedy, to the end of the turn.
 
-        Raises:
-            ValueError: If a method or a prompt cannot be served, or chunks could not be loaded.
+        Raises ValueError if a method or a prompt cannot be served, or chunks could not be loaded.
         """
         from vllm import SamplingParams
 

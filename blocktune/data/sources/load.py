@@ -58,9 +58,8 @@ def load_examples(
         tokenizer: For chunkers and generators that count tokens and name no tokenizer.
         chunker: Splits conversations and documents; overrides the source's option and the default.
 
-    Raises:
-        ValueError: If the source is unknown, no shape fits, or a record is wrong; one line that
-            names file, line and field.
+    Raises ValueError if the source is unknown, no shape fits, or a record is wrong; one line that
+    names file, line and field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
