@@ -18,7 +18,7 @@ GROUND = TOOLS | {"models", "layout", "positions", "attention", "links"}
 PROMPT = GROUND | {"prompt", "adapter"}
 SERVING = PROMPT | {"cache", "methods", "engine"}
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"lazy"},
     "lazy": set(),
     "plugins": set(),
     "parsing": set(),
@@ -112,19 +112,19 @@ LAZY = (
 
 @functools.cache
 def lazy_homes() -> dict[str, str]:
-    """The module of every public name that a package imports on first use."""
+    """Where every public name that a package imports on first use is defined."""
     homes = {}
     for part in LAZY:
         package = importlib.import_module(f"blocktune.{part}")
         names = inspect.getclosurevars(package.__getattr__).nonlocals["home_of"]
-        homes |= {f"{package.__name__}.{name}": home for name, home in names.items()}
+        homes |= {f"{package.__name__}.{name}": ".".join(home) for name, home in names.items()}
     return homes
 
 
 def home_of(name: str) -> str:
     """A dotted name in the module that defines it."""
     while name in lazy_homes():
-        name = f"{lazy_homes()[name]}.{name.rpartition('.')[2]}"
+        name = lazy_homes()[name]
     return name
 
 
