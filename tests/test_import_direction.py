@@ -105,7 +105,7 @@ def imported(tree: ast.AST, package: str) -> set[str]:
 
 
 LAZY = (
-    *("attention", "cache", "data", "engine", "positions", "prompt"),
+    *("adapter", "attention", "cache", "data", "engine", "positions", "prompt"),
     *("methods", "methods.repair", "methods.reshape", "methods.select", "server", "vllm"),
 )
 

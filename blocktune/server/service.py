@@ -15,28 +15,12 @@ from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
 from blocktune.prompt import Pieces
 from blocktune.prompt.special_tokens import OWNER
+from blocktune.server import front, schemas
 from blocktune.server.config import Quotas, ServerConfig, Tenant
 from blocktune.server.decoding import Settings
-from blocktune.server.front import (
-    Source,
-    chat_pieces,
-    plain_pieces,
-    read_documents,
-    read_messages,
-    read_method,
-)
 from blocktune.server.job import Job, bytes_per_token
 from blocktune.server.middleware import Metrics
 from blocktune.server.scheduler import Scheduler
-from blocktune.server.schemas import (
-    ChatRequest,
-    ChunksRequest,
-    ChunkStatus,
-    CompletionRequest,
-    Decoding,
-    Extension,
-    ModelCard,
-)
 
 _LOG = logging.getLogger(__name__)
 MOST_BLANKS = 64
@@ -64,7 +48,7 @@ class Submission(NamedTuple):
 
     job: Job  # not yet submitted; its ``emit`` does nothing
     served: Served  # the model
-    sources: tuple[Source, ...]  # the documents, in prompt order
+    sources: tuple[front.Source, ...]  # the documents, in prompt order
     question: str = ""  # text that a semantic response cache compares; empty for none
 
 
@@ -146,33 +130,33 @@ class Service:
             raise UnknownModel(f"no model '{name:.80}'; served: {', '.join(self.models)}")
         return self.models[name]
 
-    def chat(self, body: ChatRequest, tenant: Tenant) -> Submission:
+    def chat(self, body: schemas.ChatRequest, tenant: Tenant) -> Submission:
         """The job of a chat request. Raises ValueError, with the reason, if it has no answer."""
         served = self._served(body, tenant)
-        conversation = read_messages(body.messages)
+        conversation = front.read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
         sources = self._sources(served, documents, conversation.texts)
 
         def read(*how: Any, block: bool) -> Pieces:
-            return chat_pieces(*how, conversation, block)
+            return front.chat_pieces(*how, conversation, block)
 
         job = self._job(served, body, tenant, sources, read, True)
         job.has_turns = bool(conversation.earlier)
         return Submission(job, served, sources, conversation.question)
 
-    def completion(self, body: CompletionRequest, tenant: Tenant) -> Submission:
+    def completion(self, body: schemas.CompletionRequest, tenant: Tenant) -> Submission:
         """The job of a plain completion. Raises ValueError as `chat` does."""
         served = self._served(body, tenant)
         texts = [body.prompt] if isinstance(body.prompt, str) else []
         sources = self._sources(served, body.documents or (), texts)
 
         def read(*how: Any, block: bool) -> Pieces:
-            return plain_pieces(*how, body.prompt)
+            return front.plain_pieces(*how, body.prompt)
 
         job = self._job(served, body, tenant, sources, read, False)
         return Submission(job, served, sources, "".join(texts))
 
-    def encoding(self, body: ChunksRequest, tenant: Tenant) -> Submission:
+    def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Submission:
         """The job that encodes documents ahead of time, for the model's default method.
 
         Raises ValueError if one does not fit into the model's context, or into the room for pins.
@@ -201,11 +185,12 @@ class Service:
         )
         return Submission(job, served, sources)
 
-    def chunk(self, name: str, key: str) -> ChunkStatus:
+    def chunk(self, name: str, key: str) -> schemas.ChunkStatus:
         """Whether a chunk is stored; ``name`` is the tenant's signed name of the store ``key``."""
         is_stored = any(key in store for store in self.stores)
         pinned = any(store.is_pinned(key) for store in self.stores)
-        return ChunkStatus(key=name, cached="stored" if is_stored else "none", pinned=pinned)
+        cached = "stored" if is_stored else "none"
+        return schemas.ChunkStatus(key=name, cached=cached, pinned=pinned)
 
     def discard(self, key: str) -> None:
         """Removes a chunk and its hidden states from every store, pinned or not."""
@@ -214,17 +199,17 @@ class Service:
         for store in self.stores:
             store.discard(key, *(states_key(key, layer) for layer in layers))
 
-    def card(self, name: str) -> ModelCard:
+    def card(self, name: str) -> schemas.ModelCard:
         """The description of a model in ``/v1/models``; `UnknownModel` if there is none."""
         served = self.model(name)
-        return ModelCard(
+        return schemas.ModelCard(
             id=name,
             created=self.created,
             max_model_len=served.engine.prompts.max_tokens,
             method=served.method.name,
         )
 
-    def _served(self, body: Decoding | ChunksRequest, tenant: Tenant) -> Served:
+    def _served(self, body: schemas.Decoding | schemas.ChunksRequest, tenant: Tenant) -> Served:
         """A request's model, with the tenant's own caches of chunks and of tokenised texts."""
         served, salt = self.model(body.model), tenant.salt(body.cache_salt)
         OWNER.set(salt)  # a context variable, so it is set for this request only
@@ -232,14 +217,14 @@ class Service:
 
     def _sources(
         self, served: Served, documents: Sequence[Any], texts: Iterable[str]
-    ) -> tuple[Source, ...]:
+    ) -> tuple[front.Source, ...]:
         limits = self.config.limits
         if len(documents) > limits.chunks:
             raise ValueError(
                 f"documents: {len(documents):,} were given, the server takes {limits.chunks:,} at "
                 "most"
             )
-        sources = read_documents(documents)
+        sources = front.read_documents(documents)
         whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)
         whole += sum(map(len, texts))
         room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.max_tokens)
@@ -250,14 +235,14 @@ class Service:
     def _job(
         self,
         served: Served,
-        body: Decoding,
+        body: schemas.Decoding,
         tenant: Tenant,
-        sources: Sequence[Source],
+        sources: Sequence[front.Source],
         read: Callable[..., Pieces],
         strips: bool,
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
-        method = read_method(body.blocktune or Extension(), served.method)
+        method = front.read_method(body.blocktune or schemas.Extension(), served.method)
         if method.warm_up:
             raise ValueError("blocktune: warm_up is for measurements; leave it out")
         method = method if sources else build(WITHOUT_CHUNKS)
