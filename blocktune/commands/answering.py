@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
 from blocktune.files import append_lines, resumed, truncate_lines
 from blocktune.methods import Method, parse_method
+from blocktune.models.identity import digest_of
 from blocktune.parsing import parse_yaml, refuse_doubles
 from blocktune.prompt import Chunk, show
 
@@ -159,9 +159,8 @@ class Run:
         similar = responses and responses.threshold and [responses.threshold, responses.model]
         caches = [engine.store.config.codec, str(engine.state.decode_cache), similar]
         weights = [engine.fingerprint, engine.format.to_dict()]
-        parts = [weights, caches, method, self.max_new_tokens, sampled, example.to_json()]
-        text = json.dumps(parts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        asked = [method, self.max_new_tokens, sampled, example.to_json()]
+        return digest_of([weights, caches, *asked])
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
-from blocktune.evaluation.rows import digest_of, scores_of
+from blocktune.evaluation.rows import scores_of
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
-from blocktune.models.identity import adapter_fingerprint, base_fingerprint
+from blocktune.models.identity import adapter_fingerprint, base_fingerprint, digest_of
 from blocktune.models.load import adapter_folder
 from blocktune.prompt import PromptFormat, make_pieces
 

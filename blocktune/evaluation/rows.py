@@ -20,6 +20,7 @@ from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
 from blocktune.methods import Method
+from blocktune.models.identity import digest_of
 from blocktune.parsing import check_types
 
 ROWS = "rows"
@@ -158,12 +159,6 @@ def place_of(example: RagExample) -> float | None:
     if not example.supporting or last == 0:
         return None
     return sum(example.supporting) / len(example.supporting) / last
-
-
-def digest_of(value: Any) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a value as JSON."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class RowFile:

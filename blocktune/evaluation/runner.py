@@ -23,11 +23,12 @@ from blocktune.engine.usage import Stopwatch
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.results import RESULTS, build_results
-from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, digest_of, make_row, row_key
+from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import locked, replace_json
 from blocktune.methods import Cached, Method
+from blocktune.models.identity import digest_of
 from blocktune.parsing import load_json
 from blocktune.provenance import hardware, provenance, versions
 

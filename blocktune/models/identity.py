@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
         quantised |= not weight.is_floating_point()
         with gathered(weight):
             (linear if is_linear else plain).update(name.encode() + _sample(name, weight))
-    parts = (_digest(shape), plain.hexdigest()[:16], linear.hexdigest()[:16])
+    parts = (digest_of(shape), plain.hexdigest()[:16], linear.hexdigest()[:16])
     return "-".join((*parts[:2], QUANTISED if quantised else parts[2]))
 
 
@@ -77,7 +78,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is not None:
         rules = {key: rules[key] for key in rules if key not in ("padding", "truncation")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _digest({"rules": rules, "special": special, "template": tokenizer.chat_template})
+    return digest_of({"rules": rules, "special": special, "template": tokenizer.chat_template})
 
 
 def _base_weights(
@@ -102,6 +103,7 @@ def _sample(name: str, weight: Tensor) -> bytes:
     return sample.cpu().view(torch.uint8).numpy().tobytes()
 
 
-def _digest(value: Mapping) -> str:
+def digest_of(value: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a value as JSON."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
