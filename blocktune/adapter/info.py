@@ -18,6 +18,7 @@ from blocktune.files import replace_json
 from blocktune.links import link_base
 from blocktune.parsing import load_json, mapping, read
 from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.registry import require_one_of
 
 INFO_FILE = "blocktune.json"
 FORMAT_VERSION = 1
@@ -51,11 +52,8 @@ class AdapterInfo:
     format_version: int = FORMAT_VERSION  # of this file
 
     def __post_init__(self):
-        if self.link_mode not in LINK_MODES:
-            modes = ", ".join(LINK_MODES)
-            raise ValueError(f"unknown link_mode '{self.link_mode}'; available: {modes}")
-        if self.scope not in SCOPES:
-            raise ValueError(f"unknown scope '{self.scope}'; available: {', '.join(SCOPES)}")
+        require_one_of("link_mode", self.link_mode, LINK_MODES)
+        require_one_of("scope", self.scope, SCOPES)
 
     @property
     def num_learned(self) -> int:

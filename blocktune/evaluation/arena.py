@@ -26,6 +26,7 @@ from blocktune.prompt import Pieces, encode
 from blocktune.prompt.special_tokens import UserText, with_bos
 from blocktune.prompt.template import render_frame
 from blocktune.provenance import provenance
+from blocktune.registry import require_one_of
 
 SUBSETS = ("qasper", "multifieldqa_en", "hotpotqa")
 QUESTIONS, ASSETS = Path("data/queryset"), Path("kvsharearena/assets")
@@ -61,8 +62,7 @@ class Exam:
 
 def load_exam(folder: Path, subset: str) -> Exam:
     """Reads a subset from a clone; ValueError if it is unknown, incomplete or was changed."""
-    if subset not in SUBSETS:
-        raise ValueError(f"unknown subset '{subset}'; the arena has {', '.join(SUBSETS)}")
+    require_one_of("subset", subset, SUBSETS)
     name = f"{subset}_n100.jsonl"
     raw = _read(folder / QUESTIONS / name)
     digest = hashlib.sha256(raw).hexdigest()

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from string import Formatter
 from typing import Any
 
-from blocktune.parsing import build_strict
+from blocktune.parsing import build_strict, check_types
+from blocktune.registry import require_one_of
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,13 @@ class PromptFormat:
     strip: bool = False
 
     def __post_init__(self):
-        for name in ("instruction", "block_tag", "full_tag"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"format '{name}' must be a string, got {getattr(self, name)!r}")
-        if not isinstance(self.system, str | None):
-            raise ValueError(f"format 'system' must be a string or null, got {self.system!r}")
-        if self.tag_place not in TAG_PLACES:
-            raise ValueError(f"format 'tag_place' must be turn or prompt, got {self.tag_place!r}")
-        if not isinstance(self.strip, bool):
-            raise ValueError(f"format 'strip' must be true or false, got {self.strip!r}")
+        check_types(self, "format")
+        require_one_of("format: 'tag_place'", self.tag_place, TAG_PLACES)
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
         for name, text in asdict(self).items():
             if isinstance(text, str):
-                require_unicode(text, f"format '{name}'")
+                require_unicode(text, f"format: '{name}'")
 
     @property
     def untagged(self) -> PromptFormat:
@@ -137,15 +131,13 @@ class PromptFormat:
 _PLACEHOLDERS = {"titled": {"title", "text"}, "untitled": {"text"}, "question": {"question"}}
 
 
-def _check_placeholders(name: str, template: Any, wanted: set[str]) -> None:
+def _check_placeholders(name: str, template: str, wanted: set[str]) -> None:
     shape = " and ".join(f"{{{key}}}" for key in sorted(wanted))
-    if not isinstance(template, str):
-        raise ValueError(f"format '{name}' must be a string that holds {shape}, got {template!r}")
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"format '{name}' is not a template: {error}, in {template!r}") from None
+        raise ValueError(f"format: '{name}' is not a template: {error}, in {template!r}") from None
     names = {field for _, field, _, _ in parts if field is not None}
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
     if names != wanted or not plain:
-        raise ValueError(f"format '{name}' must hold {shape} and no other, got {template!r}")
+        raise ValueError(f"format: '{name}' must hold {shape} and no other, got {template!r}")

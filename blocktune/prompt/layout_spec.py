@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from blocktune.parsing import build_strict
+from blocktune.parsing import build_strict, check_types
 from blocktune.positions.placement import PLACEMENTS
+from blocktune.registry import require_count, require_one_of
 
 BOS = ("none", "drop", "keep", "keep-all")
 _CHOICES = {
@@ -47,13 +48,11 @@ class LayoutSpec:
     bos: str = "none"  # whether chunks get a BOS of their own
 
     def __post_init__(self):
-        for name in ("block", "shared_prefix"):
-            self._require(name, type(getattr(self, name)) is bool, "true or false")
+        check_types(self, "layout")
         for name in _COUNTS:
-            value = getattr(self, name)
-            self._require(name, type(value) is int and value >= 0, "an integer of at least 0")
+            require_count(f"layout: '{name}'", getattr(self, name))
         for name, known in _CHOICES.items():
-            self._require(name, getattr(self, name) in known, " or ".join(known))
+            require_one_of(f"layout: '{name}'", getattr(self, name), known)
         by_chunk = self.link_table == "chunk" and self.num_links > 0
         if by_chunk != (self.max_chunks > 0):
             raise ValueError(
@@ -134,7 +133,3 @@ class LayoutSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> LayoutSpec:
         """Inverse of `to_dict`; fields may be omitted. Raises ValueError for unknown keys."""
         return build_strict(cls, values, "layout")
-
-    def _require(self, name: str, accepted: bool, wanted: str) -> None:
-        if not accepted:
-            raise ValueError(f"layout '{name}' must be {wanted}, got {getattr(self, name)!r}")

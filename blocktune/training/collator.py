@@ -24,6 +24,7 @@ from blocktune.data.sources.records import LeftOut
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
 from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, pack, stack
 from blocktune.prompt.special_tokens import padding_id
+from blocktune.registry import require_count, require_share
 from blocktune.training.dataset import PartReader, to_pieces, to_sample
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
 
@@ -46,10 +47,8 @@ class Augmentation:
     position_jitter: int = 0  # largest gap in positions before each chunk and the question
 
     def __post_init__(self):
-        if not 0.0 <= self.block_dropout <= 1.0:
-            raise ValueError(f"block_dropout must be in [0, 1], got {self.block_dropout}")
-        if self.position_jitter < 0:
-            raise ValueError(f"position_jitter must be at least 0, got {self.position_jitter}")
+        require_share("block_dropout", self.block_dropout)
+        require_count("position_jitter", self.position_jitter)
 
     def vary(self, layout: Layout, draw: random.Random) -> Layout:
         """Joins chunks of one block example ``(1, S)`` at random, and shifts their positions."""

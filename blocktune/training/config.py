@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from blocktune.parsing import mapping, parse_yaml
 from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.registry import require_one_of, require_share
 from blocktune.training.collator import Augmentation
 from blocktune.training.recompute import RecomputeSampler
 
@@ -194,9 +195,8 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             raise ValueError("output_dir is empty; name a folder for the adapter")
         kinds = get_type_hints(type(self)) | {"train_sampling_strategy": _STRATEGIES}
         for name, kind in kinds.items():
-            value, choices = getattr(self, name), get_args(kind)
-            if get_origin(kind) is Literal and value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            if get_origin(kind) is Literal:
+                require_one_of(name, getattr(self, name), get_args(kind))
         for name in _AT_LEAST_1:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -207,8 +207,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
                 f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps"
             )
         for name in ("block_share", "distill_weight"):
-            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
+            require_share(name, getattr(self, name))
         if self.distill_temperature <= 0:
             raise ValueError(f"distill_temperature must be above 0, got {self.distill_temperature}")
         if self.both_modes and self.block_share != 1.0:

@@ -50,7 +50,7 @@ def test_info_survives_its_file(tmp_path):
         ({"format_version": 2, "colour": "red"}, "reads adapter format 1, got 2; update"),
         ({"base_model": None}, "blocktune.json: 'base_model' must be text, got None"),
         ({"training": []}, r"'training' must be a mapping, got \[\]"),
-        ({"link_mode": "magic"}, "unknown link_mode 'magic'; available: table, added_tokens"),
+        ({"link_mode": "magic"}, "link_mode must be one of table, added_tokens, got 'magic'"),
     ],
 )
 def test_a_file_that_is_not_understood_is_refused(links_adapter, change, line):

@@ -15,6 +15,8 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
+from blocktune.registry import require_one_of
+
 POLICIES = {
     "lru": "used",
     "lfu": "uses",
@@ -116,10 +118,8 @@ class StoreConfig:
         if self.ttl is not None and self.ttl <= 0:
             raise ValueError(f"ttl must be more than 0 seconds, got {self.ttl}")
         for name, known in (("policy", POLICIES), ("codec", CODECS)):
-            if getattr(self, name) not in (*known, None):
-                raise ValueError(
-                    f"unknown {name} '{getattr(self, name)}'; available: {', '.join(known)}"
-                )
+            if getattr(self, name) is not None:
+                require_one_of(name, getattr(self, name), known)
 
     @property
     def place(self) -> str | None:
