@@ -114,8 +114,7 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
         model: A transformers decoder.
         execution: The execution for layouts, see `make_plan`.
 
-    Raises ValueError if the model cannot switch its attention implementation, or its own is not one
-    of `STOCK`.
+    Raises ValueError if the model cannot switch its attention, or its own is not one of `STOCK`.
     """
     _execution(execution)
     decoder, stock = decoder_of(model), _stock(model)

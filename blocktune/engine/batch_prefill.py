@@ -110,8 +110,7 @@ def _choose(
 ) -> tuple[Computed, LayerSchedule]:
     """Selects the rows that any layer computes, and which of them each layer computes."""
     layout = served.batch.layout
-    # Rows that are not cached are always computed; a cached token only if it is selected, which
-    # overwrites its original.
+    # Rows that are not cached are always computed. A selected token overwrites its cached original.
     start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
     depth = hidden = None
     if served.method.cached is Cached.CHUNKS:

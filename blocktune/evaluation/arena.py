@@ -120,8 +120,7 @@ def run_exam(
     with resumed(rows_file) as lines:
         if lines and lines[0] != json.dumps(about):
             raise ValueError(
-                f"{rows_file} is of other weights, method, questions or code; give another output "
-                "folder"
+                f"{rows_file} is of other weights, method, questions or code; give another folder"
             )
         if not lines:
             append_lines(rows_file, [json.dumps(about)])

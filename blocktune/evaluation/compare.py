@@ -63,8 +63,7 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     shared = [label for label in old if label in new]
     if not shared:
         raise ValueError(
-            f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' has "
-            f"{', '.join(new)}"
+            f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' {', '.join(new)}"
         )
     left, right = _rows(before, old, shared), _rows(after, new, shared)
     pairs = {}
@@ -154,8 +153,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     """Sentences about results: what naive reuse loses, and how much of it other methods recover.
 
     Methods with an adapter are also compared with each other. If there are more than `MOST`
-    methods, only those on the Pareto front are named. Returns no sentences if a baseline is
-    missing.
+    methods, only those on the Pareto front are named. Without a baseline there are no sentences.
     """
     methods = results["methods"]
     full, naive = (plain_label(results, name) for name in (ORACLE, FLOOR))

@@ -124,8 +124,7 @@ class Method:
                 given = "one with link tokens (use 'kvlink')"
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
-                f"{given}; train one with {recipe}, and load the model with it: --adapter, or "
-                "`adapter:` in a suite"
+                f"{given}; train one with {recipe}, and give it: --adapter, `adapter:` in a suite"
             )
         spec = self.layout(spec)
         wraps = spec.num_headers + spec.num_trailers
@@ -134,8 +133,7 @@ class Method:
         if wraps and self.history is not None and self.history.begins_in_full:
             raise ValueError(
                 f"method '{self.name}' reuses chunks of prompts computed in full, which lack this "
-                "adapter's learned tokens around chunks; use it without the adapter, or serve the "
-                "adapter with 'kv-packet'"
+                "adapter's learned tokens around chunks; drop the adapter, or use 'kv-packet'"
             )
         if self.history is not None:
             has_bos = spec.keeps_bos and self.history.begins_in_full

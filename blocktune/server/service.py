@@ -221,8 +221,7 @@ class Service:
         limits = self.config.limits
         if len(documents) > limits.chunks:
             raise ValueError(
-                f"documents: {len(documents):,} were given, the server takes {limits.chunks:,} at "
-                "most"
+                f"documents: {len(documents):,} were given, at most {limits.chunks:,} are taken"
             )
         sources = front.read_documents(documents)
         whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)

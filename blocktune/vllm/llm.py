@@ -101,8 +101,7 @@ class ChunkLLM:
     def adapted(self, adapter: str | Path | None) -> ChunkLLM:
         """The same vLLM with another adapter: its LoRA (if it has one), wording and chunks.
 
-        The first adapter decides vLLM's options; without one, give ``enable_lora=True`` and
-        ``max_lora_rank``.
+        The first adapter sets vLLM's options; without one, give ``enable_lora``, ``max_lora_rank``.
         """
         other = copy.copy(self)
         for cached in ("_encoder", "_lora"):

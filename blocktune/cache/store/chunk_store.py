@@ -99,8 +99,7 @@ class ChunkStore:
     ) -> Lookup:
         """Looks up an entry. Returns it with the tier where it was found and the time taken.
 
-        ``read`` reads it from its file, and raises as `ChunkFile.read` does. With ``keep``, it is
-        kept in memory.
+        ``read`` reads its file, with the errors of `ChunkFile.read`. ``keep`` keeps it in memory.
         """
         started = time.perf_counter()
         rejected: set[str] = set()

@@ -70,8 +70,7 @@ _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 class Ledger:
     """Entries of one tier and their order of eviction. It is thread-safe.
 
-    Every method raises ``sqlite3.Error`` if the file cannot be used. An unknown policy raises
-    ValueError.
+    Every method raises ``sqlite3.Error`` if the file cannot be used. ValueError: unknown policy.
     """
 
     def __init__(
