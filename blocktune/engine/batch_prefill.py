@@ -14,10 +14,10 @@ from blocktune.engine.generation import Generation, Sampling
 from blocktune.engine.layer_schedule import LayerSchedule, prefill
 from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.recurrent import prefill_recurrent
-from blocktune.engine.rows import Computed, computed_rows, to_columns
+from blocktune.engine.rows import Computed, computed_rows, has_column, to_columns
 from blocktune.engine.state import EngineState, ServedBatch
 from blocktune.engine.usage import Executed
-from blocktune.layout import FOREVER, Kind
+from blocktune.layout import FOREVER
 from blocktune.methods import Cached, Method, Selection
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
 from blocktune.methods.select.base import selectable
@@ -111,7 +111,7 @@ def _choose(
     """Selects the rows that any layer computes, and which of them each layer computes."""
     layout = served.batch.layout
     # Rows that are not cached are always computed. A selected token overwrites its cached original.
-    start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
+    start = ~assembled.cached & has_column(layout)
     depth = hidden = None
     if served.method.cached is Cached.CHUNKS:
         selected = selection.begin(layout, passes)

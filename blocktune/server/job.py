@@ -18,6 +18,7 @@ from blocktune.engine import Engine
 from blocktune.engine.encode import Found, Piece
 from blocktune.engine.generation import Generation, NoNumbers
 from blocktune.engine.recall import Recall
+from blocktune.engine.rows import has_column
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
@@ -190,8 +191,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         were not cached are ``computed``.
     """
     layout, state = run.batch.layout, run.state
-    stored = (layout.kind[0] != Kind.PAD) & (layout.kind[0] != Kind.BLANK)
-    rows = stored.nonzero().squeeze(1)
+    rows = has_column(layout)[0].nonzero().squeeze(1)
     rows = rows[layout.order[0, rows].argsort()]
     count = torch.zeros(run.columns.kind.shape[1], dtype=torch.int64)
     for plan in run.prefill.plans:
