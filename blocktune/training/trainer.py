@@ -33,12 +33,17 @@ from blocktune.links import link_base
 from blocktune.models.gate import require_supported
 from blocktune.models.load import load_base, read_tokenizer
 from blocktune.provenance import provenance
-from blocktune.training import launch_checks
 from blocktune.training.checkpoint import AdapterFiles, StagedSaving, adapter_info, settings
 from blocktune.training.collator import Augmentation, BlockDataCollator, EpochOrder
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prepare, to_sample
 from blocktune.training.distillation import evaluating, find_teacher
+from blocktune.training.launch_checks import (
+    launch_name,
+    refuse_long_rows,
+    refuse_lost_launch,
+    refuse_parallelism,
+)
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
@@ -107,7 +112,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self.args, self.processing_class = args, tokenizer
         rope = require_supported(model)
         self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
-        launch_checks.refuse_long_rows(args, model.config.get_text_config())
+        refuse_long_rows(args, model.config.get_text_config())
         context = model.config.get_text_config().max_position_embeddings
         self.exact_tokens = rope.max_tokens
         self._longest = min(args.max_length or context, rope.max_tokens or context)
@@ -167,8 +172,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         args, model = self.args, self.model
         # Makes the Trainer count the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
-        launch_checks.refuse_parallelism(self.accelerator)
-        launch_checks.refuse_lost_launch(self.accelerator, args.n_gpu, self.is_deepspeed_enabled)
+        refuse_parallelism(self.accelerator)
+        refuse_lost_launch(self.accelerator, args.n_gpu, self.is_deepspeed_enabled)
         state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.size = size_of(model, state_dtype.itemsize)
         self.speed = Speedometer(
@@ -177,8 +182,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         )
         self.add_callback(_EpochCallback(self))
         self.files = AdapterFiles(info, {"training": settings(args)}, args.freeze_base).described(
-            world_size=self.accelerator.num_processes,
-            launch=launch_checks.launch_name(self.accelerator),
+            world_size=self.accelerator.num_processes, launch=launch_name(self.accelerator)
         )
 
     def _prepare(self, rows: Rows, batch: int, pack_length: int | None = None) -> Prepared:
