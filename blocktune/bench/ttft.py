@@ -70,11 +70,7 @@ def bench_ttft(
 
 
 def _timed(
-    engine: Engine,
-    pieces: Pieces,
-    method: Method,
-    repeats: int,
-    rates: tuple[float, float] | None,
+    engine: Engine, pieces: Pieces, method: Method, repeats: int, rates: tuple[float, float] | None
 ) -> dict[str, Any]:
     run = engine.start([pieces], method)
     usage = reuse.usage_of(engine, pieces, method)

@@ -35,8 +35,7 @@ Split = Annotated[
     str | None, Option(help="Split of a data set on the Hub. Default: validation if it has one.")
 ]
 Fields = Annotated[
-    str | None,
-    Option(metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=docs."),
+    str | None, Option(metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=docs.")
 ]
 Counter = Annotated[
     str | None,

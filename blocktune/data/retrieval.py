@@ -118,10 +118,7 @@ def _question(record: Mapping[str, Any]) -> RagExample:
 
 
 def from_corpus(
-    questions: Iterable[RagExample],
-    corpus: Sequence[Chunk],
-    k: int,
-    embed: Embed | None = None,
+    questions: Iterable[RagExample], corpus: Sequence[Chunk], k: int, embed: Embed | None = None
 ) -> list[RagExample]:
     """Gives each question the ``k`` best passages of a corpus, with their scores in ``meta``."""
     questions = list(questions)  # a mistake in them is reported before the corpus is indexed

@@ -145,11 +145,7 @@ class ServedBatch:
 
     @classmethod
     def stacked(
-        cls,
-        state: EngineState,
-        prompts: Sequence[Prompt],
-        pieces: Sequence[Pieces],
-        method: Method,
+        cls, state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
     ) -> Self:
         """Stacks prompts, laid out for the method, and makes an empty cache for them."""
         watch = Stopwatch(state.model.device)

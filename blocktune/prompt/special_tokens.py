@@ -104,10 +104,7 @@ def encode(
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    *,
-    split_special_tokens: bool = False,
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, split_special_tokens: bool = False
 ) -> list[Ids]:
     """Token ids of texts, without BOS and EOS; recent ones are memoised.
 

@@ -122,9 +122,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
 
 
 def train(
-    argv: Sequence[str],
-    callbacks: Sequence[TrainerCallback] = (),
-    publisher: Any = None,
+    argv: Sequence[str], callbacks: Sequence[TrainerCallback] = (), publisher: Any = None
 ) -> Path | None:
     """Trains, saves the adapter, and publishes it with ``push_to_hub``.
 

@@ -25,13 +25,7 @@ from blocktune.layout import Kind
 from blocktune.methods import Method, Weights, build, default_method
 from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
-from blocktune.models.load import (
-    adapter_folder,
-    pinned,
-    read_config,
-    read_tokenizer,
-    require_stops,
-)
+from blocktune.models.load import adapter_folder, pinned, read_config, read_tokenizer, require_stops
 from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id

@@ -163,10 +163,7 @@ def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
 
 
 def _example(
-    record: Mapping[str, Any],
-    name: str,
-    kind: str,
-    supporting: Collection[str] = (),
+    record: Mapping[str, Any], name: str, kind: str, supporting: Collection[str] = ()
 ) -> RagExample:
     """Builds an example from the passages in the field ``name``.
 
