@@ -275,9 +275,9 @@ def test_the_reader_sees_every_form_of_import():
         (
             "blocktune.training",
             "from blocktune.adapter import Release",
-            {"blocktune.adapter.Release"},
+            {"blocktune.adapter.releases.Release"},
         ),
-        ("blocktune.training", "from ..adapter import Release", {"blocktune.adapter.Release"}),
+        ("blocktune.training", "from ..links import wrap", {"blocktune.links.wrap"}),
         ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.place.FirstK"}),
         ("blocktune.methods.select", "from ... import engine", {"blocktune.engine"}),
         ("blocktune", "from .layout import Layout", {"blocktune.layout.Layout"}),
