@@ -30,7 +30,8 @@ class Augment:
                 valid = isinstance(pair, list | tuple) and [type(v) for v in pair] == [int, int]
                 if not valid or not least <= pair[0] <= pair[1]:
                     raise ValueError(
-                        f"augment '{name}' must be at least {least}, or [low, high], got {value!r}"
+                        f"augment '{name}' must be a number of at least {least} or [low, high], "
+                        f"got {value!r}"
                     )
                 object.__setattr__(self, name, tuple(pair))
         if self.num_chunks and self.num_distractors:
