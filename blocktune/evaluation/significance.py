@@ -43,17 +43,22 @@ class Power(NamedTuple):
 def mean_interval(own: ArrayLike) -> Interval:
     """The mean of scores ``(n,)`` with Wilson's interval. Raises ValueError if there is none.
 
-    The variance is that of the scores. For scores of 0 and 1 this is Wilson's interval of a
-    proportion. For scores in between, such as F1, a smaller spread gives a narrower interval.
+    For scores of 0 and 1 this is Wilson's interval of a proportion. Scores in between, such as F1,
+    vary less than 0 and 1 with the same mean: the interval is that of the larger number of
+    questions at which a proportion would have the variance of this mean. The ratio of the two
+    variances is estimated with one more question of ratio 1, so that equal scores keep a width.
 
-    Source: Wilson, Probable Inference (1927).
+    Source: Wilson, Probable Inference (1927); with an effective number: Korn and Graubard,
+    Confidence Intervals for Proportions with Small Expected Number of Positive Counts (1998).
     """
     own, z2 = np.asarray(own, dtype=np.float64), Z**2
     if not len(own):
         raise ValueError("a mean needs the score of at least one question, got none")
     n, mean = len(own), float(own.mean())
+    if (binary := mean * (1 - mean)) > 0:
+        n *= (n + 1) * binary / (n * float(own.var()) + binary)
     centre = (n * mean + z2 / 2) / (n + z2)
-    half = Z / (n + z2) * sqrt(n * float(own.var()) + z2 / 4)
+    half = Z / (n + z2) * sqrt(n * binary + z2 / 4)
     return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
 
 
