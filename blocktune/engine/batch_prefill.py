@@ -20,7 +20,7 @@ from blocktune.engine.usage import Executed
 from blocktune.layout import FOREVER, Kind
 from blocktune.methods import Cached, Method, Selection
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
-from blocktune.methods.select.base import selectable
+from blocktune.methods.select.base import require_context, selectable
 from blocktune.prompt import LayoutSpec, Pieces, Prompt
 
 
@@ -116,6 +116,7 @@ def _choose(
     depth = hidden = None
     if served.method.cached is Cached.CHUNKS:
         selected = selection.begin(layout, passes)
+        require_context(selection, selected, layout, torch.bool, torch.int64)
         if selected.dtype != torch.bool:  # number of layers, from the first, that compute each
             depth = selected.masked_fill(start, FOREVER)
         start = start | (selected > 0)
@@ -123,6 +124,8 @@ def _choose(
         hidden = to_columns(selectable(layout) & ~start, layout, served.columns)
     layers = selection.widens(served.state.num_layers)
     widened = {layer: selection.widen(layer, layout) for layer in layers}
+    for mask in widened.values():
+        require_context(selection, mask, layout, torch.bool)
     candidates = computed_rows(served.batch, reduce(torch.logical_or, widened.values(), start))
     return candidates, LayerSchedule(
         selection=selection,

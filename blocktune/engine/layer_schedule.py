@@ -18,12 +18,13 @@ from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.repaired_cache import RepairedCache
-from blocktune.methods.select import LayerCheck, LayerKV, Selection
+from blocktune.methods.select import SELECTORS, LayerCheck, LayerKV, Selection
 from blocktune.methods.select.layers import compared
 from blocktune.models.gate import decoder_layers, require_supported
 from blocktune.models.probe import NoRotary
 from blocktune.models.recurrent import Recurrence, find_recurrence
 from blocktune.positions import RopeSpec
+from blocktune.registry import require_like
 
 
 class _StatesMade(Exception):
@@ -113,8 +114,11 @@ class SchedulePlan:
             question_mass=None if self.chunk_probe is None else self.chunk_probe.of_question(),
             probe=probe,
         )
-        selected = self.schedule.selection.refine(check) & eligible
-        if fresh and self.schedule.selection.keeps_keys:
+        selection = self.schedule.selection
+        selected = selection.refine(check)
+        require_like(f"selector '{SELECTORS.name_of(selection)}'", selected, eligible)
+        selected = selected & eligible
+        if fresh and selection.keeps_keys:
             self.cache.layers[index].store(*fresh[0])
             if self.reshaping is not None:
                 self.reshaping.wrote(index, self._current.rows.columns)

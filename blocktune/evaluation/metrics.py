@@ -11,6 +11,8 @@ from unicodedata import normalize
 
 from transformers import PreTrainedTokenizerBase
 
+from blocktune import plugins
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TO_SPACES = str.maketrans(dict.fromkeys(string.punctuation, " "))
@@ -186,7 +188,13 @@ METRICS = {
     "rouge_l": _plain("ROUGE-L", rouge_l),
     "ruler_recall": _plain("recall", ruler_recall),
 }
-"""Metrics by their name in YAML."""
+"""Metrics by their name in YAML. Plug-ins add their own."""
+
+
+def known_metrics() -> dict[str, Metric]:
+    """`METRICS`, after all plug-ins are loaded."""
+    plugins.load_all()
+    return METRICS
 
 
 class AdjustedF1(NamedTuple):

@@ -135,7 +135,7 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
                 scores_of(task, "", example, tokenizer)
             except ValueError as error:
                 place = f"{source}: question {index + 1}"
-                raise ValueError(f"{place} has no answer to score with: {error}") from None
+                raise ValueError(f"{place} cannot be scored: {error}") from None
             name = digest_of([example.question, example.answers])  # files may be cut or reordered
             questions.append(TaskQuestion(task, example, f"{task.name}/{name}"))
     return tuple(questions)

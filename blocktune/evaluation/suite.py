@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from blocktune.data.sources.options import parse_source
-from blocktune.evaluation.metrics import METRICS
+from blocktune.evaluation.metrics import METRICS, known_metrics
 from blocktune.methods.composition import KEEP
 from blocktune.methods.method_parser import ENTRY_KEYS
 from blocktune.parsing import entries, load_spec, load_yaml, mapping, read, refuse_doubles
@@ -86,7 +86,7 @@ class TaskSpec:
             if (value := getattr(self, name)) is not None:
                 require_count(name, value, 1)
         for name in (self.metric, *self.metrics):
-            require_one_of("metric", name, METRICS)
+            require_one_of("metric", name, METRICS if name in METRICS else known_metrics())
         if "" in self.stop:
             raise ValueError("'stop' has an empty text, which ends every output; drop it")
         self.worded(PromptFormat())  # raises on a wrong key now, not in the middle of a run

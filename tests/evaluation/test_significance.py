@@ -37,7 +37,8 @@ def test_no_interval_has_zero_width(right, wrong):
     assert mean == 0
     assert -low == high > 2 / (right + wrong + 2)  # about the rule of three
     mean, low, high = mean_interval([0.5] * (right + wrong))
-    assert high - mean == pytest.approx(mean - low) and low < 0.5
+    assert high - mean == pytest.approx(mean - low)
+    assert low < 0.5
 
 
 def test_scores_between_0_and_1_are_as_narrow_as_their_spread():
