@@ -75,6 +75,12 @@ def test_intervals_cover_what_they_promise():
     assert all(0.93 <= count / 1000 <= 0.99 for count in hits.values()), hits
 
 
+def test_many_small_differences_do_not_make_few_large_ones_normal():
+    """Four questions decide, with probability 1/8 all for one method; a normal sum has 0.05."""
+    differences = np.array([0.5] * 4 + [-1e-6] * 60)
+    assert sign_flip(differences, np.zeros(64)) == pytest.approx(1 / 8, abs=0.01)
+
+
 def test_a_paired_difference_is_narrower_than_two_intervals():
     rng = np.random.default_rng(0)
     base = rng.random(200)
