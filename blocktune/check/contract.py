@@ -21,7 +21,6 @@ from blocktune.check.serving import (
     Subject,
     all_fresh,
     all_visible,
-    begun,
     computed_columns,
     difference,
     reach,
@@ -58,7 +57,6 @@ def subjects() -> dict[str, Method]:
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
 Claim = Callable[[Subject], Check]
-ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
 
 
 def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
@@ -98,19 +96,18 @@ def claims(method: Method) -> dict[str, Claim]:
             pairs["a budget of nothing or all = nothing or all"] = _budget_ends
         if method.reshape() is not None:
             pairs["a neutral reshape = none"] = _neutral_reshape
-    equal = {name: partial(_equal, name, compared) for name, compared in pairs.items()}
-    if method.layout(LayoutSpec()).bos != "none":  # a chunk's own BOS comes before it
-        return equal
-    return {ALONE_CLAIM: _one_chunk_alone} | equal
+        spec = method.layout(LayoutSpec())
+        learned = method.weights in (Weights.LINKS, Weights.WRAPS)
+        beside = learned or spec.num_blanks or spec.bos != "none" or spec.slot
+        if not beside and method.history is None:
+            pairs["one chunk alone, not reshaped = full prefill"] = _one_chunk_alone
+    return {name: partial(_equal, name, compared) for name, compared in pairs.items()}
 
 
-def _one_chunk_alone(subject: Subject) -> Check:
-    # Must equal full prefill if the method claims it, and differ if it does not.
-    method, bare = subject.method, begun(subject.bare, subject.method)
-    full = bare.next_logits([ALONE], "full-prefill")
-    diff = difference(bare.next_logits([ALONE], method), full)
-    tolerance = tolerance_of(bare, full) * reach(bare, method, ALONE)
-    return Check(ALONE_CLAIM, (diff <= tolerance) == method.exact_on_one_chunk, diff, tolerance)
+def _one_chunk_alone(subject: Subject) -> Pairs:
+    method, bare = compose(subject.method, reshape=None), subject.bare
+    bare.forget()
+    yield bare.next_logits([ALONE], method), bare.next_logits([ALONE], "full-prefill")
 
 
 def _equal(name: str, pairs: Callable[[Subject], Pairs], subject: Subject) -> Check:

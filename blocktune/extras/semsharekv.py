@@ -128,7 +128,6 @@ def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: Serve
 class FuzzyHistory(PromptHistory):
     """Serves a prompt from the most similar one, or in full if none is similar enough."""
 
-    exact_alone: ClassVar[bool] = True
     threshold: float
     references: int
 
