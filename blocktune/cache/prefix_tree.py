@@ -193,7 +193,6 @@ class PrefixTree:
             )
 
     def _root(self, fingerprint: str) -> _Node:
-        """The root of a fingerprint, with the runs in files; an empty one is not registered."""
         root = self._roots.get(fingerprint) or _Node()
         if self._lists_files and fingerprint not in self._listed:
             keep_latest(self._listed, fingerprint, None, _TENANTS)

@@ -21,7 +21,7 @@ from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.generation import Generation
 from blocktune.layout import GLOBAL, Kind, Layout
-from blocktune.methods import Method, build
+from blocktune.methods import Method, build, default_method
 from blocktune.models.load import adapter_folder
 from blocktune.models.quantize import quantization_of
 from blocktune.prompt import Batch, Chunk, LayoutSpec, make_pieces, stack
@@ -244,7 +244,7 @@ def _checks(engine: Engine) -> Iterator[Check]:
         diffs.append(diff)
         return Check(name, diff <= tolerance, diff, tolerance)
 
-    plain = _plain(engine)
+    plain = default_method(engine.prompts.trained)
     block = batch_of(engine, plain)
     hidden_rows = forward_dense(engine, block.input_ids, block.layout)
     visible_rows = forward_dense(engine, *all_visible(block.input_ids, block.layout))
@@ -289,14 +289,6 @@ def _checks(engine: Engine) -> Iterator[Check]:
     exact = engine.model.dtype == torch.float32 and quantization_of(engine.model) != "int8"
     least = (10 if exact else 3) * max(diffs)
     yield Check("hiding chunks from each other is seen", diff >= least, diff, least)
-
-
-def _plain(engine: Engine) -> Method:
-    """The method without recomputation that the engine's weights were trained for."""
-    trained = engine.prompts.trained
-    if trained is None or not trained.num_learned:
-        return build("naive")
-    return build("kvlink" if trained.num_links else "kv-packet")
 
 
 @torch.no_grad()

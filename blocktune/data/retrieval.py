@@ -178,7 +178,6 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
 
 
 def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
-    """Id, question and passages of a record of a retriever's file."""
     name = next((n for n in ("passages", *PASSAGES) if record.get(n) is not None), "passages")
     key, question = id_of(record), record.get("question")
     question = _composed(question) if isinstance(question, str) else ""

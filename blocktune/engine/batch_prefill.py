@@ -74,7 +74,6 @@ def prefill_warm(
 def _prefill(
     served: ServedBatch, loader: ChunkLoader | None, found: Found | None, lazy: bool = True
 ) -> Generation:
-    """Loads cached states, selects rows to recompute, and computes."""
     state, watch = served.state, served.watch
     selection = served.method.select_for(state.num_layers)
     if served.method.cached is Cached.CHUNKS:
@@ -108,7 +107,6 @@ def _prefill(
 def _choose(
     served: ServedBatch, selection: Selection, assembled: Assembled, passes: ScoringPasses
 ) -> tuple[Computed, LayerSchedule]:
-    """Selects the rows that any layer computes, and which of them each layer computes."""
     layout = served.batch.layout
     # Rows that are not cached are always computed; a cached token only if it is selected, which
     # overwrites its original.

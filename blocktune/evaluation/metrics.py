@@ -11,8 +11,6 @@ from unicodedata import normalize
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune import plugins
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TO_SPACES = str.maketrans(dict.fromkeys(string.punctuation, " "))
@@ -189,12 +187,6 @@ METRICS = {
     "ruler_recall": _plain("recall", ruler_recall),
 }
 """Metrics by their name in YAML. Plug-ins add their own."""
-
-
-def known_metrics() -> dict[str, Metric]:
-    """`METRICS`, after all plug-ins are loaded."""
-    plugins.load_all()
-    return METRICS
 
 
 class AdjustedF1(NamedTuple):

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from blocktune import plugins
 from blocktune.data.sources.options import parse_source
-from blocktune.evaluation.metrics import METRICS, known_metrics
+from blocktune.evaluation.metrics import METRICS
 from blocktune.methods.composition import KEEP
 from blocktune.methods.method_parser import ENTRY_KEYS
 from blocktune.parsing import entries, load_spec, load_yaml, mapping, read, refuse_doubles
@@ -85,8 +86,10 @@ class TaskSpec:
         for name in ("limit", "max_new_tokens", "version"):
             if (value := getattr(self, name)) is not None:
                 require_count(name, value, 1)
+        if not METRICS.keys() >= {self.metric, *self.metrics}:
+            plugins.load_all()
         for name in (self.metric, *self.metrics):
-            require_one_of("metric", name, METRICS if name in METRICS else known_metrics())
+            require_one_of("metric", name, METRICS)
         if "" in self.stop:
             raise ValueError("'stop' has an empty text, which ends every output; drop it")
         self.worded(PromptFormat())  # raises on a wrong key now, not in the middle of a run

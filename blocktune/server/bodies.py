@@ -154,7 +154,6 @@ class TextBodies:
         return {"usage": usage, "blocktune": self._extension(report)}
 
     def _extension(self, report: Report) -> dict[str, Any]:
-        """The ``blocktune`` field of an answer."""
         job, usage = self.submission.job, vars(report.usage).copy()
         ttft = vars(usage.pop("ttft")) | {"queue_s": report.queue_s, "total_s": report.ttft_s}
         fields = {

@@ -336,7 +336,6 @@ def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -
 def _checked_collator(
     collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> BlockDataCollator:
-    """The collator with the settings of the configuration."""
     collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
     if not isinstance(collator, BlockDataCollator):
         name = type(collator).__name__
