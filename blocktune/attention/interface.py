@@ -266,7 +266,6 @@ def _attend(
 
 
 def _eager(module: nn.Module) -> Callable | None:
-    """The eager attention function of the file that defines the module's class."""
     files = (sys.modules[base.__module__] for base in type(module).__mro__)
     functions = (getattr(file, "eager_attention_forward", None) for file in files)
     return next((function for function in functions if function is not None), None)

@@ -121,7 +121,6 @@ def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
 def _times(
     works: Mapping[str, Callable[[], object]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Measures wall and CPU seconds of every round that counts, by name."""
     cpu: dict[str, list[float]] = {name: [] for name in works}
 
     def clocked(name: str, work: Callable[[], object]) -> None:

@@ -178,7 +178,6 @@ def _growth(lengths: dict[str, Any]) -> dict[str, float]:
 
 
 def _timed(llm: ChunkLLM, rendered: Rendered) -> tuple[float, float]:
-    """CPU and wall-clock seconds to the first token."""
     from vllm import SamplingParams
 
     cpu, wall = time.process_time(), time.perf_counter()

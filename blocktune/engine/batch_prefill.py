@@ -74,7 +74,6 @@ def prefill_warm(
 def _prefill(
     served: ServedBatch, loader: ChunkLoader | None, found: Found | None, lazy: bool = True
 ) -> Generation:
-    """Loads cached states, selects rows to recompute, and computes."""
     state, watch = served.state, served.watch
     selection = served.method.select_for(state.num_layers)
     if served.method.cached is Cached.CHUNKS:

@@ -83,7 +83,6 @@ class SchedulePlan:
         return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """Asks the selection which rows are computed further, and drops the others."""
         self.watch.stop("recompute_s")
         rows, exists = self._current.rows.rows, self._current.exists
         column = rows.order.clamp(min=0)
@@ -148,7 +147,6 @@ class SchedulePlan:
         return self._current.pick(all_hidden)
 
     def _set_rows(self, layer: int, current: RowSubset) -> None:
-        """Sets the rows that are computed from ``layer`` on."""
         if self.plans and not self.plans[-1].executed:
             self.plans.pop()  # no layer used it: e.g. the first layer computes fewer rows
         if self.plans:

@@ -113,7 +113,6 @@ def _serves(name: str, layout: LayoutSpec) -> bool:
 
 
 def _facts(info: AdapterInfo) -> str:
-    """Layout and training of the adapter as YAML, without default values."""
     defaults = LayoutSpec().to_dict()
     layout = {name: v for name, v in info.layout.to_dict().items() if v != defaults[name]}
     facts = {"layout": layout, "base_revision": info.base_revision, "rope": info.rope}

@@ -53,16 +53,6 @@ class TokenIds(tuple):
     def __hash__(self):
         return self._hash
 
-    @cached_property
-    def _counts(self) -> dict[int, int]:
-        return {}
-
-    def count(self, value: int) -> int:
-        """Number of occurrences of an id."""
-        if value not in self._counts:
-            self._counts[value] = super().count(value)
-        return self._counts[value]
-
 
 class _Recent:
     """LRU cache of token ids by text and options, and of facts about the tokenizer."""

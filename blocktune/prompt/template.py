@@ -126,7 +126,6 @@ def _listed(text: str) -> list[dict[str, str]]:
 
 
 def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
-    """The rendered text, or None if the template rejects the messages."""
     template = tokenizer.get_chat_template()
     dated = "strftime_now" in template
     try:

@@ -308,5 +308,4 @@ class StagedSaving(Trainer):
 
 
 def _has_model(folder: str) -> bool:
-    """Whether a checkpoint has weights other than a link table."""
     return {path.name for path in Path(folder).glob("*.safetensors")} != {links.LINKS_FILE}

@@ -23,7 +23,6 @@ def option(default: Any, meaning: str) -> Any:
 
 
 def _built(spec: type[Spec], options: Any, **given: Any) -> Spec:
-    """Builds a ``spec`` from the options named like its fields."""
     names = [f.name for f in fields(spec) if hasattr(options, f.name)]
     return spec(**{name: getattr(options, name) for name in names} | given)
 

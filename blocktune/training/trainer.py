@@ -148,7 +148,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self._finish(info)
 
     def _describe(self, model: PreTrainedModel) -> AdapterInfo:
-        """The contents of ``blocktune.json`` for this run."""
         args, prepared = self.args, self.prepared
         full = prepared.num_examples - prepared.num_block
         if args.scope == "encode" and full:
@@ -290,7 +289,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         return output
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """The order of rows in each epoch; `_EpochCallback` sets the epoch."""
         args = self.args
         if args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
@@ -336,7 +334,6 @@ def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -
 def _checked_collator(
     collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> BlockDataCollator:
-    """The collator with the settings of the configuration."""
     collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
     if not isinstance(collator, BlockDataCollator):
         name = type(collator).__name__
