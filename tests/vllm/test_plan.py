@@ -55,6 +55,14 @@ def test_the_salt_names_all_that_decides_cached_blocks():
     assert PLAN.salt() == LoadPlan.read(PLAN.params(PROMPT), PROMPT).salt()
 
 
+@pytest.mark.parametrize(("length", "computed"), [(200, 1), (2000, 2)])
+def test_keys_of_short_segments_are_remembered_by_all_requests(monkeypatch, length, computed):
+    made, real = [], fingerprint.chunk_key
+    monkeypatch.setattr(fingerprint, "chunk_key", lambda *how: made.append(how) or real(*how))
+    keys = {Segment(tuple(range(700, 700 + length)), 0).key("d" * 64) for _ in range(2)}
+    assert (len(keys), len(made)) == (1, computed)
+
+
 def test_slots_leave_out_what_lies_outside_of_a_window():
     rows, slots = slots_of([7, 0, 3], 4, 2, 11)
     assert rows.tolist() == [2, 3, 8, 9, 10]
