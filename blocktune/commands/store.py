@@ -91,7 +91,7 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
 
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
-    problem = _problem(shelf.blobs, row.key)
+    problem, _ = _checked(shelf.blobs, row.key)
     record = _record(row) | {"sound": problem is None, "problem": problem}
     record |= {"signed": False, "codec": "as-is"}
     with suppress(OSError, ValueError):  # damaged, as ``problem`` says, gone or expired
@@ -109,7 +109,7 @@ def verify(store: Place, as_json: AsJson = False) -> None:
     """
     shelf = Shelf.open(store)
     blobs, index = shelf.blobs, shelf.mend()
-    results = {key: _problem(blobs, key) for key in blobs.keys()}  # noqa: SIM118
+    results = {key: _checked(blobs, key)[0] for key in blobs.keys()}  # noqa: SIM118
     problems = {key: problem for key, problem in results.items() if problem}
     signed = "" if blobs.secret is None else " and signed"
     sound = f"{len(results) - len(problems):,} of {len(results):,} chunks are sound{signed}"
@@ -139,7 +139,7 @@ def gc(
     now, total, kept, to_remove = time.time(), 0, [], {}
     for row in shelf.rows():
         expired = row.expires is not None and row.expires <= now
-        if expired or (damaged and _problem(shelf.blobs, row.key)):
+        if expired or (damaged and _checked(shelf.blobs, row.key)[0]):
             to_remove[row.key] = row.size
             continue
         total += row.size
@@ -228,19 +228,20 @@ def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     tell(as_json, records, *lines)
 
 
-def _problem(blobs: Blobs, key: str) -> str | None:
-    """What is wrong with a chunk; None if it is sound or gone. ValueError: it cannot be read."""
+def _checked(blobs: Blobs, key: str) -> tuple[str | None, Any]:
+    """What is wrong with a chunk, or its file; neither: it is gone. ValueError: no access."""
     from blocktune.cache.store.chunk_file import ChunkFile
 
     try:
-        return ChunkFile(blobs, key).verify()
+        (file := ChunkFile(blobs, key)).verify()
+        return None, file
     except FileNotFoundError:
-        return None
+        return None, None
     except OSError as error:  # says nothing about the file, which must not be called damaged
         reason = error.strerror or error
         raise ValueError(f"cannot read '{blobs.name(key)}': {reason}; repeat the command") from None
     except ValueError as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()), None
 
 
 def _describe_repairs(index: dict[str, int]) -> list[str]:
@@ -266,10 +267,11 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
     for row in source.rows(model=fingerprint, document=document):
         if target.blobs.has(row.key):
             counts["there"] += 1
-        elif _problem(source.blobs, row.key):
-            counts["unsound"] += 1
-        elif source.blobs.has(row.key):
-            data = source.blobs.open(row.key).content()
+            continue
+        problem, file = _checked(source.blobs, row.key)
+        counts["unsound"] += problem is not None
+        if file is not None:
+            data = bytes(file.content() or source.blobs.open(row.key).content())
             try:
                 target.blobs.write(row.key, data)
                 if target.index is not None:

@@ -147,7 +147,7 @@ def test_a_failed_write_to_a_folder_leaves_the_old_file(tmp_path):
     assert [path.stem for path in tmp_path.rglob("*.*")] == [KEYS[0]]
 
 
-def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
+def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path, monkeypatch):
     store = store_of(None, tmp_path / "here")
     for key, kv in zip(KEYS, CHUNKS, strict=True):
         store.put(key, kv)
@@ -155,8 +155,16 @@ def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     counts = blocktune_json("store", "export", tmp_path / "here", url)
     assert (counts["copied"], counts["unsound"]) == (3, 1)
-    counts = blocktune_json("store", "import", tmp_path / "new", url)
+    fetched, read = [], Blobs.open
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Blobs,
+            "open",
+            lambda b, key, most=None: fetched.append((b.place, most)) or read(b, key, most),
+        )
+        counts = blocktune_json("store", "import", tmp_path / "new", url)
     assert (counts["copied"], counts["there"]) == (3, 0)
+    assert fetched.count((open_remote(url).place, None)) == 3  # each chunk is fetched once
     assert blocktune_json("store", "import", tmp_path / "new", url)["there"] == 3
     record = blocktune_json("store", "stat", url)
     assert (record["chunks"], record["models"][MODEL]["tokens"]) == (3, 15)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from blocktune.cache.store import fingerprint
 from blocktune.methods import build
 from blocktune.prompt import LayoutSpec
 from blocktune.vllm.plan import LoadPlan, Segment, require_served, slots_of

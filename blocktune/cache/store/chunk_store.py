@@ -25,8 +25,7 @@ from blocktune.cache.store.tiers import BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
 
 _LOG = logging.getLogger(__name__)
-_HEAD = 1 << 20
-"""Bytes of a file that hold the header and the tokens; if not, more is read."""
+_HEAD = 1 << 20  # bytes of a file that hold header and tokens; if not, more is read
 _TENANTS, _NOTED = 1024, 64
 """Number of tenants whose RoPE frequencies, and whose notes of plug-ins, are remembered. Each
 request sets those of its tenant again."""
