@@ -200,6 +200,9 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         for name in _AT_LEAST_1:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("fp16", "activation_offloading"):
+            if getattr(self, name) and self.use_cpu:
+                raise ValueError(f"{name} is for GPUs; leave it out on a CPU")
         if self.trust_remote_code:
             raise ValueError("trust_remote_code: code of repositories is never run; leave it out")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:

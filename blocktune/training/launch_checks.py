@@ -85,8 +85,6 @@ def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
     """Raises ValueError for settings of the base that exclude each other."""
     if not choice.model_name_or_path:
         raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
-    if args.activation_offloading and args.device.type == "cpu":
-        raise ValueError("activation_offloading moves activations off a GPU; leave it out on CPUs")
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if args.freeze_base and quantised:
         raise ValueError(
