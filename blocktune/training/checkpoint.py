@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_
 
 from blocktune import links
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo, scope_of
-from blocktune.attention import is_attached
+from blocktune.attention.interface import decoder_of, is_attached
 from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import read_tokenizer
@@ -31,7 +31,7 @@ from blocktune.models.sharded import fill
 from blocktune.provenance import provenance
 from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
-from blocktune.training.lora import require_reproducible, trained_adapters
+from blocktune.training.lora import require_named_base, require_reproducible, trained_adapters
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
@@ -143,6 +143,7 @@ class SaveLayoutCallback(TrainerCallback):
     def __init__(self, collator: BlockDataCollator):
         """Takes the trainer's collator, which has the layout and format of prompts."""
         self.collator = collator
+        self._has_layout = False  # whether a forward pass of the run had one
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Wraps `save_pretrained` of the trainer's model, so that it also writes the files."""
@@ -157,6 +158,8 @@ class SaveLayoutCallback(TrainerCallback):
 
         names = trained_adapters(model)
         selected = {"selected_adapters": names} if names else {}
+        if names:
+            require_named_base(model)
 
         def save_pretrained(folder, *rest, **options):
             save(folder, *rest, **(selected | options))
@@ -168,10 +171,30 @@ class SaveLayoutCallback(TrainerCallback):
 
         model.save_pretrained = save_pretrained
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Raises ValueError if the model would ignore the layout."""
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        """Raises ValueError if the model, or another collator, would ignore the layout."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
+        used = getattr(train_dataloader, "collate_fn", None)
+        saved = self.collator.layout, self.collator.format
+        if isinstance(used, BlockDataCollator) and (used.layout, used.format) != saved:
+            raise ValueError(
+                f"the trainer's data_collator has {used.layout} and {used.format}, the one of "
+                "SaveLayoutCallback others; pass the same collator to both"
+            )
+        self._watch = decoder_of(model).register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, decoder, args, kwargs) -> None:
+        self._has_layout |= not {"layout", "plan"}.isdisjoint(kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Raises ValueError after the first step if none of its batches had a layout."""
+        self._watch.remove()
+        if not self._has_layout:
+            raise ValueError(
+                "no batch had a layout, so the adapter would be trained in plain attention and "
+                "served in blocks; pass data_collator=collator, in a trainer that keeps its inputs"
+            )
 
 
 class StagedSaving(Trainer):
