@@ -124,22 +124,16 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
             )
 
 
-def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: bool) -> None:
-    """Raises ValueError if the requested processes, GPUs, DeepSpeed or FSDP are not used.
+def refuse_lost_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
+    """Raises ValueError if the requested processes, DeepSpeed or FSDP are not used.
 
     Such a run would train without an error, and its processes would overwrite each other's files.
-    ``n_gpu`` is the number of GPUs that the Trainer would use in one process.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
             f"the launcher started {started} processes, but each would train alone; launch them "
             "by `blocktune train --processes` or with a configuration of recipes/accelerate"
-        )
-    if n_gpu > 1:
-        raise ValueError(
-            f"one process sees {n_gpu} GPUs and would separate prompts from their layouts; start "
-            f"one per GPU (blocktune train --processes {n_gpu}), or set CUDA_VISIBLE_DEVICES=0"
         )
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
         raise ValueError(
