@@ -18,14 +18,7 @@ from blocktune.adapter.releases import Release, find_release
 from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
-from blocktune.models.load import (
-    adapter_folder,
-    load_base,
-    read_config,
-    read_tokenizer,
-    require_readable,
-    sharing,
-)
+from blocktune.models.load import adapter_folder, load_base, read_config, require_readable, sharing
 from blocktune.models.probe import Refused
 
 if TYPE_CHECKING:
@@ -194,19 +187,6 @@ def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
         )
 
 
-def trained_tokenizer(
-    info: AdapterInfo, folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedTokenizerBase:
-    """The base's ``tokenizer``, or the adapter's own if it was trained with that.
-
-    A script may have set its chat template or its padding token.
-    """
-    if info.tokenizer_hash != tokenizer_hash(tokenizer) and any(folder.glob("tokenizer*")):
-        own = read_tokenizer(folder)
-        return own if info.tokenizer_hash == tokenizer_hash(own) else tokenizer
-    return tokenizer
-
-
 def quantize_as_trained(info: AdapterInfo, model: str | None = None) -> str | None:
     """How to quantise the base (None: the adapter's own) on loading; None if it is saved so."""
     name, revision = (model, None) if model else (info.base_model, info.base_revision)
@@ -308,7 +288,7 @@ def _apply(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded
     if source.folder is None:
         info = None if source.release is None else source.release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
-    tokenizer = trained_tokenizer(source.info, source.folder, tokenizer)
+    tokenizer = source.info.tokenizer(source.folder, tokenizer)
     plain = source.info.scope == "both" and not getattr(base, "is_quantized", False)
     merge = merge and alone and plain
     adapted, info = load_adapter(base, tokenizer, source.folder, merge=merge)

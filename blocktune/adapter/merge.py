@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, load_adapter
-from blocktune.adapter.load import (
-    OWN_BASE,
-    load_model,
-    quantize_as_trained,
-    trained_tokenizer,
-    unmergeable,
-)
+from blocktune.adapter.load import OWN_BASE, load_model, quantize_as_trained, unmergeable
 from blocktune.adapter.scope import require_mergeable
 from blocktune.files import move_entries
 from blocktune.links import add_link_tokens, load_links, save_links
@@ -111,7 +105,7 @@ def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> 
 @torch.no_grad()
 def _reference_logits(name, folder, options) -> Tensor:
     base, tokenizer = load_base(name, **options)
-    tokenizer = trained_tokenizer(AdapterInfo.load(folder), folder, tokenizer)
+    tokenizer = AdapterInfo.load(folder).tokenizer(folder, tokenizer)
     # Rows beyond the tokenizer's vocabulary are left out, since added link tokens may use them.
     vocab_size = min(len(tokenizer), base.config.get_text_config().vocab_size)
     model, info = load_adapter(base, tokenizer, folder)
@@ -120,7 +114,7 @@ def _reference_logits(name, folder, options) -> Tensor:
 
 def _write(name, folder, output, info: AdapterInfo, link_mode: str, options) -> None:
     base, tokenizer = load_base(name, **options)
-    tokenizer = trained_tokenizer(info, folder, tokenizer)
+    tokenizer = info.tokenizer(folder, tokenizer)
     if info.quantization is not None:
         base = base.dequantize(dtype=base.dtype)
         if options["quantize"] is None:  # saved quantised, in a form that is not written again

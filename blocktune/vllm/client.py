@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
-from blocktune.adapter.load import PEFT_FILE, trained_tokenizer
+from blocktune.adapter.load import PEFT_FILE
 from blocktune.cache.store.shelf import StoreView
 from blocktune.engine.assemble import is_held
 from blocktune.engine.encode import wanted_pieces
@@ -123,7 +123,7 @@ class ChunkClient:
         text = read_config(bare, revision).get_text_config()
         self.tokenizer = read_tokenizer(bare, revision)
         if info is not None:
-            self.tokenizer = trained_tokenizer(info, self.adapter, self.tokenizer)
+            self.tokenizer = info.tokenizer(self.adapter, self.tokenizer)
         self._tokenizer_hash = tokenizer_hash(self.tokenizer)
         if info is not None and self._tokenizer_hash != info.tokenizer_hash:
             raise ValueError(
