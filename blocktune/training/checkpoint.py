@@ -148,18 +148,15 @@ class SaveLayoutCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Wraps `save_pretrained` of the trainer's model, so that it also writes the files."""
         require_reproducible(model)
-        collator = self.collator
+        collator, tokenizer = self.collator, self.collator.tokenizer
         collator.num_tokens = links.link_base(model)
-        tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        fields = {"layout": collator.layout, "format": collator.format, "training": origin}
-        info = adapter_info(model, tokenizer, **fields, scope=scope_of(model))
+        fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
+        info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
         files = AdapterFiles(info, {"training": settings(args)})
-        save = model.save_pretrained
-
-        names = trained_adapters(model)
-        selected = {"selected_adapters": names} if names else {}
+        save, names, selected = model.save_pretrained, trained_adapters(model), {}
         if names:
             require_named_base(model)
+            selected = {"selected_adapters": names}
 
         def save_pretrained(folder, *rest, **options):
             save(folder, *rest, **(selected | options))
@@ -171,17 +168,10 @@ class SaveLayoutCallback(TrainerCallback):
 
         model.save_pretrained = save_pretrained
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        """Raises ValueError if the model, or another collator, would ignore the layout."""
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Raises ValueError if the model would ignore the layout."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
-        used = getattr(train_dataloader, "collate_fn", None)
-        saved = self.collator.layout, self.collator.format
-        if isinstance(used, BlockDataCollator) and (used.layout, used.format) != saved:
-            raise ValueError(
-                f"the trainer's data_collator has {used.layout} and {used.format}, the one of "
-                "SaveLayoutCallback others; pass the same collator to both"
-            )
         self._watch = decoder_of(model).register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, decoder, args, kwargs) -> None:
@@ -192,8 +182,8 @@ class SaveLayoutCallback(TrainerCallback):
         self._watch.remove()
         if not self._has_layout:
             raise ValueError(
-                "no batch had a layout, so the adapter would be trained in plain attention and "
-                "served in blocks; pass data_collator=collator, in a trainer that keeps its inputs"
+                "no batch had a layout, so this run would train plain attention; pass "
+                "data_collator=collator, in a trainer that gives the model all its inputs"
             )
 
 
