@@ -83,11 +83,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _base_weights(
     model: PreTrainedModel, state: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    tuner = getattr(
-        getattr(model, "base_model", None), "prefix", "lora_"
-    )  # PEFT's names of weights
+    # PEFT starts the names of an adapter's weights with a prefix of its kind.
+    kind = getattr(getattr(model, "base_model", None), "prefix", "lora_")
     for name, weight in model.named_parameters():
-        if not any(mark in name for mark in (tuner, *_TRAINED)):
+        if not any(mark in name for mark in (kind, *_TRAINED)):
             weight = weight if state is None else state[name]
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             yield name.replace(".token_adapter", "").replace(".original_module", ""), weight
