@@ -251,8 +251,7 @@ class Encoder:
         key, of_piece = self.key(piece), (piece.ids, self.fingerprint)
         row = self.store.stored(key, *of_piece)
         states = (self.store.stored(states_key(key, n), *of_piece, ChunkStates) for n in layers)
-        named = row is not None and _joined(row.document, document) == row.document
-        return named and all(states)
+        return row is not None and _joined(row.document, document) == row.document and all(states)
 
     def _name(self, piece: Piece, kv: ChunkKV, document: str) -> None:
         """Stores a chunk again under its documents, unless it has their names."""

@@ -25,7 +25,6 @@ from blocktune.cache.store.tiers import BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
 
 _LOG = logging.getLogger(__name__)
-_HEAD = 1 << 20  # bytes of a file that hold header and tokens; if not, more is read
 _TENANTS, _NOTED = 1024, 64
 """Number of tenants whose RoPE frequencies, and whose notes of plug-ins, are remembered. Each
 request sets those of its tenant again."""
@@ -150,8 +149,8 @@ class ChunkStore:
         Header and tokens are verified as by `lookup`, but no tensor is read. It counts as a use.
         """
         for tier in self._blobs[:1]:
-            with suppress(ValueError):  # damaged, as `lookup` will report
-                found = tier.load(key, kind, lambda file: file, most=_HEAD)
+            with suppress(ValueError):  # damaged, or ``most`` was too little: `lookup` reads all
+                found = tier.load(key, kind, lambda file: file, most=1 << 20)
                 if found is not None and found[0].matches(token_ids, fingerprint):
                     tier.used(found[1])
                     return found[1]

@@ -188,9 +188,8 @@ class MissQueue:
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
         chunks: list[Wanted] = []
-        for path in (
-            sorted((self.folder / fingerprint).glob("*.json")) if self.folder is not None else ()
-        ):
+        paths = () if self.folder is None else (self.folder / fingerprint).glob("*.json")
+        for path in sorted(paths):
             with suppress(OSError, ValueError, KeyError, TypeError):  # just removed, or foreign
                 record = json.loads(path.read_text())
                 if record["fingerprint"] == fingerprint:

@@ -115,8 +115,7 @@ class BlobTier:
     ) -> tuple[Any, Row, memoryview | None] | None:
         """Loads an entry by ``read``. Returns it with its row and, from a remote, the file content.
 
-        Returns None if there is none or the tier is out of reach. ValueError: it is damaged. For
-        ``most`` see `ChunkFile`.
+        None: there is none, or the tier is out of reach. ValueError: damaged. ``most``: of a file.
         """
         if time.monotonic() < self._retry_at["read"]:
             return None
