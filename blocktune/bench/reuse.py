@@ -237,7 +237,6 @@ def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:
 
 
 def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
-    """Bytes moved and FLOPs of a method, and the minimum time for them on this machine."""
     return {
         "recompute_ratio": usage.recompute_ratio,
         "bytes_read": usage.bytes_read,

@@ -352,5 +352,4 @@ class PrefixTree:
 
 
 def _resumes(node: _Node, count: int) -> bool:
-    """Whether a prompt can resume after ``count`` tokens of a run."""
     return node.exact.states is None or (node.state is not None and count == len(node.ids))

@@ -193,7 +193,6 @@ def _decoding_is_one_forward(subject: Subject) -> Pairs:
 
 
 def _with_fixed_choices(method: Method) -> list[Method]:
-    """The method, and variants whose selection does not depend on the question."""
     if method.cached is not Cached.CHUNKS:
         return [method]
     return [method, *(compose(method, select=s) for s in (FirstK(k=3), Everything()))]

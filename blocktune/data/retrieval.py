@@ -125,7 +125,7 @@ def from_corpus(
 ) -> list[RagExample]:
     """Gives each question the ``k`` best passages of a corpus, with their scores in ``meta``."""
     questions = list(questions)  # a mistake in them is reported before the corpus is indexed
-    index = Index(corpus, embed)
+    index = Index(list(dict.fromkeys(corpus)), embed)
     results = index.search([question.question for question in questions], k)
     examples = []
     for question, hits in zip(questions, results, strict=True):

@@ -84,7 +84,6 @@ class SchedulePlan:
         return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """Asks the selection which rows are computed further, and drops the others."""
         self.watch.stop("recompute_s")
         rows, exists = self._current.rows.rows, self._current.exists
         column = rows.order.clamp(min=0)

@@ -146,7 +146,6 @@ def profile_layers(
 
 
 def _first_tokens(engine: Engine, examples, method, batch_size: int) -> torch.Tensor:
-    """Logits of each example's first answer token, ``(examples, V)``."""
     starts = range(0, len(examples), batch_size)
     logits = [engine.next_logits(examples[a : a + batch_size], method) for a in starts]
     return torch.cat(logits).float().cpu()

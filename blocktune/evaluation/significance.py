@@ -7,7 +7,7 @@ is right on all of a few questions may be wrong on the next one, which a bootstr
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from math import ceil, comb, erfc, sqrt
+from math import ceil, erfc, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -116,8 +116,10 @@ def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
     """
     differences = paired(correct, baseline)
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-    tail = sum(comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2 ** (wins + losses))
+    tail, term, n = 0, 1, wins + losses
+    for k in range(min(wins, losses) + 1):  # term: n over k; `comb` for each k takes cubic time
+        tail, term = tail + term, term * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**n)
 
 
 def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:

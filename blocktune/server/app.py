@@ -90,8 +90,6 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Returns every error in OpenAI's format, in one line."""
-
     def reply(status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
         return JSONResponse(error_body(message, status, param), status, headers=headers or None)
 

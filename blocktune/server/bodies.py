@@ -109,7 +109,6 @@ class TextBodies:
         return [self._choice(event.index, self.piece(event.text), logs, event.finish)]
 
     def _choice(self, index: int, piece: dict, logs=None, finish=None) -> dict[str, Any]:
-        """A body of a stream with a change of one choice."""
         choice = {"index": index, **piece, "logprobs": logs, "finish_reason": finish}
         return self._frame(self.chunk_name, [choice])
 

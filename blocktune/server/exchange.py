@@ -133,7 +133,6 @@ class Exchange:
             self.close()
 
     async def _watch(self) -> None:
-        """Cancels the job when the client leaves."""
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
         self.submission.job.cancelled = True
@@ -156,7 +155,6 @@ class Exchange:
     async def _stream(
         self, bodies: TextBodies, first: Event, events: AsyncIterator[Event], with_usage: bool
     ) -> AsyncIterator[bytes]:
-        """Server-sent events in OpenAI's format."""
         try:
             yield _sse(*bodies.opening())
             yield _sse(*bodies.delta(first))

@@ -56,7 +56,6 @@ def load_engines(
 
 
 def _short(source: str) -> str:
-    """The last part of a folder's path; other names are unchanged."""
     return Path(source).resolve().name if Path(source).exists() else source
 
 

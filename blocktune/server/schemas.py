@@ -267,7 +267,6 @@ class CompletionRequest(Decoding):
     @field_validator("prompt", mode="before")
     @classmethod
     def _take_the_only_one(cls, value: Any) -> Any:
-        """Unwraps a list of one prompt, which many clients send."""
         if not isinstance(value, list) or not all(isinstance(item, (str, list)) for item in value):
             return value
         if len(value) != 1:

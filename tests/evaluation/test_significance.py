@@ -114,6 +114,12 @@ def test_mcnemar_matches_the_binomial_by_hand(wins, losses, p_value):
     assert mcnemar_exact(left, right) == pytest.approx(p_value)
 
 
+def test_mcnemar_of_many_questions_is_exact():
+    wins, losses = 10_300, 9_700
+    p = mcnemar_exact([1] * wins + [0] * losses, [0] * wins + [1] * losses)
+    assert p == pytest.approx(binomtest(wins, wins + losses).pvalue, rel=1e-9)
+
+
 def test_unpaired_scores_are_refused():
     with pytest.raises(ValueError, match="one length"):
         mcnemar_exact([1, 0], [1])

@@ -207,7 +207,6 @@ def _draw_score(
 
 
 def _named(label: str, score: float, start: float) -> str:
-    """A method's label, with its score if that is below the start of the axis."""
     return label if score >= start else f"{label} ({100 * score:.0f} %)"
 
 
