@@ -87,11 +87,7 @@ def _import_file(path: Path) -> None:
         raise ValueError("there is no such Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look up their module there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    spec.loader.exec_module(module)
 
 
 def _is_file(plugin: str) -> bool:

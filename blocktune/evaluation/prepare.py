@@ -192,7 +192,7 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
 
 def _ids(tokenizer, fmt: PromptFormat, example: RagExample) -> tuple[int, ...]:
     pieces = make_pieces(tokenizer, fmt, example.chunks, example.question)
-    return (*pieces.prefix, *(i for chunk in pieces.chunks for i in chunk), *pieces.query)
+    return pieces.context + pieces.query
 
 
 def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:

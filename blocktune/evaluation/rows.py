@@ -52,8 +52,9 @@ PARTS = (
     *("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt"),
     *("adapter", "cache", "methods", "extras", "engine"),
     *("evaluation/metrics.py", "evaluation/rows.py", "evaluation/suite.py"),
+    *("evaluation/caches.py", "evaluation/ttft.py", "evaluation/fidelity.py"),
 )
-"""Code that outputs and scores depend on; commands, training and reports do not affect them."""
+"""Code that outputs, scores and times depend on; commands, training and reports do not matter."""
 
 
 def code_digest(method: Method | None = None, metrics: Iterable[str] = ()) -> str:
@@ -66,14 +67,13 @@ def code_digest(method: Method | None = None, metrics: Iterable[str] = ()) -> st
     plugins = {path for one in made for path in _sources_of(one)}
     texts = [path.read_bytes() for path in sorted(plugins)]
     digests = [hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]] if texts else []
-    return "-".join([blocktune.__version__, package_digest(*PARTS), *digests])
+    return "-".join([blocktune.__version__, _package_digest(), *digests])
 
 
 @cache
-def package_digest(*parts: str) -> str:
-    """A digest of files and folders of this package."""
+def _package_digest() -> str:
     root, digest = Path(blocktune.__file__).parent, hashlib.sha256()
-    for part in parts:
+    for part in PARTS:
         own = [root / part] if part.endswith(".py") else (root / part).rglob("*.py")
         for path in sorted(own):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

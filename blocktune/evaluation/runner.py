@@ -21,16 +21,7 @@ from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.results import RESULTS, build_results
-from blocktune.evaluation.rows import (
-    ROWS,
-    Row,
-    RowFile,
-    code_digest,
-    digest_of,
-    make_row,
-    package_digest,
-    row_key,
-)
+from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, digest_of, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import locked, replace_json
@@ -237,8 +228,8 @@ def _measure_once(
     """
     path = output / f"{name}.json"
     row_keys = {label: [row.key for row in own] for label, own in rows.items()}
-    keys = [path.name, getattr(suite, name), row_keys, code_digest(), package_digest("evaluation")]
-    keys += [hardware(), versions(), suite.device, str(suite.store)]
+    keys = [path.name, getattr(suite, name), row_keys, code_digest(), hardware(), versions()]
+    keys += [suite.device, str(suite.store)]
     record = load_json(path) if path.exists() else None
     if not isinstance(record, dict) or record.get("keys") != digest_of(keys):
         record = {"keys": digest_of(keys), name: measure()}
