@@ -86,17 +86,7 @@ class Scheduler:
         self._thread.join(timeout_s)
 
     def submit(self, job: Job) -> None:
-        """Queues a request.
-
-        Raises:
-            Busy: If too many wait, or the server stops.
-            ValueError: If its answers would never fit into the memory for keys and values.
-        """
-        if job.reserved > self.limits.kv_bytes:
-            raise ValueError(
-                f"the prompt and its answers need {job.reserved:,} bytes of keys and values, the "
-                f"server has {self.limits.kv_bytes:,}; ask for fewer tokens or choices"
-            )
+        """Queues a request. Raises `Busy` if too many wait, or the server stops."""
         with self._wake:
             if self._stopping:
                 raise Busy(5.0, "the server is shutting down")
@@ -132,10 +122,9 @@ class Scheduler:
     def _remove_expired(self) -> list[Job]:
         """Removes requests from the queues whose client left, or that waited too long."""
         expired = [job for queue in self._queues.values() for job in queue if self._is_expired(job)]
-        for tenant, queue in list(self._queues.items()) if expired else ():
-            self._queues[tenant] = deque(job for job in queue if job not in expired)
-            if not self._queues[tenant]:
-                del self._queues[tenant]
+        if expired:
+            left = {t: [j for j in q if j not in expired] for t, q in self._queues.items()}
+            self._queues = {tenant: deque(queue) for tenant, queue in left.items() if queue}
         return expired
 
     def _admit(self) -> None:
@@ -186,10 +175,12 @@ class Scheduler:
         """Does one unit of work for the request whose turn it is."""
         if not self.preparing:
             return
-        job = self.preparing.popleft()
+        job = self.preparing[0]  # it stays, so that the metrics count it
         try:
-            if not self._prepare(job):
-                self.preparing.append(job)  # to the end of the line
+            if self._prepare(job):
+                self.preparing.popleft()
+            else:
+                self.preparing.rotate(-1)  # to the end of the line
         except Exception as error:
             self._fail(job, failure_of(error))
 
