@@ -80,6 +80,7 @@ def written_rows(plan: Plan | None) -> Tensor | None:
 
 
 EXECUTIONS = {"dense": DensePlan, "flex": FlexPlan, "split": SplitPlan}
+_run = torch.compiler.disable(lambda plan, *inputs: plan.attend(*inputs))
 
 
 def make_plan(execution: str, layout: Layout) -> Plan:
@@ -195,6 +196,7 @@ def _own_config(model: nn.Module) -> None:
             module.config = copy.deepcopy(config, copies)
 
 
+@torch.compiler.disable  # traced, each layout would be compiled, and enum members compare wrongly
 def _read_layout(
     execution: str, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
@@ -262,7 +264,7 @@ def _attend(
     )
     rule = LayerRule(layer=module.layer_idx, window=kwargs.get("sliding_window"))
     # Contiguous, like the result of stock functions, because some models call view() on it.
-    return plan.attend(query, key, value, rule, params).contiguous(), None
+    return _run(plan, query, key, value, rule, params).contiguous(), None
 
 
 def _eager(module: nn.Module) -> Callable | None:

@@ -148,7 +148,6 @@ class SchedulePlan:
         return self._current.pick(all_hidden)
 
     def _set_rows(self, layer: int, current: RowSubset) -> None:
-        """Sets the rows that are computed from ``layer`` on."""
         if self.plans and not self.plans[-1].executed:
             self.plans.pop()  # no layer used it: e.g. the first layer computes fewer rows
         if self.plans:

@@ -120,7 +120,6 @@ def tell_rewording(
 
 
 def _differing(first: PromptFormat, second: PromptFormat) -> str:
-    """Names of the fields in which two prompt formats differ."""
     before, after = first.to_dict(), second.to_dict()
     return ", ".join(key for key in after if after[key] != before[key])
 

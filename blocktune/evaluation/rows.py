@@ -224,7 +224,6 @@ class RowFile:
         return {row.key: row for row in rows if row.key in wanted}
 
     def _paths(self) -> list[Path]:
-        """The merged file and the part files."""
         parts = self.path.parent.glob(f"{glob.escape(self.path.stem)}.part*.jsonl")
         return [self.path, *sorted(parts)]
 

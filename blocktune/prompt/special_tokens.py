@@ -218,8 +218,8 @@ def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces:
     if last >= num_rows:
         raise ValueError(
             f"token {tokenizer.convert_ids_to_tokens(last)!r} has id {last}, but the model embeds "
-            f"{num_rows} tokens; use the model's own tokenizer, or call "
-            "model.resize_token_embeddings(len(tokenizer)) and train the new rows"
+            f"{num_rows} tokens; use the model's own tokenizer, or save the model and tokenizer "
+            "after model.resize_token_embeddings(len(tokenizer)) and use those"
         )
 
 

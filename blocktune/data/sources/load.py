@@ -172,9 +172,7 @@ def on_the_hub(parsed: SourceName) -> bool:
 
 def _unknown_source(source: str | Path) -> str:
     if os.path.isdir(source):
-        tables = sorted(Path(source).glob("data-*.arrow"))  # as Dataset.save_to_disk leaves them
-        hint = f"such as '{tables[0]}'" if tables else f"or 'hf:{source}' for a data set"
-        return f"'{source}' is a folder; give a file in it, {hint}"
+        return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     if os.path.exists(source):
         return f"'{source}' is a pipe or a device, which is not read; write it into a file first"
     return (
