@@ -86,17 +86,7 @@ class Scheduler:
         self._thread.join(timeout_s)
 
     def submit(self, job: Job) -> None:
-        """Queues a request.
-
-        Raises:
-            Busy: If too many wait, or the server stops.
-            ValueError: If its answers would never fit into the memory for keys and values.
-        """
-        if job.reserved > self.limits.kv_bytes:
-            raise ValueError(
-                f"the prompt and its answers need {job.reserved:,} bytes of keys and values, the "
-                f"server has {self.limits.kv_bytes:,}; ask for fewer tokens or choices"
-            )
+        """Queues a request. Raises `Busy` if too many wait, or the server stops."""
         with self._wake:
             if self._stopping:
                 raise Busy(5.0, "the server is shutting down")
@@ -183,10 +173,12 @@ class Scheduler:
     def _prepare_one(self) -> None:
         if not self.preparing:
             return
-        job = self.preparing.popleft()
+        job = self.preparing[0]  # it stays, so that the metrics count it
         try:
-            if not self._prepare(job):
-                self.preparing.append(job)  # to the end of the line
+            if self._prepare(job):
+                self.preparing.popleft()
+            else:
+                self.preparing.rotate(-1)  # to the end of the line
         except Exception as error:
             self._fail(job, failure_of(error))
 
