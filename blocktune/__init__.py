@@ -14,6 +14,7 @@ The public names below are imported on first use, so that ``import blocktune`` a
 from blocktune.lazy import exports
 
 __version__ = "0.1.0"
+
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
@@ -29,4 +30,4 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.training.trainer": "BlockSFTTrainer",
     },
 )
-__all__ += ["__version__"]
+__all__.append("__version__")

@@ -108,7 +108,6 @@ class _Rows:
 
 
 def _lora_layers(model: nn.Module, scope: str) -> Iterator[nn.Module]:
-    """Yields the LoRA layers after checking them."""
     from peft.tuners.lora import LoraLayer
 
     configs = getattr(model, "peft_config", {})

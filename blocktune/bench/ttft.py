@@ -104,7 +104,6 @@ def _timed(
 
 
 def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], object]]:
-    """Functions that look chunks up, join them at their encoded positions, and relocate them."""
     state, layout, wanted = engine.state, run.batch.layout, run.wanted[0]
 
     def lookup():

@@ -41,7 +41,6 @@ def subjects() -> dict[str, Method]:
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
 Claim = Callable[[Subject], Check]
-ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
 
 
 def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
@@ -81,19 +80,18 @@ def claims(method: Method) -> dict[str, Claim]:
             pairs["a budget of nothing or all = nothing or all"] = _budget_ends
         if method.reshape() is not None:
             pairs["a neutral reshape = none"] = _neutral_reshape
-    equal = {name: partial(_equal, name, compared) for name, compared in pairs.items()}
-    if method.layout(LayoutSpec()).bos != "none":  # a chunk's own BOS comes before it
-        return equal
-    return {ALONE_CLAIM: _one_chunk_alone} | equal
+        spec = method.layout(LayoutSpec())
+        learned = method.weights in (Weights.LINKS, Weights.WRAPS)
+        beside = learned or spec.num_blanks or spec.bos != "none" or spec.slot
+        if not beside and method.history is None:
+            pairs["one chunk alone, not reshaped = full prefill"] = _one_chunk_alone
+    return {name: partial(_equal, name, compared) for name, compared in pairs.items()}
 
 
-def _one_chunk_alone(subject: Subject) -> Check:
-    # Must equal full prefill if the method claims it, and differ if it does not.
-    method, bare = subject.method, serving.begun(subject.bare, subject.method)
-    full = bare.next_logits([ALONE], "full-prefill")
-    diff = serving.difference(bare.next_logits([ALONE], method), full)
-    tolerance = serving.tolerance_of(bare, full) * serving.reach(bare, method, ALONE)
-    return Check(ALONE_CLAIM, (diff <= tolerance) == method.exact_on_one_chunk, diff, tolerance)
+def _one_chunk_alone(subject: Subject) -> Pairs:
+    method, bare = compose(subject.method, reshape=None), subject.bare
+    bare.forget()
+    yield bare.next_logits([ALONE], method), bare.next_logits([ALONE], "full-prefill")
 
 
 def _equal(name: str, pairs: Callable[[Subject], Pairs], subject: Subject) -> Check:
@@ -179,7 +177,6 @@ def _decoding_is_one_forward(subject: Subject) -> Pairs:
 
 
 def _with_fixed_choices(method: Method) -> list[Method]:
-    """The method, and variants whose selection does not depend on the question."""
     if method.cached is not Cached.CHUNKS:
         return [method]
     return [method, *(compose(method, select=s) for s in (FirstK(k=3), Everything()))]

@@ -309,6 +309,5 @@ def _stock_logits(model: str | None, folder: Path, options: dict[str, Any]) -> T
     fmt = AdapterInfo.load(folder).format
     peft, tokenizer, _, _ = load_model(model, folder, merge=False, **options)
     pieces = make_pieces(tokenizer, fmt, ASK.chunks, ASK.question, block=False)
-    ids = [*pieces.prefix, *(token for chunk in pieces.chunks for token in chunk), *pieces.query]
-    rows = torch.tensor([ids], device=peft.device)
+    rows = torch.tensor([pieces.context + pieces.query], device=peft.device)
     return peft(rows, use_cache=False).logits[:, -1].float().cpu()

@@ -209,7 +209,6 @@ def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False)
 def _show(
     result: dict, as_json: bool, output: Path | None, table: Callable[[dict], Table] | None = None
 ) -> None:
-    """Prints a result as JSON, as a table, or as lines of names and values."""
     from blocktune.files import replace_json
 
     if output is not None:
@@ -218,7 +217,6 @@ def _show(
 
 
 def _lines(result: dict, indent: str = "") -> list[str]:
-    """Lines of names and values; mappings are indented blocks."""
     lines = []
     for name, value in result.items():
         if isinstance(value, dict):

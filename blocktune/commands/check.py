@@ -34,7 +34,6 @@ def methods(as_json: opt.AsJson = False) -> None:
 
 
 def _print_methods(descriptions: list) -> None:
-    """Prints a line with name, weights and parameters of each entry, then its summary."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text

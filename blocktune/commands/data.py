@@ -135,7 +135,6 @@ def show(
 
 
 def _echo(text: str) -> None:
-    """Prints text of a row; control characters as hexadecimal escapes."""
     typer.echo(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
 
 

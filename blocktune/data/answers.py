@@ -76,7 +76,6 @@ def evidence(example: RagExample) -> frozenset[int]:
 
 
 def _split_verdicts(answers: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Splits answers into yes/no verdicts (normalised) and all others."""
     answers = list(answers)
     verdicts = {_normalize(answer) for answer in answers} & {"yes", "no"}
     return verdicts, [answer for answer in answers if _normalize(answer) not in verdicts]

@@ -20,7 +20,7 @@ from blocktune.engine.usage import Executed
 from blocktune.layout import FOREVER
 from blocktune.methods import Cached, Method, Selection
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
-from blocktune.methods.select.base import selectable
+from blocktune.methods.select.base import require_context, selectable
 from blocktune.prompt import LayoutSpec, Pieces, Prompt
 
 
@@ -74,7 +74,6 @@ def prefill_warm(
 def _prefill(
     served: ServedBatch, loader: ChunkLoader | None, found: Found | None, lazy: bool = True
 ) -> Generation:
-    """Loads cached states, selects rows to recompute, and computes."""
     state, watch = served.state, served.watch
     selection = served.method.select_for(state.num_layers)
     if served.method.cached is Cached.CHUNKS:
@@ -108,13 +107,13 @@ def _prefill(
 def _choose(
     served: ServedBatch, selection: Selection, assembled: Assembled, passes: ScoringPasses
 ) -> tuple[Computed, LayerSchedule]:
-    """Selects the rows that any layer computes, and which of them each layer computes."""
     layout = served.batch.layout
     # Rows that are not cached are always computed. A selected token overwrites its cached original.
     start = ~assembled.cached & has_column(layout)
     depth = hidden = None
     if served.method.cached is Cached.CHUNKS:
         selected = selection.begin(layout, passes)
+        require_context(selection, selected, layout, torch.bool, torch.int64)
         if selected.dtype != torch.bool:  # number of layers, from the first, that compute each
             depth = selected.masked_fill(start, FOREVER)
         start = start | (selected > 0)
@@ -122,6 +121,8 @@ def _choose(
         hidden = to_columns(selectable(layout) & ~start, layout, served.columns)
     layers = selection.widens(served.state.num_layers)
     widened = {layer: selection.widen(layer, layout) for layer in layers}
+    for mask in widened.values():
+        require_context(selection, mask, layout, torch.bool)
     candidates = computed_rows(served.batch, reduce(torch.logical_or, widened.values(), start))
     return candidates, LayerSchedule(
         selection=selection,

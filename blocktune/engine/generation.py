@@ -138,7 +138,6 @@ class TextStream:
         return self._show(len(self._text))
 
     def _unread(self) -> str:
-        """Text of the tokens from the read offset on."""
         ids, count = self._ids[self._prefix_offset :], self._read_offset - self._prefix_offset
         before, after = (
             self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:count], ids)

@@ -18,12 +18,13 @@ from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.repaired_cache import RepairedCache
-from blocktune.methods.select import LayerCheck, LayerKV, Selection
+from blocktune.methods.select import SELECTORS, LayerCheck, LayerKV, Selection
 from blocktune.methods.select.layers import compared
 from blocktune.models.gate import decoder_layers, require_supported
 from blocktune.models.probe import NoRotary
 from blocktune.models.recurrent import Recurrence, find_recurrence
 from blocktune.positions import RopeSpec
+from blocktune.registry import require_like
 
 
 class _StatesMade(Exception):
@@ -83,7 +84,6 @@ class SchedulePlan:
         return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """Asks the selection which rows are computed further, and drops the others."""
         self.watch.stop("recompute_s")
         rows, exists = self._current.rows.rows, self._current.exists
         column = rows.order.clamp(min=0)
@@ -113,8 +113,11 @@ class SchedulePlan:
             question_mass=None if self.chunk_probe is None else self.chunk_probe.of_question(),
             probe=probe,
         )
-        selected = self.schedule.selection.refine(check) & eligible
-        if fresh and self.schedule.selection.keeps_keys:
+        selection = self.schedule.selection
+        selected = selection.refine(check)
+        require_like(f"selector '{SELECTORS.name_of(selection)}'", selected, eligible)
+        selected = selected & eligible
+        if fresh and selection.keeps_keys:
             self.cache.layers[index].store(*fresh[0])
             if self.reshaping is not None:
                 self.reshaping.wrote(index, self._current.rows.columns)
@@ -148,7 +151,6 @@ class SchedulePlan:
         return self._current.pick(all_hidden)
 
     def _set_rows(self, layer: int, current: RowSubset) -> None:
-        """Sets the rows that are computed from ``layer`` on."""
         if self.plans and not self.plans[-1].executed:
             self.plans.pop()  # no layer used it: e.g. the first layer computes fewer rows
         if self.plans:

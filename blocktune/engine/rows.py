@@ -115,7 +115,6 @@ class RowSubset:
     """
 
     def __init__(self, candidates: Computed, chosen: Tensor):
-        """Takes the ``chosen`` candidates."""
         self._candidates, self.chosen = candidates, chosen
         self._all = torch.equal(chosen, candidates.rows.kind != Kind.PAD)
         self.index, self.exists = left_padded(chosen, candidates.rows.order)

@@ -87,7 +87,6 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
 def _rows(
     folder: str | Path, methods: Mapping[str, Any], labels: Sequence[str]
 ) -> dict[str, Sequence[Row]]:
-    """Rows of a run by label; the mean of the seeds for a pool."""
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
     members = {member: label for label in labels for member in pools.get(label, [label])}
     rows = read_all(Path(folder), list(members))

@@ -119,7 +119,6 @@ def tell_rewording(
 
 
 def _differing(first: PromptFormat, second: PromptFormat) -> str:
-    """Names of the fields in which two prompt formats differ."""
     before, after = first.to_dict(), second.to_dict()
     return ", ".join(key for key in after if after[key] != before[key])
 
@@ -134,7 +133,7 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
                 scores_of(task, "", example, tokenizer)
             except ValueError as error:
                 place = f"{source}: question {index + 1}"
-                raise ValueError(f"{place} has no answer to score with: {error}") from None
+                raise ValueError(f"{place} cannot be scored: {error}") from None
             name = digest_of([example.question, example.answers])  # files may be cut or reordered
             questions.append(TaskQuestion(task, example, f"{task.name}/{name}"))
     return tuple(questions)
@@ -191,7 +190,7 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
 
 def _ids(tokenizer, fmt: PromptFormat, example: RagExample) -> tuple[int, ...]:
     pieces = make_pieces(tokenizer, fmt, example.chunks, example.question)
-    return (*pieces.prefix, *(i for chunk in pieces.chunks for i in chunk), *pieces.query)
+    return pieces.context + pieces.query
 
 
 def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:

@@ -234,7 +234,6 @@ def summarize(
 def _difference(
     own: Sequence[float], other: Sequence[float], p: float, p_holm: float
 ) -> dict[str, Any]:
-    """The difference of two methods, its p-values, and the power of this many questions."""
     interval, power = significance.difference(own, other), significance.power(own, other, p, p_holm)
     tested = {"mean": interval.mean, "ci95": interval.ci95, "p": p, "p_holm": p_holm}
     return tested | {key: getattr(power, key, None) for key in significance.Power._fields}

@@ -99,7 +99,6 @@ def refuse_test(source: str) -> None:
 
 
 def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's entry with the chosen values."""
     entry = {"name": method} if isinstance(method, str) else dict(mapping(method, "method"))
     entry = deepcopy(entry)
     entry.setdefault("name", entry.get("preset"))

@@ -89,7 +89,6 @@ class Method:
     # question: the history for measurements that begin with empty caches.
     warm_up: ClassVar[int] = 0
     keeps_context: ClassVar[bool] = True  # False: the baseline without chunks
-    exact_on_one_chunk: ClassVar[bool] = True  # whether one chunk alone equals full prefill
     # Share of the context's layer-tokens to recompute; None: by the selector's parameters.
     layer_budget: ClassVar[float | None] = None
 

@@ -23,7 +23,7 @@ _ARCHITECTURE = (
     *("num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"),
     *("rms_norm_eps", "sliding_window", "rope_parameters"),
 )
-_TRAINED = ("lora_", "trainable_tokens", "blocktune_links", "modules_to_save.")
+_TRAINED = ("ranknum.", "trainable_tokens", "blocktune_links", "modules_to_save.")
 
 
 def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
@@ -84,8 +84,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _base_weights(
     model: PreTrainedModel, state: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
+    # PEFT starts the names of an adapter's weights with a prefix of its kind.
+    kind = getattr(getattr(model, "base_model", None), "prefix", "lora_")
     for name, weight in model.named_parameters():
-        if not any(mark in name for mark in _TRAINED):
+        if not any(mark in name for mark in (kind, *_TRAINED)):
             weight = weight if state is None else state[name]
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             yield name.replace(".token_adapter", "").replace(".original_module", ""), weight

@@ -262,7 +262,6 @@ class Probe:
 
 
 def _full(rows: int) -> Layout:
-    """Layout of a prompt in full attention."""
     at = torch.arange(rows)[None]
     values = {"kind": int(Kind.QUERY), "chunk": NO_CHUNK, "group": GLOBAL, "sample": 0}
     values |= {"supersedes": NO_ROW, "until": FOREVER}

@@ -102,7 +102,6 @@ def small_config(
 
 
 def _small(name: str, value: Any, sizes: Mapping[str, int] = _SIZES) -> Any:
-    """A field's value in a small configuration."""
     if isinstance(value, dict):
         return {key: _small(key, item, _PARTS) for key, item in value.items()}
     if isinstance(value, list) and value and all(map(_is_count, value)):

@@ -28,6 +28,12 @@ class Chunk:
     title: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def document(self) -> str:
+        """The name of its document: ``document`` or ``id`` of the metadata, else the title."""
+        names = (self.metadata.get("document"), self.metadata.get("id"), self.title)
+        return str(next((name for name in names if name is not None), ""))
+
     def __post_init__(self):
         if not isinstance(self.text, str) or not self.text.strip():
             raise ValueError(f"a chunk's text must be a non-blank string, got {self.text!r:.60}")

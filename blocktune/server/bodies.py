@@ -109,7 +109,6 @@ class TextBodies:
         return [self._choice(event.index, self.piece(event.text), logs, event.finish)]
 
     def _choice(self, index: int, piece: dict, logs=None, finish=None) -> dict[str, Any]:
-        """A body of a stream with a change of one choice."""
         choice = {"index": index, **piece, "logprobs": logs, "finish_reason": finish}
         return self._frame(self.chunk_name, [choice])
 
@@ -154,7 +153,6 @@ class TextBodies:
         return {"usage": usage, "blocktune": self._extension(report)}
 
     def _extension(self, report: Report) -> dict[str, Any]:
-        """The ``blocktune`` field of an answer."""
         job, usage = self.submission.job, vars(report.usage).copy()
         ttft = vars(usage.pop("ttft")) | {"queue_s": report.queue_s, "total_s": report.ttft_s}
         fields = {

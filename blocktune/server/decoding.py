@@ -95,7 +95,6 @@ class Choice:
 
     @cached_property
     def _keys(self) -> Rows:
-        """All columns that the answer may have."""
         return self.run.columns.concat(self._rows)
 
     @property

@@ -212,7 +212,6 @@ def read_method(extension: Extension, default: Method) -> Method:
 
 @lru_cache(256)
 def _named(text: str) -> Method:
-    """A method without parameters, cached, since most requests use the same one."""
     return _checked(partial(build, text))
 
 

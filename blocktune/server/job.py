@@ -115,6 +115,11 @@ class Job:
         """Tokens charged to its tenant's quota: those of the prompt, the answers and the chunks."""
         return self.num_tokens + sum(len(piece.ids) for piece in self.wanted)
 
+    def unused_tokens(self, report: Report) -> int:
+        """Tokens of `quota_tokens` that the answers were allowed but did not have."""
+        most = self.settings.choices * self.settings.max_new_tokens
+        return 0 if self.pieces is None else most - report.answer_tokens
+
     @cached_property
     def reserved(self) -> int:
         """Most bytes of keys and values that its answers need."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from blocktune.cache import ChunkStore, states_key
 from blocktune.cache.responses import ResponseCache
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
+from blocktune.engine.prompts import TooLong
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
 from blocktune.prompt import Pieces
@@ -28,10 +30,6 @@ CHARACTERS = 32
 """Most characters of a token, to refuse texts that are too long before they are tokenised."""
 WITHOUT_CHUNKS = "prefix-cache"
 """The method of prompts without documents, which can only reuse an exact prefix."""
-
-
-class UnknownModel(ValueError):
-    """A request names a model that is not served."""
 
 
 class Served(NamedTuple):
@@ -92,8 +90,7 @@ class Service:
         for served in self.models.values():  # requests load none
             served.engine.state.auxiliaries.may_load = served.engine.store.may_load = False
         self.faults: list[str] = []
-        self.ready = self.draining = False
-        self._checked = checked
+        self.ready, self._checked = False, checked
         self.scheduler = Scheduler(config.limits, self._check)
         for store in self.stores:
             self.scheduler.pinned |= store.pinned()  # by earlier servers, or `blocktune store pin`
@@ -117,17 +114,17 @@ class Service:
 
     def stop(self) -> None:
         """Finishes what was accepted, and the files that wait for a remote."""
-        self.draining = True
         self.scheduler.stop()
         for store in self.stores:  # SIGTERM ends the process without doing this
             store.flush()
 
     def model(self, name: str | None) -> Served:
-        """A model by its name; None: the first. Raises `UnknownModel` if none has this name."""
+        """A model by its name; None: the first. Raises `WrongField` if none has this name."""
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise UnknownModel(f"no model '{name:.80}'; served: {', '.join(self.models)}")
+            told = f"no model '{name:.80}'; served: {', '.join(self.models)}"
+            raise schemas.WrongField(told, "model", 404, "model_not_found")
         return self.models[name]
 
     def chat(self, body: schemas.ChatRequest, tenant: Tenant) -> Submission:
@@ -137,10 +134,8 @@ class Service:
         documents = [*(body.documents or ()), *conversation.documents]
         sources = self._sources(served, documents, conversation.texts)
 
-        def read(*how: Any, block: bool) -> Pieces:
-            return front.chat_pieces(*how, conversation, block)
-
-        job = self._job(served, body, tenant, sources, read, True)
+        read = partial(front.chat_pieces, conversation=conversation)
+        job = self._job(served, body, tenant, sources, read)
         job.has_turns = bool(conversation.earlier)
         return Submission(job, served, sources, conversation.question)
 
@@ -150,10 +145,9 @@ class Service:
         texts = [body.prompt] if isinstance(body.prompt, str) else []
         sources = self._sources(served, body.documents or (), texts)
 
-        def read(*how: Any, block: bool) -> Pieces:
-            return front.plain_pieces(*how, body.prompt)
-
-        job = self._job(served, body, tenant, sources, read, False)
+        job = self._job(
+            served, body, tenant, sources, lambda *how, block: front.plain_pieces(*how, body.prompt)
+        )
         return Submission(job, served, sources, "".join(texts))
 
     def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Submission:
@@ -200,7 +194,7 @@ class Service:
             store.discard(key, *(states_key(key, layer) for layer in layers))
 
     def card(self, name: str) -> schemas.ModelCard:
-        """The description of a model in ``/v1/models``; `UnknownModel` if there is none."""
+        """The description of a model in ``/v1/models``; `WrongField` if there is none."""
         served = self.model(name)
         return schemas.ModelCard(
             id=name,
@@ -228,7 +222,7 @@ class Service:
         whole += sum(map(len, texts))
         room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.max_tokens)
         if whole > room:
-            raise ValueError(f"{whole:,} characters were given, the model reads {room:,} at most")
+            raise TooLong(f"{whole:,} characters were given, the model reads {room:,} at most")
         return sources
 
     def _job(
@@ -238,7 +232,6 @@ class Service:
         tenant: Tenant,
         sources: Sequence[front.Source],
         read: Callable[..., Pieces],
-        strips: bool,
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
         method = front.read_method(body.blocktune or schemas.Extension(), served.method)
@@ -252,18 +245,18 @@ class Service:
         if spec.num_blanks > MOST_BLANKS:
             raise ValueError(f"blocktune: at most {MOST_BLANKS} blanks, got {spec.num_blanks}")
         if pieces.num_tokens > limits.prompt_tokens:
-            raise ValueError(
+            raise TooLong(
                 f"the prompt has {pieces.num_tokens:,} tokens, the server takes "
                 f"{limits.prompt_tokens:,}; cut chunks smaller or retrieve fewer"
             )
+        new_tokens = body.max_completion_tokens or body.max_tokens
         for name, value, most in (
-            ("max_tokens", body.asked_tokens, limits.new_tokens),
+            ("max_tokens", new_tokens, limits.new_tokens),
             ("n", body.n, limits.choices),
         ):
             if value is not None and value > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
-        prompt = prompts.prompt(pieces, spec, body.asked_tokens or 1)
-        new_tokens = body.asked_tokens
+        prompt = prompts.prompt(pieces, spec, new_tokens or 1)
         if new_tokens is None:
             length = int((prompt.layout.kind != Kind.BLANK).sum())
             length = max(length, int(prompt.layout.position.max()) + 1)
@@ -271,8 +264,12 @@ class Service:
             new_tokens = min(new_tokens, prompts.max_tokens - length)
         top_k, top_p = max(0, body.top_k or 0), body.top_p or 1.0
         sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
-        count, logprobs = body.n or 1, body.num_logprobs
-        return Job(
+        count, logprobs, strips = (
+            body.n or 1,
+            body.num_logprobs,
+            isinstance(body, schemas.ChatRequest),
+        )
+        job = Job(
             served.engine,
             method=method,
             pieces=pieces,
@@ -283,3 +280,9 @@ class Service:
             strip=bool(body.blocktune and body.blocktune.strip),
             token_bytes=served.token_bytes,
         )
+        if job.reserved > limits.kv_bytes:
+            raise ValueError(
+                f"the prompt and its answers need {job.reserved:,} bytes of keys and values, the "
+                f"server has {limits.kv_bytes:,}; ask for fewer tokens or choices"
+            )
+        return job

@@ -264,7 +264,6 @@ def _name(index: int, sample: Sample) -> str:
 
 
 def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
-    """The same prompt, cut after its first question."""
     removed = len(part["answer"])
     removed += sum(len(turn["query"]) + len(turn["answer"]) for turn in part["followups"])
     return part | {"answer": [], "followups": [], "length": part["length"] - removed}

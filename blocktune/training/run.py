@@ -72,7 +72,6 @@ class Parser(TrlParser):
         return [str(key) for key in values if key not in actions]
 
     def _value(self, action: argparse.Action, value: Any) -> Any:
-        """Parses a value of the YAML as on the command line."""
         for kind, name in ((Mapping, "dict"), (list, "list")):
             if isinstance(value, kind) and name not in _TYPES.get(action.dest, ""):
                 raise ValueError(f"must be one value, got {value!r:.60}")
@@ -156,7 +155,6 @@ def leave() -> None:
 
 
 def _close_process_group() -> None:
-    """Ends the threads of the process group; see `leave`."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

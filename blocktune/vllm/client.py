@@ -115,6 +115,8 @@ class ChunkClient:
         self.name = info.base_model if info else bare
         text = read_config(bare, revision).get_text_config()
         self.tokenizer = read_tokenizer(bare, revision)
+        if info is not None:
+            self.tokenizer = info.tokenizer(self.adapter, self.tokenizer)
         self._tokenizer_hash = tokenizer_hash(self.tokenizer)
         if info is not None and self._tokenizer_hash != info.tokenizer_hash:
             raise ValueError(

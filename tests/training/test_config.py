@@ -116,16 +116,13 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"trust_remote_code": True}, "code of repositories is never run"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be above 0, got 0"),
+        ({"activation_offloading": True}, "activation_offloading is for GPUs"),
+        ({"fp16": True}, "fp16 is for GPUs"),  # torch would ignore it
     ],
 )
 def test_what_a_run_may_not_say(tmp_path, overrides, line):
     with pytest.raises(ValueError, match=re.escape(line)):
         parsed(tmp_path, **overrides)
-
-
-def test_activations_are_not_moved_off_a_cpu(tmp_path):
-    with pytest.raises(ValueError, match="leave it out on CPUs"):
-        make_trainer(tmp_path, activation_offloading=True)
 
 
 def test_flash_attention_is_refused(tmp_path):

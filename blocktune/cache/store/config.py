@@ -46,7 +46,7 @@ class About:
     num_tokens: int = 0
     kind: str = ""
     fingerprint: str = ""  # of the model that made it
-    document: str = ""  # document that the chunk comes from, as the user names it
+    document: str = ""  # documents that the chunk comes from, as the user names them, one a line
     tenant: str = ""  # owner, whose quota it counts against
     seconds: float = 0.0  # time that encoding took: what a hit saves
     expires: float | None = None  # end of its lifetime, seconds since the epoch; None: never

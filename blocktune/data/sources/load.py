@@ -105,7 +105,10 @@ def open_records(parsed: SourceName, reading: Reading, limit: int | None) -> Ite
 
 
 def load_chunks(source: str | Path) -> list[Chunk]:
-    """Loads the distinct chunks of a file of examples, or of a file with one passage per record."""
+    """Loads the distinct chunks of a file of examples, or of a file with one passage per record.
+
+    A chunk of several documents (`Chunk.document`) is returned once for each.
+    """
     parsed = parse_source(str(source))
     reading = read_options(parsed)
     records = open_records(parsed, reading, None)
@@ -115,9 +118,10 @@ def load_chunks(source: str | Path) -> list[Chunk]:
     has_text = isinstance(value, dict) and any(key in value for key in TEXT_KEYS)
     if isinstance(value, str) or (has_text and "question" not in value):
         read = partial(parse_record, parse=partial(read_chunk, name="text"), types=dict | str)
-        return list(dict.fromkeys(map(read, records)))
-    examples = parse_records(records, parsed, reading)
-    return list(dict.fromkeys(chunk for example in examples for chunk in example.chunks))
+        chunks = map(read, records)
+    else:
+        chunks = (chunk for e in parse_records(records, parsed, reading) for chunk in e.chunks)
+    return list({(chunk, chunk.document): chunk for chunk in chunks}.values())
 
 
 def parse_records(

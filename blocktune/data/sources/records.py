@@ -92,7 +92,6 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def _by_magic(head: bytes, table: Mapping[bytes, Any]) -> Any:
-    """Looks up a file's first bytes in a table of magic numbers."""
     return next((kind for magic, kind in table.items() if head.startswith(magic)), None)
 
 
@@ -206,7 +205,6 @@ def _cell(text: str, where: str, column: str) -> Any:
 
 
 def _from_table(path: Path, kind: str) -> Iterator[Record]:
-    """Rows of a Parquet or Arrow file, a batch at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -239,7 +239,6 @@ def write_passages(rng: Random, world: World) -> Passages:
 def _write(
     rng: Random, document: Document, facts: list[Fact], part: int, style: Style
 ) -> list[str]:
-    """Writes the sentences of a chunk."""
     entity = document.entity
     if facts[0].relation.place:  # a continued list has no other text
         items = "; ".join(fact.relation.facts[0].format(o=fact.value) for fact in facts)

@@ -77,5 +77,4 @@ def _metric(tasks: Mapping[str, Any], group: str) -> str:
 
 
 def _broken(kind: str) -> str:
-    """The name of a kind, broken into two lines if it is long."""
     return kind if len(kind) <= 10 else kind.replace("/", "/\n").replace("-", "-\n", 1)
