@@ -30,4 +30,4 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.training.trainer": "BlockSFTTrainer",
     },
 )
-__all__ += ["__version__"]
+__all__.append("__version__")

@@ -69,7 +69,7 @@ class Rows:
     def concat(self, other: Rows) -> Rows:
         """Concatenates these rows and ``other`` along the last axis."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return Rows(**{name: torch.cat((left, right), dim=-1) for name, left, right in pairs})
+        return type(self)(**{name: torch.cat((a, b), dim=-1) for name, a, b in pairs})
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,13 @@ class Layout(Rows):
     def rows(self) -> Rows:
         """The same fields without the check of shapes, so that they can be indexed."""
         return Rows(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def append_fresh(layout: Layout, rows: Tensor, until: int = FOREVER) -> Layout:
+    """Appends a fresh copy of each of ``rows`` ``(R,)`` to one prompt's layout; see `Rows`."""
+    copies = layout.map(lambda field: field[:, rows])
+    group, ends = torch.full_like(copies.group, GLOBAL), torch.full_like(copies.until, until)
+    return layout.concat(replace(copies, group=group, supersedes=rows[None], until=ends))
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,19 @@ def exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Makes a package's ``__getattr__``, ``__dir__`` and ``__all__``.
 
-    ``homes`` maps a module's dotted name to its public names, separated by spaces; ``new=old``
-    renames one. A name must not be that of a module in the package: once imported, the module
-    would hide it.
+    ``homes`` maps a module's dotted name to its public names, separated by spaces; ``NEW=OLD`` is
+    another name. It must not be that of a module in the package, which would hide it once imported.
     """
-    pairs = ((module, name) for module, names in homes.items() for name in names.split())
-    home_of = {name.partition("=")[0]: (module, name.rpartition("=")[2]) for module, name in pairs}
+    home_of = {}
+    for module, names in homes.items():
+        for new, _, old in (name.partition("=") for name in names.split()):
+            home_of[new] = module, old or new
 
     def get(name: str) -> Any:
         if name not in home_of:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
-        module, attribute = home_of[name]
-        return getattr(import_module(module), attribute)
+        module, own = home_of[name]
+        return getattr(import_module(module), own)
 
-    names = sorted(home_of)
-    return get, lambda: names, names
+    public = sorted(home_of)
+    return get, lambda: public, public

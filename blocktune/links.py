@@ -62,9 +62,8 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     Install links after PEFT has wrapped the model, because PEFT replaces embeddings that it trains.
     The table becomes a submodule of the base, which DDP, ZeRO and ``.to()`` handle like others.
 
-    Raises:
-        ValueError: If links are installed already, the width differs, or the model has a second
-            embedding table for the same ids (Gemma 3n), which cannot look up virtual ids.
+    Raises ValueError if links are installed already, the width differs, or the model has a second
+    embedding table for the same ids (Gemma 3n), which cannot look up virtual ids.
     """
     base = unwrapped(model)
     _check_model(base, table)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
@@ -234,7 +235,8 @@ def _value(field: Field, value: Any, where: str) -> Any:
 
 def _annotation(field: Field) -> str:
     """A field's type as source text, also if annotations are evaluated."""
-    return field.type if isinstance(field.type, str) else formatannotation(field.type)
+    text = field.type if isinstance(field.type, str) else formatannotation(field.type)
+    return re.sub(r"\b(typing|collections\.abc)\.", "", text)
 
 
 def _is(value: Any, types: Any) -> bool:

@@ -14,12 +14,15 @@ import importlib.util
 import os
 import pkgutil
 import sys
+import traceback
 from importlib import metadata
 from pathlib import Path
 
 GROUP = "blocktune.plugins"
 EXTRAS = "blocktune.extras"
 VARIABLE = "BLOCKTUNE_PLUGINS"
+FILE = "blocktune_plugin_"
+"""Begins the name of a module that is a plug-in's file."""
 
 _loaded: set[str] = set()
 
@@ -51,10 +54,20 @@ def load_all() -> None:
             _loaded.add(plugin)  # before the import, because the plug-in may use a registry
             try:
                 _import_file(Path(plugin)) if _is_file(plugin) else importlib.import_module(plugin)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 _loaded.discard(plugin)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise ValueError(f"plug-in '{plugin}' cannot be loaded: {reason}") from error
+
+
+def place_of(error: BaseException) -> str | None:
+    """Where a plug-in's code raised an error, or called what did; None if none of it ran."""
+    names = {plugin.partition(".")[0] for plugin in _loaded if not _is_file(plugin)}
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        module, code = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code
+        if module.startswith(FILE) or module in names - {__package__}:
+            return f"plug-in '{code.co_filename}', line {line} in {code.co_name}"
+    return None
 
 
 @functools.cache
@@ -68,17 +81,13 @@ def _installed(path: tuple[str, ...]) -> list[str]:
 def _import_file(path: Path) -> None:
     """Imports a file under a name made from its path, so that equal file names do not collide."""
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    name = f"blocktune_plugin_{path.stem}_{digest}"
+    name = f"{FILE}{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not path.is_file():
         raise ValueError("there is no such Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look up their module there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    spec.loader.exec_module(module)
 
 
 def _is_file(plugin: str) -> bool:

@@ -113,6 +113,19 @@ def require_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a share in [0, 1], got {value!r}")
 
 
+def require_like(what: str, given: Any, like: Any, *dtypes: Any) -> None:
+    """Raises a `ValueError` unless a tensor of a plug-in has the shape of ``like`` and its dtype.
+
+    ``what`` made it; ``dtypes`` are those that it may have instead.
+    """
+    dtypes = dtypes or (like.dtype,)
+    if not isinstance(given, type(like)) or given.shape != like.shape or given.dtype not in dtypes:
+        wanted = f"{' or '.join(map(str, dtypes))} {tuple(like.shape)}"
+        got = [str(getattr(given, name)) for name in ("dtype", "shape") if hasattr(given, name)]
+        got = " ".join([type(given).__name__, *got])
+        raise ValueError(f"{what} must return a tensor, {wanted}, got {got}")
+
+
 def require_one_of(name: str, value: str, known: Collection[str]) -> None:
     """Raises a `ValueError` unless ``value`` is among ``known``."""
     if value not in known:

@@ -1,6 +1,7 @@
 """Strict mappings: what does not fit is refused in one line that says where."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -19,6 +20,7 @@ class Spec:
     on: bool = False
     words: tuple[str, ...] = ()
     sizes: tuple[float, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.count < 1:
@@ -76,6 +78,7 @@ def test_merged_keys_may_be_overridden():
         ({"name": "a", "words": "x"}, "'words' must be a list of texts"),
         ({"name": "a", "words": [1]}, "'words' must be a list of texts"),
         ({"name": "a", "sizes": [True]}, "'sizes' must be a list of numbers"),
+        ({"name": "a", "weights": "x"}, "'weights' must be a mapping of names to numbers"),
         ({"name": "a", "count": 0}, "s: count must be at least 1"),
     ],
 )

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blocktune.adapter.scope import SCOPES, scope_of
 from blocktune.files import replace_json
 from blocktune.links import link_base
+from blocktune.models.identity import tokenizer_hash
+from blocktune.models.load import read_tokenizer
 from blocktune.parsing import load_json, mapping, read
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.registry import require_one_of
@@ -78,6 +80,13 @@ class AdapterInfo:
         if self.link_mode == "table":
             return link_base(model)
         return tokenizer.convert_tokens_to_ids(self.link_token)
+
+    def tokenizer(self, folder: Path, base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The run's: the ``base``'s, or if its template or padding was changed, the adapter's."""
+        if self.tokenizer_hash == tokenizer_hash(base) or not any(folder.glob("tokenizer*")):
+            return base
+        own = read_tokenizer(folder)
+        return own if self.tokenizer_hash == tokenizer_hash(own) else base
 
     def require_served(self, model: PreTrainedModel, format: PromptFormat) -> None:
         """Raises ValueError if ``model`` has another scope, or ``format`` differs from training."""

@@ -288,6 +288,7 @@ def _apply(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded
     if source.folder is None:
         info = None if source.release is None else source.release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
+    tokenizer = source.info.tokenizer(source.folder, tokenizer)
     plain = source.info.scope == "both" and not getattr(base, "is_quantized", False)
     merge = merge and alone and plain
     adapted, info = load_adapter(base, tokenizer, source.folder, merge=merge)

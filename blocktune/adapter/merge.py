@@ -105,6 +105,7 @@ def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> 
 @torch.no_grad()
 def _reference_logits(name, folder, options) -> Tensor:
     base, tokenizer = load_base(name, **options)
+    tokenizer = AdapterInfo.load(folder).tokenizer(folder, tokenizer)
     # Rows beyond the tokenizer's vocabulary are left out, since added link tokens may use them.
     vocab_size = min(len(tokenizer), base.config.get_text_config().vocab_size)
     model, info = load_adapter(base, tokenizer, folder)
@@ -113,6 +114,7 @@ def _reference_logits(name, folder, options) -> Tensor:
 
 def _write(name, folder, output, info: AdapterInfo, link_mode: str, options) -> None:
     base, tokenizer = load_base(name, **options)
+    tokenizer = info.tokenizer(folder, tokenizer)
     if info.quantization is not None:
         base = base.dequantize(dtype=base.dtype)
         if options["quantize"] is None:  # saved quantised, in a form that is not written again

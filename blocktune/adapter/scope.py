@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from blocktune.attention.interface import plan_in, written_rows
 from blocktune.models.gate import decoder_layers, unwrapped
+from blocktune.registry import require_one_of
 
 SCOPES = ("both", "encode", "read")
 SCOPED_ROWS = {"encode": "rows of chunks", "read": "rows computed at answering time"}
@@ -38,8 +39,7 @@ def scope_adapter(model: nn.Module, scope: str) -> None:
 
     Raises ValueError if the model has no adapter or another scope, or a part acts on other rows.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got '{scope}'")
+    require_one_of("scope", scope, SCOPES)
     if scope == scope_of(model):
         return
     if scope_of(model) != "both":

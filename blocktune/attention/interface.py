@@ -80,6 +80,7 @@ def written_rows(plan: Plan | None) -> Tensor | None:
 
 
 EXECUTIONS = {"dense": DensePlan, "flex": FlexPlan, "split": SplitPlan}
+_run = torch.compiler.disable(lambda plan, *inputs: plan.attend(*inputs))
 
 
 def make_plan(execution: str, layout: Layout) -> Plan:
@@ -114,9 +115,7 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
         model: A transformers decoder.
         execution: The execution for layouts, see `make_plan`.
 
-    Raises:
-        ValueError: If the model cannot switch its attention implementation, or its own is not
-            one of `STOCK`.
+    Raises ValueError if the model cannot switch its attention, or its own is not one of `STOCK`.
     """
     _execution(execution)
     decoder, stock = decoder_of(model), _stock(model)
@@ -195,6 +194,7 @@ def _own_config(model: nn.Module) -> None:
             module.config = copy.deepcopy(config, copies)
 
 
+@torch.compiler.disable  # traced, each layout would be compiled, and enum members compare wrongly
 def _read_layout(
     execution: str, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
@@ -262,11 +262,10 @@ def _attend(
     )
     rule = LayerRule(layer=module.layer_idx, window=kwargs.get("sliding_window"))
     # Contiguous, like the result of stock functions, because some models call view() on it.
-    return plan.attend(query, key, value, rule, params).contiguous(), None
+    return _run(plan, query, key, value, rule, params).contiguous(), None
 
 
 def _eager(module: nn.Module) -> Callable | None:
-    """The eager attention function of the file that defines the module's class."""
     files = (sys.modules[base.__module__] for base in type(module).__mro__)
     functions = (getattr(file, "eager_attention_forward", None) for file in files)
     return next((function for function in functions if function is not None), None)

@@ -33,10 +33,6 @@ from blocktune.positions import RopeSpec
 from blocktune.prompt import Pieces, Prompt
 from blocktune.provenance import provenance
 
-TARGETS = {"disk_over_copy": 0.6, "memory_over_copy": 0.8}
-TARGETS |= {"lookup_p99_s": 1e-3, "match_p99_s": 5e-3}
-"""The project's goals: shares of copy bandwidth, and times with a million keys or tokens."""
-
 
 def bench_store(
     setting: ReuseBench, folder: Path | None = None, keys: int = 1_000_000
@@ -78,7 +74,6 @@ def bench_store(
         "lookup": {"keys": keys} | lookups,
         "prefixes": {"tokens": keys} | _matches(keys),
         "codecs": {codec: codec_error(chunk, codec, disk.state.rope)._asdict() for codec in CODECS},
-        "targets": TARGETS,
         "setting": asdict(setting),
         "provenance": provenance(),
     }
@@ -121,7 +116,6 @@ def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
 def _times(
     works: Mapping[str, Callable[[], object]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Measures wall and CPU seconds of every round that counts, by name."""
     cpu: dict[str, list[float]] = {name: [] for name in works}
 
     def clocked(name: str, work: Callable[[], object]) -> None:
@@ -146,7 +140,6 @@ def _read(files: list[Path], buffers: list[memoryview]) -> None:
 
 
 def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:
-    """Times look-ups in a folder whose index holds ``count`` keys, in wall and CPU seconds."""
     store = ChunkStore(config=StoreConfig(folder=folder, memory=0, disk=1 << 50))
     draw = random.Random(0)
     rows = (
@@ -168,7 +161,6 @@ def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:
 
 
 def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, float]:
-    """Times matching prompts in a prefix tree of ``tokens`` tokens, in wall and CPU seconds."""
     draw, tree, model = random.Random(0), PrefixTree(1 << 40), "ab" * 32
     states = torch.zeros(1, 1, length, 1)
     layer = SimpleNamespace(keys=states, values=states)

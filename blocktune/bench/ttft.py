@@ -9,17 +9,7 @@ from typing import Any
 
 import torch
 
-from blocktune.bench.reuse import (
-    copy_rate,
-    matmul_rate,
-    query_only,
-    random_pieces,
-    ratios,
-    spread,
-    threads,
-    time_methods,
-    usage_of,
-)
+from blocktune.bench import reuse
 from blocktune.cache import RowCache
 from blocktune.engine import Engine
 from blocktune.engine.assemble import relocate
@@ -57,9 +47,8 @@ def bench_ttft(
         keys (another pass over them); and the ``question``'s forward pass (FLOPs at the matmul
         rate, or weights and cache at the copy rate). Also the method, setting and provenance.
 
-    Raises:
-        ValueError: If a prompt has no room for a chunk and the question, or the engine's store for
-            the chunks of a prompt.
+    Raises ValueError if a prompt has no room for a chunk and the question, or the engine's store
+    for the chunks of a prompt.
     """
     if min(lengths) - question < 3 or question < 1 or chunk < 1:
         raise ValueError(
@@ -67,11 +56,11 @@ def bench_ttft(
         )
     method = default_method(engine.prompts.trained)
     timed = {}
-    with threads(num_threads), torch.no_grad():
+    with reuse.threads(num_threads), torch.no_grad():
         has_limit = engine.model.device.type == "cpu" and engine.model.dtype == torch.float32
-        rates = (copy_rate(repeats), matmul_rate(repeats)) if has_limit else None
+        rates = (reuse.copy_rate(repeats), reuse.matmul_rate(repeats)) if has_limit else None
         for length in lengths:
-            pieces = random_pieces(len(engine.tokenizer), length - 1, chunk, question, seed)
+            pieces = reuse.random_pieces(len(engine.tokenizer), length - 1, chunk, question, seed)
             timed[str(length)] = _timed(engine, pieces, method, repeats, rates)
             engine.forget()
     setting = {"chunk": chunk, "question": question, "repeats": repeats, "threads": num_threads}
@@ -81,24 +70,20 @@ def bench_ttft(
 
 
 def _timed(
-    engine: Engine,
-    pieces: Pieces,
-    method: Method,
-    repeats: int,
-    rates: tuple[float, float] | None,
+    engine: Engine, pieces: Pieces, method: Method, repeats: int, rates: tuple[float, float] | None
 ) -> dict[str, Any]:
     run = engine.start([pieces], method)
-    usage = usage_of(engine, pieces, method)
+    usage = reuse.usage_of(engine, pieces, method)
     if usage.chunk_misses:
         raise ValueError(
             f"the engine's store has no room for the chunks of {pieces.num_tokens:,} tokens, which "
             "would be encoded again in each round; give it more memory, or shorter prompts"
         )
-    more = {"question": query_only(engine.model, run), **_assembling(engine, run)}
-    times = time_methods(engine, pieces, {"cached": method}, repeats, **more)
+    more = {"question": reuse.query_only(engine.model, run), **_assembling(engine, run)}
+    times = reuse.time_methods(engine, pieces, {"cached": method}, repeats, **more)
     pairs = zip(times.pop("relocate"), times["join"], strict=True)
     times["rotate"] = [max(0.0, relocate_s - join_s) for relocate_s, join_s in pairs]
-    over = spread(ratios(times, "cached", "full"))
+    over = reuse.spread(reuse.ratios(times, "cached", "full"))
     limits = {}
     if rates is not None:
         copy, matmul = rates
@@ -107,19 +92,18 @@ def _timed(
         question = max(usage.flops / matmul, (weights + cached) / copy)
         limits = {"join": cached / copy, "rotate": cached / 2 / copy, "question": question}
     parts = {
-        name: {"seconds": spread(times[name])["median"], "limit": limits.get(name)}
+        name: {"seconds": reuse.spread(times[name])["median"], "limit": limits.get(name)}
         for name in PARTS
     }
     return {
         "cached_over_full": over["median"],
         "spread": over,
-        "seconds": {name: spread(times[name])["median"] for name in ("cached", "full")},
+        "seconds": {name: reuse.spread(times[name])["median"] for name in ("cached", "full")},
         "parts": parts,
     }
 
 
 def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], object]]:
-    """Functions that look chunks up, join them at their encoded positions, and relocate them."""
     state, layout, wanted = engine.state, run.batch.layout, run.wanted[0]
 
     def lookup():

@@ -192,7 +192,6 @@ class PrefixTree:
             )
 
     def _root(self, fingerprint: str) -> _Node:
-        """The root of a fingerprint, with the runs in files; an empty one is not registered."""
         root = self._roots.get(fingerprint) or _Node()
         if self._lists_files and fingerprint not in self._listed:
             keep_latest(self._listed, fingerprint, None, _TENANTS)
@@ -352,5 +351,4 @@ class PrefixTree:
 
 
 def _resumes(node: _Node, count: int) -> bool:
-    """Whether a prompt can resume after ``count`` tokens of a run."""
     return node.exact.states is None or (node.state is not None and count == len(node.ids))

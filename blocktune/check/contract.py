@@ -8,25 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blocktune.check.serving import (
-    ALONE,
-    ASK,
-    HISTORY,
-    LAST,
-    OTHER,
-    SHORT,
-    Ask,
-    Check,
-    RowChange,
-    Subject,
-    all_fresh,
-    all_visible,
-    begun,
-    computed_columns,
-    difference,
-    reach,
-    tolerance_of,
-)
+from blocktune.check import serving
+from blocktune.check.serving import ALONE, ASK, LAST, OTHER, SHORT, Ask, Check, Subject
 from blocktune.engine import Engine
 from blocktune.methods import Cached, Method, Weights, available, build, compose
 from blocktune.methods.repair import REPAIRS
@@ -58,7 +41,6 @@ def subjects() -> dict[str, Method]:
 
 Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
 Claim = Callable[[Subject], Check]
-ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
 
 
 def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
@@ -87,9 +69,9 @@ def claims(method: Method) -> dict[str, Claim]:
         pairs["nothing fresh = plain reuse, as one dense forward"] = plain
         pairs["order of stored chunks does not matter"] = _order_of_storing
         if method.weights is Weights.WRAPS:  # learned tokens around chunks stay as stored
-            name, rows = "all but what wraps chunks fresh = one dense forward", all_fresh
+            name, rows = "all but what wraps chunks fresh = one dense forward", serving.all_fresh
         else:
-            name, rows = "everything fresh = full prefill of the same rows", all_visible
+            name, rows = "everything fresh = full prefill of the same rows", serving.all_visible
         all_selected = _neutral(compose(method, select=Everything()))
         pairs[name] = partial(_is_dense, method=all_selected, rows=rows)
         if method.history is not None and method.history.begins_in_full:
@@ -98,32 +80,31 @@ def claims(method: Method) -> dict[str, Claim]:
             pairs["a budget of nothing or all = nothing or all"] = _budget_ends
         if method.reshape() is not None:
             pairs["a neutral reshape = none"] = _neutral_reshape
-    equal = {name: partial(_equal, name, compared) for name, compared in pairs.items()}
-    if method.layout(LayoutSpec()).bos != "none":  # a chunk's own BOS comes before it
-        return equal
-    return {ALONE_CLAIM: _one_chunk_alone} | equal
+        spec = method.layout(LayoutSpec())
+        learned = method.weights in (Weights.LINKS, Weights.WRAPS)
+        beside = learned or spec.num_blanks or spec.bos != "none" or spec.slot
+        if not beside and method.history is None:
+            pairs["one chunk alone, not reshaped = full prefill"] = _one_chunk_alone
+    return {name: partial(_equal, name, compared) for name, compared in pairs.items()}
 
 
-def _one_chunk_alone(subject: Subject) -> Check:
-    # Must equal full prefill if the method claims it, and differ if it does not.
-    method, bare = subject.method, begun(subject.bare, subject.method)
-    full = bare.next_logits([ALONE], "full-prefill")
-    diff = difference(bare.next_logits([ALONE], method), full)
-    tolerance = tolerance_of(bare, full) * reach(bare, method, ALONE)
-    return Check(ALONE_CLAIM, (diff <= tolerance) == method.exact_on_one_chunk, diff, tolerance)
+def _one_chunk_alone(subject: Subject) -> Pairs:
+    method, bare = compose(subject.method, reshape=None), subject.bare
+    bare.forget()
+    yield bare.next_logits([ALONE], method), bare.next_logits([ALONE], "full-prefill")
 
 
 def _equal(name: str, pairs: Callable[[Subject], Pairs], subject: Subject) -> Check:
     """Checks that the tensors of all pairs are equal. A NaN fails."""
     diffs, tolerance = [], 0.0
     for left, right in pairs(subject):
-        diffs.append(difference(left, right))
-        tolerance = max(tolerance, tolerance_of(subject.engine, right))
-    tolerance *= reach(subject.engine, subject.method, ASK)
+        diffs.append(serving.difference(left, right))
+        tolerance = max(tolerance, serving.tolerance_of(subject.engine, right))
+    tolerance *= serving.reach(subject.engine, subject.method, ASK)
     return Check(name, all(diff <= tolerance for diff in diffs), max(diffs), tolerance)
 
 
-def _is_dense(subject: Subject, method: Method, rows: RowChange | None = None) -> Pairs:
+def _is_dense(subject: Subject, method: Method, rows: serving.RowChange | None = None) -> Pairs:
     yield subject.logits(method), subject.dense_logits(method, rows)
 
 
@@ -170,7 +151,7 @@ def _no_future(subject: Subject) -> Pairs:
 
 def _order_of_storing(subject: Subject) -> Pairs:
     method, expected = subject.method, subject.logits(subject.method)
-    engine = subject.begin(HISTORY[::-1])
+    engine = subject.begin(serving.HISTORY[::-1])
     for chunk in reversed(ASK.chunks):
         engine.next_logits([Ask("Why?", (chunk, *SHORT.chunks))], method)
     yield engine.next_logits([ASK], method)[0], expected
@@ -186,17 +167,16 @@ def _decoding_is_one_forward(subject: Subject) -> Pairs:
     """Compares decoding a few tokens with giving the same tokens after the question."""
     for method in _with_fixed_choices(subject.method):
         run = subject.run(method)
-        computed = computed_columns(run)
+        computed = serving.computed_columns(run)
         ids, logits = run.continued(3)
         forward = subject.run(method, answer=ids)
-        if computed_columns(forward) == computed:  # else a share is more tokens now
+        if serving.computed_columns(forward) == computed:  # else a share is more tokens now
             yield logits, forward.prefill.logits
             return
     raise AssertionError("every selector chose other tokens for the longer prompt")
 
 
 def _with_fixed_choices(method: Method) -> list[Method]:
-    """The method, and variants whose selection does not depend on the question."""
     if method.cached is not Cached.CHUNKS:
         return [method]
     return [method, *(compose(method, select=s) for s in (FirstK(k=3), Everything()))]

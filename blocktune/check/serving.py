@@ -20,8 +20,8 @@ from blocktune.attention import DensePlan, SplitPlan, planned_forward
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.generation import Generation
-from blocktune.layout import GLOBAL, Kind, Layout
-from blocktune.methods import Method, build
+from blocktune.layout import GLOBAL, Kind, Layout, append_fresh
+from blocktune.methods import Method, build, default_method
 from blocktune.models.load import adapter_folder
 from blocktune.models.quantize import quantization_of
 from blocktune.prompt import Batch, Chunk, LayoutSpec, make_pieces, stack
@@ -214,12 +214,7 @@ def all_fresh(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
     The learned tokens around a chunk get no fresh row.
     """
     rows = layout.is_context[0].nonzero().squeeze(1)
-    fresh = layout.map(lambda field: field[:, rows])
-    fresh = replace(
-        fresh, group=torch.full_like(fresh.group, GLOBAL), supersedes=rows.expand_as(fresh.kind)
-    )
-    joined = torch.cat([layout.pack(), fresh.pack()], dim=1)
-    return torch.cat([ids, ids[:, rows]], dim=1), Layout.unpack(joined)
+    return torch.cat([ids, ids[:, rows]], dim=1), append_fresh(layout, rows)
 
 
 def reach(engine: Engine, method: Method, ask: Ask) -> float:
@@ -244,7 +239,7 @@ def _checks(engine: Engine) -> Iterator[Check]:
         diffs.append(diff)
         return Check(name, diff <= tolerance, diff, tolerance)
 
-    plain = _plain(engine)
+    plain = default_method(engine.prompts.trained)
     block = batch_of(engine, plain)
     hidden_rows = forward_dense(engine, block.input_ids, block.layout)
     visible_rows = forward_dense(engine, *all_visible(block.input_ids, block.layout))
@@ -291,14 +286,6 @@ def _checks(engine: Engine) -> Iterator[Check]:
     yield Check("hiding chunks from each other is seen", diff >= least, diff, least)
 
 
-def _plain(engine: Engine) -> Method:
-    """The method without recomputation that the engine's weights were trained for."""
-    trained = engine.prompts.trained
-    if trained is None or not trained.num_learned:
-        return build("naive")
-    return build("kvlink" if trained.num_links else "kv-packet")
-
-
 @torch.no_grad()
 def check_adapter(model: str | None, adapter: str | Path, **options: Any) -> list[Check]:
     """Runs `check_model`, and compares full prefill with stock PEFT, unmerged.
@@ -322,6 +309,5 @@ def _stock_logits(model: str | None, folder: Path, options: dict[str, Any]) -> T
     fmt = AdapterInfo.load(folder).format
     peft, tokenizer, _, _ = load_model(model, folder, merge=False, **options)
     pieces = make_pieces(tokenizer, fmt, ASK.chunks, ASK.question, block=False)
-    ids = [*pieces.prefix, *(token for chunk in pieces.chunks for token in chunk), *pieces.query]
-    rows = torch.tensor([ids], device=peft.device)
+    rows = torch.tensor([pieces.context + pieces.query], device=peft.device)
     return peft(rows, use_cache=False).logits[:, -1].float().cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -176,6 +177,7 @@ def encode(
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
+    from blocktune.cache.store.config import StoreConfig
     from blocktune.commands import answering
     from blocktune.data import load_chunks
     from blocktune.engine.encode import NOT_AHEAD
@@ -189,13 +191,15 @@ def encode(
     words = opt.wording(instruction, system, wording)
     if model is not None and not (Path(model) / INFO_FILE).is_file():
         examine(read_config(model))  # before anything is written
-    # Opened before a model is loaded, and on the CPU, since no chunk is read back.
+    # Opened before a model is loaded.
     chosen = answering.build_method(method, [])
     if chosen is not None and (chosen.history is not None or not chosen.reuses_chunks):
         raise ValueError(NOT_AHEAD.format(chosen.name))
-    chunk_store, processes = ChunkStore.open(store, must_write=True), launched()
-    if chunk_store.place is None:
+    config = StoreConfig.parse(store)
+    if config.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
+    config, processes = replace(config, memory=0, cpu=0), launched()  # no chunk is read back
+    chunk_store = ChunkStore(config=config, must_write=True)
     loading = (chunk_store, dtype, device or processes.device, quantize)
     engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
     answering.encode(engine, chunks, processes, store, chosen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
 from blocktune.files import append_lines, resumed, truncate_lines
 from blocktune.methods import Method, parse_method
+from blocktune.models.identity import digest_of
 from blocktune.parsing import parse_yaml, refuse_doubles
 from blocktune.prompt import Chunk, show
 
@@ -136,7 +136,6 @@ class Run:
     def _answers(
         self, examples: Sequence[RagExample], quiet: bool = False
     ) -> Iterator[tuple[RagExample, Answer]]:
-        """Answers batch by batch, with a progress bar where there are several."""
         starts = range(0, len(examples), self.batch_size)
         for start in tracked(starts, "answering", shown=not quiet and len(starts) > 1):
             batch = examples[start : start + self.batch_size]
@@ -159,9 +158,8 @@ class Run:
         similar = responses and responses.threshold and [responses.threshold, responses.model]
         caches = [engine.store.config.codec, str(engine.state.decode_cache), similar]
         weights = [engine.fingerprint, engine.format.to_dict()]
-        parts = [weights, caches, method, self.max_new_tokens, sampled, example.to_json()]
-        text = json.dumps(parts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        asked = [method, self.max_new_tokens, sampled, example.to_json()]
+        return digest_of([weights, caches, *asked])
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -194,7 +192,8 @@ def encode(
 
     ``place`` is the value of ``--store``. Raises ValueError if some chunks were not stored.
     """
-    mine, store = processes.share(chunks), engine.store
+    own, store = set(processes.share(list(dict.fromkeys(chunks)))), engine.store
+    mine = [chunk for chunk in chunks if chunk in own]
     columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Console(stderr=True)
     shown = processes.is_main and console.is_terminal
     with (
@@ -206,7 +205,7 @@ def encode(
             show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
             report = engine.encode(mine, show, method)
     who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
-    stats, old = store.stats(), report.num_chunks - report.num_encoded
+    stats, old = store.stats(), len(own) - report.num_encoded
     files, written = stats.files, stats.files.bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
     if left := files.evictions:

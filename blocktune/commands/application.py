@@ -21,6 +21,8 @@ from typer import Option
 from typer.core import TyperGroup
 
 import blocktune
+from blocktune import plugins
+from blocktune.parsing import first_line
 
 EXTRAS = {
     "train": ("trl", "peft", "accelerate"),
@@ -68,6 +70,9 @@ def _one_line(debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from None
     except Exception as error:
         line = explain(error)
+        if (place := plugins.place_of(error)) is not None:
+            line = line or f"{type(error).__name__}: {first_line(error)}; --debug shows where"
+            line = f"{line} ({place})"
         if debug or (line is None and FAILURES not in os.environ):
             raise
         if FAILURES in os.environ:
@@ -96,14 +101,14 @@ def resumable(kept: str) -> Iterator[None]:
 
 def plugins_first(args: list[str]) -> list[str]:
     """Moves every ``--plugin X`` and ``--plugin=X`` to the front of the arguments."""
-    plugins, others, remaining = [], [], list(args)
+    named, others, remaining = [], [], list(args)
     while remaining:
         arg = remaining.pop(0)
         if arg == PLUGIN and remaining:
-            plugins += [arg, remaining.pop(0)]
+            named += [arg, remaining.pop(0)]
         else:
-            (plugins if arg.startswith(f"{PLUGIN}=") else others).append(arg)
-    return plugins + others
+            (named if arg.startswith(f"{PLUGIN}=") else others).append(arg)
+    return named + others
 
 
 def explain(error: Exception) -> str | None:
@@ -218,7 +223,5 @@ def root(
     ] = None,
 ) -> None:
     """Fine-tune, serve and evaluate RoPE decoders that answer from cached chunks of text."""
-    from blocktune import plugins
-
     for name in plugin or ():
         plugins.add(name)

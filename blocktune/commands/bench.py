@@ -217,7 +217,6 @@ def _show(
 
 
 def _lines(result: dict, indent: str = "") -> list[str]:
-    """Lines of names and values; mappings are indented blocks."""
     lines = []
     for name, value in result.items():
         if isinstance(value, dict):

@@ -79,8 +79,7 @@ def check(
     quantize: opt.Quantize = None,
     device: opt.Device = None,
     families: Annotated[
-        bool,
-        Option("--families", help="Check a tiny model of every causal LM class instead."),
+        bool, Option("--families", help="Check a tiny model of every causal LM class instead.")
     ] = False,
     only: Annotated[
         list[str] | None, Option(help="With --families: only this model type; repeatable.")

@@ -35,8 +35,7 @@ Split = Annotated[
     str | None, Option(help="Split of a data set on the Hub. Default: validation if it has one.")
 ]
 Fields = Annotated[
-    str | None,
-    Option(metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=docs."),
+    str | None, Option(metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=docs.")
 ]
 Counter = Annotated[
     str | None,
@@ -136,7 +135,6 @@ def show(
 
 
 def _echo(text: str) -> None:
-    """Prints text of a row; control characters as hexadecimal escapes."""
     typer.echo(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
 
 

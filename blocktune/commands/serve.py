@@ -22,7 +22,7 @@ Adapters = Annotated[
     list[str] | None,
     Option(
         help="Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
-        "name that requests use. Repeatable; adapters share the weights of their base.",
+        "name that requests use. Repeatable; adapters share the weights of their base."
     ),
 ]
 Name = Annotated[
@@ -40,8 +40,7 @@ Method = Annotated[
     ),
 ]
 StoreGb = Annotated[
-    float,
-    Option(min=0.0, help="GiB for encoded chunks, and as much for exact prefixes.", **LIMITS),
+    float, Option(min=0.0, help="GiB for encoded chunks, and as much for exact prefixes.", **LIMITS)
 ]
 Host = Annotated[str, Option(help="Address to listen on.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
@@ -189,8 +188,7 @@ def serve_vllm(
         ),
     ] = None,
     encode_wait: Annotated[
-        float,
-        Option(min=0, help="Seconds a request may wait for `blocktune encode --follow`."),
+        float, Option(min=0, help="Seconds a request may wait for `blocktune encode --follow`.")
     ] = 30.0,
     host_gb: Annotated[float, Option(min=0, help="GiB of memory for chunks, in each rank.")] = 1.0,
     fingerprint: Annotated[

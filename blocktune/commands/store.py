@@ -15,12 +15,13 @@ from typer import Argument, Option
 
 from blocktune.cache.store.blobs import Blobs, states_key
 from blocktune.cache.store.config import Row, parse_bytes
-from blocktune.cache.store.shelf import Shelf
+from blocktune.cache.store.shelf import NO_MANIFEST, Shelf, found_rows
 from blocktune.commands.application import command, new_group
 from blocktune.commands.options import AsJson, tell
 
 SHORT = 12  # number of digits of a key or fingerprint that are shown
 MOST_LAYERS = 512  # of a model, whose hidden states `rm` looks for
+MOST_UNNAMED = 20  # up to this many models, those without a manifest are shown
 LEAST_DIGITS = 6  # that identify a key or fingerprint on the command line
 
 Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
@@ -57,10 +58,14 @@ def stat(store: Place, as_json: AsJson = False) -> None:
     tenants = {name: sums["bytes"] for name, sums in tenants.items() if name}
     record = total | {"unreadable": unreadable, "kinds": kinds, "tenants": tenants}
     damaged = f", {unreadable:,} unreadable" if unreadable else ""
-    lines = [f"{_sums(total)}, {len(models)} models{damaged}"]
-    for fingerprint, sums in models.items():
+    named = {name: sums for name, sums in models.items() if sums["base"] != NO_MANIFEST}
+    shown = models if len(models) <= MOST_UNNAMED else named
+    lines = [f"{_sums(total)}, {len(shown)} models{damaged}"]
+    for fingerprint, sums in shown.items():
         adapter = f" + {sums['adapter']}" if sums["adapter"] else ""
         lines.append(f"  {fingerprint[:SHORT]}  {_sums(sums)}  {sums['base']}{adapter}")
+    if left := len(models) - len(shown):
+        lines.append(f"  {left:,} others without a manifest, of salts and cached answers (--json)")
     lines += [f"  of kind {kind}: {_sums(s)}" for kind, s in kinds.items() if kind != "chunk"]
     tell(as_json, record | {"models": models}, *lines)
 
@@ -86,7 +91,7 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
 
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
-    problem = _problem(shelf.blobs, row.key)
+    problem, _ = _checked(shelf.blobs, row.key)
     record = _record(row) | {"sound": problem is None, "problem": problem}
     record |= {"signed": False, "codec": "as-is"}
     with suppress(OSError, ValueError):  # damaged, as ``problem`` says, gone or expired
@@ -104,7 +109,7 @@ def verify(store: Place, as_json: AsJson = False) -> None:
     """
     shelf = Shelf.open(store)
     blobs, index = shelf.blobs, shelf.mend()
-    results = {key: _problem(blobs, key) for key in blobs.keys()}  # noqa: SIM118
+    results = {key: _checked(blobs, key)[0] for key in blobs.keys()}  # noqa: SIM118
     problems = {key: problem for key, problem in results.items() if problem}
     signed = "" if blobs.secret is None else " and signed"
     sound = f"{len(results) - len(problems):,} of {len(results):,} chunks are sound{signed}"
@@ -134,7 +139,7 @@ def gc(
     now, total, kept, to_remove = time.time(), 0, [], {}
     for row in shelf.rows():
         expired = row.expires is not None and row.expires <= now
-        if expired or (damaged and _problem(shelf.blobs, row.key)):
+        if expired or (damaged and _checked(shelf.blobs, row.key)[0]):
             to_remove[row.key] = row.size
             continue
         total += row.size
@@ -155,7 +160,9 @@ def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -
     """Protect chunks of a folder from eviction, until `rm` or `gc` removes them."""
     shelf = Shelf.open(store)
     selected = [row.key for row in _rows(shelf, keys)]
-    count = shelf.pin(selected, not undo)
+    if shelf.index is None:
+        raise ValueError(f"'{shelf.blobs.place}' has no writable index, where pins are stored")
+    count = shelf.index.pin(selected, not undo)
     record = {"chunks": count, "pinned": not undo, "keys": selected}
     tell(as_json, record, f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
 
@@ -182,10 +189,11 @@ def rm(
         rows = [row for row in shelf.rows() if row.fingerprint in selected]
     else:
         rows = shelf.rows(model=_model(shelf, model), document=document)
+    rows, index = list(rows), shelf.index
     if keys or document:  # an answer that made a chunk's states knew no document
-        rows = list(rows)
-        own = {states_key(row.key, layer) for row in rows for layer in range(MOST_LAYERS)}
-        rows += [row for row in shelf.ledger.rows(kind="states") if row.key in own]
+        known = shelf.blobs.keys() if index is None else (r.key for r in index.rows(kind="states"))
+        own = (states_key(row.key, layer) for row in rows for layer in range(MOST_LAYERS))
+        rows += found_rows(shelf.blobs, sorted({*known}.intersection(own)))
     _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json)
 
 
@@ -220,19 +228,20 @@ def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     tell(as_json, records, *lines)
 
 
-def _problem(blobs: Blobs, key: str) -> str | None:
-    """What is wrong with a chunk; None if it is sound or gone. ValueError: it cannot be read."""
+def _checked(blobs: Blobs, key: str) -> tuple[str | None, Any]:
+    """What is wrong with a chunk, or its file; neither: it is gone. ValueError: no access."""
     from blocktune.cache.store.chunk_file import ChunkFile
 
     try:
-        return ChunkFile(blobs, key).verify()
+        (file := ChunkFile(blobs, key)).verify()
+        return None, file
     except FileNotFoundError:
-        return None
+        return None, None
     except OSError as error:  # says nothing about the file, which must not be called damaged
         reason = error.strerror or error
         raise ValueError(f"cannot read '{blobs.name(key)}': {reason}; repeat the command") from None
     except ValueError as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()), None
 
 
 def _describe_repairs(index: dict[str, int]) -> list[str]:
@@ -244,8 +253,8 @@ def _describe_repairs(index: dict[str, int]) -> list[str]:
 
 def _remove(shelf: Shelf, sizes: dict[str, int], dry_run: bool, as_json: bool, **more: Any) -> None:
     removed = {key: size for key, size in sizes.items() if dry_run or shelf.blobs.remove(key)}
-    if not dry_run:
-        shelf.ledger.remove(sizes)
+    if not dry_run and shelf.index is not None:
+        shelf.index.remove(sizes)
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
     left = f", {more['unfinished']:,} unfinished files" if more.get("unfinished") else ""
     line = f"{'would remove' if dry_run else 'removed'} {len(removed):,} chunks"
@@ -258,13 +267,15 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
     for row in source.rows(model=fingerprint, document=document):
         if target.blobs.has(row.key):
             counts["there"] += 1
-        elif _problem(source.blobs, row.key):
-            counts["unsound"] += 1
-        elif source.blobs.has(row.key):
-            data = source.blobs.open(row.key).content()
+            continue
+        problem, file = _checked(source.blobs, row.key)
+        counts["unsound"] += problem is not None
+        if file is not None:
+            data = bytes(file.content() or source.blobs.open(row.key).content())
             try:
                 target.blobs.write(row.key, data)
-                target.ledger.fill([row])
+                if target.index is not None:
+                    target.index.fill([row])
             except OSError as error:
                 done = f"after {counts['copied']:,} chunks"
                 reason = error.strerror or error

@@ -76,7 +76,6 @@ def evidence(example: RagExample) -> frozenset[int]:
 
 
 def _split_verdicts(answers: Iterable[str]) -> tuple[set[str], list[str]]:
-    """Splits answers into yes/no verdicts (normalised) and all others."""
     answers = list(answers)
     verdicts = {_normalize(answer) for answer in answers} & {"yes", "no"}
     return verdicts, [answer for answer in answers if _normalize(answer) not in verdicts]
@@ -124,9 +123,8 @@ def regenerate(
     ``only_correct``, examples whose reply gives no accepted answer are dropped, see `gives_answer`.
     ``on_batch`` is called with the number of examples done.
 
-    Raises:
-        ValueError: If the part file belongs to another command, an example has no accepted answer
-            to compare with, or no answer is left to write.
+    Raises ValueError if the part file belongs to another command, an example has no accepted answer
+    to compare with, or no answer is left to write.
     """
     for example in examples if only_correct else ():
         if not example.answers:

@@ -95,8 +95,7 @@ class Delimiter(Chunker):
     Source: Block-Attention, ``src/data/tools.py`` (fewer than 15 chunks).
     """
 
-    # None: the first of these that the text contains: blank line, ``---``, ``===``, newline + tab,
-    # newline
+    # None: the first of these in the text: blank line, ``---``, ``===``, newline + tab, newline
     delimiter: str | None = None
     max_chunks: int = 14  # the shortest neighbouring spans are joined until this many are left
 

@@ -44,8 +44,7 @@ class RagExample:
             (role, text): optionally system, then user and assistant in turn, with user last.
             ``chunks`` and ``question`` hold the same text; a mixture's ``turns`` trains on it.
 
-    Raises:
-        ValueError: If a field has the wrong type; one line that names the field.
+    Raises ValueError if a field has the wrong type; one line that names the field.
     """
 
     question: str
@@ -276,9 +275,13 @@ def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
 
 
 def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Answers and aliases of a record; empty for a test set that is released without answers."""
-    name = "answer" if record.get("answers") is None else "answers"
-    if record.get(name) is None:
+    """Answers and aliases of a record; empty for a test set that is released without answers.
+
+    In records of RAGAS, ``answer`` is what a system answered, beside the right ``ground_truth``.
+    """
+    names = ("answers", "ground_truth", "ground_truths", "answer")
+    name = next((name for name in names if record.get(name) is not None), None)
+    if name is None:
         return ()
     aliases = read_answers(record.get("answer_aliases"), "answer_aliases")
     return read_answers([*read_answers(record[name], name), *aliases])

@@ -16,6 +16,7 @@ from blocktune.data.example import RagExample
 from blocktune.data.sources.load import load_examples, training_split
 from blocktune.parsing import entries, load_spec, mapping, read
 from blocktune.prompt.format import PromptFormat
+from blocktune.registry import require_count, require_one_of
 
 BLOCK, FULL, BOTH = "block", "full", "both"
 MODES = {BLOCK: (BLOCK,), FULL: (FULL,), BOTH: (BLOCK, FULL)}
@@ -43,12 +44,11 @@ class Part:
     turns: bool = False
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"'mode' must be {', '.join(MODES)}, got {self.mode!r}")
+        require_one_of("'mode'", self.mode, MODES)
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"'weight' must be above 0, got {self.weight!r}; or drop the part")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"'limit' must be at least 1 or null, got {self.limit}")
+        if self.limit is not None:
+            require_count("'limit'", self.limit, 1)
         if self.turns and self.mode == BLOCK:
             raise ValueError("'turns' belong to full attention; set mode: full")
         if self.format is not None:
@@ -69,8 +69,7 @@ class Mixture:
     def __post_init__(self):
         if not self.parts:
             raise ValueError("'parts' must hold at least one source")
-        if self.draw not in DRAWS:
-            raise ValueError(f"'draw' must be {' or '.join(DRAWS)}, got {self.draw!r}")
+        require_one_of("'draw'", self.draw, DRAWS)
         if self.draw == "duplication":
             if self.size is not None:
                 raise ValueError("'size' belongs to draw: sampling; use weight and limit")

@@ -111,7 +111,6 @@ def _sentences_of_file(file: str) -> Iterator[str]:
 
 
 def _generated_sentences() -> Iterator[str]:
-    """Yields sentences of generated worlds (split ``test``) without end."""
     for seed in count():
         for example in generate_examples(WorldConfig(split="test", seed=seed, num_examples=50)):
             for chunk in example.chunks:

@@ -118,14 +118,11 @@ def _question(record: Mapping[str, Any]) -> RagExample:
 
 
 def from_corpus(
-    questions: Iterable[RagExample],
-    corpus: Sequence[Chunk],
-    k: int,
-    embed: Embed | None = None,
+    questions: Iterable[RagExample], corpus: Sequence[Chunk], k: int, embed: Embed | None = None
 ) -> list[RagExample]:
     """Gives each question the ``k`` best passages of a corpus, with their scores in ``meta``."""
     questions = list(questions)  # a mistake in them is reported before the corpus is indexed
-    index = Index(corpus, embed)
+    index = Index(list(dict.fromkeys(corpus)), embed)
     results = index.search([question.question for question in questions], k)
     examples = []
     for question, hits in zip(questions, results, strict=True):
@@ -178,7 +175,6 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
 
 
 def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
-    """Id, question and passages of a record of a retriever's file."""
     name = next((n for n in ("passages", *PASSAGES) if record.get(n) is not None), "passages")
     key, question = id_of(record), record.get("question")
     question = _composed(question) if isinstance(question, str) else ""

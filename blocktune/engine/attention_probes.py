@@ -14,7 +14,7 @@ from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.attention.kernels import AttentionParams, attention_weights, plain_scores
 from blocktune.cache import RowCache
-from blocktune.engine.rows import computed_rows, of_columns
+from blocktune.engine.rows import computed_rows, has_column, of_columns
 from blocktune.engine.state import ServedBatch
 from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows, visible
@@ -190,7 +190,7 @@ class ScoringPasses:
 
     def query_attention(self, how: QueryScores | None = None) -> Tensor:
         """See `Passes.query_attention`."""
-        how, chosen = how or QueryScores(), self._rows & ~self.cached
+        how, chosen = how or QueryScores(), has_column(self.batch.layout) & ~self.cached
         if how.positions == "prompt":
             return self._prefill(chosen, self.cache, how)
         shift, cache = _to_encoded(self.columns), copy.deepcopy(self.cache)
@@ -202,7 +202,7 @@ class ScoringPasses:
     def full_prefill(self) -> Truth:
         """See `Passes.full_prefill`."""
         exact = RowCache(len(self.cache), *self.columns.kind.shape, exact=True)
-        attention = self._prefill(self._rows, exact)
+        attention = self._prefill(has_column(self.batch.layout), exact)
         layers = zip(exact.layers, self.cache.layers, self.served.state.rope.layers, strict=True)
         pairs = [[compared(LayerKV(c.keys, c.values), rope) for c in two] for *two, rope in layers]
         keys = torch.stack([distance(a.keys, b.keys) for a, b in pairs])
@@ -212,7 +212,7 @@ class ScoringPasses:
 
     def outside_attention(self) -> Tensor:
         """See `Passes.outside_attention`."""
-        computed = computed_rows(self.batch, self._rows)
+        computed = computed_rows(self.batch, has_column(self.batch.layout))
         probe = OutsideProbe(computed.rows)
         self._run(self.model, computed.ids, computed.rows.position, probe)
         cost = ModelCost.of(self.model)
@@ -255,18 +255,13 @@ class ScoringPasses:
 
     def look_ahead(self) -> None:
         """Computes the question over the cached states, for a reshape that needs its attention."""
-        computed = computed_rows(self.batch, self._rows & ~self.cached)
+        computed = computed_rows(self.batch, has_column(self.batch.layout) & ~self.cached)
         self.cache.select(computed.columns)
         reshaping = self.served.reshaping
         plan = CachePlan(computed.rows, self.columns, reshaping)
         with reshaping.looking_ahead():
             self._run(self.model, computed.ids, computed.rows.position, plan, self.cache)
         self.executed.append(Executed(self.model, [plan]))
-
-    @property
-    def _rows(self) -> Tensor:
-        layout = self.batch.layout
-        return ~layout.is_pad & (layout.kind != Kind.BLANK)
 
     def _prefill(
         self,

@@ -14,13 +14,13 @@ from blocktune.engine.generation import Generation, Sampling
 from blocktune.engine.layer_schedule import LayerSchedule, prefill
 from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.recurrent import prefill_recurrent
-from blocktune.engine.rows import Computed, computed_rows, to_columns
+from blocktune.engine.rows import Computed, computed_rows, has_column, to_columns
 from blocktune.engine.state import EngineState, ServedBatch
 from blocktune.engine.usage import Executed
-from blocktune.layout import FOREVER, Kind
+from blocktune.layout import FOREVER
 from blocktune.methods import Cached, Method, Selection
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
-from blocktune.methods.select.base import selectable
+from blocktune.methods.select.base import require_context, selectable
 from blocktune.prompt import LayoutSpec, Pieces, Prompt
 
 
@@ -108,12 +108,12 @@ def _choose(
     served: ServedBatch, selection: Selection, assembled: Assembled, passes: ScoringPasses
 ) -> tuple[Computed, LayerSchedule]:
     layout = served.batch.layout
-    # Rows that are not cached are always computed; a cached token only if it is selected, which
-    # overwrites its original.
-    start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
+    # Rows that are not cached are always computed. A selected token overwrites its cached original.
+    start = ~assembled.cached & has_column(layout)
     depth = hidden = None
     if served.method.cached is Cached.CHUNKS:
         selected = selection.begin(layout, passes)
+        require_context(selection, selected, layout, torch.bool, torch.int64)
         if selected.dtype != torch.bool:  # number of layers, from the first, that compute each
             depth = selected.masked_fill(start, FOREVER)
         start = start | (selected > 0)
@@ -121,6 +121,8 @@ def _choose(
         hidden = to_columns(selectable(layout) & ~start, layout, served.columns)
     layers = selection.widens(served.state.num_layers)
     widened = {layer: selection.widen(layer, layout) for layer in layers}
+    for mask in widened.values():
+        require_context(selection, mask, layout, torch.bool)
     candidates = computed_rows(served.batch, reduce(torch.logical_or, widened.values(), start))
     return candidates, LayerSchedule(
         selection=selection,

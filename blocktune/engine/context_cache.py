@@ -69,9 +69,8 @@ class CachedContext:
         prompt: new tokens start at ``N + Q``. Call this for each `generate`; beams and several
         sequences are possible, assisted decoding and prompt lookup are refused.
 
-        Raises:
-            ValueError: If there is no question, the cache was made for another question, or
-                tokens were appended to the cache itself.
+        Raises ValueError if there is no question, the cache was made for another question, or
+        tokens were appended to the cache itself.
         """
         if self.past_key_values.get_seq_length() != self.input_ids.shape[1]:
             raise ValueError(

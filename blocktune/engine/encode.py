@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan, is_attached, planned_forward
-from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
+from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, RowCache, states_key, stored_key
 from blocktune.cache.row_cache import refuse_autocast
 from blocktune.cache.store.chunk_file import FileKV
 from blocktune.cache.store.shelf import MissQueue
@@ -80,9 +80,9 @@ def _size(piece: Piece) -> int:
     return len(piece.blanks) + len(piece.ids)
 
 
-def _document(chunk: Chunk) -> str:
-    names = (chunk.metadata.get("document"), chunk.metadata.get("id"), chunk.title)
-    return str(next((name for name in names if name is not None), ""))
+def _joined(*names: str) -> str:
+    """Distinct names of documents, one a line, as an entry of the store has them."""
+    return "\n".join(dict.fromkeys(filter(None, "\n".join(names).split("\n"))))
 
 
 class EncodeReport(NamedTuple):
@@ -111,15 +111,6 @@ class Found:
     def misses(self) -> set[Piece]:
         """Pieces that had to be encoded."""
         return self.tiers.keys() - self.hits
-
-
-REMEMBERED = 1024
-"""Most tokens of a piece whose key is memoised. The key of 512 tokens takes 0.1 ms to compute."""
-
-
-@lru_cache(2048)
-def _stored_key(fingerprint: str, piece: Piece, scoped: bool) -> str:
-    return stored_key(fingerprint, piece.ids, piece.blanks, scoped)
 
 
 _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
@@ -233,11 +224,15 @@ class Encoder:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``, ``layers`` as in `find`."""
         watch = Stopwatch(self.model.device)
         unique = dict.fromkeys([*([prefix] if prefix else []), *pieces])
-        names = {piece: _document(chunk) for piece, chunk in zip(pieces, chunks, strict=True)}
+        documents: dict[Piece, list[str]] = {}
+        for piece, chunk in zip(pieces, chunks, strict=True):
+            documents.setdefault(piece, []).append(chunk.document)
+        names = {piece: _joined(*own) for piece, own in documents.items()}
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
-            found = self.find(group, watch, layers=layers, documents=names)
+            missing = [p for p in group if not self._is_stored(p, layers, names.get(p, ""))]
+            found = self.find(missing, watch, layers=layers, documents=names)
             new |= found.misses
             for piece in found.hits & names.keys():
                 self._name(piece, found.kvs[piece], names[piece])
@@ -270,18 +265,24 @@ class Encoder:
         self.store.share_rope(self.fingerprint, other.fingerprint)
         return other
 
+    def _is_stored(self, piece: Piece, layers: Sequence[int], document: str) -> bool:
+        """Whether files hold a piece, with its documents, and its states. Reads no tensors."""
+        key, of_piece = self.key(piece), (piece.ids, self.fingerprint)
+        row = self.store.stored(key, *of_piece)
+        states = (self.store.stored(states_key(key, n), *of_piece, ChunkStates) for n in layers)
+        return row is not None and _joined(row.document, document) == row.document and all(states)
+
     def _name(self, piece: Piece, kv: ChunkKV, document: str) -> None:
-        """Stores a chunk again under its document, if an answer stored it without one."""
+        """Stores a chunk again under its documents, unless it has their names."""
         row = self.store.row(self.key(piece))
-        if document and row is not None and not row.document:
-            about = {"document": document, "tenant": row.tenant, "seconds": row.seconds}
+        if row is not None and (names := _joined(row.document, document)) != row.document:
+            about = {"document": names, "tenant": row.tenant, "seconds": row.seconds}
             self.store.put(row.key, kv, **about)
 
     def key(self, piece: Piece) -> str:
         """The store's key of a piece."""
         scoped = piece.is_prefix and self._is_scoped
-        make = _stored_key if _size(piece) <= REMEMBERED else _stored_key.__wrapped__
-        return make(self.fingerprint, piece, scoped)
+        return stored_key(self.fingerprint, piece.ids, piece.blanks, scoped)
 
     def sample(self) -> ChunkKV:
         """Keys and values of a single token, as an example of shapes and dtype."""
@@ -299,7 +300,7 @@ class Encoder:
         with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
             planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
         made = cache, plan.inputs, seen
-        return [self._extract(*made, index, piece) for index, piece in enumerate(pieces)]
+        return [self.extract(*made, index, piece) for index, piece in enumerate(pieces)]
 
     def _unpruned(self, piece: Piece) -> Piece:
         """The piece to encode: if a press prunes it, with the tokens that are dropped later."""
@@ -307,14 +308,15 @@ class Encoder:
             return piece
         return Piece(piece.ids + piece.blanks)
 
-    def _extract(
+    def extract(
         self,
-        cache: DynamicCache,
+        cache: DynamicCache | RowCache,
         inputs: dict[int, Tensor],
         seen: list[dict[str, Any]] | None,
         index: int,
         piece: Piece,
     ) -> _Encoded:
+        """Copies a piece from row ``index`` of the cache of its pass."""
         encoded, ids = self._unpruned(piece), torch.tensor(piece.ids)
         span = slice(len(encoded.blanks), _size(encoded))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)

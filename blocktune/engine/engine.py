@@ -338,9 +338,7 @@ class Engine:
         self, example: Request, method: str | Method, num_tokens: int
     ) -> tuple[tuple[int, ...], torch.Tensor]:
         """Decodes ``num_tokens`` greedily. Returns their ids and the next logits, ``(1, V)``."""
-        method = built(method)
-        pieces, prompts = self._read([example], method, num_tokens + 1)
-        return prefill_batch(self.state, prompts, pieces, method).continued(num_tokens)
+        return self.prefilled([example], method).continued(num_tokens)
 
     def lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
         """Lays out a prompt's rows for ``method``, given its history of earlier prompts.

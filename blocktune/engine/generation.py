@@ -57,8 +57,7 @@ COLDEST = 1e-4
 class Sampling:
     """How the next token is picked. The default is greedy decoding.
 
-    Raises:
-        ValueError: If a value is out of range or of another type.
+    Raises ValueError if a value is out of range or of another type.
     """
 
     temperature: float = 0.0  # 0 is greedy; above, logits are divided by it

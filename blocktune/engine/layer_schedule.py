@@ -18,12 +18,13 @@ from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.repaired_cache import RepairedCache
-from blocktune.methods.select import LayerCheck, LayerKV, Selection
+from blocktune.methods.select import SELECTORS, LayerCheck, LayerKV, Selection
 from blocktune.methods.select.layers import compared
 from blocktune.models.gate import decoder_layers, require_supported
 from blocktune.models.probe import NoRotary
 from blocktune.models.recurrent import Recurrence, find_recurrence
 from blocktune.positions import RopeSpec
+from blocktune.registry import require_like
 
 
 class _StatesMade(Exception):
@@ -82,7 +83,6 @@ class SchedulePlan:
         return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        """Asks the selection which rows are computed further, and drops the others."""
         self.watch.stop("recompute_s")
         rows, exists = self._current.rows.rows, self._current.exists
         column = rows.order.clamp(min=0)
@@ -112,8 +112,11 @@ class SchedulePlan:
             question_mass=None if self.chunk_probe is None else self.chunk_probe.of_question(),
             probe=probe,
         )
-        selected = self.schedule.selection.refine(check) & eligible
-        if fresh and self.schedule.selection.keeps_keys:
+        selection = self.schedule.selection
+        selected = selection.refine(check)
+        require_like(f"selector '{SELECTORS.name_of(selection)}'", selected, eligible)
+        selected = selected & eligible
+        if fresh and selection.keeps_keys:
             self.cache.layers[index].store(*fresh[0])
             if self.reshaping is not None:
                 self.reshaping.wrote(index, self._current.rows.columns)
@@ -233,6 +236,7 @@ class Enter:
 
     index: int
 
+    @torch.compiler.disable  # traced, the rows of each batch would be compiled
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Called by torch before the layer's forward pass."""
         enter = getattr(kwargs.get("plan"), "enter", None)
@@ -243,13 +247,12 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
     """Attaches blocktune to a model. Returns how its keys rotate, or how it resumes from a cache.
 
     The latter is for models with recurrent layers or absolute positions, which are not changed.
-    Raises ValueError if the model is of neither kind, has no language-model head or is compiled.
+    Raises ValueError if the model is of neither kind, or no `transformers` language model.
     """
-    generates = getattr(model, "can_generate", bool)()
-    if not generates or hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+    if not getattr(model, "can_generate", bool)() or hasattr(model, "_orig_mod"):
         raise ValueError(
-            f"an engine needs a causal language model without torch.compile, got "
-            f"{type(model).__name__}; load it by AutoModelForCausalLM or Engine.from_pretrained"
+            f"an engine needs a causal language model, got {type(model).__name__}; load it by "
+            "AutoModelForCausalLM or Engine.from_pretrained, and compile it in place by compile()"
         )
     if (recurrence := find_recurrence(model)) is not None:
         return None, recurrence

@@ -32,6 +32,12 @@ class Request(Protocol):
         """The retrieved chunks, in prompt order."""
 
 
+class TooLong(ValueError):
+    """A prompt or a chunk that does not fit into the model's context."""
+
+    code = "context_length_exceeded"  # OpenAI's name for it
+
+
 def as_request(example: Request | Mapping[str, Any]) -> Request:
     """Returns an example unchanged, or a row as a `RagExample`. ValueError names a wrong field."""
     example = RagExample.from_json(example) if isinstance(example, Mapping) else example
@@ -191,7 +197,7 @@ class PromptMaker:
                 "rotation); cut chunks smaller or retrieve fewer"
             )
         if tokens > self.max_tokens:
-            raise ValueError(
+            raise TooLong(
                 f"{what} has {tokens} tokens, the model's context holds {self.max_tokens}; "
                 "cut chunks smaller or retrieve fewer"
             )

@@ -35,21 +35,21 @@ class Computed(NamedTuple):
 
 def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
     """Gathers the ``chosen`` rows ``(B, S)`` of a batch for computing."""
-    index, exists = left_padded(chosen, batch.layout.order)
-    rows = batch.layout.rows().map(lambda field: field.gather(1, index))
-    rows = replace(
-        rows,
-        kind=rows.kind.masked_fill(~exists, Kind.PAD),
-        group=torch.full_like(rows.group, GLOBAL),
-    )
+    order, rows = batch.layout.order, batch.layout.rows()
+    rows = replace(rows, group=torch.full_like(rows.group, GLOBAL))
+    every = torch.arange(order.shape[1], device=order.device).expand_as(order)
     # A prompt's order counts its rows, without blanks, from 0. So it is the column.
-    columns = rows.order.masked_fill(~exists, SKIP)
-    return Computed(batch.input_ids.gather(1, index), rows, columns, index)
+    return Computed(batch.input_ids, rows, order, every).take(*left_padded(chosen, order))
+
+
+def has_column(layout: Layout) -> Tensor:
+    """Rows that the cache stores, ``(B, S)`` bool: all but blanks and padding."""
+    return ~layout.is_pad & (layout.kind != Kind.BLANK)
 
 
 def column_rows(layout: Layout) -> Rows:
     """Rows of the cache's columns, ``(B, N)``: all rows that are not blanks, by order."""
-    stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
+    stored = has_column(layout)
     width = layout.num_rows
     columns = torch.arange(width, device=layout.device).expand_as(layout.order)
     if torch.equal(layout.order, columns) and bool(stored.all()):
@@ -65,7 +65,7 @@ def column_rows(layout: Layout) -> Rows:
 
 def of_columns(scores: Tensor, layout: Layout) -> Tensor:
     """Gathers column scores ``(..., B, N)`` for the layout's rows ``(..., B, S)``; blanks: 0."""
-    stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
+    stored = has_column(layout)
     column = torch.where(stored, layout.order, 0).expand(*scores.shape[:-1], -1)
     return scores.gather(-1, column) * stored
 

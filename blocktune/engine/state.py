@@ -118,10 +118,7 @@ class EngineState:
         """The cache of exact prefixes for a method: a `PrefixTree` or one with its interface."""
         method_cache = method.prefixes(self.encoder.store, self.tokenizer.decode)
         if method_cache is not None and self.recurrence is not None and self.recurrence.has_states:
-            raise ValueError(
-                f"method '{method.name}' keeps keys and values alone, and this model has recurrent "
-                "layers; use prefix-cache"
-            )
+            raise ValueError(f"method '{method.name}' keeps no recurrent states; use prefix-cache")
         return self.prefix_tree if method_cache is None else method_cache
 
     def stop_ids(self) -> frozenset[int]:
@@ -151,11 +148,7 @@ class ServedBatch:
 
     @classmethod
     def stacked(
-        cls,
-        state: EngineState,
-        prompts: Sequence[Prompt],
-        pieces: Sequence[Pieces],
-        method: Method,
+        cls, state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
     ) -> Self:
         """Stacks prompts, laid out for the method, and makes an empty cache for them."""
         state.encoder.require_model(caches=method.cached is not Cached.NOTHING)

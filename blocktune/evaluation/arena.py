@@ -26,6 +26,7 @@ from blocktune.prompt import Pieces, encode
 from blocktune.prompt.special_tokens import UserText, with_bos
 from blocktune.prompt.template import render_frame
 from blocktune.provenance import provenance
+from blocktune.registry import require_one_of
 
 SUBSETS = ("qasper", "multifieldqa_en", "hotpotqa")
 QUESTIONS, ASSETS = Path("data/queryset"), Path("kvsharearena/assets")
@@ -61,8 +62,7 @@ class Exam:
 
 def load_exam(folder: Path, subset: str) -> Exam:
     """Reads a subset from a clone; ValueError if it is unknown, incomplete or was changed."""
-    if subset not in SUBSETS:
-        raise ValueError(f"unknown subset '{subset}'; the arena has {', '.join(SUBSETS)}")
+    require_one_of("subset", subset, SUBSETS)
     name = f"{subset}_n100.jsonl"
     raw = _read(folder / QUESTIONS / name)
     digest = hashlib.sha256(raw).hexdigest()
@@ -104,9 +104,8 @@ def run_exam(
     ``kva validate`` rejects the file. ``port`` is the provenance of the method's code:
     ``official``, ``port`` or ``reference``.
 
-    Raises:
-        ValueError: If the method takes chunks from earlier prompts, a prompt does not fit into the
-            model's context, or ``output`` has answers of other weights, methods, questions or code.
+    Raises ValueError if the method takes chunks from earlier prompts, a prompt does not fit into
+    the model's context, or ``output`` has answers of other weights, methods, questions or code.
     """
     if method.history is not None:
         raise ValueError(
@@ -121,8 +120,7 @@ def run_exam(
     with resumed(rows_file) as lines:
         if lines and lines[0] != json.dumps(about):
             raise ValueError(
-                f"{rows_file} is of other weights, method, questions or code; give another output "
-                "folder"
+                f"{rows_file} is of other weights, method, questions or code; give another folder"
             )
         if not lines:
             append_lines(rows_file, [json.dumps(about)])

@@ -63,8 +63,7 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     shared = [label for label in old if label in new]
     if not shared:
         raise ValueError(
-            f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' has "
-            f"{', '.join(new)}"
+            f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' {', '.join(new)}"
         )
     left, right = _rows(before, old, shared), _rows(after, new, shared)
     pairs = {}
@@ -88,7 +87,6 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
 def _rows(
     folder: str | Path, methods: Mapping[str, Any], labels: Sequence[str]
 ) -> dict[str, Sequence[Row]]:
-    """Rows of a run by label; the mean of the seeds for a pool."""
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
     members = {member: label for label in labels for member in pools.get(label, [label])}
     rows = read_all(Path(folder), list(members))
@@ -154,8 +152,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     """Sentences about results: what naive reuse loses, and how much of it other methods recover.
 
     Methods with an adapter are also compared with each other. If there are more than `MOST`
-    methods, only those on the Pareto front are named. Returns no sentences if a baseline is
-    missing.
+    methods, only those on the Pareto front are named. Without a baseline there are no sentences.
     """
     methods = results["methods"]
     full, naive = (plain_label(results, name) for name in (ORACLE, FLOOR))

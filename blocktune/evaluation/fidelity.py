@@ -12,7 +12,9 @@ from torch import Tensor
 
 from blocktune.data import RagExample
 from blocktune.engine import Engine, Request
+from blocktune.engine.batch_prefill import prefill_warm
 from blocktune.engine.generation import require_numbers
+from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.prepare import Ready
 from blocktune.evaluation.results import mean_of
 from blocktune.methods import build
@@ -66,13 +68,15 @@ def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[s
     of tuning. ``step`` is called after every prompt. Returns the means of the fields of `Agreement`
     over the prompts, by label.
     """
-    suite = ready.suite
+    suite, caches = ready.suite, CleanCaches()
     compared: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in suite.methods}
     for task in suite.tasks:
         for example in ready.of(task, suite.fidelity.num):
             for spec in suite.methods:
-                given = ready.engine(spec, task), example, ready.methods[spec.label]
-                compared[spec.label].append(_compare(*given, suite.fidelity.tokens))
+                engine, method = ready.engine(spec, task), ready.methods[spec.label]
+                caches.prepare(engine, method, [example])
+                found = _compare(engine, example, method, suite.fidelity.tokens)
+                compared[spec.label].append(found)
                 step()
     return {label: mean_of(agreements) for label, agreements in compared.items()}
 
@@ -83,7 +87,9 @@ def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> 
         # Full prefill reads the same mode tag, so that only the effect of reuse is measured.
         engine = engine.reworded(replace(words, full_tag=words.block_tag))
     ids, wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
-    _, own = forced_logits(engine.prefilled([example], method), num_tokens, ids)
+    pieces = engine.prompts.pieces(example, method)
+    run = prefill_warm(engine.state, engine.prompts, [pieces], method)
+    _, own = forced_logits(run, num_tokens, ids)
     return agreement(wanted, own)._asdict()
 
 
@@ -114,8 +120,7 @@ def profile_layers(
     Ranges have up to ``most_layers`` layers; ``progress`` wraps the list of ``(first, length)``.
     The results are ordered by length, then by first layer; efficient ranges are marked.
 
-    Raises:
-        ValueError: If there is no example, ``most_layers`` is out of range, or logits are NaN.
+    Raises ValueError if there is no example, ``most_layers`` is out of range, or logits are NaN.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
     divergence of the first answer token from full prefill's is used, which needs fewer examples.

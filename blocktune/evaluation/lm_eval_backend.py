@@ -118,8 +118,7 @@ class BlocktuneLM(LM):
             context, options = request.args
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
                 raise ValueError(
-                    "this backend generates greedily; set the task's do_sample: false or "
-                    "temperature: 0"
+                    "this backend generates greedily; set do_sample: false or temperature: 0"
                 )
             pieces = self.pieces(context)
             run = self.engine.start([pieces], self.method)
@@ -135,8 +134,7 @@ class BlocktuneLM(LM):
     def pieces(self, context: str, continuation: str = "") -> Pieces:
         """Chunks, query and continuation as tokens, the same in both modes.
 
-        White space between context and continuation is tokenised with the continuation, as in the
-        harness.
+        White space between context and continuation belongs to the latter, as in the harness.
         """
         stripped = context.rstrip() if continuation else context
         continuation = context[len(stripped) :] + continuation

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
-from blocktune.evaluation.rows import digest_of, scores_of
+from blocktune.evaluation.rows import scores_of
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
-from blocktune.models.identity import adapter_fingerprint, base_fingerprint
+from blocktune.models.identity import adapter_fingerprint, base_fingerprint, digest_of
 from blocktune.models.load import adapter_folder
 from blocktune.prompt import PromptFormat, make_pieces
 
@@ -73,9 +73,8 @@ def load_engine(suite: Suite, adapter: str | None) -> Engine:
 def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     """Builds methods, reads questions, loads weights and checks that they fit together.
 
-    Raises:
-        ValueError: If a method is unknown or does not suit its weights, a question has no answer,
-            or a prompt is malformed or does not fit into the model's context.
+    Raises ValueError if a method is unknown or does not suit its weights, a question has no answer,
+    or a prompt is malformed or does not fit into the model's context.
     """
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
@@ -134,7 +133,7 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
                 scores_of(task, "", example, tokenizer)
             except ValueError as error:
                 place = f"{source}: question {index + 1}"
-                raise ValueError(f"{place} has no answer to score with: {error}") from None
+                raise ValueError(f"{place} cannot be scored: {error}") from None
             name = digest_of([example.question, example.answers])  # files may be cut or reordered
             questions.append(TaskQuestion(task, example, f"{task.name}/{name}"))
     return tuple(questions)
@@ -170,9 +169,8 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     A doubled BOS or a missing assistant turn lowers the scores of all methods, full prefill's most,
     so reuse seems to lose nothing. The checks do not rely on the function that builds prompts.
 
-    Raises:
-        ValueError: If the prompt does not begin with BOS, or repeats it, where the tokenizer or its
-            template adds one; if the assistant's turn is not open; or if prompts differ.
+    Raises ValueError if the prompt does not begin with BOS, or repeats it, where the tokenizer or
+    its template adds one; if the assistant's turn is not open; or if prompts differ.
     """
     prompts = {}
     for name, engine in engines.items():
@@ -192,7 +190,7 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
 
 def _ids(tokenizer, fmt: PromptFormat, example: RagExample) -> tuple[int, ...]:
     pieces = make_pieces(tokenizer, fmt, example.chunks, example.question)
-    return (*pieces.prefix, *(i for chunk in pieces.chunks for i in chunk), *pieces.query)
+    return pieces.context + pieces.query
 
 
 def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import chain
@@ -20,7 +20,9 @@ from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec, TaskSpec
 from blocktune.files import append_lines, replace_text, truncate_lines, whole_lines
 from blocktune.methods import Method
+from blocktune.models.identity import digest_of
 from blocktune.parsing import check_types
+from blocktune.registry import require_share
 
 ROWS = "rows"
 COMMON = ("em", "f1", "substring_em")  # metrics of the extracted answer that every row has
@@ -51,17 +53,19 @@ PARTS = (
     *("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt"),
     *("adapter", "cache", "methods", "extras", "engine"),
     *("evaluation/metrics.py", "evaluation/rows.py", "evaluation/suite.py"),
+    *("evaluation/caches.py", "evaluation/ttft.py", "evaluation/fidelity.py"),
 )
-"""Code that outputs and scores depend on; commands, training and reports do not affect them."""
+"""Code that outputs, scores and times depend on; commands, training and reports do not matter."""
 
 
-def code_digest(method: Method | None = None) -> str:
+def code_digest(method: Method | None = None, metrics: Iterable[str] = ()) -> str:
     """Version and digest of the code in `PARTS`, such as ``0.1.0-3f2a91c05d7e``.
 
-    For a ``method`` that a plug-in defines, in whole or in part, a digest of the plug-in follows.
-    Rows of other code are dropped.
+    For a ``method`` or ``metrics`` that plug-ins define, in whole or in part, a digest of these
+    follows. Rows of other code are dropped.
     """
-    plugins = {path for cls in _classes_of(method) for path in _sources_of(cls)}
+    made = *_classes_of(method), *(METRICS[name].score for name in metrics)
+    plugins = {path for one in made for path in _sources_of(one)}
     texts = [path.read_bytes() for path in sorted(plugins)]
     digests = [hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]] if texts else []
     return "-".join([blocktune.__version__, _package_digest(), *digests])
@@ -89,9 +93,9 @@ def _classes_of(value: Any) -> Iterator[type]:
         yield from _classes_of(tuple(getattr(value, own.name) for own in fields(value)))
 
 
-def _sources_of(cls: type) -> Iterable[Path]:
-    """The files of a class from outside this package: its module, or all of its package."""
-    name = cls.__module__.partition(".")[0]
+def _sources_of(made: type | Callable) -> Iterable[Path]:
+    """The files of a class or function from outside this package: a module, or all of a package."""
+    name = made.__module__.partition(".")[0]
     if name in sys.stdlib_module_names or name == blocktune.__name__:
         return ()
     if folders := getattr(sys.modules.get(name), "__path__", None):
@@ -148,8 +152,11 @@ def make_row(
 
 def scores_of(task: TaskSpec, text: str, example: RagExample, tokenizer: Any) -> dict[str, float]:
     """Scores one output by the task's headline metric and its further metrics."""
-    names, scored = {task.metric, *task.metrics}, task.cut(text)
-    return {name: METRICS[name].score(scored, example.answers, tokenizer) for name in names}
+    scored, scores = task.cut(text), {}
+    for name in {task.metric, *task.metrics}:
+        scores[name] = float(METRICS[name].score(scored, example.answers, tokenizer))
+        require_share(f"a score of metric '{name}'", scores[name])
+    return scores
 
 
 def place_of(example: RagExample) -> float | None:
@@ -158,12 +165,6 @@ def place_of(example: RagExample) -> float | None:
     if not example.supporting or last == 0:
         return None
     return sum(example.supporting) / len(example.supporting) / last
-
-
-def digest_of(value: Any) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a value as JSON."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class RowFile:

@@ -17,17 +17,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from blocktune.data import RagExample
-from blocktune.engine.encode import wanted_pieces
-from blocktune.engine.engine import Engine
-from blocktune.engine.usage import Stopwatch
+from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.results import RESULTS, build_results
-from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, digest_of, make_row, row_key
+from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import locked, replace_json
-from blocktune.methods import Cached, Method
+from blocktune.models.identity import digest_of
 from blocktune.parsing import load_json
 from blocktune.provenance import hardware, provenance, versions
 
@@ -90,9 +88,8 @@ def run_suite(
     content of ``results.json`` (see `build_results`), or None except in the main process.
     ``command`` is recorded (default: ``sys.argv``); ``processes`` are by default the launcher's.
 
-    Raises:
-        ValueError: Before the first question, if something cannot be run, or ``output`` has
-            answers to questions that this run does not ask and would delete.
+    Raises ValueError, before the first question, if something cannot be run, or ``output`` has
+    answers to questions that this run does not ask and would delete.
     """
     processes = processes or launched()
     if processes.device is not None:
@@ -138,9 +135,12 @@ def _run(
 
 def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
     engine = ready.engines[spec.adapter]
-    code = code_digest(ready.methods[spec.label])
-    decides = engine.fingerprint, code, engine.store.config.codec
-    keys = [row_key(spec, q.task, q.example, *decides) for q in ready.questions]
+    method, codec = ready.methods[spec.label], engine.store.config.codec
+    code = {t.name: code_digest(method, {t.metric, *t.metrics}) for t in ready.suite.tasks}
+    keys = [
+        row_key(spec, task, example, engine.fingerprint, code[task.name], codec)
+        for task, example, _ in ready.questions
+    ]
     file = RowFile(output / ROWS, spec.label, keys, processes.rank)
     file.refuse_loss((q.task.name, q.example.id or q.name) for q in ready.questions)
     return file
@@ -150,22 +150,22 @@ def _answer_all(
     ready: Ready, files: Mapping[str, RowFile], processes: Processes, progress: Progress
 ) -> None:
     """Lets all methods answer a batch before the next one, so that they share encoded chunks."""
-    work, chunks = processes.share(_missing(ready, files)), _BatchChunks()
+    work, caches = processes.share(_missing(ready, files)), CleanCaches()
     bar = progress.add_task("", total=sum(len(batch) * len(specs) for batch, specs in work))
     for batch, specs in work:
         for spec in specs:
             progress.update(bar, description=spec.label)
-            files[spec.label].append(_answer_batch(ready, spec, batch, files[spec.label], chunks))
+            files[spec.label].append(_answer_batch(ready, spec, batch, files[spec.label], caches))
             progress.advance(bar, len(batch))
 
 
 def _answer_batch(
-    ready: Ready, spec: MethodSpec, batch: range, file: RowFile, chunks: _BatchChunks
+    ready: Ready, spec: MethodSpec, batch: range, file: RowFile, caches: CleanCaches
 ) -> list[Row]:
     questions = [ready.questions[index] for index in batch]
     task, examples = questions[0].task, [question.example for question in questions]
     engine, method = ready.engine(spec, task), ready.methods[spec.label]
-    chunks.encode(engine, method, examples)
+    caches.prepare(engine, method, examples)
     answers = engine.answer(
         examples, method, max_new_tokens=task.max_new_tokens, batch_size=len(examples)
     )
@@ -173,40 +173,6 @@ def _answer_batch(
         make_row(file.keys[index], task, question.example, question.name, answer, engine, method)
         for index, question, answer in zip(batch, questions, answers, strict=True)
     ]
-
-
-class _BatchChunks:
-    """Encodes the chunks of a batch once for all methods that reuse the same chunks.
-
-    No answer may depend on what earlier questions or methods left in the caches. So the caches are
-    emptied, unless they hold exactly the chunks that the method would encode.
-    """
-
-    def __init__(self):
-        self._held: tuple | None = None
-
-    def encode(self, engine: Engine, method: Method, examples: Sequence[RagExample]) -> None:
-        """Stores the chunks that the method reuses, or empties the engine's caches."""
-        encoder, store = engine.state.encoder, engine.store
-        makes_own = method.history or method.loader(store, engine.fingerprint)
-        if method.cached is Cached.NOTHING and not makes_own:
-            return
-        if method.cached is not Cached.CHUNKS or makes_own:
-            engine.forget()
-            self._held = None
-            return
-        prompts = [engine.lay_out(engine.prompts.pieces(e, method), method) for e in examples]
-        prompts.sort(key=lambda prompt: len(prompt.input_ids))  # as `Engine.answer` does
-        pieces = [piece for prompt in prompts for piece in wanted_pieces(prompt)]
-        layers = engine.state.inputs_of(method)
-        wanted = store, engine.fingerprint, pieces, layers
-        if self._held != wanted:
-            engine.forget()
-            encoder.find(pieces, Stopwatch(engine.model.device), layers)
-            self._held = wanted
-        if any(encoder.key(piece) not in store for piece in pieces):  # the store evicted some
-            engine.forget()
-            self._held = None
 
 
 def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, list[MethodSpec]]]:
@@ -231,14 +197,21 @@ def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, li
 
 
 def _time_all(ready: Ready, progress: Progress) -> dict[str, TtftSummary]:
-    def ask_by(spec: MethodSpec) -> Callable[[RagExample], Any]:
-        engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
-        return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
+    caches = CleanCaches()
 
-    for engine in ready.worded.values():
-        engine.forget_prefixes()  # answering left these same prompts in the exact prefix cache
+    def ask_by(spec: MethodSpec) -> Callable[[RagExample, RagExample], Any]:
+        engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
+
+        def ask(earlier: RagExample, timed: RagExample) -> Any:
+            caches.prepare(engine, method, [timed])
+            for example in (earlier, timed):
+                answers = engine.answer([example], method, max_new_tokens=1, batch_size=1)
+            return answers[0]
+
+        return ask
+
     methods = {spec.label: ask_by(spec) for spec in ready.suite.methods}
-    bar = progress.add_task("time to first token", total=2 * len(ready.timed) * len(methods))
+    bar = progress.add_task("time to first token", total=len(ready.timed) * len(methods))
     return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
 

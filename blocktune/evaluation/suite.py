@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from blocktune import plugins
 from blocktune.data.sources.options import parse_source
 from blocktune.evaluation.metrics import METRICS
 from blocktune.methods.composition import KEEP
@@ -85,6 +86,8 @@ class TaskSpec:
         for name in ("limit", "max_new_tokens", "version"):
             if (value := getattr(self, name)) is not None:
                 require_count(name, value, 1)
+        if not METRICS.keys() >= {self.metric, *self.metrics}:
+            plugins.load_all()
         for name in (self.metric, *self.metrics):
             require_one_of("metric", name, METRICS)
         if "" in self.stop:

@@ -31,9 +31,8 @@ class Point(NamedTuple):
 class TuneSpec:
     """A grid search over a method's parameters.
 
-    Raises:
-        ValueError: If the grid is empty, its values are not lists, a method cannot be built, or the
-            questions are from a test split.
+    Raises ValueError if the grid is empty, its values are not lists, a method cannot be built, or
+    the questions are from a test split.
     """
 
     model: str  # path or Hub name of the base model

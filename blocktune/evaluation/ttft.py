@@ -1,4 +1,4 @@
-"""Measures time to first token: one prompt at a time, warm caches, methods interleaved."""
+"""Measures time to first token: one prompt at a time, with cached chunks, methods in turn."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from blocktune.data import RagExample
+from blocktune.prompt import Chunk
 
 
 class TtftSummary(NamedTuple):
@@ -24,27 +25,27 @@ class TtftSummary(NamedTuple):
 
 
 def measure_ttft(
-    methods: Mapping[str, Callable[[RagExample], Any]],
+    methods: Mapping[str, Callable[[RagExample, RagExample], Any]],
     examples: Sequence[RagExample],
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, TtftSummary]:
-    """Measures every method on every example, interleaved, so that machine drift affects all alike.
+    """Measures every method on every example, in turn, so that machine drift affects all alike.
 
-    Before an example is timed, every method answers it once with its chunks in another order. This
-    is the typical case of reuse: all chunks are cached, but the prompt as a whole is not, so an
-    exact prefix cache only finds its usual prefix. The order of methods rotates between prompts.
+    A method gets an earlier prompt, which it answers untimed from clean caches, and the example.
+    The earlier one has the same chunks in another order; if the first would stay the first, after
+    one more. This is the typical case of reuse: all chunks are cached, but the prompt as a whole is
+    not, so an exact prefix cache only finds its usual prefix. The order of methods rotates.
 
-    Methods return the engine's `Answer` with one new token; ``step`` is called after each.
+    Methods return the engine's `Answer` to the example with one new token; ``step`` follows each.
     """
     usages: dict[str, list[Any]] = {label: [] for label in methods}
     for turn, example in enumerate(examples):
-        labels = np.roll(list(methods), -turn).tolist()
-        warming = replace(example, chunks=example.chunks[1:] + example.chunks[:1], supporting=())
-        for label in labels:
-            methods[label](warming)
-            step()
-        for label in labels:
-            usages[label].append(methods[label](example).usage)
+        chunks = example.chunks[1:] + example.chunks[:1]
+        if chunks[:1] == example.chunks[:1]:
+            chunks = (Chunk("Another passage."), *chunks)
+        earlier = replace(example, chunks=chunks, supporting=())
+        for label in np.roll(list(methods), -turn).tolist():
+            usages[label].append(methods[label](earlier, example).usage)
             step()
     summaries = {}
     for label, own in usages.items():

@@ -113,8 +113,6 @@ class FusionRAG(Method):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2601.12904"
-    # The chunk is encoded after other known chunks.
-    exact_on_one_chunk: ClassVar[bool] = False
     neighbours: int = 10
     ratio: float = 0.15
 

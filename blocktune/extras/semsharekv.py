@@ -80,16 +80,19 @@ class References(ChunkLoader):
 
         Similarity is the mean over tokens of 1 for equal and about 0 for unrelated signatures.
         """
+        import torch
+
         own, start, nearest = signatures(pieces.context, model), len(pieces.prefix), None
         with self.lock:
             prompts = list(self.prompts.items())
         for other, theirs in prompts:
             if theirs is None:
                 self.prompts[other] = theirs = signatures(other, model)
-            best = (own @ theirs.T).max(1)
-            similarity = float(best.values[start:].mean() / BITS)
+            best = [(rows @ theirs.T).max(1) for rows in own.split(BITS)]  # never all by all
+            values, matches = (torch.cat(kind) for kind in zip(*best, strict=True))
+            similarity = float(values[start:].mean() / BITS)
             if nearest is None or similarity > nearest[0]:
-                nearest = similarity, other, best.indices
+                nearest = similarity, other, matches
         return nearest
 
     def keep(self, kept: dict, key, value, most: int) -> None:
@@ -128,7 +131,6 @@ def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: Serve
 class FuzzyHistory(PromptHistory):
     """Serves a prompt from the most similar one, or in full if none is similar enough."""
 
-    exact_alone: ClassVar[bool] = True
     threshold: float
     references: int
 

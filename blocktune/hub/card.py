@@ -18,7 +18,7 @@ from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.check import Check
 from blocktune.data.sources.catalog import data_sets_in
-from blocktune.methods import BOTH_LEARNED, Weights, available, build
+from blocktune.methods import BOTH_LEARNED, default_method
 from blocktune.models.identity import adapter_fingerprint, same_base
 from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec
@@ -26,8 +26,8 @@ from blocktune.provenance import public
 from blocktune.tables import Table, with_interval, written
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-MARKED = "turborag"
-"""The method for one learned token on each side of a chunk, as a document marker."""
+MARKED = {"sequential": "turborag", "composite": "turborag positions=composite"}
+"""By placement, the method for one learned token on each side of a chunk, a document marker."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,9 @@ def served_by(layout: LayoutSpec) -> str:
         return "full-prefill"
     if layout.num_links and layout.num_headers + layout.num_trailers:
         raise ValueError(BOTH_LEARNED)
-    if layout.num_headers == layout.num_trailers == 1:
-        for method in (MARKED, f"{MARKED} positions=composite"):
-            if _serves(method, layout):
-                return method
-    for name in available():
-        if build(name).weights is not Weights.ANY and _serves(name, layout):
-            return name
-    raise ValueError(f"no method of blocktune serves the layout {layout}; see `blocktune methods`")
-
-
-def _serves(name: str, layout: LayoutSpec) -> bool:
-    try:
-        return build(name).layout_for(layout) == layout
-    except ValueError:
-        return False
+    if layout.num_headers == layout.num_trailers == 1 and layout.placement in MARKED:
+        return MARKED[layout.placement]
+    return default_method(layout).name
 
 
 def _facts(info: AdapterInfo) -> str:

@@ -41,9 +41,8 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     for name in names:
         if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):
             raise ValueError(
-                f"'{folder}' is a checkpoint to resume from (it contains '{name}'); push "
-                f"the finished adapter, '{folder.parent}', or a copy of this folder without "
-                "*.pt and *.pth"
+                f"'{folder}' is a checkpoint to resume from (it contains '{name}'); push the "
+                f"finished adapter, '{folder.parent}', or a copy without *.pt and *.pth"
             )
         if any(fnmatch(name, pattern) for pattern in PICKLES) and name not in _OF_THE_RUN:
             raise ValueError(

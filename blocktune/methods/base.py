@@ -89,7 +89,6 @@ class Method:
     # question: the history for measurements that begin with empty caches.
     warm_up: ClassVar[int] = 0
     keeps_context: ClassVar[bool] = True  # False: the baseline without chunks
-    exact_on_one_chunk: ClassVar[bool] = True  # whether one chunk alone equals full prefill
     # Share of the context's layer-tokens to recompute; None: by the selector's parameters.
     layer_budget: ClassVar[float | None] = None
 
@@ -124,8 +123,7 @@ class Method:
                 given = "one with link tokens (use 'kvlink')"
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
-                f"{given}; train one with {recipe}, and load the model with it: --adapter, or "
-                "`adapter:` in a suite"
+                f"{given}; train one with {recipe}, and give it: --adapter, `adapter:` in a suite"
             )
         spec = self.layout(spec)
         wraps = spec.num_headers + spec.num_trailers
@@ -134,8 +132,7 @@ class Method:
         if wraps and self.history is not None and self.history.begins_in_full:
             raise ValueError(
                 f"method '{self.name}' reuses chunks of prompts computed in full, which lack this "
-                "adapter's learned tokens around chunks; use it without the adapter, or serve the "
-                "adapter with 'kv-packet'"
+                "adapter's learned tokens around chunks; drop the adapter, or use 'kv-packet'"
             )
         if self.history is not None:
             has_bos = spec.keeps_bos and self.history.begins_in_full

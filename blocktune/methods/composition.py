@@ -77,19 +77,6 @@ class Composition(Method):
         loaders = (term.loader(store, fingerprint) for term in self.terms)
         return next(filter(None, loaders), None)
 
-    @property
-    def exact_on_one_chunk(self) -> bool:
-        reshape, changes = self.reshaped, dict(self.changes)
-        if self.history is not None and self.history.begins_in_full:
-            return self.history.exact_alone  # computed in full, whatever the other terms do
-        return (
-            all(term.exact_on_one_chunk for term in self.terms)
-            and (reshape is None or reshape.exact_on_one_chunk or reshape == reshape.neutral())
-            # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
-            and not (changes.get("num_blanks") or changes.get("slot"))
-            and changes.get("bos", "none") == "none"
-        )
-
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         spec = reduce(lambda spec, term: term.layout(spec), self.terms, spec)
         return replace(spec, **dict(self.changes))
@@ -130,9 +117,8 @@ def compose(
             of the presets, unless ``select`` or ``budget`` is given.
         name: Name in tables; by default the method as written on the command line.
 
-    Raises:
-        ValueError: If a name, a key or a value is unknown, presets decide the same axis or need
-            different weights, or a preset takes nothing from cached chunks.
+    Raises ValueError if a name, a key or a value is unknown, presets decide the same axis or need
+    different weights, or a preset takes nothing from cached chunks.
     """
     terms = tuple(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)

@@ -49,7 +49,6 @@ class ServedModel(NamedTuple):
 class PromptHistory(ABC):
     """Serves chunks as computed in earlier prompts or after other chunks, not encoded alone."""
 
-    exact_alone: bool = False  # whether a single chunk equals full prefill
     begins_in_full: ClassVar[bool] = True  # whether a prompt without a history is computed in full
 
     @abstractmethod

@@ -2,8 +2,7 @@
 
 While a chunk is encoded, a press scores its keys from the inputs of each layer, head by head, and
 drops the lowest. The others keep their positions. The ``n`` keys that remain of ``S`` tokens are
-stored and laid out as the chunk's first ``n`` rows; its last ``S - n`` are rows without a column,
-as blanks are.
+stored and laid out as the chunk's first ``n`` rows; the others are without a column, like blanks.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from blocktune.cache import RowCache
 from blocktune.layout import GLOBAL, Kind, Rows
-from blocktune.methods.repair import Repair, Residual
+from blocktune.methods.repair import REPAIRS, Repair, Residual
 from blocktune.methods.select import LayerKV
+from blocktune.registry import require_like
 
 
 class RepairedCache:
@@ -53,8 +54,9 @@ class RepairedCache:
             change = self._at_columns(difference, columns).transpose(1, 2)
             change = change * recomputed[:, None, :, None]
             residual = Residual(change, recomputed, reused, chunk, deviation)
-            offset = self.repair.offset(residual) * reused[:, None, :, None]
-            state.copy_((state.float() + offset).to(state.dtype))
+            offset = self.repair.offset(residual)
+            require_like(f"repair '{REPAIRS.name_of(self.repair)}'", offset, change)
+            state.copy_((state.float() + offset * reused[:, None, :, None]).to(state.dtype))
 
     def _at_columns(self, values: Tensor, columns: Tensor) -> Tensor:
         """Scatters values of rows ``(B, R, ...)`` to their columns, ``(B, N, ...)``; else zero."""

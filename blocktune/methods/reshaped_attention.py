@@ -18,7 +18,8 @@ from blocktune.attention.kernels import (
 )
 from blocktune.attention.masks import Block, RowBand
 from blocktune.layout import Kind, LayerRule, Rows
-from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
+from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen, in_chunk
+from blocktune.registry import require_like
 
 CELLS = 1 << 25
 """Most scores held in memory at once, unless a single row has more."""
@@ -105,7 +106,9 @@ class ReshapedAttention:
             scores, part = states.scores(block, seen)
             if not self._looking:
                 chosen = None if choice is None else choice[:, :, block.rows]
-                scores = self.reshape.scores(scores, part, chosen)
+                given = self.reshape.scores(scores, part, chosen)
+                require_like(f"reshape '{RESHAPES.name_of(self.reshape)}'", given, scores)
+                scores = given
             weights = attention_weights(scores, params)
             if self._pass.has_question:
                 entropy.append(torch.special.entr(weights).sum(-1).mean(1))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ _ARCHITECTURE = (
     *("num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"),
     *("rms_norm_eps", "sliding_window", "rope_parameters"),
 )
-_TRAINED = ("lora_", "trainable_tokens", "blocktune_links", "modules_to_save.")
+_TRAINED = ("ranknum.", "trainable_tokens", "blocktune_links", "modules_to_save.")
 
 
 def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
@@ -45,7 +46,7 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
         quantised |= not weight.is_floating_point()
         with gathered(weight):
             (linear if is_linear else plain).update(name.encode() + _sample(name, weight))
-    parts = (_digest(shape), plain.hexdigest()[:16], linear.hexdigest()[:16])
+    parts = (digest_of(shape), plain.hexdigest()[:16], linear.hexdigest()[:16])
     return "-".join((*parts[:2], QUANTISED if quantised else parts[2]))
 
 
@@ -77,14 +78,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is not None:
         rules = {key: rules[key] for key in rules if key not in ("padding", "truncation")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _digest({"rules": rules, "special": special, "template": tokenizer.chat_template})
+    return digest_of({"rules": rules, "special": special, "template": tokenizer.chat_template})
 
 
 def _base_weights(
     model: PreTrainedModel, state: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
+    # PEFT starts the names of an adapter's weights with a prefix of its kind.
+    kind = getattr(getattr(model, "base_model", None), "prefix", "lora_")
     for name, weight in model.named_parameters():
-        if not any(mark in name for mark in _TRAINED):
+        if not any(mark in name for mark in (kind, *_TRAINED)):
             weight = weight if state is None else state[name]
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             yield name.replace(".token_adapter", "").replace(".original_module", ""), weight
@@ -102,6 +105,7 @@ def _sample(name: str, weight: Tensor) -> bytes:
     return sample.cpu().view(torch.uint8).numpy().tobytes()
 
 
-def _digest(value: Mapping) -> str:
+def digest_of(value: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a value as JSON."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

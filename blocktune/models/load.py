@@ -38,6 +38,7 @@ from blocktune.models.probe import Mixes, Refused
 from blocktune.models.quantize import keep_stored_codes, quantization_config
 from blocktune.models.small import causal_class
 from blocktune.parsing import first_line, load_json
+from blocktune.registry import require_one_of
 
 if TYPE_CHECKING:
     from transformers import (
@@ -90,8 +91,7 @@ def load_base(
     bare, revision = pinned(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype '{dtype}'; available: {', '.join(DTYPES)}")
+    require_one_of("dtype", dtype, DTYPES)
     config = read_config(bare, revision, what)
     try:
         examine(config)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from blocktune.registry import require_one_of
+
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -21,8 +23,7 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
     Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
     """
-    if name not in QUANTIZATIONS:
-        raise ValueError(f"unknown quantization '{name}'; available: {', '.join(QUANTIZATIONS)}")
+    require_one_of("quantize", name, QUANTIZATIONS)
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 

@@ -75,8 +75,7 @@ def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
         Keys at the new positions, same shape and dtype. Computed in float32: bfloat16 cannot
         hold integers past 256, so position 257 would read as 256.
 
-    Raises:
-        ValueError: If ``shift`` does not match the keys.
+    Raises ValueError if ``shift`` does not match the keys.
 
     Source: Block-Attention, arXiv:2409.15355, position re-encoding (one rotation, not two).
     """

@@ -28,10 +28,19 @@ class Chunk:
     title: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def document(self) -> str:
+        """The name of its document: ``document`` or ``id`` of the metadata, else the title."""
+        names = (self.metadata.get("document"), self.metadata.get("id"), self.title)
+        return str(next((name for name in names if name is not None), ""))
+
     def __post_init__(self):
-        check_types(self, "a chunk")
-        if not self.text.strip():
+        if not isinstance(self.text, str) or not self.text.strip():
             raise ValueError(f"a chunk's text must be a non-blank string, got {self.text!r:.60}")
+        if not isinstance(self.title, str | None):
+            raise ValueError(f"a chunk's title must be a string or null, got {self.title!r:.60}")
+        if not isinstance(self.metadata, Mapping):
+            raise ValueError(f"a chunk's metadata must be a mapping, got {self.metadata!r:.60}")
         for name in ("text", "title"):
             require_unicode(getattr(self, name) or "", f"a chunk's {name}")
         if self.title == "":
@@ -84,12 +93,12 @@ class PromptFormat:
 
     def __post_init__(self):
         check_types(self, "format")
-        require_one_of("format 'tag_place'", self.tag_place, TAG_PLACES)
+        require_one_of("format: 'tag_place'", self.tag_place, TAG_PLACES)
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
         for name, text in asdict(self).items():
             if isinstance(text, str):
-                require_unicode(text, f"format '{name}'")
+                require_unicode(text, f"format: '{name}'")
 
     @property
     def untagged(self) -> PromptFormat:
@@ -133,8 +142,8 @@ def _check_placeholders(name: str, template: str, wanted: set[str]) -> None:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"format '{name}' is not a template: {error}, in {template!r}") from None
+        raise ValueError(f"format: '{name}' is not a template: {error}, in {template!r}") from None
     names = {field for _, field, _, _ in parts if field is not None}
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
     if names != wanted or not plain:
-        raise ValueError(f"format '{name}' must hold {shape} and no other, got {template!r}")
+        raise ValueError(f"format: '{name}' must hold {shape} and no other, got {template!r}")

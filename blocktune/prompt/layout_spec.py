@@ -50,9 +50,9 @@ class LayoutSpec:
     def __post_init__(self):
         check_types(self, "layout")
         for name in _COUNTS:
-            require_count(f"layout '{name}'", getattr(self, name))
+            require_count(f"layout: '{name}'", getattr(self, name))
         for name, known in _CHOICES.items():
-            require_one_of(f"layout '{name}'", getattr(self, name), known)
+            require_one_of(f"layout: '{name}'", getattr(self, name), known)
         by_chunk = self.link_table == "chunk" and self.num_links > 0
         if by_chunk != (self.max_chunks > 0):
             raise ValueError(

@@ -53,16 +53,6 @@ class TokenIds(tuple):
     def __hash__(self):
         return self._hash
 
-    @cached_property
-    def _counts(self) -> dict[int, int]:
-        return {}
-
-    def count(self, value: int) -> int:
-        """Number of occurrences of an id."""
-        if value not in self._counts:
-            self._counts[value] = super().count(value)
-        return self._counts[value]
-
 
 class _Recent:
     """LRU cache of token ids by text and options, and of facts about the tokenizer."""
@@ -104,10 +94,7 @@ def encode(
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    *,
-    split_special_tokens: bool = False,
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, split_special_tokens: bool = False
 ) -> list[Ids]:
     """Token ids of texts, without BOS and EOS; recent ones are memoised.
 
@@ -218,8 +205,8 @@ def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces:
     if last >= num_rows:
         raise ValueError(
             f"token {tokenizer.convert_ids_to_tokens(last)!r} has id {last}, but the model embeds "
-            f"{num_rows} tokens; use the model's own tokenizer, or call "
-            "model.resize_token_embeddings(len(tokenizer)) and train the new rows"
+            f"{num_rows} tokens; use the model's own tokenizer, or save the model and tokenizer "
+            "after model.resize_token_embeddings(len(tokenizer)) and use those"
         )
 
 

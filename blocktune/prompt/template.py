@@ -116,7 +116,6 @@ def _conversations(system: str | None, content: str):
 
 
 def _like(first: list[dict[str, Any]], turns: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Further turns, in the same form as the ``first`` messages."""
     as_list = isinstance(first[-1]["content"], list)
     return [{"role": role, "content": _listed(t) if as_list else t} for role, t in turns]
 
@@ -126,7 +125,6 @@ def _listed(text: str) -> list[dict[str, str]]:
 
 
 def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
-    """The rendered text, or None if the template rejects the messages."""
     template = tokenizer.get_chat_template()
     dated = "strftime_now" in template
     try:

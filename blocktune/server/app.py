@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from math import ceil
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -16,7 +17,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import blocktune
 from blocktune.server.bodies import ChatBodies, TextBodies, chunk_list
@@ -35,7 +35,7 @@ from blocktune.server.schemas import (
     ModelList,
     WrongField,
 )
-from blocktune.server.service import Service, UnknownModel
+from blocktune.server.service import Service
 
 ERRORS = {
     status: {"model": ErrorBody, "description": text}
@@ -67,13 +67,8 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="blocktune", version=blocktune.__version__, lifespan=lifespan)
     app.router.redirect_slashes = False
-    app.state.service, config = service, service.config
-    limits = config.limits
-    if config.hosts != ("*",):
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.hosts))
-    app.add_middleware(  # the outermost
-        Guard, max_bytes=limits.body_bytes, max_s=limits.body_s, metrics=service.metrics
-    )
+    app.state.service = service
+    app.add_middleware(Guard, config=service.config, metrics=service.metrics)
     _add_errors(app)
     for router in (work, tenants, public):
         app.include_router(router)
@@ -90,24 +85,25 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_errors(app: FastAPI) -> None:
-    def reply(status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
-        return JSONResponse(error_body(message, status, param), status, headers=headers or None)
+    def reply(status: int, message: str, **headers: str) -> JSONResponse:
+        return JSONResponse(error_body(message, status), status, headers=headers or None)
 
     @app.exception_handler(WrongField)
     async def invalid(request: Request, error: WrongField) -> JSONResponse:
-        return reply(400, str(error), error.param)
+        body = error_body(str(error), error.status, error.param, error.code)
+        return JSONResponse(body, error.status)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return reply(error.status_code, str(error.detail), **(error.headers or {}))
-
-    @app.exception_handler(UnknownModel)
-    async def unknown(request: Request, error: UnknownModel) -> JSONResponse:
-        return reply(404, str(error), "model")
+        text = str(error.detail)
+        if text in ("Not Found", "Method Not Allowed"):  # Starlette's
+            path = request.scope["raw_path"].decode("latin-1")
+            text = f"no route {request.method} {path:.80}; see /docs. OpenAI's are under /v1"
+        return reply(error.status_code, text, **(error.headers or {}))
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> JSONResponse:
-        return reply(429, str(error), **{"Retry-After": str(max(1, round(error.retry_after)))})
+        return reply(429, str(error), **{"Retry-After": str(ceil(error.retry_after))})
 
 
 # Dependencies are coroutines: FastAPI runs plain functions in threads.
@@ -204,10 +200,7 @@ async def methods() -> list[dict[str, Any]]:
     """Reuse methods that requests may name."""
     from blocktune.methods import describe_all
 
-    return [
-        {"name": row.name, "kind": row.kind, "weights": row.weights, "summary": row.summary}
-        for row in describe_all()
-    ]
+    return [row._asdict() for row in describe_all()]
 
 
 @tenants.get("/metrics", response_class=Response)
@@ -225,10 +218,9 @@ async def health() -> dict[str, str]:
 @public.get("/ready", responses={503: {"model": ErrorBody}})
 async def ready(service: Serving) -> Response:
     """Whether the correctness check has passed and requests are accepted."""
-    if service.ready and not service.draining:
+    if service.ready:
         return JSONResponse({"status": "ready"})
-    reason = "; ".join(service.faults) or ("draining" if service.draining else "checking")
-    return JSONResponse(error_body(reason, 503), 503)
+    return JSONResponse(error_body("; ".join(service.faults) or "checking", 503), 503)
 
 
 @public.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from blocktune.parsing import load_yaml, read, refuse_doubles
@@ -54,6 +56,8 @@ class Tenant:
     def __post_init__(self):
         if self.key is not None and len(self.key) < 8:
             raise ValueError("the key must have 8 characters or more")
+        if self.key is not None and self.key != self.key.strip():
+            raise ValueError("the key begins or ends with white space, which no request can send")
         for name in ("max_requests", "tokens_per_minute"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -117,8 +121,14 @@ class ServerConfig:
 
     limits: Limits = Limits()
     tenants: tuple[Tenant, ...] = ()  # with keys; empty: all clients are one tenant
-    hosts: tuple[str, ...] = ("*",)  # accepted Host headers; ``("*",)`` accepts all
+    hosts: tuple[str, ...] = ("*",)  # accepted Host headers; ``*`` stands for any text
     log_texts: bool = False  # whether answers are logged
+
+    def accepts(self, host: str) -> bool:
+        """Whether a Host header is one of `hosts`, with or without its port."""
+        forms = host.lower(), re.sub(r":\d*$", "", host.lower())
+        patterns = [known.lower().replace("[", "[[]") for known in self.hosts]
+        return any(fnmatchcase(form, pattern) for form in forms for pattern in patterns)
 
     def tenant_of(self, authorization: str | None) -> Tenant | None:
         """The tenant of an ``Authorization`` header, or None if it must not be served."""
@@ -150,8 +160,9 @@ class Quotas:
                 now, rate = time.monotonic(), tenant.tokens_per_minute / 60
                 left, since = self._tokens.get(tenant.name, (tenant.tokens_per_minute, now))
                 left = min(tenant.tokens_per_minute, left + (now - since) * rate)
-                if left < min(tokens, tenant.tokens_per_minute):
-                    return max(1.0, (tokens - left) / rate)
+                needed = min(tokens, tenant.tokens_per_minute)
+                if left < needed:
+                    return max(1.0, (needed - left) / rate)
                 self._tokens[tenant.name] = (left - tokens, now)
             self._requests[tenant.name] = running + 1
             return None

@@ -20,7 +20,7 @@ from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report, recall
 from blocktune.server.middleware import error_body
 from blocktune.server.schemas import Decoding, WrongField, read_body
-from blocktune.server.service import Service, Submission, UnknownModel
+from blocktune.server.service import Service, Submission
 
 _LOG = logging.getLogger("blocktune.server")
 T = TypeVar("T", bound=BaseModel)
@@ -42,9 +42,8 @@ async def begin(
     Reading runs in a worker thread, so that a long body does not delay other clients.
 
     Raises:
-        HTTPException: If the body is not JSON, or the request is invalid or can never fit.
-        WrongField: If a field is wrong.
-        UnknownModel: If it names a model that is not served.
+        HTTPException: If the body is not JSON.
+        WrongField: If it is invalid, can never fit, or names a model that is not served.
         Busy: If too many requests wait, or its tenant's quota is used up.
     """
     service, tenant = request.app.state.service, await authorized(request)
@@ -57,10 +56,11 @@ async def begin(
 
     try:
         body, submission = await asyncio.to_thread(read)
-    except (UnknownModel, WrongField):
+    except WrongField:
         raise
     except ValueError as error:
-        raise HTTPException(400, " ".join(str(error).split())) from None
+        line = " ".join(str(error).split())
+        raise WrongField(line, code=getattr(error, "code", None)) from None
     cache, job, question = service.responses, submission.job, submission.question
     wait = service.quotas.enter(tenant, job.quota_tokens)
     if wait is not None:
@@ -69,10 +69,8 @@ async def begin(
     try:
         if not cache or not await asyncio.to_thread(recall, cache, job, question):
             service.scheduler.submit(job)
-    except BaseException as error:
+    except BaseException:
         exchange.close(refund=job.quota_tokens)
-        if isinstance(error, ValueError):
-            raise HTTPException(400, str(error)) from None
         raise
     return exchange, body
 
@@ -114,26 +112,23 @@ class Exchange:
             self.service.quotas.leave(self.tenant, refund)
 
     async def events(self) -> AsyncIterator[Delta | Report]:
-        """The job's events, the report last.
-
-        Raises:
-            HTTPException: If the job fails, or the client has left (499, which nobody receives).
-        """
+        """The job's events, the report last. HTTPException if it fails or the client has left."""
         watch = asyncio.create_task(self._watch())
         try:
             while True:
                 event = await self._queue.get()
                 if isinstance(event, Failure):
                     raise HTTPException(event.status, event.message)
-                yield event
                 if isinstance(event, Report):
+                    self.close(refund=self.submission.job.unused_tokens(event))
+                    yield event
                     return
+                yield event
         finally:
             watch.cancel()
             self.close()
 
     async def _watch(self) -> None:
-        """Cancels the job when the client leaves."""
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
         self.submission.job.cancelled = True
@@ -156,7 +151,6 @@ class Exchange:
     async def _stream(
         self, bodies: TextBodies, first: Event, events: AsyncIterator[Event], with_usage: bool
     ) -> AsyncIterator[bytes]:
-        """Server-sent events in OpenAI's format."""
         try:
             yield _sse(*bodies.opening())
             yield _sse(*bodies.delta(first))
@@ -169,6 +163,7 @@ class Exchange:
                         yield _sse(bodies.closing(event))
             yield b"data: [DONE]\n\n"
         except HTTPException as error:
+            _LOG.info("%s ended early, status=%d", bodies.id, error.status_code)
             yield _sse(error_body(str(error.detail), error.status_code))
         finally:
             self.close()

@@ -17,17 +17,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.methods import Method, build, build_entry
-from blocktune.prompt import Chunk, Pieces, PromptFormat, chunk_ids, encode
+from blocktune.prompt import Chunk, Pieces, PromptFormat, chunk_ids, encode, template
 from blocktune.prompt.format import require_unicode
 from blocktune.prompt.pieces import open_prompt
 from blocktune.prompt.special_tokens import UserText, check_bos, with_bos
-from blocktune.prompt.template import (
-    PLAIN_REPLY_CUE,
-    SENTINEL,
-    Frame,
-    render_conversation,
-    render_frame,
-)
 from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Extension, Message
 
 Turn = tuple[str, str]  # role and text
@@ -157,23 +150,23 @@ def _render(
     earlier: Sequence[Turn],
     head: str,
     tail: str,
-) -> Frame:
+) -> template.Frame:
     if not earlier:
-        return render_frame(tokenizer, system, head, tail)
+        return template.render_frame(tokenizer, system, head, tail)
     if tokenizer.chat_template is None:
         dialogue = "".join(
-            f" {text}\n\n" if role == "assistant" else text + PLAIN_REPLY_CUE
+            f" {text}\n\n" if role == "assistant" else text + template.PLAIN_REPLY_CUE
             for role, text in earlier
         )
-        return render_frame(tokenizer, system, dialogue + head, tail)
-    turns = [*earlier, ("user", head + SENTINEL + tail)]
-    whole = render_conversation(tokenizer, system, turns)
-    if whole.count(SENTINEL) != 1:
+        return template.render_frame(tokenizer, system, dialogue + head, tail)
+    turns = [*earlier, ("user", head + template.SENTINEL + tail)]
+    whole = template.render_conversation(tokenizer, system, turns)
+    if whole.count(template.SENTINEL) != 1:
         raise ValueError(
             f"the chat template of '{tokenizer.name_or_path}' does not render the last turn "
             "exactly once; send a single question"
         )
-    return Frame(*whole.split(SENTINEL))
+    return template.Frame(*whole.split(template.SENTINEL))
 
 
 def plain_pieces(
@@ -219,7 +212,6 @@ def read_method(extension: Extension, default: Method) -> Method:
 
 @lru_cache(256)
 def _named(text: str) -> Method:
-    """A method without parameters, cached, since most requests use the same one."""
     return _checked(partial(build, text))
 
 

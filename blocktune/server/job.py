@@ -18,6 +18,7 @@ from blocktune.engine import Engine
 from blocktune.engine.encode import Found, Piece
 from blocktune.engine.generation import Generation, NoNumbers
 from blocktune.engine.recall import Recall
+from blocktune.engine.rows import has_column
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
@@ -114,6 +115,11 @@ class Job:
         """Tokens charged to its tenant's quota: those of the prompt, the answers and the chunks."""
         return self.num_tokens + sum(len(piece.ids) for piece in self.wanted)
 
+    def unused_tokens(self, report: Report) -> int:
+        """Tokens of `quota_tokens` that the answers were allowed but did not have."""
+        most = self.settings.choices * self.settings.max_new_tokens
+        return 0 if self.pieces is None else most - report.answer_tokens
+
     @cached_property
     def reserved(self) -> int:
         """Most bytes of keys and values that its answers need."""
@@ -190,8 +196,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         were not cached are ``computed``.
     """
     layout, state = run.batch.layout, run.state
-    stored = (layout.kind[0] != Kind.PAD) & (layout.kind[0] != Kind.BLANK)
-    rows = stored.nonzero().squeeze(1)
+    rows = has_column(layout)[0].nonzero().squeeze(1)
     rows = rows[layout.order[0, rows].argsort()]
     count = torch.zeros(run.columns.kind.shape[1], dtype=torch.int64)
     for plan in run.prefill.plans:

@@ -11,7 +11,7 @@ from blocktune.adapter.load import load_models
 from blocktune.cache import ChunkStore, PrefixTree
 from blocktune.cache.store.config import StoreConfig
 from blocktune.engine import Engine
-from blocktune.parsing import build_config
+from blocktune.parsing import build_config, refuse_doubles
 from blocktune.server.config import Limits, ServerConfig
 from blocktune.server.middleware import with_timeout
 
@@ -40,14 +40,11 @@ def load_engines(
     wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]
     if name or not adapters:
         wanted.append((name or _short(model or ""), None))
-    labels = [label for label, _ in wanted]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise ValueError(f"two models are called '{twice[0]}'; write --adapter NAME=ADAPTER")
-    names = [adapter for _, adapter in wanted]
+    labels, names = map(list, zip(*wanted, strict=True))
+    refuse_doubles("model or adapter", labels, "name it: NAME=ADAPTER")
     loaded = load_models(model, names, recurrent=False, **options)
-    device = loaded[0].model.device
     config = StoreConfig.parse(store or "", memory=store_bytes)
-    kept = {"store": ChunkStore(device=device, config=config)}
+    kept = {"store": ChunkStore(device=loaded[0].model.device, config=config)}
     kept["prefix_tree"] = PrefixTree(max(1, store_bytes), store=kept["store"])
     return {
         label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
@@ -56,7 +53,6 @@ def load_engines(
 
 
 def _short(source: str) -> str:
-    """The last part of a folder's path; other names are unchanged."""
     return Path(source).resolve().name if Path(source).exists() else source
 
 

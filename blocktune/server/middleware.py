@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from blocktune.server.config import ServerConfig
 from blocktune.server.scheduler import Report, Scheduler
 
+_LOG = logging.getLogger("blocktune.server")
 TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 AT_ONCE = 16
 """Bodies of the largest size that may arrive at once, or as many bytes of smaller ones."""
@@ -68,11 +72,13 @@ class Metrics:
 class Guard:
     """ASGI middleware: reads a request's whole body within the limits, and counts responses.
 
-    A client that sends too much or too slowly gets an error before anything is parsed.
+    A client that sends too much or too slowly, or to a host that is not served, gets an error
+    before anything is parsed. Errors are logged.
     """
 
-    def __init__(self, app: Callable, *, max_bytes: int, max_s: float, metrics: Metrics):
-        self.app, self.max_bytes, self.max_s, self.metrics = app, max_bytes, max_s, metrics
+    def __init__(self, app: Callable, *, config: ServerConfig, metrics: Metrics):
+        self.app, self.config, self.metrics = app, config, metrics
+        self.max_bytes, self.max_s = config.limits.body_bytes, config.limits.body_s
         self.held = 0  # bytes of bodies that are still arriving
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
@@ -85,15 +91,21 @@ class Guard:
         async def counted(message: dict) -> None:
             nonlocal sent
             if message["type"] == "http.response.start":
-                sent = True
-                self.metrics.responses.labels(str(message["status"])).inc()
+                sent, status = True, message["status"]
+                self.metrics.responses.labels(str(status)).inc()
+                if status >= 400:
+                    client, path = scope["client"] or ["-"], scope["raw_path"].decode("latin-1")
+                    _LOG.info("%s %s %.80s status=%d", client[0], scope["method"], path, status)
             await send(message)
 
         async def refuse(status: int, message: str) -> None:
             response = JSONResponse(error_body(message, status), status, {"connection": "close"})
             await response(scope, receive, counted)
 
+        host = Headers(scope=scope).get("host", "")
         try:
+            if not self.config.accepts(host):
+                raise HTTPException(400, f"Host '{host:.80}' is not served; see --allowed-host")
             body = await asyncio.wait_for(self._read(receive), self.max_s)
         except TimeoutError:
             await refuse(408, f"the body did not arrive within {self.max_s:g} s")
@@ -108,8 +120,10 @@ class Guard:
         async def replay() -> dict:
             return pending.pop() if pending else await receive()
 
+        # Every GET route answers HEAD too; uvicorn leaves out the body.
+        inner = scope | {"method": "GET"} if scope["method"] == "HEAD" else scope
         try:
-            await self.app(scope, replay, counted)
+            await self.app(inner, replay, counted)
         except asyncio.CancelledError:  # the time to finish after SIGTERM is over
             if not sent:
                 await refuse(503, "the server has shut down before the answer was done")
@@ -163,10 +177,13 @@ def with_timeout(seconds: float) -> type[AutoHTTPProtocol]:
 
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
-def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+def error_body(
+    message: str, status: int, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """An error in OpenAI's format; unpaired surrogates become question marks."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    text = message.encode(errors="replace").decode()
-    return {"error": {"message": text, "type": kind, "param": param, "code": None}}
+    text, code = message.encode(errors="replace").decode(), code or CODES.get(status)
+    return {"error": {"message": text, "type": kind, "param": param, "code": code}}

@@ -86,17 +86,7 @@ class Scheduler:
         self._thread.join(timeout_s)
 
     def submit(self, job: Job) -> None:
-        """Queues a request.
-
-        Raises:
-            Busy: If too many wait, or the server stops.
-            ValueError: If its answers would never fit into the memory for keys and values.
-        """
-        if job.reserved > self.limits.kv_bytes:
-            raise ValueError(
-                f"the prompt and its answers need {job.reserved:,} bytes of keys and values, the "
-                f"server has {self.limits.kv_bytes:,}; ask for fewer tokens or choices"
-            )
+        """Queues a request. Raises `Busy` if too many wait, or the server stops."""
         with self._wake:
             if self._stopping:
                 raise Busy(5.0, "the server is shutting down")
@@ -129,13 +119,12 @@ class Scheduler:
     def _should_wake(self) -> bool:
         return self._stopping or self._has_work()
 
-    def _remove_expired(self) -> list[Job]:
+    def _remove_expired(self) -> set[Job]:
         """Removes requests from the queues whose client left, or that waited too long."""
-        expired = [job for queue in self._queues.values() for job in queue if self._is_expired(job)]
-        for tenant, queue in list(self._queues.items()) if expired else ():
-            self._queues[tenant] = deque(job for job in queue if job not in expired)
-            if not self._queues[tenant]:
-                del self._queues[tenant]
+        expired = {job for queue in self._queues.values() for job in queue if self._is_expired(job)}
+        if expired:
+            left = {t: deque(j for j in q if j not in expired) for t, q in self._queues.items()}
+            self._queues = {tenant: queue for tenant, queue in left.items() if queue}
         return expired
 
     def _admit(self) -> None:
@@ -159,7 +148,6 @@ class Scheduler:
         return job.cancelled or time.perf_counter() - job.created > job.timeout_s
 
     def _fail_expired(self) -> None:
-        """Ends admitted requests whose client left, or that take too long."""
         for job in dict.fromkeys((*self.preparing, *self.running.values())):
             if self._is_expired(job):
                 self._fail(job, timed_out(job))
@@ -183,13 +171,14 @@ class Scheduler:
             job.emit(event)
 
     def _prepare_one(self) -> None:
-        """Does one unit of work for the request whose turn it is."""
         if not self.preparing:
             return
-        job = self.preparing.popleft()
+        job = self.preparing[0]  # it stays, so that the metrics count it
         try:
-            if not self._prepare(job):
-                self.preparing.append(job)  # to the end of the line
+            if self._prepare(job):
+                self.preparing.popleft()
+            else:
+                self.preparing.rotate(-1)  # to the end of the line
         except Exception as error:
             self._fail(job, failure_of(error))
 
@@ -215,7 +204,6 @@ class Scheduler:
         return True
 
     def _look_up(self, job: Job) -> None:
-        """Finds out which pieces are cached where, and which must be encoded."""
         engine, encoder = job.engine, job.engine.state.encoder
         job.watch = Stopwatch(engine.model.device)
         job.missing = deque()
@@ -275,7 +263,6 @@ class Scheduler:
         self._emit(job, Delta(choice.index, text, logprob, choice.finish))
 
     def _decode_all(self) -> None:
-        """Decodes one token for every running answer, those of one model together."""
         by_model = sorted(self.running, key=lambda choice: id(choice.run.state.model))
         for _, group in groupby(by_model, key=lambda choice: id(choice.run.state.model)):
             choices = list(group)
@@ -315,11 +302,8 @@ def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[Ch
     watch.start()
     run = prefill_batch(state, [engine.lay_out(pieces, method)], [pieces], method)
     run.remember()
-    span = slice(0, len(prefix.ids))
-    keys = tuple(layer.keys[0, :, span] for layer in run.cache.layers)
-    values = tuple(layer.values[0, :, span] for layer in run.cache.layers)
     encoder = state.encoder
-    kv = ChunkKV(keys, values, torch.tensor(prefix.ids), encoder.fingerprint)
-    stored = encoder.store.put(encoder.key(prefix), kv.compact(), tenant=encoder.tenant)
+    _, kv, _ = encoder.extract(run.cache, {}, None, 0, prefix)
+    stored = encoder.store.put(encoder.key(prefix), kv, tenant=encoder.tenant)
     watch.stop("encode_s")
     return stored, int(run.assembled.cached.sum())

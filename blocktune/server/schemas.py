@@ -13,22 +13,32 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     AliasChoices,
     BaseModel,
-    ConfigDict,
+    BeforeValidator,
     Discriminator,
     Field,
+    StrictBool,
     Tag,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
+
+from blocktune.data.example import near_miss
 
 Text = Annotated[str, Field(max_length=4_000_000)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _number(value: Any) -> Any:
+    """Refuses what pydantic would convert: texts, and true as 1."""
+    if isinstance(value, (bool, str)):
+        raise ValueError(f"must be a number, got {value!r:.40}")
+    return value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Whole = Annotated[int, BeforeValidator(_number)]
 INT64 = 1 << 63
 MOST_DOCUMENTS = 4096
 """Most documents of a request at any server's limit; more are refused before they are read."""
@@ -48,32 +58,32 @@ NEUTRAL: dict[str, tuple] = {
     "response_format": ({"type": "text"}, {}),
     "modalities": (["text"],),
     "suffix": ("",),
-    "truncate_prompt_tokens": (),
+    **dict.fromkeys(("truncate_prompt_tokens", "chunks", "method", "strip"), ()),
 }
 """Fields of OpenAI's and vLLM's interfaces that change an answer, and the values that do not."""
+FIXES = {"extra_body": "put its fields into the body", "chunks": "send them as documents"}
+FIXES |= dict.fromkeys(("method", "strip"), "put it into the field blocktune")
 _FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
 """Names of a field's alternatives, which pydantic adds to the location of an error."""
 
 
 class WrongField(ValueError):
-    """A request with a wrong field; ``param`` is its path, as ``messages.0.role``, or None."""
+    """A request with a wrong field: its path (``messages.0.role``), and OpenAI's error code."""
 
-    def __init__(self, message: str, param: str | None):
+    def __init__(self, message: str, param=None, status: int = 400, code: str | None = None):
         super().__init__(message)
-        self.param = param
+        self.param, self.status, self.code = param, status, code
 
 
 def read_body(kind: type[T], body: bytes, most: int) -> T:
     """Parses a JSON body of at most about ``most`` values.
 
-    Values are counted first, since 8 MB of ``[],[],[]`` would become 200 MB of objects.
-
-    Raises:
-        WrongField: If it is not a request of this kind; the message is one line.
+    Values are counted first, since 8 MB of ``[],[],[]`` would become 200 MB of objects. Raises
+    `WrongField` if it is not a request of this kind; the message is one line.
     """
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:
-        raise WrongField(f"the body has {values:,} values, the server reads {most:,} at most", None)
+        raise WrongField(f"the body has {values:,} values, the server reads {most:,} at most")
     return validated(kind.model_validate_json, body)
 
 
@@ -83,16 +93,11 @@ def validated(validate: Callable[[Any], T], body: Any) -> T:
         return validate(body)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
-    deepest = max(errors, key=lambda item: len(item["loc"]))  # of the alternative that fits best
+    # of the alternative that fits best
+    deepest = max(errors, key=lambda item: (len(item["loc"]), "_type" not in item["type"]))
     path = ".".join(part for part in map(str, deepest["loc"]) if not _FORM.fullmatch(part))[:200]
     message = deepest["msg"].removeprefix("Value error, ")
     raise WrongField(" ".join((f"{path}: {message}" if path else message).split()), path or None)
-
-
-class Strict(BaseModel):
-    """A model that refuses unknown fields."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class TitledDocument(BaseModel):
@@ -114,7 +119,6 @@ class TextSource(BaseModel):
     """A document's text in an Anthropic block; images and files are not read."""
 
     type: Literal["text"]
-    media_type: str = "text/plain"
     data: Text
 
 
@@ -163,7 +167,7 @@ class Message(BaseModel):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
-class Extension(Strict):
+class Extension(BaseModel, extra="forbid"):
     """The field ``blocktune``: what OpenAI's interface does not have.
 
     ``method`` is a method as on the command line (``kvlink + deviation 15 %``) or a mapping as in a
@@ -173,22 +177,13 @@ class Extension(Strict):
 
     method: Annotated[str, Field(min_length=1, max_length=300)] | dict[str, Any] | None = None
     params: dict[str, Any] | None = None
-    strip: bool | None = False
+    strip: StrictBool | None = False
 
 
 class StreamOptions(BaseModel):
     """OpenAI's options of a stream."""
 
-    include_usage: bool | None = False
-
-
-def _misplaced(value: Any, field: ValidationInfo) -> None:
-    if value is not None:
-        raise ValueError(f"belongs in the field blocktune: {{'{field.field_name}': ...}}")
-
-
-Misplaced = Annotated[SkipJsonSchema[Any], AfterValidator(_misplaced)]
-"""A field of `Extension` at the top level, where it would be ignored."""
+    include_usage: StrictBool | None = False
 
 
 class Decoding(BaseModel):
@@ -196,16 +191,15 @@ class Decoding(BaseModel):
 
     model: str | None = None
     documents: Documents | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, lt=INT64)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=INT64)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # -1: all, as vLLM has it
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None  # -1: all, as vLLM has it
+    seed: Annotated[Whole, Field(ge=-INT64, lt=INT64)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
-    stream: bool | None = False
-    method: Misplaced = None  # no ``params``: clients send such a field of their own
-    strip: Misplaced = None
+    n: Annotated[Whole, Field(ge=1, lt=1 << 31)] | None = None
+    stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     user: str | None = None
@@ -214,16 +208,16 @@ class Decoding(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        for name, neutral in NEUTRAL.items() if isinstance(body, dict) else ():
+        if not isinstance(body, dict):
+            return body
+        for name, neutral in NEUTRAL.items():
             if body.get(name) is not None and body[name] not in neutral:
-                fix = "put its fields into the body" if name == "extra_body" else "leave it out"
+                fix = FIXES.get(name, "leave it out")
                 raise ValueError(f"{name} is not supported; {fix}")
+        unknown = body.keys() - cls.model_fields - NEUTRAL.keys()
+        if match := near_miss(unknown, [n for n in cls.model_fields if body.get(n) is None]):
+            raise ValueError(f"unknown field {match[0]!r:.80}; did you mean '{match[1]}'?")
         return body
-
-    @property
-    def asked_tokens(self) -> int | None:
-        """The limit on the answer's length."""
-        return self.max_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -236,20 +230,14 @@ class ChatRequest(Decoding):
     """``POST /v1/chat/completions``."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: StrictBool | None = False
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _require_logprobs(self):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
-
-    @property
-    def asked_tokens(self) -> int | None:
-        """The limit on the answer's length, under either name."""
-        return self.max_completion_tokens or self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -261,13 +249,12 @@ class CompletionRequest(Decoding):
     """``POST /v1/completions``: continues a text without a chat template."""
 
     prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: int | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    best_of: Whole | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _take_the_only_one(cls, value: Any) -> Any:
-        """Unwraps a list of one prompt, which many clients send."""
         if not isinstance(value, list) or not all(isinstance(item, (str, list)) for item in value):
             return value
         if len(value) != 1:
@@ -286,7 +273,7 @@ class CompletionRequest(Decoding):
         return self.logprobs
 
 
-class ChunksRequest(Strict):
+class ChunksRequest(BaseModel, extra="forbid"):
     """``POST /v1/chunks``: documents to encode ahead of time, for the default method.
 
     Pinned chunks are never evicted; they stay until they are deleted.
@@ -295,7 +282,7 @@ class ChunksRequest(Strict):
     model: str | None = None
     documents: Annotated[Documents, Field(min_length=1)]
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    pin: bool | None = False
+    pin: StrictBool | None = False
 
 
 class ErrorDetail(BaseModel):

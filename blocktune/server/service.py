@@ -5,38 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from blocktune.cache import ChunkStore, states_key
 from blocktune.cache.responses import ResponseCache
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
+from blocktune.engine.prompts import TooLong
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
 from blocktune.prompt import Pieces
 from blocktune.prompt.special_tokens import OWNER
+from blocktune.server import front, schemas
 from blocktune.server.config import Quotas, ServerConfig, Tenant
 from blocktune.server.decoding import Settings
-from blocktune.server.front import (
-    Source,
-    chat_pieces,
-    plain_pieces,
-    read_documents,
-    read_messages,
-    read_method,
-)
 from blocktune.server.job import Job, bytes_per_token
 from blocktune.server.middleware import Metrics
 from blocktune.server.scheduler import Scheduler
-from blocktune.server.schemas import (
-    ChatRequest,
-    ChunksRequest,
-    ChunkStatus,
-    CompletionRequest,
-    Decoding,
-    Extension,
-    ModelCard,
-)
 
 _LOG = logging.getLogger(__name__)
 MOST_BLANKS = 64
@@ -44,10 +30,6 @@ CHARACTERS = 32
 """Most characters of a token, to refuse texts that are too long before they are tokenised."""
 WITHOUT_CHUNKS = "prefix-cache"
 """The method of prompts without documents, which can only reuse an exact prefix."""
-
-
-class UnknownModel(ValueError):
-    """A request names a model that is not served."""
 
 
 class Served(NamedTuple):
@@ -64,7 +46,7 @@ class Submission(NamedTuple):
 
     job: Job  # not yet submitted; its ``emit`` does nothing
     served: Served  # the model
-    sources: tuple[Source, ...]  # the documents, in prompt order
+    sources: tuple[front.Source, ...]  # the documents, in prompt order
     question: str = ""  # text that a semantic response cache compares; empty for none
 
 
@@ -78,8 +60,7 @@ class Service:
         checked: Whether every model must pass `check_model` before the first answer.
         responses: Cache of whole answers, or None.
 
-    Raises:
-        ValueError: If the method does not fit a model.
+    Raises ValueError if the method does not fit a model.
     """
 
     def __init__(
@@ -109,8 +90,7 @@ class Service:
         for served in self.models.values():  # requests load none
             served.engine.state.auxiliaries.may_load = served.engine.store.may_load = False
         self.faults: list[str] = []
-        self.ready = self.draining = False
-        self._checked = checked
+        self.ready, self._checked = False, checked
         self.scheduler = Scheduler(config.limits, self._check)
         for store in self.stores:
             self.scheduler.pinned |= store.pinned()  # by earlier servers, or `blocktune store pin`
@@ -134,46 +114,43 @@ class Service:
 
     def stop(self) -> None:
         """Finishes what was accepted, and the files that wait for a remote."""
-        self.draining = True
         self.scheduler.stop()
         for store in self.stores:  # SIGTERM ends the process without doing this
             store.flush()
 
     def model(self, name: str | None) -> Served:
-        """A model by its name; None: the first. Raises `UnknownModel` if none has this name."""
+        """A model by its name; None: the first. Raises `WrongField` if none has this name."""
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise UnknownModel(f"no model '{name:.80}'; served: {', '.join(self.models)}")
+            told = f"no model '{name:.80}'; served: {', '.join(self.models)}"
+            raise schemas.WrongField(told, "model", 404, "model_not_found")
         return self.models[name]
 
-    def chat(self, body: ChatRequest, tenant: Tenant) -> Submission:
+    def chat(self, body: schemas.ChatRequest, tenant: Tenant) -> Submission:
         """The job of a chat request. Raises ValueError, with the reason, if it has no answer."""
         served = self._served(body, tenant)
-        conversation = read_messages(body.messages)
+        conversation = front.read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
         sources = self._sources(served, documents, conversation.texts)
 
-        def read(*how: Any, block: bool) -> Pieces:
-            return chat_pieces(*how, conversation, block)
-
-        job = self._job(served, body, tenant, sources, read, True)
+        read = partial(front.chat_pieces, conversation=conversation)
+        job = self._job(served, body, tenant, sources, read)
         job.has_turns = bool(conversation.earlier)
         return Submission(job, served, sources, conversation.question)
 
-    def completion(self, body: CompletionRequest, tenant: Tenant) -> Submission:
+    def completion(self, body: schemas.CompletionRequest, tenant: Tenant) -> Submission:
         """The job of a plain completion. Raises ValueError as `chat` does."""
         served = self._served(body, tenant)
         texts = [body.prompt] if isinstance(body.prompt, str) else []
         sources = self._sources(served, body.documents or (), texts)
 
-        def read(*how: Any, block: bool) -> Pieces:
-            return plain_pieces(*how, body.prompt)
-
-        job = self._job(served, body, tenant, sources, read, False)
+        job = self._job(
+            served, body, tenant, sources, lambda *how, block: front.plain_pieces(*how, body.prompt)
+        )
         return Submission(job, served, sources, "".join(texts))
 
-    def encoding(self, body: ChunksRequest, tenant: Tenant) -> Submission:
+    def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Submission:
         """The job that encodes documents ahead of time, for the model's default method.
 
         Raises ValueError if one does not fit into the model's context, or into the room for pins.
@@ -202,11 +179,12 @@ class Service:
         )
         return Submission(job, served, sources)
 
-    def chunk(self, name: str, key: str) -> ChunkStatus:
+    def chunk(self, name: str, key: str) -> schemas.ChunkStatus:
         """Whether a chunk is stored; ``name`` is the tenant's signed name of the store ``key``."""
         is_stored = any(key in store for store in self.stores)
         pinned = any(store.is_pinned(key) for store in self.stores)
-        return ChunkStatus(key=name, cached="stored" if is_stored else "none", pinned=pinned)
+        cached = "stored" if is_stored else "none"
+        return schemas.ChunkStatus(key=name, cached=cached, pinned=pinned)
 
     def discard(self, key: str) -> None:
         """Removes a chunk and its hidden states from every store, pinned or not."""
@@ -215,17 +193,17 @@ class Service:
         for store in self.stores:
             store.discard(key, *(states_key(key, layer) for layer in layers))
 
-    def card(self, name: str) -> ModelCard:
-        """The description of a model in ``/v1/models``; `UnknownModel` if there is none."""
+    def card(self, name: str) -> schemas.ModelCard:
+        """The description of a model in ``/v1/models``; `WrongField` if there is none."""
         served = self.model(name)
-        return ModelCard(
+        return schemas.ModelCard(
             id=name,
             created=self.created,
             max_model_len=served.engine.prompts.max_tokens,
             method=served.method.name,
         )
 
-    def _served(self, body: Decoding | ChunksRequest, tenant: Tenant) -> Served:
+    def _served(self, body: schemas.Decoding | schemas.ChunksRequest, tenant: Tenant) -> Served:
         """A request's model, with the tenant's own caches of chunks and of tokenised texts."""
         served, salt = self.model(body.model), tenant.salt(body.cache_salt)
         OWNER.set(salt)  # a context variable, so it is set for this request only
@@ -233,32 +211,30 @@ class Service:
 
     def _sources(
         self, served: Served, documents: Sequence[Any], texts: Iterable[str]
-    ) -> tuple[Source, ...]:
+    ) -> tuple[front.Source, ...]:
         limits = self.config.limits
         if len(documents) > limits.chunks:
             raise ValueError(
-                f"documents: {len(documents):,} were given, the server takes {limits.chunks:,} at "
-                "most"
+                f"documents: {len(documents):,} were given, at most {limits.chunks:,} are taken"
             )
-        sources = read_documents(documents)
+        sources = front.read_documents(documents)
         whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)
         whole += sum(map(len, texts))
         room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.max_tokens)
         if whole > room:
-            raise ValueError(f"{whole:,} characters were given, the model reads {room:,} at most")
+            raise TooLong(f"{whole:,} characters were given, the model reads {room:,} at most")
         return sources
 
     def _job(
         self,
         served: Served,
-        body: Decoding,
+        body: schemas.Decoding,
         tenant: Tenant,
-        sources: Sequence[Source],
+        sources: Sequence[front.Source],
         read: Callable[..., Pieces],
-        strips: bool,
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
-        method = read_method(body.blocktune or Extension(), served.method)
+        method = front.read_method(body.blocktune or schemas.Extension(), served.method)
         if method.warm_up:
             raise ValueError("blocktune: warm_up is for measurements; leave it out")
         method = method if sources else build(WITHOUT_CHUNKS)
@@ -269,18 +245,18 @@ class Service:
         if spec.num_blanks > MOST_BLANKS:
             raise ValueError(f"blocktune: at most {MOST_BLANKS} blanks, got {spec.num_blanks}")
         if pieces.num_tokens > limits.prompt_tokens:
-            raise ValueError(
+            raise TooLong(
                 f"the prompt has {pieces.num_tokens:,} tokens, the server takes "
                 f"{limits.prompt_tokens:,}; cut chunks smaller or retrieve fewer"
             )
+        new_tokens = body.max_completion_tokens or body.max_tokens
         for name, value, most in (
-            ("max_tokens", body.asked_tokens, limits.new_tokens),
+            ("max_tokens", new_tokens, limits.new_tokens),
             ("n", body.n, limits.choices),
         ):
             if value is not None and value > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
-        prompt = prompts.prompt(pieces, spec, body.asked_tokens or 1)
-        new_tokens = body.asked_tokens
+        prompt = prompts.prompt(pieces, spec, new_tokens or 1)
         if new_tokens is None:
             length = int((prompt.layout.kind != Kind.BLANK).sum())
             length = max(length, int(prompt.layout.position.max()) + 1)
@@ -288,8 +264,12 @@ class Service:
             new_tokens = min(new_tokens, prompts.max_tokens - length)
         top_k, top_p = max(0, body.top_k or 0), body.top_p or 1.0
         sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
-        count, logprobs = body.n or 1, body.num_logprobs
-        return Job(
+        count, logprobs, strips = (
+            body.n or 1,
+            body.num_logprobs,
+            isinstance(body, schemas.ChatRequest),
+        )
+        job = Job(
             served.engine,
             method=method,
             pieces=pieces,
@@ -300,3 +280,9 @@ class Service:
             strip=bool(body.blocktune and body.blocktune.strip),
             token_bytes=served.token_bytes,
         )
+        if job.reserved > limits.kv_bytes:
+            raise ValueError(
+                f"the prompt and its answers need {job.reserved:,} bytes of keys and values, the "
+                f"server has {limits.kv_bytes:,}; ask for fewer tokens or choices"
+            )
+        return job

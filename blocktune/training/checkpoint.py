@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_
 
 from blocktune import links
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo, scope_of
-from blocktune.attention import is_attached
+from blocktune.attention.interface import decoder_of, is_attached
 from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import read_tokenizer
@@ -31,7 +31,7 @@ from blocktune.models.sharded import fill
 from blocktune.provenance import provenance
 from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
-from blocktune.training.lora import require_reproducible, trained_adapters
+from blocktune.training.lora import require_named_base, require_reproducible, trained_adapters
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
@@ -143,20 +143,20 @@ class SaveLayoutCallback(TrainerCallback):
     def __init__(self, collator: BlockDataCollator):
         """Takes the trainer's collator, which has the layout and format of prompts."""
         self.collator = collator
+        self._has_layout = False  # whether a forward pass of the run had one
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Wraps `save_pretrained` of the trainer's model, so that it also writes the files."""
         require_reproducible(model)
-        collator = self.collator
+        collator, tokenizer = self.collator, self.collator.tokenizer
         collator.num_tokens = links.link_base(model)
-        tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        fields = {"layout": collator.layout, "format": collator.format, "training": origin}
-        info = adapter_info(model, tokenizer, **fields, scope=scope_of(model))
+        fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
+        info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
         files = AdapterFiles(info, {"training": settings(args)})
-        save = model.save_pretrained
-
-        names = trained_adapters(model)
-        selected = {"selected_adapters": names} if names else {}
+        save, names, selected = model.save_pretrained, trained_adapters(model), {}
+        if names:
+            require_named_base(model)
+            selected = {"selected_adapters": names}
 
         def save_pretrained(folder, *rest, **options):
             save(folder, *rest, **(selected | options))
@@ -172,6 +172,19 @@ class SaveLayoutCallback(TrainerCallback):
         """Raises ValueError if the model would ignore the layout."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
+        self._watch = decoder_of(model).register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, decoder, args, kwargs) -> None:
+        self._has_layout |= not {"layout", "plan"}.isdisjoint(kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Raises ValueError after the first step if none of its batches had a layout."""
+        self._watch.remove()
+        if not self._has_layout:
+            raise ValueError(
+                "no batch had a layout, so this run would train plain attention; pass "
+                "data_collator=collator, in a trainer that gives the model all its inputs"
+            )
 
 
 class StagedSaving(Trainer):
@@ -308,5 +321,4 @@ class StagedSaving(Trainer):
 
 
 def _has_model(folder: str) -> bool:
-    """Whether a checkpoint has weights other than a link table."""
     return {path.name for path in Path(folder).glob("*.safetensors")} != {links.LINKS_FILE}

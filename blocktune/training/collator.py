@@ -158,8 +158,7 @@ class BlockDataCollator:
             sample = to_sample(record, self.tokenizer, self.format)
         except LeftOut as reason:
             raise ValueError(
-                f"a row has no passages that could be read on their own ({reason}); give it "
-                "'documents' or 'chunks', or drop it"
+                f"a row cannot be trained on ({reason}); drop it or give it 'documents'"
             ) from None
         sample = sample._replace(block=self.layout.block)
         name = f"a row ('{sample.example.question:.40}')"

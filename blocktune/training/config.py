@@ -144,7 +144,6 @@ _AT_LEAST_1 = (
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
     *("gradient_accumulation_steps", "max_length", "pack_length", "distill_top_k"),
 )
-_HINTS = {"packing": "pack_length packs by layout", "padding_free": "pack_length packs by layout"}
 
 
 @dataclass
@@ -173,7 +172,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             if getattr(self, name) != required:
                 raise ValueError(
                     f"block training needs {name}: {required}, got {getattr(self, name)!r}, which "
-                    f"would ignore the layout of prompts; {_HINTS.get(name, 'leave it out')}"
+                    "would ignore the layout of prompts; leave it out (pack_length packs by layout)"
                 )
         if self.router_aux_loss_coef:
             raise ValueError("router_aux_loss_coef is not supported; leave it out or set it to 0")
@@ -194,12 +193,14 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             raise ValueError("output_dir is empty; name a folder for the adapter")
         kinds = get_type_hints(type(self)) | {"train_sampling_strategy": _STRATEGIES}
         for name, kind in kinds.items():
-            value, choices = getattr(self, name), get_args(kind)
             if get_origin(kind) is Literal:
-                require_one_of(name, value, choices)
+                require_one_of(name, getattr(self, name), get_args(kind))
         for name in _AT_LEAST_1:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("fp16", "activation_offloading"):
+            if getattr(self, name) and self.use_cpu:
+                raise ValueError(f"{name} is for GPUs; leave it out on a CPU")
         if self.trust_remote_code:
             raise ValueError("trust_remote_code: code of repositories is never run; leave it out")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:

@@ -61,7 +61,6 @@ def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Te
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:
-    """Appends the log of the remaining probability."""
     rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=EPSILON)
     return torch.cat((log_probs, rest.log()), dim=-1)
 

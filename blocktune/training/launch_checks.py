@@ -85,8 +85,6 @@ def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
     """Raises ValueError for settings of the base that exclude each other."""
     if not choice.model_name_or_path:
         raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
-    if args.activation_offloading and args.device.type == "cpu":
-        raise ValueError("activation_offloading moves activations off a GPU; leave it out on CPUs")
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if args.freeze_base and quantised:
         raise ValueError(
@@ -126,22 +124,16 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
             )
 
 
-def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: bool) -> None:
-    """Raises ValueError if the requested processes, GPUs, DeepSpeed or FSDP are not used.
+def refuse_lost_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
+    """Raises ValueError if the requested processes, DeepSpeed or FSDP are not used.
 
     Such a run would train without an error, and its processes would overwrite each other's files.
-    ``n_gpu`` is the number of GPUs that the Trainer would use in one process.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
             f"the launcher started {started} processes, but each would train alone; launch them "
             "by `blocktune train --processes` or with a configuration of recipes/accelerate"
-        )
-    if n_gpu > 1:
-        raise ValueError(
-            f"one process sees {n_gpu} GPUs and would separate prompts from their layouts; start "
-            f"one per GPU (blocktune train --processes {n_gpu}), or set CUDA_VISIBLE_DEVICES=0"
         )
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
         raise ValueError(

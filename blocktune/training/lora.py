@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from blocktune.adapter import scope_adapter
 from blocktune.adapter.load import require_kind
 from blocktune.adapter.scope import INITS
-from blocktune.links import add_link_tokens, install_links, new_links
+from blocktune.links import add_link_tokens, install_links, link_base, new_links
+from blocktune.models.load import read_config
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
 
@@ -38,6 +39,8 @@ def make_trainable(
         raise ValueError("the model has an adapter already; leave out peft_config and freeze_base")
     if args.freeze_base and peft_config is not None:
         raise ValueError("freeze_base trains only the link table; drop it or use_peft")
+    if is_wrapped or args.freeze_base or peft_config is not None:
+        require_named_base(model)
     if learned and args.link_mode == "added_tokens":
         if is_wrapped:
             raise ValueError("link_mode 'added_tokens' needs the bare model; pass peft_config too")
@@ -107,6 +110,18 @@ def require_reproducible(model: nn.Module) -> None:
                 f"init_lora_weights '{init}' changes the base at random, and differently when the "
                 "adapter is loaded; set init_lora_weights to 'pissa'"
             )
+
+
+def require_named_base(model: PreTrainedModel) -> None:
+    """Raises ValueError if a model was resized after loading: its adapter would fit no base."""
+    name, rows, named = model.config._name_or_path, link_base(model), None
+    with suppress(ValueError):  # a base without files
+        named = read_config(name, getattr(model.config, "_commit_hash", None)).get_text_config()
+    if named is not None and named.vocab_size != rows:
+        raise ValueError(
+            f"the model embeds {rows:,} tokens, but '{name}' {named.vocab_size:,}, so its adapter "
+            "could not be loaded; save the resized model and tokenizer, and train on that folder"
+        )
 
 
 def trained_adapters(model: nn.Module) -> list[str]:

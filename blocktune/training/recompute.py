@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.attention import Plan, make_plan, planned_forward
-from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
+from blocktune.layout import FOREVER, Kind, Layout, append_fresh
 from blocktune.methods.select import SELECTORS, Selection
 from blocktune.methods.select.base import LayerCheck, LayerKV
 from blocktune.methods.select.layers import compared
@@ -99,16 +99,8 @@ def with_fresh_rows(prompt: Prompt, chosen: Tensor, until: int = FOREVER) -> Pro
     ``until`` is the first layer (0-based) in which the fresh rows no longer exist.
     """
     rows = chosen[0].nonzero().flatten()
-    fresh = prompt.layout.map(lambda field: field[:, rows])
-    fresh = replace(
-        fresh,
-        group=torch.full_like(fresh.group, GLOBAL),
-        supersedes=rows[None],
-        until=torch.full_like(fresh.until, until),
-    )
-    rows_and_fresh = torch.cat([prompt.layout.pack(), fresh.pack()], dim=1)
     ids = torch.cat([prompt.input_ids, prompt.input_ids[rows]])
-    return Prompt(ids, Layout.unpack(rows_and_fresh))
+    return Prompt(ids, append_fresh(prompt.layout, rows, until))
 
 
 class _ProbeDone(Exception):

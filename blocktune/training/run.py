@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -25,6 +26,7 @@ from blocktune.data import load_examples
 from blocktune.data.example import own_wording
 from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources.load import training_split
+from blocktune.data.sources.options import parse_source
 from blocktune.models import load
 from blocktune.parsing import load_yaml, mapping
 from blocktune.prompt import PromptFormat
@@ -39,8 +41,6 @@ from blocktune.training.trainer import BlockSFTTrainer
 _OPTIONS = (DataArgs, BlockSFTConfig, ModelConfig)
 _TYPES = {name: str(t) for cls in _OPTIONS for name, t in get_type_hints(cls).items()}
 """Annotations of all options as text."""
-
-FINISHED = "the run is finished; --overwrite starts again"
 
 
 class Parser(TrlParser):
@@ -72,7 +72,6 @@ class Parser(TrlParser):
         return [str(key) for key in values if key not in actions]
 
     def _value(self, action: argparse.Action, value: Any) -> Any:
-        """Parses a value of the YAML as on the command line."""
         for kind, name in ((Mapping, "dict"), (list, "list")):
             if isinstance(value, kind) and name not in _TYPES.get(action.dest, ""):
                 raise ValueError(f"must be one value, got {value!r:.60}")
@@ -122,9 +121,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
 
 
 def train(
-    argv: Sequence[str],
-    callbacks: Sequence[TrainerCallback] = (),
-    publisher: Any = None,
+    argv: Sequence[str], callbacks: Sequence[TrainerCallback] = (), publisher: Any = None
 ) -> Path | None:
     """Trains, saves the adapter, and publishes it with ``push_to_hub``.
 
@@ -158,7 +155,6 @@ def leave() -> None:
 
 
 def _close_process_group() -> None:
-    """Ends the threads of the process group; see `leave`."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -170,7 +166,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
         raise ValueError(f"output_dir is the folder of the base model, '{folder}'; name another")
     checkpoint = earlier_run(data, args, choice, int(os.environ.get("WORLD_SIZE", "1")))
     if checkpoint == folder and not args.dry_run:
-        launch_checks.say(FINISHED)
+        launch_checks.say(finished(data, folder))
         return folder
     if checkpoint not in (None, folder):
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
@@ -187,6 +183,15 @@ def _train(data, args, choice, callbacks) -> Path | None:
         trainer.save_state()
         launch_checks.say(f"saved in {folder}: blocktune answer --adapter {folder}")
     return folder
+
+
+def finished(data: DataArgs, folder: str | Path) -> str:
+    """The line about a run that has ended, which tells if its data file is newer than the run."""
+    source = Path(data.mixture or parse_source(data.train_data).name)
+    ended = (Path(folder) / TRAINER_STATE_NAME).stat().st_mtime
+    is_newer = source.is_file() and source.stat().st_mtime > ended
+    since = f", before {source} changed" if is_newer else ""
+    return f"the run is finished{since}; --overwrite starts again"
 
 
 def earlier_run(

@@ -13,12 +13,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -82,7 +77,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 
     _tag_names = ["blocktune", "trl", "sft"]  # noqa: RUF012 (TRL's own shape)
     _name = "Block SFT"
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -98,7 +92,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        args = _checked_config(args, model)
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = args or BlockSFTConfig(output_dir=f"{name.split('/')[-1]}-BlockSFT")
+        if not isinstance(args, BlockSFTConfig):
+            raise ValueError(f"args must be a BlockSFTConfig, got {type(args).__name__}")
         if args.push_to_hub:
             raise ValueError(
                 "push_to_hub: a trainer would push without blocktune.json; leave it out and run "
@@ -113,23 +110,21 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self.args, self.processing_class = args, tokenizer
         rope = require_supported(model)
         self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
-        refuse_long_rows(args, model.config.get_text_config())
-        context = model.config.get_text_config().max_position_embeddings
-        self.exact_tokens = rope.max_tokens
+        config = model.config.get_text_config()
+        refuse_long_rows(args, config)
+        self.exact_tokens, context = rope.max_tokens, config.max_position_embeddings
         self._longest = min(args.max_length or context, rope.max_tokens or context)
         self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
         info = self._describe(model)
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
-        layers = model.config.get_text_config().num_hidden_layers
         self.collator = replace(
             self.collator,
             link_base=info.link_base(model, tokenizer),
             num_tokens=link_base(model),  # now including added link tokens
-            check_layer=args.sampler.check_layer(layers) if args.sampler else None,
+            check_layer=args.sampler and args.sampler.check_layer(config.num_hidden_layers),
         )
-        kept = args.freeze_base or keeps_base(model)
-        teacher = find_teacher(args, model, tokenizer, kept)
+        teacher = find_teacher(args, model, tokenizer, args.freeze_base or keeps_base(model))
         self.objective = Objective(args.attention_execution, args, teacher, rope)
         self.order: EpochOrder | None = None
         self._sums = {"train": Sums(), "eval": Sums()}
@@ -164,8 +159,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             "objective": describe_objective(args),
         }
         fields = {"link_mode": args.link_mode, "link_seed": args.seed, "scope": args.scope}
-        fields |= {"layout": args.layout, "format": self.collator.format, "training": origin}
-        return adapter_info(model, self.processing_class, **fields)
+        fields |= {"layout": args.layout, "format": self.collator.format}
+        return adapter_info(model, self.processing_class, **fields, training=origin)
 
     def _finish(self, info: AdapterInfo) -> None:
         """Sets up what needs the Trainer to be initialised: launch checks, speed, files."""
@@ -173,7 +168,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         # Makes the Trainer count the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
         refuse_parallelism(self.accelerator)
-        refuse_lost_launch(self.accelerator, args.n_gpu, self.is_deepspeed_enabled)
+        refuse_lost_launch(self.accelerator, self.is_deepspeed_enabled)
         state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.size = size_of(model, state_dtype.itemsize)
         self.speed = Speedometer(
@@ -217,15 +212,17 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def _prepare_evaluation(self, rows: Rows | dict[str, Rows] | None) -> Any:
         if isinstance(rows, dict):
             return {name: self._prepare_evaluation(part) for name, part in rows.items()}
-        if rows is None or set(getattr(rows, "column_names", ())) == set(COLUMNS):
-            return rows
-        return self._prepare(rows, self.args.eval_batch_size).dataset
+        names = getattr(rows, "column_names", ())
+        if rows is None or isinstance(rows, str) or set(names) == set(COLUMNS):
+            return rows  # prepared already; a text names one of several
+        prepared = self._prepare(rows, self.args.eval_batch_size)
+        # So many predictions reach metrics: accelerate drops those of the rows without labels.
+        prepared.dataset.total_dataset_length = prepared.num_examples
+        return prepared.dataset
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates as the Trainer does; ``eval_dataset`` may be rows as for the constructor."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_evaluation(eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        return super().evaluate(self._prepare_evaluation(eval_dataset), *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """The loss under each prompt's layout, and optionally the outputs of all rows."""
@@ -233,11 +230,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         inputs = self._narrowed(bare, inputs)
         result = self.objective(model, inputs, bare)
         self._count(result)
-        if num_items_in_batch is None:
-            loss = result.total / result.tokens
-        else:
-            # DDP and DeepSpeed average gradients over ranks; the token count is over all ranks.
-            loss = result.total * self.accelerator.num_processes / num_items_in_batch
+        # DDP and DeepSpeed average gradients over ranks; the token count is over all ranks.
+        ranks, count = self.accelerator.num_processes, num_items_in_batch
+        loss = result.total / result.tokens if count is None else result.total * ranks / count
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -290,7 +285,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         return output
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """The order of rows in each epoch; `_EpochCallback` sets the epoch."""
         args = self.args
         if args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
@@ -322,15 +316,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""
-
-
-def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -> BlockSFTConfig:
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        args = BlockSFTConfig(output_dir=f"{name.split('/')[-1]}-BlockSFT")
-    if not isinstance(args, BlockSFTConfig):
-        raise ValueError(f"args must be a BlockSFTConfig, got {type(args).__name__}")
-    return args
 
 
 def _checked_collator(

@@ -25,13 +25,7 @@ from blocktune.layout import Kind
 from blocktune.methods import Method, Weights, build, default_method
 from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
-from blocktune.models.load import (
-    adapter_folder,
-    pinned,
-    read_config,
-    read_tokenizer,
-    require_stops,
-)
+from blocktune.models.load import adapter_folder, pinned, read_config, read_tokenizer, require_stops
 from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id
@@ -93,8 +87,7 @@ class ChunkClient:
         method: The default method.
         stop_ids: Tokens that end an answer.
 
-    Raises:
-        ValueError: If there is no such model or adapter, or vLLM cannot serve it.
+    Raises ValueError if there is no such model or adapter, or vLLM cannot serve it.
     """
 
     def __init__(
@@ -122,6 +115,8 @@ class ChunkClient:
         self.name = info.base_model if info else bare
         text = read_config(bare, revision).get_text_config()
         self.tokenizer = read_tokenizer(bare, revision)
+        if info is not None:
+            self.tokenizer = info.tokenizer(self.adapter, self.tokenizer)
         self._tokenizer_hash = tokenizer_hash(self.tokenizer)
         if info is not None and self._tokenizer_hash != info.tokenizer_hash:
             raise ValueError(

@@ -27,9 +27,8 @@ def serve(
         options: vLLM's own options.
         extra: More keys of ``kv_connector_extra_config``.
 
-    Raises:
-        ValueError: If vLLM would not find blocktune, an adapter cannot be served, or the store has
-            no chunks of the default model.
+    Raises ValueError if vLLM would not find blocktune, an adapter cannot be served, or the store
+    has no chunks of the default model.
     """
     import_module("vllm.config")  # before torch, since it sets environment variables
     plugins = {point.name for group in GROUPS for point in entry_points(group=group)}

@@ -62,8 +62,7 @@ class ChunkLLM:
         host_gb: Memory for recently used chunks, in GiB.
         options: Options of `vllm.LLM`.
 
-    Raises:
-        ValueError: As `ChunkClient`.
+    Raises ValueError as `ChunkClient`.
     """
 
     def __init__(
@@ -102,8 +101,7 @@ class ChunkLLM:
     def adapted(self, adapter: str | Path | None) -> ChunkLLM:
         """The same vLLM with another adapter: its LoRA (if it has one), wording and chunks.
 
-        The first adapter decides vLLM's options; without one, give ``enable_lora=True`` and
-        ``max_lora_rank``.
+        The first adapter sets vLLM's options; without one, give ``enable_lora``, ``max_lora_rank``.
         """
         other = copy.copy(self)
         for cached in ("_encoder", "_lora"):
@@ -164,8 +162,7 @@ class ChunkLLM:
             max_new_tokens: Most tokens to decode, if ``sampling`` is None.
             sampling: vLLM's parameters; default: greedy, to the end of the turn.
 
-        Raises:
-            ValueError: If a method or a prompt cannot be served, or chunks could not be loaded.
+        Raises ValueError if a method or a prompt cannot be served, or chunks could not be loaded.
         """
         from vllm import SamplingParams
 

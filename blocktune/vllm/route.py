@@ -95,7 +95,6 @@ class Renderer:
         }
 
     async def _encoded(self, client: ChunkClient, rendered: Rendered) -> None:
-        """Waits until all chunks are stored."""
         deadline = time.monotonic() + self.wait_s
         missing = await asyncio.to_thread(client.missing, rendered.plan)
         if missing:

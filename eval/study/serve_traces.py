@@ -23,11 +23,12 @@ from traces import Pattern, TraceSuite, load_traces, make_trace, reuse_of, summe
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.prepare import check_prompts, tell_rewording
-from blocktune.evaluation.rows import code_digest, digest_of, scores_of
+from blocktune.evaluation.rows import code_digest, scores_of
 from blocktune.evaluation.runner import progress_bars
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
+from blocktune.models.identity import digest_of
 from blocktune.provenance import hardware, provenance, versions
 from blocktune.tables import Table, with_half, written
 

@@ -164,3 +164,14 @@ def test_an_implementation_that_cannot_be_kept_is_refused():
     model = AutoModelForCausalLM.from_config(config, attn_implementation="flex_attention")
     with pytest.raises(ValueError, match=r"got 'flex_attention'; .*attn_implementation='sdpa'"):
         attach(model)
+
+
+@torch.no_grad()
+def test_a_compiled_model_attends_by_the_layout():
+    """Traced, a comparison with an enum member would be wrong, so plans are not traced."""
+    model, (ids, some) = build(FAMILIES["llama"]()), rows()
+    attach(model)
+    inputs = {"layout": some.pack(), "attention_mask": (~some.is_pad).long()}
+    expected = model(ids, **inputs).logits
+    compiled = torch.compile(model, backend="eager")(ids, **inputs).logits
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)

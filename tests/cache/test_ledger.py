@@ -236,6 +236,16 @@ def test_entries_are_found_by_document_model_and_tenant(folder):
     assert list(ledger.rows(tenant="acme")) == []
 
 
+def test_a_tenant_without_entries_is_forgotten(folder):
+    store = store_of(folder)
+    for n in range(3):
+        store.put(KEYS[3], CHUNKS[3], tenant=f"salt {n}")
+    store.discard(KEYS[3])
+    ledger = Shelf.open(str(folder)).ledger
+    with ledger.transaction() as database:
+        assert database.execute("SELECT count(*) FROM totals").fetchone() == (1,)
+
+
 def test_a_chunk_is_gone_when_its_time_is_over(tmp_path, monkeypatch):
     from blocktune.cache.store import chunk_file, ledger
 

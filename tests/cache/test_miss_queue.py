@@ -1,5 +1,7 @@
 """Chunks that a reader missed are queued once, encoded by any engine of their model, and gone."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -37,19 +39,33 @@ def test_wanted_chunks_are_encoded_and_leave_the_queue(made, tmp_path):
 
 def test_what_is_no_order_is_left_alone(made, tmp_path):
     queue = MissQueue(tmp_path)
-    queue.folder.mkdir()
+    (folder := queue.folder / OTHER).mkdir(parents=True)
     for name, text in (("a.json", "{"), ("b.json", "[]"), ("c.json", '{"fingerprint": 1}')):
-        (queue.folder / name).write_text(text)
+        (folder / name).write_text(text)
     queue.add(OTHER, [Wanted((5, 6))])
-    [order] = queue.folder.glob("?" * 64 + ".json")
-    (queue.folder / "copy.json").write_text(order.read_text())  # it would be encoded for ever
-    (queue.folder / "d.json").write_text(order.read_text().replace("5", '"five"'))
+    [order] = folder.glob("?" * 64 + ".json")
+    (folder / "copy.json").write_text(order.read_text())  # it would be encoded for ever
+    (folder / "d.json").write_text(order.read_text().replace("5", '"five"'))
     assert queue.take(OTHER) == [Wanted((5, 6))]
     queue.done(OTHER, queue.take(OTHER))
     assert queue.take(OTHER) == []
-    assert len(list(queue.folder.iterdir())) == 5
+    assert len(list(folder.iterdir())) == 5
     with pytest.raises(ValueError, match="use a store with a folder"):
         made.encode_wanted()
+
+
+def test_what_other_models_want_is_not_read(tmp_path, monkeypatch):
+    queue = MissQueue(tmp_path)
+    queue.add(OTHER, [Wanted((5, n)) for n in range(20)])
+    read = Path.read_text
+
+    def refuse(path, *arguments):
+        assert OTHER not in str(path)
+        return read(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    queue.add("f" * 64, [Wanted((5, 6))])
+    assert queue.take("f" * 64) == [Wanted((5, 6))]
 
 
 def test_readers_of_a_folder_that_cannot_be_written_are_warned(tmp_path, caplog):

@@ -57,6 +57,15 @@ def test_an_expired_entry_is_pinned_again_when_it_is_encoded_again(where, clock,
     assert KEYS[1] not in store
 
 
+def test_asking_for_one_pin_reads_no_other_row(tmp_path, monkeypatch):
+    store = store_of(folder=tmp_path, memory=1 << 20)
+    for key, kv in zip(KEYS, CHUNKS, strict=True):
+        store.put(key, kv)
+    store.pin(KEYS[1])
+    monkeypatch.setattr(Ledger, "rows", None)
+    assert [store.is_pinned(key) for key in KEYS] == [False, True, False, False]
+
+
 def test_a_failed_write_over_a_pinned_file_leaves_its_pin(tmp_path, monkeypatch):
     store = store_of(folder=tmp_path)
     store.put(KEYS[0], CHUNKS[0])

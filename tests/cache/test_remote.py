@@ -13,8 +13,9 @@ import valkey_server
 from cache.made import MODEL, assert_same_chunk, made_chunk
 from valkey_server import free_port
 
-from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
 from blocktune.cache.store import remote, tiers
+from blocktune.cache.store.blobs import Blobs
 from blocktune.cache.store.config import StoreConfig
 from blocktune.cache.store.remote import open_remote
 from blocktune.cache.store.shelf import Shelf
@@ -146,7 +147,7 @@ def test_a_failed_write_to_a_folder_leaves_the_old_file(tmp_path):
     assert [path.stem for path in tmp_path.rglob("*.*")] == [KEYS[0]]
 
 
-def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
+def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path, monkeypatch):
     store = store_of(None, tmp_path / "here")
     for key, kv in zip(KEYS, CHUNKS, strict=True):
         store.put(key, kv)
@@ -154,8 +155,16 @@ def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     counts = blocktune_json("store", "export", tmp_path / "here", url)
     assert (counts["copied"], counts["unsound"]) == (3, 1)
-    counts = blocktune_json("store", "import", tmp_path / "new", url)
+    fetched, read = [], Blobs.open
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Blobs,
+            "open",
+            lambda b, key, most=None: fetched.append((b.place, most)) or read(b, key, most),
+        )
+        counts = blocktune_json("store", "import", tmp_path / "new", url)
     assert (counts["copied"], counts["there"]) == (3, 0)
+    assert fetched.count((open_remote(url).place, None)) == 3  # each chunk is fetched once
     assert blocktune_json("store", "import", tmp_path / "new", url)["there"] == 3
     record = blocktune_json("store", "stat", url)
     assert (record["chunks"], record["models"][MODEL]["tokens"]) == (3, 15)
@@ -163,6 +172,33 @@ def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
     assert len(blocktune_json("store", "rm", url, "--model", MODEL[:6])["keys"]) == 3
     new = store_of(None, tmp_path / "new")
     assert_same_chunk(new.get(KEYS[1], CHUNKS[1].token_ids, MODEL), CHUNKS[1])
+
+
+def test_tools_read_no_headers_but_those_of_their_chunks(
+    blocktune_json, url, tmp_path, monkeypatch
+):
+    store, read, facts = store_of(url), [], Blobs.facts
+    for key, kv in zip(KEYS[:3], CHUNKS, strict=False):
+        store.put(key, kv)
+    store.put(
+        states_key(KEYS[0], 1), ChunkStates(CHUNKS[0].keys[0][0], 1, CHUNKS[0].token_ids, MODEL)
+    )
+    store.flush()
+    here = store_of(None, tmp_path / "here")
+    here.put(KEYS[3], CHUNKS[3])
+
+    def noted(blobs, key):
+        read.append(key)
+        return facts(blobs, key)
+
+    monkeypatch.setattr(Blobs, "facts", noted)
+    assert blocktune_json("store", "export", tmp_path / "here", url)["copied"] == 1
+    assert read == []
+    assert blocktune_json("store", "show", url, KEYS[0])["sound"]
+    removed = blocktune_json("store", "rm", url, KEYS[0])["keys"]
+    assert removed == [KEYS[0], states_key(KEYS[0], 1)]
+    assert set(read) == set(removed)
+    assert set(open_remote(url).keys()) == set(KEYS[1:])
 
 
 def test_a_damaged_manifest_stays_behind_and_is_replaced_by_a_sound_one(blocktune_json, tmp_path):

@@ -304,6 +304,16 @@ def test_processes_share_a_corpus_into_one_store_and_resume(model, tmp_path):
     assert json.loads(removed.stdout)["chunks"] == 5
 
 
+def test_digests_without_a_manifest_do_not_flood_the_statistics(blocktune, folder, asked):
+    store = ChunkStore(folder=folder)
+    for n in range(25):  # as cached answers have them
+        store.put(chunk_key(f"{n:064x}", (1,)), made_chunk(5, seed=n, fingerprint=f"{n:064x}"))
+    lines = blocktune("store", "stat", folder).stdout.splitlines()
+    assert lines[0].startswith("28 chunks")
+    assert lines[1:] == ["  27 others without a manifest, of salts and cached answers (--json)"]
+    assert len(asked("stat")["models"]) == 27
+
+
 def test_pinned_chunks_outlive_budgets(folder, asked, refused):
     assert asked("pin", KEYS[0][:8])["chunks"] == 1
     assert json.loads(asked_line("ls", folder, KEYS[0]))["pinned"] is True

@@ -132,6 +132,19 @@ def test_questions_over_passages_of_every_name(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "Who?", "contexts": ["one"], "answer": "Bob", "ground_truth": "Ann"},
+        {"question": "Who?", "chunks": ["one"], "answer": "Bob", "ground_truths": ["Ann"]},
+        {"user_input": "Who?", "retrieved_contexts": "one", "response": "B", "reference": "Ann"},
+    ],
+)
+def test_the_truth_and_not_the_answer_of_a_system_is_taken_from_ragas(tmp_path, record):
+    (example,) = load_examples(save(tmp_path / "r.jsonl", record))
+    assert (example.question, example.target) == ("Who?", "Ann")
+
+
+@pytest.mark.parametrize(
     "passage",
     [
         {"title": "T", "text": "one"},

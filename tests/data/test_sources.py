@@ -178,6 +178,8 @@ def test_chunks_of_a_file(tmp_path):
     assert load_chunks(with_questions)[0].text == "two"
     asked = as_lines(tmp_path / "asked.jsonl", [OWN, OWN | {"chunks": ["two", "three"]}])
     assert load_chunks(asked) == [Chunk("one"), Chunk("two"), Chunk("three")]
+    shared = as_lines(tmp_path / "shared.jsonl", [{"text": "one", "id": n} for n in "aba"])
+    assert [chunk.document for chunk in load_chunks(shared)] == ["a", "b"]
     wrong = as_lines(tmp_path / "wrong.jsonl", [*lines, {"text": "a", "titel": "b"}])
     with pytest.raises(ValueError, match=r'wrong\.jsonl, line 7: .*mean "title"'):
         load_chunks(wrong)

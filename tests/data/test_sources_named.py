@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from datasets import Dataset, DatasetDict
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 
 from blocktune.commands.application import explain
@@ -68,6 +69,17 @@ def test_a_wrong_row_is_named_by_its_place_in_the_set(folder):
     records = [HUB_HOTPOT | {"id": str(i)} for i in range(6)] + [HUB_HOTPOT | {"answer": " "}]
     with pytest.raises(ValueError, match=r"record 7: field \"answers\""):
         load_examples(f"hf:{folder(records)}?shuffle=3")
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    rows = Dataset.from_list([HUB_HOTPOT | {"id": str(i)} for i in range(3)])
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    DatasetDict(train=rows, test=rows.select([2])).save_to_disk(tmp_path / "two")
+    for name, split, ids in (("one", None, "012"), ("two", None, "012"), ("two", "test", "2")):
+        found = load_examples(f"hf:{tmp_path / name}", split=split)
+        assert "".join(example.id for example in found) == ids
+    with pytest.raises(ValueError, match="dev"):
+        load_examples(f"hf:{tmp_path / 'two'}", split="dev")
 
 
 def test_two_wiki_rows_without_context(folder):

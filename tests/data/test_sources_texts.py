@@ -72,6 +72,9 @@ def test_conversations_that_cannot_be_cut_are_counted(save, caplog):
     assert only(save({"messages": single}, {"messages": silent}, CHAT))
     assert "left out 1 rows: a single message that the chunker leaves whole" in caplog.text
     assert "left out 1 rows: no user message with a reply" in caplog.text
+    calling = [CHAT["messages"][0], {**CHAT["messages"][1], "tool_calls": [{"name": "search"}]}]
+    assert only(save({"messages": calling}, {**CHAT, "tool_calls": None}))
+    assert "left out 1 rows: a message that calls tools" in caplog.text
     system = [{"role": "system", "content": "Be brief."}, *single]
     assert only(save({"messages": system})).chunks == (Chunk("System: Be brief."),)
 

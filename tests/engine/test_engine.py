@@ -13,7 +13,8 @@ from families import FAMILIES
 from families import build as build_model
 
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.store.chunk_file import FileKV
+from blocktune.cache.store.blobs import Blobs
+from blocktune.cache.store.chunk_file import ChunkFile, FileKV
 from blocktune.cache.store.folder import ChunkFolder
 from blocktune.cache.store.shelf import Shelf
 from blocktune.data import RagExample
@@ -145,6 +146,40 @@ def test_encoding_names_the_documents_of_chunks_that_an_answer_stored(tokenizer,
     engine.forget()
     again = engine.answer([ASK], "naive", max_new_tokens=2)[0]
     assert (again.usage.chunk_hits, again.token_ids) == (3, first.token_ids)
+
+
+@pytest.mark.parametrize("place", ["folder", "remote"])
+def test_encoding_again_reads_no_tensors(tokenizer, tmp_path, monkeypatch, place):
+    def made():
+        text = f"{tmp_path / 'near'}" if place == "folder" else (tmp_path / "far").as_uri()
+        return engine_of(deep("llama"), tokenizer, store=ChunkStore.open(text, must_write=True))
+
+    made().encode(ASK.chunks, method="droidspeak")
+    engine, fetched, read = made(), [], Blobs.open
+    monkeypatch.setattr(ChunkFile, "entry", None)
+
+    def noted(blobs, key, most=None):
+        fetched.append(most)
+        return read(blobs, key, most)
+
+    monkeypatch.setattr(Blobs, "open", noted)
+    assert engine.encode(ASK.chunks, method="droidspeak").num_encoded == 0
+    assert None not in fetched
+    monkeypatch.undo()
+    key = engine.state.encoder.key(engine.prompts.encodable(ASK.chunks[:1])[1][0])
+    [path] = tmp_path.rglob(f"{key}.safetensors")
+    path.write_bytes(b"damaged" + path.read_bytes()[7:])
+    assert engine.encode(ASK.chunks).num_encoded == 1
+
+
+def test_a_text_of_several_documents_has_all_their_names(tokenizer, tmp_path):
+    engine, text = engine_of(FAMILIES["llama"](), tokenizer, store=ChunkStore.open(tmp_path)), "It."
+    for names in (("a", "b"), ("b", "c"), ("a", "c")):
+        chunks = [Chunk(text, metadata={"id": name}) for name in names]
+        assert engine.encode(chunks).num_encoded == (names == ("a", "b"))
+    rows = [[row.key for row in Shelf.open(str(tmp_path)).rows(document=n)] for n in "abcd"]
+    assert rows[0] == rows[1] == rows[2]
+    assert list(map(len, rows)) == [1, 1, 1, 0]
 
 
 def test_files_are_read_layer_by_layer_into_cpu_memory_alone(tokenizer, tmp_path, monkeypatch):

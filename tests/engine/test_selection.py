@@ -261,3 +261,12 @@ def test_the_oracle_is_nearer_to_a_full_prefill_than_chance_is(llama):
     assert divergence(build("oracle", ratio=0.3)) < chance
     assert divergence("naive") > divergence(Chooses(Everything())) < 1e-6
     assert divergence(Chooses(Nothing())) == pytest.approx(divergence("naive"))
+
+
+def test_a_compiled_model_computes_the_rows_of_each_batch(tokenizer):
+    engine = engine_of(deep("llama"), tokenizer)
+    method = build("cacheblend", ratio=0.4)
+    before = [engine.next_logits([ask], method) for ask in (ASK, SHORT)]
+    engine.model.compile(backend="eager")
+    after = [engine.next_logits([ask], method) for ask in (ASK, SHORT)]
+    torch.testing.assert_close(after, before)

@@ -58,7 +58,8 @@ def test_forced_logits_are_those_of_the_tokens_that_were_forced(engine):
 
 
 def measured(engine, step=lambda: None):
-    methods = {name: build(name) for name in ("full-prefill", "naive", "no-context")}
+    names = ("full-prefill", "naive", "no-context", "cache-craft warm_up=1")
+    methods = {name: build(name) for name in names}
     specs = [SimpleNamespace(label=name) for name in methods]
     task, fidelity = object(), SimpleNamespace(num=1, tokens=2)
     suite = SimpleNamespace(methods=specs, tasks=[task], fidelity=fidelity)
@@ -82,8 +83,9 @@ def test_the_tag_of_a_mode_is_no_loss_of_fidelity(engine):
 def test_measured_fidelity_has_all_methods(engine):
     steps = []
     found = measured(engine, lambda: steps.append(1))
-    assert len(steps) == 3
+    assert len(steps) == 4
     assert found["full-prefill"]["kl"] == 0
     assert found["full-prefill"].keys() == {"kl", "top1", "tokens"}
     assert found["naive"]["kl"] > 0
+    assert found["cache-craft warm_up=1"]["kl"] > 0  # not of the prompt without its history
     json.dumps(found, allow_nan=False)

@@ -119,8 +119,16 @@ def test_a_finished_run_computes_nothing_again(whole, tmp_path):
     assert again.answered == 0
 
 
-def test_prompts_are_timed_as_if_they_had_not_been_answered_before(tmp_path, monkeypatch):
-    """An exact prefix cache that holds the very prompt would be timed at nothing."""
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_are_timed_as_if_they_had_not_been_answered_before(tmp_path, monkeypatch, count):
+    """An exact prefix cache that holds the very prompt would be timed at nothing.
+
+    Neither another question over the same chunks nor another method may have left it there.
+    """
+    examples = load_examples(SOURCE)[:2]
+    same = [replace(e, chunks=examples[0].chunks[:count], supporting=()) for e in examples]
+    write_jsonl(tmp_path / "q.jsonl", same)
+    tasks = [{"name": "mine", "source": str(tmp_path / "q.jsonl"), "max_new_tokens": 2}]
     engine, timed = make_engine(), []
 
     def answer(examples, method, *, max_new_tokens, **kwargs):
@@ -129,8 +137,9 @@ def test_prompts_are_timed_as_if_they_had_not_been_answered_before(tmp_path, mon
         return made
 
     monkeypatch.setattr(engine, "answer", answer)
-    run(tmp_path, engine, methods=["prefix-cache"])
-    assert len(timed) == 2 * 2
+    again = {"name": "again", "preset": "prefix-cache"}
+    run(tmp_path / "out", engine, methods=["prefix-cache", again], tasks=tasks)
+    assert len(timed) == 2 * 2 * 2
     assert all(usage.chunk_misses > 0 for usage in timed)
 
 
@@ -167,7 +176,7 @@ def test_questions_without_answers_are_refused(tmp_path):
     [example, *_] = load_examples(SOURCE)
     write_jsonl(tmp_path / "q.jsonl", [example, replace(example, answers=())])
     tasks = [{"name": "mine", "source": str(tmp_path / "q.jsonl")}]
-    with pytest.raises(ValueError, match=r"question 2 has no answer to score with"):
+    with pytest.raises(ValueError, match=r"question 2 cannot be scored: "):
         run(tmp_path / "out", make_engine(), tasks=tasks)
 
 

@@ -36,6 +36,9 @@ def test_no_interval_has_zero_width(right, wrong):
     mean, low, high = difference(scores(right, wrong), scores(right, wrong))
     assert mean == 0
     assert -low == high > 2 / (right + wrong + 2)  # about the rule of three
+    mean, low, high = mean_interval([0.5] * (right + wrong))
+    assert high - mean == pytest.approx(mean - low)
+    assert low < 0.5
 
 
 def test_scores_between_0_and_1_are_as_narrow_as_their_spread():
@@ -58,7 +61,7 @@ def test_a_difference_has_bonett_and_prices_interval():
 
 def test_intervals_cover_what_they_promise():
     rng = np.random.default_rng(3)
-    hits = {"mean": 0, "difference": 0, "share": 0}
+    hits = {"mean": 0, "difference": 0, "share": 0, "graded": 0, "near 1": 0}
     for _ in range(1000):
         floor = rng.random(60) < 0.3
         ceiling = floor | (rng.random(60) < 0.6)
@@ -66,7 +69,16 @@ def test_intervals_cover_what_they_promise():
         hits["mean"] += (f := mean_interval(half)).low <= 0.51 <= f.high
         hits["difference"] += (f := difference(ceiling, floor)).low <= 0.42 <= f.high
         hits["share"] += (f := recovered_gap(half, floor, ceiling)).low <= 0.5 <= f.high
+        # F1 or ROUGE: few are exactly 0 or 1, and their mean may be near either.
+        hits["graded"] += (f := mean_interval(rng.beta(1, 20, 500))).low <= 1 / 21 <= f.high
+        hits["near 1"] += (f := mean_interval(rng.beta(20, 1, 500))).low <= 20 / 21 <= f.high
     assert all(0.93 <= count / 1000 <= 0.99 for count in hits.values()), hits
+
+
+def test_many_small_differences_do_not_make_few_large_ones_normal():
+    """Four questions decide, with probability 1/8 all for one method; a normal sum has 0.05."""
+    differences = np.array([0.5] * 4 + [-1e-6] * 60)
+    assert sign_flip(differences, np.zeros(64)) == pytest.approx(1 / 8, abs=0.01)
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals():
@@ -100,6 +112,12 @@ def test_mcnemar_matches_the_binomial_by_hand(wins, losses, p_value):
     left = [1] * wins + [0] * losses + [1] * 7
     right = [0] * wins + [1] * losses + [1] * 7
     assert mcnemar_exact(left, right) == pytest.approx(p_value)
+
+
+def test_mcnemar_of_many_questions_is_exact():
+    wins, losses = 10_300, 9_700
+    p = mcnemar_exact([1] * wins + [0] * losses, [0] * wins + [1] * losses)
+    assert p == pytest.approx(binomtest(wins, wins + losses).pvalue, rel=1e-9)
 
 
 def test_unpaired_scores_are_refused():

@@ -1,5 +1,6 @@
 """Timing asks every method the same prompts in turn, warm by chunk and cold as a whole."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,29 +14,43 @@ def example(name: str, count: int = 2) -> RagExample:
     return RagExample(f"{name}?", tuple(Chunk(f"{name}{i}") for i in range(count)))
 
 
-def test_methods_take_turns_and_only_the_second_answer_counts():
+def test_methods_take_turns_after_an_earlier_prompt():
     asked = []
 
     def method(label, seconds):
-        def ask(example):
-            asked.append((label, "".join(chunk.text for chunk in example.chunks)))
+        def ask(*examples):
+            texts = ["".join(chunk.text for chunk in example.chunks) for example in examples]
+            asked.append((label, *texts))
             usage = SimpleNamespace(ttft_s=next(seconds), context_tokens=7)
             return SimpleNamespace(usage=usage)
 
         return ask
 
     methods = {
-        "a": method("a", iter([9, 1, 9, 2, 9, 6])),
-        "b": method("b", iter([9, 3, 9, 3, 9, 3])),
+        "a": method("a", iter([1, 2, 6])),
+        "b": method("b", iter([3, 3, 3])),
     }
     steps = []
     summaries = measure_ttft(methods, [example(n) for n in "xyz"], lambda: steps.append(1))
-    warm, measured = "x1x0", "x0x1"
-    assert asked[:4] == [("a", warm), ("b", warm), ("a", measured), ("b", measured)]
-    assert asked[4][0] == "b"  # the order turns
-    assert len(steps) == len(asked) == 12
+    assert asked[:2] == [("a", "x1x0", "x0x1"), ("b", "x1x0", "x0x1")]
+    assert asked[2][0] == "b"  # the order turns
+    assert len(steps) == len(asked) == 6
     assert summaries["a"] == (2, 1.5, 4, 3, 7)
     assert summaries["b"] == (3, 3, 3, 3, 7)
+
+
+def test_the_earlier_prompt_never_begins_with_the_same_chunk():
+    asked = []
+
+    def ask(earlier, timed):
+        asked.append((earlier.chunks, timed.chunks))
+        return SimpleNamespace(usage=SimpleNamespace(ttft_s=1, context_tokens=7))
+
+    twice = replace(example("x"), chunks=example("x", 1).chunks * 2)
+    measure_ttft({"a": ask}, [example("x", 1), twice])
+    for earlier, timed in asked:
+        assert earlier[0] != timed[0]
+        assert earlier[1:] == timed
 
 
 def test_prompts_are_filled_with_what_follows():

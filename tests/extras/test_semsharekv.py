@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 from engine.served import ASK, FORMAT, SHORT
+from largest_tensor import LargestTensor
 from tiny_llama import tiny_llama
 
 from blocktune.engine import Engine
+from blocktune.extras.semsharekv import BITS, References
 from blocktune.layout import Kind
-from blocktune.methods import build
-from blocktune.prompt import Chunk
+from blocktune.methods import ServedModel, build
+from blocktune.prompt import Chunk, Pieces
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -89,6 +91,17 @@ def test_matched_tokens_have_the_keys_of_their_own_positions(engine):
     assert not right[~known].any()
     deeper = [r.cache.layers[1].keys[0, :, : len(context)] for r in (run, whole)]
     assert (deeper[0] - deeper[1]).abs().max() > 1e-3  # their context was another one
+
+
+def test_long_prompts_are_matched_in_blocks(engine):
+    model = ServedModel(engine.model.get_input_embeddings(), engine.state.rope, 1 << 20)
+    ids, earlier = tuple(n % 100 for n in range(3000)), References(engine.store)
+    earlier.prompts[ids] = None
+    with LargestTensor() as seen:
+        similarity, other, matches = earlier.nearest(Pieces((), (ids,), (1,)), model)
+    assert (similarity, other) == (pytest.approx(1), ids)
+    assert matches.tolist() == list(range(3000))
+    assert seen.numel <= 3000 * BITS
 
 
 def test_tenants_and_stores_share_nothing(engine):

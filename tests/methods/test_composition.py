@@ -121,7 +121,7 @@ def test_null_is_plain_reuse_on_that_axis():
         ("naive + deviation 150 %", r"ratio must be a share .* got 1.5"),
         ("naive + deviation rato=1", "'deviation' takes ratio, .* got unknown rato"),
         ("naive + layout num_links=3", "layout: cannot set 'num_links' of a method; known: "),
-        ("naive + layout placement=up", "layout 'placement' must be one of sequential, parallel"),
+        ("naive + layout placement=up", "layout: 'placement' must be one of sequential, parallel"),
         ("naive 3", "'naive' takes no parameters, got 'naive 3'"),
         ("naive + ", "cannot read '' as part of a method"),
         ("{preset: epic, budgt: 0.15}", "unknown key 'budgt'; known: name, preset, params"),

@@ -1,13 +1,12 @@
 """The contract that every preset and every value of an axis keeps, also the next one."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from blocktune.check import Subject, check_method, claims, subjects
-from blocktune.check.contract import ALONE_CLAIM
 from blocktune.check.serving import computed_columns, facts_served
 from blocktune.methods import Method, build, compose
 from blocktune.methods.reshape import Reshape
@@ -32,20 +31,9 @@ SUBJECTS = subjects() | {name: build(name) for name in COMPOSITIONS}
 ALIKE = {}
 """Of methods that are served alike, such as two names for one choice, only the first is checked."""
 for _name, _method in SUBJECTS.items():
-    ALIKE.setdefault((facts_served(_method), _method.exact_on_one_chunk), _name)
+    ALIKE.setdefault(facts_served(_method), _name)
 CASES = [(name, claim) for name in ALIKE.values() for claim in claims(SUBJECTS[name])]
-EXCEPTIONS = {
-    "ape",
-    "fusionrag",
-    "kv-packet",
-    "kvlink",
-    "link0",
-    "no-context",
-    "prompt-cache-schema",
-    "psr",
-    "s+p",
-    "turborag",
-}
+ALONE = "one chunk alone, not reshaped = full prefill"
 
 
 @functools.cache
@@ -72,16 +60,12 @@ def test_every_method_keeps_its_contract(name, claim):
     assert check.passed is not breaks, check  # it says so, and the check finds it
 
 
-def test_the_exceptions_on_one_chunk_are_these():
+def test_a_chunk_is_alone_unless_something_is_beside_it_or_it_was_computed_elsewhere():
     presets = {name for name in subjects() if " + " not in name}
-    assert {name for name in presets if not build(name).exact_on_one_chunk} == EXCEPTIONS
-
-
-def test_nothing_but_a_bos_of_its_own_keeps_a_chunk_from_being_alone():
-    never = {name for name, method in SUBJECTS.items() if ALONE_CLAIM not in claims(method)}
-    kinds = ("drop", "keep", "keep-all")
-    assert never == {f"naive + layout bos={kind}" for kind in kinds}
-    assert not any(SUBJECTS[name].exact_on_one_chunk for name in never)
+    never = {name for name in presets if ALONE not in claims(SUBJECTS[name])}
+    exact = {"full-prefill", "no-context", "prefix-cache", "recycle"}
+    beside = {"kv-packet", "kvlink", "turborag", "link0", "prompt-cache-schema", "psr", "s+p"}
+    assert never == exact | beside | {"cache-craft", "fusionrag", "semsharekv"}
 
 
 def test_what_keeps_or_hides_more_than_the_rule_says_so():
@@ -101,7 +85,7 @@ class Leaky(Selection):
     sees_future: bool = True
 
     def start(self, layout):
-        return selectable(layout) & (layout.offset % 2 == 0)
+        return layout.is_context & (layout.offset % 2 == 0)
 
 
 @dataclass(frozen=True)
@@ -137,14 +121,6 @@ class Late(Reshape):
 
 
 @dataclass(frozen=True)
-class Moved(Method):
-    """Calls itself exact on one chunk and encodes it after blanks."""
-
-    def layout(self, spec):
-        return replace(spec, num_blanks=2)
-
-
-@dataclass(frozen=True)
 class Forgetful(Selection):
     """Chooses by what stands beside a prompt in its batch."""
 
@@ -162,7 +138,7 @@ BROKEN = {
     "decoding = one forward": lambda: compose("naive", reshape=Late()),
     "a neutral reshape = none": lambda: compose("naive", reshape=Loud()),
     "batch = single": lambda: compose("naive", select=Forgetful()),
-    "one chunk alone = full prefill, or a declared exception": Moved,
+    ALONE: lambda: compose("naive", select=Leaky()),
 }
 
 

@@ -284,13 +284,13 @@ def test_a_chunk_of_an_earlier_prompt_follows_its_own_blanks():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bos": "yes"}, "layout 'bos' must be one of none, drop, keep, keep-all, got 'yes'"),
+        ({"bos": "yes"}, "layout: 'bos' must be one of none, drop, keep, keep-all, got 'yes'"),
         ({"bos": "drop", "num_blanks": 2}, "drop all but one of num_blanks, bos"),
         ({"bos": "drop", "shared_prefix": True}, "drop all but one of shared_prefix, bos"),
         ({"bos": "drop", "block": False}, r"full attention .* no hidden blanks .*drop bos"),
         ({"placement": "reserved"}, "needs a slot .* got placement 'reserved' and slot 0"),
         ({"slot": 9}, "got placement 'sequential' and slot 9"),
-        ({"slot": -1}, "layout 'slot' must be a whole number, at least 0"),
+        ({"slot": -1}, "layout: 'slot' must be a whole number, at least 0"),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(values, message):

@@ -108,5 +108,5 @@ def test_a_chunk_of_one_is_not_used_under_another(serve, engines):
 
 
 def test_two_of_one_name_are_refused(adapters):
-    with pytest.raises(ValueError, match="two models are called 'a'"):
+    with pytest.raises(ValueError, match="'a' is given 2 times"):
         load_engines(str(TINY), [f"a={adapters['lora']}", f"a={adapters['links']}"], None, None, 1)

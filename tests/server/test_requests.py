@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 from server.support import CHAT, chat, metric, refused, wait_until
 
+from blocktune.server import Limits, ServerConfig
+from blocktune.server.config import Tenant
 from blocktune.server.middleware import Metrics
 
 MESSAGES = [{"role": "user", "content": "Who?"}]
@@ -50,7 +52,7 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"messages": [{"role": "user", "content": " "}]}, "the last message must have the role"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"blocktune": {"methd": "naive"}}, "methd"),
-        ({"method": "epic"}, "blocktune: {'method'"),
+        ({"method": "epic"}, "the field blocktune"),
         ({"blocktune": {"method": "nothing-of-that-name"}}, "nothing-of-that-name"),
         ({"blocktune": {"method": "epic", "params": {"k": 10**30}}}, "1e+09"),
         ({"blocktune": {"method": "epic 99999999999"}}, "1e+09"),
@@ -63,6 +65,14 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"blocktune": {"method": "cacheclip auxiliary=gpt2"}}, "auxiliary"),
         ({"blocktune": {"method": "recycle model=/etc"}}, "embedding model"),
         ({"stop": "x" * 300}, "stop"),
+        ({"stop": ["x"] * 17}, "16"),
+        ({"documents": None, "document": ["Anna Belt is in Kirby."]}, "documents"),
+        ({"chunks": ["Anna Belt is in Kirby."]}, "documents"),
+        ({"max_tokens": None, "max_token": 5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": "5"}, "max_completion_tokens"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"stream": "yes"}, "stream"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"tools": [[]] * 300_000}, "262,144"),
         ({"model": "../../etc/passwd"}, "tiny"),
@@ -160,7 +170,9 @@ def test_bodies_that_are_coming_share_a_limit():
         def inc(self):
             pass
 
-    guard = Guard(None, max_bytes=100, max_s=5, metrics=SimpleNamespace(responses=Counted()))
+    config = ServerConfig(limits=Limits(body_bytes=100, body_s=5))
+    guard = Guard(None, config=config, metrics=SimpleNamespace(responses=Counted()))
+    scope = {"type": "http", "method": "POST", "raw_path": b"/", "headers": [], "client": None}
     coming = {"type": "http.request", "body": b"x" * 90, "more_body": True}
 
     async def ask(sent: list) -> None:
@@ -172,7 +184,7 @@ def test_bodies_that_are_coming_share_a_limit():
         async def send(message):
             sent.append(message)
 
-        await guard({"type": "http"}, receive, send)
+        await guard(scope, receive, send)
 
     async def run() -> list:
         told = [[] for _ in range(AT_ONCE + 4)]
@@ -196,7 +208,48 @@ def test_bodies_have_a_size(serve):
 def test_hosts_that_were_not_named_are_refused(serve):
     client = serve(hosts=("localhost",))
     assert client.get("/health").status_code == 200
-    assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
+    refused(client.get("/health", headers={"host": "evil.example"}), 400, "--allowed-host")
+
+
+@pytest.mark.parametrize(
+    ("known", "host", "is_accepted"),
+    [
+        ("Rag.example", "rag.example:8000", True),
+        ("rag.example:8000", "rag.example:8000", True),
+        ("rag.example:8000", "rag.example", False),
+        ("*.example", "a.example:80", True),
+        ("*.example", "example", False),
+        ("[::1]", "[::1]:8000", True),
+        ("[::1]", "[::1]", True),
+        ("*", "", True),
+        ("localhost", "", False),
+        ("localhost", "localhost.example", False),
+    ],
+)
+def test_hosts_are_named_with_or_without_a_port(known, host, is_accepted):
+    assert ServerConfig(hosts=(known,)).accepts(host) == is_accepted
+
+
+def test_routes_that_do_not_exist_are_named_and_logged(client, caplog):
+    with caplog.at_level("INFO", "blocktune.server"):
+        refused(client.post("/chat/completions", json=chat()), 404, "/chat/completions", "/v1")
+    assert "POST /chat/completions status=404" in caplog.text
+    refused(client.get(CHAT), 405, f"GET {CHAT}")
+
+
+def test_errors_have_the_codes_that_clients_know(client, serve):
+    def code(client, **more) -> str:
+        return client.post(CHAT, json=chat(**more)).json()["error"]["code"]
+
+    assert code(client, documents=["a " * 40_000]) == "context_length_exceeded"
+    assert code(client, model="other") == "model_not_found"
+    assert code(client, n=0) is None
+    assert code(serve(tenants=(Tenant("a", "a long key"),))) == "invalid_api_key"
+
+
+def test_health_answers_head(client):
+    assert client.head("/health").status_code == 200
+    assert client.head("/v1/other").status_code == 404
 
 
 def test_streamed_choices_have_their_own_texts_and_log_probabilities(client):

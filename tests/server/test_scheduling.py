@@ -9,6 +9,7 @@ from server.support import CHAT, chat, metric, refused, wait_until
 
 from blocktune.engine.encode import Encoder
 from blocktune.server import Tenant
+from blocktune.server.scheduler import Scheduler
 
 
 def blocked(monkeypatch):
@@ -197,3 +198,16 @@ def test_logits_that_are_no_numbers_fail_their_request(client, engine, monkeypat
         refused(client.post(CHAT, json=chat(temperature=temperature)), 500, "not numbers")
     monkeypatch.undo()
     assert client.post(CHAT, json=chat()).status_code == 200
+
+
+def test_a_request_that_is_prepared_counts_as_running(serve, monkeypatch):
+    seen, prepare = [], Scheduler._prepare
+
+    def counted(scheduler, job):
+        seen.append(metric(client.get("/metrics").text, "num_requests_running"))
+        return prepare(scheduler, job)
+
+    monkeypatch.setattr(Scheduler, "_prepare", counted)
+    client = serve()
+    assert client.post(CHAT, json=chat()).status_code == 200
+    assert set(seen) == {1}

@@ -98,6 +98,9 @@ def test_tenants_are_read_from_a_file(tmp_path):
         load_tenants(path)
     path.write_text("acme: {key: 'key-of-acme', tokens_per_minute: 100}\n")
     assert load_tenants(path) == (Tenant("acme", "key-of-acme", None, 100),)
+    path.write_text("a: {key: 'key-of-acme '}\n")
+    with pytest.raises(ValueError, match="white space"):
+        load_tenants(path)
     path.write_text("a: {key: 'the-same-key'}\nb: {key: 'the-same-key'}\n")
     with pytest.raises(ValueError, match="same key"):
         load_tenants(path)
@@ -121,6 +124,9 @@ def test_quotas():
     quotas.leave(tenant)
     wait = quotas.enter(tenant, 200)
     assert 9 <= wait <= 10
+    small = Tenant("b", None, tokens_per_minute=60)
+    assert quotas.enter(small, 600) is None  # more than fits: it waits for a full quota only
+    assert 599 <= quotas.enter(small, 600) <= 600
 
 
 def test_a_quota_is_answered_429(serve):
@@ -132,6 +138,14 @@ def test_a_quota_is_answered_429(serve):
     assert int(late.headers["retry-after"]) >= 1
     ahead = client.post("/v1/chunks", json={"documents": DOCUMENTS}, headers=headers)
     refused(ahead, 429, "quota")
+
+
+def test_tokens_that_an_answer_did_not_have_are_given_back(serve):
+    client = serve(tenants=(Tenant("a", "key-of-a", tokens_per_minute=600),))
+    for stream in (False, True, False):
+        body = chat(max_tokens=300, stream=stream)
+        answer = client.post(CHAT, json=body, headers={"authorization": "Bearer key-of-a"})
+        assert answer.status_code == 200, answer.text
 
 
 def test_token_ids_of_another_ones_texts_are_not_remembered(client, engine, monkeypatch):

@@ -83,7 +83,7 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"attention_execution": "fast"}, "attention_execution: invalid choice: 'fast'"),
         ({"attention_execution": "flex"}, "no backward on a CPU"),
         ({"num_links": "many"}, "run.yaml: num_links: invalid int value: 'many'"),
-        ({"num_links": -1}, "layout 'num_links' must be a whole number, at least 0"),
+        ({"num_links": -1}, "layout: 'num_links' must be a whole number, at least 0"),
         ({"save_steps": float("inf")}, "save_steps must be a number of at least 0, got inf"),
         ({"dataset_kwargs": "a"}, "dataset_kwargs: must be a mapping of keys to values, got 'a'"),
         ({"output_dir": ""}, "output_dir is empty; name a folder"),
@@ -104,7 +104,7 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"position_jitter": 3, "placement": "parallel"}, "puts them at the same positions"),
         ({"distill_states": "all"}, "distill_states: invalid choice: 'all'"),
         ({"mixture": "mix.yaml"}, "a mixture has its own sources"),
-        ({"titled": "{title}"}, "format 'titled' must hold {text} and {title}"),
+        ({"titled": "{title}"}, "format: 'titled' must hold {text} and {title}"),
         ({"train_data": ""}, "train_data is missing"),
         (
             {"train_sampling_strategy": "batch_rebalance"},
@@ -116,16 +116,13 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"trust_remote_code": True}, "code of repositories is never run"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be above 0, got 0"),
+        ({"activation_offloading": True}, "activation_offloading is for GPUs"),
+        ({"fp16": True}, "fp16 is for GPUs"),  # torch would ignore it
     ],
 )
 def test_what_a_run_may_not_say(tmp_path, overrides, line):
     with pytest.raises(ValueError, match=re.escape(line)):
         parsed(tmp_path, **overrides)
-
-
-def test_activations_are_not_moved_off_a_cpu(tmp_path):
-    with pytest.raises(ValueError, match="leave it out on CPUs"):
-        make_trainer(tmp_path, activation_offloading=True)
 
 
 def test_flash_attention_is_refused(tmp_path):

@@ -151,7 +151,7 @@ def test_no_launch_is_lost_in_silence(tmp_path, monkeypatch, variable, value, li
     trainer = make_trainer(tmp_path)
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=line):
-        refuse_lost_launch(trainer.accelerator, 0, False)
+        refuse_lost_launch(trainer.accelerator, False)
 
 
 def test_ddp_matches_one_process_and_resumes_as_if_never_stopped(single, tmp_path):

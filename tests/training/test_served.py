@@ -2,13 +2,19 @@
 
 import pytest
 import torch
-from training.runs import make_trainer
-from training.toy import toy_examples
+from peft import IA3Config, LoraConfig, get_peft_model
+from training.runs import DEFAULTS, make_trainer
+from training.toy import save_toy, toy_examples, toy_tokenizer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from blocktune.attention import make_plan
+from blocktune import BlockDataCollator, SaveLayoutCallback
+from blocktune.adapter.merge import merge_adapter
+from blocktune.attention import attach, make_plan
 from blocktune.engine import Engine
 from blocktune.layout import Layout
 from blocktune.methods import build
+from blocktune.models.identity import base_fingerprint
+from blocktune.training.lora import make_trainable
 
 PACKETS = {"num_headers": 2, "num_trailers": 1, "freeze_base": True, "use_peft": False}
 TAGS = {"block_tag": "[Block-Attention]", "full_tag": "[Full-Attention]", "both_modes": True}
@@ -54,6 +60,82 @@ def trained_logits(trainer, block: bool) -> torch.Tensor:
             batch["input_ids"], position_ids=layout.position, plan=plan, use_cache=False
         )
     return out.logits[0, before]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_toy(tmp_path_factory.mktemp("served") / "base")
+
+
+LORA = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear")
+
+
+def stock_trainer(base, folder, collator, saved, grown=0, config=LORA) -> Trainer:
+    """Transformers' own trainer on an attached model; ``saved`` is the collator of the files."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + grown)
+    model = get_peft_model(model, config)
+    attach(model)
+    names = ("use_cpu", "report_to", "disable_tqdm", "learning_rate")
+    args = {name: DEFAULTS[name] for name in names}
+    args = TrainingArguments(str(folder), max_steps=1, remove_unused_columns=False, **args)
+    callbacks = [SaveLayoutCallback(saved)]
+    return Trainer(model, args, collator, toy_examples(8), callbacks=callbacks)
+
+
+def test_a_layout_that_was_not_trained_is_not_saved(base, tmp_path):
+    """As with TRL's preference trainers, or without ``data_collator``."""
+    saved = BlockDataCollator(toy_tokenizer())
+
+    def plain(rows):
+        return {name: value for name, value in saved(rows).items() if name != "layout"}
+
+    trainer = stock_trainer(base, tmp_path, plain, saved)
+    with pytest.raises(ValueError, match="no batch had a layout"):
+        trainer.train()
+    stock_trainer(base, tmp_path, lambda rows: dict(saved(rows)), saved).train()  # a wrapped one
+
+
+def test_an_adapter_other_than_lora_names_its_base(base, tmp_path):
+    """Its weights are no part of the base's fingerprint."""
+    collator = BlockDataCollator(toy_tokenizer())
+    config = IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[])
+    trainer = stock_trainer(base, tmp_path, collator, collator, config=config)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert base_fingerprint(trainer.model) == base_fingerprint(model)
+
+
+def test_an_adapter_is_served_with_its_own_tokenizer(base, tmp_path):
+    """Such as after ``tokenizer.pad_token = tokenizer.eos_token``."""
+    tokenizer = toy_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "!<|end|>")
+    collator = BlockDataCollator(tokenizer)
+    trainer = stock_trainer(base, tmp_path / "out", collator, collator)
+    trainer.train()
+    trainer.save_model()
+    engine = Engine.from_pretrained(adapter=str(tmp_path / "out"), device="cpu")
+    assert engine.tokenizer.chat_template == tokenizer.chat_template
+    batch = collator(toy_examples(1))
+    before = int((batch["labels"][0] != -100).nonzero()[0]) - 1
+    trained = trainer.model.eval()(**batch).logits[0, before]
+    served = engine.next_logits(toy_examples(1), "block-attention")[0]
+    torch.testing.assert_close(served, trained, rtol=1e-5, atol=2e-5)
+    merge_adapter(tmp_path / "out", tmp_path / "merged")
+    merged = Engine.from_pretrained(str(tmp_path / "merged"), device="cpu")
+    again = merged.next_logits(toy_examples(1), "block-attention")[0]
+    torch.testing.assert_close(again, served, rtol=1e-5, atol=2e-5)
+
+
+def test_an_adapter_of_a_resized_base_is_refused_before_training(base, tmp_path):
+    collator = BlockDataCollator(toy_tokenizer())
+    with pytest.raises(ValueError, match="save the resized model and tokenizer"):
+        stock_trainer(base, tmp_path, collator, collator, grown=1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 1)
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="save the resized model and tokenizer"):
+        make_trainable(model, toy_tokenizer(), trainer.args, LoraConfig())
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from blocktune.cache.store import fingerprint
 from blocktune.methods import build
 from blocktune.prompt import LayoutSpec
 from blocktune.vllm.plan import LoadPlan, Segment, require_served, slots_of
@@ -53,6 +54,14 @@ def test_the_salt_names_all_that_decides_cached_blocks():
     salts = [plan.salt() for plan in (PLAN, moved, joined, other, blank)]
     assert len({*salts, PLAN.salt("mine")}) == 6
     assert PLAN.salt() == LoadPlan.read(PLAN.params(PROMPT), PROMPT).salt()
+
+
+@pytest.mark.parametrize(("length", "computed"), [(200, 1), (2000, 2)])
+def test_keys_of_short_segments_are_remembered_by_all_requests(monkeypatch, length, computed):
+    made, real = [], fingerprint.chunk_key
+    monkeypatch.setattr(fingerprint, "chunk_key", lambda *how: made.append(how) or real(*how))
+    keys = {Segment(tuple(range(700, 700 + length)), 0).key("d" * 64) for _ in range(2)}
+    assert (len(keys), len(made)) == (1, computed)
 
 
 def test_slots_leave_out_what_lies_outside_of_a_window():

@@ -57,13 +57,16 @@ class ChunkFile:
     nobody can forge. Each process verifies a file once, and again only after the file changed.
     """
 
-    def __init__(self, blobs: Blobs, key: str, kind: type[Entry] | None = None):
+    def __init__(
+        self, blobs: Blobs, key: str, kind: type[Entry] | None = None, most: int | None = None
+    ):
         """Opens the entry of ``key``. Without a ``kind`` only `verify` can be used.
 
+        With ``most``, only so many bytes are fetched from a remote.
         Raises FileNotFoundError, `Expired`, ValueError if `pack_chunk` did not make the file for
         this key or it is not signed, and OSError if the storage cannot be reached.
         """
-        self.key, self.kind, self._blob = key, kind, blobs.open(key)
+        self.key, self.kind, self._blob = key, kind, blobs.open(key, most)
         self._is_signed, self._data = blobs.secret is not None, None
         settled = self._blob.identity is not None and time.time() - self._blob.changed >= SETTLED_S
         state = key, blobs.secret, self._blob.identity
@@ -80,7 +83,6 @@ class ChunkFile:
             memo.update(fresh)
 
     def _read_header(self, blobs: Blobs) -> dict[str, Any]:
-        """Reads and verifies the header. Returns the attributes that it sets."""
         with _readable():
             start = header_end(self._blob)
             tensors = json.loads(self._blob.content(start)[8:])
@@ -96,6 +98,8 @@ class ChunkFile:
             raise ValueError("its header does not match its checksum")
         blobs.require_signed(header, signature)
         return attrs
+
+    matches = Entry.matches
 
     def row(self) -> Row:
         """The file's row in an index."""

@@ -99,8 +99,7 @@ class ChunkStore:
     ) -> Lookup:
         """Looks up an entry. Returns it with the tier where it was found and the time taken.
 
-        ``read`` reads it from its file, and raises as `ChunkFile.read` does. With ``keep``, it is
-        kept in memory.
+        ``read`` reads its file, with the errors of `ChunkFile.read`. ``keep`` keeps it in memory.
         """
         started = time.perf_counter()
         rejected: set[str] = set()
@@ -141,6 +140,21 @@ class ChunkStore:
             self._tracer.looked_up(key, len(token_ids), "none", 0, seconds)
         return Lookup(None, "none", 0, seconds, 0.0, "; ".join(sorted(rejected)))
 
+    def stored(
+        self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
+    ) -> Row | None:
+        """The row of an entry's file (in the remote only if there is no folder), or None.
+
+        Header and tokens are verified as by `lookup`, but no tensor is read. It counts as a use.
+        """
+        for tier in self._blobs[:1]:
+            with suppress(ValueError):  # damaged, or ``most`` was too little: `lookup` reads all
+                found = tier.load(key, kind, lambda file: file, most=1 << 20)
+                if found is not None and found[0].matches(token_ids, fingerprint):
+                    tier.used(found[1])
+                    return found[1]
+        return None
+
     def put(
         self,
         key: str,
@@ -154,8 +168,9 @@ class ChunkStore:
         """Stores an entry, in the folder first, then (``keep``) in memory. Replaces an older one.
 
         It took ``seconds`` to encode, which the policy ``gdsf`` weighs. It can be removed by the
-        name of its ``document``, and counts against the quota of its ``tenant``. Raises ValueError
-        if it exceeds the memory and there is no folder, or ``must_write`` is set and writing fails.
+        name of its ``document`` (or one of several, one a line), and counts against the quota of
+        its ``tenant``. Raises ValueError if it exceeds the memory and there is no folder, or
+        ``must_write`` is set and writing fails.
 
         Returns:
             The entry as later lookups will return it: quantised, if the store has a codec.
@@ -208,7 +223,8 @@ class ChunkStore:
 
     def is_pinned(self, key: str) -> bool:
         """Whether the entry is pinned in some tier."""
-        return key in self.pinned()
+        with self._lock:
+            return any(self._ledgers(lambda ledger: ledger.is_pinned(key), False))
 
     def pinned(self) -> dict[str, int]:
         """The pinned entries of all tiers: their bytes by key."""

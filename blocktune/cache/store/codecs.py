@@ -16,6 +16,7 @@ from blocktune.cache.chunk_kv import ChunkKV, Entry, Read
 from blocktune.cache.store.config import CODECS
 from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
+from blocktune.registry import require_one_of
 
 FP8 = torch.float8_e4m3fn
 GROUP = {8: 64, 4: 32}
@@ -31,8 +32,7 @@ def encoded(
 
     ``int8`` and ``int4`` need the model's ``rope``. Entries other than `ChunkKV` stay unchanged.
     """
-    if codec not in CODECS:
-        raise ValueError(f"unknown codec '{codec}'; available: {', '.join(CODECS)}")
+    require_one_of("codec", codec, CODECS)
     if codec == "as-is" or not isinstance(entry, ChunkKV):
         return {}, dict(entry.tensors())
     tensors, bits = {}, _BITS[codec]

@@ -15,6 +15,8 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
+from blocktune.registry import require_one_of
+
 POLICIES = {
     "lru": "used",
     "lfu": "uses",
@@ -44,7 +46,7 @@ class About:
     num_tokens: int = 0
     kind: str = ""
     fingerprint: str = ""  # of the model that made it
-    document: str = ""  # document that the chunk comes from, as the user names it
+    document: str = ""  # documents that the chunk comes from, as the user names them, one a line
     tenant: str = ""  # owner, whose quota it counts against
     seconds: float = 0.0  # time that encoding took: what a hit saves
     expires: float | None = None  # end of its lifetime, seconds since the epoch; None: never
@@ -116,10 +118,8 @@ class StoreConfig:
         if self.ttl is not None and self.ttl <= 0:
             raise ValueError(f"ttl must be more than 0 seconds, got {self.ttl}")
         for name, known in (("policy", POLICIES), ("codec", CODECS)):
-            if getattr(self, name) not in (*known, None):
-                raise ValueError(
-                    f"unknown {name} '{getattr(self, name)}'; available: {', '.join(known)}"
-                )
+            if getattr(self, name) is not None:
+                require_one_of(name, getattr(self, name), known)
 
     @property
     def place(self) -> str | None:

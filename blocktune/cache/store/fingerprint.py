@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ MANIFEST_FORMAT = "blocktune manifest 1"
 CACHE_FORMAT = 2
 """Version of the stored content and of its keys; part of every fingerprint."""
 
-_SAMPLES = 4096
+_SAMPLES, _REMEMBERED = 4096, 1024
 _VOLATILE = {
     *("_name_or_path", "architectures", "transformers_version", "use_cache", "return_dict"),
     *("_attn_implementation", "_attn_implementation_internal", "attn_implementation"),
@@ -79,7 +80,16 @@ def key_after(fingerprint: str, token_ids: Ids, blanks: Sequence[int]) -> str:
 
 
 def stored_key(fingerprint: str, ids: Ids, blanks: Sequence[int], scoped_prefix: bool) -> str:
-    """`key_after`; or the key of a prefix, if a scoped adapter encodes it unlike a chunk."""
+    """`key_after`; or the key of a prefix, if a scoped adapter encodes it unlike a chunk.
+
+    Takes tuples. Memoised for up to `_REMEMBERED` tokens: 512 tokens take 0.1 ms.
+    """
+    make = _stored_key if len(ids) + len(blanks) <= _REMEMBERED else _stored_key.__wrapped__
+    return make(fingerprint, ids, blanks, scoped_prefix)
+
+
+@lru_cache(2048)
+def _stored_key(fingerprint: str, ids: Ids, blanks: Sequence[int], scoped_prefix: bool) -> str:
     if scoped_prefix:
         return chunk_key(fingerprint, ids, {"prefix": True})
     return key_after(fingerprint, ids, blanks)

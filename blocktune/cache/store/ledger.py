@@ -32,7 +32,6 @@ CREATE TABLE IF NOT EXISTS entries (
 CREATE INDEX IF NOT EXISTS by_worth ON entries (pinned, worth, used, size, tenant);
 CREATE INDEX IF NOT EXISTS by_tenant ON entries (tenant, pinned, worth, used, size);
 CREATE INDEX IF NOT EXISTS by_model ON entries (fingerprint);
-CREATE INDEX IF NOT EXISTS by_document ON entries (document) WHERE document != '';
 CREATE INDEX IF NOT EXISTS by_end ON entries (expires) WHERE expires IS NOT NULL;
 CREATE TABLE IF NOT EXISTS totals (tenant TEXT PRIMARY KEY, size INTEGER, entries INTEGER);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value);
@@ -42,6 +41,7 @@ CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON entries BEGIN
 END;
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON entries BEGIN
     UPDATE totals SET size = size - old.size, entries = entries - 1 WHERE tenant = old.tenant;
+    DELETE FROM totals WHERE tenant = old.tenant AND entries < 1;
 END;
 """
 
@@ -64,14 +64,14 @@ _ADD = (
 )
 _LATE = "UPDATE entries SET used = min(used, ?1), created = min(created, ?1) WHERE used > ?1"
 """Corrects entries that a clock ahead of time dated: they would never be the oldest again."""
+_CLAUSES = {"document": "instr(char(10) || document || char(10), char(10) || ? || char(10))"}
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 
 
 class Ledger:
     """Entries of one tier and their order of eviction. It is thread-safe.
 
-    Every method raises ``sqlite3.Error`` if the file cannot be used. An unknown policy raises
-    ValueError.
+    Every method raises ``sqlite3.Error`` if the file cannot be used. ValueError: unknown policy.
     """
 
     def __init__(
@@ -186,10 +186,10 @@ class Ledger:
     def rows(self, **wanted: str) -> Iterator[Row]:
         """Rows whose columns equal the ``wanted`` values, sorted by key.
 
-        ``start`` matches the first digits of the key.
+        ``start`` matches the first digits of the key, ``document`` one of its documents.
         """
         start = wanted.pop("start", "")
-        clauses = ["key >= ?", "key < ?", *(f"{name} = ?" for name in wanted)]
+        clauses = ["key >= ?", "key < ?", *(_CLAUSES.get(name, f"{name} = ?") for name in wanted)]
         find, values = f"{_SELECT} WHERE {' AND '.join(clauses)} ORDER BY key", wanted.values()
         with self._lock:
             self.flush()
@@ -305,7 +305,6 @@ def _write(owner: weakref.ref[Ledger]) -> None:
 
 
 def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> None:
-    """Writes the remaining hits when a ledger or its process ends."""
     if pid == os.getpid():
         with suppress(sqlite3.Error):  # only times of use are lost
             _write_uses(database, uses, 0.0)

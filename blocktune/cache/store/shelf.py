@@ -23,6 +23,7 @@ from blocktune.cache.store.remote import open_remote
 from blocktune.files import replace_json
 
 PATIENCE_S = 600.0  # limit on one request of a tool, which must have all of a chunk
+NO_MANIFEST = "(no manifest)"
 WANTED = "wanted"
 """Folder inside a store that lists the chunks that readers missed."""
 _LOG = logging.getLogger(__name__)
@@ -80,8 +81,8 @@ class Shelf:
 
     def __init__(self, blobs: Blobs):
         self.blobs = blobs
-        # Create nothing in a folder that is not a store.
-        self._index = open_index(blobs) if self._is_store(blobs) else None
+        # The index file, if any. Create nothing in a folder that is not a store.
+        self.index = open_index(blobs) if self._is_store(blobs) else None
 
     @staticmethod
     def _is_store(blobs: Blobs) -> bool:
@@ -116,8 +117,8 @@ class Shelf:
     @cached_property
     def ledger(self) -> Ledger:
         """The index of the files."""
-        if self._index is not None:
-            return self._index
+        if self.index is not None:
+            return self.index
         ledger = Ledger()
         if self._is_store(self.blobs) and not (path := self.blobs.path / INDEX).is_symlink():
             ledger.copy(path)
@@ -127,6 +128,9 @@ class Shelf:
     def rows(self, model: str = "", document: str = "", start: str = "") -> Iterator[Row]:
         """Entries sorted by key. ``model`` and ``start`` match prefixes of fingerprint and key."""
         wanted = {"document": document} if document else {}
+        if self.index is None and start:  # reads the headers of these alone
+            own = (key for key, *_ in self.blobs.listing() if key.startswith(start))
+            return found_rows(self.blobs, own)
         rows = self.ledger.rows(start=start, **wanted)
         return (row for row in rows if row.fingerprint.startswith(model))
 
@@ -136,27 +140,21 @@ class Shelf:
             record = self.blobs.manifest(fingerprint)
             return record["base"]["name"], record["adapter"] and record["adapter"]["name"]
         except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
-            return "(no manifest)", None
+            return NO_MANIFEST, None
 
     def mend(self) -> dict[str, int]:
         """Repairs the index. Returns the number of entries without a file and of missing entries.
 
         Both may result from a full disk or a kill. Raises as a `Ledger` does.
         """
-        if self._index is None:
+        if self.index is None:
             return {"without_file": 0, "not_indexed": 0}
-        indexed, stored = {row.key for row in self._index.rows()}, set(self.blobs.keys())
+        indexed, stored = {row.key for row in self.index.rows()}, set(self.blobs.keys())
         # Check again: other processes add an entry to the index before they write its file.
         gone = {key for key in indexed - stored if not self.blobs.has(key)}
-        self._index.remove(gone)
-        self._index.fill(found_rows(self.blobs, sorted(stored - indexed)))
+        self.index.remove(gone)
+        self.index.fill(found_rows(self.blobs, sorted(stored - indexed)))
         return {"without_file": len(gone), "not_indexed": len(stored - indexed)}
-
-    def pin(self, keys: Iterable[str], pinned: bool) -> int:
-        """Pins or unpins entries. Returns how many of them exist."""
-        if self._index is None:
-            raise ValueError(f"'{self.blobs.place}' has no writable index, where pins are stored")
-        return self._index.pin(keys, pinned)
 
 
 class Wanted(NamedTuple):
@@ -170,7 +168,7 @@ class Wanted(NamedTuple):
 class MissQueue:
     """Chunks that readers missed, for `blocktune encode --follow`. Any process may add or take.
 
-    The queue has one file per chunk in the store's folder, named by key: there are no duplicates.
+    The queue has one file per chunk in the store's folder, ``MODEL/KEY.json``: no duplicates.
     """
 
     def __init__(self, store: str | Path | None):
@@ -189,7 +187,8 @@ class MissQueue:
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
         chunks: list[Wanted] = []
-        for path in sorted(self.folder.glob("*.json")) if self.folder is not None else ():
+        paths = () if self.folder is None else (self.folder / fingerprint).glob("*.json")
+        for path in sorted(paths):
             with suppress(OSError, ValueError, KeyError, TypeError):  # just removed, or foreign
                 record = json.loads(path.read_text())
                 if record["fingerprint"] == fingerprint:
@@ -210,7 +209,7 @@ class MissQueue:
         from blocktune.cache.store.fingerprint import stored_key  # imports torch
 
         for chunk in chunks if self.folder is not None else ():
-            yield self.folder / f"{stored_key(fingerprint, *chunk)}.json", chunk
+            yield self.folder / fingerprint / f"{stored_key(fingerprint, *chunk)}.json", chunk
 
 
 class StoreView:

@@ -111,16 +111,16 @@ class BlobTier:
             self.ledger = Ledger(**self._budget)
 
     def load(
-        self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Entry]
-    ) -> tuple[Entry, Row, memoryview | None] | None:
+        self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Any], most: int | None = None
+    ) -> tuple[Any, Row, memoryview | None] | None:
         """Loads an entry by ``read``. Returns it with its row and, from a remote, the file content.
 
-        Returns None if there is none or the tier is out of reach. ValueError: it is damaged.
+        None: there is none, or the tier is out of reach. ValueError: damaged. ``most``: of a file.
         """
         if time.monotonic() < self._retry_at["read"]:
             return None
         try:
-            file = ChunkFile(self.blobs, key, kind)
+            file = ChunkFile(self.blobs, key, kind, most)
             return read(file), file.row(), file.content()
         except Expired:
             self.stats.expired += 1

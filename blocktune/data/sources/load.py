@@ -58,9 +58,8 @@ def load_examples(
         tokenizer: For chunkers and generators that count tokens and name no tokenizer.
         chunker: Splits conversations and documents; overrides the source's option and the default.
 
-    Raises:
-        ValueError: If the source is unknown, no shape fits, or a record is wrong; one line that
-            names file, line and field.
+    Raises ValueError if the source is unknown, no shape fits, or a record is wrong; one line that
+    names file, line and field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
@@ -106,7 +105,10 @@ def open_records(parsed: SourceName, reading: Reading, limit: int | None) -> Ite
 
 
 def load_chunks(source: str | Path) -> list[Chunk]:
-    """Loads the distinct chunks of a file of examples, or of a file with one passage per record."""
+    """Loads the distinct chunks of a file of examples, or of a file with one passage per record.
+
+    A chunk of several documents (`Chunk.document`) is returned once for each.
+    """
     parsed = parse_source(str(source))
     reading = read_options(parsed)
     records = open_records(parsed, reading, None)
@@ -116,9 +118,10 @@ def load_chunks(source: str | Path) -> list[Chunk]:
     has_text = isinstance(value, dict) and any(key in value for key in TEXT_KEYS)
     if isinstance(value, str) or (has_text and "question" not in value):
         read = partial(parse_record, parse=partial(read_chunk, name="text"), types=dict | str)
-        return list(dict.fromkeys(map(read, records)))
-    examples = parse_records(records, parsed, reading)
-    return list(dict.fromkeys(chunk for example in examples for chunk in example.chunks))
+        chunks = map(read, records)
+    else:
+        chunks = (chunk for e in parse_records(records, parsed, reading) for chunk in e.chunks)
+    return list({(chunk, chunk.document): chunk for chunk in chunks}.values())
 
 
 def parse_records(
@@ -172,9 +175,7 @@ def on_the_hub(parsed: SourceName) -> bool:
 
 def _unknown_source(source: str | Path) -> str:
     if os.path.isdir(source):
-        tables = sorted(Path(source).glob("data-*.arrow"))  # as Dataset.save_to_disk leaves them
-        hint = f"such as '{tables[0]}'" if tables else f"or 'hf:{source}' for a data set"
-        return f"'{source}' is a folder; give a file in it, {hint}"
+        return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     if os.path.exists(source):
         return f"'{source}' is a pipe or a device, which is not read; write it into a file first"
     return (

@@ -92,7 +92,6 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def _by_magic(head: bytes, table: Mapping[bytes, Any]) -> Any:
-    """Looks up a file's first bytes in a table of magic numbers."""
     return next((kind for magic, kind in table.items() if head.startswith(magic)), None)
 
 
@@ -206,7 +205,6 @@ def _cell(text: str, where: str, column: str) -> Any:
 
 
 def _from_table(path: Path, kind: str) -> Iterator[Record]:
-    """Rows of a Parquet or Arrow file, a batch at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -296,19 +294,20 @@ def read_hub(
     split, name = split or source.split, source.at
     if source.streamed and limit is None:
         raise ValueError(f"'{name}' is too large to load as a whole; give a limit")
-    from datasets import get_dataset_split_names, load_dataset
+    from datasets import get_dataset_split_names, load_dataset, load_from_disk
 
+    where = {"path": source.hub, "revision": source.revision}
+    saved: Mapping[str, Any] = {}
     try:
+        if any((Path(source.hub) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            saved = load_from_disk(source.hub)
+            if not isinstance(saved, Mapping):
+                saved = {str(saved.split or split or "train"): saved}
         if not split:
-            names = get_dataset_split_names(source.hub, source.config, revision=source.revision)
+            names = saved or get_dataset_split_names(**where, config_name=source.config)
             split = "validation" if "validation" in names else "train"
-        rows = load_dataset(
-            source.hub,
-            source.config,
-            split=split,
-            revision=source.revision,
-            streaming=source.streamed,
-        )
+        more = {"name": source.config, "streaming": source.streamed}
+        rows = saved[split] if saved else load_dataset(**where, split=split, **more)
         if shuffle is None or source.streamed:
             numbered = enumerate(rows if shuffle is None else rows.shuffle(seed=shuffle), start=1)
         else:

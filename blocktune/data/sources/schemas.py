@@ -96,6 +96,15 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
     return _example(record, name, kind=str(record.get("type") or ""))
 
 
+def parse_ragas(record: Mapping[str, Any]) -> RagExample:
+    """Converts RAGAS' single-turn samples. The answer is ``reference``, not ``response``.
+
+    Source: https://docs.ragas.io, ``SingleTurnSample``.
+    """
+    renamed = {"question": record["user_input"], "answers": record.get("reference")}
+    return _example({**record, **renamed}, "retrieved_contexts", kind="")
+
+
 def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """Converts LongBench and InfiniteBench: ``input`` is the question, ``context`` one long text.
 
@@ -154,10 +163,7 @@ def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
 
 
 def _example(
-    record: Mapping[str, Any],
-    name: str,
-    kind: str,
-    supporting: Collection[str] = (),
+    record: Mapping[str, Any], name: str, kind: str, supporting: Collection[str] = ()
 ) -> RagExample:
     """Builds an example from the passages in the field ``name``.
 

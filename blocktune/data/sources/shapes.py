@@ -50,6 +50,7 @@ SHAPES = (
     Shape("musique", (("question", "paragraphs"),), schemas.parse_musique),
     Shape("wiki", (("question", "context"),), schemas.parse_wiki, may_cut=True),
     Shape("ctxs", tuple(("question", name) for name in schemas.PASSAGES), schemas.parse_ctxs),
+    Shape("ragas", (("user_input", "retrieved_contexts"),), schemas.parse_ragas),
     Shape("triviaqa", (("question", "entity_pages"),), schemas.parse_trivia, "delimiter"),
     Shape("mt-rag", (("contexts", "input", "targets"),), texts.parse_session),
     Shape("longbench", (("input", "context"),), schemas.parse_longbench, "delimiter"),
@@ -87,7 +88,8 @@ def rename(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, An
 
 
 _QUESTION_KEYS = ("question", "query", "user_input", "instruction", "prompt", "input", "q", "key")
-_ANSWER_KEYS = ("answers", "answer", "outputs", "output", "target", "response", "label", "value")
+_ANSWER_KEYS = ("answers", "ground_truth", "reference", "answer", "outputs", "output", "target")
+_ANSWER_KEYS += ("response", "label", "value")
 _PASSAGE_KEYS = ("chunks", "context", "passage", "article", "document", "story", "input")
 
 

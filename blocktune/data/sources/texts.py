@@ -210,6 +210,8 @@ def _message(name: str, entry: Mapping[str, Any]) -> Message:
     text = entry.get("content", entry.get("value", entry.get("text")))
     if isinstance(text, list):  # content parts; only text is kept
         text = "".join(part.get("text") or "" for part in text if isinstance(part, Mapping))
+    if entry.get("tool_calls"):
+        raise LeftOut("a message that calls tools")
     if role not in _ROLES or not isinstance(text, str | None):
         raise field_error(name, f"messages of the roles {', '.join(_ROLES)}, with text", entry)
     return Message(_ROLES[role], text or "")

@@ -131,8 +131,7 @@ class WorldConfig:
     # weights of kinds of questions; others are not asked
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1  # examples that share a context
-    # questions per example, for training: the first question and its followups; fewer if the world
-    # has no more
+    # questions per example, for training: the first and its followups, as far as the world has them
     turns: int = 1
     # share of continued documents (except lists) whose later chunks use an alias; the others use
     # "she" or "the film", which can be guessed from the question

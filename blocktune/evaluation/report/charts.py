@@ -115,7 +115,6 @@ def _group_chart(methods: Mapping[str, Cell], group: str, cells: Mapping[str, Ce
 def _draw_rows(
     axes: Axes, ground: Ground, methods: Mapping[str, Cell], group: str, cells: Mapping[str, Cell]
 ) -> None:
-    """Draws one row per method: its score in a group's ``cells``, with interval and number."""
     limits = _limits(methods.values(), grouped=True)
     start = style.zoom(axes, ground, limits, "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
@@ -207,7 +206,6 @@ def _draw_score(
 
 
 def _named(label: str, score: float, start: float) -> str:
-    """A method's label, with its score if that is below the start of the axis."""
     return label if score >= start else f"{label} ({100 * score:.0f} %)"
 
 

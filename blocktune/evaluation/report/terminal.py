@@ -32,10 +32,7 @@ _COSTS = {
 
 
 def run_and_show(
-    suite: Suite,
-    output: Path,
-    title: str,
-    command: list[str] | None = None,
+    suite: Suite, output: Path, title: str, command: list[str] | None = None
 ) -> dict[str, Any] | None:
     """Runs a suite, prints its table and draws its chart; for other arguments see `run_suite`.
 

@@ -40,11 +40,6 @@ class VariantHistory(PromptHistory):
     most: int  # variants kept per chunk
     alpha: float  # of `cache_fix_overhead`
 
-    @property
-    def exact_alone(self) -> bool:
-        # A chunk that lost its context has a fix overhead of at least alpha / 2.
-        return self.refresh < self.alpha / 2
-
     def without_selection(self) -> VariantHistory:
         return replace(self, refresh=1.0)  # full only if a chunk has no variant
 
@@ -210,11 +205,6 @@ class CacheCraft(Method):
     @property
     def history(self) -> VariantHistory:
         return VariantHistory(self.refresh, self.variants, self.alpha)
-
-    @property
-    def exact_on_one_chunk(self) -> bool:
-        # Otherwise it may come from the middle of an earlier prompt, and be recomputed in part.
-        return self.history.exact_alone
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         return encoded_alone(spec, placement="sequential")

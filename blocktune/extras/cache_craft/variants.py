@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -33,7 +33,7 @@ class Variant:
     @property
     def blanks(self) -> Ids:
         """All tokens that the chunk was encoded after."""
-        return self.prefix + sum(self.context, ())
+        return tuple(chain(self.prefix, *self.context))
 
 
 def cache_context_impact(variant: Variant, num_tokens: int) -> float:

@@ -93,7 +93,6 @@ class NoContext(_InFull):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
     keeps_context: ClassVar[bool] = False
-    exact_on_one_chunk: ClassVar[bool] = False
 
 
 @register("naive")
@@ -111,8 +110,6 @@ class Link0(Method):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
-    # The chunk is encoded after blanks, which a full prefill does not have.
-    exact_on_one_chunk: ClassVar[bool] = False
     blanks: int = 1
 
     def __post_init__(self):
@@ -133,8 +130,6 @@ class PromptCacheSchema(Method):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2311.04934"
-    # The question starts after the slot, not after the chunk.
-    exact_on_one_chunk: ClassVar[bool] = False
     slot: int = 128
 
     def __post_init__(self):
@@ -158,8 +153,6 @@ class KVLink(Method):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.16002"
     weights: ClassVar[Weights] = Weights.LINKS
-    # Links are between the chunk and the question; a full prefill has none.
-    exact_on_one_chunk: ClassVar[bool] = False
 
 
 PLACEMENTS = {"reordered": "sequential", "composite": "composite"}
@@ -176,8 +169,6 @@ class TurboRag(Method):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.07590"
     weights: ClassVar[Weights] = Weights.WRAPS
-    # Markers are around the chunk; a full prefill has none.
-    exact_on_one_chunk: ClassVar[bool] = False
     positions: str = "reordered"
 
     def __post_init__(self):
@@ -198,8 +189,6 @@ class KVPacket(Method):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2604.13226"
     weights: ClassVar[Weights] = Weights.WRAPS
-    # Header and trailer are around the chunk; a full prefill has none.
-    exact_on_one_chunk: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -222,8 +211,6 @@ class Ape(_Scale):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.05431"
-    # Attention to a single chunk is scaled, too.
-    exact_on_one_chunk: ClassVar[bool] = False
     positions: str = "parallel"
 
     def __post_init__(self):

@@ -54,7 +54,6 @@ class Reshape(ABC):
 
     source: ClassVar[str] = ""  # paper or code it follows
     surveys: ClassVar[bool] = False
-    exact_on_one_chunk: ClassVar[bool] = False  # whether a single chunk is never reshaped
     # False: the question's rows decide together, so its later tokens change its earlier rows.
     keeps_causality: bool = True
     looks_ahead: bool = False

@@ -57,7 +57,6 @@ class TopChunks(Reshape):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
     surveys: ClassVar[bool] = True
-    exact_on_one_chunk: ClassVar[bool] = True
     chunks: int = 2  # chunks that stay visible, at least 1
     aggregation: str = "HT"
 

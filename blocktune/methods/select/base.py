@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from blocktune.registry import Registry, require_one_of, require_share
+from blocktune.registry import Registry, require_like, require_one_of, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,6 +222,14 @@ def selectable(layout: Layout) -> Tensor:
 
     blanks = (layout.kind == Kind.BLANK).any(dim=1, keepdim=True)
     return layout.is_context & ((layout.order - layout.offset > 0) | blanks)
+
+
+def require_context(selection: Selection, chosen: Tensor, layout: Layout, *dtypes: Any) -> None:
+    """Raises ValueError unless a selector chose context tokens, in one of the ``dtypes``."""
+    what = f"selector '{SELECTORS.name_of(selection)}'"
+    require_like(what, chosen, layout.is_context, *dtypes)
+    if bool(((chosen > 0) & ~layout.is_context).any()):
+        raise ValueError(f"{what} chose rows outside of `layout.is_context`; leave these out")
 
 
 @SELECTORS.register("nothing")

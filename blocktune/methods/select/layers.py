@@ -114,8 +114,7 @@ class ChunkProbes(_Deviating):
     """All tokens up to a check layer, then those of each chunk that deviate most.
 
     With ``by=both``, ``ratio`` of each chunk's tokens, rounded up, are taken by keys and again by
-    values, and the union is recomputed: up to twice the ratio. Distances are over all heads
-    together.
+    values, and the union is recomputed: up to twice the ratio. Distances are over all heads.
 
     Source: AgentKVShift arXiv:2607.21604, algorithm 1.
     """
@@ -187,8 +186,7 @@ class LayerRange(Selection):
     The first of these layers starts from the stored hidden states of the chunks.
 
     Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
-    ones with `blocktune profile-layers`; the default starts at the first layer whose keys
-    depend on the context.
+    with `blocktune profile-layers`; the default starts where keys first depend on the context.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
