@@ -247,7 +247,7 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
     """Attaches blocktune to a model. Returns how its keys rotate, or how it resumes from a cache.
 
     The latter is for models with recurrent layers or absolute positions, which are not changed.
-    Raises ValueError if the model is of neither kind, or no `transformers` language model.
+    Raises ValueError if the model is of neither kind, or cannot generate text.
     """
     if not getattr(model, "can_generate", bool)() or hasattr(model, "_orig_mod"):
         raise ValueError(
