@@ -62,7 +62,7 @@ class ChunkFile:
     ):
         """Opens the entry of ``key``. Without a ``kind`` only `verify` can be used.
 
-        With ``most``, only so many bytes are fetched from a remote.
+        ``most`` limits how many bytes are fetched from a remote.
         Raises FileNotFoundError, `Expired`, ValueError if `pack_chunk` did not make the file for
         this key or it is not signed, and OSError if the storage cannot be reached.
         """

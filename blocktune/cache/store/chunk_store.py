@@ -143,7 +143,7 @@ class ChunkStore:
     def stored(
         self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
     ) -> Row | None:
-        """The row of an entry's file (in the remote only if there is no folder), or None.
+        """The index row of an entry's file: in the folder, or in the remote without one; or None.
 
         Header and tokens are verified as by `lookup`, but no tensor is read. It counts as a use.
         """
