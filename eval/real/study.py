@@ -41,6 +41,8 @@ INSTRUCTION = "Answer the question from the passages below. Give only the answer
 RECIPES = {
     "block_attention": "block-attention",
     "block_attention_wide": "block-attention",
+    "block_attention_layers": "block-attention",
+    "block_attention_rate": "block-attention",
     "block_distill": "block-attention",
     "block_distill_wide": "block-attention",
     "kvlink": "kvlink",
@@ -58,6 +60,8 @@ WIDE = {"learning_rate": 1e-3, "lora_target_modules": "all-linear"}
 """Options of the writer, with which other recipes are trained, too."""
 VARIANTS = {
     "block_attention_wide": ("block_attention", WIDE),
+    "block_attention_layers": ("block_attention", {"lora_target_modules": "all-linear"}),
+    "block_attention_rate": ("block_attention", {"learning_rate": 1e-3}),
     "block_distill_wide": ("block_distill", WIDE),
     "kvlink_wide": ("kvlink", WIDE),
     "turborag_wide": ("turborag", WIDE),
