@@ -235,7 +235,7 @@ class Engine:
         method: str | Method | None = None,
         *,
         max_new_tokens: int = 32,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         batch_size: int = 8,
     ) -> list[Answer]:
         """Answers examples by a method, in batches of prompts of similar length.
@@ -245,7 +245,7 @@ class Engine:
                 ``{"question": ..., "chunks": [...]}``, with chunks in any form `RagExample` takes.
             method: Name or a built `Method`; None: what the adapter was trained for, else naive.
             max_new_tokens: Most tokens to decode.
-            sampling: How tokens are picked; default greedy.
+            sampling: How tokens are picked, or a mapping of its fields; default greedy.
             batch_size: Number of prompts served together.
 
         Returns one answer per example, in the same order, with the example's chunks. Raises
@@ -253,7 +253,7 @@ class Engine:
         not fit into the model's context.
         """
         require_count("batch_size", batch_size, least=1)
-        method, sampling = built(method, self.prompts.trained), sampling or Sampling()
+        method, sampling = built(method, self.prompts.trained), Sampling.of(sampling)
         started = time.perf_counter()
         examples = as_requests(examples)
         pieces, prompts = self._read(examples, method, max_new_tokens)
@@ -289,12 +289,12 @@ class Engine:
         method: str | Method | None = None,
         *,
         max_new_tokens: int = 32,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
     ) -> Iterator[str]:
         """Yields an answer's text as it is decoded. The pieces join to the text of `answer`."""
         require_count("max_new_tokens", max_new_tokens, least=1)
         method, example = built(method, self.prompts.trained), as_request(example)
-        pieces, sampling = self.prompts.pieces(example, method), sampling or Sampling()
+        pieces, sampling = self.prompts.pieces(example, method), Sampling.of(sampling)
         how = self.responses, self.state, method, sampling, max_new_tokens
         recall = Recall.of(*how, pieces, example.question)
         if recall is not None and (cached := recall.answer()) is not None:

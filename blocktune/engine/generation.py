@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from blocktune.engine.usage import Executed, Ttft, Usage
 from blocktune.layout import Kind, Rows
 from blocktune.methods import Cached
 from blocktune.methods.hooks import PrefilledBatch
-from blocktune.parsing import check_types
+from blocktune.parsing import check_types, read
 from blocktune.prompt import Chunk
 from blocktune.registry import require_count
 
@@ -74,6 +75,11 @@ class Sampling:
         require_count("top_k", self.top_k, why="0: all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    @classmethod
+    def of(cls, given: Sampling | Mapping[str, Any] | None) -> Sampling:
+        """Reads an argument ``sampling``. Raises ValueError if it is of another kind."""
+        return given if isinstance(given, cls) else read(cls, given or {}, "sampling")
 
     def picker(self, device: torch.device, streams: Sequence[int]) -> Pick:
         """A function that picks tokens ``(B, 1)`` from logits ``(B, V)`` on ``device``.

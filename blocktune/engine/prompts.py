@@ -198,8 +198,8 @@ class PromptMaker:
             )
         if tokens > self.max_tokens:
             raise TooLong(
-                f"{what} has {tokens} tokens, the model's context holds {self.max_tokens}; "
-                "cut chunks smaller or retrieve fewer"
+                f"{what} has {tokens} tokens, this model's maximum context length is "
+                f"{self.max_tokens} tokens; cut chunks smaller or retrieve fewer"
             )
 
     def _blank_id(self, spec: LayoutSpec) -> int | None:

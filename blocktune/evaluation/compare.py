@@ -76,7 +76,7 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
     adjusted, changes = holm(p), []
     for label, (a, b) in pairs.items():
-        gain, shown = difference(b, a), power(b, a, p[label], adjusted[label])
+        gain, shown = difference(b, a), power(b, a, p[label], adjusted[label], len(p))
         gains = paired(b, a)
         wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
         tests = p[label], adjusted[label], wins, losses, shown and shown.n_needed

@@ -223,7 +223,9 @@ def summarize(
             "score_gap_recovered": gap and gap.mean,
             "score_gap_recovered_ci95": gap and gap.ci95,
             "score_minus": {
-                other: _difference(scores[label], scores[other], pairs[pair], p_holm[pair])
+                other: _difference(
+                    scores[label], scores[other], pairs[pair], p_holm[pair], len(pairs)
+                )
                 for other in rows
                 if (pair := frozenset((label, other))) in pairs
             },
@@ -232,9 +234,10 @@ def summarize(
 
 
 def _difference(
-    own: Sequence[float], other: Sequence[float], p: float, p_holm: float
+    own: Sequence[float], other: Sequence[float], p: float, p_holm: float, tests: int
 ) -> dict[str, Any]:
-    interval, power = significance.difference(own, other), significance.power(own, other, p, p_holm)
+    interval = significance.difference(own, other)
+    power = significance.power(own, other, p, p_holm, tests)
     tested = {"mean": interval.mean, "ci95": interval.ci95, "p": p, "p_holm": p_holm}
     return tested | {key: getattr(power, key, None) for key in significance.Power._fields}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import hashlib
 import json
@@ -58,6 +59,10 @@ PARTS = (
 """Code that outputs, scores and times depend on; commands, training and reports do not matter."""
 
 
+LIBRARIES = {"site-packages", "dist-packages"}
+"""Folders of installed libraries."""
+
+
 def code_digest(method: Method | None = None, metrics: Iterable[str] = ()) -> str:
     """Version and digest of the code in `PARTS`, such as ``0.1.0-3f2a91c05d7e``.
 
@@ -93,15 +98,37 @@ def _classes_of(value: Any) -> Iterator[type]:
         yield from _classes_of(tuple(getattr(value, own.name) for own in fields(value)))
 
 
-def _sources_of(made: type | Callable) -> Iterable[Path]:
-    """The files of a class or function from outside this package: a module, or all of a package."""
-    name = made.__module__.partition(".")[0]
-    if name in sys.stdlib_module_names or name == blocktune.__name__:
-        return ()
-    if folders := getattr(sys.modules.get(name), "__path__", None):
-        return (path for folder in folders for path in Path(folder).rglob("*.py"))
-    file = getattr(sys.modules.get(name), "__file__", None)  # a notebook has none
-    return (Path(file),) if file else ()
+def _sources_of(made: type | Callable) -> set[Path]:
+    """The files of a class or function from outside this package: a module, or all of a package.
+
+    And of all modules that these import, but for installed libraries.
+    """
+    first = made.__module__.partition(".")[0]
+    left, files, seen = [first], set(), {blocktune.__name__, *sys.stdlib_module_names}
+    while left:
+        name = left.pop().partition(".")[0]
+        file = getattr(sys.modules.get(name), "__file__", None)  # a notebook has none
+        if name in seen or (name != first and LIBRARIES.intersection(Path(file or "").parts)):
+            continue
+        seen.add(name)
+        folders = getattr(sys.modules.get(name), "__path__", ())
+        own = [path for folder in folders for path in Path(folder).rglob("*.py")]
+        own += [Path(file)] if file and not folders else []
+        files.update(own)
+        left += chain.from_iterable(map(_imports, own))
+    return files
+
+
+def _imports(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # compiled, or a template
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
 
 
 def row_key(

@@ -137,6 +137,8 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
     engine = ready.engines[spec.adapter]
     method, codec = ready.methods[spec.label], engine.store.config.codec
     code = {t.name: code_digest(method, {t.metric, *t.metrics}) for t in ready.suite.tasks}
+    if method.history is not None:  # what a prompt finds depends on the batches before it
+        code = {name: f"{digest}-{ready.suite.batch_size}" for name, digest in code.items()}
     keys = [
         row_key(spec, task, example, engine.fingerprint, code[task.name], codec)
         for task, example, _ in ready.questions

@@ -162,13 +162,19 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
 
 
 def power(
-    own: ArrayLike, other: ArrayLike, p: float = 1.0, p_holm: float = 1.0, wanted: float = 0.8
+    own: ArrayLike,
+    other: ArrayLike,
+    p: float = 1.0,
+    p_holm: float = 1.0,
+    tests: int = 1,
+    wanted: float = 0.8,
 ) -> Power | None:
     """What differences this many questions can show, by the normal approximation.
 
     A difference is significant if Holm's p is below `ALPHA`. So the power is computed at the level
-    that the correction leaves for this comparison, ``ALPHA * p / p_holm``. Otherwise ``n_needed``
-    could be below the number of questions although the difference is within chance. ``wanted`` is
+    that the correction leaves for this comparison, ``ALPHA * p / p_holm``, or if Holm's p is 1,
+    ``ALPHA`` over the number of ``tests``. Otherwise ``n_needed`` could be below the number of
+    questions although the difference is within chance. ``wanted`` is
     the power, the probability to find a real difference. Returns None if there are fewer than two
     questions or all differences are equal, because their spread is then unknown.
 
@@ -178,7 +184,7 @@ def power(
     if len(set(differences)) < 2:
         return None
     spread = float(differences.std(ddof=1))
-    alpha = ALPHA * (p / p_holm if p_holm > 0 else 1.0)
+    alpha = ALPHA * (p / p_holm if 0 < p_holm < 1 else 1 / tests)
     reach = (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(wanted)) * spread
     mean = abs(float(differences.mean()))
     needed = ceil((reach / mean) ** 2) if mean > 0 else None

@@ -15,6 +15,10 @@ from blocktune.parsing import build_config, refuse_doubles
 from blocktune.server.config import Limits, ServerConfig
 from blocktune.server.middleware import with_timeout
 
+KEEP_ALIVE_S = 75
+"""Idle seconds before a connection is closed: longer than proxies keep theirs (often 60), which
+otherwise send a request on a connection that is just being closed."""
+
 
 def load_engines(
     model: str | None,
@@ -77,5 +81,6 @@ def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:
         "log_config": None,
         "access_log": False,
         "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
         "timeout_graceful_shutdown": drain_s,
     }

@@ -91,7 +91,7 @@ class Scheduler:
             if self._stopping:
                 raise Busy(5.0, "the server is shutting down")
             if self.waiting >= self.limits.queue:
-                raise Busy(1.0 + 0.1 * self.waiting, f"{self.waiting} requests are waiting already")
+                raise Busy(1.0 + 0.1 * self.waiting, f"the queue is full ({self.waiting} waiting)")
             self._queues.setdefault(job.tenant, deque()).append(job)
             self._wake.notify()
 

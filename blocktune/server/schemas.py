@@ -9,7 +9,7 @@ would change the answer, and ignored otherwise.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -46,6 +46,8 @@ Id = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(max_length=256)]
 T = TypeVar("T", bound=BaseModel)
 
+OWN_PLACE: dict[str, tuple] = dict.fromkeys(("chunks", "method", "strip"), ())
+"""Fields of our own that belong elsewhere in a request, see `FIXES`."""
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
     **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
@@ -58,7 +60,9 @@ NEUTRAL: dict[str, tuple] = {
     "response_format": ({"type": "text"}, {}),
     "modalities": (["text"],),
     "suffix": ("",),
-    **dict.fromkeys(("truncate_prompt_tokens", "chunks", "method", "strip"), ()),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "truncate_prompt_tokens": (),
+    **OWN_PLACE,
 }
 """Fields of OpenAI's and vLLM's interfaces that change an answer, and the values that do not."""
 FIXES = {"extra_body": "put its fields into the body", "chunks": "send them as documents"}
@@ -98,6 +102,20 @@ def validated(validate: Callable[[Any], T], body: Any) -> T:
     path = ".".join(part for part in map(str, deepest["loc"]) if not _FORM.fullmatch(part))[:200]
     message = deepest["msg"].removeprefix("Value error, ")
     raise WrongField(" ".join((f"{path}: {message}" if path else message).split()), path or None)
+
+
+def refuse_fields(body: Mapping[str, Any], neutral: Mapping[str, tuple]) -> None:
+    """Raises ValueError if the body has one of these fields with another value than the given."""
+    for name, values in neutral.items():
+        if body.get(name) is not None and body[name] not in values:
+            raise ValueError(f"{name} is not supported; {FIXES.get(name, 'leave it out')}")
+
+
+def refuse_misspelt(body: Mapping[str, Any], names: list[str], known: Iterable[str]) -> None:
+    """Raises ValueError if an unknown field of the body looks like one of ``names``."""
+    unknown = [key for key in body if key not in {*names, *known}]
+    if match := near_miss(unknown, [name for name in names if body.get(name) is None]):
+        raise ValueError(f"unknown field {match[0]!r:.80}; did you mean '{match[1]}'?")
 
 
 class TitledDocument(BaseModel):
@@ -210,13 +228,8 @@ class Decoding(BaseModel):
     def _refuse_unsupported(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name, neutral in NEUTRAL.items():
-            if body.get(name) is not None and body[name] not in neutral:
-                fix = FIXES.get(name, "leave it out")
-                raise ValueError(f"{name} is not supported; {fix}")
-        unknown = body.keys() - cls.model_fields - NEUTRAL.keys()
-        if match := near_miss(unknown, [n for n in cls.model_fields if body.get(n) is None]):
-            raise ValueError(f"unknown field {match[0]!r:.80}; did you mean '{match[1]}'?")
+        refuse_fields(body, NEUTRAL)
+        refuse_misspelt(body, list(cls.model_fields), NEUTRAL)
         return body
 
     @property

@@ -27,6 +27,8 @@ ADAM_BYTES = 8  # two float32 moments per trainable parameter
 HIDDEN_COPIES, FFN_COPIES = 12, 4
 """Tensors that a layer keeps for backward: of the model's width (norms, q, k, v, output, residuals
 and their upcasts), and of the feed-forward width (gate, up, activation, product). An estimate."""
+NORMS = 2
+"""Norms of a layer, whose inputs are kept in float32, too, if the layer computes in less."""
 LOGIT_BYTES = 12
 """Per answer row and vocabulary entry: logits, their log-softmax and its gradient, in float32."""
 EFFICIENCY = 0.4  # share of the measured matmul rate that a training step is expected to reach
@@ -84,8 +86,13 @@ def peak_bytes(
     ffn = config_value(config, "moe_intermediate_size", "intermediate_size")
     ffn = max(ffn) if isinstance(ffn, list) else ffn or 4 * config.hidden_size
     layer = HIDDEN_COPIES * config.hidden_size + FFN_COPIES * ffn
-    kept = layers * config.hidden_size + layer if checkpointing else layers * layer
-    states = (rows * kept + mask_cells) * size.state_bytes
+    layer = layer * size.state_bytes
+    if size.state_bytes < 4:
+        layer += NORMS * config.hidden_size * 4
+    kept = (
+        layers * config.hidden_size * size.state_bytes + layer if checkpointing else layers * layer
+    )
+    states = rows * kept + mask_cells * size.state_bytes
     return size.fixed_bytes + states + answer_rows * config.vocab_size * LOGIT_BYTES
 
 

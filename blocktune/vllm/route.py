@@ -26,7 +26,15 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
 from blocktune.server.front import chat_pieces, read_documents, read_messages, read_method
-from blocktune.server.schemas import Documents, Extension, Messages, validated
+from blocktune.server.schemas import (
+    OWN_PLACE,
+    Documents,
+    Extension,
+    Messages,
+    refuse_fields,
+    refuse_misspelt,
+    validated,
+)
 from blocktune.vllm.client import ChunkClient, Rendered, open_clients
 from blocktune.vllm.plan import PARAMS
 
@@ -67,6 +75,8 @@ class Renderer:
         Raises ValueError, in one line, if the request cannot be answered, and HTTPException if its
         model is not served or its chunks are not encoded in time.
         """
+        refuse_fields(body, OWN_PLACE)
+        refuse_misspelt(body, list(OWN), ChatCompletionRequest.model_fields)
         if not _has_documents(body):
             name = body.get("model")
             client = self.clients.get(name) if isinstance(name, str) else None

@@ -99,12 +99,12 @@ def test_a_host_that_no_one_knows(refused, model, monkeypatch):
 def test_a_chunk_longer_than_the_context(refused, model, tmp_path):
     text = "Anna was born in Kirby. " * 200
     line = refused("answer", "--model", model, *QUESTION, "--chunk", text)
-    assert "context holds 512" in line
+    assert "maximum context length is 512" in line
     path, store = tmp_path / "docs.jsonl", tmp_path / "store"
     lines = [{"text": "Kirby is small."}, {"text": text}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     line = refused("encode", "--model", model, "--input", path, "--store", store)
-    assert "context holds 512" in line
+    assert "maximum context length is 512" in line
     assert not list(tmp_path.glob("store/**/*.safetensors"))
 
 

@@ -224,11 +224,11 @@ def test_streamed_pieces_join_to_the_answer(engine):
 
 
 def test_sampling_repeats_by_seed_and_is_not_greedy(engine):
-    def draw(seed):
-        sampling = Sampling(temperature=2.0, top_k=50, top_p=0.95, seed=seed)
+    def draw(seed, of=Sampling):
+        sampling = of(temperature=2.0, top_k=50, top_p=0.95, seed=seed)
         return engine.answer([ASK], "naive", max_new_tokens=8, sampling=sampling)[0].token_ids
 
-    assert draw(1) == draw(1)
+    assert draw(1) == draw(1) == draw(1, dict)
     assert len({draw(seed) for seed in range(4)}) > 1
 
 
@@ -256,6 +256,8 @@ def test_sampling_draws_from_the_nucleus_and_the_top_tokens_alone(options, kept)
 def test_sampling_values_that_do_not_fit_are_refused_before_decoding(values, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**values)
+    with pytest.raises(ValueError, match=message):
+        Sampling.of(values)
 
 
 def test_sampling_does_not_depend_on_the_batches_and_draws_anew_for_every_request(engine):
@@ -338,16 +340,16 @@ def test_a_prompt_too_long_for_the_auxiliary_model_is_refused(engine):
 
 def test_a_chunk_longer_than_the_context_is_refused(engine):
     long = Ask("Who?", (Chunk("Anna Belt was born in Port Alder. " * 200),))
-    with pytest.raises(ValueError, match=r"longest chunk has \d+ tokens, .* context holds 512"):
+    with pytest.raises(ValueError, match=r"longest chunk has \d+ .* maximum context length is 512"):
         engine.answer([long], "naive")
-    with pytest.raises(ValueError, match=r"chunk 0 .* tokens, the model's context holds 512"):
+    with pytest.raises(ValueError, match=r"chunk 0 .* this model's maximum context length is 512"):
         engine.encode(long.chunks)
 
 
 def test_what_cannot_run_is_refused_before_anything_does(engine):
     with pytest.raises(ValueError, match=r"'cacheblend' needs .* at least 8 layers, .* 2"):
         engine.answer([ASK], build("cacheblend", check_layer=7))
-    with pytest.raises(ValueError, match=r"blanks of method .* context holds 512"):
+    with pytest.raises(ValueError, match=r"blanks of method .* maximum context length is 512"):
         engine.answer([ASK], f"naive + layout num_blanks={10**12}")
     for name, value in (("max_new_tokens", 0), ("max_new_tokens", 1.5), ("batch_size", -1)):
         with pytest.raises(ValueError, match=f"{name} must be a whole number.*got {value}"):

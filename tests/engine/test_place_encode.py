@@ -179,7 +179,9 @@ def test_a_chunk_longer_than_its_slot_is_refused(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
     with pytest.raises(ValueError, match=r"chunk \d takes \d+ positions, .* reserves 8 for each"):
         engine.next_logits([ASK], method_of("prompt-cache-schema", slot=8))
-    with pytest.raises(ValueError, match=r"has \d+ tokens, the model's context holds 512"):
+    with pytest.raises(
+        ValueError, match=r"has \d+ tokens, this model's maximum context length is 512"
+    ):
         engine.next_logits([ASK], method_of("prompt-cache-schema", slot=200))
 
 

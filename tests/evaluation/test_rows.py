@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -135,6 +136,27 @@ def test_the_code_of_a_plugin_decides_the_rows_of_its_methods_alone(tmp_path, mo
     assert {digests[folder, text] for folder in "abc" for text in ("naive", "cache-craft")} == {
         code.code_digest()
     }
+
+
+def test_the_code_of_modules_that_a_plugin_imports_decides_too(tmp_path, monkeypatch):
+    digests = []
+    text = PLUGIN.replace("k={k}", "k=deeper.K").replace(
+        "\nfrom", "\nimport helper_of_mine\nfrom", 1
+    )
+    for k in (2, 40):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / "mine.py").write_text(text.replace("deeper.K", "helper_of_mine.K"))
+        (folder / "helper_of_mine.py").write_text("from deeper_of_mine import K\n")
+        (folder / "deeper_of_mine.py").write_text(f"import json, torch\nK = {k}\n")
+        monkeypatch.syspath_prepend(folder)
+        for name in ("helper_of_mine", "deeper_of_mine"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr(METHODS, "_entries", dict(METHODS.table()))
+        monkeypatch.delitem(METHODS._entries, "mine", raising=False)
+        monkeypatch.setenv("BLOCKTUNE_PLUGINS", str(folder / "mine.py"))
+        digests.append(code.code_digest(build("mine")))
+    assert digests[0] != digests[1]
 
 
 def test_the_digest_of_code_covers_what_answers_and_nothing_else():

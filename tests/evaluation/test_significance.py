@@ -190,3 +190,11 @@ def test_power_agrees_with_the_corrected_verdict():
     found = power(own, other, p=p, p_holm=7 * p)
     assert found.n_needed > 40
     assert found.detectable > power(own, other).detectable
+
+
+def test_of_many_comparisons_those_without_any_difference_need_most():
+    """Holm's p of 1 is cut off: p over it would be a level above that of clearer differences."""
+    own, other = scores(10, 30), scores(9, 31)  # p = 1 alone
+    found = power(own, other, p=0.9, p_holm=1.0, tests=20)
+    assert found.detectable > power(own, other, p=0.01, p_holm=0.1).detectable
+    assert found.n_needed > power(own, other, p=0.01, p_holm=0.1).n_needed

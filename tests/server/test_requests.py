@@ -39,6 +39,7 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"seed": 1 << 80}, "seed"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice is not supported"),
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"stop_token_ids": [3]}, "stop_token_ids"),

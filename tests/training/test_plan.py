@@ -67,8 +67,9 @@ def test_the_plan_counts_masks_up_to_what_is_kept(tmp_path, monkeypatch):
     assert whole - expected_peak(trainer) == masks
 
 
-def test_expected_states_are_near_what_autograd_keeps():
-    """Saved tensors of a real forward pass, against the formula: within a factor of two."""
+@pytest.mark.parametrize("state_bytes", [4, 2])
+def test_expected_states_are_near_what_autograd_keeps(state_bytes):
+    """Saved tensors of a real forward pass, against the formula: within a factor of 1.5."""
     model, rows, saved = toy_model().train(), 64, {}
 
     def keep(tensor):
@@ -76,13 +77,14 @@ def test_expected_states_are_near_what_autograd_keeps():
         return tensor
 
     weights = {p.data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    half = torch.autocast("cpu", torch.bfloat16, enabled=state_bytes == 2)
+    with half, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.model(torch.randint(0, model.config.vocab_size, (1, rows)), use_cache=False)
     real = sum(size for pointer, size in saved.items() if pointer not in weights)
-    size = size_of(model, state_bytes=4)
+    size = size_of(model, state_bytes)
     fixed = peak_bytes(size, 0, 0, checkpointing=False)
     expected = peak_bytes(size, rows, 0, checkpointing=False) - fixed
-    assert expected / 2 < real < expected * 2
+    assert expected / 1.5 < real < expected * 1.5
 
 
 def test_the_matmul_rate_is_a_rate():

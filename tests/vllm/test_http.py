@@ -139,7 +139,7 @@ def test_a_request_without_documents_is_vllms(server):
         ({"blocktune": {"strange": 1}}, 400, "strange"),
         ({"blocktune": {"strip": True}}, 400, "blocktune.strip is not supported"),
         ({"model": "other"}, 404, "no model 'other'"),
-        ({"documents": ["x " * 2000]}, 400, "context holds"),
+        ({"documents": ["x " * 2000]}, 400, "maximum context length is"),
         ({"documents": ["x", " "]}, 400, "documents[1]"),
         (
             {"documents": ["x", {"id": "y", "data": {"title": None}}]},
@@ -147,6 +147,8 @@ def test_a_request_without_documents_is_vllms(server):
             "documents.1.data.title: ",
         ),
         ({"documents": "x"}, 400, "documents: Input should be a valid list"),
+        ({"documents": None, "document": ["x"]}, 400, "did you mean 'documents'"),
+        ({"documents": None, "chunks": ["x"]}, 400, "chunks is not supported; send them as"),
         ({"max_tokens": 1000}, 400, "context"),
         ({"stop_token_ids": 7}, 400, "stop_token_ids"),
         ({"stop_token_ids": ["x"]}, 400, "stop_token_ids"),
