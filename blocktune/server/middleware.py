@@ -166,8 +166,9 @@ def with_timeout(seconds: float) -> type[AutoHTTPProtocol]:
             super().connection_lost(exc)
 
         def _look(self) -> None:
-            """Closes if no request came since the last check, and none is being answered."""
-            if self.cycle is self._last and (self.cycle is None or self.cycle.response_complete):
+            """Closes if no whole header came since the last check; idle ones end by uvicorn."""
+            waits = self.cycle is None or self.cycle.response_complete
+            if waits and self.cycle is self._last and self.timeout_keep_alive_task is None:
                 self.transport.close()
                 return
             self._last = self.cycle

@@ -131,6 +131,15 @@ def test_connections_that_send_no_request_are_closed():
                 slow.sendall(head)
                 while slow.recv(1000):
                     slow.sendall(b"x")  # always a little more, never enough
+        asked = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        with socket.create_connection(address) as idle:  # a proxy keeps it for its next request
+            for pause in (1.0, 0):
+                idle.sendall(asked)
+                answer = b""
+                while not answer.endswith(b"}"):
+                    answer += (part := idle.recv(1000))
+                    assert part, "it was closed"
+                time.sleep(pause)
         assert client.get("/health").status_code == 200
 
 
