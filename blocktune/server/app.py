@@ -7,7 +7,6 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from math import ceil
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -22,7 +21,6 @@ import blocktune
 from blocktune.server.bodies import ChatBodies, TextBodies, chunk_list
 from blocktune.server.config import Tenant
 from blocktune.server.exchange import authorized, begin
-from blocktune.server.job import Busy
 from blocktune.server.middleware import Guard, error_body
 from blocktune.server.schemas import (
     ChatRequest,
@@ -85,9 +83,6 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_errors(app: FastAPI) -> None:
-    def reply(status: int, message: str, **headers: str) -> JSONResponse:
-        return JSONResponse(error_body(message, status), status, headers=headers or None)
-
     @app.exception_handler(WrongField)
     async def invalid(request: Request, error: WrongField) -> JSONResponse:
         body = error_body(str(error), error.status, error.param, error.code)
@@ -99,11 +94,8 @@ def _add_errors(app: FastAPI) -> None:
         if text in ("Not Found", "Method Not Allowed"):  # Starlette's
             path = request.scope["raw_path"].decode("latin-1")
             text = f"no route {request.method} {path:.80}; see /docs. OpenAI's are under /v1"
-        return reply(error.status_code, text, **(error.headers or {}))
-
-    @app.exception_handler(Busy)
-    async def busy(request: Request, error: Busy) -> JSONResponse:
-        return reply(429, str(error), **{"Retry-After": str(ceil(error.retry_after))})
+        status = error.status_code
+        return JSONResponse(error_body(text, status), status, headers=error.headers)
 
 
 # Dependencies are coroutines: FastAPI runs plain functions in threads.

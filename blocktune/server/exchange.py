@@ -6,12 +6,11 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from blocktune.methods.base import METHODS
@@ -19,11 +18,10 @@ from blocktune.server.bodies import TextBodies
 from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report, recall
 from blocktune.server.middleware import error_body
-from blocktune.server.schemas import Decoding, WrongField, read_body
+from blocktune.server.schemas import Decoding, T, WrongField, read_body
 from blocktune.server.service import Service, Submission
 
 _LOG = logging.getLogger("blocktune.server")
-T = TypeVar("T", bound=BaseModel)
 
 
 async def authorized(request: Request) -> Tenant:
@@ -111,22 +109,23 @@ class Exchange:
             self._open = False
             self.service.quotas.leave(self.tenant, refund)
 
-    async def events(self) -> AsyncIterator[Delta | Report]:
+    async def events(self) -> AsyncGenerator[Delta | Report]:
         """The job's events, the report last. HTTPException if it fails or the client has left."""
-        watch = asyncio.create_task(self._watch())
+        watch, job, written = asyncio.create_task(self._watch()), self.submission.job, 0
         try:
             while True:
                 event = await self._queue.get()
                 if isinstance(event, Failure):
                     raise HTTPException(event.status, event.message)
                 if isinstance(event, Report):
-                    self.close(refund=self.submission.job.unused_tokens(event))
+                    self.close(refund=job.unused_tokens(event.answer_tokens))
                     yield event
                     return
+                written += 1
                 yield event
         finally:
             watch.cancel()
-            self.close()
+            self.close(refund=job.unused_tokens(written))
 
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
@@ -149,7 +148,7 @@ class Exchange:
         return JSONResponse(bodies.whole(event))
 
     async def _stream(
-        self, bodies: TextBodies, first: Event, events: AsyncIterator[Event], with_usage: bool
+        self, bodies: TextBodies, first: Event, events: AsyncGenerator[Event], with_usage: bool
     ) -> AsyncIterator[bytes]:
         try:
             yield _sse(*bodies.opening())
@@ -166,7 +165,7 @@ class Exchange:
             _LOG.info("%s ended early, status=%d", bodies.id, error.status_code)
             yield _sse(error_body(str(error.detail), error.status_code))
         finally:
-            self.close()
+            await events.aclose()
 
     def _log(self, report: Report, bodies: TextBodies) -> None:
         job, usage = self.submission.job, report.usage

@@ -8,9 +8,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 import torch
+from starlette.exceptions import HTTPException
 from transformers import DynamicCache
 
 from blocktune.cache.responses import ResponseCache
@@ -29,12 +31,11 @@ _LOG = logging.getLogger(__name__)
 ONE_TOKEN = Settings(1)
 
 
-class Busy(Exception):
+class Busy(HTTPException):
     """The queue is full or the server shuts down; ``retry_after`` is in seconds."""
 
     def __init__(self, retry_after: float, message: str):
-        super().__init__(message)
-        self.retry_after = retry_after
+        super().__init__(429, message, {"Retry-After": str(ceil(retry_after))})
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ class Job:
         """Tokens charged to its tenant's quota: those of the prompt, the answers and the chunks."""
         return self.num_tokens + sum(len(piece.ids) for piece in self.wanted)
 
-    def unused_tokens(self, report: Report) -> int:
-        """Tokens of `quota_tokens` that the answers were allowed but did not have."""
+    def unused_tokens(self, written: int) -> int:
+        """Tokens of `quota_tokens` that answers of ``written`` tokens were allowed but lack."""
         most = self.settings.choices * self.settings.max_new_tokens
-        return 0 if self.pieces is None else most - report.answer_tokens
+        return 0 if self.pieces is None else most - written
 
     @cached_property
     def reserved(self) -> int:

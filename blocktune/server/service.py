@@ -264,17 +264,13 @@ class Service:
             new_tokens = min(new_tokens, prompts.max_tokens - length)
         top_k, top_p = max(0, body.top_k or 0), body.top_p or 1.0
         sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
-        count, logprobs, strips = (
-            body.n or 1,
-            body.num_logprobs,
-            isinstance(body, schemas.ChatRequest),
-        )
+        count, strips = body.n or 1, isinstance(body, schemas.ChatRequest)
         job = Job(
             served.engine,
             method=method,
             pieces=pieces,
             prompt=prompt if method.history is None else None,
-            settings=Settings(new_tokens, sampling, count, body.stops, logprobs, strips),
+            settings=Settings(new_tokens, sampling, count, body.stops, body.num_logprobs, strips),
             tenant=tenant.name,
             timeout_s=limits.request_s,
             strip=bool(body.blocktune and body.blocktune.strip),

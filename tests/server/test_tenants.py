@@ -148,6 +148,19 @@ def test_tokens_that_an_answer_did_not_have_are_given_back(serve):
         assert answer.status_code == 200, answer.text
 
 
+def test_an_answer_that_fails_costs_its_prompt_alone(serve, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    client = serve(tenants=(Tenant("a", "key-of-a", tokens_per_minute=600),))
+    headers = {"authorization": "Bearer key-of-a"}
+    with monkeypatch.context() as patch:
+        patch.setattr("blocktune.server.scheduler.prefill_batch", fail)
+        for _ in range(2):
+            refused(client.post(CHAT, json=chat(max_tokens=300), headers=headers), 500)
+    assert client.post(CHAT, json=chat(max_tokens=300), headers=headers).status_code == 200
+
+
 def test_token_ids_of_another_ones_texts_are_not_remembered(client, engine, monkeypatch):
     """Else who sends a text could tell by the time whether somebody had sent it before."""
     read, kind = [], type(engine.tokenizer)
