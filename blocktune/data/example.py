@@ -170,9 +170,9 @@ def field_error(name: str, wanted: str, got: Any) -> ValueError:
 
 def near_miss(keys: Iterable[str], missing: Sequence[str]) -> tuple[str, str] | None:
     """Finds the first key that looks like a misspelling of a missing field; returns both."""
-    for key in keys:
-        matches = difflib.get_close_matches(str(key).lower(), missing, n=1, cutoff=0.8)
-        if matches and len(key) > 3 and abs(len(key) - len(matches[0])) <= 1:
+    for key in (key for key in keys if len(str(key)) > 3):
+        near = [name for name in missing if abs(len(str(key)) - len(name)) <= 1]
+        if matches := difflib.get_close_matches(str(key).lower(), near, n=1, cutoff=0.8):
             return key, matches[0]
     return None
 

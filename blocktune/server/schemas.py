@@ -113,7 +113,8 @@ def refuse_fields(body: Mapping[str, Any], neutral: Mapping[str, tuple]) -> None
 
 def refuse_misspelt(body: Mapping[str, Any], names: list[str], known: Iterable[str]) -> None:
     """Raises ValueError if an unknown field of the body looks like one of ``names``."""
-    unknown = [key for key in body if key not in {*names, *known}]
+    known = {*names, *known}
+    unknown = [key for key in body if key not in known][:100]  # a body may have 200,000
     if match := near_miss(unknown, [name for name in names if body.get(name) is None]):
         raise ValueError(f"unknown field {match[0]!r:.80}; did you mean '{match[1]}'?")
 

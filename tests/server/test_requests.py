@@ -1,6 +1,7 @@
 """Wrong and hostile requests, and what is not done for a request."""
 
 import asyncio
+import difflib
 import json
 from types import SimpleNamespace
 
@@ -143,6 +144,20 @@ def test_other_encodings_and_forms_are_refused(client):
         refused(client.post(CHAT, content=body, headers=headers), 415)
     kind = {"content-type": "Application/JSON; charset=UTF-8", "content-encoding": "identity"}
     assert client.post(CHAT, content=body, headers=kind).status_code == 200
+
+
+def test_many_fields_that_no_one_knows_cost_little(client, monkeypatch):
+    """Each is compared with the names of fields; 8 MB hold 200,000."""
+    compared, real = [], difflib.get_close_matches
+    monkeypatch.setattr(
+        difflib,
+        "get_close_matches",
+        lambda *args, **how: compared.append(args) or real(*args, **how),
+    )
+    body = chat() | {f"strange_{n:05}": 0 for n in range(20_000)} | {"x" * 1_000_000: 0}
+    assert client.post(CHAT, json=body).status_code == 200
+    assert len(compared) <= 100
+    assert all(abs(len(word) - len(name)) <= 1 for word, names, *_ in compared for name in names)
 
 
 def test_null_is_as_if_left_out(client):
