@@ -54,6 +54,13 @@ def test_what_is_no_order_is_left_alone(made, tmp_path):
         made.encode_wanted()
 
 
+def test_the_encoder_owns_the_folder_that_others_write_into(tmp_path):
+    """Only the owner of a folder may remove what another user has put there."""
+    queue = MissQueue(tmp_path)
+    queue.take(OTHER)
+    assert (queue.folder / OTHER).is_dir()
+
+
 def test_what_other_models_want_is_not_read(tmp_path, monkeypatch):
     queue = MissQueue(tmp_path)
     queue.add(OTHER, [Wanted((5, n)) for n in range(20)])

@@ -187,8 +187,11 @@ class MissQueue:
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Returns at most ``most`` wanted chunks of a model. They stay queued until `done`."""
         chunks: list[Wanted] = []
-        paths = () if self.folder is None else (self.folder / fingerprint).glob("*.json")
-        for path in sorted(paths):
+        if self.folder is None:
+            return chunks
+        # Made here, since only its owner may remove what other users add (vLLM as root).
+        (self.folder / fingerprint).mkdir(parents=True, exist_ok=True)
+        for path in sorted((self.folder / fingerprint).glob("*.json")):
             with suppress(OSError, ValueError, KeyError, TypeError):  # just removed, or foreign
                 record = json.loads(path.read_text())
                 if record["fingerprint"] == fingerprint:
