@@ -17,6 +17,9 @@ from blocktune.parsing import refuse_doubles
 SAFETY, LIMITS = {"rich_help_panel": "Safety"}, {"rich_help_panel": "Limits"}
 KEY_VARIABLE = "BLOCKTUNE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
+OURS = ("--model", "--revision", "--tokenizer", "--chat-template")
+OUR_KINDS = ("--kv-transfer", "--kv-offloading", "--default-chat-template")
+"""Options of vLLM, and how others begin, that requests with documents would not follow."""
 
 Adapters = Annotated[
     list[str] | None,
@@ -199,8 +202,8 @@ def serve_vllm(
     from blocktune.vllm import launch
 
     for option in (text.replace("_", "-").partition("=")[0] for text in context.args):
-        if option == "--model" or option.startswith(("--kv-transfer", "--kv-offloading")):
-            raise ValueError(f"leave out {option}: blocktune sets the model and the KV connector")
+        if option in OURS or option.startswith(OUR_KINDS):
+            raise ValueError(f"leave out {option}: blocktune sets model, wording and KV connector")
     parts = [text.partition("=") for text in adapter or ()]
     named = [(name if path else Path(name).name, path or name) for name, _, path in parts]
     refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")

@@ -113,7 +113,9 @@ class ChunkClient:
         self.model, self.source = model, pinned(model)
         bare, revision = self.source
         self.name = info.base_model if info else bare
-        text = read_config(bare, revision).get_text_config()
+        config = read_config(bare, revision)
+        self._commit = getattr(config, "_commit_hash", None) if revision else None
+        text = config.get_text_config()
         self.tokenizer = read_tokenizer(bare, revision)
         if info is not None:
             self.tokenizer = info.tokenizer(self.adapter, self.tokenizer)
@@ -153,11 +155,20 @@ class ChunkClient:
             manifest
             for manifest in self.store.manifests()
             if manifest["fingerprint"].startswith(start)
-            and (start or Path(manifest["base"]["name"]).name == Path(self.name).name)
+            and (start or self._is_of(**manifest["base"]))
             and [(manifest["adapter"] or {}).get(k) for k in ("fingerprint", "scope")] == wanted
             and manifest["tokenizer"]["hash"] == self._tokenizer_hash
             and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
+
+    def _is_of(self, name: str, revision: str | None, **_: Any) -> bool:
+        """Whether chunks may be of this base, by its name; folders that are both here must be one.
+
+        If a revision was named, the chunks must be of it.
+        """
+        own, other = Path(self.name), Path(name)
+        same = own.samefile(other) if own.exists() and other.exists() else own.name == other.name
+        return same and self._commit in (None, revision)
 
     @cached_property
     def fingerprint(self) -> str:

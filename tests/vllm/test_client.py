@@ -48,8 +48,14 @@ def test_a_store_that_vllm_cannot_read_is_refused(store):
         ChunkClient(TINY, store=store)
 
 
-@pytest.mark.parametrize("option", ["--kv-offloading-size", "--kv_transfer_config={}", "--model"])
-def test_options_that_replace_the_connector_or_the_model_are_refused(tmp_path, option):
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--kv-offloading-size", "--kv_transfer_config={}", "--model", "--tokenizer=x"),
+        *("--revision", "--chat-template", "--default_chat_template_kwargs={}"),
+    ],
+)
+def test_options_that_replace_the_connector_the_model_or_its_wording_are_refused(tmp_path, option):
     named = option.replace("_", "-").partition("=")[0]
     with pytest.raises(ValueError, match=f"leave out {named}: "):
         serve_vllm(SimpleNamespace(args=[option, "1"]), TINY, str(tmp_path))
@@ -75,6 +81,24 @@ def test_a_revision_is_passed_on_as_one(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="encode --model some/model@main --store"):
         _ = made.fingerprint
     assert ChunkClient(TINY, store=tmp_path).source == (TINY, None)
+
+
+def test_chunks_of_another_model_of_the_same_name_are_not_used(tmp_path, monkeypatch):
+    other, store = tmp_path / "other" / "tiny", tmp_path / "store"
+    shutil.copytree(TINY, other)
+    Engine.from_pretrained(str(other), store=store, device="cpu").encode(["A chunk."])
+    assert ChunkClient(str(other), store=store).fingerprint
+    with pytest.raises(ValueError, match="has no chunks of 'data/tiny'"):
+        _ = ChunkClient(TINY, store=store).fingerprint
+    shutil.rmtree(other)  # encoded on another machine: only the name can be compared
+    assert ChunkClient(TINY, store=store).fingerprint
+    config = read_config(TINY)
+    config._commit_hash = "1" * 40
+    monkeypatch.setattr(client, "read_config", lambda *_: config)
+    monkeypatch.setattr(client, "read_tokenizer", lambda *_: read_tokenizer(TINY))
+    assert ChunkClient("org/tiny", store=store).fingerprint
+    with pytest.raises(ValueError, match="has no chunks of 'org/tiny'"):
+        _ = ChunkClient("org/tiny@main", store=store).fingerprint
 
 
 def test_an_adapter_without_chunks_is_named_in_the_command(tmp_path):
