@@ -77,18 +77,19 @@ class Renderer:
         """
         refuse_fields(body, OWN_PLACE)
         refuse_misspelt(body, list(OWN), ChatCompletionRequest.model_fields)
+        first = next(iter(self.clients))
         if not _has_documents(body):
-            name = body.get("model")
+            name = first if body.get("model") is None else body["model"]
             client = self.clients.get(name) if isinstance(name, str) else None
             # vLLM does not know an adapter that only encodes.
-            return body | {"model": self.base} if client and client.lora is None else body
+            return body | {"model": self.base if client and client.lora is None else name}
         request = validated(DocumentRequest.model_validate, body)
         asked = {name: body.get(name) for name in REFUSED}
         asked["add_generation_prompt: false"] = body.get("add_generation_prompt") is False
         asked["blocktune.strip"] = request.blocktune and request.blocktune.strip
         if refused := next((name for name, value in asked.items() if value), None):
             raise ValueError(f"{refused} is not supported with documents; leave it out")
-        name = next(iter(self.clients)) if request.model is None else request.model
+        name = first if request.model is None else request.model
         if name not in self.clients:
             raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
         client = self.clients[name]
@@ -105,7 +106,8 @@ class Renderer:
         }
 
     async def _encoded(self, client: ChunkClient, rendered: Rendered) -> None:
-        deadline = time.monotonic() + self.wait_s
+        is_queued = client.store.queue.folder is not None  # by remotes alone, nothing is encoded
+        deadline = time.monotonic() + (self.wait_s if is_queued else 0)
         missing = await asyncio.to_thread(client.missing, rendered.plan)
         if missing:
             await asyncio.to_thread(client.ask_for, missing)
@@ -115,8 +117,8 @@ class Renderer:
         if missing:
             raise HTTPException(
                 503,
-                f"chunks not encoded yet: {len(missing)}; they are queued for `blocktune encode "
-                "--follow`, ask again later",
+                f"chunks not encoded yet: {len(missing)}; run `blocktune encode` (--follow if the "
+                "store has a folder) and ask again",
                 {"Retry-After": "5"},
             )
 
@@ -147,7 +149,7 @@ def _check(kind: type[BaseModel], name: str) -> None:
 
     @wraps(make)
     def checked(self, *args, **kwargs):
-        if unread := next((key for key in OWN if self.model_extra.get(key)), None):
+        if unread := next((key for key in OWN if getattr(self, key, None)), None):
             raise VLLMValidationError(f"{unread} is read by /v1/chat/completions only; drop it")
         if "beam" in name and (self.kv_transfer_params or {}).get(PARAMS) is not None:
             raise VLLMValidationError("use_beam_search excludes cached chunks; leave it out")
@@ -166,7 +168,7 @@ class DocumentsRoute:
         """Replaces vLLM's route."""
         for kind in (ChatCompletionRequest, CompletionRequest):
             _check(kind, "to_beam_search_params")
-        for kind in (CompletionRequest, ResponsesRequest):
+        for kind in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
             _check(kind, "to_sampling_params")
 
         @app.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])

@@ -1,9 +1,11 @@
 """The server as users start it: two ranks, a LoRA adapter, an encoder beside it."""
 
+import asyncio
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -70,6 +72,14 @@ def test_an_adapter_that_only_encodes_answers_without_documents(server):
     assert text_of(made[0]) == text_of(made[1])
 
 
+def test_without_a_model_the_first_adapter_answers(server):
+    bare = {key: value for key, value in body(questions(31)[0]).items() if key != "documents"}
+    for more in ({}, {"model": None}):
+        asked = bare | more if more else {key: bare[key] for key in bare if key != "model"}
+        made = httpx.post(f"{server}/v1/chat/completions", json=asked, timeout=120)
+        assert made.json()["model"] == "tuned", made.text
+
+
 def test_documents_may_follow_the_question(server):
     example = questions(31)[0]
     blocks = [
@@ -83,10 +93,17 @@ def test_documents_may_follow_the_question(server):
 
 
 @pytest.mark.parametrize(
-    ("path", "more"), [("completions", {"prompt": "x"}), ("responses", {"input": "x"})]
+    ("path", "more"),
+    [
+        ("completions", {"prompt": "x"}),
+        ("responses", {"input": "x"}),
+        ("chat/completions/batch", {"messages": [[{"role": "user", "content": "x"}]]}),
+    ],
 )
 def test_documents_are_not_ignored_on_other_routes(server, path, more):
-    made = httpx.post(f"{server}/v1/{path}", json={"model": TINY, "documents": ["x"]} | more)
+    made = httpx.post(
+        f"{server}/v1/{path}", json={"model": TINY, "documents": [{"text": "x"}]} | more
+    )
     assert made.status_code == 400, made.text
     assert "documents is read by /v1/chat/completions only" in made.text
 
@@ -150,6 +167,7 @@ def test_a_request_without_documents_is_vllms(server):
         ({"documents": None, "document": ["x"]}, 400, "did you mean 'documents'"),
         ({"documents": None, "chunks": ["x"]}, 400, "chunks is not supported; send them as"),
         ({"max_tokens": 1000}, 400, "context"),
+        ({"cache_salt": "blocktune:x"}, 400, "cache_salt must not start with 'blocktune:'"),
         ({"stop_token_ids": 7}, 400, "stop_token_ids"),
         ({"stop_token_ids": ["x"]}, 400, "stop_token_ids"),
         ({"messages": 5}, 400, "messages"),
@@ -209,6 +227,17 @@ def test_missing_chunks_are_encoded_by_a_follower(server, serving):
             encoder.wait()
     [wanted] = serving.engines[TINY].answer([example], max_new_tokens=12)
     assert made == wanted.text
+
+
+def test_a_remote_alone_is_not_waited_for():
+    """It has no queue, so nothing encodes what it lacks."""
+    from blocktune.vllm.route import HTTPException, Renderer
+
+    store = SimpleNamespace(queue=SimpleNamespace(folder=None))
+    client = SimpleNamespace(store=store, missing=lambda _: ["x"], ask_for=lambda _: None)
+    with pytest.raises(HTTPException, match="not encoded yet: 1") as error:
+        asyncio.run(Renderer({}, "", 1e9)._encoded(client, SimpleNamespace(plan=None)))
+    assert error.value.status_code == 503
 
 
 def test_metrics_count_what_was_loaded(server):
