@@ -6,9 +6,9 @@ vLLM's interface is experimental; docs/vllm.md lists the tested versions.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -21,9 +21,6 @@ from blocktune.vllm import guard
 from blocktune.vllm.metrics import LoadMetrics, LoadStats
 from blocktune.vllm.scheduler import LoadMeta, SchedulerSide
 from blocktune.vllm.worker import WorkerSide
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 PLAIN_CACHE = ("auto", "float32", "float16", "bfloat16")
 LEAST = {"host_gb": 0, "threads": 1, "encode_wait_s": 0}
@@ -145,6 +142,7 @@ def require_served_config(config: VllmConfig) -> None:
         "fail the request, or full attention is mixed in": policy != "fail",
         f"writes {', '.join(PLAIN_CACHE)} caches, not {cache}": cache not in PLAIN_CACHE,
         "loads no draft model's cache; drop speculative decoding": config.speculative_config,
+        "loads no routing; drop --enable-return-routed-experts": config.aux_output_config.enabled,
         "cannot move latent keys (MLA); use a RoPE model": config.model_config.use_mla,
         "writes whole chunks in each rank; drop context parallelism": max(ranks) > 1,
         "reads chunks that were encoded with the RoPE of the model's config.json; change it there, "

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from functools import cache, wraps
-from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from blocktune.cache.store.shelf import StoreView
 from blocktune.vllm.plan import PARAMS, LoadPlan
-
-if TYPE_CHECKING:
-    from vllm.v1.engine import EngineCoreRequest
-
-MARK = "_blocktune"
 
 
 def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
@@ -25,12 +20,15 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     plan's namespace. Chunks that a folder lacks are queued for encoding. A remote is not asked,
     since that takes too long: its requests fail while they load.
     """
+    if (request.cache_salt or "").startswith(f"{PARAMS}:"):
+        raise VLLMValidationError(
+            f"cache_salt must not start with '{PARAMS}:', as those of cached chunks do"
+        )
     params = request.sampling_params
     transfer = params and (params.extra_args or {}).get("kv_transfer_params")
     if not isinstance(transfer, dict) or transfer.get(PARAMS) is None:
         return
-    wants_logprobs = params.prompt_logprobs is not None
-    if wants_logprobs or getattr(params, "prompt_logprob_token_ids", None) is not None:
+    if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
         raise VLLMValidationError(
             "prompt_logprobs cannot be computed for a prompt from cached chunks; leave it out, or "
             "send the prompt without documents"
@@ -64,11 +62,10 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
 _view = cache(StoreView)
 
 
+@cache
 def install() -> None:
     """Makes vLLM call `require_loadable` before a request enters the engine."""
     process = InputProcessor.process_inputs
-    if hasattr(process, MARK):
-        return
 
     @wraps(process)
     def checked(self, *args, **kwargs):
@@ -78,5 +75,4 @@ def install() -> None:
         require_loadable(request, transfer.kv_connector_extra_config["store"] if ours else None)
         return request
 
-    setattr(checked, MARK, True)
     InputProcessor.process_inputs = checked

@@ -9,7 +9,6 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-SERVER = "vllm.entrypoints.launchers.api_server.entry"
 GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 
@@ -65,4 +64,4 @@ def serve(
         flush=True,
     )
     sys.argv[1:] = [*line, *options]
-    import_module(SERVER).main()
+    import_module("vllm.entrypoints.launchers.api_server.entry").main()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ FORM = (
     f"kv_transfer_params['{PARAMS}'] is {{'fingerprint': 64 hex digits, 'segments': [tokens or "
     "{'tokens', 'position', 'blanks', 'prefix', 'ids'}]}"
 )
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 _FIELDS = {"tokens", "position", "blanks", "prefix", "ids"}
 
 
@@ -65,10 +68,7 @@ class LoadPlan:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Index in the prompt of each segment's first token, then the total number of tokens."""
-        starts = [0]
-        for segment in self.segments:
-            starts.append(starts[-1] + len(segment.ids))
-        return tuple(starts)
+        return tuple(accumulate((len(segment.ids) for segment in self.segments), initial=0))
 
     @property
     def num_tokens(self) -> int:
@@ -79,9 +79,9 @@ class LoadPlan:
         """Indices of the segments with tokens from index ``start`` on."""
         return range(sum(end <= start for end in self.starts[1:]), len(self.segments))
 
-    def missing(self, has: Callable[[str], bool], start: int = 0) -> list[Segment]:
-        """Segments with tokens from ``start`` on whose key a store does not have (``has``)."""
-        return [self.segments[i] for i in self.wanted(start) if not has(self.keys[i])]
+    def missing(self, has: Callable[[str], bool]) -> list[Segment]:
+        """Segments whose key a store does not have (``has``)."""
+        return [one for one, key in zip(self.segments, self.keys, strict=True) if not has(key)]
 
     def salt(self, own: str | None = None) -> str:
         """Namespace in vLLM's prefix cache for this plan; ``own`` is the request's ``cache_salt``.
@@ -119,11 +119,9 @@ class LoadPlan:
         """
         if not isinstance(params, Mapping) or params.get(PARAMS) is None:
             return None
-        raw, segments, start = params[PARAMS], [], 0
-        if not isinstance(raw, Mapping) or not isinstance(raw.get("segments"), list):
-            raise ValueError(FORM)
-        fingerprint = raw.get("fingerprint")
-        if not isinstance(fingerprint, str) or len(fingerprint) != 64:
+        raw = params[PARAMS] if isinstance(params[PARAMS], Mapping) else {}
+        fingerprint, segments, start = str(raw.get("fingerprint")), [], 0
+        if not _FINGERPRINT.fullmatch(fingerprint) or not isinstance(raw.get("segments"), list):
             raise ValueError(FORM)
         for given in raw["segments"]:
             given = {"tokens": given} if type(given) is int else given

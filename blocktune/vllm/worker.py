@@ -29,7 +29,7 @@ from blocktune.cache import ChunkKV, ChunkStore
 from blocktune.cache.store.chunk_file import ChunkFile
 from blocktune.cache.store.shelf import StoreView
 from blocktune.positions import LayerRope
-from blocktune.vllm.plan import LoadPlan, slots_of
+from blocktune.vllm.plan import NULL_BLOCK, LoadPlan, slots_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -177,7 +177,7 @@ class WorkerSide:
 
     def take_invalid(self) -> set[int]:
         """Blocks of layered loads that failed since the last call."""
-        taken, self._invalid = self._invalid, set()
+        taken, self._invalid = self._invalid - {NULL_BLOCK}, set()
         return taken
 
     def close(self) -> None:

@@ -122,13 +122,16 @@ def test_a_merged_adapter_is_a_model_of_its_own(tmp_path):
         ({"kv_connector_extra_config": {"store": 5}}, {}, "got store=5"),
         ({}, {"hf_overrides": {"rope_parameters": YARN}}, "not by hf_overrides"),
         ({}, {"context_parallel": 2}, "drop context parallelism"),
+        ({}, {"routed_experts": True}, "drop --enable-return-routed-experts"),
         ({}, {"kv_cache_dtype": "fp8"}, "caches, not fp8"),
     ],
 )
 def test_a_configuration_that_would_mix_is_refused(tmp_path, change, options, reason):
     transfer = KVTransferConfig(**transfer_config(tmp_path) | change)
     ranks = (options := dict(options)).pop("context_parallel", 1)
+    routed = options.pop("routed_experts", False)
     made = EngineArgs(TINY, kv_transfer_config=transfer, **SMALL | options).create_engine_config()
     made.parallel_config.decode_context_parallel_size = ranks
+    made.aux_output_config.enable_return_routed_experts = routed
     with pytest.raises(ValueError, match=reason):
         BlocktuneConnector(made, KVConnectorRole.SCHEDULER, SimpleNamespace(kv_cache_groups=[]))

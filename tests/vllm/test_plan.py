@@ -33,8 +33,9 @@ def test_what_is_no_plan_of_the_prompt_is_refused(segments):
     asked = {"blocktune": {"fingerprint": MODEL, "segments": segments}}
     with pytest.raises(ValueError, match=r"kv_transfer_params|longer prompt"):
         LoadPlan.read(asked, PROMPT)
-    with pytest.raises(ValueError, match="fingerprint"):
-        LoadPlan.read({"blocktune": {"fingerprint": "x", "segments": [3]}}, PROMPT)
+    for name in ("x", "../" * 21 + "x", "A" * 64):
+        with pytest.raises(ValueError, match="fingerprint"):
+            LoadPlan.read({"blocktune": {"fingerprint": name, "segments": [3]}}, PROMPT)
 
 
 def test_a_plan_is_served_whole_or_not_at_all():
@@ -42,8 +43,7 @@ def test_a_plan_is_served_whole_or_not_at_all():
     assert PLAN.missing(set(PLAN.keys).__contains__) == []
     assert PLAN.missing(set(PLAN.keys[:1]).__contains__) == list(PLAN.segments[1:])
     # What vLLM has already need not be in the store.
-    assert PLAN.missing(set(PLAN.keys[2:]).__contains__, start=5) == []
-    assert PLAN.missing(set(PLAN.keys[2:]).__contains__, start=4) == [PLAN.segments[1]]
+    assert [list(PLAN.wanted(start)) for start in (0, 4, 5)] == [[0, 1, 2], [1, 2], [2]]
 
 
 def test_the_salt_names_all_that_decides_cached_blocks():
