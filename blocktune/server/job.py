@@ -226,10 +226,9 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
             "layers": layers / state.num_layers,
         }
         text = token_text(tokenizer, token) if token < vocabulary else "\u29c9"
-        if runs and all(runs[-1][name] == value for name, value in entry.items()):
-            runs[-1]["tokens"].append(text)
-        else:
-            runs.append(entry | {"tokens": [text]})
+        if not runs or runs[-1] | entry != runs[-1]:
+            runs.append(entry | {"tokens": []})
+        runs[-1]["tokens"].append(text)
     return runs
 
 

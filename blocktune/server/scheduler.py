@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from itertools import groupby
 
 import torch
 
@@ -78,12 +77,12 @@ class Scheduler:
         """Starts the thread."""
         self._thread.start()
 
-    def stop(self, timeout_s: float | None = None) -> None:
+    def stop(self) -> None:
         """Finishes what was accepted, then ends the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join(timeout_s)
+        self._thread.join()
 
     def submit(self, job: Job) -> None:
         """Queues a request. Raises `Busy` if too many wait, or the server stops."""
@@ -263,9 +262,8 @@ class Scheduler:
         self._emit(job, Delta(choice.index, text, logprob, choice.finish))
 
     def _decode_all(self) -> None:
-        by_model = sorted(self.running, key=lambda choice: id(choice.run.state.model))
-        for _, group in groupby(by_model, key=lambda choice: id(choice.run.state.model)):
-            choices = list(group)
+        for model in dict.fromkeys(choice.run.state.model for choice in self.running):
+            choices = [choice for choice in self.running if choice.run.state.model is model]
             jobs = dict.fromkeys(self.running[choice] for choice in choices)
             try:
                 logits = decode_step(choices)
