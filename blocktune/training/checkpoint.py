@@ -151,8 +151,8 @@ class SaveLayoutCallback(TrainerCallback):
         collator, tokenizer = self.collator, self.collator.tokenizer
         collator.num_tokens = links.link_base(model)
         fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
-        info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
-        files = AdapterFiles(info, {"training": settings(args)})
+        self._info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
+        files = AdapterFiles(self._info, {"training": settings(args)})
         save, names, selected = model.save_pretrained, trained_adapters(model), {}
         if names:
             require_named_base(model)
@@ -168,8 +168,16 @@ class SaveLayoutCallback(TrainerCallback):
 
         model.save_pretrained = save_pretrained
 
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"  # if it continues
+        before = AdapterInfo.load(checkpoint) if (checkpoint / INFO_FILE).is_file() else self._info
+        for name in ("layout", "format", "scope"):
+            if (old := getattr(before, name)) != (new := getattr(self._info, name)):
+                raise ValueError(
+                    f"'{checkpoint}' was trained with {name} {old}, now it is {new}; restore it, "
+                    "or train without resume_from_checkpoint"
+                )
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Raises ValueError if the model would ignore the layout."""
+        """Raises ValueError if the model would ignore the layout, or began with another one."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
         self._watch = decoder_of(model).register_forward_pre_hook(self._see, with_kwargs=True)
@@ -225,7 +233,10 @@ class StagedSaving(Trainer):
         if checkpoint is None or not (checkpoint / INFO_FILE).is_file():
             raise ValueError(f"no checkpoint of blocktune at '{checkpoint or folder}'")
         resume.require_loadable(checkpoint)
-        resume.require_same_run(checkpoint, self.files.config, self.accelerator.num_processes)
+        model, config = self.model, dict(self.files.config)
+        for name in trained_adapters(model):
+            config["adapter"] = resume.adapter_settings(model.peft_config[name].to_dict())
+        resume.require_same_run(checkpoint, config, self.accelerator.num_processes)
         before, now = AdapterInfo.load(checkpoint), self.files.info
         digest = before.training.get("data_digest")
         changed = {
