@@ -148,6 +148,16 @@ def refuse_lost_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
         )
 
 
+def save_whole(accelerator: Accelerator) -> None:
+    """Makes FSDP and ZeRO-3 save whole weights, of which adapters and models are made."""
+    state = accelerator.state
+    if accelerator.distributed_type == DistributedType.FSDP:
+        state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+
+
 def wait_for_builds() -> None:
     """Waits for builds of DeepSpeed's operators by other processes, and reports it.
 

@@ -38,6 +38,7 @@ from blocktune.training.launch_checks import (
     refuse_long_rows,
     refuse_lost_launch,
     refuse_parallelism,
+    save_whole,
 )
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
@@ -170,6 +171,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         refuse_parallelism(self.accelerator)
         refuse_lost_launch(self.accelerator, self.is_deepspeed_enabled)
         state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+        save_whole(self.accelerator)
         self.size = size_of(model, state_dtype.itemsize)
         self.speed = Speedometer(
             row_flops(self.size, self.objective.teacher is not None),
