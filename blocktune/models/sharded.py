@@ -1,6 +1,6 @@
 """Reads and writes whole parameters that are split over processes (ZeRO-3, FSDP2).
 
-All processes must call these functions, because they exchange data.
+All processes must call `gathered` and `fill`, because they exchange data.
 """
 
 from __future__ import annotations
@@ -22,6 +22,22 @@ def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
         yield
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """Inside the block, models are loaded completely into this process.
+
+    In and after a run with ZeRO-3, transformers would split every model over the run's processes.
+    """
+    from transformers.integrations import deepspeed  # only for training
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def fill(weight: Tensor, values: Tensor) -> None:

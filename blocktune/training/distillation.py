@@ -18,6 +18,7 @@ from blocktune.attention import Plan, attach
 from blocktune.layout import Kind, Layout
 from blocktune.models.identity import tokenizer_hash
 from blocktune.models.load import load_base
+from blocktune.models.sharded import loading_whole
 from blocktune.positions import RopeSpec, relocate_keys
 from blocktune.prompt import IGNORED
 from blocktune.training.config import ObjectiveOptions
@@ -123,7 +124,8 @@ def find_teacher(
 
 def _load(options: ObjectiveOptions, student: nn.Module, tokenizer) -> nn.Module:
     name, states = options.distill_teacher, options.distill_states
-    teacher, teacher_tokenizer = load_base(name, place=False, what="distill_teacher")
+    with loading_whole():  # DeepSpeed gathers only the weights of the model that it trains
+        teacher, teacher_tokenizer = load_base(name, place=False, what="distill_teacher")
     config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
     same_tokens = tokenizer_hash(teacher_tokenizer) == tokenizer_hash(tokenizer)
     if not same_tokens or config.vocab_size != teacher_config.vocab_size:
