@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
@@ -301,6 +301,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         return self.order
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        return SequentialSampler(eval_dataset)  # predictions in the order of the rows, blanks last
+
         """Batches for evaluation: without augmentation, and the same in every epoch."""
         train_collator = self.data_collator
         self.data_collator = replace(self.collator, augmentation=Augmentation(), epoch=0)
