@@ -181,10 +181,9 @@ def on_the_hub(name: str) -> str:
 
 def license_of(base: str, token: str | None = None) -> str:
     """The licence of a base, from its card on the Hub; ValueError if it has none."""
-    try:
+    data = None
+    with suppress(httpx.HTTPError, HFValidationError, OSError):
         data = HfApi(token=token).model_info(base).card_data
-    except (httpx.HTTPError, HFValidationError, OSError):
-        data = None
     if data is None or not data.license:
         raise ValueError(f"the licence of '{base}' is not known; give one: --license apache-2.0")
     return data.license

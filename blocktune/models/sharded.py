@@ -14,7 +14,7 @@ from torch import Tensor
 @contextmanager
 def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
     """Makes split parameters whole inside the block; ``write`` keeps the changes by process 0."""
-    split = [weight for weight in weights if is_split(weight)]
+    split = [weight for weight in weights if hasattr(weight, "ds_id")]
     if not split:
         yield
         return
@@ -50,11 +50,6 @@ def fill(weight: Tensor, values: Tensor) -> None:
         weight.copy_(values)
 
 
-def is_split(weight: Tensor) -> bool:
-    """Whether ZeRO-3 has split the parameter over processes."""
-    return hasattr(weight, "ds_id")
-
-
 def whole_shape(weight: Tensor) -> tuple[int, ...]:
     """The full shape of a parameter, split or not."""
-    return tuple(weight.ds_shape if is_split(weight) else weight.shape)
+    return tuple(getattr(weight, "ds_shape", weight.shape))

@@ -95,14 +95,10 @@ class AdapterFiles:
         self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
     ) -> None:
         """Writes the link table, if the model has one."""
-        if (table := links.installed_links(model)) is None:
-            return
-        if state is not None:
-            [weight] = [
-                w for name, w in state.items() if name.endswith(f"{links.LINKS_MODULE}.weight")
-            ]
-            table = links.LinkTable.of(weight)
-        links.save_links(table, folder)
+        if (table := links.installed_links(model)) is not None:
+            own = {f"{links.LINKS_MODULE}.weight": table.weight} if state is None else state
+            [weight] = [w for n, w in own.items() if n.endswith(f"{links.LINKS_MODULE}.weight")]
+            links.save_links(links.LinkTable.of(weight), folder)
 
     def write_info(
         self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
@@ -168,6 +164,10 @@ class SaveLayoutCallback(TrainerCallback):
 
         model.save_pretrained = save_pretrained
 
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Raises ValueError if the model would ignore the layout, or began with another one."""
+        if not is_attached(model):
+            raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"  # if it continues
         before = AdapterInfo.load(checkpoint) if (checkpoint / INFO_FILE).is_file() else self._info
         for name in ("layout", "format", "scope"):
@@ -176,10 +176,6 @@ class SaveLayoutCallback(TrainerCallback):
                     f"'{checkpoint}' was trained with {name} {old}, now it is {new}; restore it, "
                     "or train without resume_from_checkpoint"
                 )
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Raises ValueError if the model would ignore the layout, or began with another one."""
-        if not is_attached(model):
-            raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
         self._watch = decoder_of(model).register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, decoder, args, kwargs) -> None:

@@ -264,9 +264,9 @@ def _name(index: int, sample: Sample) -> str:
 
 
 def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
-    removed = len(part["answer"])
-    removed += sum(len(turn["query"]) + len(turn["answer"]) for turn in part["followups"])
-    return part | {"answer": [], "followups": [], "length": part["length"] - removed}
+    removed = [part["answer"], *(ids for turn in part["followups"] for ids in turn.values())]
+    length = part["length"] - sum(map(len, removed))
+    return part | {"answer": [], "followups": [], "length": length}
 
 
 def _record(row: list[dict[str, Any]]) -> dict[str, Any]:

@@ -168,10 +168,11 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         args, model = self.args, self.model
         # Makes the Trainer count the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
+        self._signature_columns = COLUMNS
         refuse_parallelism(self.accelerator)
         refuse_lost_launch(self.accelerator, self.is_deepspeed_enabled)
-        state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         save_whole(self.accelerator)
+        state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.size = size_of(model, state_dtype.itemsize)
         self.speed = Speedometer(
             row_flops(self.size, self.objective.teacher is not None),
@@ -300,10 +301,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         )
         return self.order
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         return SequentialSampler(eval_dataset)  # predictions in the order of the rows, blanks last
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches for evaluation: without augmentation, and the same in every epoch."""
         train_collator = self.data_collator
         self.data_collator = replace(self.collator, augmentation=Augmentation(), epoch=0)
@@ -315,9 +316,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Batches for `predict`, as for evaluation; ``test_dataset`` may be rows."""
         return self.get_eval_dataloader(self._prepare_evaluation(test_dataset))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = COLUMNS
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""
