@@ -91,18 +91,14 @@ class AdapterFiles:
             model.save_pretrained(folder, state_dict=kept)
         self.write_links(model, folder, state)
 
-    def write_links(
-        self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
-    ) -> None:
+    def write_links(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
         """Writes the link table, if the model has one."""
         if (table := links.installed_links(model)) is not None:
             own = {f"{links.LINKS_MODULE}.weight": table.weight} if state is None else state
             [weight] = [w for n, w in own.items() if n.endswith(f"{links.LINKS_MODULE}.weight")]
             links.save_links(links.LinkTable.of(weight), folder)
 
-    def write_info(
-        self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
-    ) -> None:
+    def write_info(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
         """Writes settings and ``blocktune.json``, which complete the adapter's folder.
 
         A fully trained model is its own base: its folder is both model and adapter.

@@ -115,9 +115,8 @@ def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
 
 def refuse_parallelism(accelerator: Accelerator) -> None:
     """Raises ValueError for context or sequence parallelism, which ignore the layout's mask."""
-    parallel = accelerator.parallelism_config
     for kind in ("cp", "sp"):
-        if parallel is not None and getattr(parallel, f"{kind}_enabled", False):
+        if getattr(accelerator.parallelism_config, f"{kind}_enabled", False):
             raise ValueError(
                 f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
                 f"set {kind}_size to 1"
