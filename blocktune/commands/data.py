@@ -44,7 +44,6 @@ Counter = Annotated[
     ),
 ]
 
-
 group = new_group(
     "data",
     HELP,
