@@ -134,10 +134,12 @@ class BlocktuneLM(LM):
         """Chunks, query and continuation as tokens, the same in both modes.
 
         White space between context and continuation belongs to the latter, as in the harness.
+        Without a continuation it belongs to the query: chat templates may end with a separator.
         """
-        stripped = context.rstrip() if continuation else context
-        continuation = context[len(stripped) :] + continuation
+        stripped = context.rstrip()
+        space = context[len(stripped) :]
         *parts, last = stripped.split(self.separator)
+        last, continuation = (last, space + continuation) if continuation else (last + space, "")
         chunks = tuple(self._ids(part + self.separator) for part in parts if part.strip())
         query = self._ids(last)
         answer = self._ids(last + continuation)[len(query) :]

@@ -78,6 +78,15 @@ def test_both_modes_read_the_same_tokens_with_one_bos(engine):
     assert spaced.answer == block.pieces("When?", " now").answer
 
 
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_a_separator_at_the_end_belongs_to_the_query(engine, mode):
+    """The turn that Llama's chat template opens ends with two line breaks."""
+    pieces = BlocktuneLM(engine=engine, mode=mode).pieces(CONTEXT + "\n\n")
+    assert engine.tokenizer.decode(pieces.query) == "Question: When?\nAnswer:\n\n"
+    assert len(pieces.chunks) == 2
+    assert pieces.prefix == (engine.tokenizer.bos_token_id,)
+
+
 def test_whole_texts_are_scored_in_windows(engine):
     model = BlocktuneLM(engine=engine, mode="block")
     text = "Anna Belt was born in Port Alder."
