@@ -96,6 +96,16 @@ def test_expired_entries_make_room_within_a_quota():
     assert ledger.leaving(31, "x") is None
 
 
+def test_what_cannot_fit_does_not_move_the_clock_of_gdsf():
+    ledger = Ledger(max_bytes=20, policy="gdsf")
+    for key, seconds in (("a", 1.0), ("b", 4.5)):
+        ledger.add(key, 10, About(seconds=seconds))
+    assert ledger.leaving(21) is None
+    ledger.remove(["a"])
+    ledger.add("c", 10, About(seconds=2.0))
+    assert ledger.leaving(10) == ["c"]
+
+
 def test_hits_at_the_end_of_a_process_keep_the_clock_of_gdsf(tmp_path):
     ledger = Ledger(tmp_path / INDEX, max_bytes=20, policy="gdsf")
     for key, seconds in (("a", 1.0), ("b", 4.5)):

@@ -260,7 +260,7 @@ class Ledger:
             if name != key and name not in evicted:
                 evicted[name] = size, whose
                 need, clock = need - size, worth
-        if clock is not None and self.policy == "gdsf":
+        if need <= 0 and clock is not None and self.policy == "gdsf":
             with self.transaction() as database:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (clock,))
         return need <= 0
