@@ -58,8 +58,8 @@ class MemoryTier:
 
     def put(self, key: str, entry: Entry, about: About) -> list[tuple[str, Entry, About]]:
         """Keeps an entry. Returns the evicted ones, or the entry itself if it does not fit."""
-        is_alive = about.expires is None or about.expires > time.time()
-        fits = is_alive and entry.num_bytes <= self.ledger.max_bytes
+        end = math.inf if about.expires is None else about.expires
+        fits = entry.num_bytes <= self.ledger.max_bytes and end > time.time()
         leaving = self.ledger.leaving(entry.num_bytes, about.tenant, key) if fits else None
         if leaving is None:
             self.remove(key)
@@ -72,7 +72,7 @@ class MemoryTier:
         if self.device.type == "cpu" and torch.cuda.is_available():
             entry = entry.map(lambda tensor: tensor.pin_memory())
         self.entries[key] = entry
-        self._expiry[key] = math.inf if about.expires is None else about.expires
+        self._expiry[key] = end
         self.ledger.add(key, entry.num_bytes, about)
         self.stats.bytes_written += entry.num_bytes
         return evicted
