@@ -84,9 +84,8 @@ class ReshapedAttention:
     def wrote(self, layer: int, columns: Tensor) -> None:
         """Marks columns ``(B, R)`` of a layer as recomputed; ignores negative and decoded ones."""
         count = self._is_chunk.shape[1]
-        written = torch.zeros_like(F.pad(self._is_chunk, (0, 1)))
         slots = columns.where((columns >= 0) & (columns < count), count)
-        written.scatter_(1, slots, True)
+        written = F.pad(self._is_chunk & False, (0, 1)).scatter(1, slots, True)
         self._reused[layer] = self._reused.get(layer, self._is_chunk) & ~written[:, :count]
 
     def attend(self, band, columns, query, key, value, rule, params) -> Tensor | None:
