@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import reduce
 
@@ -66,9 +67,13 @@ def prefill_warm(
         earlier = [p._replace(chunks=c) for p, c in zip(pieces, chunks, strict=True)]
         layouts = [prompts.prompt(prompt, LayoutSpec(block=False), 1) for prompt in earlier]
         next(prefill_batch(state, layouts, earlier, method).tokens(Sampling(), 1))
+    started = time.perf_counter()
     if laid_out is None:
         laid_out = [prompts.lay_out(p, method, state.encoder, max_new_tokens) for p in pieces]
-    return prefill_batch(state, laid_out, pieces, method)
+    laid_out_s = time.perf_counter() - started
+    generation = prefill_batch(state, laid_out, pieces, method)
+    generation.watch.add("prompt_s", laid_out_s)
+    return generation
 
 
 def _prefill(

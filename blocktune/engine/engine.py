@@ -350,6 +350,7 @@ class Engine:
     def _read(
         self, examples: Sequence[Request], method: Method, max_new_tokens: int = 1
     ) -> tuple[list[Pieces], list[Prompt]]:
+        """Pieces, and prompts as without a history, which only the served prompt may look up."""
         require_count("max_new_tokens", max_new_tokens, least=1)
-        pieces = [self.prompts.pieces(example, method) for example in examples]
-        return pieces, [self.lay_out(piece, method, max_new_tokens) for piece in pieces]
+        pieces, spec = [self.prompts.pieces(x, method) for x in examples], self.prompts.spec(method)
+        return pieces, [self.prompts.prompt(piece, spec, max_new_tokens) for piece in pieces]

@@ -204,7 +204,7 @@ class Generation(ServedBatch):
                     self.state.prefixes(self.method).insert(exact)
         if history is not None:
             probe = self.prefill.chunk_probe
-            attention = probe.mass / probe.layers  # mean over heads and layers, (B, N, C)
+            attention = probe and probe.mass / probe.layers  # mean over heads and layers, (B, N, C)
             batch = PrefilledBatch(self.pieces, self.columns, self.cache, attention)
             history.update(encoder.store, encoder.fingerprint, batch)
 

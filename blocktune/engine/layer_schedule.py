@@ -55,7 +55,8 @@ class SchedulePlan:
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(selection.checks(len(self.cache)))
         self._ends = frozenset(() if schedule.depth is None else schedule.depth.unique().tolist())
-        watches = selection.watches_chunks or served.method.history is not None
+        history = served.method.history
+        watches = selection.watches_chunks or (history is not None and history.watches_chunks)
         self.chunk_probe = ChunkAttention(self.columns) if watches else None
         self._set_rows(0, RowSubset(candidates, candidates.rows.kind != Kind.PAD))
 

@@ -78,6 +78,7 @@ class Neighbours(PromptHistory):
     """Serves every chunk as encoded after the prompt's prefix and its ``most`` neighbours."""
 
     begins_in_full: ClassVar[bool] = False
+    watches_chunks: ClassVar[bool] = False
     most: int
 
     def lookup(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ Ids = tuple[int, ...]
 BITS, BASE = 256, 10_000.0
 """Random hyperplanes of a token's signature, and the base of the rotation before it."""
 MOST = 256  # most chunks that are announced by `lookup` and not yet built
+REFERENCE = {"reference": True}  # tells the key of an earlier prompt from that of a chunk
 
 
 def signatures(ids: Ids, model: ServedModel) -> Tensor:
@@ -72,8 +74,9 @@ class References(ChunkLoader):
         make = self.waiting.pop(key, None)
         if make is None:
             return self.store.lookup(key, token_ids, fingerprint)
+        started = time.perf_counter()
         kv = make()
-        return Lookup(kv, "memory", kv.num_bytes, 0.0, 0.0)
+        return Lookup(kv, "memory", kv.num_bytes, 0.0, time.perf_counter() - started)
 
     def nearest(self, pieces: Pieces, model: ServedModel) -> tuple[float, Ids, Tensor] | None:
         """The most similar earlier prompt: similarity, tokens, and which of them match each token.
@@ -102,14 +105,6 @@ class References(ChunkLoader):
             keep_latest(kept, key, value, most)
 
 
-def record_query(ids: Ids, fingerprint: str) -> tuple[str, Ids, str, type[Record]]:
-    """Arguments of `ChunkStore.get` for an earlier prompt."""
-    from blocktune.cache import chunk_key
-    from blocktune.cache.store.records import Record
-
-    return chunk_key(fingerprint, ids, {"reference": True}), ids, fingerprint, Record
-
-
 def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: ServedModel) -> ChunkKV:
     """A chunk at ``start``: each token has the state of its match, moved to its own position."""
     import torch
@@ -131,20 +126,22 @@ def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: Serve
 class FuzzyHistory(PromptHistory):
     """Serves a prompt from the most similar one, or in full if none is similar enough."""
 
+    watches_chunks: ClassVar[bool] = False
     threshold: float
     references: int
 
     def lookup(
         self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
     ) -> list[Ids] | None:
-        from blocktune.cache import key_after
+        from blocktune.cache import chunk_key, key_after
+        from blocktune.cache.store.records import Record
 
         earlier = References.of(store, fingerprint)
         nearest = earlier.nearest(pieces, model) if pieces.chunks else None
         if nearest is None or nearest[0] < self.threshold:
             return None
         _, prompt, match = nearest
-        record = store.get(*record_query(prompt, fingerprint))
+        record = store.get(chunk_key(fingerprint, prompt, REFERENCE), prompt, fingerprint, Record)
         if record is None:  # evicted
             earlier.prompts.pop(prompt, None)
             return None
@@ -161,6 +158,7 @@ class FuzzyHistory(PromptHistory):
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
         import torch
 
+        from blocktune.cache import chunk_key
         from blocktune.cache.store.records import Record, keep
         from blocktune.layout import GLOBAL
 
@@ -172,7 +170,7 @@ class FuzzyHistory(PromptHistory):
             states = [(layer.keys, layer.values) for layer in batch.cache.layers]
             data = tuple(t[index, :, : len(ids)].clone() for kind in zip(*states) for t in kind)  # noqa: B905
             record = Record(data, torch.tensor(ids), fingerprint)
-            if keep(store, record_query(ids, fingerprint)[0], record):
+            if keep(store, chunk_key(fingerprint, ids, REFERENCE), record):
                 earlier.keep(earlier.prompts, ids, earlier.prompts.get(ids), self.references)
 
 

@@ -106,7 +106,7 @@ def compose(
 
     Args:
         base: A preset: its name, or an instance.
-        others: More presets; no two may decide the same axis.
+        others: More presets; no two may decide the same axis, or the same field of the layout.
         select: The selector, instead of the presets' own: an instance, a registered name,
             ``{name: {parameter: value}}``, or None for naive reuse.
         repair: The repair, likewise.
@@ -151,7 +151,10 @@ def compose(
         decided=frozenset(given).union(*(term.axes for term in terms)),
         layer_budget=layer_budget,
     )
-    composed.layout(LayoutSpec())  # a value out of range is refused here
+    # A value out of range is refused here.
+    layouts = {replace(composed, terms=t).layout(LayoutSpec()) for t in (terms, terms[::-1])}
+    if len(layouts) > 1:  # their order counts: one undoes what another decides
+        _decide(terms, {}, Axis.LAYOUT)
     return composed
 
 

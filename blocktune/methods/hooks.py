@@ -35,7 +35,7 @@ class PrefilledBatch(NamedTuple):
     pieces: Sequence[Pieces]  # the prompts
     columns: Rows  # what the cache's columns are, (B, N)
     cache: RowCache  # keys and values of all columns
-    chunk_attention: Tensor  # each row's attention to each chunk, (B, N, C)
+    chunk_attention: Tensor | None  # each row's attention to each chunk, (B, N, C), if watched
 
 
 class ServedModel(NamedTuple):
@@ -50,6 +50,7 @@ class PromptHistory(ABC):
     """Serves chunks as computed in earlier prompts or after other chunks, not encoded alone."""
 
     begins_in_full: ClassVar[bool] = True  # whether a prompt without a history is computed in full
+    watches_chunks: ClassVar[bool] = True  # `update` reads ``chunk_attention``, which costs time
 
     @abstractmethod
     def lookup(

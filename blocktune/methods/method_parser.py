@@ -19,6 +19,7 @@ from typing import Any
 
 from blocktune.methods.base import METHODS, Axis, Method
 from blocktune.methods.composition import TABLES, compose
+from blocktune.methods.select.base import Selection
 from blocktune.parsing import mapping, parse_yaml, refuse_doubles
 from blocktune.prompt.layout_spec import LayoutSpec
 
@@ -107,19 +108,16 @@ def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Meth
 def _value(term: re.Match) -> tuple[str | None, Any]:
     """A term as a keyword argument of `compose`, or (None, preset)."""
     name = term["name"]
-    if name == LAYOUT:
+    axes = [axis for axis, table in TABLES.items() if name in table.table()]
+    axis = Axis.LAYOUT if name == LAYOUT else next(iter(axes), None)
+    if axis is None:
+        return None, _preset(term, {})
+    if term["percent"] and axis is not Axis.SELECT:
+        raise ValueError(f"'{term[0]}': a {axis.value} takes no budget; drop the '%'")
+    if axis is Axis.LAYOUT:
         return LAYOUT, _parameters(term, LayoutSpec)
-    for axis, table in TABLES.items():
-        if name in table.table():
-            value = table.build(name, **_parameters(term, table.find(name)))
-            if not term["percent"]:
-                return axis.value, value
-            if axis is not Axis.SELECT:
-                raise ValueError(f"'{term[0]}': a {table.what} takes no budget; drop the '%'")
-            budgeted = value.with_budget(_share(term))
-            _require_one_budget(term, value, budgeted)
-            return axis.value, budgeted
-    return None, _preset(term, {})
+    value = TABLES[axis].build(name, **_parameters(term, TABLES[axis].find(name)))
+    return axis.value, _budgeted(term, value) if term["percent"] else value
 
 
 def _preset(term: re.Match, parameters: Mapping[str, Any]) -> Method:
@@ -129,20 +127,16 @@ def _preset(term: re.Match, parameters: Mapping[str, Any]) -> Method:
     method.layout(LayoutSpec()), method.select(), method.repair(), method.reshape()
     if not term["percent"]:
         return method
-    composed = compose(method, budget=_share(term), name=term[0])
-    _require_one_budget(term, method.select(), composed.select())
-    return composed
+    return compose(method, select=_budgeted(term, method.select()), name=term[0])
 
 
-def _share(term: re.Match) -> float:
-    return round(float(term["number"]) / 100, 12)  # 15 % is 0.15
-
-
-def _require_one_budget(term: re.Match, before: Any, after: Any) -> None:
-    """Raises ValueError if the percentage replaces a parameter that the term gives, too."""
+def _budgeted(term: re.Match, selection: Selection) -> Selection:
+    """The selector at the term's percentage; ValueError if the term also gives what that sets."""
+    budgeted = selection.with_budget(round(float(term["number"]) / 100, 12))  # 15 % is 0.15
     for key in (pair.partition("=")[0] for pair in term["pairs"].split()):
-        if getattr(before, key, None) != getattr(after, key, None):
+        if getattr(selection, key, None) != getattr(budgeted, key, None):
             raise ValueError(f"'{term[0]}' gives its budget twice; drop '{key}' or the percentage")
+    return budgeted
 
 
 def _parameters(term: re.Match, cls: type) -> dict[str, Any]:

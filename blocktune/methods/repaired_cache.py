@@ -37,8 +37,7 @@ class RepairedCache:
 
     def watch(self, layer: int, columns: Tensor) -> None:
         """Arranges the repair of ``layer`` when it writes ``columns``, all that it computes."""
-        recomputed = self._at_columns(torch.ones_like(columns), columns).bool()
-        recomputed = recomputed & self._is_cached
+        recomputed = self._at_columns(torch.ones_like(columns), columns).bool() & self._is_cached
         is_needed = bool(recomputed.any()) and bool((self._is_cached & ~recomputed).any())
         repair = partial(self._repair, layer, columns, recomputed) if is_needed else None
         self.cache.layers[layer].observer = repair
@@ -48,15 +47,15 @@ class RepairedCache:
         reused = self._is_cached & ~recomputed
         chunk = torch.where(self._is_cached, self.columns.chunk, -1)
         deviations = self._deviations or (None, None)
-        cached, stored = states.held(), (states.keys, states.values)
-        for new, old, deviation, state in zip(fresh, cached, deviations, stored, strict=True):
-            difference = (new.float() - old.float()).transpose(1, 2)
-            change = self._at_columns(difference, columns).transpose(1, 2)
-            change = change * recomputed[:, None, :, None]
+        stored = states.keys, states.values
+        for new, deviation, state in zip(fresh, deviations, stored, strict=True):
+            change = self._at_columns(new.float().transpose(1, 2), columns).transpose(1, 2)
+            change = (change - state.float()) * recomputed[:, None, :, None]
             residual = Residual(change, recomputed, reused, chunk, deviation)
             offset = self.repair.offset(residual)
             require_like(f"repair '{REPAIRS.name_of(self.repair)}'", offset, change)
-            state.copy_((state.float() + offset * reused[:, None, :, None]).to(state.dtype))
+            shifted = (state.float() + offset).to(state.dtype)
+            state.copy_(shifted.where(reused[:, None, :, None], state))
 
     def _at_columns(self, values: Tensor, columns: Tensor) -> Tensor:
         """Scatters values of rows ``(B, R, ...)`` to their columns, ``(B, N, ...)``; else zero."""

@@ -74,20 +74,18 @@ class ReshapedAttention:
 
     @contextmanager
     def looking_ahead(self) -> Iterator[None]:
-        """Inside the block, forward passes only survey scores, without reshaping them."""
+        """Inside the block, forward passes only survey scores; the usual kernels attend."""
         self._looking, self._ahead = True, None
         try:
             yield
         finally:
             self._looking = False
-            self._entropy.clear()
 
     def wrote(self, layer: int, columns: Tensor) -> None:
         """Marks columns ``(B, R)`` of a layer as recomputed; ignores negative and decoded ones."""
         count = self._is_chunk.shape[1]
-        written = torch.zeros_like(F.pad(self._is_chunk, (0, 1)))
         slots = columns.where((columns >= 0) & (columns < count), count)
-        written.scatter_(1, slots, True)
+        written = F.pad(self._is_chunk & False, (0, 1)).scatter(1, slots, True)
         self._reused[layer] = self._reused.get(layer, self._is_chunk) & ~written[:, :count]
 
     def attend(self, band, columns, query, key, value, rule, params) -> Tensor | None:
@@ -101,22 +99,21 @@ class ReshapedAttention:
         rule = LayerRule(window=rule.window)
         states = _States(query, key.float(), value.float(), params)
         choice = self._choice(rule, seen, states)
+        if self._looking:
+            return None
         outs, entropy = [], []
         for block in self._blocks(rule, query):
             scores, part = states.scores(block, seen)
-            if not self._looking:
-                chosen = None if choice is None else choice[:, :, block.rows]
-                given = self.reshape.scores(scores, part, chosen)
-                require_like(f"reshape '{RESHAPES.name_of(self.reshape)}'", given, scores)
-                scores = given
-            weights = attention_weights(scores, params)
+            chosen = None if choice is None else choice[:, :, block.rows]
+            given = self.reshape.scores(scores, part, chosen)
+            require_like(f"reshape '{RESHAPES.name_of(self.reshape)}'", given, scores)
+            weights = attention_weights(given, params)
             if self._pass.has_question:
                 entropy.append(torch.special.entr(weights).sum(-1).mean(1))
             outs.append(weighted_values(weights, states.value[:, :, block.keys]))
         if entropy:
-            asks = self._pass.asks
-            rows = torch.cat(entropy, dim=1).masked_fill(~asks, 0.0)
-            self._entropy.append(rows.sum(1) / asks.sum(1))
+            asks, rows = self._pass.asks, torch.cat(entropy, dim=1)
+            self._entropy.append(rows.masked_fill(~asks, 0.0).sum(1) / asks.sum(1))
         return torch.cat(outs, dim=2).to(query.dtype)
 
     def query_entropy(self) -> list[float | None]:
@@ -165,7 +162,7 @@ class ReshapedAttention:
         self.multiply_adds += (pairs * states.query.shape[1] * states.query.shape[3]).cpu()
         if not self._looking:
             return self.reshape.choose(survey, seen.query)
-        asked = survey.masked_fill(~self._pass.asks[:, None, :, None], 0.0)
-        asked = asked.sum((1, 2), keepdim=True)
+        asks = self._pass.asks[:, None, :, None]
+        asked = survey.masked_fill(~asks, 0.0).sum((1, 2), keepdim=True)
         self._ahead = asked if self._ahead is None else self._ahead + asked
         return None

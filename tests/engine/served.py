@@ -9,7 +9,6 @@ from families import build
 from blocktune.attention import dense_mask
 from blocktune.attention.kernels import plain_attention
 from blocktune.engine import Engine
-from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
 from blocktune.methods import Method
 from blocktune.prompt import Chunk, PromptFormat, stack
@@ -78,7 +77,7 @@ def dense_logits(engine: Engine, ask: Ask, method: Method, spans=()) -> torch.Te
         method: Gives the layout.
         spans: Which tokens are fresh in which layers, a `Span` each.
     """
-    [prompt] = engine._read([ask], method)[1]
+    prompt = engine.lay_out(engine.prompts.pieces(ask, method), method)
     batch = stack([prompt], pad_id=0)
     last = batch.layout.num_rows - 1
     ids, layout = with_fresh_rows(batch.input_ids, batch.layout, spans)
@@ -106,8 +105,7 @@ def with_fresh_rows(ids, layout: Layout, spans) -> tuple[torch.Tensor, Layout]:
 
 def served_spans(engine: Engine, ask: Ask, method: Method) -> tuple[torch.Tensor, list[Span]]:
     """Logits ``(V,)`` of a served request, and which tokens were computed in which layers."""
-    pieces, prompts = engine._read([ask], method)
-    run = prefill_batch(engine.state, prompts, pieces, method)
+    run = engine.prefilled([ask], method)
     depth = len(run.cache)
     fresh: list[set[int]] = [set() for _ in range(depth)]
     for plan in run.prefill.plans:

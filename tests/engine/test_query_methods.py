@@ -1,6 +1,8 @@
 """Methods that score by the question or repair by a shift, against stock models worked by hand."""
 
 import dataclasses
+import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,10 +19,11 @@ from engine.by_hand import (
 from engine.served import ASK, context_columns, engine_of
 from families import FAMILIES
 from families import build as model_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.layout import Kind
-from blocktune.methods import Selection, build, compose
+from blocktune.methods import Repair, Selection, build, compose
 from blocktune.methods.repair.base import Residual
 from blocktune.methods.repair.mean_shift import MeanShift
 
@@ -195,6 +198,41 @@ def test_a_token_that_barely_deviates_moves_by_that_share_of_the_mean():
     deviation = torch.tensor([[0.25, 1.0, 3.0, 4.0]])
     seen = Residual(change, recomputed, ~recomputed, torch.zeros(1, 4, dtype=int), deviation)
     assert MeanShift(share=0.25).offset(seen)[0, 0, :, 0].tolist() == [0.5, 2.0, 2.0, 2.0]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_repair_takes_no_longer_for_many_short_chunks():
+    counts = set()
+    for chunks in (2, 12):
+        chunk = torch.arange(24)[None] * chunks // 24
+        first = torch.arange(24)[None] % (24 // chunks) == 0
+        seen = Residual(torch.ones(1, 1, 24, 1), first, ~first, chunk, first.float())
+        with Operations() as seen_operations:
+            MeanShift().offset(seen)
+        counts.add(seen_operations.count)
+    assert len(counts) == 1, "each operation passes over all columns"
+
+
+@dataclass(frozen=True)
+class Unsure(Repair):
+    """Has numbers for the tokens that it is asked about alone."""
+
+    def offset(self, seen):
+        return torch.zeros_like(seen.change).masked_fill(~seen.reused[:, None, :, None], math.nan)
+
+
+def test_an_offset_is_read_where_a_state_is_reused(engine):
+    made = engine.next_logits([ASK], compose("epic", budget=0.3, repair=Unsure()))
+    torch.testing.assert_close(made, engine.next_logits([ASK], "epic 30 %"), rtol=0, atol=0)
 
 
 def test_a_repaired_context_is_a_stock_cache(engine):

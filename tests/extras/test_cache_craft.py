@@ -36,7 +36,7 @@ def test_a_chunk_of_an_earlier_prompt_matches_the_dense_oracle_with_blank_rows(f
         config.sliding_window = 40
     engine = engine_of(config, tokenizer)
     serve(engine, ASK)
-    [prompt] = engine._read([TURNED], CRAFT)[1]
+    prompt = engine.lay_out(engine.prompts.pieces(TURNED, CRAFT), CRAFT)
     assert (prompt.layout.kind == Kind.BLANK).any()
     for method in (CRAFT, method_of("cache-craft", focus=0.5, hold=0.5)):
         served, spans = served_spans(engine, TURNED, method)

@@ -55,7 +55,7 @@ def test_it_matches_the_dense_oracle_with_the_neighbours_as_blank_rows(family, t
     method = build("fusionrag", neighbours=1, ratio=0.3)
     served, spans = served_spans(engine, ASK, method)
     assert spans
-    [prompt] = engine._read([ASK], method)[1]
+    prompt = engine.lay_out(engine.prompts.pieces(ASK, method), method)
     chunks, after = contexts(engine, ASK, method)
     assert all(ids in set(chunks) - {chunk} for chunk, ids in zip(chunks, after, strict=True))
     assert int((prompt.layout.kind == Kind.BLANK).sum()) > sum(map(len, after))
@@ -91,6 +91,20 @@ def test_a_batch_finds_the_neighbours_that_its_prompts_find_in_turn(engine):
     torch.testing.assert_close(together, alone, **TOLERANCE)
 
 
+def test_a_prompt_knows_those_served_before_it_alone(engine, monkeypatch):
+    added, add = [], KnownChunks.add
+    monkeypatch.setattr(
+        KnownChunks, "add", lambda self, chunks: (added.append(chunks), add(self, chunks))
+    )
+    method = build("fusionrag", neighbours=1)
+    other = dataclasses.replace(ASK, chunks=(Chunk("Frozen Shore was shot."), ASK.chunks[0]))
+    asks = [ASK, other]
+    usages = [a.usage for a in engine.answer(asks, method, max_new_tokens=1, batch_size=1)]
+    assert added == [engine.prompts.pieces(ask, method).chunks for ask in asks]
+    assert all(usage.ttft.prompt_s > 0 for usage in usages)
+    assert engine.prefilled([ASK], method).prefill.chunk_probe is None
+
+
 def test_emptied_caches_forget_the_chunks_too(engine):
     method = build("fusionrag", neighbours=1)
     engine.next_logits([ASK], method)
@@ -108,7 +122,7 @@ def test_neighbours_that_do_not_fit_into_the_context_are_left_out(tokenizer):
         engine.answer([other], method, max_new_tokens=1)
     own = dataclasses.replace(ASK, chunks=(Chunk("Noel Lane shot a film. " * 3),))
     pieces = engine.prompts.pieces(own, method)
-    [prompt] = engine._read([own], method)[1]
+    prompt = engine.lay_out(pieces, method)
     blanks = prompt.layout.kind == Kind.BLANK
     longest = len(pieces.prefix) + len(pieces.chunks[0]) + int(blanks.sum())
     assert len(pieces.prefix) < int(blanks.sum())

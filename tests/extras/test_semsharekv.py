@@ -1,6 +1,7 @@
 """SemShareKV: similar prompts share states token by token, moved to where each token stands."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from largest_tensor import LargestTensor
 from tiny_llama import tiny_llama
 
 from blocktune.engine import Engine
+from blocktune.extras import semsharekv
 from blocktune.extras.semsharekv import BITS, References
 from blocktune.layout import Kind
 from blocktune.methods import ServedModel, build
@@ -124,6 +126,25 @@ def test_a_batch_answers_as_its_prompts_alone(engine):
     alone = [engine.answer([a], method, max_new_tokens=4)[0] for a in (NEAR, MOVED)]
     together = engine.answer([NEAR, MOVED], method, max_new_tokens=4)
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+
+
+def test_matching_and_moving_states_count_in_the_time_to_the_first_token(engine, monkeypatch):
+    looked_up = []
+
+    def slow(function):
+        return lambda *args: (time.sleep(0.02), looked_up.append(function), function(*args))[2]
+
+    nearest = References.nearest
+    method = build("semsharekv", warm_up=1, threshold=0.0)
+    monkeypatch.setattr(References, "nearest", slow(nearest))
+    monkeypatch.setattr(semsharekv, "assemble", slow(semsharekv.assemble))
+    answer = engine.answer([ASK], method, max_new_tokens=1)[0]
+    assert answer.usage.chunk_hits == 3
+    assert answer.usage.ttft.load_s >= 3 * 0.02
+    assert answer.usage.ttft.prompt_s >= 0.02
+    assert looked_up.count(nearest) == 1, "once, among the prompts before"
+    run = engine.prefilled([SHORT], method)  # in full
+    assert run.prefill.chunk_probe is None, "attention to chunks costs time, and nobody reads it"
 
 
 def test_no_approximate_chunk_enters_the_store(engine):

@@ -49,6 +49,14 @@ def test_presets_that_decide_other_axes_add_up():
     assert method.axes == frozenset(Axis)
 
 
+def test_presets_that_decide_different_fields_of_the_layout_add_up_in_any_order():
+    for text in ("turborag positions=composite + link0", "link0 + turborag positions=composite"):
+        spec = build(text).layout(LayoutSpec())
+        assert (spec.placement, spec.num_blanks) == ("composite", 1)
+    choice = {"placement": "parallel", "shared_prefix": False, "num_blanks": 2}
+    assert compose("link0", "ape", layout=choice).layout(LayoutSpec()).num_blanks == 2
+
+
 def test_yaml_and_python_say_the_same():
     entry = {"name": "mine", "preset": "block-attention", "select": {"deviation": {"ratio": 0.3}}}
     made = compose("block-attention", select=Deviation(ratio=0.3), name="mine")
@@ -120,6 +128,11 @@ def test_null_is_plain_reuse_on_that_axis():
         ("naive + nothing 15 %", "selector 'nothing' takes no budget"),
         ("naive + deviation 150 %", r"ratio must be a share .* got 1.5"),
         ("naive + deviation rato=1", "'deviation' takes ratio, .* got unknown rato"),
+        ("link0 + ape", "'link0' and 'ape' both decide the axis 'layout'; drop one, or choose"),
+        ("turborag positions=composite + fusionrag", "'turborag' and 'fusionrag' both decide"),
+        ("naive + layout 15 % num_blanks=2", "a layout takes no budget; drop the '%'"),
+        ("epic 15 % k=8", "its budget twice; drop 'k' or the percentage"),
+        ("naive + first-k 15 % last=8", "its budget twice; drop 'last' or the percentage"),
         ("naive + layout num_links=3", "layout: cannot set 'num_links' of a method; known: "),
         ("naive + layout placement=up", "layout: 'placement' must be one of sequential, parallel"),
         ("naive 3", "'naive' takes no parameters, got 'naive 3'"),

@@ -24,6 +24,7 @@ from blocktune.methods.select import (
     Truth,
     distance,
     matched,
+    top_by_chunk,
     top_count,
     top_share,
 )
@@ -59,6 +60,22 @@ def test_a_chunk_that_opens_the_prompt_is_exact_and_never_selected():
 
 def test_nothing_selects_nothing():
     assert chosen(Nothing(), rows()) == []
+
+
+def test_the_best_of_each_chunk_are_those_of_the_chunk_alone():
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randint(4, (3, 40), generator=draw).float()  # with ties
+    chunk = torch.randint(-1, 5, (3, 40), generator=draw)
+    eligible = (chunk >= 0) & (scores != 2)
+    for counted in (eligible, chunk >= 0):
+        made = top_by_chunk(scores, eligible, chunk, counted, 0.3)
+        for index in range(5):
+            own, total = chunk == index, (counted & (chunk == index)).sum(1)
+            assert torch.equal(made & own, top_share(scores, eligible & own, total, 0.3))
+    shares = torch.where(chunk == 1, 1.0, 0.0)  # by chunk
+    assert torch.equal(
+        top_by_chunk(scores, eligible, chunk, eligible, shares), eligible & (chunk == 1)
+    )
 
 
 def test_top_share_rounds_up_and_prefers_the_earlier_of_equals():

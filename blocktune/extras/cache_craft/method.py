@@ -16,7 +16,7 @@ from blocktune.methods import (
     require_count,
     require_share,
     selectable,
-    top_count,
+    top_by_chunk,
     top_of_context,
 )
 from blocktune.methods.base import encoded_alone
@@ -110,7 +110,7 @@ class StoredContext(Scored):
     needs_question: ClassVar[bool] = True
     alpha: float = 1.0  # factor of the fix overhead
     ratio: float | None = None  # share of the context tokens instead of the fix overhead, or None
-    focus: float = 0.4  # share of the layers after which chunks are dropped; 1: never
+    focus: float = 0.4  # share of the layers after which chunks are dropped; 0 or 1: never
     hold: float = 0.8  # chunks stay that together hold this share of the question's attention
 
     def __post_init__(self):
@@ -125,18 +125,11 @@ class StoredContext(Scored):
         return replace(self, ratio=ratio, focus=1.0)
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        import torch
-
         overhead, tokens = self._stored(passes)
         if self.ratio is not None:
             return top_of_context(tokens, layout, self.ratio)
-        chosen = torch.zeros_like(layout.is_context)
-        for chunk in range(int(layout.chunk.max()) + 1):
-            own = selectable(layout) & (layout.chunk == chunk)
-            share = overhead.where(own, 0.0).amax(1)
-            wanted = (share.double() * own.sum(1) - 1e-9).ceil()
-            chosen |= top_count(tokens, own, wanted)
-        return chosen
+        own = selectable(layout)
+        return top_by_chunk(tokens, own, layout.chunk, own, overhead)
 
     def _stored(self, passes: Passes) -> tuple[Tensor, Tensor]:
         """Each row's fix overhead, and its attention to the old context, both ``(B, S)``."""

@@ -82,8 +82,7 @@ def cache_fix_overhead(
     ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 if ``context`` is the variant's own. The paper
     chooses ``alpha`` on validation data.
     """
-    overlap = prefix_overlap(variant, context)
-    overlap *= 1 - order_penalty(variant.context, context)
+    overlap = prefix_overlap(variant, context) * (1 - order_penalty(variant.context, context))
     impact = cache_context_impact(variant, num_tokens)
     return min(1.0, max(0.0, alpha * impact * (1 - overlap)))
 
@@ -157,10 +156,9 @@ class VariantStore:
 
     def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
         """The variant with the least to recompute after ``context``; the latest of equal ones."""
-        latest_first = self._known(chunk)[::-1]
-        costs = (cache_fix_overhead(v, len(chunk), context, alpha) for v in latest_first)
-        candidates = map(BestVariant, latest_first, costs)
-        return min(candidates, key=lambda best: best.overhead, default=None)
+        known = self._known(chunk)[::-1]  # the latest first
+        each = (BestVariant(v, cache_fix_overhead(v, len(chunk), context, alpha)) for v in known)
+        return min(each, key=lambda best: best.overhead, default=None)
 
     def find(self, chunk: Ids, blanks: Ids) -> Variant | None:
         """The variant that was encoded after exactly ``blanks``, or None."""

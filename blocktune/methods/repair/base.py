@@ -31,7 +31,7 @@ class Repair(ABC):
     """Corrects cached states by the recomputed ones; subclasses are frozen dataclasses.
 
     It is called in every layer that recomputes some tokens of the chunks and reuses others, before
-    any row attends there. Tokens before the first check layer of the selector are never repaired.
+    any row attends there.
     """
 
     source: ClassVar[str] = ""  # paper or code it follows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.repair.base import REPAIRS, Repair, Residual
-from blocktune.methods.select.budget import share_count, top_count
+from blocktune.methods.select.budget import top_by_chunk
 from blocktune.registry import require_share
 
 if TYPE_CHECKING:
@@ -34,16 +34,14 @@ class MeanShift(Repair):
     def offset(self, seen: Residual) -> Tensor:
         import torch
 
-        total = torch.zeros_like(seen.change)
-        for chunk in range(int(seen.chunk.max()) + 1):
-            own = seen.chunk == chunk
-            probes = own & seen.recomputed
-            if seen.deviation is not None:
-                count = share_count(own.sum(1), self.share)
-                probes = top_count(seen.deviation, probes, count)
-            number = probes.sum(1).clamp(min=1)[:, None, None]
-            mean = (seen.change * probes[:, None, :, None]).sum(2) / number
-            total += mean[:, :, None] * own[:, None, :, None]
+        chunk, probes = seen.chunk, seen.recomputed
+        if seen.deviation is not None:
+            probes = top_by_chunk(seen.deviation, probes, chunk, chunk >= 0, self.share)
+        # As products of matrices: a loop over the chunks would pass over all columns for each.
+        chunks = torch.arange(int(chunk.max()) + 1, device=chunk.device)
+        member = (chunk[:, None] == chunks[:, None]).to(seen.change.dtype)  # (B, C, N)
+        share = torch.nn.functional.normalize(member * probes[:, None], p=1, dim=-1)
+        total = member.mT[:, None] @ (share[:, None] @ seen.change)
         if seen.deviation is None:
             return total
         return total * seen.deviation.clamp(max=1)[:, None, :, None]

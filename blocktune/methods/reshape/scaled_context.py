@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen
@@ -31,7 +32,7 @@ class ScaledContext(Reshape):
     def __post_init__(self):
         for name in ("temperature", "scale"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if type(value) is bool or not isinstance(value, int | float) or not 0 < value < inf:
                 raise ValueError(f"{name} must be a number above 0, got {value!r}; 1 is neutral")
 
     def neutral(self) -> ScaledContext:

@@ -24,20 +24,16 @@ def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) 
     """
     import torch
 
-    # Sort columns by chunk, those of no chunk last; then make a table (B, C, longest) of columns.
-    slots = chunk.where(chunk >= 0, num_chunks)
-    by_chunk = slots.argsort(dim=1, stable=True)
-    counts = chunk.new_zeros(len(chunk), num_chunks + 1).scatter_add(
-        1, slots, torch.ones_like(slots)
-    )
-    starts = (counts.cumsum(1) - counts)[:, :num_chunks, None]
-    counts = counts[:, :num_chunks, None]
-    place = torch.arange(max(1, int(counts.max())), device=chunk.device)
-    index = (starts + place).clamp(max=chunk.shape[1] - 1)
-    columns = by_chunk.gather(1, index.flatten(1))[:, None, None]
+    # Sort columns by chunk; then make a table (B, C, longest) of each chunk's.
+    by_chunk = chunk.argsort(dim=1, stable=True)
+    ids = chunk.gather(1, by_chunk)
+    chunks = torch.arange(num_chunks, device=chunk.device).repeat(len(chunk), 1)
+    start, stop = (torch.searchsorted(ids, chunks, side=s)[..., None] for s in ("left", "right"))
+    index = start + torch.arange(max(1, int((stop - start).max())), device=chunk.device)
+    columns = by_chunk.gather(1, index.clamp(max=chunk.shape[1] - 1).flatten(1))[:, None, None]
     each = weights.gather(-1, columns.expand(*weights.shape[:3], -1)).unflatten(-1, index.shape[1:])
-    each = each.masked_fill(~(place < counts)[:, None, None], 0.0)
-    return each.topk(min(top, len(place)), dim=-1).values.sum(-1)
+    each = each.masked_fill((index >= stop)[:, None, None], 0.0)
+    return each.topk(min(top, each.shape[-1]), dim=-1).values.sum(-1)
 
 
 @RESHAPES.register("top-chunks")

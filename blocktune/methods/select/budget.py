@@ -18,8 +18,8 @@ SMALLEST = 1e-9
 Selector = TypeVar("Selector", bound=Selection)
 
 
-def share_count(total: Tensor, ratio: float) -> Tensor:
-    """Whole tokens in a share of ``total`` ``(B,)``, rounded up."""
+def share_count(total: Tensor, ratio: float | Tensor) -> Tensor:
+    """Whole tokens in a share of ``total`` tokens, rounded up; of any shape."""
     # 0.15 * 20 is 3.0000000000000004 in floating point: not 4 tokens.
     return (total.double() * ratio - 1e-9).ceil().long()
 
@@ -42,6 +42,30 @@ def top_share(scores: Tensor, eligible: Tensor, total: Tensor, ratio: float) -> 
 def top_of_context(scores: Tensor, layout: Layout, ratio: float) -> Tensor:
     """As `top_share`, for a share of the context tokens; one score for each row of the layout."""
     return top_share(scores, selectable(layout), layout.is_context.sum(1), ratio)
+
+
+def chunk_sizes(chunk: Tensor, member: Tensor) -> Tensor:
+    """How many rows of each row's chunk are a ``member``; all are ``(B, R)``, the result int64."""
+    slots = chunk.clamp(min=0)
+    counts = slots.new_zeros(len(slots), int(slots.max()) + 1)
+    return counts.scatter_add(1, slots, member.long()).gather(1, slots)
+
+
+def top_by_chunk(
+    scores: Tensor, eligible: Tensor, chunk: Tensor, counted: Tensor, ratio: float | Tensor
+) -> Tensor:
+    """As `top_count` in each chunk, for a share of its ``counted`` tokens, rounded up.
+
+    All are ``(B, R)``; ``chunk`` is the index of each row's chunk, ``ratio`` may differ by chunk.
+    """
+    import torch
+
+    order = scores.float().masked_fill(~eligible, float("-inf"))
+    order = order.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, chunk.gather(1, order).argsort(dim=1, stable=True))
+    first = torch.searchsorted(chunk.gather(1, order), chunk.contiguous())  # of its chunk
+    count = share_count(chunk_sizes(chunk, counted), ratio)
+    return eligible & (order.argsort(dim=1) - first < count)
 
 
 def takes_budget(selection: Selection) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, LayerKV, Selection, selectable
-from blocktune.methods.select.budget import share_count, top_count, top_share
+from blocktune.methods.select.budget import share_count, top_by_chunk, top_count, top_share
 from blocktune.registry import require_count, require_one_of, require_share
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ class _Deviating(Selection):
     def checks(self, num_layers: int) -> tuple[int, ...]:
         return (self.check_layer,)
 
-    def _scores(self, check: LayerCheck, squared: bool = False) -> Tensor:
-        fresh, cached = check.fresh, check.cached
-        names = STATES[self.by]
-        return sum(distance(getattr(fresh, n), getattr(cached, n), squared) for n in names)
+    def _distances(self, check: LayerCheck, squared: bool = False) -> list[Tensor]:
+        pairs = ((getattr(check.fresh, n), getattr(check.cached, n)) for n in STATES[self.by])
+        return [distance(*pair, squared) for pair in pairs]
 
 
 @SELECTORS.register("deviation")
@@ -106,7 +105,7 @@ class Deviation(_Deviating):
         count = share_count(check.context_tokens, self.ratio)
         if self.of == "cached":
             count = (check.cached_tokens.double() * self.ratio + 1e-9).floor().long()
-        return top_count(self._scores(check, self.squared), check.eligible, count)
+        return top_count(sum(self._distances(check, self.squared)), check.eligible, count)
 
 
 @SELECTORS.register("chunk-probes")
@@ -128,13 +127,9 @@ class ChunkProbes(_Deviating):
         return {0.0: 0.0, 1.0: 1.0}.get(self.ratio)
 
     def refine(self, check: LayerCheck) -> Tensor:
-        chosen = check.eligible & False
-        for name in STATES[self.by]:
-            scores = distance(getattr(check.fresh, name), getattr(check.cached, name), squared=True)
-            for chunk in range(int(check.chunk.max()) + 1):
-                own = check.eligible & (check.chunk == chunk)
-                chosen |= top_share(scores, own, own.sum(1), self.ratio)
-        return chosen
+        rows = check.eligible, check.chunk, check.eligible
+        by_name = [top_by_chunk(d, *rows, self.ratio) for d in self._distances(check, True)]
+        return by_name[0] | by_name[-1]
 
 
 @SELECTORS.register("gradual-deviation")
@@ -176,7 +171,8 @@ class GradualDeviation(_Deviating):
 
     def refine(self, check: LayerCheck) -> Tensor:
         share = self.share_at(check.layer, check.num_layers)
-        return top_share(self._scores(check), check.eligible, check.context_tokens, share)
+        scores = sum(self._distances(check))
+        return top_share(scores, check.eligible, check.context_tokens, share)
 
 
 @SELECTORS.register("layer-range")
@@ -223,9 +219,7 @@ class LayerRange(Selection):
         return (layers.stop,) if layers and layers.stop < num_layers else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        import torch
-
-        return torch.zeros_like(check.eligible)
+        return check.eligible & False
 
 
 @SELECTORS.register("reselect")
@@ -266,4 +260,5 @@ class Reselect(_Deviating):
         return (self.restart_layer,) if self.ratio else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        return top_share(self._scores(check), check.eligible, check.context_tokens, self.ratio)
+        scores = sum(self._distances(check))
+        return top_share(scores, check.eligible, check.context_tokens, self.ratio)

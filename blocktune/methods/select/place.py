@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, Selection, selectable
-from blocktune.methods.select.budget import share_count, top_of_context
+from blocktune.methods.select.budget import chunk_sizes, share_count, top_of_context
 from blocktune.registry import require_count, require_share
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class FirstK(Selection):
         require_share("last_share", self.last_share)
 
     def with_budget(self, ratio: float) -> Selection:
-        return replace(self, share=ratio)
+        return replace(self, share=ratio, k=type(self).k, last=type(self).last)
 
     def spends(self, num_layers: int) -> float | None:
         return self.share
@@ -90,6 +90,4 @@ class Random(Selection):
 
 def chunk_length(layout: Layout) -> Tensor:
     """Length in tokens of each row's chunk, ``(B, S)``; 0 outside of chunks."""
-    slots = layout.chunk.clamp(min=0)
-    counts = slots.new_zeros(slots.shape).scatter_add(1, slots, layout.is_context.long())
-    return counts.gather(1, slots) * layout.is_context
+    return chunk_sizes(layout.chunk, layout.is_context) * layout.is_context

@@ -113,7 +113,6 @@ class AuxiliaryAttention(Scored):
         zeros = scores.new_zeros(len(scores), int(group.max()) + 1)
         size = zeros.scatter_add(1, group, eligible.to(scores.dtype))
         mean = zeros.scatter_add(1, group, scores * eligible) / size.clamp(min=1)
-        mean.masked_fill_(size == 0, float("-inf"))
         order = mean.argsort(dim=1, descending=True, stable=True)
         sizes = size.gather(1, order)
         wanted = share_count(layout.is_context.sum(1), self.ratio)[:, None]

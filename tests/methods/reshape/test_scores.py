@@ -125,6 +125,7 @@ def test_neutral_reshapes_change_nothing():
     [
         ("scaled-context", {"temperature": 0}, "temperature must be a number above 0, got 0"),
         ("scaled-context", {"scale": math.nan}, "scale must be a number above 0, got nan"),
+        ("scaled-context", {"temperature": math.inf}, "temperature must be a number .* got inf"),
         ("top-chunks", {"chunks": 0}, "chunks must be .* at least 1, got 0"),
         ("top-chunks", {"aggregation": "TH"}, "one of none, T, HT, LHT, got 'TH'"),
         ("scaled", {}, "unknown reshape 'scaled'; .*available: scaled-context, top-chunks"),
