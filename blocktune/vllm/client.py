@@ -161,7 +161,7 @@ class ChunkClient:
             and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
 
-    def _is_of(self, name: str, revision: str | None, **_: Any) -> bool:
+    def _is_of(self, name: str, revision: str | None = None, **_: Any) -> bool:
         """Whether chunks may be of this base, by its name; folders that are both here must be one.
 
         If a revision was named, the chunks must be of it.
