@@ -20,6 +20,7 @@ from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows, visible
 from blocktune.methods.select import LayerKV, QueryScores, Truth, distance
 from blocktune.methods.select.layers import compared
+from blocktune.models.gate import context_length
 from blocktune.positions import relocate_keys
 from blocktune.prompt import LayoutSpec, lay_out, stack
 
@@ -230,11 +231,10 @@ class ScoringPasses:
         prompts = [lay_out(pieces, spec) for pieces in self.pieces]
         batch = stack(prompts, pad_id=0).to(other.device)
         config, num_rows = other.config.get_text_config(), batch.layout.num_rows
-        if num_rows > config.max_position_embeddings:
+        if num_rows > (longest := context_length(config)):
             raise ValueError(
                 f"a prompt of {num_rows} tokens does not fit into auxiliary model '{model}', whose "
-                f"context holds {config.max_position_embeddings}; take another model or retrieve "
-                "fewer chunks"
+                f"context holds {longest}; take another model or retrieve fewer chunks"
             )
         rows, last = batch.layout.rows(), config.num_hidden_layers - 1
         probe = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)

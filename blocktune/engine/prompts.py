@@ -81,6 +81,11 @@ class PromptMaker:
     exact_tokens: int | None = None  # length up to which reuse is exact, if less than the context
     press: Press | None = None  # drops keys of encoded chunks
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt with its answer."""
+        return min(self.max_tokens, self.exact_tokens or self.max_tokens)
+
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request for ``method``."""
         block, request = self.spec(method).block, as_request(request)
@@ -140,10 +145,14 @@ class PromptMaker:
         prompt = lay_out(pieces, spec, *ids, contexts, spans)
         self._require_room(max(lengths, default=0), "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
+        self._require_room(self.longest - self.room(prompt) + max_new_tokens, what)
+        return prompt
+
+    def room(self, prompt: Prompt) -> int:
+        """Most tokens of an answer to a prompt."""
         stored = int((prompt.layout.kind != Kind.BLANK).sum())
         reach = int(prompt.layout.position.max()) + 1  # reserved slots leave positions unused
-        self._require_room(max(stored, reach) + max_new_tokens, what)
-        return prompt
+        return self.longest - max(stored, reach)
 
     def lay_out(
         self, pieces: Pieces, method: Method, encoder: Encoder, max_new_tokens: int = 0
