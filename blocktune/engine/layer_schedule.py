@@ -254,6 +254,11 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
             f"an engine needs a causal language model, got {type(model).__name__}; load it by "
             "AutoModelForCausalLM or Engine.from_pretrained, and compile it in place by compile()"
         )
+    if len(devices := sorted({str(weight.device) for weight in model.parameters()})) > 1:
+        raise ValueError(
+            f"an engine needs all weights on one device, got {', '.join(devices)}; load the model "
+            "without device_map='auto' (quantized, if it is too large), or use `blocktune vllm`"
+        )
     if (recurrence := find_recurrence(model)) is not None:
         return None, recurrence
     try:

@@ -211,6 +211,7 @@ def test_positions_below_zero_are_refused_where_positions_scale():
         (lambda model: model.model, "needs a causal language model, got LlamaModel"),
         (lambda model: "data/tiny", r"got str; .*Engine.from_pretrained"),
         (torch.compile, r"got OptimizedModule; .*compile"),
+        (lambda model: (model.lm_head.to("meta"), model)[1], "on one device, got cpu, meta"),
     ],
 )
 def test_what_is_no_plain_language_model_is_refused(given, message):
