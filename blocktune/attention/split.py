@@ -62,11 +62,7 @@ class _Row(NamedTuple):
     group: int
     ends: bool
     blank: bool
-
-    @property
-    def special(self) -> bool:
-        """Whether later global rows do not see this one in some layer."""
-        return self.fresh or self.ends or self.blank
+    special: bool  # later global rows do not see it in some layer
 
 
 def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
@@ -78,7 +74,7 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
     for index, (kind, sample, order, group, supersedes, until) in rows:
         if kind != Kind.PAD:
             fresh, ends, blank = supersedes != NO_ROW, until != FOREVER, kind == Kind.BLANK
-            row = _Row(order, fresh, index, group, ends, blank)
+            row = _Row(order, fresh, index, group, ends, blank, fresh or ends or blank)
             samples[index // layout.num_rows, sample].append(row)
     return {sample: sorted(rows) for sample, rows in samples.items()}
 
