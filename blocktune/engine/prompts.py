@@ -181,6 +181,8 @@ class PromptMaker:
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
         blanks = sink_ids(spec, prefix, self._blank_id(spec), bos_id)
+        if self.press is not None:
+            self.press.require(build("naive"), spec)
         pieces = []
         encoded = chunk_ids(self.tokenizer, self.format, chunks)
         for index, (chunk, ids) in enumerate(zip(chunks, encoded, strict=True)):
@@ -188,8 +190,6 @@ class PromptMaker:
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
-            if self.press is not None:
-                self.press.require(build("naive"), spec)
             pieces.append(Piece(ids, blanks) if self.press is None else Piece(*self._cut(ids)))
         return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 

@@ -141,11 +141,9 @@ def context_length(config: PreTrainedConfig) -> int:
 
     YaRN with an explicit factor extends ``max_position_embeddings``, as on Qwen 2.5 and 3.
     """
-    length, yarn = "original_max_position_embeddings", []
-    for part in _ropes(config):
-        if part.get("rope_type") == "yarn" and part.get("factor"):
-            yarn.append(int(part[length] * part["factor"]))
-    return max([getattr(config, "max_position_embeddings", 1 << 30), *yarn])
+    yarn = [p for p in _ropes(config) if p.get("rope_type") == "yarn" and p.get("factor")]
+    extended = [int(p["original_max_position_embeddings"] * p["factor"]) for p in yarn]
+    return max([getattr(config, "max_position_embeddings", 1 << 30), *extended])
 
 
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
