@@ -2,7 +2,7 @@
 
     python recipes/demo.py        # or `make demo`, which sets everything up first
 
-All output is in out/demo. It takes about seven minutes on two cores and needs no network.
+All output is in out/demo. It takes three to six minutes on two cores and needs no network.
 """
 
 import os

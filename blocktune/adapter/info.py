@@ -70,8 +70,7 @@ class AdapterInfo:
     @property
     def adds_tokens(self) -> bool:
         """Whether learned tokens must be added to the base before the adapter fits it."""
-        in_base = self.base_model == OWN_WEIGHTS
-        return self.num_learned > 0 and self.link_mode == "added_tokens" and not in_base
+        return self.num_learned > 0 and not self.has_table and self.base_model != OWN_WEIGHTS
 
     def link_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """Id of the first learned token, for `blocktune.prompt.lay_out`; None without any."""

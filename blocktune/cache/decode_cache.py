@@ -83,9 +83,7 @@ class DecodingCache(Cache):
                 "a sliding decode cache holds one prompt, by a method without a reshape; use a "
                 "batch size of 1 and another method"
             )
-        pairs = [(layer.keys, layer.values) for layer in rows.layers]
-        layers = [how.layer(*(states.shape[-1] for states in pair)) for pair in pairs]
-        del pairs
+        layers = [how.layer(la.keys.shape[-1], la.values.shape[-1]) for la in rows.layers]
         super().__init__(layers=layers, offloading=how.kind == "offloaded")
         self.num_columns, self.window = rows.num_columns, how.window
         self._bytes = [rows.bytes_per_column(index) for index in range(len(layers))]

@@ -59,6 +59,9 @@ class _Node:
         return self.exact is not None and not self.locks and all(c.exact is None for c in children)
 
 
+_Path = list[tuple[_Node, int]]  # consecutive nodes, with the number of tokens that match
+
+
 class PrefixStats(NamedTuple):
     """Content and counters of the tree; counts are of tokens unless said otherwise."""
 
@@ -105,12 +108,14 @@ class PrefixTree:
         ids = np.asarray(token_ids, dtype=np.int64)
         with self._mutex:
             root = self._root(fingerprint)
-            path, from_files = self._loaded(self._walk(root, ids), fingerprint)
+            walked = self._walk(root, ids)
+            in_files = {node for node, _ in walked if node.exact is None}
+            path = self._loaded(walked, fingerprint)
             last, overlap = path[-1][0] if path else None, sum(count for _, count in path)
             while path and not _resumes(*path[-1]):
                 path = path[:-1]
             parts = [(node.exact, count) for node, count in path]
-            disk_tokens = sum(count for node, count in path if node in from_files)
+            disk_tokens = sum(count for node, count in path if node in in_files)
             state = path[-1][0].state if path else None
             match = PrefixMatch(parts, state, overlap, disk_tokens)
             self._lock(last, 1)
@@ -151,7 +156,7 @@ class PrefixTree:
         ids = torch.cat((exact.context, exact.token_ids)).numpy()
         with self._mutex:
             root = self._roots[exact.fingerprint] = self._root(exact.fingerprint)
-            path, _ = self._loaded(self._walk(root, ids), exact.fingerprint)
+            path = self._loaded(self._walk(root, ids), exact.fingerprint)
             matched = sum(count for _, count in path)
             if matched < len(exact.context):
                 self._counts["declined"] += len(ids) - matched
@@ -208,8 +213,8 @@ class PrefixTree:
                     self._roots[fingerprint] = root
         return root
 
-    def _walk(self, root: _Node, ids: np.ndarray) -> list[tuple[_Node, int]]:
-        """The nodes along ``ids``, each with the number of its tokens that match."""
+    def _walk(self, root: _Node, ids: np.ndarray) -> _Path:
+        """The nodes along ``ids``."""
         node, at, path = root, 0, []
         while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
             rest = ids[at : at + len(child.ids)]
@@ -222,17 +227,12 @@ class PrefixTree:
             node, at = child, at + count
         return path
 
-    def _loaded(
-        self, path: list[tuple[_Node, int]], fingerprint: str
-    ) -> tuple[list[tuple[_Node, int]], set[_Node]]:
-        """Loads a path into memory as far as possible. Returns that part and the nodes read."""
-        read = set()
+    def _loaded(self, path: _Path, fingerprint: str) -> _Path:
+        """Loads a path into memory as far as possible. Returns that part."""
         for index, (node, _) in enumerate(path):
-            if node.exact is None:
-                if not self._read(node, path[-1][0], fingerprint):
-                    return path[:index], read
-                read.add(node)
-        return path, read
+            if node.exact is None and not self._read(node, path[-1][0], fingerprint):
+                return path[:index]
+        return path
 
     def _read(self, node: _Node, last: _Node, fingerprint: str) -> bool:
         """Reads a run on the path to ``last``. If its file is gone, drops the node's subtree."""
@@ -253,7 +253,7 @@ class PrefixTree:
         """Writes a run to a file, unless it has one. Returns whether the file exists."""
         if self._store is None:
             return False
-        if not node.key:
+        if not node.key or node.key not in self._store:  # the store may have evicted it
             runs, above = [], node.parent
             while above.parent is not None:
                 runs.append(torch.from_numpy(above.ids))
@@ -286,7 +286,7 @@ class PrefixTree:
         return upper
 
     def _keep_state(self, root: _Node, ids: np.ndarray, fingerprint: str, state: State) -> None:
-        path, _ = self._loaded(self._walk(root, ids), fingerprint)
+        path = self._loaded(self._walk(root, ids), fingerprint)
         if sum(count for _, count in path) < len(ids):
             return  # its tokens did not fit
         node = self._split(*path[-1])

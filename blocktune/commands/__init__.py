@@ -7,7 +7,6 @@ from blocktune.commands.application import app
 __all__ = ["app"]
 
 # The order in which the help lists them.
-for topic in (
-    *("answer", "train", "evaluate", "serve", "data", "make_data", "store", "check", "bench"),
-):
+TOPICS = ("answer", "train", "evaluate", "serve", "data", "make_data", "store", "check", "bench")
+for topic in TOPICS:
     import_module(f"blocktune.commands.{topic}")

@@ -153,7 +153,12 @@ def encode(
         ),
     ],
     documents: Annotated[
-        Path | None, opt.of_prompt("--input", "-i", help="Chunks or questions, JSONL.")
+        Path | None,
+        opt.of_prompt(
+            "--input",
+            "-i",
+            help="File of passages or of questions; FILE?chunker=sentence cuts passages.",
+        ),
     ] = None,
     follow: Annotated[
         bool, Option("--follow", help="Then encode chunks that readers miss, until stopped.")

@@ -92,7 +92,6 @@ Folder = Annotated[
 Output = Annotated[Path | None, opt.in_file(help="Also write the results to this JSON file.")]
 Tiny = Annotated[bool, Option("--tiny", help="Use a toy model and prompt, for a quick try.")]
 
-
 group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
 
 

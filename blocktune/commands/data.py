@@ -44,7 +44,6 @@ Counter = Annotated[
     ),
 ]
 
-
 group = new_group(
     "data",
     HELP,
@@ -85,7 +84,6 @@ def show_list(as_json: opt.AsJson = False) -> None:
         "shapes": {s.key: {"fields": list(s.keys), "chunker": s.chunker} for s in SHAPES},
         "chunkers": chunkers,
     }
-
     data_sets = [(name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()]
     examples = [(e.example, e.becomes) for e in sources.values()]
     shapes = [(s.key, fields[s.key], s.chunker or "(has chunks)") for s in SHAPES]
@@ -149,6 +147,8 @@ def _show_text(example: RagExample) -> None:
     _echo(f"[accepted answers]\n{' | '.join(example.answers) or '(unknown)'}")
     if example.response is not None:
         _echo(f"[response to train on]\n{example.response}")
+    for question, response in example.followups:
+        _echo(f"[then]\n{question}\n{response}")
 
 
 def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:

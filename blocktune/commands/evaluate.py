@@ -24,7 +24,6 @@ EXAMPLES = teach(
 )
 Run = Annotated[Path, Argument(help="The --output folder of a finished run.")]
 
-
 group = typer.Typer(rich_markup_mode="rich")
 app.add_typer(group, name="eval")
 

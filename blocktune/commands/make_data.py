@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 def passages(
     source: Source,
     output: Output,
-    corpus: Annotated[Path | None, Option(help="File of passages to search by BM25.")] = None,
+    corpus: Annotated[
+        Path | None, Option(help="File of passages to search by BM25; may name a chunker.")
+    ] = None,
     retrieved: Annotated[
         Path | None, Option(help="File with the passages that your retriever found.")
     ] = None,
@@ -152,7 +154,6 @@ def answer(
     settings = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
     settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"top_p": top_p, "seed": seed}
-
     stop_ids = engine.state.stop_ids()
 
     def ask(batch: Sequence[RagExample], number: int) -> list[str | None]:

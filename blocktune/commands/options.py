@@ -124,10 +124,8 @@ def quiet_libraries() -> None:
     # adapter that cannot be merged is reported, once.
     warnings.filterwarnings("ignore", message="(?s).*(ensure_weight_tying|lora_bias=True)")
     # A filter, since they set their level on import. It does not apply to child loggers.
-    for name in (
-        *("bitsandbytes", "bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"),
-        "DeepSpeed",
-    ):
+    children = ("", ".autograd._functions", ".backends.cpu.ops")
+    for name in ("DeepSpeed", *(f"bitsandbytes{child}" for child in children)):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -19,9 +19,6 @@ from blocktune.commands import options as opt
 from blocktune.commands.application import FAILURES, command
 from blocktune.parsing import load_yaml, mapping
 
-Base = Annotated[
-    str | None, Option("--model", "-m", help="Base model. Default: the adapter's own.")
-]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML as options
 
 
@@ -157,7 +154,7 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
     output: Annotated[Path, opt.in_folder("--output", "-o", help="New folder for the model.")],
-    model: Base = None,
+    model: opt.Model = None,
     links: Annotated[
         str | None,
         Option(
@@ -217,7 +214,7 @@ def push(
     results: Annotated[
         Path | None, Option(help="results.json of `blocktune eval`, for the table in the card.")
     ] = None,
-    model: Base = None,
+    model: opt.Model = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
 ) -> None:

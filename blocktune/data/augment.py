@@ -51,8 +51,7 @@ def augment(
     needed = evidence(example)
     chosen = [(chunk, i in example.supporting) for i, chunk in enumerate(example.chunks)]
     if bounds := config.num_distractors or config.num_chunks:
-        count = rng.randint(*bounds) - (0 if config.num_distractors else len(needed))
-        count = max(0, count)
+        count = max(0, rng.randint(*bounds) - (0 if config.num_distractors else len(needed)))
         own = [i for i in range(len(chosen)) if i not in needed]
         kept = needed.union(rng.sample(own, min(count, len(own))))
         chosen = [pair for i, pair in enumerate(chosen) if i in kept]

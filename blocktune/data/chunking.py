@@ -85,7 +85,7 @@ def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
     return read(chunker, {key: given for key, given in entry.items() if key != "name"}, where)
 
 
-STRONGEST_FIRST = ("\n\n", "---", "===", "\n\t", "\n")
+STRONGEST_FIRST = ("\n\n", "\r\n\r\n", "---", "===", "\n\t", "\n")
 
 
 @CHUNKERS.register("delimiter")

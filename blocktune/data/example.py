@@ -321,9 +321,8 @@ def _is_null(value: Any) -> bool:
 
 
 def as_id(value: Any) -> Any:
-    """An identifier as text, or "" if it is missing; 7.0 is 7 in a table with missing numbers."""
-    value = "" if _is_null(value) else plain(value)
-    return _as_text(int(value) if isinstance(value, float) and value.is_integer() else value)
+    """An identifier as text, or "" if it is missing."""
+    return "" if _is_null(value) else _as_text(value)
 
 
 def plain(value: Any) -> Any:
@@ -335,7 +334,9 @@ def plain(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
+    """A number as text; 7.0 is 7, as tables write whole numbers if some are missing."""
     value = plain(value)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     return str(value) if type(value) in (int, float) and not _is_null(value) else value
 
 

@@ -134,8 +134,7 @@ class PromptMaker:
         Raises ValueError if prompt and answer do not fit into the model's context, or contain a
         token that the model has no embedding for.
         """
-        all_ids = pieces.prefix, *pieces.chunks, pieces.query
-        require_embedded(self.tokenizer, self.num_tokens, *all_ids)
+        require_embedded(self.tokenizer, self.num_tokens, *pieces.all)
         lengths, spans = [len(chunk) for chunk in pieces.chunks], None
         if self.press is not None and spec.block:
             cut = [self._cut(chunk) for chunk in pieces.chunks]

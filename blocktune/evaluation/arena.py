@@ -25,12 +25,13 @@ from blocktune.methods import Method
 from blocktune.prompt import Pieces, encode
 from blocktune.prompt.special_tokens import UserText, with_bos
 from blocktune.prompt.template import render_frame
-from blocktune.provenance import provenance
+from blocktune.provenance import provenance, public
 from blocktune.registry import require_one_of
 
 SUBSETS = ("qasper", "multifieldqa_en", "hotpotqa")
 QUESTIONS, ASSETS = Path("data/queryset"), Path("kvsharearena/assets")
 SCHEMA, PROMPT_KEY = "kva.result.v1", "P_c"
+PORTS = ("official", "port", "reference")
 COSTS = (
     "recomputed and dense layer-tokens: payload tokens computed in each layer, counted during "
     "execution; kv_bytes: keys and values of the payload as stored in the cache; ttft_ms: from "
@@ -101,17 +102,18 @@ def run_exam(
     """Answers an exam, writes its result file and returns the path. An interrupted run resumes.
 
     The engine's store and prefix cache are emptied after every question. With a ``limit``,
-    ``kva validate`` rejects the file. ``port`` is the provenance of the method's code:
-    ``official``, ``port`` or ``reference``.
+    ``kva validate`` rejects the file. ``port`` is the provenance of the method's code,
+    one of `PORTS`. The file has no folders of this machine.
 
-    Raises ValueError if the method takes chunks from earlier prompts, a prompt does not fit into
-    the model's context, or ``output`` has answers of other weights, methods, questions or code.
+    Raises ValueError if the method takes chunks from earlier prompts, ``port`` is another text, a
+    prompt is too long, or ``output`` has answers of other weights, methods, questions or code.
     """
     if method.history is not None:
         raise ValueError(
             f"method '{method.name}' takes chunks out of earlier prompts, but the arena wants each "
             "encoded by itself; choose another method"
         )
+    require_one_of("provenance", port, PORTS)
     slug = re.sub(r"[^a-z0-9_.-]+", "-", method.name.lower()).strip("-")
     rows_file = output / f"{slug}_re_{exam.subset}.rows.jsonl"
     about = {"fingerprint": engine.fingerprint, "method": repr(method), "sha256": exam.sha256}
@@ -141,7 +143,7 @@ def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any])
     if not method.keeps_context:
         pieces = pieces._replace(chunks=())
     prompt, state = engine.lay_out(pieces, method, exam.max_new_tokens), engine.state
-    wanted = wanted_pieces(prompt) if method.cached is method.cached.CHUNKS else []
+    wanted = wanted_pieces(prompt) if method.reuses_chunks else []
     state.encoder.find(wanted, Stopwatch(engine.model.device), state.inputs_of(method))
     run = engine.start([pieces], method)
     [answer] = run.answers(Sampling(), exam.max_new_tokens, streams=[0])
@@ -165,10 +167,8 @@ def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any])
 def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -> dict[str, Any]:
     origin = provenance()
     versions, info = origin["versions"], engine.adapter
-    recomputed, dense = (
-        sum(row[key] for row in results)
-        for key in ("recomputed_layer_tokens", "dense_payload_layer_tokens")
-    )
+    fields = ("f1_raw", "recomputed_layer_tokens", "dense_payload_layer_tokens")
+    f1, recomputed, dense = (sum(row[key] for row in results) for key in fields)
     backend = f"blocktune {versions['blocktune']}"
     summary = {
         "method": slug,
@@ -182,7 +182,7 @@ def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -
         "prompt_key": PROMPT_KEY,
         "max_new_tokens": exam.max_new_tokens,
         "queryset": {"file": f"{exam.subset}_n100.jsonl", "sha256": exam.sha256},
-        "f1_raw": sum(row["f1_raw"] for row in results) / len(results),
+        "f1_raw": f1 / len(results),
         "recompute_fraction": recomputed / max(1, dense),
         "command": origin["command"],
         "hardware": origin["hardware"],
@@ -196,4 +196,5 @@ def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -
         "cost_notes": COSTS,
         "source": method.source,
     }
+    summary, card = public(summary), public(card)
     return {"schema": SCHEMA, "summary": summary, "results": results, "method_card": card}

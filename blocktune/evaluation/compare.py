@@ -189,16 +189,14 @@ def _between_tuned(methods: Mapping[str, Any]) -> list[str]:
     """Sentences about pairs of methods with adapters; of many, those that differ."""
     tuned = [label for label, summary in methods.items() if summary["adapter"]]
     pairs = list(combinations(tuned, 2)) if len(tuned) <= MOST else []
-    said, unclear = [], 0
+    said = []
     for other, label in pairs:
         minus = methods[label]["score_minus"][other]
-        if len(pairs) > MOST_PAIRS and not is_shown(minus):
-            unclear += 1
-            continue
-        chance = "" if is_shown(minus) else ": within chance at this number of questions"
-        points = with_interval("score", minus["mean"], minus["ci95"])
-        said.append(f"{label} minus {other}: {points} points{chance}.")
-    if unclear:
+        if is_shown(minus) or len(pairs) <= MOST_PAIRS:
+            chance = "" if is_shown(minus) else ": within chance at this number of questions"
+            points = with_interval("score", minus["mean"], minus["ci95"])
+            said.append(f"{label} minus {other}: {points} points{chance}.")
+    if unclear := len(pairs) - len(said):
         said.append(
             f"Of {len(pairs)} pairs of tuned methods, {unclear} differ within chance at this "
             "number of questions."

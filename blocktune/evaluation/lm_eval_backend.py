@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from blocktune.attention import make_plan
@@ -115,18 +116,16 @@ class BlocktuneLM(LM):
         """Greedy continuations, each cut before the first of the task's stop strings."""
         texts = []
         for request in requests:
-            context, options = request.args
-            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+            context, given = request.args
+            options = normalize_gen_kwargs(given, self.max_gen_toks)
+            if options["do_sample"] and options.get("temperature", 1.0) > 0:
                 raise ValueError(
                     "this backend generates greedily; set do_sample: false or temperature: 0"
                 )
-            pieces = self.pieces(context)
-            run = self.engine.start([pieces], self.method)
-            count = options.get("max_gen_toks") or self.max_gen_toks
-            ids = [int(token[0]) for token in run.tokens(Sampling(), count)]
+            run = self.engine.start([self.pieces(context)], self.method)
+            ids = [int(token[0]) for token in run.tokens(Sampling(), options["max_gen_toks"])]
             text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
-            stops = options.get("until") or ()
-            for stop in filter(None, [stops] if isinstance(stops, str) else stops):
+            for stop in filter(None, options["until"]):
                 text = text.partition(stop)[0]
             texts.append(text)
         return texts
@@ -135,10 +134,12 @@ class BlocktuneLM(LM):
         """Chunks, query and continuation as tokens, the same in both modes.
 
         White space between context and continuation belongs to the latter, as in the harness.
+        Without a continuation it belongs to the query: chat templates may end with a separator.
         """
-        stripped = context.rstrip() if continuation else context
-        continuation = context[len(stripped) :] + continuation
+        stripped = context.rstrip()
+        space = context[len(stripped) :]
         *parts, last = stripped.split(self.separator)
+        last, continuation = (last, space + continuation) if continuation else (last + space, "")
         chunks = tuple(self._ids(part + self.separator) for part in parts if part.strip())
         query = self._ids(last)
         answer = self._ids(last + continuation)[len(query) :]

@@ -194,8 +194,8 @@ class AdjustedF1(NamedTuple):
 
     mean: float | None  # None if full prefill scores 0 on all examples
     num_kept: int  # number of examples on which full prefill scores above 0
-    # sum of the method's F1 on the dropped examples over ``num_kept``: the adjusted gap to full
-    # prefill is wider than the raw gap by that much; None if no example is kept
+    # sum of the method's F1 on the dropped examples over ``num_kept``: per kept example, the
+    # adjusted gap to full prefill is wider than the raw gap by that much; None if none is kept
     bias: float | None
 
 

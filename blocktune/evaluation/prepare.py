@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 from blocktune.adapter import find_release
@@ -96,11 +97,9 @@ def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str |
     """One engine per wording, so that tasks with the same wording share exact prefix caches."""
     built: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
     worded = {}
-    for task in suite.tasks:
-        for adapter, engine in engines.items():
-            words = task.worded(engine.format)
-            made = built.setdefault((adapter, words), engine.reworded(words))
-            worded[adapter, task.name] = made
+    for task, (adapter, engine) in product(suite.tasks, engines.items()):
+        words = task.worded(engine.format)
+        worded[adapter, task.name] = built.setdefault((adapter, words), engine.reworded(words))
     return worded
 
 

@@ -174,9 +174,9 @@ def power(
     A difference is significant if Holm's p is below `ALPHA`. So the power is computed at the level
     that the correction leaves for this comparison, ``ALPHA * p / p_holm``, or if Holm's p is 1,
     ``ALPHA`` over the number of ``tests``. Otherwise ``n_needed`` could be below the number of
-    questions although the difference is within chance. ``wanted`` is
-    the power, the probability to find a real difference. Returns None if there are fewer than two
-    questions or all differences are equal, because their spread is then unknown.
+    questions although the difference is within chance. ``wanted`` is the power, the probability to
+    find a real difference. Returns None if there are fewer than two questions or all differences
+    are equal, because their spread is then unknown.
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """

@@ -14,6 +14,7 @@ from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec, TtftSpec, parse_task
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
+from blocktune.methods.method_parser import ENTRY_KEYS
 from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 
 TUNED = "tuned.json"
@@ -22,7 +23,7 @@ TUNED = "tuned.json"
 class Point(NamedTuple):
     """One point of the grid."""
 
-    label: str  # such as ``ratio=0.2,budget=0.15``
+    label: str  # such as ``ratio=0.2,budget=0.15``; names a file, so "_" stands for "/"
     values: dict[str, Any]  # chosen values by path
     entry: dict[str, Any]  # the method's entry with these values
 
@@ -37,8 +38,8 @@ class TuneSpec:
 
     model: str  # path or Hub name of the base model
     method: Any  # a name, a composition as text, or an entry as in a suite
-    # path -> list of values to try. A path is a parameter of the method (``ratio``), ``budget``, or
-    # a path into the entry (``layout.num_blanks``, ``select.deviation.ratio``)
+    # path -> list of values to try. A path is a parameter of the method (``ratio``), a key of the
+    # entry (``layer_budget``, ``select``), or a path into it (``select.deviation.ratio``)
     grid: Mapping[str, Any]
     task: TaskSpec  # held-out questions; the best point has the highest mean of its ``metric``
     adapter: str | None = None  # folder of the adapter; None: the base model
@@ -63,7 +64,7 @@ class TuneSpec:
         for values in product(*self.grid.values()):
             chosen = dict(zip(self.grid, values, strict=True))
             label = ",".join(f"{path}={value}" for path, value in chosen.items())
-            yield Point(label, chosen, _entry(self.method, chosen))
+            yield Point(label.replace("/", "_"), chosen, _entry(self.method, chosen))
 
     def suite(self) -> Suite:
         """The run as a suite with one method per point, without timing."""
@@ -104,7 +105,7 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     entry.setdefault("name", entry.get("preset"))
     for path, value in chosen.items():
         first, *rest = str(path).split(".")
-        keys = [first, *rest] if rest or first == "budget" else ["params", first]
+        keys = [first, *rest] if rest or first in ENTRY_KEYS else ["params", first]
         inner = entry
         for key in keys[:-1]:
             inner = inner.setdefault(key, {})
@@ -134,7 +135,7 @@ def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | Non
     ]
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
     task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
-    found = {"best": points[0], "points": points, "task": task}
-    tuned = found | {"provenance": results["provenance"]}
+    tuned = {"best": points[0], "points": points, "task": task}
+    tuned["provenance"] = results["provenance"]
     replace_json(output / TUNED, tuned)
     return tuned

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +17,7 @@ from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.adapter.load import quantize_as_trained
 from blocktune.check import check_adapter
 from blocktune.hub.card import CardFacts, card, results_of, served_by
+from blocktune.models.sharded import loading_whole
 from blocktune.parsing import first_line, load_json, mapping
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
@@ -181,10 +181,9 @@ def on_the_hub(name: str) -> str:
 
 def license_of(base: str, token: str | None = None) -> str:
     """The licence of a base, from its card on the Hub; ValueError if it has none."""
-    try:
+    data = None
+    with suppress(httpx.HTTPError, HFValidationError, OSError):
         data = HfApi(token=token).model_info(base).card_data
-    except (httpx.HTTPError, HFValidationError, OSError):
-        data = None
     if data is None or not data.license:
         raise ValueError(f"the licence of '{base}' is not known; give one: --license apache-2.0")
     return data.license
@@ -207,24 +206,7 @@ class Publisher:
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
         """Checks and pushes in one process of a run; the others may have ended."""
-        with alone():
+        with loading_whole():
             publication = prepare(folder, repo, CardFacts(), token=token)
         sent = send(publication, private=private, token=token)
         Console().print(f"pushed to {sent.repo_url}, commit {sent.oid}", soft_wrap=True)
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Inside the block, models are loaded completely into this process.
-
-    After a run with ZeRO-3, transformers would shard every model over the processes of the run.
-    """
-    from transformers.integrations import deepspeed  # only after a training run
-
-    config = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None and (config := config()) is not None:
-            deepspeed.set_hf_deepspeed_config(config)

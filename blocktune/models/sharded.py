@@ -1,6 +1,6 @@
 """Reads and writes whole parameters that are split over processes (ZeRO-3, FSDP2).
 
-All processes must call these functions, because they exchange data.
+All processes must call `gathered` and `fill`, because they exchange data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 @contextmanager
 def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
     """Makes split parameters whole inside the block; ``write`` keeps the changes by process 0."""
-    split = [weight for weight in weights if is_split(weight)]
+    split = [weight for weight in weights if hasattr(weight, "ds_id")]
     if not split:
         yield
         return
@@ -22,6 +22,22 @@ def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
         yield
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """Inside the block, models are loaded completely into this process.
+
+    In and after a run with ZeRO-3, transformers would split every model over the run's processes.
+    """
+    from transformers.integrations import deepspeed  # only for training
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def fill(weight: Tensor, values: Tensor) -> None:
@@ -34,11 +50,6 @@ def fill(weight: Tensor, values: Tensor) -> None:
         weight.copy_(values)
 
 
-def is_split(weight: Tensor) -> bool:
-    """Whether ZeRO-3 has split the parameter over processes."""
-    return hasattr(weight, "ds_id")
-
-
 def whole_shape(weight: Tensor) -> tuple[int, ...]:
     """The full shape of a parameter, split or not."""
-    return tuple(weight.ds_shape if is_split(weight) else weight.shape)
+    return tuple(getattr(weight, "ds_shape", weight.shape))

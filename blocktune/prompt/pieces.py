@@ -29,10 +29,14 @@ class Pieces(NamedTuple):
         return tuple(chain(self.prefix, *self.chunks))
 
     @property
+    def all(self) -> tuple[Ids, ...]:
+        """All pieces in order."""
+        return self.prefix, *self.chunks, self.query, self.answer, *chain(*self.followups)
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens of all pieces."""
-        turns = [piece for turn in self.followups for piece in turn]
-        return sum(map(len, (self.prefix, *self.chunks, self.query, self.answer, *turns)))
+        return sum(map(len, self.all))
 
 
 def make_pieces(

@@ -91,22 +91,14 @@ class AdapterFiles:
             model.save_pretrained(folder, state_dict=kept)
         self.write_links(model, folder, state)
 
-    def write_links(
-        self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
-    ) -> None:
+    def write_links(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
         """Writes the link table, if the model has one."""
-        if (table := links.installed_links(model)) is None:
-            return
-        if state is not None:
-            [weight] = [
-                w for name, w in state.items() if name.endswith(f"{links.LINKS_MODULE}.weight")
-            ]
-            table = links.LinkTable.of(weight)
-        links.save_links(table, folder)
+        if (table := links.installed_links(model)) is not None:
+            own = {f"{links.LINKS_MODULE}.weight": table.weight} if state is None else state
+            [weight] = [w for n, w in own.items() if n.endswith(f"{links.LINKS_MODULE}.weight")]
+            links.save_links(links.LinkTable.of(weight), folder)
 
-    def write_info(
-        self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
-    ) -> None:
+    def write_info(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
         """Writes settings and ``blocktune.json``, which complete the adapter's folder.
 
         A fully trained model is its own base: its folder is both model and adapter.
@@ -151,8 +143,8 @@ class SaveLayoutCallback(TrainerCallback):
         collator, tokenizer = self.collator, self.collator.tokenizer
         collator.num_tokens = links.link_base(model)
         fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
-        info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
-        files = AdapterFiles(info, {"training": settings(args)})
+        self._info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
+        files = AdapterFiles(self._info, {"training": settings(args)})
         save, names, selected = model.save_pretrained, trained_adapters(model), {}
         if names:
             require_named_base(model)
@@ -169,9 +161,17 @@ class SaveLayoutCallback(TrainerCallback):
         model.save_pretrained = save_pretrained
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Raises ValueError if the model would ignore the layout."""
+        """Raises ValueError if the model would ignore the layout, or began with another one."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"  # if it continues
+        before = AdapterInfo.load(checkpoint) if (checkpoint / INFO_FILE).is_file() else self._info
+        for name in ("layout", "format", "scope"):
+            if (old := getattr(before, name)) != (new := getattr(self._info, name)):
+                raise ValueError(
+                    f"'{checkpoint}' was trained with {name} {old}, now it is {new}; restore it, "
+                    "or train without resume_from_checkpoint"
+                )
         self._watch = decoder_of(model).register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, decoder, args, kwargs) -> None:
@@ -225,7 +225,10 @@ class StagedSaving(Trainer):
         if checkpoint is None or not (checkpoint / INFO_FILE).is_file():
             raise ValueError(f"no checkpoint of blocktune at '{checkpoint or folder}'")
         resume.require_loadable(checkpoint)
-        resume.require_same_run(checkpoint, self.files.config, self.accelerator.num_processes)
+        model, config = self.model, dict(self.files.config)
+        for name in trained_adapters(model):
+            config["adapter"] = resume.adapter_settings(model.peft_config[name].to_dict())
+        resume.require_same_run(checkpoint, config, self.accelerator.num_processes)
         before, now = AdapterInfo.load(checkpoint), self.files.info
         digest = before.training.get("data_digest")
         changed = {

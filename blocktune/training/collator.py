@@ -134,8 +134,7 @@ class BlockDataCollator:
             teacher = self._tensors([laid.teacher for laid in row] for row in rows)
             batch |= {f"teacher_{name}": value for name, value in teacher.items()}
         if self.check_layer is not None:
-            shares = ([laid.share for laid in row] for row in rows)
-            shares = [torch.tensor(row, dtype=torch.float64) for row in shares]
+            shares = [torch.tensor([p.share for p in row], dtype=torch.float64) for row in rows]
             batch["shares"] = pad_sequence(shares, batch_first=True, padding_value=NO_SHARE)
         return batch
 

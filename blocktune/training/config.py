@@ -181,8 +181,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
 
     def _check_types(self) -> None:
         """Checks values that TRL would fail on: floats that are not numbers, text for a mapping."""
-        for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
+        for name, value in list(vars(self).items()):
             if isinstance(value, float) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {value}")
             if isinstance(value, str) and name.endswith("_kwargs"):

@@ -216,9 +216,9 @@ class PartReader:
             pieces = self._pieces(sample, fmt, target)
             plain = self._pieces(sample, fmt.untagged, target).prefix if self.has_teacher else ()
             if self.num_tokens is not None:
-                turns = [ids for turn in pieces.followups for ids in turn]
-                ids = (pieces.prefix, *pieces.chunks, pieces.query, pieces.answer, *turns)
-                require_embedded(self.tokenizer, self.num_tokens, *ids)
+                require_embedded(self.tokenizer, self.num_tokens, *pieces.all)
+            if block:
+                self.spec.link_rows(len(pieces.chunks) - 1)  # raises if the last chunk has none
         except ValueError as error:
             raise ValueError(f"{name or _name(index, sample)}: {error}") from None
         num_added = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
@@ -264,9 +264,9 @@ def _name(index: int, sample: Sample) -> str:
 
 
 def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
-    removed = len(part["answer"])
-    removed += sum(len(turn["query"]) + len(turn["answer"]) for turn in part["followups"])
-    return part | {"answer": [], "followups": [], "length": part["length"] - removed}
+    removed = [part["answer"], *(ids for turn in part["followups"] for ids in turn.values())]
+    length = part["length"] - sum(map(len, removed))
+    return part | {"answer": [], "followups": [], "length": length}
 
 
 def _record(row: list[dict[str, Any]]) -> dict[str, Any]:

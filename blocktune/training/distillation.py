@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from blocktune.attention import Plan, attach
-from blocktune.layout import Kind, Layout
+from blocktune.layout import Layout
 from blocktune.models.identity import tokenizer_hash
 from blocktune.models.load import load_base
+from blocktune.models.sharded import loading_whole
 from blocktune.positions import RopeSpec, relocate_keys
 from blocktune.prompt import IGNORED
 from blocktune.training.config import ObjectiveOptions
@@ -105,13 +106,7 @@ def find_teacher(
         return None
     if options.distill_teacher != "self":
         teacher = _load(options, model, tokenizer)
-
-        @contextmanager
-        def opened(student: nn.Module) -> Iterator[nn.Module]:
-            with torch.no_grad():
-                yield teacher.to(next(student.parameters()).device)
-
-        return opened
+        return lambda student: nullcontext(teacher.to(next(student.parameters()).device))
     if not base_is_kept:
         raise ValueError(
             "distill_teacher 'self' is the model with its adapter off, which is not the base after "
@@ -123,7 +118,8 @@ def find_teacher(
 
 def _load(options: ObjectiveOptions, student: nn.Module, tokenizer) -> nn.Module:
     name, states = options.distill_teacher, options.distill_states
-    teacher, teacher_tokenizer = load_base(name, place=False, what="distill_teacher")
+    with loading_whole():  # DeepSpeed gathers only the weights of the model that it trains
+        teacher, teacher_tokenizer = load_base(name, place=False, what="distill_teacher")
     config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
     same_tokens = tokenizer_hash(teacher_tokenizer) == tokenizer_hash(tokenizer)
     if not same_tokens or config.vocab_size != teacher_config.vocab_size:
@@ -171,11 +167,6 @@ class Recorder:
         return self.plan.attend(query, key, value, rule, params)
 
 
-def question_rows(layout: Layout) -> Tensor:
-    """Rows whose states are matched: the question's, ``(B, S)`` bool."""
-    return layout.kind == Kind.QUERY
-
-
 def row_weights(layout: Layout, labels: Tensor, rows: Tensor) -> Tensor:
     """Weights of rows ``(rows,)`` float32 that sum to the number of answer tokens of a prompt.
 
@@ -196,13 +187,6 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(-1) / norm.clamp(min=EPSILON)
 
 
-def relocated(keys: Tensor, shift: Tensor, rope: RopeSpec, layer: int) -> Tensor:
-    """Moves keys ``(rows, K, D)`` by ``shift`` ``(rows,)`` positions; differentiable."""
-    form = rope.layers[layer].of_keys(keys.shape[-1])
-    moved = relocate_keys(keys.transpose(0, 1)[None], shift[None], form)
-    return moved[0].transpose(0, 1)
-
-
 def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpec) -> Tensor:
     """Relative error of the student's keys and values, mean over layers: ``(rows,)``.
 
@@ -218,7 +202,9 @@ def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpe
     errors = []
     for layer, (keys, values) in student.states.items():
         other_keys, other_values = teacher.states[layer]
-        errors.append(relative_error(relocated(keys, shift, rope, layer), other_keys))
+        form = rope.layers[layer].of_keys(keys.shape[-1])
+        moved = relocate_keys(keys.transpose(0, 1)[None], shift[None], form)[0].transpose(0, 1)
+        errors.append(relative_error(moved, other_keys))
         errors.append(relative_error(values, other_values))
     return torch.stack(errors).mean(0)
 

@@ -115,9 +115,8 @@ def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
 
 def refuse_parallelism(accelerator: Accelerator) -> None:
     """Raises ValueError for context or sequence parallelism, which ignore the layout's mask."""
-    parallel = accelerator.parallelism_config
     for kind in ("cp", "sp"):
-        if parallel is not None and getattr(parallel, f"{kind}_enabled", False):
+        if getattr(accelerator.parallelism_config, f"{kind}_enabled", False):
             raise ValueError(
                 f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
                 f"set {kind}_size to 1"
@@ -146,6 +145,16 @@ def refuse_lost_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
             "the launcher asked for FSDP, which accelerate supports only on GPUs: on CPUs it would "
             "train with plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
         )
+
+
+def save_whole(accelerator: Accelerator) -> None:
+    """Makes FSDP and ZeRO-3 save whole weights, of which adapters and models are made."""
+    state = accelerator.state
+    if accelerator.distributed_type == DistributedType.FSDP:
+        state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def wait_for_builds() -> None:

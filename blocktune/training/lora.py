@@ -164,11 +164,9 @@ class AddedLora(Linear):
 
     def _plain_adapter(self, x: Tensor) -> str | None:
         """The name of the only active adapter, if it is plain LoRA with unsharded weights."""
-        names = self.active_adapters
-        if self.disable_adapters or self.merged or len(names) != 1 or x.ndim < 2:
-            return None
-        (name,) = names
-        if name not in self.lora_A or name in self.lora_variant:
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        off = self.disable_adapters or self.merged or x.ndim < 2
+        if off or name not in self.lora_A or name in self.lora_variant:
             return None
         second, dtypes = self.lora_B[name], {x.dtype, self.base_layer.weight.dtype}
         plain = (

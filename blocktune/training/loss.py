@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocktune.attention import Plan, make_plan, planned_forward
-from blocktune.layout import Layout
+from blocktune.layout import Kind, Layout
 from blocktune.positions import RopeSpec
 from blocktune.prompt import IGNORED, Batch
 from blocktune.training.config import ObjectiveOptions
@@ -20,7 +20,6 @@ from blocktune.training.distillation import (
     divergence,
     hidden_errors,
     kv_errors,
-    question_rows,
     row_weights,
     teacher_probs,
 )
@@ -105,7 +104,7 @@ class Objective:
         options, teacher_batch = self.options, batch_of(inputs, "teacher_")
         weight, temperature = options.distill_weight, options.distill_temperature
         # The teacher runs first, since checkpointing runs the student's layers again in backward.
-        with self.teacher(bare) as teacher:
+        with self.teacher(bare) as teacher, torch.no_grad():
             teacher_output, teacher_states = self._run(teacher, teacher_batch)
             probs = teacher_probs(teacher_output.logits, temperature, options.distill_top_k)
             del teacher_output
@@ -123,13 +122,13 @@ class Objective:
         """A model's outputs, and the states to match: a `Recorder`, hidden states or None."""
         plan = make_plan(self.execution, batch.layout)
         if self.options.distill_states == "kv":
-            plan = Recorder(plan, question_rows(batch.layout))
+            plan = Recorder(plan, batch.layout.kind == Kind.QUERY)
             return answer_rows(model, batch, plan), plan
         output = answer_rows(model, batch, plan, self.options.distill_states == "hidden")
         return output, output.hidden
 
     def _error(self, batch: Batch, teacher_batch: Batch, states: Any, teacher_states: Any):
-        own, other = question_rows(batch.layout), question_rows(teacher_batch.layout)
+        own, other = (b.layout.kind == Kind.QUERY for b in (batch, teacher_batch))
         if self.options.distill_states == "hidden":
             errors = hidden_errors(states, teacher_states, own, other)
         else:

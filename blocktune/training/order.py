@@ -30,8 +30,7 @@ class EpochOrder(Sampler[int]):
 
     def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):
         self.lengths, self.num_blank = list(lengths), num_blank
-        self.group, self.seed = group, seed
-        self.epoch = 0
+        self.group, self.seed, self.epoch = group, seed, 0
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -55,9 +55,9 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
     matmul = sum(m.in_features * m.out_features for m in linear)
     trained = sum(m.in_features * m.out_features for m in linear if m.weight.requires_grad)
     weights = [(p, math.prod(whole_shape(p))) for p in model.parameters()]
-    shapes = [whole_shape(p) for p, _ in weights]
+    experts = [shape for p, _ in weights if len(shape := whole_shape(p)) == 3]
     active = getattr(config, "num_experts_per_tok", None) or 1
-    matmul += sum(math.prod(shape[1:]) * active for shape in shapes if len(shape) == 3)
+    matmul += active * sum(math.prod(shape[1:]) for shape in experts)
     fixed = sum(n * p.element_size() for p, n in weights)
     fixed += sum(n * (p.element_size() + ADAM_BYTES) for p, n in weights if p.requires_grad)
     parameters = sum(n for _, n in weights)
@@ -85,13 +85,11 @@ def peak_bytes(
     config, layers = size.config, size.config.num_hidden_layers
     ffn = config_value(config, "moe_intermediate_size", "intermediate_size")
     ffn = max(ffn) if isinstance(ffn, list) else ffn or 4 * config.hidden_size
-    layer = HIDDEN_COPIES * config.hidden_size + FFN_COPIES * ffn
-    layer = layer * size.state_bytes
+    layer = (HIDDEN_COPIES * config.hidden_size + FFN_COPIES * ffn) * size.state_bytes
     if size.state_bytes < 4:
         layer += NORMS * config.hidden_size * 4
-    kept = (
-        layers * config.hidden_size * size.state_bytes + layer if checkpointing else layers * layer
-    )
+    inputs = layers * config.hidden_size * size.state_bytes
+    kept = inputs + layer if checkpointing else layers * layer
     states = rows * kept + mask_cells * size.state_bytes
     return size.fixed_bytes + states + answer_rows * config.vocab_size * LOGIT_BYTES
 

@@ -176,8 +176,7 @@ def _check(layout, states, layer, num_layers, row: int, sample: int) -> tuple[La
     def states_of(rows: Tensor) -> LayerKV:
         return LayerKV(*(state[row : row + 1, :, rows] for state in states))
 
-    computed = (Kind.BLANK, Kind.ANSWER, Kind.QUERY, Kind.LINK)
-    cached = in_prompt & ~entry.is_fresh & ~sum(entry.kind == kind for kind in computed).bool()
+    cached = in_prompt & (entry.is_encoded | (entry.kind == Kind.PREFIX))
     check = LayerCheck(
         layer=layer,
         num_layers=num_layers,

@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from blocktune.adapter import INFO_FILE, AdapterInfo
 from blocktune.adapter.load import PEFT_FILE, require_whole
-from blocktune.parsing import load_yaml
+from blocktune.parsing import load_json, load_yaml
 
 CONFIG_FILE = "resolved_config.yaml"
 """Has all settings of a run, by group. Part of the adapter and of every checkpoint."""
@@ -31,7 +31,7 @@ _INERT = re.compile(
     "(resume|restore|save|enable_jit)_|(log|logging|report|trackio|hub|push)_|"
     "(per_device_)?eval_|batch_eval|include_|metric_for|greater_is|load_best|"
     "dataloader_(num|pin|prefetch|persistent|in_order|multi)|dataset_num_proc|torch_empty|"
-    "(bf16|fp16)_full_eval|"
+    "(bf16|fp16)_full_eval|inference_mode|base_model_name|revision|peft_version|"
     "gradient_checkpointing|activation_|(per_device_)?train_batch_size|gradient_accumulation_steps"
 )
 """Settings that may change when a run continues, since they do not affect the trained weights.
@@ -103,6 +103,12 @@ def require_same_run(
         )
 
 
+def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's settings as plain values, and lists, whose order varies, sorted; no nested ones."""
+    lists = {k: sorted(map(str, v)) for k, v in config.items() if isinstance(v, list | set)}
+    return {k: v for k, v in config.items() if type(v) in (str, bool, int, float)} | lists
+
+
 def _settings_of(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
@@ -113,6 +119,8 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     is_grouped = isinstance(found, dict) and all(isinstance(g, dict) for g in found.values())
     if not is_grouped or not {*_ROWS, *_LENGTH} <= found.get("training", {}).keys():
         raise ValueError(f"'{folder / CONFIG_FILE}' does not have the settings of a run; {_FIX}")
+    if (folder / PEFT_FILE).is_file():
+        found["adapter"] = adapter_settings(load_json(folder / PEFT_FILE))
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
@@ -38,6 +38,7 @@ from blocktune.training.launch_checks import (
     refuse_long_rows,
     refuse_lost_launch,
     refuse_parallelism,
+    save_whole,
 )
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
@@ -167,8 +168,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         args, model = self.args, self.model
         # Makes the Trainer count the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
+        self._signature_columns = COLUMNS
         refuse_parallelism(self.accelerator)
         refuse_lost_launch(self.accelerator, self.is_deepspeed_enabled)
+        save_whole(self.accelerator)
         state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.size = size_of(model, state_dtype.itemsize)
         self.speed = Speedometer(
@@ -298,6 +301,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         )
         return self.order
 
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        return SequentialSampler(eval_dataset)  # predictions in the order of the rows, blanks last
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches for evaluation: without augmentation, and the same in every epoch."""
         train_collator = self.data_collator
@@ -310,9 +316,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Batches for `predict`, as for evaluation; ``test_dataset`` may be rows."""
         return self.get_eval_dataloader(self._prepare_evaluation(test_dataset))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = COLUMNS
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""

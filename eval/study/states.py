@@ -1,7 +1,7 @@
 """What a prefill leaves in its cache: how far keys and values are from full prefill's.
 
 Which tokens deviate most, and how far layers agree on them: observations 1, 2 and 4 of
-arXiv:2603.20218. A library of `state_figures.py`.
+arXiv:2603.20218. `observe.py` uses it.
 """
 
 from __future__ import annotations

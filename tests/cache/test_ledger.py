@@ -88,6 +88,35 @@ def test_a_tenant_over_its_quota_makes_room_itself():
     assert (ledger.size("x"), ledger.size("y"), ledger.size()) == (30, 15, 45)
 
 
+def test_expired_entries_make_room_within_a_quota():
+    ledger = Ledger(max_bytes=100, quota=30, clock=lambda: 1000.0)
+    for tenant in "xy":
+        ledger.add(tenant, 30, About(tenant=tenant, expires=999.0))
+    assert set(ledger.leaving(30, "x")) == {"x", "y"}
+    assert ledger.leaving(31, "x") is None
+
+
+def test_what_cannot_fit_does_not_move_the_clock_of_gdsf():
+    ledger = Ledger(max_bytes=20, policy="gdsf")
+    for key, seconds in (("a", 1.0), ("b", 4.5)):
+        ledger.add(key, 10, About(seconds=seconds))
+    assert ledger.leaving(21) is None
+    ledger.remove(["a"])
+    ledger.add("c", 10, About(seconds=2.0))
+    assert ledger.leaving(10) == ["c"]
+
+
+def test_hits_at_the_end_of_a_process_keep_the_clock_of_gdsf(tmp_path):
+    ledger = Ledger(tmp_path / INDEX, max_bytes=20, policy="gdsf")
+    for key, seconds in (("a", 1.0), ("b", 4.5)):
+        ledger.add(key, 10, About(seconds=seconds))
+    ledger.remove(ledger.leaving(10))
+    ledger.add("c", 10, About(seconds=2.0))
+    ledger.use("c")  # worth 5e8: the clock, 1e8, and twice 2 s of 10 bytes
+    del ledger
+    assert Ledger(tmp_path / INDEX, max_bytes=20).leaving(10) == ["b"]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_budget_holds_under_random_work(policy):
     draw, ledger, there = random.Random(0), Ledger(max_bytes=500, quota=300, policy=policy), {}
@@ -223,6 +252,29 @@ def test_files_that_the_index_does_not_know_are_found_by_use_and_by_gc(folder):
     chunk_path(folder, KEYS[2]).unlink()
     shelf.mend()
     assert {row.key for row in shelf.rows()} == {KEYS[0], KEYS[1]}
+
+
+def test_an_index_is_mended_beside_a_writer(tmp_path, monkeypatch):
+    sync, mended = os.fsync, []
+
+    def sync_late(descriptor):
+        if not mended:
+            mended.append(Shelf.open(str(tmp_path)).mend())
+        sync(descriptor)
+
+    store = store_of(tmp_path)
+    monkeypatch.setattr(os, "fsync", sync_late)
+    store.put(KEYS[0], CHUNKS[0])
+    assert mended == [{"without_file": 0, "not_indexed": 0}]
+    assert KEYS[0] in store
+
+
+def test_a_folder_that_cannot_be_listed_has_no_index(folder, monkeypatch):
+    for path in folder.glob(f"{INDEX}*"):
+        path.unlink()
+    monkeypatch.setattr(ChunkFolder, "listing", lambda _: os.listdir("/dev/null"))
+    store = store_of(folder)
+    assert_same_chunk(store.get(KEYS[0], CHUNKS[0].token_ids, MODEL), CHUNKS[0])
 
 
 def test_entries_are_found_by_document_model_and_tenant(folder):

@@ -9,14 +9,16 @@ import threading
 import time
 
 import pytest
+import valkey
 import valkey_server
 from cache.made import MODEL, assert_same_chunk, made_chunk
 from valkey_server import free_port
 
 from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
-from blocktune.cache.store import remote, tiers
+from blocktune.cache.store import chunk_store, remote, tiers
 from blocktune.cache.store.blobs import Blobs
 from blocktune.cache.store.config import StoreConfig
+from blocktune.cache.store.folder import ChunkFolder
 from blocktune.cache.store.remote import open_remote
 from blocktune.cache.store.shelf import Shelf
 
@@ -330,6 +332,69 @@ def test_what_is_discarded_while_it_waits_is_not_written_later(tmp_path, monkeyp
     go_on.set()
     store.flush()
     assert KEYS[0] not in store
+
+
+def test_a_write_that_fails_in_any_way_stops_no_other(tmp_path, monkeypatch):
+    store = store_of(f"file://{tmp_path}")
+    with monkeypatch.context() as patch:
+        patch.setattr(chunk_store, "pack_chunk", lambda *_: (_ for _ in ()).throw(MemoryError))
+        store.put(KEYS[0], CHUNKS[0])
+    store.put(KEYS[1], CHUNKS[1])
+    waiting = threading.Thread(target=store.flush, daemon=True)
+    waiting.start()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert [key in store for key in KEYS[:2]] == [False, True]
+    assert store.stats().files.unwritten == 1
+
+
+def test_a_file_that_another_machine_removed_first_is_no_failure(tmp_path, monkeypatch):
+    for blobs in (open_remote(f"file://{tmp_path}"), ChunkFolder(tmp_path)):
+        blobs.write(KEYS[0], b"x")
+        remove = blobs._remove
+        monkeypatch.setattr(blobs, "_remove", lambda name, r=remove: (r(name), r(name)))
+        assert not blobs.remove(KEYS[0])
+
+
+def test_a_store_in_a_folder_of_another_is_not_listed(tmp_path):
+    open_remote(f"file://{tmp_path}/below").write(KEYS[0], b"x")
+    assert list(open_remote(f"file://{tmp_path}").keys()) == []
+    assert list(open_remote(f"file://{tmp_path}/below").keys()) == [KEYS[0]]
+
+
+def test_a_file_without_a_known_date_is_not_old():
+    blobs = open_remote("memory://a-store")
+    blobs.write(KEYS[0], b"x")
+    assert [time.time() - used < 3600 for *_, used in blobs.listing()] == [True]
+    assert time.time() - remote._size_and_date({"size": 1})[1] < 3600
+
+
+def test_looking_at_a_value_is_no_use(servers, monkeypatch):
+    commands, name = [], f"blocktune:{KEYS[0]}"
+
+    def execute(pipe, raise_on_error):
+        commands.extend(words for words, _ in pipe.command_stack)
+        return [b"OK", 90_000, 100, b"x" * 10, b"OK"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(valkey.client.Pipeline, "execute", execute)
+        file = open_remote("valkey://127.0.0.1:1").open(KEYS[0], 10)
+    off, on = (("CLIENT NO-TOUCH", mode) for mode in ("OFF", "ON"))
+    looks = [("OBJECT", "IDLETIME", name), ("STRLEN", name), ("GETRANGE", name, 0, 9)]
+    assert commands == [on, *looks, off]
+    assert (bytes(file.data), file.size) == (b"x" * 10, 100)
+    assert round(time.time() - file.used, -3) == 90_000
+    for url in filter(None, [servers.get("valkey")]):
+        blobs, used = open_remote(url), []
+        blobs.write(KEYS[0], b"x" * 100)
+        for most in (10, None):
+            whole = blobs._client.dump(name)
+            blobs._client.restore(name, 0, whole, replace=True, idletime=90_000)
+            used.append(blobs.open(KEYS[0], most).used if most else next(iter(blobs.listing()))[2])
+        assert [round(time.time() - at, -3) for at in used] == [90_000] * 2
+        blobs.touch(KEYS[0])
+        assert blobs._client.object("IDLETIME", name) < 1000
+        blobs.remove(KEYS[0])
 
 
 def test_a_store_that_is_dropped_writes_what_waits_and_its_thread_ends(tmp_path):

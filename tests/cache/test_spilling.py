@@ -83,6 +83,17 @@ def test_a_file_that_is_lost_takes_what_is_behind_it_along(tmp_path, how):
     assert matched(tree, PREFIX, ONE) == 5
 
 
+def test_a_run_whose_file_the_store_evicted_is_written_again(tmp_path):
+    tree = spilling(tmp_path, 5)
+    tree.insert(exact_of(PREFIX, ONE))
+    tree.insert(exact_of(THREE))  # the first leaves
+    assert matched(tree, PREFIX, ONE) == 5  # and is in memory again
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    tree.insert(exact_of((50, 51)))
+    assert matched(tree, PREFIX, ONE) == 5
+
+
 def test_recurrent_states_go_into_the_file(tmp_path):
     tree = PrefixTree(5 * TOKEN_BYTES + STATE_BYTES, store=ChunkStore(0, tmp_path))
     tree.insert(exact_of(PREFIX, ONE, states={5: STATE}))

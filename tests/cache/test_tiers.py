@@ -1,6 +1,8 @@
 """Entries move between tiers: down when there is no room, up when they are used."""
 
 import sqlite3
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +124,63 @@ def test_a_busy_index_stops_no_pin(tmp_path):
     assert store.pinned() == {KEYS[0]: SIZE}
     other.rollback()
     other.close()
+
+
+def test_a_busy_index_stops_no_hit(tmp_path, monkeypatch):
+    store, free = ChunkStore(folder=tmp_path), []
+
+    def ask():
+        free.append(store._lock.acquire(blocking=False))
+        if free[-1]:
+            store._lock.release()
+
+    def on_ledger(tier, act, default=None):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        return default
+
+    store.put(KEYS[0], CHUNKS[0])
+    monkeypatch.setattr(tiers.BlobTier, "on_ledger", on_ledger)
+    store.pin(KEYS[0]), store.is_pinned(KEYS[0]), store.pinned(), store.row(KEYS[0])
+    assert free == [True] * 4
+
+
+def test_a_host_without_a_device_counts_uses():
+    store = ChunkStore(config=StoreConfig(memory=0, cpu=2 * SIZE, policy="lfu"))
+    for index in (0, 1):
+        store.put(KEYS[index], CHUNKS[index])
+    assert [tier_of(store, index) for index in (0, 0, 0, 1)] == ["cpu"] * 4
+    store.put(KEYS[2], CHUNKS[2])
+    assert [key in store for key in KEYS[:3]] == [True, False, True]
+
+
+def test_what_has_expired_takes_no_room_on_the_host(monkeypatch):
+    store = ChunkStore(config=StoreConfig(memory=SIZE, cpu=SIZE, ttl=60.0))
+    now = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for tier in store._memories:
+        monkeypatch.setattr(tier.ledger, "_clock", lambda: now[0])
+    for index in (0, 1):
+        store.put(KEYS[index], CHUNKS[index])
+        now[0] += 20
+    assert tier_of(store, 0) == "cpu"  # 1 moves to the host
+    now[0] += 21
+    store.put(KEYS[2], CHUNKS[2])  # 0 has expired
+    assert tier_of(store, 1) == "cpu"
+
+
+def test_a_lookup_beside_a_removal_keeps_nothing(tmp_path, monkeypatch):
+    store, remove = ChunkStore(folder=tmp_path), tiers.BlobTier.remove
+    store.put(KEYS[0], CHUNKS[0])
+
+    def remove_late(tier, *keys):
+        tier_of(store, 0)  # as another thread may call it
+        remove(tier, *keys)
+
+    monkeypatch.setattr(tiers.BlobTier, "remove", remove_late)
+    store.discard(KEYS[0])
+    assert KEYS[0] not in store
 
 
 def test_an_index_that_was_busy_at_the_start_is_opened_later(tmp_path, monkeypatch):

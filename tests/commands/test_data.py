@@ -85,7 +85,8 @@ def test_the_system_turn_of_a_row_is_shown_as_it_is_trained(blocktune, tmp_path,
 
 
 def test_show_as_text(blocktune):
-    shown = blocktune("data", "show", "worlds:test?n=4&passages=3", "--index", "2").stdout
+    shown = blocktune("data", "show", "worlds:test?n=4&passages=3&turns=2", "--index", "2").stdout
+    assert shown.count("[then]") == 1
     assert "[chunk 0" in shown
     assert ", evidence]" in shown
     assert "[question]\n" in shown

@@ -35,6 +35,7 @@ def test_spans_join_to_the_text(tokenizer, name, text, size):
 def test_the_strongest_delimiter_cuts_and_stays_on_the_left():
     split = build_chunker("delimiter").split
     assert split("a\nb\n\nc\n\nd") == ["a\nb\n\n", "c\n\n", "d"]
+    assert split("a\r\nb\r\n\r\nc") == ["a\r\nb\r\n\r\n", "c"]
     assert split("a---b\nc") == ["a---", "b\nc"]
     assert split("\n\na\n\n\n\nb\n\n") == ["\n\na\n\n\n\n", "b\n\n"]
     assert build_chunker("delimiter", delimiter="|").split("a|b\n\nc|") == ["a|", "b\n\nc|"]

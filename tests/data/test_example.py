@@ -205,6 +205,8 @@ def test_rows_of_numpy_arrays_and_numbers():
     fields = {"answers": np.array(["a", 2], dtype=object), "supporting": np.array([0])}
     for number in (7, 7.0, np.int64(7), np.float64(7)):
         assert RagExample("q", np.array(["one"]), **fields, id=number) == wanted
+    year = {"question": "q", "chunks": [{"title": 1984.0, "text": "one"}], "answer": 1990.0}
+    assert RagExample.from_json(year) == RagExample("q", [("1984", "one")], "1990")
     row = {"question": "q", "chunks": np.array([{"text": "one"}]), **fields, "id": 7.0}
     assert RagExample.from_json(row) == wanted
     assert RagExample.from_json(row | {"id": float("nan")}).id == ""

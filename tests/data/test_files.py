@@ -133,7 +133,11 @@ def test_a_lone_surrogate_is_named(tmp_path, listed):
 ASKED = {"question": "Who is it?", "context": "It is Ann."}
 HOLDERS = {
     "a list beside which nothing is long": {"version": "1", "examples": [ASKED, ASKED]},
-    "the viewer's rows": {"rows": [{"row_idx": i, "row": ASKED} for i in range(2)], "partial": 0},
+    "the viewer's rows": {
+        "features": [{"feature_idx": 0, "name": "question"}],
+        "rows": [{"row_idx": i, "row": ASKED, "truncated_cells": []} for i in range(2)],
+        "partial": False,
+    },
     "columns": {key: [value, value] for key, value in ASKED.items()},
     "names of questions": {"q1": ASKED, "q2": ASKED},
 }
@@ -148,16 +152,19 @@ def test_one_object_that_holds_all_records(tmp_path, form):
 
 ZIPPED = gzip.compress(b" ".join(b"%d" % number for number in range(9000)))
 BROKEN = {
-    "twice.jsonl": (b'{"question": "A?", "question": "B?", "chunks": ["c"]}', "line 1: .*twice"),
+    "twice.jsonl": (
+        b'{"question": "A?", "question": "B?", "chunks": ["c"]}',
+        "line 1: .*key 'question' is given 2",
+    ),
     "twice.json": (
         b'[{"question": "A?", "question": "B?", "chunks": ["c"]}]',
-        "twice.json: .*twice",
+        "twice.json: .*key 'question' is given 2",
     ),
     "big.jsonl": (
         b'{"question": "A?", "chunks": ["c"], "id": ' + b"9" * 5000 + b"}",
         "line 1: not",
     ),
-    "twice.csv": (b"question,question,chunks\nA?,B?,c\n", "gives the column 'question' twice"),
+    "twice.csv": (b"question,question,chunks\nA?,B?,c\n", "column 'question' is given 2"),
     "half.csv": (
         b'question,chunks,note\nA?,c,"{""k"": ""\\ud83d""}"\n',
         r'line 2: field "note\.k" holds a lone surrogate',
@@ -166,6 +173,7 @@ BROKEN = {
         b'{"question": "A?", "chunks": ["c"], "\\ud83d": 1}',
         "line 1: name of a field holds a lone surrogate",
     ),
+    "open.tsv": (b'question\tchunks\n"A?\tc\nB?\td\nWho "is"?\te\n', "line 4: not CSV .*quotes"),
     "texts.jsonl": (b'"A?"\n"B?"\n', "the first is str"),
     "mid.gz": (ZIPPED[:1000] + b"junk" * 10 + ZIPPED[1040:], "mid.gz is damaged"),
     "mid.bz2": (b"BZh9" + b"junk" * 90, "mid.bz2 is damaged"),
@@ -212,6 +220,15 @@ def test_a_list_that_pandas_wrote_is_read_and_a_printed_array_is_refused(tmp_pat
         load_examples(path)
 
 
+@pytest.mark.parametrize("context", [{"title": np.array(["A"])}, ["Ann", float("nan")]])
+def test_what_pandas_prints_within_an_object_is_refused(tmp_path, context):
+    """As one text, it would become the passage."""
+    path = tmp_path / "table.csv"
+    pandas.DataFrame({"question": ["Who?"], "context": [context]}).to_csv(path, index=False)
+    with pytest.raises(ValueError, match="column 'context' holds a printed NumPy array or number"):
+        load_examples(path)
+
+
 def test_csv_is_told_by_the_last_suffix(tmp_path):
     path = save(tmp_path / "table.csv.jsonl", *ROWS)
     assert load_examples(path) == WANTED
@@ -235,5 +252,5 @@ def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path, kind):
     else:
         with pa.ipc.new_file(path, table.schema) as out:
             out.write(table)
-    with pytest.raises(ValueError, match=r"^rows\.\w+ has the column 'chunks' twice$"):
+    with pytest.raises(ValueError, match=r"^rows\.\w+: column 'chunks' is given 2 times"):
         load_examples(path)

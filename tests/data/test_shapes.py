@@ -129,6 +129,9 @@ def test_questions_over_passages_of_every_name(tmp_path, name):
     record = {"question": "Who?", name: ["one", {"page_content": "two"}], "answer": "Ann"}
     (example,) = load_examples(save(tmp_path / "r.jsonl", record))
     assert example == RagExample("Who?", ["one", "two"], "Ann")
+    own = {"response": "It is Ann.", "kind": "who", "supporting": [1], "followups": [["a", "b"]]}
+    (example,) = load_examples(save(tmp_path / "own.jsonl", record | own))
+    assert example == RagExample("Who?", ["one", "two"], "Ann", **own)
 
 
 @pytest.mark.parametrize(

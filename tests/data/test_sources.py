@@ -67,9 +67,11 @@ def test_gzip(tmp_path):
 
 def test_rows_that_cannot_be_asked_are_counted(save, caplog):
     gone = {key: value for key, value in WIKI.items() if key != "context"}
-    path = save([gone, WIKI | {"context": None}, WIKI, WIKI | {"context": []}])
+    empty = {"title": [], "sentences": []}
+    others = [WIKI | {"context": none} for none in (None, [], empty)]
+    path = save([gone, WIKI, *others])
     assert [example.id for example in load_examples(path)] == ["w1"]
-    assert f"{path}: left out 3 rows: no context" in caplog.text
+    assert f"{path}: left out 4 rows: no context" in caplog.text
 
 
 def test_unanswerable_musique_is_counted(save, caplog):
@@ -170,6 +172,13 @@ def test_file_that_cannot_be_read(tmp_path, text, message):
         load_examples(path)
 
 
+@pytest.mark.parametrize("options", ["chunker=delimiter", "as=document"])
+def test_passages_of_a_file_are_cut_as_its_source_says(tmp_path, options):
+    path = as_lines(tmp_path / "docs.jsonl", [{"text": "one\n\ntwo", "title": "T", "id": "d"}])
+    chunks = load_chunks(f"{path}?{options}")
+    assert [(c, c.document) for c in chunks] == [(Chunk(t, "T"), "d") for t in ("one", "two")]
+
+
 def test_chunks_of_a_file(tmp_path):
     lines = [{"text": "one", "title": "T"}, {"text": "two"}, {"text": "one", "title": "T"}]
     path = as_lines(tmp_path / "docs.jsonl", lines)
@@ -180,6 +189,8 @@ def test_chunks_of_a_file(tmp_path):
     assert load_chunks(asked) == [Chunk("one"), Chunk("two"), Chunk("three")]
     shared = as_lines(tmp_path / "shared.jsonl", [{"text": "one", "id": n} for n in "aba"])
     assert [chunk.document for chunk in load_chunks(shared)] == ["a", "b"]
+    cohere = as_lines(tmp_path / "cohere.jsonl", [{"id": "d1", "data": lines[0]}])
+    assert [(c, c.document) for c in load_chunks(cohere)] == [(Chunk("one", "T"), "d1")]
     wrong = as_lines(tmp_path / "wrong.jsonl", [*lines, {"text": "a", "titel": "b"}])
     with pytest.raises(ValueError, match=r'wrong\.jsonl, line 7: .*mean "title"'):
         load_chunks(wrong)

@@ -150,7 +150,7 @@ LONG = ",".join(f"field_{i}:column_{i}" for i in range(20))  # longer than any f
         ("hf:owner/name?chunker=x", "unknown chunker 'x'; available: delimiter"),
         ("hf:owner/name?chunker=fixed&sise=3", "'sise' of 'chunker=fixed'; known: size, overlap"),
         ("hf:owner/name?chunker=fixed&size=x", "chunker=fixed: 'size' must be a whole number"),
-        ("hf:owner/name?split=a&split=b", "option twice"),
+        ("hf:owner/name?split=a&split=b", "option 'split' is given 2 times"),
         ("fineweb", "is too large to load as a whole; give a limit"),
         ("missing.jsonl", "no file 'missing.jsonl'; a source is"),
         (f"missing.csv?fields={LONG}", "no file 'missing.csv"),

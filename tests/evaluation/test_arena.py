@@ -85,8 +85,9 @@ def test_a_prompt_is_the_arenas_own_text_piece_by_piece(clone, engine):
     assert "".join(texts) == rendered
 
 
-def test_the_result_file_is_what_the_arena_validates(clone, engine):
+def test_the_result_file_is_what_the_arena_validates(clone, engine, monkeypatch):
     exam = load_exam(clone, "qasper")
+    monkeypatch.setattr(engine.model.config, "_name_or_path", "/data/of-mine/toy")
     path = run_exam(engine, build("epic", k=2), exam, clone / "out")
     assert path.name == "epic_re_qasper.json"
     document = json.loads(path.read_text())
@@ -96,6 +97,7 @@ def test_the_result_file_is_what_the_arena_validates(clone, engine):
     assert card.keys() >= CARD
     assert (summary["track"], summary["subset"], summary["n"]) == ("re", "qasper", 3)
     assert card["provenance"] == "port"
+    assert summary["model"] == "toy"  # the file is published
     assert [row["_id"] for row in results] == ["q0", "q1", "q2"]
     for row in results:
         assert row.keys() >= ITEM
@@ -173,3 +175,5 @@ def test_what_is_wrong_is_one_line(clone, engine, tmp_path):
         load_exam(clone, "qasper")
     with pytest.raises(ValueError, match="takes chunks out of earlier prompts"):
         run_exam(engine, build("cache-craft"), load_exam(clone, "hotpotqa"), clone / "out")
+    with pytest.raises(ValueError, match=r"provenance must be one of official, .* got 'mine'"):
+        run_exam(engine, build("naive"), load_exam(clone, "hotpotqa"), clone / "out", port="mine")

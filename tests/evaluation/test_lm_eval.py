@@ -78,6 +78,15 @@ def test_both_modes_read_the_same_tokens_with_one_bos(engine):
     assert spaced.answer == block.pieces("When?", " now").answer
 
 
+@pytest.mark.parametrize("mode", ["block", "full"])
+def test_a_separator_at_the_end_belongs_to_the_query(engine, mode):
+    """The turn that Llama's chat template opens ends with two line breaks."""
+    pieces = BlocktuneLM(engine=engine, mode=mode).pieces(CONTEXT + "\n\n")
+    assert engine.tokenizer.decode(pieces.query) == "Question: When?\nAnswer:\n\n"
+    assert len(pieces.chunks) == 2
+    assert pieces.prefix == (engine.tokenizer.bos_token_id,)
+
+
 def test_whole_texts_are_scored_in_windows(engine):
     model = BlocktuneLM(engine=engine, mode="block")
     text = "Anna Belt was born in Port Alder."
@@ -97,6 +106,14 @@ def test_generation_ends_at_the_tasks_stop_string(engine):
     assert cut == whole.partition(stop)[0]
 
 
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_the_length_of_a_generation_has_the_harnesss_names(engine, name):
+    model = BlocktuneLM(engine=engine, max_gen_toks=6)
+    whole, cut = model.generate_until(ask((CONTEXT, {}), (CONTEXT, {name: 2})))
+    assert whole.startswith(cut)
+    assert len(cut) < len(whole)
+
+
 def test_an_automatic_batch_size_is_a_fixed_one(engine):
     assert BlocktuneLM(engine=engine, batch_size="auto:4").batch_size == 8
     assert BlocktuneLM(engine=engine, batch_size="3").batch_size == 3
@@ -106,8 +123,9 @@ def test_wrong_modes_and_sampling_are_refused(engine):
     with pytest.raises(ValueError, match="mode must be block or full, got 'dense'"):
         BlocktuneLM(engine=engine, mode="dense")
     model = BlocktuneLM(engine=engine)
-    with pytest.raises(ValueError, match="generates greedily"):
-        model.generate_until(ask(("x", {"do_sample": True, "temperature": 1.0})))
+    for sampled in ({"do_sample": True}, {"temperature": 0.7}):
+        with pytest.raises(ValueError, match="generates greedily"):
+            model.generate_until(ask(("x", sampled)))
 
 
 def test_a_misspelt_argument_is_refused(engine):

@@ -38,6 +38,13 @@ def test_a_grid_names_parameters_of_presets_axes_and_layouts():
         "layout": {"num_blanks": 1},
         "params": {"k": 4},
     }
+    [point] = spec(method="naive", grid={"select": ["deviation"], "layer_budget": [0.1]}).points()
+    assert point.entry == {"name": "naive", "select": "deviation", "layer_budget": 0.1}
+
+
+def test_a_folder_may_be_a_value():
+    points = spec(method="cacheclip", grid={"auxiliary": ["out/a", "out/b"]}).suite().methods
+    assert [point.label for point in points] == ["auxiliary=out_a", "auxiliary=out_b"]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import warnings
 
 import pytest
 from evaluation.fake_results import KINDS, METHODS, fake_results, fake_rows, fake_suite
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
 from blocktune.evaluation.compare import findings, power_notes
+from blocktune.evaluation.report import style
 from blocktune.evaluation.report.charts import draw_results
 from blocktune.evaluation.report.terminal import results_table
 from blocktune.evaluation.results import build_results
@@ -193,6 +195,15 @@ def test_the_picture_is_drawn_with_and_without_times(tmp_path, timed):
     assert picture.shape[0] > 500
     assert picture.shape[1] > 1200
     assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+
+
+def test_the_picture_is_headed_by_the_metric(monkeypatch):
+    results = json.loads(json.dumps(fake_results()))
+    results["tasks"]["worlds"]["title"] = "sub-EM"
+    figure = Figure(figsize=(12, 4))
+    monkeypatch.setattr(style, "to_png", lambda draw, *rest: draw(figure, style.LIGHT))
+    draw_results(results, "", "quick")
+    assert figure.get_suptitle() == "sub-EM: quick"
 
 
 def test_a_picture_that_fails_leaves_nothing(tmp_path):

@@ -2,14 +2,17 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands import launch
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch.distributed.fsdp import CPUOffloadPolicy
 from training.runs import write_run
+
+from blocktune.training.launch_checks import save_whole
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes/accelerate"
 OFFLOAD = {
@@ -63,6 +66,31 @@ def test_deepspeed_reads_its_stage_and_offload(name, stage, offload, launched, m
     assert zero.gather_16bit_weights_on_model_save is (stage == 3)
     assert plugin.zero3_init_flag is (stage == 3)
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("zero3", ("--zero3_save_16bit_model", "false")),
+        ("fsdp2", ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")),
+    ],
+)
+def test_whole_weights_are_saved_whatever_the_file_says(name, parts, launched, monkeypatch):
+    """Parts are the defaults of `accelerate config`."""
+    _, args = launched(name, *parts)
+    zero3 = name == "zero3"
+    env = prepare_deepspeed_cmd_env(args)[1] if zero3 else prepare_multi_gpu_env(args)
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    plugin = DeepSpeedPlugin() if zero3 else FullyShardedDataParallelPlugin()
+    state = SimpleNamespace(deepspeed_plugin=plugin, fsdp_plugin=plugin)
+    kind = DistributedType.DEEPSPEED if zero3 else DistributedType.FSDP
+    save_whole(SimpleNamespace(state=state, distributed_type=kind))
+    if zero3:
+        zero = DeepSpeedZeroConfig(**plugin.deepspeed_config["zero_optimization"])
+        assert zero.gather_16bit_weights_on_model_save
+    else:
+        assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

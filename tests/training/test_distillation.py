@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 from training.runs import losses, make_trainer, write_run
-from training.toy import save_toy, toy_config
+from training.toy import save_toy, toy_config, toy_model, toy_tokenizer
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from blocktune import BlockSFTConfig
-from blocktune.training.distillation import as_teacher, divergence, teacher_probs
+from blocktune.training.distillation import as_teacher, divergence, find_teacher, teacher_probs
 
 SIZE, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -168,6 +169,19 @@ def test_another_model_can_teach(tmp_path):
     its, _, trainer = loss_of_step(tmp_path, distill_weight=1.0, distill_teacher=teacher)
     assert abs(mine - its) > 0.1
     assert trainer.files.info.training["objective"].startswith("100% KL to the teacher")
+
+
+def test_another_teacher_is_loaded_whole_under_zero3(tmp_path):
+    """DeepSpeed would gather the weights of the student only."""
+    teacher = save_toy(tmp_path / "teacher", seed=7)
+    options = BlockSFTConfig(str(tmp_path), distill_weight=1.0, distill_teacher=teacher)
+    student, zero3 = toy_model(), HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        with find_teacher(options, student, toy_tokenizer(), True)(student) as loaded:
+            assert all(weight.numel() for weight in loaded.parameters())
+        assert zero3.is_zero3()
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path):

@@ -285,6 +285,21 @@ def test_any_trainers_adapter_is_served(base, tmp_path, full):
         assert engine.adapter.layout.placement == "parallel"
         served = engine.next_logits([EXAMPLE], "block-attention")
         torch.testing.assert_close(served[0], trained[0, before], rtol=1e-5, atol=2e-5)
+    changed = BlockDataCollator(toy_tokenizer())
+    callbacks = [SaveLayoutCallback(changed)]
+    other = Trainer(model, args, changed, toy_examples(16), callbacks=callbacks)
+    words = "checkpoint-4' was trained with layout .*'parallel'.* now it is .*'sequential'"
+    with pytest.raises(ValueError, match=words):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_predictions_come_in_the_order_of_the_rows(tmp_path):
+    args = BlockSFTConfig(str(tmp_path), **options(train_sampling_strategy="group_by_length"))
+    model, rows, asked = toy_model(), toy_examples(4), toy_examples(9)
+    trainer = BlockSFTTrainer(model, args, train_dataset=rows, processing_class=toy_tokenizer())
+    labels = trainer.predict(asked).label_ids
+    said = [toy_tokenizer().decode(row[row >= 0], skip_special_tokens=True) for row in labels]
+    assert said == [example.answers[0] for example in asked]
 
 
 def test_rows_that_a_source_leaves_out_are_left_out(tmp_path, caplog):

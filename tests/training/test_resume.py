@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig
 from training.runs import write_run
 from training.toy import toy_examples
 
@@ -260,6 +261,8 @@ def test_the_trainer_refuses_too(stopped, tmp_path):
     options = {key: value for key, value in kept.items() if key in names}
     args = BlockSFTConfig(**options | {"learning_rate": 1e-4})
     base, rows = kept["model_name_or_path"], toy_examples(64)
-    trainer = BlockSFTTrainer(base, args, train_dataset=rows)
-    with pytest.raises(ValueError, match=r"learning_rate 0\.005 -> 0\.0001"):
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = BlockSFTTrainer(base, args, train_dataset=rows, peft_config=lora)
+    words = r"other settings: (learning_rate 0\.005 -> 0\.0001|lora_alpha 32 -> 64|; ){3}\. Repeat"
+    with pytest.raises(ValueError, match=words):
         trainer.train(resume_from_checkpoint=True)

@@ -117,7 +117,7 @@ class Blobs(ABC):
 
     @abstractmethod
     def _remove(self, name: str) -> None:
-        """Removes a file that was found a moment ago."""
+        """Removes a file that was found a moment ago. May raise FileNotFoundError."""
 
     @abstractmethod
     def listing(self) -> Iterable[tuple[str, int, float]]:
@@ -142,9 +142,9 @@ class Blobs(ABC):
         """Removes the file of ``key``. Returns whether the store had one."""
         try:
             self.open(key, 0)
-        except (FileNotFoundError, ValueError):
+            self._remove(relative_path(key))
+        except (FileNotFoundError, ValueError):  # also if another process was faster
             return False
-        self._remove(relative_path(key))
         return True
 
     def has(self, key: str) -> bool:

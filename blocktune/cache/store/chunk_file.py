@@ -236,7 +236,7 @@ def heads_of(rank: int, size: int, num_heads: int) -> slice:
 class FileKV(ChunkKV):
     """A chunk whose layers are read from its ``file`` at each access; ``like`` holds no data.
 
-    The file is verified once, beforehand. If it is damaged later, an access raises `ValueError`.
+    The file is verified once, beforehand. If it is cut off later, an access raises `ValueError`.
     """
 
     def __init__(self, file: ChunkFile):

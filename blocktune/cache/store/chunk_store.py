@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -204,37 +203,34 @@ class ChunkStore:
 
     def discard(self, *keys: str) -> None:
         """Removes the entries of ``keys``, if any, from every tier."""
+        for tier in self._blobs:  # first, or a lookup could read a file and keep its entry
+            tier.remove(*keys)
         with self._lock:
             for tier in self._memories:
                 for key in keys:
                     tier.remove(key)
-        for tier in self._blobs:
-            tier.remove(*keys)
 
     def pin(self, key: str, pinned: bool = True) -> bool:
         """Protects an entry from eviction, or stops that. Returns whether a tier holds it."""
-        with self._lock:
-            return sum(self._ledgers(lambda ledger: ledger.pin([key], pinned), 0)) > 0
+        return sum(self._ledgers(lambda ledger: ledger.pin([key], pinned), 0)) > 0
 
     def row(self, key: str) -> Row | None:
         """An entry's row in the index of the first tier that has it, or None."""
-        with self._lock:
-            return next(filter(None, self._ledgers(lambda ledger: ledger.row(key))), None)
+        return next(filter(None, self._ledgers(lambda ledger: ledger.row(key))), None)
 
     def is_pinned(self, key: str) -> bool:
         """Whether the entry is pinned in some tier."""
-        with self._lock:
-            return any(self._ledgers(lambda ledger: ledger.is_pinned(key), False))
+        return any(self._ledgers(lambda ledger: ledger.is_pinned(key), False))
 
     def pinned(self) -> dict[str, int]:
         """The pinned entries of all tiers: their bytes by key."""
-        with self._lock:
-            rows = self._ledgers(lambda ledger: list(ledger.rows(pinned=1)), [])
-            return {row.key: row.size for row in chain.from_iterable(rows)}
+        found = self._ledgers(lambda ledger: list(ledger.rows(pinned=1)), ())
+        return {row.key: row.size for rows in found for row in rows}
 
     def _ledgers(self, act: Callable[[Ledger], Any], default: Any = None) -> list:
         """Results of ``act`` on the ledger of every tier; ``default`` for one that fails."""
-        memory = [act(tier.ledger) for tier in self._memories]
+        with self._lock:  # not for an index, which may be busy: hits in memory must not wait
+            memory = [act(tier.ledger) for tier in self._memories]
         return memory + [tier.on_ledger(act, default) for tier in self._blobs]
 
     def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:

@@ -130,7 +130,7 @@ class ChunkFolder(Blobs):
         sync(path.parent)
 
     def _remove(self, name: str) -> None:
-        (self.path / name).unlink(missing_ok=True)
+        (self.path / name).unlink()
 
     def listing(self) -> Iterator[tuple[str, int, float]]:
         for first in self._folders(self.path):

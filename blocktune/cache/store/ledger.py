@@ -56,16 +56,18 @@ END;
 
 _Use = tuple[int, float, Row | None]
 """Number of hits of an entry, time of the last one, and the row to insert if it is new."""
-_USE = "UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = ? WHERE key = ?"
+_CLOCK = "coalesce((SELECT value FROM meta WHERE name = 'clock'), 0.0)"
+_USE = f"UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = {_CLOCK} WHERE key = ?"
 _COLUMNS = tuple(field.name for field in fields(Row))
 _ADD = (
     f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
-    f"VALUES ({', '.join('?' * len(_COLUMNS))}, ?, 0.0)"
+    f"VALUES ({', '.join('?' * len(_COLUMNS))}, {_CLOCK}, 0.0)"
 )
 _LATE = "UPDATE entries SET used = min(used, ?1), created = min(created, ?1) WHERE used > ?1"
 """Corrects entries that a clock ahead of time dated: they would never be the oldest again."""
 _CLAUSES = {"document": "instr(char(10) || document || char(10), char(10) || ? || char(10))"}
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
+_LEAVING = "SELECT key, size, tenant, worth FROM entries"
 
 
 class Ledger:
@@ -112,16 +114,14 @@ class Ledger:
     def add(self, key: str, size: int, about: About) -> None:
         """Inserts an entry, or replaces it and keeps its pin and its count of uses.
 
-        An entry that moves here from another tier, whose row is ``about``, keeps its pin, too.
+        An entry that moves here from another tier, whose row is ``about``, keeps both, too.
         """
         with self.transaction() as database:
-            now = self.now()
-            cursor = database.execute("SELECT uses, pinned FROM entries WHERE key = ?", (key,))
-            uses, pinned = cursor.fetchone() or (0, getattr(about, "pinned", 0))
+            now, kept = self.now(), self.row(key) or about
+            uses, pinned = getattr(kept, "uses", 0), getattr(kept, "pinned", 0)
             database.execute("DELETE FROM entries WHERE key = ?", (key,))
             metadata = (getattr(about, field.name) for field in fields(About))
-            row = (*metadata, key, max(size, 1), now, now, uses + 1, pinned, self._aging())
-            database.execute(_ADD, row)
+            database.execute(_ADD, (*metadata, key, max(size, 1), now, now, uses + 1, pinned))
 
     def use(self, key: str, row: Row | None = None) -> None:
         """Counts a hit, to be written later. ``row`` is inserted if ``key`` has no entry."""
@@ -154,15 +154,17 @@ class Ledger:
         with self._lock:
             self.flush()
             database = self._open()
-            expired = "SELECT key, size FROM entries WHERE expires <= ? AND key != ? AND NOT pinned"
-            evicted = dict(database.execute(expired, (self._clock(), key)))
+            expired = f"{_LEAVING} WHERE expires <= ? AND key != ? AND NOT pinned"
+            found = database.execute(expired, (self._clock(), key))
+            evicted = {old: (freed, whose) for old, freed, whose, _ in found}
             old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
             old_size, old_tenant = old.fetchone() or (0, tenant)
             for limit, owner in ((self.quota, tenant), (self.max_bytes, None)):
                 if limit is None:
                     continue
                 used = self.size(owner) - (old_size if owner in (None, old_tenant) else 0)
-                need = used + size - limit - sum(evicted.values() if owner is None else ())
+                freed = sum(n for n, whose in evicted.values() if owner in (None, whose))
+                need = used + size - limit - freed
                 if need > 0 and not self._select(owner, need, key, evicted):
                     return None
             return list(evicted)
@@ -217,7 +219,7 @@ class Ledger:
             self._uses.clear()
         if uses:
             with self.transaction() as database:
-                _write_uses(database, uses, self._aging())
+                _write_uses(database, uses)
 
     def clear(self) -> None:
         """Deletes all entries."""
@@ -228,7 +230,7 @@ class Ledger:
 
     def fill(self, rows: Iterable[Row]) -> None:
         """Inserts rows found by listing the files, unless their keys are there already."""
-        found = [(*astuple(row), 0.0) for row in rows]  # files are read before others must wait
+        found = [astuple(row) for row in rows]  # files are read before others must wait
         with self.transaction() as database:
             database.executemany(_ADD, found)
 
@@ -245,28 +247,23 @@ class Ledger:
         self._last_time = max(self._clock(), self._last_time + 1e-6)
         return self._last_time
 
-    def _select(self, tenant: str | None, need: int, key: str, evicted: dict[str, int]) -> bool:
+    def _select(self, tenant: str | None, need: int, key: str, evicted: dict) -> bool:
         """Adds keys of least worth to ``evicted`` until ``need`` bytes are free, if possible."""
         where, values = ("", ()) if tenant is None else ("tenant = ? AND ", (tenant,))
         candidates = self._open().execute(
-            f"SELECT key, size, worth FROM entries WHERE {where}pinned = 0 ORDER BY worth, used",
-            values,
+            f"{_LEAVING} WHERE {where}pinned = 0 ORDER BY worth, used", values
         )
         clock = None
-        for name, size, worth in candidates:
+        for name, size, whose, worth in candidates:
             if need <= 0:
                 break
             if name != key and name not in evicted:
-                evicted[name] = size
+                evicted[name] = size, whose
                 need, clock = need - size, worth
-        if clock is not None and self.policy == "gdsf":
+        if need <= 0 and clock is not None and self.policy == "gdsf":
             with self.transaction() as database:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (clock,))
         return need <= 0
-
-    def _aging(self) -> float:
-        record = self._open().execute("SELECT value FROM meta WHERE name = 'clock'").fetchone()
-        return record[0] if record else 0.0
 
     def _open(self) -> sqlite3.Connection:
         if self.path is not None and self._pid != os.getpid():
@@ -307,10 +304,10 @@ def _write(owner: weakref.ref[Ledger]) -> None:
 def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> None:
     if pid == os.getpid():
         with suppress(sqlite3.Error):  # only times of use are lost
-            _write_uses(database, uses, 0.0)
+            _write_uses(database, uses)
             database.close()
 
 
-def _write_uses(database: sqlite3.Connection, uses: dict[str, _Use], clock: float) -> None:
-    database.executemany(_ADD, [(*astuple(row), 0.0) for *_, row in uses.values() if row])
-    database.executemany(_USE, [(n, at, clock, key) for key, (n, at, _) in uses.items()])
+def _write_uses(database: sqlite3.Connection, uses: dict[str, _Use]) -> None:
+    database.executemany(_ADD, [astuple(row) for *_, row in uses.values() if row])
+    database.executemany(_USE, [(n, at, key) for key, (n, at, _) in uses.items()])

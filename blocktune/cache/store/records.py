@@ -64,9 +64,9 @@ def text_bytes(text: str) -> Tensor:
 class Nearest:
     """Exhaustive nearest-neighbour search over the embeddings of the latest ``most`` records.
 
-    The list of embeddings is a record itself, so other processes share it. If two processes add at
-    once, one addition is lost; results stay correct. ``scope`` is a hex digest of the model,
-    tenant and purpose that share the list.
+    The list of embeddings is a record itself, so later processes find it. Processes that run at the
+    same time overwrite each other's additions; results stay correct. ``scope`` is a hex digest of
+    the model, tenant and purpose that share the list.
     """
 
     def __init__(self, store: ChunkStore, scope: str, most: int = 1024):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,6 +22,7 @@ TIMEOUT_S = 2.0  # limit on one request to a remote; an answer can do without wh
 SLOWEST = 1e6  # bytes per second that a write may take in addition
 VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
+_DATES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 
 
 def open_remote(url: str, secret: bytes | None = None) -> Blobs:
@@ -97,13 +99,11 @@ class FsspecBlobs(Blobs):
 
     def listing(self) -> list[tuple[str, int, float]]:
         files = _call_client(self._fs.find, self._root, detail=True)
-        names = ((PurePosixPath(name), info) for name, info in sorted(files.items()))
-        return [
-            (name.stem, *_size_and_date(info))
-            for name, info in names
-            if name.suffix == ".safetensors"
-            and is_key(name.stem)
-            and name.as_posix().endswith(relative_path(name.stem))
+        keys = ((PurePosixPath(name).stem, name, info) for name, info in sorted(files.items()))
+        return [  # without those of another store in a folder below
+            (key, *_size_and_date(info))
+            for key, name, info in keys
+            if is_key(key) and name.strip("/") == self._path(relative_path(key)).strip("/")
         ]
 
     def _manifests(self) -> Iterable[str]:
@@ -124,7 +124,8 @@ class FsspecBlobs(Blobs):
 
 
 def _size_and_date(info: dict[str, Any]) -> tuple[int, float]:
-    date = next((info[n] for n in ("LastModified", "mtime", "updated") if n in info), 0.0)
+    # Without a known date it counts as just used, so that `gc --unused-days` does not remove it.
+    date = next((info[name] for name in _DATES if info.get(name)), time.time())
     if isinstance(date, str):
         date = datetime.fromisoformat(date)
     return int(info["size"]), date.timestamp() if isinstance(date, datetime) else float(date)
@@ -160,11 +161,12 @@ class ValkeyBlobs(Blobs):
             data = _call_client(self._client.get, key)
             if data is None:
                 raise FileNotFoundError(key)
-            return Blob(data)
-        data = _call_client(self._client.getrange, key, 0, max(most, 1) - 1)
+            return Blob(data, used=time.time())
+        [(data, size, idle)] = _call_client(self._peek, [key], max(most, 1))
+        if not isinstance(data, bytes):
+            raise OSError(str(data))
         if not data:
             raise FileNotFoundError(key)
-        size, idle = _call_client(self._sizes, [key])[0]
         return Blob(data, size, time.time() - idle)
 
     def _write(self, name: str, data: bytes) -> None:
@@ -173,17 +175,15 @@ class ValkeyBlobs(Blobs):
     def _remove(self, name: str) -> None:
         _call_client(self._client.delete, self._key(name))
 
-    def has(self, key: str) -> bool:
-        """See `Blobs.has`. It does not count as a use."""
-        try:
-            return bool(_call_client(self._client.exists, self._key(relative_path(key))))
-        except OSError:
-            return False
+    def touch(self, key: str) -> None:
+        """See `Blobs.touch`."""
+        with suppress(OSError):
+            _call_client(self._client.touch, self._key(relative_path(key)))
 
     def listing(self) -> list[tuple[str, int, float]]:
         now, keys = time.time(), sorted(filter(is_key, self._names("")))
-        sizes = _call_client(self._sizes, [f"{self._prefix}:{key}" for key in keys])
-        return [(key, size, now - idle) for key, (size, idle) in zip(keys, sizes, strict=True)]
+        found = _call_client(self._peek, [f"{self._prefix}:{key}" for key in keys])
+        return [(key, size, now - idle) for key, (_, size, idle) in zip(keys, found, strict=True)]
 
     def _manifests(self) -> Iterable[str]:
         return self._names("manifest:")
@@ -193,14 +193,17 @@ class ValkeyBlobs(Blobs):
         names = _call_client(lambda: list(self._client.scan_iter(f"{start}*", count=1000)))
         return [name.decode(errors="replace").removeprefix(start) for name in set(names)]
 
-    def _sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
+    def _peek(self, names: Sequence[str], most: int = 1) -> list[tuple[bytes, int, int]]:
+        """First ``most`` bytes, size and idle seconds of values, without counting as a use."""
         pipe = self._client.pipeline(transaction=False)
+        pipe.client_no_touch("ON")  # unknown to Redis before 7.2, where it does count
         for name in names:
-            pipe.object("IDLETIME", name)  # first, because reading the size counts as a use
-            pipe.strlen(name)
-        replies = pipe.execute(raise_on_error=False)
-        numbers = [reply if isinstance(reply, int) else 0 for reply in replies]
-        return list(zip(numbers[1::2], numbers[::2], strict=True))  # bytes, idle seconds
+            pipe.object("IDLETIME", name).strlen(name).getrange(name, 0, most - 1)
+        pipe.client_no_touch("OFF")
+        replies = iter(pipe.execute(raise_on_error=False)[1:-1])
+        found = zip(replies, replies, replies, strict=True)
+        number = lambda reply: reply if isinstance(reply, int) else 0  # noqa: E731
+        return [(data, number(size), number(idle)) for idle, size, data in found]
 
     def _key(self, name: str) -> str:
         kind = "manifest:" if name.startswith(f"{MANIFESTS}/") else ""

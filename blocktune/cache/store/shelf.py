@@ -42,22 +42,23 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
     ``budget`` goes to `Ledger`. Without a ``policy``, the index keeps its own.
     """
     path = folder.path / INDEX
-    for _ in range(3):
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            _LOG.warning("'%s' is not the index of the store; it is not used", path)
-            return None
-        try:
-            ledger = Ledger(path, **budget)
-            if not ledger.size():  # new, lost or emptied
-                ledger.fill(found_rows(folder))
-            return ledger
-        except sqlite3.OperationalError as error:  # read-only, or locked for too long
-            if "locked" not in str(error):
+    with suppress(OSError):  # files that cannot be listed, an index that cannot be removed
+        for _ in range(3):
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                _LOG.warning("'%s' is not the index of the store; it is not used", path)
                 return None
-            time.sleep(0.1)
-        except sqlite3.DatabaseError:
-            for suffix in ("", "-wal", "-shm"):
-                path.with_name(INDEX + suffix).unlink(missing_ok=True)
+            try:
+                ledger = Ledger(path, **budget)
+                if not ledger.size():  # new, lost or emptied
+                    ledger.fill(found_rows(folder))
+                return ledger
+            except sqlite3.OperationalError as error:  # read-only, or locked for too long
+                if "locked" not in str(error):
+                    return None
+                time.sleep(0.1)
+            except sqlite3.DatabaseError:
+                for suffix in ("", "-wal", "-shm"):
+                    path.with_name(INDEX + suffix).unlink(missing_ok=True)
     return None
 
 
@@ -145,13 +146,15 @@ class Shelf:
     def mend(self) -> dict[str, int]:
         """Repairs the index. Returns the number of entries without a file and of missing entries.
 
-        Both may result from a full disk or a kill. Raises as a `Ledger` does.
+        A full disk or a kill causes both. Removes unfinished files. Raises as a `Ledger` does.
         """
         if self.index is None:
             return {"without_file": 0, "not_indexed": 0}
+        self.blobs.clean()
         indexed, stored = {row.key for row in self.index.rows()}, set(self.blobs.keys())
-        # Check again: other processes add an entry to the index before they write its file.
-        gone = {key for key in indexed - stored if not self.blobs.has(key)}
+        # Other processes add an entry to the index before they write its file: check again.
+        writing = {path.name[1:65] for path in (self.blobs.path / WRITING).glob(".*.part")}
+        gone = {key for key in indexed - stored - writing if not self.blobs.has(key)}
         self.index.remove(gone)
         self.index.fill(found_rows(self.blobs, sorted(stored - indexed)))
         return {"without_file": len(gone), "not_indexed": len(stored - indexed)}
@@ -230,13 +233,12 @@ class StoreView:
     def manifest(self, fingerprint: str) -> dict[str, Any] | None:
         """The first manifest found in the folder or the remote, see `Blobs.manifest`."""
         records = (blobs.manifest(fingerprint) for blobs in self._blobs)
-        return next((record for record in records if record is not None), None)
+        return next(filter(None, records), None)
 
     def manifests(self) -> list[dict[str, Any]]:
         """The manifests of all models. Raises ValueError if the store is out of reach."""
         try:
             names = {name for blobs in self._blobs for name in blobs.fingerprints()}
-            found = map(self.manifest, sorted(names))
-            return [record for record in found if record is not None]
+            return list(filter(None, map(self.manifest, sorted(names))))
         except OSError as error:
             raise ValueError(f"cannot read the store '{self.place}': {error}") from None

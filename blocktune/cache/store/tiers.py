@@ -58,7 +58,8 @@ class MemoryTier:
 
     def put(self, key: str, entry: Entry, about: About) -> list[tuple[str, Entry, About]]:
         """Keeps an entry. Returns the evicted ones, or the entry itself if it does not fit."""
-        fits = entry.num_bytes <= self.ledger.max_bytes
+        end = math.inf if about.expires is None else about.expires
+        fits = entry.num_bytes <= self.ledger.max_bytes and end > time.time()
         leaving = self.ledger.leaving(entry.num_bytes, about.tenant, key) if fits else None
         if leaving is None:
             self.remove(key)
@@ -71,7 +72,7 @@ class MemoryTier:
         if self.device.type == "cpu" and torch.cuda.is_available():
             entry = entry.map(lambda tensor: tensor.pin_memory())
         self.entries[key] = entry
-        self._expiry[key] = math.inf if about.expires is None else about.expires
+        self._expiry[key] = end
         self.ledger.add(key, entry.num_bytes, about)
         self.stats.bytes_written += entry.num_bytes
         return evicted
@@ -278,7 +279,10 @@ def _in_background(tier: BlobTier) -> queue.Queue:
 
     def work() -> None:
         while (act := pending.get()) is not None:
-            act()
+            try:
+                act()
+            except Exception:  # such as too little memory: others still wait
+                _LOG.exception("a chunk was not written")
             del act  # queued calls keep the tier alive, this thread must not
             pending.task_done()
 

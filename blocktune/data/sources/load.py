@@ -14,7 +14,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking import Chunker
+from blocktune.data.chunking import Chunker, build_chunker, tidy
 from blocktune.data.example import TEXT_KEYS, RagExample, read_chunk, unknown_fields
 from blocktune.data.sources.catalog import CATALOG, data_set
 from blocktune.data.sources.options import (
@@ -26,6 +26,7 @@ from blocktune.data.sources.options import (
     read_options,
 )
 from blocktune.data.sources.records import LeftOut, Record, parse_record, read_hub, read_records
+from blocktune.data.sources.schemas import Cutter
 from blocktune.data.sources.shapes import find_shape, rename
 from blocktune.data.sources.texts import POOL, with_shots
 from blocktune.prompt.format import Chunk
@@ -107,7 +108,8 @@ def open_records(parsed: SourceName, reading: Reading, limit: int | None) -> Ite
 def load_chunks(source: str | Path) -> list[Chunk]:
     """Loads the distinct chunks of a file of examples, or of a file with one passage per record.
 
-    A chunk of several documents (`Chunk.document`) is returned once for each.
+    Passages are cut by the source's ``chunker``, if it names one, or with ``as=document`` by the
+    default. A chunk of several documents (`Chunk.document`) is returned once for each.
     """
     parsed = parse_source(str(source))
     reading = read_options(parsed)
@@ -116,9 +118,13 @@ def load_chunks(source: str | Path) -> list[Chunk]:
     records = chain(first, records)
     value = first[0].value if first else None
     has_text = isinstance(value, dict) and any(key in value for key in TEXT_KEYS)
-    if isinstance(value, str) or (has_text and "question" not in value):
+    is_passage = isinstance(value, str) or (has_text and "question" not in value)
+    if is_passage and reading.shape in (None, "document"):
         read = partial(parse_record, parse=partial(read_chunk, name="text"), types=dict | str)
         chunks = map(read, records)
+        if chunker := reading.chunker or (reading.shape and build_chunker("delimiter")):
+            cut = Cutter(chunker, reading.tokenizer).text
+            chunks = (replace(chunk, text=t) for chunk in chunks for t in tidy(cut(chunk.text)))
     else:
         chunks = (chunk for e in parse_records(records, parsed, reading) for chunk in e.chunks)
     return list({(chunk, chunk.document): chunk for chunk in chunks}.values())

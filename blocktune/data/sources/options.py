@@ -14,7 +14,7 @@ from blocktune import plugins
 from blocktune.data.chunking import CHUNKERS, Chunker
 from blocktune.data.example import RagExample
 from blocktune.models.load import read_tokenizer
-from blocktune.parsing import build_config
+from blocktune.parsing import build_config, refuse_doubles
 
 
 class SourceName(NamedTuple):
@@ -33,20 +33,17 @@ def parse_source(source: str) -> SourceName:
     pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)  # a plus is no space
     if not all(map(all, pairs)):
         raise ValueError(f"'{source}' has options that are not key=value&key=value")
-    options = dict(pairs)
-    if len(options) < len(pairs):
-        raise ValueError(f"'{source}' gives an option twice; give each once")
-    return SourceName(source, name, options)
+    refuse_doubles(f"'{source}': option", [key for key, _ in pairs], "give it once")
+    return SourceName(source, name, dict(pairs))
 
 
 def with_fields(source: str, mapping: str | None) -> str:
     """Appends ``--fields question=input,chunks=context`` to a source as an option."""
     if mapping is None:
         return source
-    pairs = [pair.replace("=", ":", 1) for pair in mapping.split(",")]
-    _ = _mapping(",".join(pairs))
-    text = quote(",".join(pairs), safe=":,")
-    return f"{source}{'&' if '?' in source else '?'}fields={text}"
+    text = ",".join(pair.replace("=", ":", 1) for pair in mapping.split(","))
+    _ = _mapping(text)  # validates it
+    return f"{source}{'&' if '?' in source else '?'}fields={quote(text, safe=':,')}"
 
 
 def _mapping(text: str) -> dict[str, str]:

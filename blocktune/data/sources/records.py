@@ -13,15 +13,16 @@ import re
 import sys
 import tokenize
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from blocktune.data.example import TEXT_KEYS
+from blocktune.data.example import TEXT_KEYS, passages_in
 from blocktune.data.sources.catalog import DataSet
+from blocktune.parsing import refuse_doubles
 from blocktune.prompt.format import require_unicode
 
 WANTED = "a JSON list, JSON lines, CSV, Parquet or Arrow (also .gz, .bz2, .xz)"
@@ -36,13 +37,15 @@ _UNSUPPORTED = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-_ARRAY = re.compile(r"\[\s*[{'\"].*[}'\"]\s*\]\s*", re.DOTALL)  # of objects or texts, as printed
+_ARRAY = re.compile(  # as NumPy and pandas print arrays, with texts or within objects
+    r"\[\s*[{'\"].*[}'\"]\s*\]\s*"
+    r"|[\[{]\s*(?=[\[{'\"]|array\(|nan\b).*\b(array\(\[|nan(?=\s*[,}\]])).*[}\]]\s*",
+    re.DOTALL,
+)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escape of a surrogate, paired or lone
 
 MOST_PARAGRAPHS = 10
 """Number of paragraphs in the context of a SQuAD question, as in HotpotQA."""
-
-
 _WRAPPERS = ("data", "rows", "examples", "instances", "records", "questions")
 """Fields that may hold the records if the file is a single object."""
 
@@ -108,12 +111,11 @@ def _from_json(name: str, stream) -> Iterator[Record]:
         if not isinstance(value, list):
             yield Record(f"{name}, line 1", value)
         return
+    wanted = "; a file is a JSON list or one object a line"
     for number, line in enumerate(stream, start=1):
         if line.strip():
             where = f"{name}, line {number}"
-            yield Record(
-                where, _decoded(line, where, "; a file is a JSON list or one object a line")
-            )
+            yield Record(where, _decoded(line, where, wanted))
 
 
 def _decoded(text: str, where: str, wanted: str = "") -> Any:
@@ -134,14 +136,8 @@ def _decoded(text: str, where: str, wanted: str = "") -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        _refuse_repeated([key for key, _ in pairs], "one object gives")
+        refuse_doubles("key", [key for key, _ in pairs], "give it once")
     return unique
-
-
-def _refuse_repeated(names: list[str], what: str) -> None:
-    for name, count in Counter(names).most_common(1):
-        if count > 1:
-            raise ValueError(f"{what} '{name}' twice")
 
 
 def _require_text(value: Any, name: str, where: str) -> None:
@@ -164,10 +160,10 @@ def _from_csv(name: str, stream) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # a context is longer than the default of 128 KiB
     header = stream.readline()
     stream.seek(0)
-    rows = csv.DictReader(stream, delimiter=max(",\t;", key=header.count))
+    rows = csv.DictReader(stream, delimiter=max(",\t;", key=header.count), strict=True)
     try:
         names = rows.fieldnames or []
-        _refuse_repeated(names, f"{name}: the header gives the column")
+        refuse_doubles(f"{name}: column", names, "rename one")
         for row in rows:
             where = f"{name}, line {rows.line_num}"
             if None in row or None in row.values():
@@ -177,7 +173,9 @@ def _from_csv(name: str, stream) -> Iterator[Record]:
                 _require_text(value, "", where)
             yield Record(where, value)
     except csv.Error as error:
-        raise ValueError(f"{name}, line {rows.line_num}: not CSV ({error})") from None
+        where = f"{name}, line {rows.reader.line_num}"
+        hint = "put a text that holds quotes in quotes, and write its own twice"
+        raise ValueError(f"{where}: not CSV ({error}); {hint}") from None
     if not names:
         raise ValueError(f"{name} is empty; give {WANTED}")
 
@@ -185,10 +183,8 @@ def _from_csv(name: str, stream) -> Iterator[Record]:
 def _cell(text: str, where: str, column: str) -> Any:
     if text[:1] not in ("[", "{"):
         return text or None
-    try:
+    with suppress(ValueError):
         return json.loads(text)
-    except ValueError:
-        pass
     try:
         value = ast.literal_eval(text)  # pandas writes Python literals
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
@@ -198,8 +194,8 @@ def _cell(text: str, where: str, column: str) -> Any:
         value, is_array = text, _ARRAY.fullmatch(text)
     if is_array:  # Python would join the texts of ['a' 'b']
         raise ValueError(
-            f"{where}: column '{column}' holds a printed NumPy array, without commas "
-            f"({text!r:.40}); write lists, as Series.map(list) makes them, or a Parquet file"
+            f"{where}: column '{column}' holds a printed NumPy array or number ({text!r:.40}); "
+            "write lists, as Series.map(list) makes them, or a Parquet file"
         )
     return value
 
@@ -218,7 +214,7 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         number = 0
         for batch in batches:
-            _refuse_repeated(batch.schema.names, f"{path.name} has the column")
+            refuse_doubles(f"{path.name}: column", batch.schema.names, "rename one")
             for row in batch.to_pylist():
                 number += 1
                 yield Record(f"{path.name}, record {number}", row)
@@ -234,17 +230,19 @@ def _expand(record: Record) -> Iterator[Record]:
     keyed by question id, or in SQuAD's articles.
     """
     value = record.value if isinstance(record.value, Mapping) else {}
-    lists = [key for key, entry in value.items() if isinstance(entry, list | dict)]
+    # The Hub's data set viewer describes the columns beside the rows.
+    lists = [k for k, v in value.items() if isinstance(v, list | dict) and k != "features"]
     is_passage = any(isinstance(value.get(key), str) for key in TEXT_KEYS)
     paragraphs, question = value.get("paragraphs"), value.get("question")
     nested: Iterable[tuple[str, Any]] = ()
-    if len(lists) == 1 and lists[0] in _WRAPPERS and question is None and not is_passage:
-        nested = ((f"{lists[0]}[{index}]", entry) for index, entry in enumerate(value[lists[0]]))
+    holder = lists[0] if len(lists) == 1 and lists[0] in _WRAPPERS else None
+    if isinstance(value.get(holder), list) and question is None and not is_passage:
+        nested = ((f"{holder}[{index}]", entry) for index, entry in enumerate(value[holder]))
     elif isinstance(question, list) and all(
         isinstance(column, list) and len(column) == len(question) for column in value.values()
     ):
-        rows = (dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True))
-        nested = ((f"row {index}", row) for index, row in enumerate(rows, start=1))
+        rows = enumerate(passages_in(value, "rows"), start=1)
+        nested = ((f"row {index}", row) for index, row in rows)
     elif {"row_idx", "row"} <= value.keys():  # from the Hub's data set viewer
         nested = [("row", value["row"])]
     elif value and all(isinstance(v, Mapping) and "question" in v for v in value.values()):

@@ -77,7 +77,7 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
     Source: https://hotpotqa.github.io, https://github.com/Alab-NII/2wikimultihop.
     """
     context = record.get("context")
-    if not context:
+    if not (any(context.values()) if isinstance(context, Mapping) else context):
         raise LeftOut("no context")
     if isinstance(context, str):
         spans = cutter.text(context) if cutter else [context]
@@ -90,9 +90,13 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
 def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
     """Converts a question with `PASSAGES`: CacheBlend's and FiD's ``ctxs``, RAGAS' ``contexts``.
 
+    A record with other fields of blocktune's own format is one, except for the name of its chunks.
+
     Source: https://github.com/YaoJiayi/CacheBlend, ``inputs/``.
     """
     name = next((name for name in PASSAGES if record.get(name) is not None), PASSAGES[0])
+    if any(record.get(key) is not None for key in ("response", "kind", "supporting", "followups")):
+        return parse_own({**record, name: None, "chunks": record.get(name)})
     return _example(record, name, kind=str(record.get("type") or ""))
 
 

@@ -13,13 +13,10 @@ import yaml
 
 SPLITS = ("train", "dev", "test")
 
-
 _DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 _WORDS = {name: tuple(text.split()) for name, text in _DATA["words"].items()}
 ROOT, COMPARED, FILLERS = _WORDS["root"], _DATA["compared"], tuple(_DATA["fillers"])
 YEARS = tuple(str(year) for year in range(1950, 1990))
-
-
 _FORMS = {
     kind: tuple((pattern, _WORDS[words]) for pattern, words in forms.items())
     for kind, forms in _DATA["forms"].items()

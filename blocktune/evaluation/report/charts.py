@@ -171,7 +171,8 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"
     titles = {task["title"] for task in results["tasks"].values()}
-    metric = "Score" if len(titles) > 1 else next(iter(titles)).replace("EM", "Exact match")
+    metric = "Score" if len(titles) > 1 else next(iter(titles))
+    metric = "Exact match" if metric == "EM" else metric
 
     def draw(figure: Figure, ground: Ground) -> None:
         widths = [1.0] * len(groups) + [1.9]

@@ -159,11 +159,8 @@ def zoom(
     upright, (start, end) = axis == "y", limits
     own = axes.yaxis if upright else axes.xaxis
     (axes.set_ylim if upright else axes.set_xlim)(start, end + 0.03 * (end - start))
-    own.set_major_locator(
-        MaxNLocator(6, steps=[1, 2, 5, 10])
-        if upright
-        else FixedLocator((start, (start + end) / 2, end))
-    )
+    three = FixedLocator((start, (start + end) / 2, end))
+    own.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if upright else three)
     as_share(own)
     if limits != (0, 1):
         shown = f"axis from {100 * start:.0f} to {100 * end:.0f} %"
