@@ -104,7 +104,6 @@ class Engine:
         tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
         auxiliaries = Auxiliaries(model, tokenizer)
         self.state = EngineState(model, tokenizer, encoder, tree, auxiliaries, recurrence)
-        config = model.config.get_text_config()
         for name in unfollowed(model.generation_config):
             value = getattr(model.generation_config, name)
             _LOG.warning("the model's generation config has %s=%s: not followed", name, value)
@@ -113,8 +112,8 @@ class Engine:
             self.format,
             trained=adapter.layout if adapter else None,
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
-            max_tokens=context_length(config),
-            num_layers=config.num_hidden_layers,
+            max_tokens=context_length(model.config.get_text_config()),
+            num_layers=self.state.num_layers,
             refusal=recurrence and recurrence.refusal,
             num_tokens=num_tokens,
             exact_tokens=rope.max_tokens if rope else None,
