@@ -11,8 +11,8 @@ import threading
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
@@ -107,14 +107,12 @@ def load_links(folder: str | Path) -> LinkTable:
     if not path.is_file():
         raise ValueError(f"no {LINKS_FILE} in {folder}; its adapter was trained with link tokens")
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            weight = file.get_tensor("weight") if names == ["weight"] else None
+        held = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged or incomplete ({error}); copy it again") from None
-    if weight is None or weight.ndim != 2:
-        raise ValueError(f"{path} must hold one (num_links, hidden) tensor 'weight', got {names}")
-    return LinkTable.of(weight)
+    if [*held] != ["weight"] or held["weight"].ndim != 2:
+        raise ValueError(f"{path} must hold one (num_links, hidden) tensor 'weight', got {[*held]}")
+    return LinkTable.of(held["weight"])
 
 
 def add_link_tokens(
@@ -141,12 +139,9 @@ def add_link_tokens(
     rows = new_links(model, num_links, seed).weight.data if rows is None else rows
     old = link_base(model)
     if ids[-1] >= old:
-        with gathered(model.get_output_embeddings().weight):
-            head = model.get_output_embeddings().weight.data.float().mean(0)
         model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
-        with gathered(model.get_output_embeddings().weight, write=True):
-            model.get_output_embeddings().weight.data[old:] = head  # the mean row, never trained
-        for table in _other_tables(model):  # resized, too: random rows would differ at each load
+        # The other new rows are never trained. They are mean rows, the same at each load.
+        for table in (model.get_output_embeddings(), *_other_tables(model)):
             with gathered(table.weight, write=True):
                 if len(table.weight) == ids[-1] + 1:
                     table.weight.data[old:] = table.weight.data[:old].float().mean(0)

@@ -62,11 +62,7 @@ class _Row(NamedTuple):
     group: int
     ends: bool
     blank: bool
-
-    @property
-    def special(self) -> bool:
-        """Whether later global rows do not see this one in some layer."""
-        return self.fresh or self.ends or self.blank
+    special: bool  # later global rows do not see it in some layer
 
 
 def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
@@ -78,7 +74,7 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
     for index, (kind, sample, order, group, supersedes, until) in rows:
         if kind != Kind.PAD:
             fresh, ends, blank = supersedes != NO_ROW, until != FOREVER, kind == Kind.BLANK
-            row = _Row(order, fresh, index, group, ends, blank)
+            row = _Row(order, fresh, index, group, ends, blank, fresh or ends or blank)
             samples[index // layout.num_rows, sample].append(row)
     return {sample: sorted(rows) for sample, rows in samples.items()}
 
@@ -181,16 +177,14 @@ def _by_length(segments: list[RowSegment], slack: float = 1.25) -> list[list[Row
     buckets: list[list[RowSegment]] = []
     for segment in sorted(segments, key=lambda s: (s.own, s.causal, len(s.key), len(s.query))):
         first = buckets[-1][0] if buckets else None
-        fits = (
-            first is not None
-            and (first.own, first.causal) == (segment.own, segment.causal)
-            and len(segment.key) <= slack * len(first.key)
-            and len(segment.query) <= slack * len(first.query)
-        )
-        if fits:
-            buckets[-1].append(segment)
-        else:
-            buckets.append([segment])
+        if (
+            first is None
+            or (first.own, first.causal) != (segment.own, segment.causal)
+            or len(segment.key) > slack * len(first.key)
+            or len(segment.query) > slack * len(first.query)
+        ):
+            buckets.append([])
+        buckets[-1].append(segment)
     return buckets
 
 
@@ -254,11 +248,6 @@ class RowMap:
         return moved.index_fill_(0, self._blank, 0) if len(self._blank) else moved
 
 
-def move_rows(rows: Tensor, row_map: RowMap) -> Tensor:
-    """Gathers ``rows`` ``(sources, ...)`` by a map, differentiably."""
-    return _Move.apply(rows, row_map)
-
-
 class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, row_map: RowMap) -> Tensor:
@@ -268,3 +257,6 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.row_map.back(grad), None
+
+
+move_rows = _Move.apply  # gathers rows ``(sources, ...)`` by a `RowMap`, differentiably

@@ -72,7 +72,8 @@ def from_chunks(
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
     for index, prompt in enumerate(served.wanted):
-        result.misses[index] = len(served.pieces[index].chunks)
+        result.hits[index] = sum(piece in hits and not piece.is_prefix for piece in prompt)
+        result.misses[index] = len(served.pieces[index].chunks) - result.hits[index]
         if not prompt:  # computed in full, and without a prefix
             continue
         kvs = [found.kvs[piece] for piece in prompt]
@@ -88,9 +89,6 @@ def from_chunks(
                 result.states[layer] = joined.new_zeros(shape)
             result.states[layer][index].index_copy_(0, columns, joined)
             result.bytes_read[index] += sum(states.num_bytes for states in stored)
-        chunks = [piece for piece in prompt if not piece.is_prefix]
-        result.hits[index] = sum(piece in hits for piece in chunks)
-        result.misses[index] -= result.hits[index]
     watch.stop("relocate_s")
     return result
 

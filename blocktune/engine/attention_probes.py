@@ -20,6 +20,7 @@ from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows, visible
 from blocktune.methods.select import LayerKV, QueryScores, Truth, distance
 from blocktune.methods.select.layers import compared
+from blocktune.models.gate import context_length
 from blocktune.positions import relocate_keys
 from blocktune.prompt import LayoutSpec, lay_out, stack
 
@@ -230,11 +231,10 @@ class ScoringPasses:
         prompts = [lay_out(pieces, spec) for pieces in self.pieces]
         batch = stack(prompts, pad_id=0).to(other.device)
         config, num_rows = other.config.get_text_config(), batch.layout.num_rows
-        if num_rows > config.max_position_embeddings:
+        if num_rows > (longest := context_length(config)):
             raise ValueError(
                 f"a prompt of {num_rows} tokens does not fit into auxiliary model '{model}', whose "
-                f"context holds {config.max_position_embeddings}; take another model or retrieve "
-                "fewer chunks"
+                f"context holds {longest}; take another model or retrieve fewer chunks"
             )
         rows, last = batch.layout.rows(), config.num_hidden_layers - 1
         probe = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)
@@ -302,15 +302,12 @@ def _to_encoded(columns: Rows) -> Tensor:
 
     Rows outside of chunks, except for the prefix, move to positions after the longest chunk.
     """
-    in_chunk = (columns.kind == Kind.CHUNK) | (columns.kind == Kind.WRAP)
-    chunk = torch.where(in_chunk, columns.chunk, columns.chunk.max() + 1)
-    far = torch.full_like(columns.position, columns.position.max() + 1)
-    start = far.scatter_reduce(1, chunk.clamp(min=0), columns.position, "amin")
-    offset = columns.position - start.gather(1, chunk.clamp(min=0))
-    prefix = columns.kind == Kind.PREFIX
-    inside = torch.where(in_chunk, offset, torch.where(prefix, columns.position, -1))
-    longest = inside.amax(1, keepdim=True)
-    outside = ~in_chunk & ~prefix & (columns.kind != Kind.PAD)
-    first = torch.where(outside, columns.position, far).amin(1, keepdim=True)
-    moved = torch.where(in_chunk, offset, columns.position - first + longest + 1)
-    return torch.where(prefix, 0, moved - columns.position)
+    kind, position, others = columns.kind, columns.position, columns.chunk.max() + 2
+    in_chunk = (kind == Kind.CHUNK) | (kind == Kind.WRAP)
+    in_place = (kind == Kind.PREFIX) | (kind == Kind.PAD)
+    piece = torch.where(in_chunk, columns.chunk + 1, others).masked_fill(in_place, 0)
+    starts = position.new_full((len(kind), int(others) + 1), int(position.max()) + 1)
+    start = starts.scatter_reduce(1, piece, position, "amin").gather(1, piece)
+    start = start.masked_fill(in_place, 0)
+    longest = (position - start).masked_fill(piece == others, -1).amax(1, keepdim=True)
+    return torch.where(piece == others, longest + 1, 0) - start

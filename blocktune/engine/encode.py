@@ -58,10 +58,8 @@ def wanted_pieces(prompt: Prompt) -> list[Piece]:
 
 def alone(piece: Piece) -> Prompt:
     """Lays a piece out by itself: its tokens from position 0, its blanks before that."""
-    if piece.is_prefix:
-        return lay_out(Pieces(prefix=piece.ids, chunks=(), query=()), LayoutSpec())
-    chunk = Pieces(prefix=(), chunks=(piece.ids,), query=())
-    return lay_out(chunk, LayoutSpec(), contexts=[piece.blanks])
+    prefix, chunks = (piece.ids, ()) if piece.is_prefix else ((), (piece.ids,))
+    return lay_out(Pieces(prefix, chunks, ()), LayoutSpec(), contexts=[piece.blanks] * len(chunks))
 
 
 def grouped(pieces: Iterable[Piece], most: int = TOKENS_PER_PASS) -> Iterator[list[Piece]]:

@@ -31,6 +31,7 @@ from blocktune.engine.state import Auxiliaries, EngineState, unfollowed
 from blocktune.links import link_base
 from blocktune.methods import Method
 from blocktune.methods.press import Press
+from blocktune.models.gate import context_length
 from blocktune.positions import load_fused
 from blocktune.prompt import Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
@@ -103,7 +104,6 @@ class Engine:
         tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
         auxiliaries = Auxiliaries(model, tokenizer)
         self.state = EngineState(model, tokenizer, encoder, tree, auxiliaries, recurrence)
-        config = model.config.get_text_config()
         for name in unfollowed(model.generation_config):
             value = getattr(model.generation_config, name)
             _LOG.warning("the model's generation config has %s=%s: not followed", name, value)
@@ -112,8 +112,8 @@ class Engine:
             self.format,
             trained=adapter.layout if adapter else None,
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
-            max_tokens=getattr(config, "max_position_embeddings", 1 << 30),  # Mamba has no limit
-            num_layers=config.num_hidden_layers,
+            max_tokens=context_length(model.config.get_text_config()),
+            num_layers=self.state.num_layers,
             refusal=recurrence and recurrence.refusal,
             num_tokens=num_tokens,
             exact_tokens=rope.max_tokens if rope else None,
@@ -177,7 +177,7 @@ class Engine:
         """
         if self.store.folder is None:
             raise ValueError("missed chunks are queued in a folder; use a store with a folder")
-        return self.state.encoder.encode_wanted(most, self.prompts.max_tokens)
+        return self.state.encoder.encode_wanted(most, self.prompts.longest)
 
     def add_auxiliary(
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase

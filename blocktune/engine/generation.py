@@ -275,8 +275,7 @@ class Generation(ServedBatch):
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
         """Greedy tokens of a single prompt and the logits after the last, ``(1, V)``."""
-        steps = self._steps(Sampling(), num_tokens + 1, (0,))
-        decoded = [step for _, step in zip(range(num_tokens + 1), steps, strict=False)]
+        decoded = list(self._steps(Sampling(), num_tokens + 1, (0,)))
         return tuple(int(token) for token, _ in decoded[:-1]), decoded[-1][1]
 
     def usages(self, answer_ids: list[tuple[int, ...]]) -> list[Usage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from blocktune.attention import attach, planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import RowCache
-from blocktune.engine.attention_probes import ChunkAttention
+from blocktune.engine.attention_probes import ChunkAttention, ProbeDone
 from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Rows
@@ -25,10 +26,6 @@ from blocktune.models.probe import NoRotary
 from blocktune.models.recurrent import Recurrence, find_recurrence
 from blocktune.positions import RopeSpec
 from blocktune.registry import require_like
-
-
-class _StatesMade(Exception):
-    """Stops a layer's forward pass once its keys and values are computed; carries them."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +89,20 @@ class SchedulePlan:
         eligible = (rows.kind == Kind.CHUNK) & is_cached
         fresh: list[LayerKV] = []
 
+        def stop(*states: Tensor) -> None:
+            fresh.append(LayerKV(*states))
+            raise ProbeDone
+
         def probe() -> tuple[LayerKV, LayerKV]:
-            current = self._current
-            inputs = (args[0], *current.positional(args[1:]))
-            fresh.append(self._probe(index, layer, inputs, current.arguments(kwargs)))
+            current, cache = self._current, self.cache.layers[index]
+            cache.observer = stop  # the layer ends once its keys and values are computed
+            with suppress(ProbeDone):
+                layer.forward(args[0], *current.positional(args[1:]), **current.arguments(kwargs))
+            cache.observer = None
             self.probes[index] = self.plans[-1]
-            cached = LayerKV(*self.cache.layers[index].held())
+            cached = LayerKV(*cache.held())
             if self.repair is not None:
-                self.repair.compared(self._current.rows.columns, fresh[0], cached)
+                self.repair.compared(current.rows.columns, fresh[0], cached)
             rope = self.rope.layers[index]
             return compared(fresh[0], rope), compared(cached, rope)
 
@@ -125,19 +128,6 @@ class SchedulePlan:
         hidden = self._change(index, args[0], mask)
         self.watch.stop("select_s")
         return hidden
-
-    def _probe(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> LayerKV:
-        def stop(keys: Tensor, values: Tensor) -> None:
-            raise _StatesMade(keys, values)
-
-        self.cache.layers[index].observer = stop
-        try:
-            layer.forward(*args, **kwargs)
-        except _StatesMade as stopped:
-            return LayerKV(*stopped.args)
-        finally:
-            self.cache.layers[index].observer = None
-        raise AssertionError(f"layer {index} never updated its cache")
 
     def _change(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         """Replaces the current rows by those of ``mask`` ``(B, U)``. Returns their states."""
@@ -254,6 +244,11 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
         raise ValueError(
             f"an engine needs a causal language model, got {type(model).__name__}; load it by "
             "AutoModelForCausalLM or Engine.from_pretrained, and compile it in place by compile()"
+        )
+    if len(devices := sorted({str(weight.device) for weight in model.parameters()})) > 1:
+        raise ValueError(
+            f"an engine needs all weights on one device, got {', '.join(devices)}; load the model "
+            "without device_map='auto' (quantized, if it is too large), or use `blocktune vllm`"
         )
     if (recurrence := find_recurrence(model)) is not None:
         return None, recurrence

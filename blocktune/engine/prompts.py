@@ -81,6 +81,11 @@ class PromptMaker:
     exact_tokens: int | None = None  # length up to which reuse is exact, if less than the context
     press: Press | None = None  # drops keys of encoded chunks
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt with its answer."""
+        return min(self.max_tokens, self.exact_tokens or self.max_tokens)
+
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request for ``method``."""
         block, request = self.spec(method).block, as_request(request)
@@ -139,10 +144,14 @@ class PromptMaker:
         prompt = lay_out(pieces, spec, *ids, contexts, spans)
         self._require_room(max(lengths, default=0), "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
+        self._require_room(self.longest - self.room(prompt) + max_new_tokens, what)
+        return prompt
+
+    def room(self, prompt: Prompt) -> int:
+        """Most tokens of an answer to a prompt."""
         stored = int((prompt.layout.kind != Kind.BLANK).sum())
         reach = int(prompt.layout.position.max()) + 1  # reserved slots leave positions unused
-        self._require_room(max(stored, reach) + max_new_tokens, what)
-        return prompt
+        return self.longest - max(stored, reach)
 
     def lay_out(
         self, pieces: Pieces, method: Method, encoder: Encoder, max_new_tokens: int = 0
@@ -171,6 +180,8 @@ class PromptMaker:
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
         blanks = sink_ids(spec, prefix, self._blank_id(spec), bos_id)
+        if self.press is not None:
+            self.press.require(build("naive"), spec)
         pieces = []
         encoded = chunk_ids(self.tokenizer, self.format, chunks)
         for index, (chunk, ids) in enumerate(zip(chunks, encoded, strict=True)):
@@ -178,8 +189,6 @@ class PromptMaker:
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
-            if self.press is not None:
-                self.press.require(build("naive"), spec)
             pieces.append(Piece(ids, blanks) if self.press is None else Piece(*self._cut(ids)))
         return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 

@@ -164,6 +164,10 @@ class Executed:
     heads: int = 1  # rows of each prompt that went through the language-model head
     extra: Tensor | None = None  # further multiply-adds of each prompt, ``(B,)``
 
+    def __post_init__(self):
+        for plan in self.plans:
+            plan.forget()  # its masks are large, and decoding may take long
+
     def flops(self) -> Tensor:
         """Floating-point operations of each prompt, two per multiply-add, ``(B,)`` int64.
 

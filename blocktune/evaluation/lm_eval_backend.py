@@ -103,7 +103,7 @@ class BlocktuneLM(LM):
         """Log-likelihood of whole texts without chunks, in windows of the model's context."""
         bos, eos = self.engine.tokenizer.bos_token_id, self.engine.tokenizer.eos_token_id
         limits = {"prefix_token": eos if bos is None else bos, "context_len": 1}
-        limits["max_seq_len"] = self.engine.prompts.max_tokens - 1
+        limits["max_seq_len"] = self.engine.prompts.longest - 1
         sums = []
         for request in requests:
             windows = get_rolling_token_windows(list(self._ids(request.args[0])), **limits)

@@ -9,6 +9,7 @@ function. `examine` names the one that is missing, without looking at a model's 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,9 +122,8 @@ def exact_length(config: PreTrainedConfig) -> int | None:
     absolute position (Ministral 3, Llama 4), attention in chunks of absolute positions (Llama 4)
     and attention to a fixed number of selected tokens (DeepSeek V3.2).
     """
-    lengths = []
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+    lengths = [getattr(config, "index_topk", None)]
+    for part in _ropes(config):
         original = part.get("original_max_position_embeddings")
         if part.get("rope_type") == "dynamic":
             lengths.append(config.max_position_embeddings)
@@ -133,8 +133,23 @@ def exact_length(config: PreTrainedConfig) -> int | None:
         lengths.append(config.attention_chunk_size)
     if getattr(config, "attn_temperature_tuning", False):
         lengths.append(config.floor_scale - 1)
-    lengths.append(getattr(config, "index_topk", None))
     return min((length for length in lengths if length is not None), default=None)
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Most tokens of a prompt with its answer; 2 ** 30 for models without a limit.
+
+    YaRN with an explicit factor extends ``max_position_embeddings``, as on Qwen 2.5 and 3.
+    """
+    yarn = [p for p in _ropes(config) if p.get("rope_type") == "yarn" and p.get("factor")]
+    extended = [int(p["original_max_position_embeddings"] * p["factor"]) for p in yarn]
+    return max([getattr(config, "max_position_embeddings", 1 << 30), *extended])
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The RoPE parameters of a configuration, and those of each layer type, if they differ."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -145,8 +160,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers, also inside a PEFT wrapper. Raises `Refused` if there is none."""
     depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        is_layers = name.endswith(("layers", "blocks", ".h"))
+    for name, module in decoder_of(model).named_modules():
+        is_layers = f".{name}".endswith(("layers", "blocks", ".h"))
         if is_layers and isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise Refused(

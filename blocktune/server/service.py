@@ -13,7 +13,6 @@ from blocktune.cache.responses import ResponseCache
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.prompts import TooLong
-from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
 from blocktune.prompt import Pieces
 from blocktune.prompt.special_tokens import OWNER
@@ -199,7 +198,7 @@ class Service:
         return schemas.ModelCard(
             id=name,
             created=self.created,
-            max_model_len=served.engine.prompts.max_tokens,
+            max_model_len=served.engine.prompts.longest,
             method=served.method.name,
         )
 
@@ -220,7 +219,7 @@ class Service:
         sources = front.read_documents(documents)
         whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)
         whole += sum(map(len, texts))
-        room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.max_tokens)
+        room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.longest)
         if whole > room:
             raise TooLong(f"{whole:,} characters were given, the model reads {room:,} at most")
         return sources
@@ -258,10 +257,8 @@ class Service:
                 raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
         prompt = prompts.prompt(pieces, spec, new_tokens or 1)
         if new_tokens is None:
-            length = int((prompt.layout.kind != Kind.BLANK).sum())
-            length = max(length, int(prompt.layout.position.max()) + 1)
-            new_tokens = min(limits.default_new_tokens, limits.new_tokens)
-            new_tokens = min(new_tokens, prompts.max_tokens - length)
+            room = prompts.room(prompt)
+            new_tokens = min(limits.default_new_tokens, limits.new_tokens, room)
         top_k, top_p = max(0, body.top_k or 0), body.top_p or 1.0
         sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
         count, strips = body.n or 1, isinstance(body, schemas.ChatRequest)

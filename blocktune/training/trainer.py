@@ -25,7 +25,7 @@ from blocktune.data.example import RagExample
 from blocktune.data.sources.records import LeftOut
 from blocktune.layout import Layout
 from blocktune.links import link_base
-from blocktune.models.gate import require_supported
+from blocktune.models.gate import context_length, require_supported
 from blocktune.models.load import load_base, read_tokenizer
 from blocktune.provenance import provenance
 from blocktune.training.checkpoint import AdapterFiles, StagedSaving, adapter_info, settings
@@ -113,7 +113,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
         config = model.config.get_text_config()
         refuse_long_rows(args, config)
-        self.exact_tokens, context = rope.max_tokens, config.max_position_embeddings
+        self.exact_tokens, context = rope.max_tokens, context_length(config)
         self._longest = min(args.max_length or context, rope.max_tokens or context)
         self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
         info = self._describe(model)

@@ -23,7 +23,7 @@ from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, Weights, build, default_method
-from blocktune.models.gate import exact_length
+from blocktune.models.gate import context_length, exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, pinned, read_config, read_tokenizer, require_stops
 from blocktune.parsing import load_json
@@ -138,7 +138,7 @@ class ChunkClient:
             self.format,
             trained=info.layout if info else None,
             link_base=_link_base(info, self.tokenizer, text.vocab_size),
-            max_tokens=text.max_position_embeddings,
+            max_tokens=context_length(text),
             num_layers=text.num_hidden_layers,
             num_tokens=text.vocab_size,
         )

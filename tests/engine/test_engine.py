@@ -87,6 +87,14 @@ def test_cacheblend_keeps_its_share_and_computes_the_first_layer_in_full(engine)
     assert usage.layer_tokens[1] == -(-usage.context_tokens // 2)
 
 
+@pytest.mark.parametrize("method", ["cacheblend", "prophetkv"])
+def test_an_answer_is_decoded_without_the_masks_of_its_prefill(engine, method):
+    run = engine.prefilled([ASK], method)
+    plans = [plan for executed in run.executed for plan in executed.plans]
+    assert plans
+    assert not any(plan._band._masks for plan in plans)
+
+
 def test_chunks_are_encoded_once_and_their_bytes_are_counted(engine):
     report = engine.encode(ASK.chunks)
     assert (report.num_chunks, report.num_encoded) == (3, 3)

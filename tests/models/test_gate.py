@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from families import BASE, FAMILIES, HEAD, VOCAB, build, only_configured, rope
+from families import BASE, FAMILIES, HEAD, ROPES, VOCAB, build, only_configured, rope
 from training.runs import make_trainer
 from training.toy import toy_tokenizer
 from transformers import (
     BartConfig,
+    CLIPVisionConfig,
     Cohere2Config,
     DeepseekV3Config,
     FalconH1Config,
@@ -17,6 +18,8 @@ from transformers import (
     Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Ministral3Config,
     OPTConfig,
     Phi3Config,
@@ -25,7 +28,7 @@ from transformers import (
 )
 
 from blocktune.engine import Engine
-from blocktune.models.gate import examine, require_supported
+from blocktune.models.gate import context_length, decoder_layers, examine, require_supported
 from blocktune.models.probe import Refused
 
 
@@ -117,6 +120,29 @@ def test_a_prompt_beyond_the_exact_length_is_refused():
         engine.answer([question])
 
 
+def test_yarn_extends_the_context_as_qwen_documents_it():
+    config = ROPES["yarn"]()
+    assert context_length(config) == 512
+    config.max_position_embeddings = 128
+    assert context_length(config) == 4 * 128
+    by_type = LlamaConfig(**BASE)
+    by_type.rope_parameters = {"full_attention": config.rope_parameters | {"factor": 16.0}}
+    assert context_length(by_type) == 16 * 128
+    tokenizer = toy_tokenizer()
+    config.vocab_size = len(tokenizer)
+    question = {"question": "Who?", "chunks": ["she was there " * 20]}
+    assert Engine(build(config), tokenizer).answer([question])[0].usage.prompt_tokens > 128
+
+
+def test_the_layers_of_a_vision_tower_are_not_the_decoders():
+    """Both towers have two layers; a schedule of rows must reach those of the text."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    towers = {"vision_config": CLIPVisionConfig(**vision), "text_config": LlamaConfig(**BASE)}
+    model = LlavaForConditionalGeneration(LlavaConfig(**towers, image_token_index=5))
+    assert decoder_layers(model) is model.model.language_model.layers
+
+
 SMALL_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}
 SMALL_OPT = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2}
 NEXT = {**HEAD, "num_hidden_layers": 4, "num_experts": 4, "linear_num_value_heads": 4}
@@ -185,6 +211,7 @@ def test_positions_below_zero_are_refused_where_positions_scale():
         (lambda model: model.model, "needs a causal language model, got LlamaModel"),
         (lambda model: "data/tiny", r"got str; .*Engine.from_pretrained"),
         (torch.compile, r"got OptimizedModule; .*compile"),
+        (lambda model: (model.lm_head.to("meta"), model)[1], "on one device, got cpu, meta"),
     ],
 )
 def test_what_is_no_plain_language_model_is_refused(given, message):

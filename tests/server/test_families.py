@@ -1,9 +1,9 @@
 """Models that do more to their cached states than attend, or cache other states than keys."""
 
 import pytest
-from families import BASE, build
+from families import BASE, build, rope
 from server.support import CHAT, chat
-from transformers import DeepseekV3Config, DiffLlamaConfig, LlamaConfig
+from transformers import DeepseekV3Config, DiffLlamaConfig, LlamaConfig, Ministral3Config
 
 from blocktune.engine import Engine
 from blocktune.server.job import bytes_per_token
@@ -47,3 +47,15 @@ def test_the_memory_of_a_token_is_what_the_model_caches(engines):
     layers, number = SIZES["num_hidden_layers"], 4
     assert bytes_per_token(engines["llama"]) == layers * number * 2 * 4 * 8
     assert bytes_per_token(engines["latent keys"]) == layers * number * (16 + 8)
+
+
+def test_an_answer_of_no_given_length_ends_where_reuse_is_exact(serve):
+    scaled = rope(
+        "yarn", factor=4.0, original_max_position_embeddings=128, llama_4_scaling_beta=0.1
+    )
+    config = Ministral3Config(**SIZES, rope_parameters=scaled)
+    engine = Engine(build(config), byte_tokenizer(), format=WORDS)
+    client = serve({"scaled": engine})
+    made = client.post(CHAT, json=chat("Who?", TEXTS, max_tokens=None)).json()
+    assert made["usage"]["total_tokens"] == 128, made
+    assert client.get("/v1/models/scaled").json()["max_model_len"] == 128
