@@ -182,8 +182,11 @@ async def status(key: str, store_key: OwnKey, service: Serving) -> ChunkStatus:
 
 @tenants.delete("/v1/chunks/{key}")
 async def delete(key: str, store_key: OwnKey, service: Serving) -> ChunkStatus:
-    """Removes a chunk from memory and from the folder, pinned or not."""
-    await asyncio.to_thread(service.discard, store_key)
+    """Removes a chunk from memory, folder and remote, pinned or not; 503 if one is out of reach."""
+    if not await asyncio.to_thread(service.discard, store_key):
+        raise HTTPException(
+            503, "the chunk may still be stored: a folder or remote is out of reach"
+        )
     return await asyncio.to_thread(service.chunk, key, store_key)
 
 

@@ -185,12 +185,13 @@ class Service:
         cached = "stored" if is_stored else "none"
         return schemas.ChunkStatus(key=name, cached=cached, pinned=pinned)
 
-    def discard(self, key: str) -> None:
-        """Removes a chunk and its hidden states from every store, pinned or not."""
+    def discard(self, key: str) -> bool:
+        """Removes a chunk and its hidden states, pinned or not. Returns whether all could be."""
         self.scheduler.pinned.pop(key, None)
         layers = range(max(served.engine.state.num_layers for served in self.models.values()))
-        for store in self.stores:
-            store.discard(key, *(states_key(key, layer) for layer in layers))
+        keys = key, *(states_key(key, layer) for layer in layers)
+        done = [store.discard(*keys) for store in self.stores]
+        return all(done)
 
     def card(self, name: str) -> schemas.ModelCard:
         """The description of a model in ``/v1/models``; `WrongField` if there is none."""

@@ -68,7 +68,7 @@ def test_a_store_that_cannot_be_written_serves_what_it_holds(
         store.put(OTHER_KEY, OTHER)
         assert_same_chunk(found(store), CHUNK)
         assert found(store, OTHER_KEY, OTHER) is None
-    store.discard(KEY)
+    assert not store.discard(KEY)
     stats = store.stats()
     assert (stats.files.unwritten, stats.files.hits, stats.misses, stats.rejected) == (3, 3, 3, 0)
     [record] = caplog.records

@@ -176,10 +176,10 @@ def test_a_lookup_beside_a_removal_keeps_nothing(tmp_path, monkeypatch):
 
     def remove_late(tier, *keys):
         tier_of(store, 0)  # as another thread may call it
-        remove(tier, *keys)
+        return remove(tier, *keys)
 
     monkeypatch.setattr(tiers.BlobTier, "remove", remove_late)
-    store.discard(KEYS[0])
+    assert store.discard(KEYS[0])
     assert KEYS[0] not in store
 
 

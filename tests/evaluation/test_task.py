@@ -59,7 +59,7 @@ def test_an_entry_replaces_keys_of_the_file():
     ("source", "message"),
     [
         ("a.json?as", "has options that are not key=value"),
-        ("a.json?seed=1&seed=2", "gives an option twice"),
+        ("a.json?seed=1&seed=2", "'seed' is given 2 times"),
     ],
 )
 def test_a_wrong_option_is_not_lost_by_adding_chunking(source, message):

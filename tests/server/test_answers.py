@@ -4,7 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from server.support import DOCUMENTS, QUESTION, chat
+from server.support import DOCUMENTS, QUESTION, chat, refused
 
 from blocktune.data import RagExample
 from blocktune.engine import Sampling
@@ -375,6 +375,21 @@ def test_pins_asked_for_at_once_keep_to_the_limit(serve, engine):
     with ThreadPoolExecutor(8) as threads:
         assert 0 < sum(threads.map(pin, range(8))) < 4
     assert sum(client.service.scheduler.pinned.values()) <= 40 * size
+
+
+def test_a_deletion_that_a_folder_refuses_is_no_success(serve, engine, tmp_path, monkeypatch):
+    from blocktune.cache import ChunkStore
+    from blocktune.cache.store.folder import ChunkFolder
+    from blocktune.engine import Engine
+
+    own = Engine(engine.model, engine.tokenizer, store=ChunkStore(folder=tmp_path))
+    client = serve({"tiny": own})
+    [made] = client.post("/v1/chunks", json={"documents": DOCUMENTS[:1]}).json()["data"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkFolder, "_remove", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        refused(client.delete(f"/v1/chunks/{made['key']}"), 503, "may still be stored")
+    assert client.get(f"/v1/chunks/{made['key']}").json()["cached"] == "stored"
+    assert client.delete(f"/v1/chunks/{made['key']}").json()["cached"] == "none"
 
 
 def test_a_deleted_chunk_leaves_no_hidden_states(serve, engine, tmp_path):

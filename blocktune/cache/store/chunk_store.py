@@ -201,14 +201,18 @@ class ChunkStore:
         for tier in self._blobs:
             tier.flush()
 
-    def discard(self, *keys: str) -> None:
-        """Removes the entries of ``keys``, if any, from every tier."""
-        for tier in self._blobs:  # first, or a lookup could read a file and keep its entry
-            tier.remove(*keys)
+    def discard(self, *keys: str) -> bool:
+        """Removes the entries of ``keys``, if any, from every tier in reach.
+
+        Returns whether all were.
+        """
+        # first, or a lookup could read a file and keep its entry
+        done = [tier.remove(*keys) for tier in self._blobs]
         with self._lock:
             for tier in self._memories:
                 for key in keys:
                     tier.remove(key)
+        return all(done)
 
     def pin(self, key: str, pinned: bool = True) -> bool:
         """Protects an entry from eviction, or stops that. Returns whether a tier holds it."""

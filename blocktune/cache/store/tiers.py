@@ -179,19 +179,22 @@ class BlobTier:
                 self.stats.bytes_written += written * len(data)
                 self.stats.write_s += written * (time.perf_counter() - started)
 
-    def remove(self, *keys: str) -> None:
-        """Removes the files of ``keys``, if any, even if they still wait to be written."""
-        self._remove(*keys)
+    def remove(self, *keys: str) -> bool:
+        """Removes the files of ``keys``, also those not written yet. Returns whether it could."""
+        done = self._remove(*keys)
         if (pending := self._pending()) is not None and pending.unfinished_tasks:
             pending.put(partial(self._remove, *keys))
+        return done
 
-    def _remove(self, *keys: str) -> None:
+    def _remove(self, *keys: str) -> bool:
         try:
             for key in keys:
                 self.blobs.remove(key)
             self.on_ledger(lambda ledger: ledger.remove(keys))
         except OSError as error:
             self.failed(error, "write")
+            return False
+        return True
 
     def write_manifest(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
         """Writes a model's manifest, from ``make``, unless there is one."""
