@@ -101,7 +101,9 @@ def test_answers_stay_right_while_the_store_dies_and_comes_back(
     kill()
     key = first.post(CHAT, json=ASKED[0]).json()["blocktune"]["chunks"][0]["key"]
     assert first.get(f"/v1/chunks/{key}").json()["cached"] == "stored"
-    assert first.delete(f"/v1/chunks/{key}").status_code == 200
+    deleted = first.delete(f"/v1/chunks/{key}").status_code
+    assert deleted == (503 if valkey_server.PROGRAM else 200)  # it may still be in the remote
+    assert first.get(f"/v1/chunks/{key}").json()["cached"] == "none"
     start()
     time.sleep(0.3)
     new = chat(documents=["The harbour of Selby is new."])
