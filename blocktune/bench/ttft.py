@@ -139,7 +139,7 @@ def draw_ttft(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plots seconds to the first token against the prompt length, of a `bench_ttft` result."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    from blocktune.evaluation.report.style import label_points, mark, to_png
+    from blocktune.evaluation.report.style import label_ends, mark, to_png
 
     lengths = [int(name) for name in found["lengths"]]
     results = found["lengths"].values()
@@ -150,15 +150,15 @@ def draw_ttft(found: Mapping[str, Any], path: str | Path) -> Path:
     }
 
     def draw(figure, ground) -> None:
-        axes, ends = figure.subplots(), []
+        axes, ends = figure.subplots(), {}
         for name, seconds in lines.items():
             axes.plot(lengths, seconds, clip_on=False, **mark(ground, name))
-            ends.append((lengths[-1], seconds[-1], name))
+            ends[name] = seconds[-1], mark(ground, name)["color"]
         axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt")
         axes.set_title("Seconds to the first token")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        label_points(axes, ground, ends)
+        label_ends(axes, ends)
 
     return to_png(draw, path, height=3.6)

@@ -112,6 +112,14 @@ def test_methods_share_the_chunks_of_a_batch_and_no_row_depends_on_their_order(
     assert counts["two"] == prefixes + sum(len(one.chunks) for one in load_examples(SOURCE))
 
 
+def test_rows_of_a_method_with_a_history_depend_on_the_batches(tmp_path):
+    options = {"methods": ["naive", "cache-craft"], "ttft": {"num": 0}}
+    run(tmp_path, make_engine(), **options)
+    again = make_engine()
+    run(tmp_path, again, **options, batch_size=1)
+    assert again.answered == len(load_examples(SOURCE))  # by cache-craft alone
+
+
 def test_a_finished_run_computes_nothing_again(whole, tmp_path):
     first = run(tmp_path, make_engine())
     again = make_engine()

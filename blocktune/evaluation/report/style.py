@@ -182,11 +182,12 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
 
     ``ends`` maps a name to the y value of its end and its colour. Set the limits of ``axes`` first.
     """
-    figure, low, high = axes.figure, *axes.get_ylim()
+    axes.get_ylim()  # brings the limits, and with them the transform, up to date
+    figure, at = axes.figure, axes.transData - axes.transAxes
     ranked = sorted(ends, key=lambda name: ends[name][0])
     texts = {
         name: axes.annotate(
-            name, (1, (ends[name][0] - low) / (high - low)), xycoords="axes fraction",
+            name, (1, at.transform((1, ends[name][0]))[1]), xycoords="axes fraction",
             xytext=(8, 0), textcoords="offset points", va="center", fontsize=SMALL,
             color=ends[name][1], annotation_clip=False,
         )
