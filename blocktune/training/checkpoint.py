@@ -143,8 +143,9 @@ class SaveLayoutCallback(TrainerCallback):
         collator, tokenizer = self.collator, self.collator.tokenizer
         collator.num_tokens = links.link_base(model)
         fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
-        self._info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
-        files = AdapterFiles(self._info, {"training": settings(args)})
+        info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
+        self._served = {name: info.to_dict()[name] for name in fields}
+        files = AdapterFiles(info, {"training": settings(args)})
         save, names, selected = model.save_pretrained, trained_adapters(model), {}
         if names:
             require_named_base(model)
@@ -164,13 +165,13 @@ class SaveLayoutCallback(TrainerCallback):
         """Raises ValueError if the model would ignore the layout, or began with another one."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"  # if it continues
-        before = AdapterInfo.load(checkpoint) if (checkpoint / INFO_FILE).is_file() else self._info
-        for name in ("layout", "format", "scope"):
-            if (old := getattr(before, name)) != (new := getattr(self._info, name)):
+        # A checkpoint keeps the state, so a run that continues brings what it began with.
+        before = state.stateful_callbacks.setdefault("blocktune", self._served)
+        for name, new in self._served.items():
+            if (old := before[name]) != new:
                 raise ValueError(
-                    f"'{checkpoint}' was trained with {name} {old}, now it is {new}; restore it, "
-                    "or train without resume_from_checkpoint"
+                    f"the checkpoint of step {state.global_step} was trained with {name} {old}, "
+                    f"now it is {new}; restore it, or train without resume_from_checkpoint"
                 )
         self._watch = decoder_of(model).register_forward_pre_hook(self._see, with_kwargs=True)
 

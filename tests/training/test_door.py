@@ -288,9 +288,10 @@ def test_any_trainers_adapter_is_served(base, tmp_path, full):
     changed = BlockDataCollator(toy_tokenizer())
     callbacks = [SaveLayoutCallback(changed)]
     other = Trainer(model, args, changed, toy_examples(16), callbacks=callbacks)
-    words = "checkpoint-4' was trained with layout .*'parallel'.* now it is .*'sequential'"
+    moved = (tmp_path / "out/checkpoint-4").rename(tmp_path / "moved")  # out of output_dir
+    words = "step 4 was trained with layout .*'parallel'.* now it is .*'sequential'"
     with pytest.raises(ValueError, match=words):
-        other.train(resume_from_checkpoint=True)
+        other.train(resume_from_checkpoint=str(moved))
 
 
 def test_predictions_come_in_the_order_of_the_rows(tmp_path):
