@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,9 +22,12 @@ from blocktune.data.sources.catalog import is_test_split
 
 
 def say(line: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line, once for all processes; if the pipe is closed (``| head``), no more."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # a run must not end for this
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def launch_name(accelerator: Accelerator) -> str:
@@ -113,21 +117,18 @@ def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_parallelism(accelerator: Accelerator) -> None:
-    """Raises ValueError for context or sequence parallelism, which ignore the layout's mask."""
+def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
+    """Raises ValueError for a launch that would train otherwise than it was asked to.
+
+    Context and sequence parallelism ignore the layout's mask. Processes that do not train together
+    would overwrite each other's files.
+    """
     for kind in ("cp", "sp"):
         if getattr(accelerator.parallelism_config, f"{kind}_enabled", False):
             raise ValueError(
                 f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
                 f"set {kind}_size to 1"
             )
-
-
-def refuse_lost_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
-    """Raises ValueError if the requested processes, DeepSpeed or FSDP are not used.
-
-    Such a run would train without an error, and its processes would overwrite each other's files.
-    """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(

@@ -35,9 +35,8 @@ from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prep
 from blocktune.training.distillation import evaluating, find_teacher
 from blocktune.training.launch_checks import (
     launch_name,
+    refuse_launch,
     refuse_long_rows,
-    refuse_lost_launch,
-    refuse_parallelism,
     save_whole,
 )
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
@@ -169,8 +168,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         # Makes the Trainer count the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
         self._signature_columns = COLUMNS
-        refuse_parallelism(self.accelerator)
-        refuse_lost_launch(self.accelerator, self.is_deepspeed_enabled)
+        refuse_launch(self.accelerator, self.is_deepspeed_enabled)
         save_whole(self.accelerator)
         state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.size = size_of(model, state_dtype.itemsize)

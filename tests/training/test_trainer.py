@@ -14,7 +14,7 @@ from blocktune.adapter import AdapterInfo, load_adapter
 from blocktune.attention import attach, make_plan
 from blocktune.layout import Layout
 from blocktune.links import installed_links
-from blocktune.training.launch_checks import refuse_parallelism
+from blocktune.training.launch_checks import refuse_launch
 
 MODES = {
     "lora": {},
@@ -214,7 +214,7 @@ def test_context_parallelism_is_refused(tmp_path):
 
     trainer.accelerator.state.parallelism_config = Parallel()
     with pytest.raises(ValueError, match="cp_size > 1 splits prompts over devices"):
-        refuse_parallelism(trainer.accelerator)
+        refuse_launch(trainer.accelerator, False)
 
 
 def test_the_command_trains_saves_and_says_what_it_does(tmp_path, capsys):
