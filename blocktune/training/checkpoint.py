@@ -138,7 +138,7 @@ class SaveLayoutCallback(TrainerCallback):
         self._has_layout = False  # whether a forward pass of the run had one
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        """Wraps `save_pretrained` of the trainer's model, so that it also writes the files."""
+        """Makes `save_pretrained` of the trainer's model write the files, too."""
         require_reproducible(model)
         collator, tokenizer = self.collator, self.collator.tokenizer
         collator.num_tokens = links.link_base(model)
@@ -146,10 +146,10 @@ class SaveLayoutCallback(TrainerCallback):
         info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
         self._served = {name: info.to_dict()[name] for name in fields}
         files = AdapterFiles(info, {"training": settings(args)})
-        save, names, selected = model.save_pretrained, trained_adapters(model), {}
+        save, names = model.save_pretrained, trained_adapters(model)
+        selected = {"selected_adapters": names} if names else {}
         if names:
             require_named_base(model)
-            selected = {"selected_adapters": names}
 
         def save_pretrained(folder, *rest, **options):
             save(folder, *rest, **(selected | options))
@@ -232,12 +232,10 @@ class StagedSaving(Trainer):
         resume.require_same_run(checkpoint, config, self.accelerator.num_processes)
         before, now = AdapterInfo.load(checkpoint), self.files.info
         digest = before.training.get("data_digest")
-        changed = {
-            "training examples": digest not in (None, now.training.get("data_digest")),
-            "base model": before.base_model == now.base_model
-            and before.base_fingerprint != now.base_fingerprint,
-        }
-        for name in (name for name, differs in changed.items() if differs):
+        other_rows = digest not in (None, now.training.get("data_digest"))
+        same_name = before.base_model == now.base_model
+        if other_rows or (same_name and before.base_fingerprint != now.base_fingerprint):
+            name = "training examples" if other_rows else "base model"
             raise ValueError(
                 f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
             )
