@@ -184,9 +184,15 @@ def prepare(
 
 
 def _columns(rows: list[list[dict[str, Any]]]) -> Dataset:
-    starts = range(0, len(rows), ROWS_AT_A_TIME)
-    columns = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
-    return concatenate_datasets([Dataset.from_list(c, features=FEATURES) for c in columns])
+    tables = []
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        records = []
+        for row in rows[start : start + ROWS_AT_A_TIME]:
+            answers = sum(len(turn["answer"]) for p in row for turn in (p, *p["followups"]))
+            length = sum(part["length"] for part in row)
+            records.append({"parts": row, "length": length, "answer_length": answers})
+        tables.append(Dataset.from_list(records, features=FEATURES))
+    return concatenate_datasets(tables)
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
@@ -284,10 +290,3 @@ def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
     removed = [part["answer"], *(ids for turn in part["followups"] for ids in turn.values())]
     length = part["length"] - sum(map(len, removed))
     return part | {"answer": [], "followups": [], "length": length}
-
-
-def _record(row: list[dict[str, Any]]) -> dict[str, Any]:
-    turns = [turn for part in row for turn in (part, *part["followups"])]
-    answers = sum(len(turn["answer"]) for turn in turns)
-    length = sum(part["length"] for part in row)
-    return {"parts": row, "length": length, "answer_length": answers}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -23,7 +23,6 @@ from blocktune.attention import attach
 from blocktune.attention.flex import BLOCK
 from blocktune.data.example import RagExample
 from blocktune.data.sources.records import LeftOut
-from blocktune.layout import Layout
 from blocktune.links import link_base
 from blocktune.models.gate import context_length, require_supported
 from blocktune.models.load import load_base, read_tokenizer
@@ -43,7 +42,7 @@ from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
 from blocktune.training.order import EpochOrder
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
-from blocktune.training.recompute import narrowed, states_at
+from blocktune.training.recompute import narrowed
 
 logger = logging.getLogger("blocktune")
 
@@ -228,7 +227,11 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """The loss under each prompt's layout, and optionally the outputs of all rows."""
         bare = self.accelerator.unwrap_model(model)
-        inputs = self._narrowed(bare, inputs)
+        if self.collator.check_layer is not None:
+            stop = not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+            how = self.collator.sampler, self.objective.rope, self.args.attention_execution, stop
+            with evaluating(bare):
+                inputs = {**inputs, "layout": narrowed(bare, inputs, *how).pack()}
         result = self.objective(model, inputs, bare)
         self._count(result)
         # DDP and DeepSpeed average gradients over ranks; the token count is over all ranks.
@@ -238,20 +241,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             return loss
         with torch.no_grad():
             return loss, model(input_ids=inputs["input_ids"], layout=inputs["layout"])
-
-    def _narrowed(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Chooses fresh rows by the model's own keys and values, if the selector needs them."""
-        layout, layer = Layout.unpack(inputs["layout"]), self.collator.check_layer
-        if layer is None:
-            return inputs
-        stop = not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
-        execution = self.args.attention_execution
-        with evaluating(model):
-            ids, rope = inputs["input_ids"], self.objective.rope
-            states = states_at(model, ids, layout, layer, execution, rope, stop)
-        layers, shares = self.size.config.num_hidden_layers, inputs["shares"]
-        layout = narrowed(layout, states, layer, layers, self.collator.sampler, shares)
-        return {**inputs, "layout": layout.pack()}
 
     def _count(self, result: Sums) -> None:
         """Adds sums over all ranks. Means of micro-batches would weight their tokens unequally."""

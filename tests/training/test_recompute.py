@@ -24,7 +24,7 @@ from blocktune.methods.select import SELECTORS, Nothing, Selection
 from blocktune.prompt import IGNORED, LayoutSpec, Pieces, lay_out
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.dataset import PartReader, Sample, prepare
-from blocktune.training.recompute import RecomputeSampler, narrowed, states_at, with_fresh_rows
+from blocktune.training.recompute import RecomputeSampler, narrowed, with_fresh_rows
 
 SHARE = 0.3
 CONFIGS = {**FAMILIES, "deepseek": FORMS["deepseek"][0]}  # caches latents, not keys
@@ -73,9 +73,7 @@ def trained_rows(engine: Engine, sampler: RecomputeSampler):
     )([record])
     layout = Layout.unpack(batch["layout"])
     if check is not None:
-        rope = engine.state.rope
-        states = states_at(engine.model, batch["input_ids"], layout, check, "split", rope)
-        layout = narrowed(layout, states, check, layers, sampler, batch["shares"])
+        layout = narrowed(engine.model, batch, sampler, engine.state.rope, "split")
     return batch["input_ids"], batch["labels"], layout
 
 
