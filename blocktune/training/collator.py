@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,14 +66,6 @@ MAX_CACHED = 20_000  # rows whose tokens are kept in memory; others are tokenise
 NO_SHARE = -1.0  # stands for the share of a prompt whose fresh rows are not chosen at a layer
 
 
-class LaidOut(NamedTuple):
-    """The rows of one example, those for its teacher, and its share of fresh tokens."""
-
-    prompt: Prompt
-    teacher: Prompt | None
-    share: float
-
-
 @dataclass
 class BlockDataCollator:
     """Lays out examples, packs those that share a row, and pads to the longest row of the batch.
@@ -128,13 +120,13 @@ class BlockDataCollator:
         if not ATTACHED and get_worker_info() is None:
             _warn_unattached()
         rows = [[self._lay_out(part) for part in self._parts_of(record)] for record in records]
-        batch = self._tensors([laid.prompt for laid in row] for row in rows)
+        batch = self._tensors([prompt for prompt, _, _ in row] for row in rows)
         batch["attention_mask"] = (batch["layout"][..., 0] != Kind.PAD).long()
         if self.has_teacher:
-            teacher = self._tensors([laid.teacher for laid in row] for row in rows)
+            teacher = self._tensors([teacher for _, teacher, _ in row] for row in rows)
             batch |= {f"teacher_{name}": value for name, value in teacher.items()}
         if self.check_layer is not None:
-            shares = [torch.tensor([p.share for p in row], dtype=torch.float64) for row in rows]
+            shares = [torch.tensor([s for _, _, s in row], dtype=torch.float64) for row in rows]
             batch["shares"] = pad_sequence(shares, batch_first=True, padding_value=NO_SHARE)
         return batch
 
@@ -170,22 +162,23 @@ class BlockDataCollator:
             self._parts[key] = part
         return [part]
 
-    def _lay_out(self, part: Mapping[str, Any]) -> LaidOut:
+    def _lay_out(self, part: Mapping[str, Any]) -> tuple[Prompt, Prompt | None, float]:
+        """The rows of one example, those for its teacher, and its share of fresh tokens."""
         pieces, teacher = to_pieces(part), None
         if self.has_teacher:
             plain = pieces._replace(prefix=tuple(part["teacher_prefix"]))
             teacher = lay_out(plain, FULL_ATTENTION)
         if not part["block"]:
-            return LaidOut(lay_out(pieces, FULL_ATTENTION), teacher, NO_SHARE)
+            return lay_out(pieces, FULL_ATTENTION), teacher, NO_SHARE
         draw = draw_of(self.seed, self.epoch, part["index"], part["block"])
         prompt = lay_out(pieces, self.layout, self.link_base)
         prompt = Prompt(prompt.input_ids, self.augmentation.vary(prompt.layout, draw))
         if self.sampler is None:
-            return LaidOut(prompt, teacher, NO_SHARE)
+            return prompt, teacher, NO_SHARE
         share = draw.uniform(self.sampler.low, self.sampler.high)
         chosen = self.sampler.selector(share, draw).start(prompt.layout)
         until = FOREVER if self.check_layer is None else self.check_layer
-        return LaidOut(with_fresh_rows(prompt, chosen, until), teacher, share)
+        return with_fresh_rows(prompt, chosen, until), teacher, share
 
     def _tensors(self, rows: Sequence[list[Prompt]]) -> dict[str, Tensor]:
         joined = [row[0] if len(row) == 1 else pack(row) for row in rows]
