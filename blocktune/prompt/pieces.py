@@ -132,7 +132,7 @@ def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, questi
     return ids[len(end) :]
 
 
-@special.remembered
+@special.remembered("chat_template", "eos_token_id")
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Tokens that end the assistant's turn. Generation stops at the last of them.
 

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
-T = TypeVar("T")
+Fact = TypeVar("Fact", bound=Callable[[PreTrainedTokenizerBase], Any])
 
 MOST_BYTES = 16 << 20  # most bytes of texts and token ids that are memoised for one tokenizer
 
@@ -115,23 +115,25 @@ def encode_all(
     return results
 
 
-def remembered(read: Callable[[PreTrainedTokenizerBase], T]) -> Callable[..., T]:
-    """Memoises a fact of a tokenizer until its tokens, BOS, EOS or chat template change."""
+def remembered(*names: str) -> Callable[[Fact], Fact]:
+    """Memoises a fact of a tokenizer until its tokens, or attributes of these names, change."""
 
-    @functools.wraps(read)
-    def recall(tokenizer: PreTrainedTokenizerBase) -> T:
-        ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-        key = read, len(tokenizer), ends, str(tokenizer.chat_template)
-        with _LOCK:
-            facts = _RECENT.setdefault(tokenizer, _Recent()).facts
-        if key not in facts:
-            facts[key] = read(tokenizer)
-        return facts[key]
+    def wrapped(read: Fact) -> Fact:
+        @functools.wraps(read)
+        def recall(tokenizer: PreTrainedTokenizerBase) -> Any:
+            key = read, len(tokenizer), *(getattr(tokenizer, name) for name in names)
+            with _LOCK:
+                facts = _RECENT.setdefault(tokenizer, _Recent()).facts
+            if key not in facts:
+                facts[key] = read(tokenizer)
+            return facts[key]
 
-    return recall
+        return recall
+
+    return wrapped
 
 
-@remembered
+@remembered()
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """Ids of the special tokens, by their text.
 
@@ -141,7 +143,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     return {token.content: index for index, token in added if token.special}
 
 
-@remembered
+@remembered("chat_template")
 def _controls(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
     """Where to cut texts so that no control token is left in them; None: nowhere.
 
@@ -154,7 +156,7 @@ def _controls(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
     return re.compile("|".join(cuts)) if cuts else None
 
 
-@remembered
+@remembered("bos_token_id")
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     with _LOCK:
         return tokenizer("a", split_special_tokens=False)["input_ids"][0] == tokenizer.bos_token_id

@@ -106,14 +106,13 @@ class AdapterFiles:
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
         info = self.info
         if not self.links_only and not hasattr(model, "peft_config"):
-            origin = {**info.training, "started_from": info.base_model}
             info = replace(
                 info,
                 base_model=OWN_WEIGHTS,
                 base_fingerprint=base_fingerprint(model, state),
                 # With added tokens, since the saved tokenizer is now the base's.
                 tokenizer_hash=tokenizer_hash(read_tokenizer(folder)),
-                training=origin,
+                training={**info.training, "started_from": info.base_model},
             )
         info.save(folder)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +26,16 @@ from blocktune.training.config import ObjectiveOptions
 EPSILON = 1e-9
 
 
-class TeacherProbs(NamedTuple):
-    """The teacher's next-token distributions on the answer rows."""
-
-    tokens: Tensor | None  # ids ``(T, k)``; None: the whole vocabulary
-    log_probs: Tensor  # of these tokens, ``(T, k)`` or ``(T, V)`` float32
+TeacherProbs = tuple[Tensor, Tensor | None]
+"""Log-probabilities ``(T, k)`` float32 of token ids ``(T, k)``; None: of the whole vocabulary."""
 
 
 def teacher_probs(logits: Tensor, temperature: float, top_k: int | None) -> TeacherProbs:
     """Distributions of logits ``(T, V)``, reduced to the ``top_k`` most likely tokens if set."""
     log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_k is None or top_k >= log_probs.shape[-1]:
-        return TeacherProbs(None, log_probs)
-    top = log_probs.topk(top_k, dim=-1)
-    return TeacherProbs(top.indices, top.values)
+        return log_probs, None
+    return log_probs.topk(top_k, dim=-1)
 
 
 def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Tensor:
@@ -48,12 +44,10 @@ def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Te
     With a top-k teacher all other tokens form one event. ``student`` are logits ``(T, V)``. The
     result is scaled by the square of the ``temperature`` (Hinton et al., 2015).
     """
+    log_p, tokens = teacher
     log_q = torch.log_softmax(student.float() / temperature, dim=-1)
-    if teacher.tokens is not None:
-        log_q = _with_rest(log_q.gather(-1, teacher.tokens))
-        log_p = _with_rest(teacher.log_probs)
-    else:
-        log_p = teacher.log_probs
+    if tokens is not None:
+        log_q, log_p = _with_rest(log_q.gather(-1, tokens)), _with_rest(log_p)
     return (log_p.exp() * (log_p - log_q)).sum() * temperature**2
 
 
@@ -94,9 +88,8 @@ def find_teacher(
 ) -> Teacher | None:
     """The teacher of a run, or None without distillation.
 
-    ``base_is_kept``: the model without its adapter is the base, also after training.
-
-    Raises ValueError if the teacher cannot be found, or does not fit the student.
+    ``base_is_kept``: the model without its adapter is the base, also after training. Raises
+    ValueError if the teacher cannot be found, or does not fit the student.
     """
     if not options.has_teacher:
         return None

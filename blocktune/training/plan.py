@@ -54,8 +54,8 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     # By shape, not by storage: a 4-bit weight is stored in half a byte.
-    matmul = sum(m.in_features * m.out_features for m in linear)
-    trained = sum(m.in_features * m.out_features for m in linear if m.weight.requires_grad)
+    sizes = [(m.in_features * m.out_features, m.weight.requires_grad) for m in linear]
+    matmul, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
     weights = [(p, math.prod(whole_shape(p))) for p in model.parameters()]
     experts = [shape for p, _ in weights if len(shape := whole_shape(p)) == 3]
     active = getattr(config, "num_experts_per_tok", None) or 1
