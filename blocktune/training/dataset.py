@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,6 @@ from blocktune.data.example import FIELDS, RagExample, own_wording, plain
 from blocktune.data.sources.catalog import data_sets_of
 from blocktune.data.sources.shapes import SHAPES
 from blocktune.prompt import Pieces, PromptFormat
-
-logger = logging.getLogger("blocktune")
 
 IDS = ListOf(Value("int32"))
 PART = {
@@ -126,9 +123,6 @@ def prepare(
 ) -> Prepared:
     """Tokenises examples that have answers, and packs them if ``pack_length`` is set.
 
-    Examples without an answer (the unanswerable questions of SQuAD 2) are left out; their number is
-    logged. To learn from one, give it a ``response``.
-
     Args:
         samples: Examples and their modes.
         read: Tokenises an example, given its index: `BlockDataCollator.reader`.
@@ -139,13 +133,10 @@ def prepare(
         multiple_of: Number of rows that all ranks take at a time. Rows without labels fill up the
             last round; otherwise accelerate would repeat the first rows, which then count twice.
 
-    Raises ValueError if an example is too long, or if no example is left.
+    Raises ValueError if an example is too long or has no answer, or if no example is left.
     """
-    parts, num_dropped, num_unanswered = [], 0, 0
+    parts, num_dropped = [], 0
     for index, sample in enumerate(samples):
-        if sample.example.response is None and not sample.example.answers:
-            num_unanswered += 1
-            continue
         part = read(index, sample)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
         longest = min(limit - gaps, pack_length or limit)
@@ -163,15 +154,7 @@ def prepare(
     if not parts:
         raise ValueError(
             f"no example to train on: of {len(samples)}, {num_dropped} had more than "
-            f"{min(limit, pack_length or limit)} tokens, {num_unanswered} no answer; check source, "
-            "max_length and pack_length"
-        )
-    if num_unanswered:
-        logger.warning(
-            "%d of %d examples are left out: they have no answer; give those a 'response' that the "
-            "model is to learn from",
-            num_unanswered,
-            len(samples),
+            f"{min(limit, pack_length or limit)} tokens; check source, max_length and pack_length"
         )
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
     blank = _unanswered(min(parts, key=lambda part: part["length"]))

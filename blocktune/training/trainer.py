@@ -190,7 +190,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         samples, left_out = [], Counter()
         for index, row in enumerate(rows):
             try:
-                samples.append(to_sample(row, self.processing_class, self.collator.format))
+                sample = to_sample(row, self.processing_class, self.collator.format)
+                if sample.example.response is None and not sample.example.answers:
+                    raise LeftOut("no answer; to learn from such a row, give it a 'response'")
+                samples.append(sample)
             except LeftOut as reason:
                 left_out[str(reason)] += 1
             except ValueError as error:

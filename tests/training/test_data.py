@@ -96,16 +96,6 @@ def test_long_examples_are_dropped_and_counted():
     assert len(kept.dataset) == 8 - kept.num_dropped
 
 
-def test_questions_without_an_answer_are_left_out_and_counted(caplog):
-    """Those of SQuAD 2; a response says what to write instead."""
-    unanswerable = replace(toy_examples(1)[0], answers=())
-    said = replace(unanswerable, response="Nobody knows")
-    assert prepared([*toy_examples(2), unanswerable, said]).num_examples == 3
-    assert "1 of 4 examples are left out" in caplog.text
-    with pytest.raises(ValueError, match=r"of 1, 0 had .*, 1 no answer"):
-        prepared([unanswerable])
-
-
 def test_nothing_left_is_an_error():
     with pytest.raises(ValueError, match="no example to train on: of 8, 8 had more than 3"):
         prepared(toy_examples(8), limit=3, drop_long=True)
