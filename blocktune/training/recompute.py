@@ -53,16 +53,17 @@ class RecomputeSampler:
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
         """Builds a sampler from text such as ``deviation check_layer=2 by=values``."""
         name, *words = text.split() or [""]
-        pairs = [word.partition("=") for word in words]
-        for word, (key, equals, value) in zip(words, pairs, strict=True):
-            if not (key and equals and value):
+        parameters = {}
+        for word in words:
+            key, _, value = word.partition("=")
+            if not (key and value):
                 raise ValueError(f"recompute must be a selector and KEY=VALUE pairs, got '{text}'")
             if key in _BUDGETS:
                 raise ValueError(
                     f"recompute: '{word}' has no effect, since recompute_min and recompute_max set "
                     "how many tokens are chosen; leave it out"
                 )
-        parameters = {key: parse_yaml(value, f"recompute {key}") for key, _, value in pairs}
+            parameters[key] = parse_yaml(value, f"recompute {key}")
         return cls(SELECTORS.build(name, **parameters), low, high)
 
     def selector(self, share: float, draw: random.Random | None = None) -> Selection:
