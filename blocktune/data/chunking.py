@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.parsing import read
@@ -110,21 +111,33 @@ class Delimiter(Chunker):
         delimiter = next((mark for mark in candidates if mark in text.strip()), None)
         if delimiter is None:
             return [text]
-        spans: list[str] = []
         *parts, last = text.split(delimiter)
-        for span in [*(part + delimiter for part in parts), *([last] if last else [])]:
+        cuts, end, has_text = [0], 0, False
+        for span in (*(part + delimiter for part in parts), last):
             # A blank span is joined to the span before it, at the start to the span after it.
-            if spans and not (span.strip() and spans[-1].strip()):
-                spans[-1] += span
-            else:
-                spans.append(span)
-        sizes = np.array([len(span) for span in spans])
-        while len(spans) > self.max_chunks:
-            at = int(np.argmin(sizes[:-1] + sizes[1:]))
-            spans[at : at + 2] = [spans[at] + spans[at + 1]]
-            sizes[at] += sizes[at + 1]
-            sizes = np.delete(sizes, at + 1)  # numpy, since web pages have thousands of lines
-        return spans
+            if has_text and span.strip():
+                cuts.append(end)
+            has_text = has_text or bool(span.strip())
+            end += len(span)
+        return [text[a:b] for a, b in pairwise(_fewest_cuts([*cuts, end], self.max_chunks))]
+
+
+def _fewest_cuts(cuts: list[int], most: int) -> list[int]:
+    """Removes the inner cut whose neighbours are closest until ``most`` spans are left."""
+    after, before = dict(pairwise(cuts)), {cut: left for left, cut in pairwise(cuts)}
+    # A queue, since a text may have a million lines: joined length, start and inner cut of a pair.
+    pairs = [(after[cut] - left, left, cut) for left, cut in pairwise(cuts[:-1])]
+    heapify(pairs)
+    while len(after) > most:
+        length, left, cut = heappop(pairs)
+        if cut not in after or length != after[cut] - before[cut]:
+            continue  # removed, or a neighbour of it was
+        after[left] = right = after.pop(cut)
+        before[right] = left
+        for inner in (left, right):
+            if inner in before and inner in after:
+                heappush(pairs, (after[inner] - before[inner], before[inner], inner))
+    return [*after, cuts[-1]]
 
 
 @CHUNKERS.register("fixed")
