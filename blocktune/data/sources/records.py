@@ -304,6 +304,8 @@ def read_hub(
         if not split:
             names = saved or get_dataset_split_names(**where, config_name=source.config)
             split = "validation" if "validation" in names else "train"
+        if saved and split not in saved:
+            raise ValueError(f"it has the split {' and '.join(saved)}; name one: ?split=")
         more = {"name": source.config, "streaming": source.streamed}
         rows = saved[split] if saved else load_dataset(**where, split=split, **more)
         if shuffle is None or source.streamed:
