@@ -17,6 +17,8 @@ TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "data")
 _NESTED_KEYS = ("data", "document", "node", "payload", "_source")
 """Fields in which a search engine's hit holds the passage, next to its score and id."""
 
+NO_ANSWER = "No Answer Present."
+"""What MS MARCO gives as the answer to a question that no passage answers."""
 CHUNK_WANTED = 'a string or {"text", "title"?}'
 
 
@@ -284,7 +286,8 @@ def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     if name is None:
         return ()
     aliases = read_answers(record.get("answer_aliases"), "answer_aliases")
-    return read_answers([*read_answers(record[name], name), *aliases])
+    answers = read_answers([*read_answers(record[name], name), *aliases])
+    return () if answers == (NO_ANSWER,) else answers
 
 
 def is_conversation(value: Any) -> bool:

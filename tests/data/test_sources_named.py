@@ -78,10 +78,10 @@ def test_what_save_to_disk_wrote(tmp_path):
     for name, split, ids in (("one", None, "012"), ("two", None, "012"), ("two", "test", "2")):
         found = load_examples(f"hf:{tmp_path / name}", split=split)
         assert "".join(example.id for example in found) == ids
-    with pytest.raises(ValueError, match="'dev'.* the split train and test; name one"):
+    with pytest.raises(ValueError, match=r"'dev'.* the split train and test; name one"):
         load_examples(f"hf:{tmp_path / 'two'}", split="dev")
     DatasetDict(test=rows).save_to_disk(tmp_path / "three")
-    with pytest.raises(ValueError, match="'train'.* the split test; name one"):
+    with pytest.raises(ValueError, match=r"'train'.* the split test; name one"):
         load_examples(f"hf:{tmp_path / 'three'}")
 
 
