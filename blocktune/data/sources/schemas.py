@@ -53,9 +53,9 @@ def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExa
 
 
 def _require_answerable(record: Mapping[str, Any]) -> None:
-    """Raises `LeftOut` for a question that, as its data set says, its passages do not answer.
+    """Raises `LeftOut` for a question that its data set marks as unanswerable.
 
-    An empty list of answers is no such mark: it is how test sets hide theirs.
+    An empty list is no mark: test sets hide their answers so.
     """
     answers = plain(record.get("answers"))
     marks = (
@@ -87,8 +87,8 @@ def parse_musique(record: Mapping[str, Any]) -> RagExample:
     Source: https://github.com/StonyBrookNLP/musique, ``musique_*_v1.0_*.jsonl``.
     """
     match = re.match(r"(\d+)hop", str(record.get("id", "")))
-    hops = int(match[1]) if match else len(record.get("question_decomposition") or ())
-    return _example(record, "paragraphs", kind=f"{hops}-hop" if hops else "")
+    hops = match[1] if match else len(record.get("question_decomposition") or ())
+    return _example(record, "paragraphs", f"{hops}-hop" if hops else "")
 
 
 def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
@@ -102,8 +102,14 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
     context = record.get("context")
     if not (any(context.values()) if isinstance(context, Mapping) else context):
         raise LeftOut("no context")
+    facts = passages_in(record.get("supporting_facts") or (), "supporting_facts")
+    try:
+        titles = [fact["title"] if isinstance(fact, Mapping) else fact[0] for fact in facts]
+    except (KeyError, TypeError, IndexError):
+        wanted = 'a list of [title, sentence] or {"title"}'
+        raise field_error("supporting_facts", wanted, facts) from None
     record = _cut(record, "context", cutter, record.get("title"))
-    return _example(record, "context", str(record.get("type") or ""), _supporting_titles(record))
+    return _example(record, "context", str(record.get("type") or ""), titles)
 
 
 def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
@@ -116,7 +122,7 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
     name = next((name for name in PASSAGES if record.get(name) is not None), PASSAGES[0])
     if any(record.get(key) is not None for key in ("response", "kind", "supporting", "followups")):
         return parse_own({**record, name: None, "chunks": record.get(name)})
-    return _example(record, name, kind=str(record.get("type") or ""))
+    return _example(record, name, str(record.get("type") or ""))
 
 
 def parse_ragas(record: Mapping[str, Any]) -> RagExample:
@@ -125,7 +131,7 @@ def parse_ragas(record: Mapping[str, Any]) -> RagExample:
     Source: https://docs.ragas.io, ``SingleTurnSample``.
     """
     renamed = {"question": record["user_input"], "answers": record.get("reference")}
-    return _example({**record, **renamed}, "retrieved_contexts", kind="")
+    return _example({**record, **renamed}, "retrieved_contexts")
 
 
 def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -145,23 +151,13 @@ def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     chunks = chunks_of(spans if len(spans) > 1 else cutter.text(context))
     known = ("input", "question", "context", "answers", "answer", "id", "_id")
     question, answers = _with_choices(record, question if question.strip() else SUMMARIZE)
-    return RagExample(
-        question=question,
-        chunks=chunks,
-        answers=answers,
-        kind=str(record.get("dataset") or record.get("domain") or ""),
-        id=id_of(record),
-        meta={k: v for k, v in record.items() if k not in known and v is not None},
-    )
+    kind = str(record.get("dataset") or record.get("domain") or "")
+    meta = {k: v for k, v in record.items() if k not in known and v is not None}
+    return RagExample(question, chunks, answers, kind=kind, id=id_of(record), meta=meta)
 
 
 def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """Converts TriviaQA ``rc``. The chunks are all its evidence pages, split by the cutter.
-
-    ``blocktune data passages`` can select the best chunks.
-
-    Source: TriviaQA, arXiv:1705.03551, as on the Hub.
-    """
+    """Converts TriviaQA ``rc`` (arXiv:1705.03551): all its evidence pages, split by the cutter."""
     chunks: tuple[Chunk, ...] = ()
     for field, texts in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
         pages = record.get(field) or {}
@@ -173,15 +169,6 @@ def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     if not chunks:
         raise LeftOut("no evidence; add passages with `blocktune data passages`")
     return RagExample(record.get("question"), chunks, answers_of(record), id=id_of(record))
-
-
-def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
-    facts = passages_in(record.get("supporting_facts") or (), "supporting_facts")
-    try:
-        return [fact["title"] if isinstance(fact, Mapping) else fact[0] for fact in facts]
-    except (KeyError, TypeError, IndexError):
-        wanted = 'a list of [title, sentence] or {"title"}'
-        raise field_error("supporting_facts", wanted, facts) from None
 
 
 def _with_choices(record: Mapping[str, Any], question: Any) -> tuple[Any, tuple[str, ...]]:
@@ -202,7 +189,7 @@ def _with_choices(record: Mapping[str, Any], question: Any) -> tuple[Any, tuple[
 
 
 def _example(
-    record: Mapping[str, Any], name: str, kind: str, supporting: Collection[str] = ()
+    record: Mapping[str, Any], name: str, kind: str = "", supporting: Collection[str] = ()
 ) -> RagExample:
     """Builds an example from the passages in the field ``name``, without blank ones.
 
@@ -216,18 +203,15 @@ def _example(
         raise LeftOut("no passage with text")
     blank = len(passages) - len(kept)
     chunks = read_chunks(kept, name)
+    evidence = (c.title in supporting or c.metadata.get("is_supporting") for c in chunks)
     question, answers = _with_choices(record, record.get("question"))
     return RagExample(
-        question=question,
-        chunks=chunks,
-        answers=answers,
+        question,
+        chunks,
+        answers,
         kind=kind,
         id=id_of(record),
-        supporting=tuple(
-            index
-            for index, chunk in enumerate(chunks)
-            if chunk.title in supporting or chunk.metadata.get("is_supporting")
-        ),
+        supporting=tuple(index for index, holds in enumerate(evidence) if holds),
         meta={"blank_passages": blank} if blank else {},
     )
 

@@ -18,8 +18,7 @@ class Shape(NamedTuple):
 
     key: str  # its name in ``as=``
     keys: tuple[tuple[str, ...], ...]  # sets of fields, each sufficient; empty: only by ``as=``
-    # converts a record to an example; gets a ``cutter`` if there is a chunker; raises `LeftOut`, or
-    # ValueError that names a field
+    # converts a record; gets a ``cutter`` if there is a chunker; raises `LeftOut` or ValueError
     parse: Callable[..., RagExample]
     chunker: str | None = None  # default chunker; None: its records already have chunks
     may_cut: bool = False  # records without a default chunker may hold one text, to be split
