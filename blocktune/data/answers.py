@@ -154,7 +154,13 @@ def regenerate(
             append_lines(part, [json.dumps(texts, ensure_ascii=False)])
             answers += texts
             on_batch(len(answers))
-    written, dropped = _with_responses(examples, answers, facts, only_correct)
+    fates = [_fate(e, text, only_correct) for e, text in zip(examples, answers, strict=True)]
+    dropped = {fate: fates.count(fate) for fate in ("empty", "wrong", "cut")}
+    written = [
+        replace(e, response=text.strip(), meta=e.meta | {"answered_by": dict(facts)})
+        for e, text, fate in zip(examples, answers, fates, strict=True)
+        if fate == "written"
+    ]
     if not written:
         counts = ", ".join(f"{count} are {name}" for name, count in dropped.items())
         counts += "; allow more new tokens" if dropped["cut"] else ""
@@ -165,22 +171,9 @@ def regenerate(
     return Regenerated(len(written), num_resumed, **dropped)
 
 
-def _with_responses(
-    examples: Sequence[RagExample],
-    answers: Sequence[str | None],
-    facts: Mapping[str, Any],
-    only_correct: bool,
-) -> tuple[list[RagExample], dict[str, int]]:
-    """The examples with their answers, and how many were dropped as empty, wrong and cut."""
-    written, dropped = [], {"empty": 0, "wrong": 0, "cut": 0}
-    for example, text in zip(examples, answers, strict=True):
-        if text is None:
-            dropped["cut"] += 1
-        elif not text.strip():
-            dropped["empty"] += 1
-        elif only_correct and not gives_answer(text, example.answers):
-            dropped["wrong"] += 1
-        else:
-            meta = example.meta | {"answered_by": dict(facts)}
-            written.append(replace(example, response=text.strip(), meta=meta))
-    return written, dropped
+def _fate(example: RagExample, text: str | None, only_correct: bool) -> str:
+    if text is None:
+        return "cut"
+    if not text.strip():
+        return "empty"
+    return "wrong" if only_correct and not gives_answer(text, example.answers) else "written"

@@ -65,8 +65,6 @@ class Mixture:
     seed: int = 0  # seeds order and draws
 
     def __post_init__(self):
-        if not self.parts:
-            raise ValueError("'parts' must hold at least one source")
         require_one_of("'draw'", self.draw, DRAWS)
         if self.draw == "duplication":
             if self.size is not None:

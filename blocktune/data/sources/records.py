@@ -69,7 +69,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"'{path}' is not a file; give {WANTED}")
-    head = path.open("rb").read(8)
+    with path.open("rb") as file:
+        head = file.read(8)
     if kind := _by_magic(head, _TABLES):
         yield from _from_table(path, kind)
         return
