@@ -45,7 +45,11 @@ class Index:
             raise ValueError("an index needs at least one chunk, got none")
         self.chunks = list(chunks)
         texts = [_composed(f"{chunk.title or ''} {chunk.text}") for chunk in chunks]
-        self._scores = _bm25(texts) if embed is None else _cosine(texts, embed)
+        if embed is None:
+            self._scores = _bm25(texts)
+        else:
+            vectors = np.asarray(embed(texts))
+            self._scores = lambda asked: (vectors @ one for one in np.asarray(embed(asked)))
 
     def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
         """Finds the ``k`` best chunks for each question. Ties are in the order of the corpus."""
@@ -79,11 +83,6 @@ def _bm25(texts: list[str]) -> Callable[[list[str]], Iterator[np.ndarray]]:
             yield index.get_scores(asked) if asked and has_words else np.zeros(len(texts))
 
     return scores
-
-
-def _cosine(texts: list[str], embed: Embed) -> Callable[[list[str]], Iterator[np.ndarray]]:
-    vectors = np.asarray(embed(texts))
-    return lambda questions: (vectors @ question for question in np.asarray(embed(questions)))
 
 
 def read_questions(

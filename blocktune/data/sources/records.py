@@ -105,11 +105,10 @@ def _from_json(name: str, stream) -> Iterator[Record]:
     line, _, rest = start.partition("\n")
     if start.startswith("[") or (line.strip() == "{" and rest):  # a list, or one indented object
         value = _decoded(stream.read(), name)
-        if not isinstance(value, list):
+        if isinstance(value, list):
+            yield from (Record(f"{name}, record {n}", entry) for n, entry in enumerate(value, 1))
+        else:
             yield Record(f"{name}, line 1", value)
-            return
-        for number, entry in enumerate(value, start=1):
-            yield Record(f"{name}, record {number}", entry)
         return
     wanted = "; a file is a JSON list or one object a line"
     for number, line in enumerate(stream, start=1):

@@ -47,12 +47,7 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape("blocktune", (("question", "chunks"),), schemas.parse_own, may_cut=True),
     Shape("musique", (("question", "paragraphs"),), schemas.parse_musique),
-    Shape(
-        "longbench-v2",
-        (("question", "context", "choice_A"),),
-        schemas.parse_longbench,
-        "delimiter",
-    ),
+    Shape("longbench-v2", (("context", "choice_A"),), schemas.parse_longbench, "delimiter"),
     Shape("wiki", (("question", "context"),), schemas.parse_wiki, may_cut=True),
     Shape("ctxs", tuple(("question", name) for name in schemas.PASSAGES), schemas.parse_ctxs),
     Shape("ragas", (("user_input", "retrieved_contexts"),), schemas.parse_ragas),
