@@ -306,7 +306,7 @@ def test_predictions_come_in_the_order_of_the_rows(tmp_path):
 def test_rows_that_a_source_leaves_out_are_left_out(tmp_path, caplog):
     """As `load_examples` does; a single such row must not stop a run in a later step."""
     useless = {"messages": [{"role": "user", "content": "Hi"}, SAID]}
-    unanswerable = {"question": "Who?", "context": TEXTS, "answers": {"text": []}}  # of SQuAD 2
+    unanswerable = {"question": "Who?", "chunks": TEXTS, "answers": []}
     said = {"question": "Who?", "chunks": TEXTS, "answers": [], "response": "Nobody knows"}
     values = {"args": BlockSFTConfig(str(tmp_path), **options(max_steps=1))}
     values |= {"model": toy_model(), "processing_class": toy_tokenizer()}
