@@ -24,7 +24,12 @@ from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, Weights, build, default_method
 from blocktune.models.gate import context_length, exact_length
-from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
+from blocktune.models.identity import (
+    adapter_fingerprint,
+    same_base,
+    saved_fingerprint,
+    tokenizer_hash,
+)
 from blocktune.models.load import adapter_folder, pinned, read_config, read_tokenizer, require_stops
 from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, end_of_turn
@@ -113,7 +118,7 @@ class ChunkClient:
         self.model, self.source = model, pinned(model)
         bare, revision = self.source
         self.name = info.base_model if info else bare
-        config = read_config(bare, revision)
+        self._config = config = read_config(bare, revision)
         self._commit = getattr(config, "_commit_hash", None) if revision else None
         text = config.get_text_config()
         self.tokenizer = read_tokenizer(bare, revision)
@@ -161,14 +166,21 @@ class ChunkClient:
             and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
 
-    def _is_of(self, name: str, revision: str | None = None, **_: Any) -> bool:
+    def _is_of(self, name: str, fingerprint: str, revision: str | None = None, **_: Any) -> bool:
         """Whether chunks may be of this base, by its name; folders that are both here must be one.
 
-        If a revision was named, the chunks must be of it.
+        If a revision was named, the chunks must be of it. Weights in a folder must be theirs.
         """
         own, other = Path(self.name), Path(name)
         same = own.samefile(other) if own.exists() and other.exists() else own.name == other.name
-        return same and self._commit in (None, revision)
+        if not same or self._commit not in (None, revision):
+            return False
+        return self._saved is None or same_base(self._saved, fingerprint)
+
+    @cached_property
+    def _saved(self) -> str | None:
+        """The fingerprint of the weights in the base's folder, or None if it is unknown."""
+        return saved_fingerprint(self.source[0], self._config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -179,8 +191,9 @@ class ChunkClient:
             named = f", fingerprint {self._start[:12]}," if self._start else ""
             model = self.model + ("" if self.adapter is None else f" --adapter {self.adapter}")
             raise ValueError(
-                f"the store '{self.store.place}' has no chunks of {what}{named} in this wording; "
-                f"run `blocktune encode --model {model} --store {self.store.place}` first"
+                f"the store '{self.store.place}' has no chunks of {what}{named} with its present "
+                f"weights, in this wording; run `blocktune encode --model {model} "
+                f"--store {self.store.place}` first"
             )
         if len(fitting) > 1:
             named = ", ".join(f"{m['fingerprint'][:12]} ({m['dtype']})" for m in fitting)
