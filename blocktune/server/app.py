@@ -158,8 +158,7 @@ async def encode(request: Request) -> Response:
     """Encodes documents ahead of time, and pins them if requested."""
     exchange, _ = await begin(request, ChunksRequest, Service.encoding)
     [report] = [event async for event in exchange.events()]
-    chunks = chunk_list(exchange.submission, exchange.tenant, report)
-    return JSONResponse(chunks.model_dump())
+    return JSONResponse(chunk_list(exchange.job, report).model_dump())
 
 
 @tenants.get("/v1/models")

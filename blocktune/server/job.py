@@ -25,10 +25,11 @@ from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
 from blocktune.prompt import Pieces, Prompt
+from blocktune.server.config import Tenant
 from blocktune.server.decoding import Choice, Settings, TokenLogprob, token_text
+from blocktune.server.front import Source
 
 _LOG = logging.getLogger(__name__)
-ONE_TOKEN = Settings(1)
 
 
 class Busy(HTTPException):
@@ -81,32 +82,36 @@ class Job:
     """A request for an engine."""
 
     engine: Engine  # with the tenant's salt
+    tenant: Tenant  # decides its queue; the queues are served in turn
+    sources: tuple[Source, ...]  # the documents, in prompt order
+    timeout_s: float  # seconds after which it fails
     # how chunks are reused; None: chunks are only encoded
     method: Method | None = None
     pieces: Pieces | None = None  # tokens of the prompt
     # its layout; None for a method with a history, which decides the layout later
     prompt: Prompt | None = None
-    wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
-    reader: Method | None = None  # the method that will read them
-    settings: Settings = ONE_TOKEN  # how it is decoded
-    tenant: str = "default"  # decides its queue; the queues are served in turn
-    timeout_s: float = 300.0  # seconds after which it fails
+    settings: Settings = field(default_factory=lambda: Settings(1))  # how it is decoded
+    model: str = ""  # name of the model in the response
+    question: str = ""  # text that a semantic response cache compares; empty for none
     strip: bool = False  # whether to report how each token was computed
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
+    token_bytes: int = 0  # bytes of one token's keys and values
+    wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
+    reader: Method | None = None  # the method that will read them
     # pieces of ``wanted`` to pin in the store until they are deleted
     pins: frozenset[Piece] = frozenset()
-    pinned: set[Piece] = field(default_factory=set)  # those that the store could pin
-    token_bytes: int = 0  # bytes of one token's keys and values
     # called with its events in the scheduler's thread; the last is a Report or a Failure
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False  # if set, it is stopped before its next step
+    # The scheduler's:
+    begun: float = 0.0  # when it left its queue
+    first: float = 0.0  # when it had its first token
     looked_up: list[Piece] = field(default_factory=list)
     found: Found = field(default_factory=Found)
     prefix_hits: int = 0
     missing: deque[list[Piece]] | None = None
-    begun: float = 0.0
-    first: float = 0.0
+    pinned: set[Piece] = field(default_factory=set)  # those that the store could pin
     run: Generation | None = None
     choices: list[Choice] = field(default_factory=list)
     watch: Stopwatch | None = None
@@ -147,11 +152,6 @@ def bytes_per_token(engine: Engine) -> int:
     token, cache = torch.zeros(1, 1, dtype=torch.int64, device=engine.model.device), DynamicCache()
     engine.model(token, past_key_values=cache, use_cache=True)
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
-
-
-def timed_out(job: Job) -> Failure:
-    """The failure of a request that took too long."""
-    return Failure(408, f"not answered within {job.timeout_s:g} s")
 
 
 def failure_of(error: Exception) -> Failure:
@@ -232,7 +232,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
     return runs
 
 
-def recall(cache: ResponseCache, job: Job, question: str) -> bool:
+def recall(cache: ResponseCache, job: Job) -> bool:
     """Answers a job from the cache (True), or arranges for its answer to be cached (False).
 
     Requests for several choices, log probabilities or the strip, and those that sample without a
@@ -242,7 +242,7 @@ def recall(cache: ResponseCache, job: Job, question: str) -> bool:
     if job.pieces is None or job.strip or settings.choices > 1 or settings.logprobs is not None:
         return False
     how = job.engine.state, job.method, settings.sampling, settings
-    entry = Recall.of(cache, *how, job.pieces, question)
+    entry = Recall.of(cache, *how, job.pieces, job.question)
     if entry is None:
         return False
     if (hit := entry.find()) is not None:

@@ -40,15 +40,6 @@ class Served(NamedTuple):
     token_bytes: int
 
 
-class Submission(NamedTuple):
-    """A job to submit, and what its response needs besides."""
-
-    job: Job  # not yet submitted; its ``emit`` does nothing
-    served: Served  # the model
-    sources: tuple[front.Source, ...]  # the documents, in prompt order
-    question: str = ""  # text that a semantic response cache compares; empty for none
-
-
 class Service:
     """The models, limits and scheduler behind the routes.
 
@@ -126,30 +117,28 @@ class Service:
             raise schemas.WrongField(told, "model", 404, "model_not_found")
         return self.models[name]
 
-    def chat(self, body: schemas.ChatRequest, tenant: Tenant) -> Submission:
+    def chat(self, body: schemas.ChatRequest, tenant: Tenant) -> Job:
         """The job of a chat request. Raises ValueError, with the reason, if it has no answer."""
         served = self._served(body, tenant)
         conversation = front.read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
         sources = self._sources(served, documents, conversation.texts)
-
         read = partial(front.chat_pieces, conversation=conversation)
         job = self._job(served, body, tenant, sources, read)
-        job.has_turns = bool(conversation.earlier)
-        return Submission(job, served, sources, conversation.question)
+        job.has_turns, job.question = bool(conversation.earlier), conversation.question
+        return job
 
-    def completion(self, body: schemas.CompletionRequest, tenant: Tenant) -> Submission:
+    def completion(self, body: schemas.CompletionRequest, tenant: Tenant) -> Job:
         """The job of a plain completion. Raises ValueError as `chat` does."""
         served = self._served(body, tenant)
-        texts = [body.prompt] if isinstance(body.prompt, str) else []
-        sources = self._sources(served, body.documents or (), texts)
+        text = body.prompt if isinstance(body.prompt, str) else ""
+        sources = self._sources(served, body.documents or (), [text])
+        read = partial(front.plain_pieces, prompt=body.prompt)
+        job = self._job(served, body, tenant, sources, lambda *how, block: read(*how))
+        job.question = text
+        return job
 
-        job = self._job(
-            served, body, tenant, sources, lambda *how, block: front.plain_pieces(*how, body.prompt)
-        )
-        return Submission(job, served, sources, "".join(texts))
-
-    def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Submission:
+    def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Job:
         """The job that encodes documents ahead of time, for the model's default method.
 
         Raises ValueError if one does not fit into the model's context, or into the room for pins.
@@ -168,15 +157,12 @@ class Service:
                     f"pin: {new:,} tokens do not fit into the {max(0, room):,} bytes left for "
                     "pinned chunks; delete some that are pinned"
                 )
-        job = Job(
-            engine,
+        return Job(
+            *(engine, tenant, sources, limits.request_s),
             wanted=[*([prefix] if prefix else []), *pieces],
             reader=served.method,
-            tenant=tenant.name,
-            timeout_s=limits.request_s,
             pins=frozenset(pieces) if body.pin else frozenset(),
         )
-        return Submission(job, served, sources)
 
     def chunk(self, name: str, key: str) -> schemas.ChunkStatus:
         """Whether a chunk is stored; ``name`` is the tenant's signed name of the store ``key``."""
@@ -230,7 +216,7 @@ class Service:
         served: Served,
         body: schemas.Decoding,
         tenant: Tenant,
-        sources: Sequence[front.Source],
+        sources: tuple[front.Source, ...],
         read: Callable[..., Pieces],
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
@@ -264,13 +250,12 @@ class Service:
         sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
         count, strips = body.n or 1, isinstance(body, schemas.ChatRequest)
         job = Job(
-            served.engine,
+            *(served.engine, tenant, sources, limits.request_s),
             method=method,
             pieces=pieces,
             prompt=prompt if method.history is None else None,
             settings=Settings(new_tokens, sampling, count, body.stops, body.num_logprobs, strips),
-            tenant=tenant.name,
-            timeout_s=limits.request_s,
+            model=served.name,
             strip=bool(body.blocktune and body.blocktune.strip),
             token_bytes=served.token_bytes,
         )
