@@ -20,7 +20,7 @@ _IDS = random.Random()
 
 def chunk_list(job: Job, report: Report) -> ChunkList:
     """The response of ``POST /v1/chunks``."""
-    pieces = job.wanted[-len(job.sources) :]
+    pieces = job.wanted[-len(job.documents) :]
     data = [
         ChunkStatus(**chunk, encoded=chunk["cached"] == "none", pinned=piece in job.pinned)
         for chunk, piece in zip(_chunks(job, report, pieces), pieces, strict=True)
@@ -33,9 +33,9 @@ def _chunks(job: Job, report: Report, pieces: Sequence[Piece]) -> list[dict[str,
 
     The last ``pieces`` are the documents, unless there are fewer.
     """
-    encoder, chunks, count = job.engine.state.encoder, [], len(job.sources)
-    for index, source in enumerate(job.sources):
-        chunk = {"index": index, "id": source.id, "title": source.chunk.title}
+    encoder, chunks, count = job.engine.state.encoder, [], len(job.documents)
+    for index, document in enumerate(job.documents):
+        chunk = {"index": index, "id": document.metadata.get("id"), "title": document.title}
         if len(pieces) >= count:
             piece = pieces[index - count]
             chunk["tokens"], chunk["cached"] = len(piece.ids), report.tiers.get(piece, "none")

@@ -28,13 +28,6 @@ LARGEST = 1e9
 """Largest number in a method's parameters; larger ones could overflow."""
 
 
-class Source(NamedTuple):
-    """A document of a request: the client's id, and the chunk."""
-
-    id: str | None
-    chunk: Chunk
-
-
 class Conversation(NamedTuple):
     """The messages of a request."""
 
@@ -49,37 +42,38 @@ class Conversation(NamedTuple):
         return (self.system or "", *(text for _, text in self.earlier), self.question)
 
 
-def read_documents(documents: Sequence[Document]) -> tuple[Source, ...]:
-    """Makes a chunk of each document. Raises ValueError, with its index, if one has no text."""
-    sources = []
+def read_documents(documents: Sequence[Document]) -> tuple[Chunk, ...]:
+    """Makes a chunk of each document; the client's id, or None, becomes ``id`` of its metadata.
+
+    Raises ValueError, with the document's index, if one has no text.
+    """
+    chunks = []
     for index, document in enumerate(documents):
         try:
-            sources.append(_source(document))
+            chunks.append(_chunk(document))
         except ValueError as error:
             raise ValueError(f"documents[{index}]: {error}") from None
-    return tuple(sources)
+    return tuple(chunks)
 
 
-def _source(document: Document) -> Source:
+def _chunk(document: Document) -> Chunk:
     if isinstance(document, str):
-        return Source(None, Chunk(document))
+        return Chunk(document)
+    title = None
     if isinstance(document, DocumentBlock):
-        text = "\n".join(part for part in (document.context, document.source.data) if part)
-        return Source(document.id, Chunk(text, document.title))
-    if isinstance(document, CohereDocument):
-        return Source(document.id, _of_fields(document.data))
-    return Source(document.id, Chunk(document.text, document.title))
-
-
-def _of_fields(data: str | Mapping[str, str]) -> Chunk:
-    """Cohere's data: one field is the text; the others precede it as lines ``name: value``."""
-    if isinstance(data, str):
-        return Chunk(data)
-    rest = dict(data)
-    title = rest.pop("title", None)
-    key = next((name for name in ("text", "snippet", "content") if name in rest), None)
-    lines = [f"{name}: {value}" for name, value in rest.items() if name != key]
-    return Chunk("\n".join([*lines, *([rest[key]] if key else [])]), title)
+        text = "\n".join(filter(None, (document.context, document.source.data)))
+        title = document.title
+    elif not isinstance(document, CohereDocument):
+        text, title = document.text, document.title
+    elif isinstance(document.data, str):
+        text = document.data
+    else:  # one field is the text; the others precede it as lines
+        fields = dict(document.data)
+        title = fields.pop("title", None)
+        key = next((name for name in ("text", "snippet", "content") if name in fields), None)
+        body = [] if key is None else [fields.pop(key)]
+        text = "\n".join([*(f"{name}: {value}" for name, value in fields.items()), *body])
+    return Chunk(text, title, {"id": document.id})
 
 
 def read_messages(messages: Sequence[Message]) -> Conversation:

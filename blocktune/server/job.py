@@ -24,10 +24,9 @@ from blocktune.engine.rows import has_column
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.prompt import Pieces, Prompt
+from blocktune.prompt import Chunk, Pieces, Prompt
 from blocktune.server.config import Tenant
 from blocktune.server.decoding import Choice, Settings, TokenLogprob, token_text
-from blocktune.server.front import Source
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class Job:
 
     engine: Engine  # with the tenant's salt
     tenant: Tenant  # decides its queue; the queues are served in turn
-    sources: tuple[Source, ...]  # the documents, in prompt order
+    documents: tuple[Chunk, ...]  # in prompt order
     timeout_s: float  # seconds after which it fails
     # how chunks are reused; None: chunks are only encoded
     method: Method | None = None

@@ -14,7 +14,7 @@ from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.prompts import TooLong
 from blocktune.methods import Method, build, default_method
-from blocktune.prompt import Pieces
+from blocktune.prompt import Chunk, Pieces
 from blocktune.prompt.special_tokens import OWNER
 from blocktune.server import front, schemas
 from blocktune.server.config import Quotas, ServerConfig, Tenant
@@ -122,9 +122,9 @@ class Service:
         served = self._served(body, tenant)
         conversation = front.read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
-        sources = self._sources(served, documents, conversation.texts)
+        chunks = self._chunks(served, documents, conversation.texts)
         read = partial(front.chat_pieces, conversation=conversation)
-        job = self._job(served, body, tenant, sources, read)
+        job = self._job(served, body, tenant, chunks, read)
         job.has_turns, job.question = bool(conversation.earlier), conversation.question
         return job
 
@@ -132,9 +132,9 @@ class Service:
         """The job of a plain completion. Raises ValueError as `chat` does."""
         served = self._served(body, tenant)
         text = body.prompt if isinstance(body.prompt, str) else ""
-        sources = self._sources(served, body.documents or (), [text])
+        chunks = self._chunks(served, body.documents or (), [text])
         read = partial(front.plain_pieces, prompt=body.prompt)
-        job = self._job(served, body, tenant, sources, lambda *how, block: read(*how))
+        job = self._job(served, body, tenant, chunks, lambda *how, block: read(*how))
         job.question = text
         return job
 
@@ -144,9 +144,9 @@ class Service:
         Raises ValueError if one does not fit into the model's context, or into the room for pins.
         """
         served, limits = self._served(body, tenant), self.config.limits
-        sources, engine = self._sources(served, body.documents, []), served.engine
+        chunks, engine = self._chunks(served, body.documents, []), served.engine
         spec = engine.prompts.spec(served.method)
-        prefix, pieces = engine.prompts.encodable([source.chunk for source in sources], spec)
+        prefix, pieces = engine.prompts.encodable(chunks, spec)
         if body.pin:
             keys = {engine.state.encoder.key(piece): len(piece.ids) for piece in pieces}
             pinned = self.scheduler.pinned.copy()
@@ -158,7 +158,7 @@ class Service:
                     "pinned chunks; delete some that are pinned"
                 )
         return Job(
-            *(engine, tenant, sources, limits.request_s),
+            *(engine, tenant, chunks, limits.request_s),
             wanted=[*([prefix] if prefix else []), *pieces],
             reader=served.method,
             pins=frozenset(pieces) if body.pin else frozenset(),
@@ -195,36 +195,36 @@ class Service:
         OWNER.set(salt)  # a context variable, so it is set for this request only
         return served._replace(engine=served.engine.salted(salt, tenant.payer))
 
-    def _sources(
+    def _chunks(
         self, served: Served, documents: Sequence[Any], texts: Iterable[str]
-    ) -> tuple[front.Source, ...]:
+    ) -> tuple[Chunk, ...]:
         limits = self.config.limits
         if len(documents) > limits.chunks:
             raise ValueError(
                 f"documents: {len(documents):,} were given, at most {limits.chunks:,} are taken"
             )
-        sources = front.read_documents(documents)
-        whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)
+        chunks = front.read_documents(documents)
+        whole = sum(len(chunk.text) + len(chunk.title or "") for chunk in chunks)
         whole += sum(map(len, texts))
         room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.longest)
         if whole > room:
             raise TooLong(f"{whole:,} characters were given, the model reads {room:,} at most")
-        return sources
+        return chunks
 
     def _job(
         self,
         served: Served,
         body: schemas.Decoding,
         tenant: Tenant,
-        sources: tuple[front.Source, ...],
+        chunks: tuple[Chunk, ...],
         read: Callable[..., Pieces],
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
         method = front.read_method(body.blocktune or schemas.Extension(), served.method)
         if method.warm_up:
             raise ValueError("blocktune: warm_up is for measurements; leave it out")
-        method = method if sources else build(WITHOUT_CHUNKS)
-        spec, chunks = prompts.spec(method), [source.chunk for source in sources]
+        method = method if chunks else build(WITHOUT_CHUNKS)
+        spec = prompts.spec(method)
         pieces = read(prompts.tokenizer, prompts.format, chunks, block=spec.block)
         if not method.keeps_context:
             pieces = pieces._replace(chunks=())
@@ -250,7 +250,7 @@ class Service:
         sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
         count, strips = body.n or 1, isinstance(body, schemas.ChatRequest)
         job = Job(
-            *(served.engine, tenant, sources, limits.request_s),
+            *(served.engine, tenant, chunks, limits.request_s),
             method=method,
             pieces=pieces,
             prompt=prompt if method.history is None else None,

@@ -136,8 +136,7 @@ def _has_documents(body: Mapping[str, Any]) -> bool:
 
 def _render(client: ChunkClient, request: DocumentRequest) -> tuple[Rendered, str]:
     conversation = read_messages(request.messages)
-    documents = [*(request.documents or ()), *conversation.documents]
-    chunks = [source.chunk for source in read_documents(documents)]
+    chunks = read_documents([*(request.documents or ()), *conversation.documents])
     method = client.built(read_method(request.blocktune or Extension(), client.method))
     block = client.prompts.spec(method).block
     pieces = chat_pieces(client.tokenizer, client.format, chunks, conversation, block)
