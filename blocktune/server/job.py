@@ -84,9 +84,8 @@ class Job:
     tenant: Tenant  # decides its queue; the queues are served in turn
     documents: tuple[Chunk, ...]  # in prompt order
     timeout_s: float  # seconds after which it fails
-    # how chunks are reused; None: chunks are only encoded
-    method: Method | None = None
-    pieces: Pieces | None = None  # tokens of the prompt
+    method: Method  # how chunks are reused
+    pieces: Pieces | None = None  # tokens of the prompt; None: chunks are only encoded
     # its layout; None for a method with a history, which decides the layout later
     prompt: Prompt | None = None
     settings: Settings = field(default_factory=lambda: Settings(1))  # how it is decoded
@@ -96,7 +95,6 @@ class Job:
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
     token_bytes: int = 0  # bytes of one token's keys and values
     wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
-    reader: Method | None = None  # the method that will read them
     # pieces of ``wanted`` to pin in the store until they are deleted
     pins: frozenset[Piece] = frozenset()
     # called with its events in the scheduler's thread; the last is a Report or a Failure
@@ -115,6 +113,19 @@ class Job:
     choices: list[Choice] = field(default_factory=list)
     watch: Stopwatch | None = None
 
+    @cached_property
+    def num_tokens(self) -> int:
+        """Most columns that its answers need."""
+        if self.pieces is None:
+            return 0
+        rows = self.pieces.num_tokens if self.prompt is None else len(self.prompt.input_ids)
+        return self.settings.choices * (rows + self.settings.max_new_tokens)
+
+    @property
+    def reserved(self) -> int:
+        """Most bytes of keys and values that its answers need."""
+        return self.num_tokens * self.token_bytes
+
     @property
     def quota_tokens(self) -> int:
         """Tokens charged to its tenant's quota: those of the prompt, the answers and the chunks."""
@@ -126,23 +137,9 @@ class Job:
         return 0 if self.pieces is None else most - written
 
     @cached_property
-    def reserved(self) -> int:
-        """Most bytes of keys and values that its answers need."""
-        return self.num_tokens * self.token_bytes
-
-    @cached_property
     def widened(self) -> list[int]:
         """Layers of which the method needs the chunks' input hidden states."""
-        reader = self.method or self.reader
-        return [] if reader is None else list(self.engine.state.inputs_of(reader))
-
-    @property
-    def num_tokens(self) -> int:
-        """Most columns that its answers need."""
-        if self.pieces is None:
-            return 0
-        rows = self.pieces.num_tokens if self.prompt is None else len(self.prompt.input_ids)
-        return self.settings.choices * (rows + self.settings.max_new_tokens)
+        return list(self.engine.state.inputs_of(self.method))
 
 
 @torch.no_grad()

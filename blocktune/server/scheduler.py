@@ -171,7 +171,7 @@ class Scheduler:
         """Does one unit of work; returns whether the request is now decoding or done."""
         if job.missing is None:
             self._look_up(job)
-            if job.missing and job.method is not None:
+            if job.missing and job.pieces is not None:
                 return False
         if job.missing:
             group = job.missing.popleft()
@@ -179,7 +179,7 @@ class Scheduler:
             self._keep(job, job.engine.state.encoder.find(group, job.watch, job.widened))
             if job.missing or job.cancelled:
                 return False
-        if job.method is None:
+        if job.pieces is None:
             report = Report(tiers=job.found.tiers, encode_s=job.watch.seconds.get("encode_s", 0.0))
             self._release(job)
             self._emit(job, report)
@@ -192,7 +192,7 @@ class Scheduler:
         job.watch = Stopwatch(engine.model.device)
         job.missing = deque()
         wanted = list(job.wanted)
-        if job.method is not None:
+        if job.pieces is not None:
             if job.prompt is None:
                 job.prompt = engine.lay_out(job.pieces, job.method, job.settings.max_new_tokens)
             if job.method.cached is not Cached.CHUNKS:
@@ -214,7 +214,7 @@ class Scheduler:
     def _keep(self, job: Job, found: Found) -> None:
         """Keeps what was found until the prefill, even if the store evicts it, and pins chunks."""
         job.found.tiers |= found.tiers
-        if job.method is not None:
+        if job.pieces is not None:
             job.found.kvs |= found.kvs
             job.found.states |= found.states
         encoder = job.engine.state.encoder

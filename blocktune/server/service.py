@@ -158,9 +158,8 @@ class Service:
                     "pinned chunks; delete some that are pinned"
                 )
         return Job(
-            *(engine, tenant, chunks, limits.request_s),
+            *(engine, tenant, chunks, limits.request_s, served.method),
             wanted=[*([prefix] if prefix else []), *pieces],
-            reader=served.method,
             pins=frozenset(pieces) if body.pin else frozenset(),
         )
 
@@ -250,9 +249,7 @@ class Service:
         sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
         count, strips = body.n or 1, isinstance(body, schemas.ChatRequest)
         job = Job(
-            *(served.engine, tenant, chunks, limits.request_s),
-            method=method,
-            pieces=pieces,
+            *(served.engine, tenant, chunks, limits.request_s, method, pieces),
             prompt=prompt if method.history is None else None,
             settings=Settings(new_tokens, sampling, count, body.stops, body.num_logprobs, strips),
             model=served.name,

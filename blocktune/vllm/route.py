@@ -75,29 +75,26 @@ class Renderer:
         """
         refuse_fields(body, OWN_PLACE)
         refuse_misspelt(body, list(OWN), ChatCompletionRequest.model_fields)
-        first = next(iter(self.clients))
+        name = next(iter(self.clients)) if body.get("model") is None else body["model"]
+        client = self.clients.get(name) if isinstance(name, str) else None
+        # vLLM does not know an adapter that only encodes.
+        body = body | {"model": self.base if client and client.lora is None else name}
         if not _has_documents(body):
-            name = first if body.get("model") is None else body["model"]
-            client = self.clients.get(name) if isinstance(name, str) else None
-            # vLLM does not know an adapter that only encodes.
-            return body | {"model": self.base if client and client.lora is None else name}
+            return body
         request = validated(DocumentRequest.model_validate, body)
         asked = {name: body.get(name) for name in REFUSED}
         asked["add_generation_prompt: false"] = body.get("add_generation_prompt") is False
         asked["blocktune.strip"] = request.blocktune and request.blocktune.strip
         if refused := next((name for name, value in asked.items() if value), None):
             raise ValueError(f"{refused} is not supported with documents; leave it out")
-        name = first if request.model is None else request.model
-        if name not in self.clients:
+        if client is None:
             raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
-        client = self.clients[name]
         rendered, question = await asyncio.to_thread(_render, client, request)
         await self._encoded(client, rendered)
         kept = {key: value for key, value in body.items() if key not in OWN}
         if not body.get("ignore_eos"):
             kept["stop_token_ids"] = sorted({*(request.stop_token_ids or ()), *client.stop_ids})
         return kept | {
-            "model": name if client.lora is not None else self.base,
             "messages": [{"role": "user", "content": question}],
             "kv_transfer_params": {"prompt_token_ids": rendered.prompt_ids}
             | (rendered.transfer_params or {}),
