@@ -139,11 +139,7 @@ def chat_pieces(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    system: str | None,
-    earlier: Sequence[Turn],
-    head: str,
-    tail: str,
+    tokenizer, system: str | None, earlier: Sequence[Turn], head: str, tail: str
 ) -> template.Frame:
     if not earlier:
         return template.render_frame(tokenizer, system, head, tail)
@@ -168,8 +164,9 @@ def plain_pieces(
     fmt: PromptFormat,
     chunks: Sequence[Chunk],
     prompt: str | Sequence[int],
+    block: bool = True,
 ) -> Pieces:
-    """Tokenises chunks and a text to continue, without a chat template.
+    """Tokenises chunks and a text to continue, without a chat template or a tag for ``block``.
 
     Special tokens written out in ``prompt`` are parsed, since it is the caller's whole prompt.
     Raises ValueError if it has no tokens, or ids that the tokenizer does not have.
@@ -185,10 +182,10 @@ def plain_pieces(
     prefix = () if query[:1] == (bos,) else with_bos(tokenizer, ())
     if query[:1] == (bos,) and chunks:
         prefix, query = query[:1], query[1:]
-    if not query and not (prefix and not chunks):
-        raise ValueError("prompt: it has no tokens")
-    if not query:
+    if not query and not chunks:
         prefix, query = (), prefix
+    if not query:
+        raise ValueError("prompt: it has no tokens")
     return Pieces(prefix, chunk_ids(tokenizer, fmt, chunks), query)
 
 

@@ -119,22 +119,18 @@ class Service:
 
     def chat(self, body: schemas.ChatRequest, tenant: Tenant) -> Job:
         """The job of a chat request. Raises ValueError, with the reason, if it has no answer."""
-        served = self._served(body, tenant)
         conversation = front.read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
-        chunks = self._chunks(served, documents, conversation.texts)
         read = partial(front.chat_pieces, conversation=conversation)
-        job = self._job(served, body, tenant, chunks, read)
+        job = self._job(body, tenant, documents, conversation.texts, read)
         job.has_turns, job.question = bool(conversation.earlier), conversation.question
         return job
 
     def completion(self, body: schemas.CompletionRequest, tenant: Tenant) -> Job:
         """The job of a plain completion. Raises ValueError as `chat` does."""
-        served = self._served(body, tenant)
         text = body.prompt if isinstance(body.prompt, str) else ""
-        chunks = self._chunks(served, body.documents or (), [text])
         read = partial(front.plain_pieces, prompt=body.prompt)
-        job = self._job(served, body, tenant, chunks, lambda *how, block: read(*how))
+        job = self._job(body, tenant, body.documents or (), [text], read)
         job.question = text
         return job
 
@@ -212,12 +208,14 @@ class Service:
 
     def _job(
         self,
-        served: Served,
         body: schemas.Decoding,
         tenant: Tenant,
-        chunks: tuple[Chunk, ...],
+        documents: Sequence[Any],
+        texts: Iterable[str],
         read: Callable[..., Pieces],
     ) -> Job:
+        served = self._served(body, tenant)
+        chunks = self._chunks(served, documents, texts)
         limits, prompts = self.config.limits, served.engine.prompts
         method = front.read_method(body.blocktune or schemas.Extension(), served.method)
         if method.warm_up:
