@@ -1,8 +1,8 @@
 """Chat completions with ``documents`` on vLLM's server, through ``vllm.endpoint_plugins``.
 
 A request with documents is rendered here, and waits until its chunks are stored; then vLLM's own
-route answers it. Requests without documents are passed on unchanged. ``VLLM_PLUGINS`` must name the
-plug-in. Its configuration is in ``kv_connector_extra_config``: ``store``, ``adapters`` (folders by
+route answers it. Requests without documents are passed on. ``VLLM_PLUGINS`` must name the plug-in.
+Its configuration is in ``kv_connector_extra_config``: ``store``, ``adapters`` (folders by
 their names in requests), ``fingerprint`` (of those that it fits) and ``encode_wait_s``.
 """
 
