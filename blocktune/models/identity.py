@@ -70,12 +70,14 @@ def saved_fingerprint(folder: str | Path, config: PreTrainedConfig) -> str | Non
     is_text = config.get_text_config(decoder=True) is config
     if cls is None or not is_text or getattr(config, "quantization_config", None):
         return None
-    with torch.device("meta"), quiet(), suppress(SafetensorError, OSError, RuntimeError, KeyError):
+    with torch.device("meta"), quiet(), suppress(SafetensorError, OSError, RuntimeError):
         saved = _Saved()
         for path in Path(folder).glob("*.safetensors"):
             file = safe_open(path, "pt")
             saved |= dict.fromkeys(file.keys(), file)
-        return base_fingerprint(cls(config), saved)
+        model = cls(config)
+        if saved.keys() == {name for name, _ in model.named_parameters()}:
+            return base_fingerprint(model, saved)
     return None
 
 

@@ -116,7 +116,7 @@ class Renderer:
                     )
                 await asyncio.sleep(POLL_S)
         except asyncio.CancelledError:  # the client left; others that wait for them ask again
-            with suppress(OSError):  # the queue may be of another user
+            with suppress(OSError, ValueError):  # the queue is another user's; no chunks at all
                 wanted = [segment.wanted for segment in missing]
                 client.store.queue.done(client.fingerprint, wanted)
             raise
