@@ -8,7 +8,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from math import ceil
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -205,15 +207,12 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         run.assembled.cached[0, rows].tolist(),
         count[layout.order[0, rows].cpu()].tolist(),
         layout.position[0, rows].tolist(),
-        run.batch.input_ids[0, rows].tolist(),
         strict=True,
     )
     first: dict[int, int] = {}
-    runs: list[dict[str, Any]] = []
-    tokenizer, vocabulary = state.tokenizer, len(state.tokenizer)
-    for kind, chunk, cached, layers, position, token in facts:
-        start = first.setdefault(chunk if kind != Kind.PREFIX else -2, position)
-        moved = kind != Kind.PREFIX and start != 0
+    entries = []
+    for kind, chunk, cached, layers, position in facts:
+        moved = kind != Kind.PREFIX and first.setdefault(chunk, position) != 0
         reused = "recomputed" if layers else "relocated" if moved else "reused"
         entry = {
             "kind": Kind(kind).name.lower(),
@@ -221,11 +220,11 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
             "fate": reused if cached else "computed",
             "layers": layers / state.num_layers,
         }
-        text = token_text(tokenizer, token) if token < vocabulary else "\u29c9"
-        if not runs or runs[-1] | entry != runs[-1]:
-            runs.append(entry | {"tokens": []})
-        runs[-1]["tokens"].append(text)
-    return runs
+        entries.append(entry)
+    known, ids = len(state.tokenizer), run.batch.input_ids[0, rows].tolist()
+    texts = [token_text(state.tokenizer, i) if i < known else "\u29c9" for i in ids]
+    groups = groupby(zip(entries, texts, strict=True), itemgetter(0))
+    return [entry | {"tokens": [text for _, text in group]} for entry, group in groups]
 
 
 def recall(cache: ResponseCache, job: Job) -> bool:
