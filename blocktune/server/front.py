@@ -141,9 +141,7 @@ def chat_pieces(
 def _render(
     tokenizer, system: str | None, earlier: Sequence[Turn], head: str, tail: str
 ) -> template.Frame:
-    if not earlier:
-        return template.render_frame(tokenizer, system, head, tail)
-    if tokenizer.chat_template is None:
+    if not earlier or tokenizer.chat_template is None:
         dialogue = "".join(
             f" {text}\n\n" if role == "assistant" else text + template.PLAIN_REPLY_CUE
             for role, text in earlier

@@ -281,24 +281,24 @@ class WorkerSide:
         return chunks
 
     def _frequencies(self, fingerprint: str) -> _Rope:
-        if fingerprint not in self._rope:
-            manifest = self.view.manifest(fingerprint)
-            if manifest is None:
-                raise Missing(f"no manifest of {fingerprint[:12]} in '{self.view.place}'")
-            rope = manifest["rope"]
-            if len(rope["layer"]) != self.num_layers:
-                raise Missing(
-                    f"the chunks have {len(rope['layer'])} layers, vLLM's model {self.num_layers}; "
-                    "they belong to another model"
-                )
-            inv_freqs = [torch.tensor(values) for values in rope["frequencies"]]
-            # Older manifests lack the other fields: their models rotate by halves.
-            others = (rope.get(name, [0] * len(inv_freqs)) for name in LayerRope._fields[1:])
-            forms = [LayerRope(*values) for values in zip(inv_freqs, *others, strict=True)]
-            if any(form.in_values for form in forms):
-                raise Missing("the chunks hold latent keys, which this connector does not load")
-            self._rope[fingerprint] = _Rope(forms, rope["layer"])
-        return self._rope[fingerprint]
+        if fingerprint in self._rope:
+            return self._rope[fingerprint]
+        manifest = self.view.manifest(fingerprint)
+        if manifest is None:
+            raise Missing(f"no manifest of {fingerprint[:12]} in '{self.view.place}'")
+        rope = manifest["rope"]
+        if len(rope["layer"]) != self.num_layers:
+            raise Missing(
+                f"the chunks have {len(rope['layer'])} layers, vLLM's model {self.num_layers}; "
+                "they belong to another model"
+            )
+        inv_freqs = [torch.tensor(values) for values in rope["frequencies"]]
+        # Older manifests lack the other fields: their models rotate by halves.
+        others = (rope.get(name, [0] * len(inv_freqs)) for name in LayerRope._fields[1:])
+        forms = [LayerRope(*values) for values in zip(inv_freqs, *others, strict=True)]
+        if any(form.in_values for form in forms):
+            raise Missing("the chunks hold latent keys, which this connector does not load")
+        return self._rope.setdefault(fingerprint, _Rope(forms, rope["layer"]))
 
 
 def _use_one_core(usual: int) -> None:
