@@ -268,9 +268,11 @@ class WorkerSide:
                 reason = hit.reason or reason
                 continue
             chunks[index] = hit.kv
-            in_memory = hit.tier == "memory"
-            counts["host_hits" if in_memory else "store_reads"] += 1
-            counts["store_bytes"] += 0 if in_memory else hit.kv.num_bytes
+            if hit.tier == "memory":
+                counts["host_hits"] += 1
+            else:
+                counts["store_reads"] += 1
+                counts["store_bytes"] += hit.kv.num_bytes
         if lacking:
             self.view.queue.add(plan.fingerprint, lacking)
             raise Missing(
