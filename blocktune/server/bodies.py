@@ -125,25 +125,23 @@ class TextBodies:
         }
 
     def _counts(self, report: Report) -> dict[str, Any]:
-        read, written = report.usage.prompt_tokens, report.answer_tokens
-        usage = {
+        job, usage = self.job, vars(report.usage).copy()
+        read, written = usage["prompt_tokens"], report.answer_tokens
+        counts = {
             "prompt_tokens": read,
             "completion_tokens": written,
             "total_tokens": read + written,
             "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
         }
-        return {"usage": usage, "blocktune": self._extension(report)}
-
-    def _extension(self, report: Report) -> dict[str, Any]:
-        job, usage = self.job, vars(report.usage).copy()
         ttft = vars(usage.pop("ttft")) | {"queue_s": report.queue_s, "total_s": report.ttft_s}
-        fields = {
+        extension = {
             "method": job.method.name,
             "chunks": _chunks(job, report, job.looked_up),
             "usage": usage | {"recompute_ratio": report.usage.recompute_ratio},
             "ttft": ttft,
         }
-        return fields | ({} if report.strip is None else {"strip": report.strip})
+        extension |= {} if report.strip is None else {"strip": report.strip}
+        return {"usage": counts, "blocktune": extension}
 
 
 class ChatBodies(TextBodies):

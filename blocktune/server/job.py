@@ -90,7 +90,7 @@ class Job:
     pieces: Pieces | None = None  # tokens of the prompt; None: chunks are only encoded
     # its layout; None for a method with a history, which decides the layout later
     prompt: Prompt | None = None
-    settings: Settings = field(default_factory=lambda: Settings(1))  # how it is decoded
+    settings: Settings = field(default_factory=Settings)  # how it is decoded
     model: str = ""  # name of the model in the response
     question: str = ""  # text that a semantic response cache compares; empty for none
     strip: bool = False  # whether to report how each token was computed
