@@ -107,6 +107,44 @@ def test_longbench(tmp_path):
     assert len(cut.chunks) == 2
 
 
+LONGBENCH_2 = {
+    "_id": "l2",
+    "domain": "Single-Document QA",
+    "question": "Where was she born?",
+    "choice_A": "Lorne",
+    "choice_B": "Kirby",
+    "choice_C": "Port Alder",
+    "choice_D": "Nowhere",
+    "answer": "B",
+    "context": "Anna Belt was born in Kirby.\n\nShe lives in Lorne.",
+}
+
+
+def test_choices_are_part_of_the_question(tmp_path):
+    (example,) = load_examples(save(tmp_path / "v2.jsonl", LONGBENCH_2))
+    assert example.question.splitlines()[:3] == ["Where was she born?", "Choices:", "(A) Lorne"]
+    assert example.question.endswith("(D) Nowhere")
+    assert (example.answers, len(example.chunks), example.id) == (("(B) Kirby",), 2, "l2")
+    assert example.meta == {"domain": "Single-Document QA"}
+    options = {"options": ["Lorne", "Kirby"], "answer": ["Kirby"]}
+    options |= {"input": "Where?", "context": "She was born there."}
+    (infinite,) = load_examples(save(tmp_path / "infinite.jsonl", options))
+    assert infinite.question == "Where?\nChoices:\n(A) Lorne\n(B) Kirby"
+    assert infinite.answers == ("(B) Kirby",)
+    path = save(tmp_path / "none.jsonl", LONGBENCH_2 | {"answer": "E"})
+    with pytest.raises(ValueError, match=r'line 1: field "answer" must be one of its choices'):
+        load_examples(path)
+
+
+def test_ms_marco_without_an_answer_is_left_out(tmp_path, caplog):
+    passages = {"is_selected": [0, 1], "passage_text": ["One.", "Two."], "url": ["a", "b"]}
+    row = {"query": "Which?", "passages": passages, "answers": ["Two."], "query_id": 3}
+    path = save(tmp_path / "marco.jsonl", row | {"answers": ["No Answer Present."]}, row)
+    (example,) = load_examples(f"{path}?fields=question:query")
+    assert example.answers == ("Two.",)
+    assert "left out 1 rows: no answer in its passages" in caplog.text
+
+
 def test_sessions_of_mt_rag(tmp_path, caplog):
     path = save(tmp_path / "m.jsonl", SESSION | {"contexts": []}, SESSION)
     (example,) = load_examples(path)

@@ -33,6 +33,7 @@ from blocktune.prompt.format import Chunk
 
 logger = logging.getLogger("blocktune")
 
+NO_ANSWER = "No Answer Present."  # what MS MARCO has in place of an answer
 SNIFFED = 200  # records used to detect the shape; the first rows of a data set may lack a context
 
 
@@ -46,8 +47,8 @@ def load_examples(
 ) -> list[RagExample]:
     """Loads examples, at least one, from a file, the Hub or a generator.
 
-    Unusable rows (2WikiMultihopQA without its context) are left out. Their number is logged, and so
-    are the names of unknown fields, which are kept in ``meta``.
+    Unusable rows (2WikiMultihopQA without its context, MS MARCO without an answer) are left out.
+    Their number is logged, and so are the names of unknown fields, which are kept in ``meta``.
 
     Args:
         source: A file, whose record shape is detected by its fields; a short name of `CATALOG`
@@ -149,7 +150,10 @@ def parse_records(
     def examples(some: Iterable[Record]) -> Iterator[RagExample]:
         for record in some:
             try:
-                yield parse_record(record, parse)
+                example = parse_record(record, parse)
+                if example.answers == (NO_ANSWER,) and not example.response:
+                    raise LeftOut("no answer in its passages")
+                yield example
             except LeftOut as reason:
                 left_out[str(reason)] += 1
                 continue

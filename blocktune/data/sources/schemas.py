@@ -25,6 +25,8 @@ PASSAGES = ("ctxs", "passages", "contexts", "retrieved_contexts", "documents", "
 """Fields that may hold a question's passages, besides blocktune's own ``chunks``."""
 SUMMARIZE = "Write a short summary of the text above."
 
+CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")
+"""Fields of LongBench v2."""
 _NUMBERED = re.compile(r"^(?=Passage \d+:\n)", re.MULTILINE)
 """How LongBench joins the passages of its multi-document tasks."""
 
@@ -110,25 +112,35 @@ def parse_ragas(record: Mapping[str, Any]) -> RagExample:
 
 
 def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """Converts LongBench and InfiniteBench: ``input`` is the question, ``context`` one long text.
+    """Converts LongBench, its v2 and InfiniteBench: a question over one long text, ``context``.
 
     The context is split at its numbered passages, else by the cutter. Summarisation tasks have a
-    blank question, which becomes `SUMMARIZE`.
+    blank question, which becomes `SUMMARIZE`. Choices follow the question, ``(B) Kirby`` a line.
 
-    Source: LongBench, arXiv:2308.14508.
+    Source: LongBench, arXiv:2308.14508; v2, arXiv:2412.15204.
     """
-    context, question = record.get("context"), record.get("input")
+    context, question = record.get("context"), record.get("input", record.get("question"))
     if not isinstance(context, str) or not isinstance(question, str):
         raise field_error("context", 'a text, as "input" is', context)
     if not context.strip():
         raise LeftOut("no context")
     spans = [span for span in _NUMBERED.split(context) if span.strip()]
     chunks = chunks_of(spans if len(spans) > 1 else cutter.text(context))
-    known = ("input", "context", "answers", "answer", "id", "_id")
+    question, answers = question if question.strip() else SUMMARIZE, answers_of(record)
+    choices = record.get("options") or [record[key] for key in CHOICES if key in record]
+    if choices:
+        pairs = zip("ABCD", choices, strict=False)
+        lines = {f"({letter}) {text}": {letter, text} for letter, text in pairs}
+        question = "\n".join([question, "Choices:", *lines])
+        right = tuple(line for line, names in lines.items() if names & set(answers))
+        if answers and not right:
+            raise field_error("answer", f"one of its choices, {' '.join(lines)}", answers[0])
+        answers = right
+    known = ("input", "question", "context", "answers", "answer", "id", "_id", "options", *CHOICES)
     return RagExample(
-        question=question if question.strip() else SUMMARIZE,
+        question=question,
         chunks=chunks,
-        answers=answers_of(record),
+        answers=answers,
         kind=str(record.get("dataset") or ""),
         id=id_of(record),
         meta={k: v for k, v in record.items() if k not in known and v is not None},

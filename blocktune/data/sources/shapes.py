@@ -48,6 +48,12 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape("blocktune", (("question", "chunks"),), schemas.parse_own, may_cut=True),
     Shape("musique", (("question", "paragraphs"),), schemas.parse_musique),
+    Shape(
+        "longbench-2",
+        (("question", "context", *schemas.CHOICES),),
+        schemas.parse_longbench,
+        "delimiter",
+    ),
     Shape("wiki", (("question", "context"),), schemas.parse_wiki, may_cut=True),
     Shape("ctxs", tuple(("question", name) for name in schemas.PASSAGES), schemas.parse_ctxs),
     Shape("ragas", (("user_input", "retrieved_contexts"),), schemas.parse_ragas),
