@@ -154,27 +154,6 @@ def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
     return sum(answer.lower() in text for answer in _accepted(answers)) / len(answers)
 
 
-def choice(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the output chooses the letter of an accepted answer (``(B) Kirby``), else 0.
-
-    Source: ``extract_answer`` of LongBench v2, arXiv:2412.15204, ``pred.py``. Departure: an output
-    that begins with a letter in brackets, before a period or alone counts too.
-    """
-    predicted, *accepted = map(_letter, (prediction, *_accepted(answers)))
-    if None in accepted:
-        raise ValueError(f"choice wants answers as '(B) Kirby', got {answers[0]!r:.60}; use f1")
-    return float(predicted in accepted)
-
-
-_CHOSEN = (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])")
-_CHOSEN += (r"^\(?([A-D])(?:[).:]|$)",)
-
-
-def _letter(text: str) -> str | None:
-    found = (re.search(pattern, text.replace("*", "").strip()) for pattern in _CHOSEN)
-    return next((match[1] for match in found if match), None)
-
-
 class Metric(NamedTuple):
     """A score in [0, 1]."""
 
@@ -196,7 +175,6 @@ METRICS = {
     "token_f1": Metric("token F1", token_f1),
     "rouge_l": _plain("ROUGE-L", rouge_l),
     "ruler_recall": _plain("recall", ruler_recall),
-    "choice": _plain("choice", choice),
 }
 """Metrics by their name in YAML. Plug-ins add their own."""
 

@@ -6,6 +6,7 @@ import pytest
 from source_records import OWN, save
 
 from blocktune.data import RagExample, load_chunks, load_examples
+from blocktune.data.retrieval import read_questions
 from blocktune.data.sources.options import with_fields
 from blocktune.prompt import Chunk
 
@@ -93,6 +94,47 @@ def test_squad_without_answers_and_as_on_the_hub(tmp_path, caplog):
         load_examples(save(tmp_path / "broken.jsonl", broken))
 
 
+@pytest.mark.parametrize(
+    "unanswered",
+    [
+        {"answers": {"text": [], "answer_start": []}},
+        {"answers": ["No Answer Present."]},
+        {"answers": [], "is_impossible": True},
+        {"answer": "there", "answerable": False},
+    ],
+    ids=["SQuAD 2 on the Hub", "MS MARCO", "SQuAD 2", "MuSiQue"],
+)
+@pytest.mark.parametrize("name", ["context", "ctxs", "chunks"])
+def test_what_its_passages_do_not_answer_is_left_out(tmp_path, caplog, unanswered, name):
+    row = {"question": "Where?", name: ["It is here."]}
+    path = save(tmp_path / "r.jsonl", row | unanswered, row | {"answers": []})
+    assert load_examples(path) == [RagExample("Where?", ["It is here."])]
+    assert "left out 1 rows: marked as impossible to answer" in caplog.text
+    (asked, *_) = read_questions(path)
+    assert asked.answers == (("there",) if "answer" in unanswered else ())
+
+
+CHOICES = {"choice_A": "At home", "choice_B": "At sea", "choice_C": "No", "choice_D": "All"}
+LISTED = "\nChoices:\n(A) At home\n(B) At sea\n(C) No\n(D) All"
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        ({"question": "Who?", "answer": "A", "domain": "Novels", **CHOICES}, "At home"),
+        ({"input": "Who?", "answer": ["At sea"], "options": [*CHOICES.values()]}, "At sea"),
+        ({"question": "Who?", "answer": "B", "options": [*CHOICES.values()]}, "At sea"),
+    ],
+    ids=["LongBench v2", "InfiniteBench", "over a context"],
+)
+def test_choices_are_asked_and_answered_in_words(tmp_path, record, answer):
+    path = save(tmp_path / "r.jsonl", record | {"context": "One.\n\nTwo.", "_id": "x"})
+    (example,) = load_examples(path)
+    assert (example.question, example.answers) == (f"Who?{LISTED}", (answer,))
+    assert len(example.chunks) == (1 if record.get("answer") == "B" else 2)
+    assert example.kind == record.get("domain", "")
+
+
 def test_longbench(tmp_path):
     (example,) = load_examples(save(tmp_path / "l.jsonl", LONGBENCH))
     assert [c.text.split("\n")[1] for c in example.chunks] == ["Anna Belt", "Kirby"]
@@ -105,44 +147,6 @@ def test_longbench(tmp_path):
     assert "summary" in example.question
     (cut,) = load_examples(f"{path}?chunker=delimiter&max_chunks=2")
     assert len(cut.chunks) == 2
-
-
-LONGBENCH_2 = {
-    "_id": "l2",
-    "domain": "Single-Document QA",
-    "question": "Where was she born?",
-    "choice_A": "Lorne",
-    "choice_B": "Kirby",
-    "choice_C": "Port Alder",
-    "choice_D": "Nowhere",
-    "answer": "B",
-    "context": "Anna Belt was born in Kirby.\n\nShe lives in Lorne.",
-}
-
-
-def test_choices_are_part_of_the_question(tmp_path):
-    (example,) = load_examples(save(tmp_path / "v2.jsonl", LONGBENCH_2))
-    assert example.question.splitlines()[:3] == ["Where was she born?", "Choices:", "(A) Lorne"]
-    assert example.question.endswith("(D) Nowhere")
-    assert (example.answers, len(example.chunks), example.id) == (("(B) Kirby",), 2, "l2")
-    assert example.meta == {"domain": "Single-Document QA"}
-    options = {"options": ["Lorne", "Kirby"], "answer": ["Kirby"]}
-    options |= {"input": "Where?", "context": "She was born there."}
-    (infinite,) = load_examples(save(tmp_path / "infinite.jsonl", options))
-    assert infinite.question == "Where?\nChoices:\n(A) Lorne\n(B) Kirby"
-    assert infinite.answers == ("(B) Kirby",)
-    path = save(tmp_path / "none.jsonl", LONGBENCH_2 | {"answer": "E"})
-    with pytest.raises(ValueError, match=r'line 1: field "answer" must be one of its choices'):
-        load_examples(path)
-
-
-def test_ms_marco_without_an_answer_is_left_out(tmp_path, caplog):
-    passages = {"is_selected": [0, 1], "passage_text": ["One.", "Two."], "url": ["a", "b"]}
-    row = {"query": "Which?", "passages": passages, "answers": ["Two."], "query_id": 3}
-    path = save(tmp_path / "marco.jsonl", row | {"answers": ["No Answer Present."]}, row)
-    (example,) = load_examples(f"{path}?fields=question:query")
-    assert example.answers == ("Two.",)
-    assert "left out 1 rows: no answer in its passages" in caplog.text
 
 
 def test_sessions_of_mt_rag(tmp_path, caplog):

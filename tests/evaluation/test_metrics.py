@@ -164,24 +164,6 @@ def test_rouge_l_is_the_librarys_with_stemming():
     assert expected == pytest.approx(3 / 7)
 
 
-@pytest.mark.parametrize(
-    ("output", "score"),
-    [
-        ("The correct answer is (B).", 1),
-        ("So **the text** says: The correct answer is **B**", 1),
-        *(("(B) Kirby", 1), ("B", 1), (" B. Kirby", 1), ("(A)", 0)),
-        *(("", 0), ("Kirby", 0), ("By the sea", 0), ("A dog", 0)),
-    ],
-)
-def test_a_choice_is_a_letter(output, score):
-    assert METRICS["choice"].score(output, ["(B) Kirby"], None) == score
-
-
-def test_choices_are_wanted_where_letters_are_scored():
-    with pytest.raises(ValueError, match=r"wants answers as '\(B\) Kirby', got 'Kirby'"):
-        METRICS["choice"].score("B", ["Kirby"], None)
-
-
 def test_the_filter_of_adjusted_f1_hides_what_it_says():
     own, full = [0.5, 1.0, 0.0, 0.4], [1.0, 0.0, 0.5, 0.0]
     bias = adjusted_f1(own, full).bias
