@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.models.sharded import gathered, whole_shape
 
@@ -35,10 +35,6 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
 
     It joins those of architecture, plain and linear weights. ValueError: a weight is not in memory.
     """
-    config = model.config.get_text_config().to_dict()
-    shape = {name: config.get(name) for name in _ARCHITECTURE}
-    if eps := shape["rms_norm_eps"]:
-        shape["rms_norm_eps"] = float(f"{eps:.6g}")  # GGUF files hold it in float32
     plain, linear = hashlib.sha256(), hashlib.sha256()
     quantised = False
     for name, weight in _base_weights(model, state):
@@ -46,8 +42,17 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
         quantised |= not weight.is_floating_point()
         with gathered(weight):
             (linear if is_linear else plain).update(name.encode() + _sample(name, weight))
-    parts = (digest_of(shape), plain.hexdigest()[:16], linear.hexdigest()[:16])
+    parts = (architecture_of(model.config), plain.hexdigest()[:16], linear.hexdigest()[:16])
     return "-".join((*parts[:2], QUANTISED if quantised else parts[2]))
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The first part of the `base_fingerprint` of a model with this configuration."""
+    values = config.get_text_config().to_dict()
+    shape = {name: values.get(name) for name in _ARCHITECTURE}
+    if eps := shape["rms_norm_eps"]:
+        shape["rms_norm_eps"] = float(f"{eps:.6g}")  # GGUF files hold it in float32
+    return digest_of(shape)
 
 
 def same_base(one: str, other: str) -> bool:
