@@ -56,6 +56,23 @@ def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTabl
     return LinkTable.of(mean + NOISE * std * noise)
 
 
+def links_to_train(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
+    """The table to start from, in float32: installed, in the model's own folder, or `new_links`.
+
+    Raises ValueError if the one that the model has is of another size.
+    """
+    table, folder = installed_links(model), Path(model.config._name_or_path)
+    if table is None and not (folder / LINKS_FILE).is_file():
+        return new_links(model, num_links, seed)
+    table = load_links(folder) if table is None else table
+    if table.num_embeddings != num_links:
+        raise ValueError(
+            f"the model has {table.num_embeddings} trained link, header and trailer tokens, and "
+            f"this layout {num_links}; train on with the layout in its blocktune.json"
+        )
+    return table.float()
+
+
 def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``.
 
