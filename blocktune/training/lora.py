@@ -16,7 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from blocktune.adapter import scope_adapter
 from blocktune.adapter.load import require_kind
 from blocktune.adapter.scope import INITS
-from blocktune.links import add_link_tokens, install_links, installed_links, link_base, links_to_train
+from blocktune.links import (
+    add_link_tokens,
+    install_links,
+    installed_links,
+    link_base,
+    links_to_train,
+)
 from blocktune.models.load import read_config
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
