@@ -58,6 +58,8 @@ class KnownChunks:
             for oldest in list(self._chunks)[: max(0, len(self._chunks) - MOST)]:
                 for token in self._chunks.pop(oldest):
                     self._with_token[token].discard(oldest)
+                    if not self._with_token[token]:
+                        del self._with_token[token]
 
     def like(self, chunk: Ids, most: int) -> list[Ids]:
         """Other chunks that share a token with this one, the most similar first."""
