@@ -229,7 +229,7 @@ def load_model(
         adapter: Folder or repository of the Hub, optionally with ``@REVISION``, or
             ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
         merge: Whether to merge LoRA weights; False: PEFT applies them, as a reference.
-        recurrent: Whether recurrent layers are allowed; if not, refused before reading weights.
+        recurrent: Whether models with recurrent layers are allowed.
         options: dtype, device, revision and quantize, see `blocktune.models.load.load_base`.
 
     Raises ValueError if there is no such model or adapter, or they do not fit each other.

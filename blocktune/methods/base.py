@@ -1,12 +1,7 @@
 """A reuse method as a choice on four independent axes, and the registry of named methods.
 
-- layout: where chunks are placed and which tokens they are encoded after, fields of a `LayoutSpec`;
-- select: which context tokens are recomputed, a `Selection`;
-- repair: how reused keys and values are corrected, a `Repair`;
-- reshape: how later rows attend to reused keys, a `Reshape`.
-
-`Weights` says what the model must be trained for. A published method is a preset: one class in
-``presets/`` that makes these choices. Importing torch is left to functions, here and in presets,
+A published method is a preset: one class in ``presets/`` that chooses a layout, a selector, a
+repair and a reshape, see `Method`. Importing torch is left to functions, here and in presets,
 selectors, repairs and reshapes, so that listing the methods is fast.
 """
 
@@ -44,10 +39,9 @@ def encoded_alone(spec: LayoutSpec, **changes: Any) -> LayoutSpec:
 
     A changed ``placement`` is one without reserved slots.
     """
-    if "placement" in changes:
-        changes = {"slot": 0} | changes
     alone = {"block": True, "num_blanks": 0, "shared_prefix": False, "bos": "none"}
-    return replace(spec, **alone | changes)
+    slot = {"slot": 0} if "placement" in changes else {}
+    return replace(spec, **alone | slot | changes)
 
 
 class Cached(Enum):
@@ -129,14 +123,15 @@ class Method:
         wraps = spec.num_headers + spec.num_trailers
         if spec.num_links and wraps:
             raise ValueError(BOTH_LEARNED)
-        if wraps and self.history is not None and self.history.begins_in_full:
-            raise ValueError(
-                f"method '{self.name}' reuses chunks of prompts computed in full, which lack this "
-                "adapter's learned tokens around chunks; drop the adapter, or use 'kv-packet'"
-            )
         if self.history is not None:
-            has_bos = spec.keeps_bos and self.history.begins_in_full
-            if before := [*spec.sinks, *["bos"] * has_bos]:
+            in_full = self.history.begins_in_full
+            if wraps and in_full:
+                raise ValueError(
+                    f"method '{self.name}' reuses chunks of prompts computed in full, which lack "
+                    "this adapter's learned tokens around chunks; drop the adapter, or use "
+                    "'kv-packet'"
+                )
+            if before := [*spec.sinks, *["bos"] * (spec.keeps_bos and in_full)]:
                 raise ValueError(
                     f"method '{self.name}' decides itself what its chunks are encoded after; leave "
                     f"out layout {before[0]}"
@@ -156,7 +151,10 @@ class Method:
         return self.cached is Cached.CHUNKS
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Axis layout: the layout that the method serves with, given the model's trained one."""
+        """Axis layout: where chunks are placed, and what they are encoded after.
+
+        ``spec`` is the layout that the model's adapter was trained with.
+        """
         return spec
 
     def select(self) -> Selection:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.REPAIR: REPAIRS, Axis.RESHAPE: RESHAPES}
 """Registries of axis values; the axis layout has fields of `LayoutSpec` instead."""
-
 _BASES = {Axis.SELECT: Selection, Axis.REPAIR: Repair, Axis.RESHAPE: Reshape}
 LAYOUT_FIELDS = {
     "placement": "Where chunks are placed: sequential, parallel, composite or reserved.",
@@ -172,15 +171,12 @@ def _choose(axis: Axis, choice: Any) -> Any:
         return registry.build(choice)
     if choice is None or isinstance(choice, _BASES[axis]):
         return choice
-    if not isinstance(choice, Mapping) or len(choice) != 1:
+    items = list(choice.items()) if isinstance(choice, Mapping) else []
+    if len(items) != 1 or not isinstance(items[0][1], Mapping | None):
         raise ValueError(
             f"a {registry.what} is written as {{name: {{parameter: value}}}}, got {choice!r:.60}"
         )
-    [(name, parameters)] = choice.items()
-    if not isinstance(parameters, Mapping | None):
-        raise ValueError(
-            f"{registry.what} '{name}' takes a mapping of parameters, got {parameters!r:.60}"
-        )
+    [(name, parameters)] = items
     return registry.build(str(name), **{str(key): v for key, v in (parameters or {}).items()})
 
 

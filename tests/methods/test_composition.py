@@ -138,7 +138,7 @@ def test_null_is_plain_reuse_on_that_axis():
         ("naive 3", "'naive' takes no parameters, got 'naive 3'"),
         ("naive + ", "cannot read '' as part of a method"),
         ("{preset: epic, budgt: 0.15}", "unknown key 'budgt'; known: name, preset, params"),
-        ("{preset: epic, select: {deviation: 3}}", "takes a mapping of parameters, got 3"),
+        ("{preset: epic, select: {deviation: 3}}", "is written as .* got .'deviation': 3}"),
         ("{preset: epic, select: 3}", "a selector is written as .* got 3"),
         ("{preset: epic, repair: [mean-shift]}", "a repair is written as .* got .'mean-shift'"),
         ("{preset: epic, layout: 3}", "layout: must be a mapping of keys to values, got 3"),

@@ -27,8 +27,7 @@ class Selection(ABC):
     A simple selector only defines `start`. For each batch the engine calls, in this order, `begin`
     (by default `start`; override it if you need scores); `widen` for every layer of `widens`, to
     add tokens there; then, in the forward pass, `refine` at every layer of `checks`, to drop some.
-    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1], or None if None
-    is its default. A parameter out of range is a `ValueError`.
+    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1].
     """
 
     source: ClassVar[str] = ""  # paper or code it follows
@@ -53,8 +52,7 @@ class Selection(ABC):
     def with_budget(self, ratio: float) -> Selection:
         """The same selector with a share of the context tokens; ValueError if it takes none.
 
-        Comparisons at equal budgets use it, and the contract tests try both ends: 0 selects
-        nothing, 1 everything. Override it if the share is not the field ``ratio``.
+        0 selects nothing, 1 everything. Override it if the share is not the field ``ratio``.
         """
         if "ratio" not in {field.name for field in fields(self)}:
             raise ValueError(

@@ -124,11 +124,9 @@ class ChunkProbes(_Deviating):
 
     With ``by=both``, ``ratio`` of each chunk's tokens, rounded up, are taken by keys and again by
     values, and the union is recomputed: up to twice the ratio. Distances are over all heads.
-
-    Source: AgentKVShift arXiv:2607.21604, algorithm 1.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"
+    source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"  # AgentKVShift, algorithm 1
     squared: ClassVar[bool] = True
     ratio: float = 0.1
     check_layer: int = 1
@@ -150,11 +148,9 @@ class GradualDeviation(_Deviating):
     The share falls linearly from ``ratio * (1 + spread)`` after the check layer to
     ``ratio * (1 - spread)`` in the last one, so its mean is ``ratio``. The paper only says that
     the shares fall from slightly above the mean to slightly below; the straight line is ours.
-
-    Source: CacheBlend arXiv:2405.16444, gradual filtering.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"  # CacheBlend, gradual filtering
     keeps_keys: ClassVar[bool] = True  # a layer's states serve that layer and choose for the next
     ratio: float = 0.15  # mean share of the context tokens from the check layer on
     spread: float = 0.2  # relative distance of the first and last share from the mean, in [0, 1]
@@ -233,10 +229,9 @@ class Reselect(_Deviating):
     chunks; that layer is computed for all tokens, and the keys of the next one decide. (Keys of the
     restart layer itself cannot: computed from stored states, they equal the cached ones.)
 
-    Source: DroidSpeak (arXiv:2411.02820) as arXiv:2603.20218, section 4.1, adapts it to chunks.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"  # DroidSpeak for chunks, section 4.1
     ratio: float = 0.15  # share of the context tokens recomputed after each choice, in [0, 1]
     check_layer: int = 1  # layer (0-based) of the first choice
     restart_layer: int = 5  # layer that is computed for all tokens again
