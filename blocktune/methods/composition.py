@@ -132,6 +132,12 @@ def compose(
         require_share("layer_budget", layer_budget)
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
+    if given.get(Axis.REPAIR) is not None and selection.whole_layers:
+        raise ValueError(
+            "a repair shifts reused tokens as the recomputed ones of their layer, and "
+            f"'{SELECTORS.name_of(selection)}' recomputes all or none; add a selector, such as "
+            "deviation"
+        )
     if layout:
         given[Axis.LAYOUT] = layout = _layout_changes(layout)
     at_budget = "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"

@@ -15,6 +15,7 @@ from blocktune.adapter.load import load_model
 from blocktune.adapter.merge import merge_adapter
 from blocktune.check import check_adapter
 from blocktune.links import installed_links, save_links
+from blocktune.models.load import load_base
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.checkpoint import AdapterFiles, adapter_info
 
@@ -207,7 +208,9 @@ def test_training_goes_on_from_an_adapters_link_table(base, tmp_path):
         assert table.dtype == torch.float32
         assert table.requires_grad
         torch.testing.assert_close(table.data, wanted, rtol=1e-2, atol=0)
-    with pytest.raises(ValueError, match="has 2 trained link, .* and this layout 1; train on with"):
+    with pytest.raises(ValueError, match="it is an adapter; name its base, or merge it first"):
+        load_base(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"has 2 trained link, .* and this layout 1; train on with"):
         trainer(loaded(), tmp_path / "on", num_links=1)
 
 

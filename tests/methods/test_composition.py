@@ -140,6 +140,8 @@ def test_null_is_plain_reuse_on_that_axis():
         ("{preset: epic, budgt: 0.15}", "unknown key 'budgt'; known: name, preset, params"),
         ("{preset: epic, select: {deviation: 3}}", "is written as .* got .'deviation': 3}"),
         ("{preset: epic, select: 3}", "a selector is written as .* got 3"),
+        ("kvlink + mean-shift", "'nothing' recomputes all or none; add a selector"),
+        ("droidspeak + mean-shift", "'layer-range' recomputes all or none; add a selector"),
         ("{preset: epic, repair: [mean-shift]}", "a repair is written as .* got .'mean-shift'"),
         ("{preset: epic, layout: 3}", "layout: must be a mapping of keys to values, got 3"),
         ("{preset: epic, params: 3}", "'epic': params: must be a mapping"),

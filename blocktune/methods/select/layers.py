@@ -185,6 +185,7 @@ class LayerRange(Selection):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
+    whole_layers: ClassVar[bool] = True
     first_layer: int = 1  # first layer (0-based) of the range
     ratio: float = 0.11  # share of the model's layers in the range, rounded up
 
