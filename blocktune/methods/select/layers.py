@@ -176,9 +176,8 @@ class GradualDeviation(_Deviating):
 class LayerRange(Selection):
     """Every token in a contiguous range of layers, none in the others.
 
-    The first of these layers starts from the stored hidden states of the chunks.
-
-    Its own keys and values therefore stay as they are, and a range of one layer changes nothing.
+    The first of these layers starts from the stored hidden states of the chunks, so its keys and
+    values stay as they are, and a range of one layer changes nothing.
 
     Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
     with `blocktune profile-layers`; the default starts where keys first depend on the context.
@@ -229,7 +228,6 @@ class Reselect(_Deviating):
     At ``restart_layer`` the dropped tokens come back with the hidden states stored for their
     chunks; that layer is computed for all tokens, and the keys of the next one decide. (Keys of the
     restart layer itself cannot: computed from stored states, they equal the cached ones.)
-
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"  # DroidSpeak for chunks, section 4.1
