@@ -55,7 +55,8 @@ class KnownChunks:
                 self._chunks[chunk] = tokens
                 for token in tokens:
                     self._with_token[token].add(chunk)
-            for oldest in list(self._chunks)[: max(0, len(self._chunks) - MOST)]:
+            while len(self._chunks) > MOST:
+                oldest = next(iter(self._chunks))
                 for token in self._chunks.pop(oldest):
                     self._with_token[token].discard(oldest)
                     if not self._with_token[token]:

@@ -49,9 +49,9 @@ class FirstK(Selection):
 
 @SELECTORS.register("recency")
 class Recency(Selection):
-    """The tokens closest to the question: the heuristic of "selective reconstruction"."""
+    """The tokens closest to the question."""
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"  # "selective reconstruction"
     ratio: float = 0.15
 
     def start(self, layout: Layout) -> Tensor:
