@@ -33,7 +33,7 @@ class Selection(ABC):
     source: ClassVar[str] = ""  # paper or code it follows
     watches_chunks: ClassVar[bool] = False  # `refine` reads the question's attention to chunks
     needs_question: ClassVar[bool] = False  # a cache of the context then serves one question only
-    whole_layers: ClassVar[bool] = False  # a layer recomputes all context tokens or none
+    whole_layers = False  # a layer recomputes all context tokens or none
     # Whether a row that `refine` drops keeps the keys and values that were computed for comparison
     # in that layer (as in CacheBlend's code), instead of the cached ones.
     keeps_keys: bool = False
@@ -235,7 +235,7 @@ def require_context(selection: Selection, chosen: Tensor, layout: Layout, *dtype
 class Nothing(Selection):
     """Recomputes no token: naive reuse."""
 
-    whole_layers: ClassVar[bool] = True
+    whole_layers = True
 
     def spends(self, num_layers: int) -> float:
         return 0.0
@@ -248,7 +248,7 @@ class Nothing(Selection):
 class Everything(Selection):
     """Recomputes every context token: equal to full prefill, the upper bound."""
 
-    whole_layers: ClassVar[bool] = True
+    whole_layers = True
 
     def spends(self, num_layers: int) -> float:
         return 1.0

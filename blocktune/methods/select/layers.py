@@ -64,16 +64,16 @@ class _Deviating(Selection):
     def checks(self, num_layers: int) -> tuple[int, ...]:
         return (self.check_layer,)
 
-    def share_at(self, layer: int, num_layers: int) -> float:
+    def _share(self, layer: int, num_layers: int) -> float:
         """Share of the context tokens that ``layer`` recomputes, at most 1."""
         return 1.0 if layer < self.check_layer else self.ratio
 
     def spends(self, num_layers: int) -> float | None:
-        shares = (self.share_at(layer, num_layers) for layer in range(num_layers))
+        shares = (self._share(layer, num_layers) for layer in range(num_layers))
         return sum(shares) / num_layers if self.ratio else 0.0
 
     def refine(self, check: LayerCheck) -> Tensor:
-        share = self.share_at(check.layer, check.num_layers)
+        share = self._share(check.layer, check.num_layers)
         return top_share(sum(self._distances(check)), check.eligible, check.context_tokens, share)
 
     def _distances(self, check: LayerCheck) -> list[Tensor]:
@@ -162,11 +162,14 @@ class GradualDeviation(_Deviating):
         require_share("spread", self.spread)
 
     def share_at(self, layer: int, num_layers: int) -> float:
+        """Share of the context tokens that ``layer`` recomputes, at most 1."""
         if layer < self.check_layer or self.ratio == 1:
             return 1.0
         last = num_layers - 1 - self.check_layer
         at = 2 * (layer - self.check_layer) / last - 1 if last else 0.0
         return min(1.0, self.ratio * (1 - self.spread * at))
+
+    _share = share_at
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
         return tuple(range(self.check_layer, num_layers))
@@ -184,7 +187,7 @@ class LayerRange(Selection):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
-    whole_layers: ClassVar[bool] = True
+    whole_layers = True
     first_layer: int = 1  # first layer (0-based) of the range
     ratio: float = 0.11  # share of the model's layers in the range, rounded up
 
@@ -244,8 +247,8 @@ class Reselect(_Deviating):
     def min_layers(self) -> int:
         return self.restart_layer + 2  # keys are compared one layer after the restart
 
-    def share_at(self, layer: int, num_layers: int) -> float:
-        return 1.0 if layer == self.restart_layer else super().share_at(layer, num_layers)
+    def _share(self, layer: int, num_layers: int) -> float:
+        return 1.0 if layer == self.restart_layer else super()._share(layer, num_layers)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
         return (self.check_layer, self.restart_layer + 1)
