@@ -39,9 +39,10 @@ def encoded_alone(spec: LayoutSpec, **changes: Any) -> LayoutSpec:
 
     A changed ``placement`` is one without reserved slots.
     """
+    if "placement" in changes:
+        changes = {"slot": 0} | changes
     alone = {"block": True, "num_blanks": 0, "shared_prefix": False, "bos": "none"}
-    slot = {"slot": 0} if "placement" in changes else {}
-    return replace(spec, **alone | slot | changes)
+    return replace(spec, **alone | changes)
 
 
 class Cached(Enum):
@@ -123,15 +124,14 @@ class Method:
         wraps = spec.num_headers + spec.num_trailers
         if spec.num_links and wraps:
             raise ValueError(BOTH_LEARNED)
+        if wraps and self.history is not None and self.history.begins_in_full:
+            raise ValueError(
+                f"method '{self.name}' reuses chunks of prompts computed in full, which lack this "
+                "adapter's learned tokens around chunks; drop the adapter, or use 'kv-packet'"
+            )
         if self.history is not None:
-            in_full = self.history.begins_in_full
-            if wraps and in_full:
-                raise ValueError(
-                    f"method '{self.name}' reuses chunks of prompts computed in full, which lack "
-                    "this adapter's learned tokens around chunks; drop the adapter, or use "
-                    "'kv-packet'"
-                )
-            if before := [*spec.sinks, *["bos"] * (spec.keeps_bos and in_full)]:
+            has_bos = spec.keeps_bos and self.history.begins_in_full
+            if before := [*spec.sinks, *["bos"] * has_bos]:
                 raise ValueError(
                     f"method '{self.name}' decides itself what its chunks are encoded after; leave "
                     f"out layout {before[0]}"
@@ -151,10 +151,7 @@ class Method:
         return self.cached is Cached.CHUNKS
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Axis layout: where chunks are placed, and what they are encoded after.
-
-        ``spec`` is the layout that the model's adapter was trained with.
-        """
+        """Axis layout: where chunks are placed and after which tokens they are encoded."""
         return spec
 
     def select(self) -> Selection:
