@@ -151,7 +151,7 @@ class Method:
         return self.cached is Cached.CHUNKS
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Axis layout: places of chunks and what precedes them, given the model's trained layout."""
+        """Axis layout: places of chunks and what precedes them, given the trained layout."""
         return spec
 
     def select(self) -> Selection:
