@@ -16,7 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from blocktune.adapter import scope_adapter
 from blocktune.adapter.load import require_kind
 from blocktune.adapter.scope import INITS
-from blocktune.links import add_link_tokens, install_links, link_base, new_links
+from blocktune.links import (
+    add_link_tokens,
+    install_links,
+    installed_links,
+    link_base,
+    links_to_train,
+)
 from blocktune.models.load import read_config
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
@@ -30,8 +36,9 @@ def make_trainable(
 ) -> PreTrainedModel:
     """Adds learned tokens and an adapter to a base, and freezes the rest.
 
-    A PEFT model keeps its adapter. With ``link_mode: added_tokens`` the learned tokens are added to
-    the tokenizer too. Raises ValueError if nothing would be trained, or settings are incompatible.
+    A PEFT model keeps its adapter, and a link table its rows. With ``link_mode: added_tokens`` the
+    learned tokens are added to the tokenizer too. Raises ValueError if nothing would be trained, or
+    settings are incompatible.
     """
     learned, added = args.layout.num_learned, range(0)
     is_wrapped = hasattr(model, "peft_config")
@@ -46,15 +53,17 @@ def make_trainable(
             raise ValueError("link_mode 'added_tokens' needs the bare model; pass peft_config too")
         added = add_link_tokens(model, tokenizer, learned, args.seed)
     has_table = learned and args.link_mode == "table"
-    table = new_links(model, learned, args.seed) if has_table else None
+    table = links_to_train(model, learned, args.seed) if has_table else None
     if args.freeze_base:
         model.requires_grad_(False)
     elif peft_config is not None:
         model = _wrap(model, args, copy.deepcopy(peft_config), added)
     require_reproducible(model)
     scope_adapter(model, args.scope)
-    if table is not None:
+    if table is not None and installed_links(model) is None:
         install_links(model, table)
+    if table is not None:
+        table.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing to train; set use_peft: true, or links with freeze_base")
     return model
