@@ -253,34 +253,33 @@ class Engine:
         not fit into the model's context.
         """
         require_count("batch_size", batch_size, least=1)
+        require_count("max_new_tokens", max_new_tokens, least=1)
         method, sampling = built(method, self.prompts.trained), Sampling.of(sampling)
-        started = time.perf_counter()
         examples = as_requests(examples)
-        pieces, prompts = self._read(examples, method, max_new_tokens)
-        read_s = (time.perf_counter() - started) / max(1, len(examples))
         how = self.responses, self.state, method, sampling, max_new_tokens
-        asked = enumerate(zip(pieces, examples, strict=True))
-        recalls = [Recall.of(*how, ids, example.question, i) for i, (ids, example) in asked]
-        answers = [recall and recall.answer() for recall in recalls]
-        order = [index for index, cached in enumerate(answers) if cached is None]
-        if method.history is None:  # with a history, each prompt affects the next: keep the order
-            order.sort(key=lambda index: len(prompts[index].input_ids))
+        answers: dict[int, Answer] = {}
         decode_cache = self.state.decode_cache
         batch_size = 1 if decode_cache is not None and decode_cache.window else batch_size
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            ready = None if method.history is not None else [prompts[i] for i in batch]
-            own = [pieces[i] for i in batch]
-            generation = prefill_warm(self.state, self.prompts, own, method, max_new_tokens, ready)
-            generation.watch.add("prompt_s", read_s * len(batch))
-            batch_answers = generation.answers(sampling, max_new_tokens, streams=batch)
-            for index, answer in zip(batch, batch_answers, strict=True):
+        for batch in _batches(examples, batch_size, in_order=method.history is not None):
+            started = time.perf_counter()
+            pieces = {index: self.prompts.pieces(examples[index], method) for index in batch}
+            read_s = (time.perf_counter() - started) / len(batch)
+            recalls = {i: Recall.of(*how, pieces[i], examples[i].question, i) for i in batch}
+            found = {i: recall and recall.answer() for i, recall in recalls.items()}
+            answers |= found
+            if not (new := [index for index in batch if found[index] is None]):
+                continue
+            own = [pieces[index] for index in new]
+            generation = prefill_warm(self.state, self.prompts, own, method, max_new_tokens)
+            generation.watch.add("prompt_s", read_s * len(new))
+            made = generation.answers(sampling, max_new_tokens, streams=new)
+            for index, answer in zip(new, made, strict=True):
                 answers[index] = answer
                 if (recall := recalls[index]) is not None:
                     recall.keep(answer.text, answer.token_ids, answer.usage.ttft_s)
         return [
-            dataclasses.replace(answer, chunks=tuple(example.chunks))
-            for answer, example in zip(answers, examples, strict=True)
+            dataclasses.replace(answers[index], chunks=tuple(example.chunks))
+            for index, example in enumerate(examples)
         ]
 
     def stream(
@@ -347,10 +346,16 @@ class Engine:
         """
         return self.prompts.lay_out(pieces, method, self.state.encoder, max_new_tokens)
 
-    def _read(
-        self, examples: Sequence[Request], method: Method, max_new_tokens: int = 1
-    ) -> tuple[list[Pieces], list[Prompt]]:
-        """Pieces, and prompts as without a history, which only the served prompt may look up."""
-        require_count("max_new_tokens", max_new_tokens, least=1)
-        pieces, spec = [self.prompts.pieces(x, method) for x in examples], self.prompts.spec(method)
-        return pieces, [self.prompts.prompt(piece, spec, max_new_tokens) for piece in pieces]
+
+def _batches(examples: Sequence[Request], size: int, in_order: bool) -> Iterator[list[int]]:
+    """Yields indices of prompts of similar length, the longest first: it may not fit.
+
+    ``in_order``: as they are, because each prompt affects the next ones.
+    """
+    order = list(range(len(examples)))
+    if not in_order:
+        sizes = [len(x.question) + sum(len(chunk.text) for chunk in x.chunks) for x in examples]
+        order.sort(key=sizes.__getitem__)
+    starts = range(0, len(order), size)
+    for start in starts if in_order else reversed(starts):
+        yield order[start : start + size]
