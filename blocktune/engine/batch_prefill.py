@@ -33,10 +33,7 @@ def prefill_batch(
     method: Method,
     found: Found | None = None,
 ) -> Generation:
-    """Loads the cached states of a batch and computes the rest, up to the first logits.
-
-    ``found`` are the prompts' chunks, if they were looked up already.
-    """
+    """Loads the cached states of a batch (``found``: already looked up) and computes the rest."""
     batch = state, prompts, pieces, method
     if state.recurrence is not None:
         return prefill_recurrent(*batch)
@@ -55,10 +52,9 @@ def prefill_warm(
     method: Method,
     max_new_tokens: int = 0,
 ) -> Generation:
-    """Serves `Method.warm_up` earlier prompts, untimed, then prefills a batch.
+    """Serves `Method.warm_up` earlier prompts in full, untimed, then prefills a batch.
 
-    The earlier ones have the same chunks in rotated order, never in their own unless there is only
-    one, and are computed in full.
+    The earlier ones have the same chunks in rotated order, never in their own if there are several.
     """
     for turn in range(method.warm_up):
         starts = [(p.chunks, 1 + turn % max(1, len(p.chunks) - 1)) for p in pieces]

@@ -61,13 +61,11 @@ class CachedContext:
     _decoding: dict[str, Any]
 
     def inputs(self, question: str | None = None) -> dict[str, Any]:
-        """Keyword arguments for `generate` that ask a question over the context.
+        """Keyword arguments of one call of `generate` that ask a question over the context.
 
-        The question may be omitted if the cache was made for one. ``input_ids``,
-        ``attention_mask`` and ``position_ids`` cover the whole prompt, ``(1, N + Q)``;
-        ``past_key_values`` is a copy, because `generate` appends to it. The output repeats the
-        prompt: new tokens start at ``N + Q``. Call this for each `generate`; beams and several
-        sequences are possible, assisted decoding and prompt lookup are refused.
+        The question may be omitted if the cache was made for one. The tensors cover the whole
+        prompt, ``(1, N + Q)``, which the output repeats: new tokens start at ``N + Q``. Beams and
+        several sequences are possible, assisted decoding and prompt lookup are refused.
 
         Raises ValueError if there is no question, the cache was made for another question, or
         tokens were appended to the cache itself.

@@ -23,9 +23,9 @@ from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, prefill_warm
 from blocktune.engine.context_cache import CachedContext, make_context
 from blocktune.engine.encode import NOT_AHEAD, Encoder, EncodeReport
-from blocktune.engine.generation import Answer, Generation, Sampling
+from blocktune.engine.generation import Answer, Generation, Sampling, TextStream
 from blocktune.engine.layer_schedule import hook
-from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, built
+from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, batches, built
 from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState, unfollowed
 from blocktune.links import link_base
@@ -67,6 +67,9 @@ class Engine:
     ):
         """Serves a loaded model, whose attention is replaced by blocktune's.
 
+        Make a new engine after changing the model. Changed weights are refused, unless they were
+        written through ``weight.data``, which torch does not record.
+
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent layers
                 (Mamba-2, Qwen3-Next, ...) or absolute positions (GPT-2), which supports only
@@ -74,7 +77,7 @@ class Engine:
             tokenizer: The model's tokenizer.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
-            adapter_folder: The adapter's files, which are part of the fingerprint.
+            adapter_folder: The adapter's files.
             store: Where encoded chunks are kept; default: memory.
             prefix_tree: Where exact prefixes are kept; default: memory, then the store's folder.
 
@@ -90,8 +93,8 @@ class Engine:
         self.store = ChunkStore(device=model.device) if store is None else store
         words, num_tokens = dataclasses.asdict(self.format), link_base(model)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-        pad_id, pruning = padding_id(tokenizer, num_tokens), self.store.config.press
-        press = None if pruning is None else Press(pruning)
+        press = None if self.store.config.press is None else Press(self.store.config.press)
+        pad_id = padding_id(tokenizer, num_tokens)
         encoder = Encoder(model, self.store, self.fingerprint, pad_id, rope, press)
         if rope is not None:
             facts = model, tokenizer, words, adapter, adapter_folder, rope
@@ -101,9 +104,8 @@ class Engine:
         if press is not None:  # engines without the press must not find pruned chunks
             encoder = encoder.salted(press.text, what="press")
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
-        tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
-        auxiliaries = Auxiliaries(model, tokenizer)
-        self.state = EngineState(model, tokenizer, encoder, tree, auxiliaries, recurrence)
+        tree, others = prefix_tree or PrefixTree(store=self.store), Auxiliaries(model, tokenizer)
+        self.state = EngineState(model, tokenizer, encoder, tree, others, recurrence)
         for name in unfollowed(model.generation_config):
             value = getattr(model.generation_config, name)
             _LOG.warning("the model's generation config has %s=%s: not followed", name, value)
@@ -136,9 +138,9 @@ class Engine:
     ) -> Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
-        For the other options see `blocktune.adapter.load.load_model`. ``store`` is where encoded
-        chunks are kept: a `ChunkStore`, or any text that `ChunkStore.open` takes, such as a folder;
-        None: memory only. ``format`` is the wording of prompts; None: the adapter's.
+        ``store`` is a `ChunkStore`, or any text that `ChunkStore.open` takes, such as a folder;
+        None: memory only. ``format`` is as for `Engine`; for the other options see
+        `blocktune.adapter.load.load_model`.
 
         Raises ValueError if the model or adapter does not exist, or they do not match.
         """
@@ -159,10 +161,9 @@ class Engine:
         ``chunks`` may have any form that `RagExample.chunks` takes. Each is stored with the name of
         its document (``document`` or ``id`` of its metadata, else its title), by which `blocktune
         store rm --document` removes it. ``progress`` is called after each pass with the tokens
-        done and their total. ``method`` is the one that will read them; default: the one that the
-        adapter was trained for, else ``naive``. Only methods of another layout (``link0``) or with
-        stored hidden states (``droidspeak``) need other entries. Raises ValueError for one that
-        takes chunks from prompts it has served (it has a `Method.history`).
+        done and their total. ``method`` is the one that will read them; default as in `answer`.
+        Only methods of another layout (``link0``) or with stored hidden states (``droidspeak``)
+        need other entries. Raises ValueError for one that takes chunks from prompts it has served.
         """
         chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
         if method.history is not None:
@@ -202,8 +203,8 @@ class Engine:
     def salted(self, salt: str, tenant: str = "") -> Engine:
         """An engine whose chunks and prefixes are visible only to engines of the same salt.
 
-        The salt is part of the fingerprint, and so of every key. An empty salt changes nothing.
-        Chunks count against the store's quota of the ``tenant``; default: one for each salt.
+        An empty salt changes nothing. Chunks count against the store's quota of the ``tenant``;
+        default: one for each salt.
         """
         if not salt:
             return self
@@ -214,10 +215,9 @@ class Engine:
         return other
 
     def decoding_on(self, text: str) -> Engine:
-        """An engine with the same model and caches that decodes on another kind of cache.
+        """An engine with the same model and caches that decodes on a `DecodeCache`, from its text.
 
-        ``text`` is parsed by `blocktune.cache.decode_cache.DecodeCache`. Raises ValueError as that
-        does, or if the model has its own kind of cache.
+        Raises ValueError if the text is wrong, or the model has its own kind of cache.
         """
         if self.state.recurrence is not None:
             raise ValueError("this model decodes on its own cache; leave the decode cache out")
@@ -241,16 +241,16 @@ class Engine:
         """Answers examples by a method, in batches of prompts of similar length.
 
         Args:
-            examples: Questions with their chunks: `RagExample`, or rows of a data set such as
-                ``{"question": ..., "chunks": [...]}``, with chunks in any form `RagExample` takes.
+            examples: `RagExample`, or rows of a data set such as ``{"question": ..., "chunks":
+                [...]}``, with chunks in any form `RagExample` takes.
             method: Name or a built `Method`; None: what the adapter was trained for, else naive.
             max_new_tokens: Most tokens to decode.
             sampling: How tokens are picked, or a mapping of its fields; default greedy.
             batch_size: Number of prompts served together.
 
-        Returns one answer per example, in the same order, with the example's chunks. Raises
-        ValueError if the method is unknown or does not match the model's adapter, or a prompt does
-        not fit into the model's context.
+        Returns an answer for each example, with its chunks, in their order. Raises ValueError if
+        the method is unknown or does not match the model's adapter, or a prompt does not fit into
+        the model's context.
         """
         require_count("batch_size", batch_size, least=1)
         require_count("max_new_tokens", max_new_tokens, least=1)
@@ -258,9 +258,9 @@ class Engine:
         examples = as_requests(examples)
         how = self.responses, self.state, method, sampling, max_new_tokens
         answers: dict[int, Answer] = {}
-        decode_cache = self.state.decode_cache
-        batch_size = 1 if decode_cache is not None and decode_cache.window else batch_size
-        for batch in _batches(examples, batch_size, in_order=method.history is not None):
+        if self.state.decode_cache is not None and self.state.decode_cache.window:
+            batch_size = 1
+        for batch in batches(examples, batch_size, in_order=method.history is not None):
             started = time.perf_counter()
             pieces = {index: self.prompts.pieces(examples[index], method) for index in batch}
             read_s = (time.perf_counter() - started) / len(batch)
@@ -277,10 +277,8 @@ class Engine:
                 answers[index] = answer
                 if (recall := recalls[index]) is not None:
                     recall.keep(answer.text, answer.token_ids, answer.usage.ttft_s)
-        return [
-            dataclasses.replace(answers[index], chunks=tuple(example.chunks))
-            for index, example in enumerate(examples)
-        ]
+        chunks = [tuple(example.chunks) for example in examples]
+        return [dataclasses.replace(answers[i], chunks=own) for i, own in enumerate(chunks)]
 
     def stream(
         self,
@@ -300,8 +298,11 @@ class Engine:
             yield cached.text
             return
         generation = prefill_warm(self.state, self.prompts, [pieces], method, max_new_tokens)
-        ids: list[int] = []
-        yield from generation.texts(sampling, max_new_tokens, ids)
+        text, ids = TextStream(self.tokenizer), []
+        for token in generation.tokens(sampling, max_new_tokens):
+            ids.append(int(token))
+            yield text.push(ids[-1])
+        yield text.finish()
         if recall is not None:
             recall.keep(self.state.text(ids), ids)
 
@@ -310,10 +311,10 @@ class Engine:
     ) -> CachedContext:
         """Caches the prompt up to its question, for stock `generate` to continue from.
 
-        Greedy decoding from it gives the tokens of `answer`. ``chunks`` are passages in prompt
-        order, in any form that `RagExample.chunks` takes. Methods that select tokens by the
-        ``question`` need it; without one, the cache is valid for any question. Raises ValueError
-        if the method reshapes attention or needs a question, or as `answer` does.
+        Greedy decoding from it gives the tokens of `answer`. ``chunks`` are as in
+        `RagExample.chunks`. Methods that select tokens by the ``question`` need it; without one,
+        the cache is valid for any question. Raises ValueError if the method reshapes attention or
+        needs a question, or as `answer` does.
         """
         chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
         return make_context(self.state, self.prompts, chunks, method, question)
@@ -345,17 +346,3 @@ class Engine:
         Raises ValueError if the method does not match the adapter, or the prompt is too long.
         """
         return self.prompts.lay_out(pieces, method, self.state.encoder, max_new_tokens)
-
-
-def _batches(examples: Sequence[Request], size: int, in_order: bool) -> Iterator[list[int]]:
-    """Yields indices of prompts of similar length, the longest first: it may not fit.
-
-    ``in_order``: as they are, because each prompt affects the next ones.
-    """
-    order = list(range(len(examples)))
-    if not in_order:
-        sizes = [len(x.question) + sum(len(chunk.text) for chunk in x.chunks) for x in examples]
-        order.sort(key=sizes.__getitem__)
-    starts = range(0, len(order), size)
-    for start in starts if in_order else reversed(starts):
-        yield order[start : start + size]

@@ -108,10 +108,7 @@ class TextStream:
     """Incremental detokeniser. Its pieces join to the text of all tokens.
 
     Text is held back while its last character is incomplete, while it may be the start of a stop
-    text, and while it is trailing whitespace, which may have to be stripped.
-
-    Attributes:
-        stopped: Whether a stop text occurred.
+    text, and while it is whitespace that may have to be stripped. A stop text sets ``stopped``.
     """
 
     def __init__(
@@ -144,10 +141,9 @@ class TextStream:
         return self._show(len(self._text))
 
     def _unread(self) -> str:
-        ids, count = self._ids[self._prefix_offset :], self._read_offset - self._prefix_offset
-        before, after = (
-            self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:count], ids)
-        )
+        ends = self._read_offset, len(self._ids)
+        parts = [self._ids[self._prefix_offset : end] for end in ends]
+        before, after = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in parts)
         return after[len(before) :]
 
     def _add(self, text: str) -> None:
@@ -165,8 +161,7 @@ class TextStream:
         )
 
     def _show(self, until: int) -> str:
-        text = self._text[:until]
-        text = text.strip() if self.strips else text
+        text = self._text[:until].strip() if self.strips else self._text[:until]
         new, self._num_shown = text[self._num_shown :], max(self._num_shown, len(text))
         return new
 
@@ -191,10 +186,7 @@ class Generation(ServedBatch):
     executed: list[Executed]  # all passes, for counting operations
 
     def remember(self) -> None:
-        """Caches what later prompts can use: exact prefixes, and updates of the method's history.
-
-        Call it once, after the first token, so that it does not delay that.
-        """
+        """Caches exact prefixes and updates the method's history; once, after the first token."""
         encoder, history = self.state.encoder, self.method.history
         if self.cache.exact and self.method.cached is Cached.EXACT_PREFIX:
             for index, prompt in enumerate(self.pieces):
@@ -218,14 +210,6 @@ class Generation(ServedBatch):
         """
         for token, _ in self._steps(sampling, max_new_tokens, streams):
             yield token
-
-    def texts(self, sampling: Sampling, max_new_tokens: int, ids: list[int]) -> Iterator[str]:
-        """Decodes a single prompt. Yields pieces of the text, and appends tokens to ``ids``."""
-        stream = TextStream(self.state.tokenizer)
-        for token in self.tokens(sampling, max_new_tokens):
-            ids.append(int(token))
-            yield stream.push(ids[-1])
-        yield stream.finish()
 
     def _steps(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
