@@ -21,10 +21,10 @@ class CachePlan:
     """The plan for serving: some rows are computed, the keys of the others are in the cache.
 
     A fresh row overwrites the column of its original before any row attends. So global rows may see
-    all columns, and the rule applies only order, window and padding. The plan records what it
-    executes: ``executed`` has each layer that ran by it, with the window, the multiply-adds per
-    score and the rows per causal block of each time that it attended (twice in DiffLlama);
-    ``context_rows`` ``(B,)`` counts the rows of chunk tokens among its ``query`` rows ``(B, R)``.
+    all columns, and the rule applies only order, window and padding. ``executed`` has each layer
+    that ran by it, with the window, the multiply-adds per score and the rows per causal block of
+    each time that it attended (twice in DiffLlama); ``context_rows`` ``(B,)`` counts the rows of
+    chunk tokens among its ``query`` rows ``(B, R)``.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The visibility rule as a FlexAttention ``BlockMask``, built from block summaries.
 
-PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here each block of 128 rows is
-summarised by the ranges of its fields, and (N / 128) ** 2 comparisons of summaries select the pairs
-of blocks that the kernel visits. The kernel then applies the exact rule inside them.
+PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here the ranges of the fields of
+each block of 128 rows are compared to select the pairs of blocks that the kernel visits. The kernel
+then applies the exact rule inside them.
 """
 
 from __future__ import annotations
@@ -87,10 +87,7 @@ def _compiled():
 
 
 def _flex(*args, **kwargs):
-    """FlexAttention compiled for each length of rows, of which a run may have many.
-
-    Beyond PyTorch's limit of 8 lengths it would run without its kernel, on N x N scores.
-    """
+    # Beyond PyTorch's limit of 8 lengths it would run without its kernel, on N x N scores.
     limits = {"recompile_limit": LENGTHS, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(**limits):
         return _compiled()(*args, **kwargs)
@@ -117,13 +114,16 @@ class FlexPlan:
             raise ValueError(
                 "FlexAttention has no backward on a CPU; use attention_execution: split"
             )
+        rule = rule.first_alike(self._endings)
+        if rule not in self._masks:
+            self._masks[rule] = flex_block_mask(self.layout, rule)
         attention = _flex if query.is_cuda else flex_attention
         out, aux = attention(
             query,
             key,
             value,
             score_mod=_softcap(params.softcap),
-            block_mask=self._mask(rule),
+            block_mask=self._masks[rule],
             scale=params.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
             return_aux=AuxRequest(lse=params.sinks is not None),
@@ -132,12 +132,6 @@ class FlexPlan:
             sinks = params.sinks.float()[:, None]
             out = out * torch.sigmoid(aux.lse - sinks)[..., None].to(out.dtype)
         return out.transpose(1, 2)
-
-    def _mask(self, rule: LayerRule) -> BlockMask:
-        rule = rule.first_alike(self._endings)
-        if rule not in self._masks:
-            self._masks[rule] = flex_block_mask(self.layout, rule)
-        return self._masks[rule]
 
 
 def _softcap(bound: float | None):

@@ -69,13 +69,11 @@ def _causal_mask(start: int, stop: int, device: torch.device) -> Tensor:
 
 
 def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """Causal attention of the last ``R`` of ``N`` rows; shapes as in `masked_attention`.
-
-    Several rows get padding in front, because PyTorch aligns the first row with the first key.
-    """
+    """Causal attention of the last ``R`` of ``N`` rows; shapes as in `masked_attention`."""
     rows, missing = query.shape[2], key.shape[2] - query.shape[2]
     if rows == 1:
         return masked_attention(query, key, value, None, params)
+    # PyTorch aligns the first row with the first key.
     padded = F.pad(query, (0, 0, missing, 0))
     return causal_attention(padded, key, value, params)[:, :, missing:]
 
@@ -153,8 +151,7 @@ def folded_attention(
 ) -> Tensor:
     """The fused kernel under a mask, with the query heads of one K/V head stacked as rows.
 
-    On CUDA no fused kernel supports both a mask and fewer K/V heads than query heads: with
-    ``enable_gqa`` PyTorch falls back to a kernel that copies K/V for every query head and keeps
+    On CUDA no fused kernel supports both a mask and ``enable_gqa``: PyTorch would copy K/V and keep
     all scores. Arguments and result are those of `masked_attention`, without soft-capping and
     sinks. The mask may have folded rows already, ``(G, 1, H / K * R, N)``.
     """
@@ -181,10 +178,7 @@ def plain_attention(
 def plain_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """Scores before softmax, ``(G, H, R, N)`` float32: scaled, capped, and -inf where hidden.
-
-    Arguments as in `masked_attention`.
-    """
+    """Scores before softmax, ``(G, H, R, N)`` float32: scaled, capped, and -inf where hidden."""
     return _scores(query.float(), key.float(), mask, params)
 
 

@@ -32,22 +32,18 @@ class MaskRoom:
     cells: int = KEPT_CELLS
 
     def take(self, cells: int) -> bool:
-        """Reserves room for ``cells`` more elements. Returns False if there is not enough."""
+        """Reserves room for more elements. Returns False if there is not enough."""
         fits = cells <= self.cells
         self.cells -= cells if fits else 0
         return fits
 
 
 class MaskForm(NamedTuple):
-    """Memory format of a mask that a kernel takes without copying it in every layer.
+    """Memory format of a mask that a kernel takes without copying it in every layer."""
 
-    ``dtype`` is bool, or that of the scores for an additive mask. Rows are repeated ``copies``
-    times, for query heads folded into rows. Each row starts at a multiple of ``align`` elements.
-    """
-
-    dtype: torch.dtype
-    copies: int = 1
-    align: int = 1
+    dtype: torch.dtype  # bool, or that of the scores for an additive mask
+    copies: int = 1  # how often rows are repeated, for query heads folded into rows
+    align: int = 1  # each row starts at a multiple of this many elements
 
 
 SEEN = MaskForm(torch.bool)
@@ -99,8 +95,7 @@ class Block(NamedTuple):
 class RowBand:
     """Masked attention in blocks of query rows. Query rows and keys are sorted by order.
 
-    A block is scored only against the keys up to its last row (and, with a window, from the first
-    key in reach). Masks are made once per rule and
+    A block is scored only against the keys in reach of its rows. Masks are made once per rule and
     kept while there is room, else made block by block in each layer and in its backward.
     """
 
@@ -188,8 +183,7 @@ def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
     """The dense mask of a layout ``(B, S)``.
 
     Returns bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
-    models accept it as a 4-D ``attention_mask`` with ``sdpa``. For ``eager`` it must be converted
-    to an additive mask, because a bool mask would silently be added.
+    models take it as ``attention_mask`` with ``sdpa``; ``eager`` would add it to the scores.
     """
     query = layout.rows().map(lambda field: field[:, None, :, None])
     key = layout.rows().map(lambda field: field[:, None, None, :])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, causal_attention, check_rows
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
@@ -30,12 +31,11 @@ class RowSegment(NamedTuple):
 
 
 def find_segments(layout: Layout) -> list[RowSegment]:
-    """Splits rows into causal segments, and segments of global rows over the whole prompt.
+    """Splits the rows of a layout on the CPU, except padding, into segments that attend alone.
 
-    Each group (a chunk with its blanks) is causal. So are the global rows before the first chunk:
-    the prefix, or a whole prompt in full attention. The keys of a prompt's other global rows are
-    all rows of the prompt except blanks; the rule selects among them. Every row of the layout (on
-    the CPU) except padding is a query exactly once.
+    Each group (a chunk with its blanks) is one, usually causal. So are the global rows before the
+    first chunk: the prefix, or a whole prompt in full attention. The keys of a prompt's other
+    global rows are all its rows except blanks; the rule selects among them.
     """
     segments = []
     for rows in _rows_by_sample(layout).values():
@@ -137,7 +137,7 @@ class SplitPlan:
         buckets = [_stack(bucket, layout, room) for bucket in _by_length(segments)]
         self._own = [bucket for bucket in buckets if bucket.own]
         self._wide = [bucket for bucket in buckets if not bucket.own]
-        # Each row is a query in one segment, and a key in at most one own and one wide segment.
+        # Each row is a query once, and a key in at most one own and one wide segment.
         self._queries = _row_map([b.query for b in self._own + self._wide], layout)
         self._own_keys = _row_map([b.key for b in self._own], layout)
         self._wide_keys = _row_map([b.key for b in self._wide], layout)
@@ -189,8 +189,11 @@ def _by_length(segments: list[RowSegment], slack: float = 1.25) -> list[list[Row
 
 
 def _stack(segments: list[RowSegment], layout: Layout, room: MaskRoom) -> _Bucket:
-    query = _pad([segment.query for segment in segments]).to(layout.device)
-    key = _pad([segment.key for segment in segments]).to(layout.device)
+    def padded(rows: Iterable[list[int]]) -> Tensor:
+        indices = [torch.tensor(row) for row in rows]
+        return pad_sequence(indices, batch_first=True, padding_value=-1).to(layout.device)
+
+    query, key = padded(s.query for s in segments), padded(s.key for s in segments)
     flat = layout.rows().map(lambda field: field.flatten())
     # Narrow blocks save work: early rows (of early turns) are not scored against late keys. But on
     # a GPU narrow blocks are inefficient, and for few rows over many keys, the gradient of the keys
@@ -208,12 +211,6 @@ def _stack(segments: list[RowSegment], layout: Layout, room: MaskRoom) -> _Bucke
     order = layout.order.flatten().tolist()
     span = max(order[segment.query[-1]] - order[segment.query[0]] for segment in segments)
     return _Bucket(query, key, segments[0].causal, segments[0].own, span, band)
-
-
-def _pad(rows: list[list[int]]) -> Tensor:
-    """Right-pads index lists with -1, ``(G, M)``."""
-    length = max(len(row) for row in rows)
-    return torch.tensor([row + [-1] * (length - len(row)) for row in rows])
 
 
 class RowMap:

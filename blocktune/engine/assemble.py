@@ -56,11 +56,10 @@ def from_chunks(
     found: Found | None = None,
     lazy: bool = True,
 ) -> Assembled:
-    """Fills the cache with the prefix and the chunks, encoded alone and moved to their positions.
+    """Fills the cache with the prefix and the chunks, moved to their positions.
 
-    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found`` are the
-    chunks, if they were looked up already. With ``lazy``, chunks that the store does not keep in
-    memory are read directly into the cache; a damaged file then raises `DamagedChunk`.
+    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found``, ``loader``
+    and ``lazy`` are as in `Encoder.find`; a damaged file then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout
@@ -217,9 +216,9 @@ class _Rotations:
         self._computed: dict[tuple, Rotation] = {}
 
     def of(self, kind: str, layer: int, tokens: slice) -> Rotation | None:
-        """The rotation of these tokens, or None if ``kind`` is not rotated.
+        """The rotation ``(1, S, P)`` of these tokens, ``(1, 1, P)`` if it is the same for all.
 
-        It is ``(1, S, P)``, or ``(1, 1, P)`` if all tokens move by the same distance.
+        None: states of this ``kind`` are not rotated.
         """
         if not self._moves or self.rope.layers[layer].in_values != (kind == "value"):
             return None

@@ -12,10 +12,10 @@ from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
 from blocktune.engine.attention_probes import ScoringPasses
 from blocktune.engine.encode import Found
 from blocktune.engine.generation import Generation, Sampling
-from blocktune.engine.layer_schedule import LayerSchedule, prefill
+from blocktune.engine.layer_schedule import SchedulePlan, prefill
 from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.recurrent import prefill_recurrent
-from blocktune.engine.rows import Computed, computed_rows, has_column, to_columns
+from blocktune.engine.rows import computed_rows, has_column, to_columns
 from blocktune.engine.state import EngineState, ServedBatch
 from blocktune.engine.usage import Executed
 from blocktune.layout import FOREVER
@@ -85,9 +85,9 @@ def _prefill(
     passes = ScoringPasses(served, assembled.cached)
     if served.reshaping is not None and served.reshaping.reshape.looks_ahead:
         passes.look_ahead()
-    candidates, schedule = _choose(served, selection, assembled, passes)
+    plan = _choose(served, selection, assembled, passes)
     watch.stop("select_s")
-    result = prefill(served, candidates, schedule)
+    result = prefill(plan)
     watch.stop("recompute_s")
     read = None if result.chunk_probe is None else result.chunk_probe.multiply_adds
     executed = [*passes.executed, Executed(state.model, result.plans, result.probes, extra=read)]
@@ -96,7 +96,7 @@ def _prefill(
         executed.append(Executed(state.model, heads=0, extra=extra))
     return Generation(
         **vars(served),
-        last=candidates.rows.map(lambda field: field[:, -1:]),
+        last=plan.candidates.rows.map(lambda field: field[:, -1:]),
         assembled=assembled,
         prefill=result,
         executed=executed,
@@ -105,7 +105,7 @@ def _prefill(
 
 def _choose(
     served: ServedBatch, selection: Selection, assembled: Assembled, passes: ScoringPasses
-) -> tuple[Computed, LayerSchedule]:
+) -> SchedulePlan:
     layout = served.batch.layout
     # Rows that are not cached are always computed. A selected token overwrites its cached original.
     start = ~assembled.cached & has_column(layout)
@@ -123,8 +123,10 @@ def _choose(
     for mask in widened.values():
         require_context(selection, mask, layout, torch.bool)
     candidates = computed_rows(served.batch, reduce(torch.logical_or, widened.values(), start))
-    return candidates, LayerSchedule(
-        selection=selection,
+    return SchedulePlan(
+        served,
+        candidates,
+        selection,
         start=candidates.of(start),
         widen={layer: candidates.of(mask) for layer, mask in widened.items()},
         states=assembled.states,

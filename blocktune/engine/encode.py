@@ -126,10 +126,7 @@ class Encoder:
         rope: RopeSpec | None = None,
         press: Press | None = None,
     ):
-        """Encodes with ``model`` (with blocktune's attention attached) into ``store``.
-
-        ``rope`` is the model's. ``press`` drops keys of the chunks.
-        """
+        """Encodes with an attached ``model`` into ``store``. ``press`` drops keys of the chunks."""
         self.model, self.store, self.tenant = model, store, ""
         self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
@@ -163,10 +160,10 @@ class Encoder:
     ) -> Found:
         """Looks every piece up (by the ``loader``, if given) and encodes the missing ones.
 
-        The input states of ``layers`` (0-based) are needed, too: a piece that was encoded without
-        them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. New
-        entries are stored under the names of their ``documents``. With ``lazy``, chunks that the
-        store does not keep in memory are returned as `FileKV`, which reads layers on access.
+        A piece that was encoded without the input states of ``layers`` (0-based) is missing.
+        ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. New entries are stored under the
+        names of their ``documents``. With ``lazy``, chunks that the store does not keep in memory
+        are returned as `FileKV`, which reads layers on access.
         """
         found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()

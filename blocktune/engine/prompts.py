@@ -100,7 +100,7 @@ class PromptMaker:
         return min(self.max_tokens, self.exact_tokens or self.max_tokens)
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
-        """Token pieces of a request for ``method``."""
+        """Token pieces of a request for ``method``. Raises as `spec`."""
         block, request = self.spec(method).block, as_request(request)
         pieces = make_pieces(
             self.tokenizer, self.format, request.chunks, request.question, block=block
