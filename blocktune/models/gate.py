@@ -3,7 +3,7 @@
 Chunk reuse and block training are exact on a decoder if four properties hold. Only attention mixes
 tokens. Every layer attends by the function that blocktune passes to it and keeps its own keys.
 Positions enter only by rotating queries and keys. A layer attends exactly to what it passes to that
-function. `examine` names the one that is missing, without looking at a model's name.
+function. `examine` does not look at a model's name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attent
 
 
 def require_supported(model: PreTrainedModel) -> RopeSpec:
-    """Returns how to move a model's cached chunks. Raises `Refused` if that is impossible.
+    """Returns how to move a model's cached chunks. Raises `Refused` as `examine` does.
 
-    It is not run, so it may be a PEFT model, quantised or split. The error names the property.
+    The model is not run, so it may be a PEFT model, quantised or split.
     """
     base = unwrapped(model)
     config = base.config.get_text_config()
@@ -49,8 +49,8 @@ def require_supported(model: PreTrainedModel) -> RopeSpec:
 def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> Structure:
     """Checks from a configuration, without loading a model, that chunk reuse is exact on it.
 
-    ``config`` is that of a text model or of a multimodal model with one; ``cls`` is the model's
-    class, by default the one in transformers. Raises `Refused`, which names the missing property.
+    The configuration may be that of a multimodal model; ``cls`` is the model's class, by default
+    the one in transformers. Raises `Refused`, which names the missing property.
     """
     outer, config = config, config.get_text_config(decoder=True)
     cls = cls or causal_class(config) or causal_class(outer)

@@ -27,13 +27,12 @@ _TRAINED = ("ranknum.", "trainable_tokens", "blocktune_links", "modules_to_save.
 
 
 def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
-    """Digest of a base model, the same with and without a PEFT adapter or links.
+    """Digests of a base's architecture, plain and linear weights, whatever adapter or links it has.
 
-    Weights are sampled and compared as bfloat16, so a checkpoint has the same digest in float32 and
-    in bfloat16. For a 4- or 8-bit base only embeddings and norms are compared. The model must not
-    be merged or resized. ``state`` has its whole weights by name, if a launch has split them.
-
-    It joins those of architecture, plain and linear weights. ValueError: a weight is not in memory.
+    Weights are sampled as bfloat16, so a checkpoint has the same digest in float32 and in bfloat16.
+    For a 4- or 8-bit base only embeddings and norms count. The model must not be merged or resized.
+    ``state`` has its whole weights by name, if a launch has split them. Raises ValueError if a
+    weight is not in memory.
     """
     config = model.config.get_text_config().to_dict()
     shape = {name: config.get(name) for name in _ARCHITECTURE}

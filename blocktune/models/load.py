@@ -1,7 +1,6 @@
 """Loads a base model by name, from a folder, a GGUF file or the Hub, to a device and dtype.
 
-Serving and training both load their bases here. So they give the same errors, and refuse a model
-on which chunk reuse would be wrong before its weights are read.
+A model on which chunk reuse would be wrong is refused before its weights are read.
 """
 
 from __future__ import annotations
@@ -27,6 +26,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as PROCESSOR_TEMPLATE
@@ -41,12 +43,7 @@ from blocktune.parsing import first_line, load_json
 from blocktune.registry import require_one_of
 
 if TYPE_CHECKING:
-    from transformers import (
-        BitsAndBytesConfig,
-        PreTrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import BitsAndBytesConfig
 
 logger = logging.getLogger("blocktune")
 
@@ -77,16 +74,14 @@ def load_base(
         dtype: One of `DTYPES`; ``auto``: as saved.
         device: Default: CUDA if available, else the CPU.
         revision: Revision of the repository.
-        quantize: One of `blocktune.models.quantize.QUANTIZATIONS` or a configuration; None: as
-            saved.
+        quantize: One of `blocktune.models.quantize.QUANTIZATIONS` or a configuration.
         place: Whether to move the weights to the device; quantised ones are always placed there.
         recurrent: Whether models with recurrent layers are allowed (without chunk reuse).
         what: What is being loaded, for error messages.
 
-    Raises:
-        ValueError: If the model, device, dtype or quantization does not exist, its files are
-            damaged or lack weights, or it is saved quantized and ``quantize`` is given.
-        Refused: If chunk reuse would be wrong on the model, before its weights are read.
+    Raises `Refused` if chunk reuse would be wrong on the model, and ValueError if the model,
+    device, dtype or quantization does not exist, its files are damaged or lack weights, or it is
+    saved quantized and ``quantize`` is given.
     """
     bare, revision = pinned(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,14 +115,13 @@ def load_base(
 def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Loads the fast tokenizer of a folder or repository, with its chat template.
 
-    Repositories of multimodal models may keep the template in the processor's file. Mistral's own
-    tokenizers (package mistral-common) have neither a template nor text that stays text. Raises
-    ValueError if there is no tokenizer, or its files are damaged.
+    Raises ValueError if there is no tokenizer, or its files are damaged.
     """
     with _explained(str(name), "a tokenizer"):
+        # Mistral's own kind (package mistral-common) has no template, and text does not stay text.
         how = {"revision": revision, "mistral_format": False, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(name, **how)
-        if tokenizer.chat_template is None:
+        if tokenizer.chat_template is None:  # multimodal models: in the processor's file
             kinds = ("gated_repo", "missing_entries", "connection_errors")
             quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
             path = cached_file(str(name), PROCESSOR_TEMPLATE, revision=revision, **quiet)
@@ -166,7 +160,7 @@ def require_stops(folder: str, eos: Any) -> None:
 def read_config(
     name: str, revision: str | None = None, what: str = "a language model"
 ) -> PreTrainedConfig:
-    """The configuration of a model by name; ``what`` is for errors. ValueError if it has none."""
+    """The configuration of a model by name. Raises ValueError if it has none."""
     bare, revision = pinned(name, revision)
     file = gguf_file(bare)
     with _explained(name, what):

@@ -57,10 +57,9 @@ def quantization_of(model: PreTrainedModel) -> str | None:
 
 
 def keep_stored_codes(model: nn.Module) -> None:
-    """Stops bitsandbytes from rewriting 4-bit weights on some CPUs.
+    """Stops bitsandbytes 0.50 from rewriting 4-bit weights in place on CPUs with AVX512-BF16.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 rewrites them in place at the first forward pass
-    without gradients: less precise, without a kernel for gradients, and unlike their fingerprint.
+    They would be less precise, without a kernel for gradients, and unlike their fingerprint.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

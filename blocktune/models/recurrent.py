@@ -52,9 +52,7 @@ class Recurrence:
 
 @torch.no_grad()
 def find_recurrence(model: PreTrainedModel, always: bool = False) -> Recurrence | None:
-    """Finds how a model with recurrent layers continues from a cache; None if it has none.
-
-    With ``always``, it also examines a model that only attends.
+    """Finds how a model with recurrent layers (or ``always``) continues from a cache; else None.
 
     Eight tokens are run in one pass and in two, to check that the second continues from the first.
     Raises ValueError if it does not, or if the model also has sliding windows.

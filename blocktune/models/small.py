@@ -120,7 +120,7 @@ def _is_count(value: Any) -> bool:
 
 
 def small_model(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """A random float32 model on the CPU, in evaluation mode. It is the same at every call.
+    """A random float32 model on the CPU, the same at every call, in evaluation mode.
 
     Matrices preserve the scale of their input, and norms and biases are random, so that everything
     affects the output. Torch's random state does not change. ValueError: the model is not small.
