@@ -160,16 +160,12 @@ class _Run:
 
 
 def _read_all(runs: Iterable[_Run]) -> None:
-    """Reads tensors that are not rotated directly into their outputs, those of a file at once.
-
-    The others are read one by one into a buffer and rotated while they are in the CPU cache.
-    """
     buffers: dict[torch.Size, Tensor] = {}  # reused: allocating each would take longer than reading
     for run in runs:
         file = run.kvs[0].file
         file.read_into({name: out for name, out, rotation in run.reads if rotation is None})
         for name, out, rotation in run.reads:
-            if rotation is not None:
+            if rotation is not None:  # one by one: it is rotated while it is in the CPU cache
                 if out.shape not in buffers:
                     buffers[out.shape] = out.new_empty(out.shape)
                 file.read_into({name: buffers[out.shape]})
@@ -184,10 +180,7 @@ def _examples(kv: ChunkKV, device: torch.device) -> list[list[Tensor]]:
 
 
 def _blocks(kvs: list[ChunkKV], columns: Tensor) -> list[list[_Run]]:
-    """The runs of each block of columns without gaps.
-
-    A run is one piece on the CPU (to fit its cache) and the whole block on CUDA.
-    """
+    """Runs of each block of adjacent columns: of one piece on the CPU (for its cache), else all."""
     blocks: list[list[_Run]] = []
     starts = list(accumulate((kv.num_tokens for kv in kvs[:-1]), initial=0))
     for kv, start, column in zip(kvs, starts, columns[starts].tolist(), strict=True):
@@ -205,10 +198,9 @@ def _blocks(kvs: list[ChunkKV], columns: Tensor) -> list[list[_Run]]:
 
 
 class _Rotations:
-    """Rotations of a prompt's runs, computed once for all layers with the same frequencies."""
+    """Rotations by ``shift`` ``(S,)``, computed once for all layers with the same frequencies."""
 
     def __init__(self, shift: Tensor, rope: RopeSpec, device: torch.device):
-        """Rotates by ``shift`` ``(S,)`` positions, a CPU tensor; results are on ``device``."""
         self.shift, self.rope, self.device = shift, rope, device
         self._moves = bool(shift.any())
         specs = [(tuple(spec.inv_freq.tolist()), *spec[1:]) for spec in rope.layers]
@@ -216,17 +208,13 @@ class _Rotations:
         self._computed: dict[tuple, Rotation] = {}
 
     def of(self, kind: str, layer: int, tokens: slice) -> Rotation | None:
-        """The rotation ``(1, S, P)`` of these tokens, ``(1, 1, P)`` if it is the same for all.
-
-        None: states of this ``kind`` are not rotated.
-        """
+        """The rotation ``(1, S, P)`` of tokens, ``(1, 1, P)`` if it is one; None: not rotated."""
         if not self._moves or self.rope.layers[layer].in_values != (kind == "value"):
             return None
         key = self._same[layer], tokens.start
         if key not in self._computed:
             shift = self.shift[tokens]
-            if bool((shift == shift[0]).all()):  # always so within one chunk
-                shift = shift[:1]
+            shift = shift[:1] if bool((shift == shift[0]).all()) else shift  # a chunk moves as one
             turn = Rotation.of(shift[None].to(self.device), self.rope.layers[layer])
             self._computed[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0])
         return self._computed[key]

@@ -51,15 +51,15 @@ class ScoreReader:
         rule: LayerRule,
         params: AttentionParams,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yields blocks of rows and their scores before softmax, ``(B, H, block, N)``.
+        """Yields blocks of (also unwanted) rows and their scores before softmax, ``(B, H, r, N)``.
 
-        Rows ``(B, R)`` see all ``columns`` ``(B, N)`` before them, within the rule's window. A
-        block may include unwanted rows. ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N, D)``.
+        Rows ``(B, R)`` see all ``columns`` ``(B, N)`` before them, within the rule's window.
+        ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N, D)``.
         """
         window = LayerRule(window=rule.window)
-        read = wanted.any(0).nonzero().squeeze(1).tolist()
-        stop = read[-1] + 1 if read else 0
-        for start in range(read[0] if read else 0, stop, ROW_BLOCK):
+        read = wanted.any(0).nonzero().squeeze(1).tolist() or [0, -1]
+        stop = read[-1] + 1
+        for start in range(read[0], stop, ROW_BLOCK):
             block = slice(start, min(start + ROW_BLOCK, stop))
             mask = visible(
                 rows.map(lambda field, block=block: field[:, block, None]),
@@ -122,9 +122,9 @@ class QueryProbe(ScoreReader):
         last: int,
         how: QueryScores = DEFAULT_SCORES,
     ):
-        """Reads ``layers`` of a pass by ``plan``: ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
+        """Reads ``layers`` of a pass of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
 
-        All rows see everything before them. The pass stops in layer ``last``, if it has that many.
+        The pass stops in layer ``last``, if it has that many.
         """
         super().__init__(len(query.kind))
         self.plan, self.query, self.key = plan, query, key
@@ -270,9 +270,9 @@ class ScoringPasses:
         how: QueryScores = DEFAULT_SCORES,
         shift: Tensor | None = None,
     ) -> Tensor:
-        """Computes rows into ``cache``. Returns the question's attention, ``(L, B, S)``.
+        """Computes rows into ``cache``, with ``shift`` ``(B, N)`` added to the columns' positions.
 
-        ``shift`` ``(B, N)`` is added to the position of each column's row.
+        Returns the question's attention, ``(L, B, S)``.
         """
         computed = computed_rows(self.batch, chosen)
         cache.select(computed.columns)
@@ -298,7 +298,7 @@ class ScoringPasses:
 
 
 def _to_encoded(columns: Rows) -> Tensor:
-    """Shift of each column from its position in the prompt to that at encoding, ``(B, N)``.
+    """Shift of columns from positions in the prompt to those at encoding, ``(B, N)``.
 
     Rows outside of chunks, except for the prefix, move to positions after the longest chunk.
     """

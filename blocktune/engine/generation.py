@@ -33,9 +33,6 @@ from blocktune.parsing import check_types, read
 from blocktune.prompt import Chunk
 from blocktune.registry import require_count
 
-Pick = Callable[[Tensor], Tensor]
-"""Picks tokens ``(B, 1)`` from logits ``(B, V)``."""
-
 
 class NoNumbers(ValueError):
     """The model's logits are NaN."""
@@ -81,7 +78,7 @@ class Sampling:
         """Reads an argument ``sampling``. Raises ValueError if it is of another kind."""
         return given if isinstance(given, cls) else read(cls, given or {}, "sampling")
 
-    def picker(self, device: torch.device, streams: Sequence[int]) -> Pick:
+    def picker(self, device: torch.device, streams: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """A function that picks tokens ``(B, 1)`` from logits ``(B, V)`` on ``device``.
 
         Prompts with the same seed and stream number get the same draws, in any batch.

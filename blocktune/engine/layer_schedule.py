@@ -221,10 +221,7 @@ def prefill(plan: SchedulePlan) -> Prefill:
 
 @dataclass(frozen=True)
 class Enter:
-    """Forward pre-hook that passes a layer's input to the plan's ``enter``, if it has one.
-
-    Equal hooks are registered once.
-    """
+    """Forward pre-hook that passes a layer's input to the plan's ``enter``, if it has one."""
 
     index: int
 

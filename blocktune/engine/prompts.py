@@ -108,11 +108,7 @@ class PromptMaker:
         return pieces if method.keeps_context else pieces._replace(chunks=())
 
     def spec(self, method: Method) -> LayoutSpec:
-        """The layout for ``method``.
-
-        Raises ValueError if the method needs another adapter or more layers than the model has, or
-        reuses chunks of a model where that is impossible.
-        """
+        """The layout for ``method``; ValueError if the model or its adapter does not suit it."""
         if self.refusal and method.reuses_chunks:
             raise ValueError(self.refusal.format(f"method '{method.name}'"))
         min_layers = method.select().min_layers
@@ -181,11 +177,9 @@ class PromptMaker:
     def encodable(
         self, chunks: Sequence[Chunk], spec: LayoutSpec | None = None
     ) -> tuple[Piece | None, list[Piece]]:
-        """Pieces to encode ahead: the prefix (None if empty) and the chunks.
+        """Pieces to encode ahead: the prefix (None if empty) and the chunks. Raises as `prompt`.
 
         Their layout is ``spec``; if it is None or full attention, the adapter's or plain reuse.
-
-        Raises ValueError as `prompt` does.
         """
         if self.refusal:
             raise ValueError(self.refusal.format("encoding"))

@@ -38,10 +38,7 @@ class Auxiliaries:
         self._models, self._lock = {SELF: model}, threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Adds a loaded model, and replaces its attention by blocktune's.
-
-        Raises ValueError if its tokenizer maps the served model's token ids to other text.
-        """
+        """Attaches and adds a model. Raises ValueError if its tokenizer reads ids as other text."""
         own, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
         if wrong := sorted((i, token) for token, i in own.items() if theirs.get(token) != i):
             index, token = wrong[0]

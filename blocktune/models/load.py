@@ -170,10 +170,7 @@ def read_config(
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file that ``name`` refers to: itself, or the only one in a folder; None: no GGUF.
-
-    Raises ValueError if the file does not exist, a folder has several, or package gguf is missing.
-    """
+    """The GGUF file ``name``, or that in a folder; None: neither. ValueError: it cannot be read."""
     path = Path(name)
     files = [path] if path.suffix == ".gguf" else []
     if path.is_dir() and not (path / "config.json").exists():
@@ -238,7 +235,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
-    """Copies a model's modules, but shares its weights; with ``own_embeddings`` copies those, too.
+    """Copies a model's modules (and ``own_embeddings``), but shares its weights.
 
     Hooks, LoRA or a link table on one copy do not affect the other; changed weights would.
     """
@@ -304,10 +301,7 @@ def check_device(name: str) -> None:
 
 
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
-    """Returns name and revision of ``USER/NAME@REVISION``, or those given for a local folder.
-
-    Raises ValueError if two revisions are given, or an empty one.
-    """
+    """Splits ``USER/NAME@REVISION``, unless it is a folder; ValueError: two revisions, or none."""
     if Path(name).exists():
         return str(name), revision
     bare, at, inside = str(name).partition("@")

@@ -17,9 +17,9 @@ QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The configuration by which transformers quantises a base on loading (see `QUANTIZATIONS`).
+    """The configuration by which transformers quantises a base, with products in ``dtype``.
 
-    Products with 4-bit weights use ``dtype``. ValueError: unknown name, or no bitsandbytes.
+    Raises ValueError if the name is not among `QUANTIZATIONS`, or bitsandbytes is missing.
 
     Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
     """
