@@ -13,8 +13,7 @@ from blocktune.attention.kernels import AttentionParams, tail_attention
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
 
-ROW_BLOCK = 128
-"""Rows per block. It is small because computed rows are far apart: a block spans many columns."""
+ROW_BLOCK = 128  # few, because computed rows are far apart: a block spans many columns
 
 
 class CachePlan:

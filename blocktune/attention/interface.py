@@ -33,18 +33,14 @@ from blocktune.attention.split import SplitPlan
 from blocktune.layout import LayerRule, Layout
 from blocktune.registry import require_one_of
 
-NAME = "blocktune_"
-"""Name prefix of the registered attention implementations, before that of the stock one."""
-STOCK = ("sdpa", "eager")
-"""Supported stock implementations, which run if a forward pass has no layout."""
+NAME = "blocktune_"  # prefix of registered attention implementations, before the stock name
+STOCK = ("sdpa", "eager")  # implementations that run if a forward pass has no layout
 OWN_ATTENTION = (
     "{} computes attention in its own code, to which blocktune's masks do not apply; use a decoder "
     "that attends by transformers' attention interface"
 )
-_HANDLE = "_blocktune_attached"
-"""Attribute of an attached decoder: its execution, and the handle of its hook."""
-ATTACHED: WeakSet[nn.Module] = WeakSet()
-"""The decoders that are attached in this process."""
+_HANDLE = "_blocktune_attached"  # attribute of a decoder: its execution, and the handle of its hook
+ATTACHED: WeakSet[nn.Module] = WeakSet()  # the attached decoders of this process
 
 
 class Plan(Protocol):

@@ -78,8 +78,7 @@ def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionP
     return causal_attention(padded, key, value, params)[:, :, missing:]
 
 
-ROW_BLOCK = 512
-"""Rows per block where a mask is needed; it bounds the memory in use."""
+ROW_BLOCK = 512  # rows per block where a mask is needed; it bounds the memory in use
 
 
 def masked_attention(
@@ -118,8 +117,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, *
     return F.scaled_dot_product_attention(query, key, value, **mask, **options)
 
 
-FEW_SCORES = 1 << 23
-"""Most scores of one call that are kept for backward, 6 bytes each, to train faster on CPUs."""
+FEW_SCORES = 1 << 23  # most scores of a call that are kept for backward, 6 bytes each
 
 
 def _trains_in_bfloat16(query: Tensor, key: Tensor) -> bool:

@@ -46,8 +46,7 @@ class MaskForm(NamedTuple):
     align: int = 1  # each row starts at a multiple of this many elements
 
 
-SEEN = MaskForm(torch.bool)
-"""Plain bool mask, for code that computes the scores itself."""
+SEEN = MaskForm(torch.bool)  # for code that computes the scores itself
 
 
 def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:

@@ -17,8 +17,7 @@ from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, causal_atten
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, LayerRule, Layout
 
-NARROW_BLOCK = 64
-"""Rows per block on a CPU where many rows share few keys; see `_stack`."""
+NARROW_BLOCK = 64  # rows per block on a CPU where many rows share few keys; see `_stack`
 
 
 class RowSegment(NamedTuple):

@@ -27,8 +27,7 @@ from blocktune.prompt import LayoutSpec, lay_out, stack
 DEFAULT_SCORES = QueryScores()
 OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": (Kind.CHUNK,)}
 """Kinds of keys that attention weights are normalised over, by `QueryScores.over`; (): all."""
-ROW_BLOCK = 64
-"""Number of rows whose weights over all keys are in memory at once."""
+ROW_BLOCK = 64  # rows whose weights over all keys are in memory at once
 
 
 class ProbeDone(Exception):

@@ -28,8 +28,7 @@ from blocktune.positions import RopeSpec
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
-TOKENS_PER_PASS = 16_384
-"""Most rows, padding included, in one forward pass of encoding."""
+TOKENS_PER_PASS = 16_384  # most rows, padding included, in one forward pass of encoding
 NOT_AHEAD = "method '{}' reuses no chunks that were encoded ahead; name one that does"
 """Why chunks are not encoded for a method."""
 
@@ -219,10 +218,9 @@ class Encoder:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``, ``layers`` as in `find`."""
         watch = Stopwatch(self.model.device)
         unique = dict.fromkeys([*([prefix] if prefix else []), *pieces])
-        documents: dict[Piece, list[str]] = {}
+        names: dict[Piece, str] = {}
         for piece, chunk in zip(pieces, chunks, strict=True):
-            documents.setdefault(piece, []).append(chunk.document)
-        names = {piece: _joined(*own) for piece, own in documents.items()}
+            names[piece] = _joined(names.get(piece, ""), chunk.document)
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory

@@ -47,8 +47,7 @@ def require_numbers(logits: Tensor) -> None:
         )
 
 
-COLDEST = 1e-4
-"""Lowest temperature for sampling. Below it logits would overflow, so decoding is greedy."""
+COLDEST = 1e-4  # below this temperature logits would overflow, so decoding is greedy
 
 
 @dataclass(frozen=True)

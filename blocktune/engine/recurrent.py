@@ -79,8 +79,7 @@ def prefill_recurrent(
     )
 
 
-TOKENS_PER_PASS = 32
-"""A pass over one token takes about as long as a pass over this many tokens."""
+TOKENS_PER_PASS = 32  # a pass over one token takes about as long as a pass over this many
 
 
 class _Run:

@@ -103,8 +103,7 @@ def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     return index, exists
 
 
-PER_ROW = ("position_embeddings", "position_ids")
-"""Keyword arguments of layers that have an item for each embedded row."""
+PER_ROW = ("position_embeddings", "position_ids")  # of a layer, with an item for each row
 
 
 class RowSubset:

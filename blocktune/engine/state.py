@@ -23,8 +23,7 @@ from blocktune.models.recurrent import Recurrence
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Batch, Pieces, Prompt, end_of_turn, stack
 
-SELF = "self"
-"""Name of the served model among the auxiliary models."""
+SELF = "self"  # name of the served model among the auxiliary models
 
 
 class Auxiliaries:

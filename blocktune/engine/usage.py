@@ -98,8 +98,7 @@ class Stopwatch:
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "output_linear")
 """Names of the output projection of attention. Its other projections come before attention."""
-EXPANSION = ".kv_b_proj"
-"""Part of the name of the projection that makes keys and values of cached latents (DeepSeek)."""
+EXPANSION = ".kv_b_proj"  # in the name of what makes keys and values of cached latents (DeepSeek)
 
 
 class LayerCost(NamedTuple):

@@ -14,10 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.models.sharded import gathered, whole_shape
 
-SAMPLES = 64
-"""Elements sampled from each weight, at equal strides."""
-QUANTISED = "quantised"
-"""Placeholder for the linear weights of a quantised base, which cannot be compared."""
+SAMPLES = 64  # elements sampled from each weight, at equal strides
+QUANTISED = "quantised"  # for linear weights of a quantised base, which cannot be compared
 _ARCHITECTURE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"),

@@ -18,8 +18,7 @@ from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule,
 from blocktune.models.small import VOCABULARY
 from blocktune.positions import LayerRope, relocate_keys
 
-TOLERANCE = 1e-3
-"""Relative to a state's largest element. Rounding is below it, a wrong mask or rotation above."""
+TOLERANCE = 1e-3  # of a state's largest element: rounding is below, a wrong mask or rotation above
 POSITIONS = (3, 4, 11, 64, 901)
 ROWS = 40
 

@@ -16,12 +16,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.utils import logging
 
 VOCABULARY = 384
-LARGEST = 400_000_000
-"""Most parameters of a small model."""
-WINDOW = 12
-"""Sliding window of a small model, in tokens."""
-SPAN = 120
-"""Other lengths, in tokens, at which a small model's attention changes (chunked, indexed)."""
+LARGEST = 400_000_000  # most parameters of a small model
+WINDOW = 12  # sliding window of a small model, in tokens
+SPAN = 120  # other lengths at which its attention changes (chunked, indexed), in tokens
 _SIZES = {
     r".*intermediate_(multiple_)?size|.*ffn_(dim|hidden_size)|n_inner|dff|feed_forward_size": 64,
     r".*intermediate_size_mlp": 64,
