@@ -1,8 +1,7 @@
 """Makes stock transformers models attend by a layout.
 
 `attach` registers an attention function through transformers' own interface and adds a forward hook
-to the decoder. A forward pass with a ``layout`` (or a prepared ``plan``) attends by it; without
-one, the model works as before. No model code is forked or patched.
+to the decoder. No model code is forked or patched.
 """
 
 from __future__ import annotations

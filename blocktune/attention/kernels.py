@@ -44,22 +44,17 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """`masked_attention` where row ``i`` attends to rows ``0..i``, without tensors of N x N.
-
-    If soft-capping or sinks need the scores, these are computed for one block of rows at a time.
-    """
+    """`masked_attention` where row ``i`` attends to rows ``0..i``, without tensors of N x N."""
     if params.is_plain:
         if query.is_cuda and query.dtype == torch.float32:
-            # The fused kernel for float32 on CUDA cannot share heads, so K/V are copied.
+            # The fused kernel for float32 on CUDA cannot share heads.
             shared = query.shape[1] // key.shape[1]
             key, value = (states.repeat_interleave(shared, dim=1) for states in (key, value))
         return _fused(query, key, value, params, is_causal=True)
-    size = query.shape[2]
-    blocks = []
-    for start in range(0, size, ROW_BLOCK):
-        stop = min(start + ROW_BLOCK, size)
+    blocks, stop = [], 0
+    for rows in query.split(ROW_BLOCK, dim=2):
+        start, stop = stop, stop + rows.shape[2]
         mask = partial(_causal_mask, start, stop, query.device)
-        rows = query[:, :, start:stop]
         blocks.append(masked_attention(rows, key[:, :, :stop], value[:, :, :stop], mask, params))
     return torch.cat(blocks, dim=2)
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import (
-    ROW_BLOCK,
     AttentionParams,
     Mask,
     check_rows,
@@ -103,8 +102,8 @@ class RowBand:
     superseded_until: Tensor  # `Layout.superseded_until` of the keys, ``(G, N)``
     query_exists: Tensor
     key_exists: Tensor
-    row_block: int = ROW_BLOCK  # rows of a block
-    room: MaskRoom = field(default_factory=MaskRoom)  # shared by the bands of a plan
+    row_block: int  # rows of a block
+    room: MaskRoom  # shared by the bands of a plan
     _spans: dict = field(default_factory=dict, repr=False)
     _masks: dict = field(default_factory=dict, repr=False)
 

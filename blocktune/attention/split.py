@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,61 +33,42 @@ class RowSegment(NamedTuple):
 def find_segments(layout: Layout) -> list[RowSegment]:
     """Splits the rows of a layout on the CPU, except padding, into segments that attend alone.
 
-    Each group (a chunk with its blanks) is one, usually causal. So are the global rows before the
-    first chunk: the prefix, or a whole prompt in full attention. The keys of a prompt's other
-    global rows are all its rows except blanks; the rule selects among them.
+    Each group (a chunk with its blanks) is one. So are the global rows before the first chunk: the
+    prefix, or a whole prompt in full attention. The keys of a prompt's other global rows are all
+    its rows except blanks; the rule selects among them.
     """
-    segments = []
-    for rows in _rows_by_sample(layout).values():
-        groups = defaultdict(list)
-        for row in rows:
-            groups[row.group].append(row)
-        global_rows = groups.pop(GLOBAL, [])
-        segments += [_self_segment(group) for group in groups.values()]
-        start = min((row.order for row in rows if row.special or row.group != GLOBAL), default=None)
-        lead = [row for row in global_rows if start is None or row.order < start]
-        tail = global_rows[len(lead) :]
-        if lead:
-            segments.append(_self_segment(lead))
-        if tail:
-            keys = _index([row for row in rows if not row.blank])
-            segments.append(RowSegment(_index(tail), keys or _index(tail), own=False, causal=False))
-    return segments
+    rows = layout.rows().map(lambda field: field.flatten().tolist())
+    order, group, blank = rows.order, rows.group, [kind == Kind.BLANK for kind in rows.kind]
+    fresh = [original != NO_ROW for original in rows.supersedes]
+    ends = [layer != FOREVER for layer in rows.until]
 
+    def alone(own: list[int]) -> RowSegment:
+        """Rows that see only each other; causal unless some end early or share an order."""
+        in_order = all(order[left] < order[right] for left, right in pairwise(own))
+        return RowSegment(own, own, own=True, causal=in_order and not any(ends[i] for i in own))
 
-class _Row(NamedTuple):
-    order: int
-    fresh: bool
-    index: int
-    group: int
-    ends: bool
-    blank: bool
-    special: bool  # later global rows do not see it in some layer
-
-
-def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
-    """Rows of each prompt in causal order, each original before its fresh row."""
-    fields = ("kind", "sample", "order", "group", "supersedes", "until")
-    columns = [getattr(layout, name).flatten().tolist() for name in fields]
-    samples = defaultdict(list)
-    rows = enumerate(zip(*columns, strict=True))
-    for index, (kind, sample, order, group, supersedes, until) in rows:
+    prompts = defaultdict(list)
+    for index, (kind, sample) in enumerate(zip(rows.kind, rows.sample, strict=True)):
         if kind != Kind.PAD:
-            fresh, ends, blank = supersedes != NO_ROW, until != FOREVER, kind == Kind.BLANK
-            row = _Row(order, fresh, index, group, ends, blank, fresh or ends or blank)
-            samples[index // layout.num_rows, sample].append(row)
-    return {sample: sorted(rows) for sample, rows in samples.items()}
-
-
-def _self_segment(rows: list[_Row]) -> RowSegment:
-    """Segment of rows that see only each other; causal unless some end early or share an order."""
-    in_order = all(a.order < b.order for a, b in pairwise(rows))
-    causal = in_order and not any(row.ends for row in rows)
-    return RowSegment(_index(rows), _index(rows), own=True, causal=causal)
-
-
-def _index(rows: list[_Row]) -> list[int]:
-    return [row.index for row in rows]
+            prompts[index // layout.num_rows, sample].append(index)
+    segments = []
+    for prompt in prompts.values():
+        prompt.sort(key=lambda index: (order[index], fresh[index]))
+        groups = defaultdict(list)
+        for index in prompt:
+            groups[group[index]].append(index)
+        wide = groups.pop(GLOBAL, [])
+        segments += map(alone, groups.values())
+        # Later global rows do not see these, in some layer.
+        special = [i for i in prompt if fresh[i] or ends[i] or blank[i] or group[i] != GLOBAL]
+        start = min((order[index] for index in special), default=math.inf)
+        lead = [index for index in wide if order[index] < start]
+        if lead:
+            segments.append(alone(lead))
+        if tail := wide[len(lead) :]:
+            keys = [index for index in prompt if not blank[index]] or tail
+            segments.append(RowSegment(tail, keys, own=False, causal=False))
+    return segments
 
 
 @dataclass(frozen=True)

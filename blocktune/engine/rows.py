@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import SKIP
-from blocktune.layout import GLOBAL, NO_ROW, Kind, Layout, Rows
+from blocktune.layout import GLOBAL, Kind, Layout, Rows
 from blocktune.prompt import Batch
 
 
@@ -86,8 +86,6 @@ def decoded_rows(last: Rows, steps: int) -> Rows:
         offset=(ahead - 1).expand_as(rows.offset),
         position=rows.position + ahead,
         order=rows.order + ahead,
-        group=torch.full_like(rows.group, GLOBAL),
-        supersedes=torch.full_like(rows.supersedes, NO_ROW),
     )
 
 

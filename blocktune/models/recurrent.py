@@ -1,8 +1,8 @@
 """Models without chunk reuse: recurrent (Mamba, gated delta rules, hybrids) or GPT-2.
 
-A recurrent state mixes all tokens before it, so chunks cannot be encoded alone and reused. Nor can
-chunks of a model that adds absolute positions to its states. A whole prefix can be reused: the
-model continues from the state after its last token. These models run on stock transformers.
+A recurrent state mixes all tokens before it, and absolute positions are added to the states, so
+chunks cannot be encoded alone and reused. A whole prefix can: stock transformers continue from the
+state after its last token.
 """
 
 from __future__ import annotations
