@@ -44,10 +44,7 @@ def _range(field: Tensor, keep: Tensor) -> _Range:
 
 
 def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
-    """Pairs of 128-row blocks that may contain a visible cell, bool ``(B, blocks, blocks)``.
-
-    It may be True for a pair without a visible cell, but never False for one with such a cell.
-    """
+    """Pairs of 128-row blocks that may contain a visible cell, bool ``(B, blocks, blocks)``."""
     alive = ~layout.is_pad & (layout.until > rule.layer)
     local = alive & (layout.group != GLOBAL)
     order, sample = _range(layout.order, alive), _range(layout.sample, alive)

@@ -73,12 +73,9 @@ def find_segments(layout: Layout) -> list[RowSegment]:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Stacked segments of similar length. Indices are into the flattened ``B * S`` rows.
+    """Stacked segments of similar length."""
 
-    Indices are padded on the right with -1. No real row sees padding, and its output is dropped.
-    """
-
-    query: Tensor  # (G, R)
+    query: Tensor  # indices into the ``B * S`` rows, padded on the right with -1, (G, R)
     key: Tensor  # (G, N)
     causal: bool
     own: bool  # whether the keys are the query rows
@@ -102,10 +99,7 @@ class SplitPlan:
     """Attention by segments. It is exact and differentiable, on any device."""
 
     def __init__(self, layout: Layout, kept_cells: int = KEPT_CELLS):
-        """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them.
-
-        At most ``kept_cells`` mask elements are kept. ValueError: all rows are padding.
-        """
+        """Keeps at most ``kept_cells`` mask elements. ValueError: all rows are padding."""
         self.shape, self.written = layout.kind.shape, layout.written
         self._endings = layout.endings
         segments = find_segments(layout.to("cpu"))

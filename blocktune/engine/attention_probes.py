@@ -72,11 +72,7 @@ class ScoreReader:
 
 
 class ChunkAttention(ScoreReader):
-    """Measures the attention to each chunk from the question and from chunks that were not cached.
-
-    ``mass`` ``(B, N, C)`` float32 is the attention weight from each column's row to each chunk,
-    mean over heads, summed over the ``layers`` read; zero for rows that are not read.
-    """
+    """Measures the attention to each chunk from the question and from chunks computed in full."""
 
     def __init__(self, columns: Rows):
         super().__init__(len(columns.kind))
@@ -84,8 +80,9 @@ class ChunkAttention(ScoreReader):
         chunks = torch.arange(int(columns.chunk.max()) + 1, device=columns.chunk.device)
         is_chunk = columns.kind == Kind.CHUNK
         self.member = (is_chunk[..., None] & (columns.chunk[..., None] == chunks)).float()
+        # From each column's row to each chunk, mean over heads, summed over layers, (B, N, C).
         self.mass = torch.zeros_like(self.member)
-        self.layers = 0
+        self.layers = 0  # number read
 
     def read(
         self, rows: Rows, query: Tensor, key: Tensor, rule: LayerRule, params: AttentionParams
@@ -107,10 +104,7 @@ class ChunkAttention(ScoreReader):
 
 
 class QueryProbe(ScoreReader):
-    """Attends by another plan, and reads the attention weights of the question's rows.
-
-    ``by_layer`` has each read layer's weight of each key, pooled, mean over heads, ``(B, N)``.
-    """
+    """Attends by another plan, and reads the attention weights of the question's rows."""
 
     def __init__(
         self,
@@ -128,7 +122,7 @@ class QueryProbe(ScoreReader):
         super().__init__(len(query.kind))
         self.plan, self.query, self.key = plan, query, key
         self.layers, self.last, self.pool = layers, last, how.pool
-        self.by_layer: dict[int, Tensor] = {}
+        self.by_layer: dict[int, Tensor] = {}  # of each key, pooled, mean over heads, (B, N)
         kinds = OVER[how.over]
         left_out = ~sum(key.kind == kind for kind in kinds).bool() if kinds else None
         # A prompt without any key of these kinds is normalised over all keys.
@@ -154,15 +148,12 @@ class QueryProbe(ScoreReader):
 
 
 class OutsideProbe(ScoreReader):
-    """Measures in the first layer how much attention leaves a row's own chunk; then stops the pass.
-
-    ``share`` ``(B, R)`` is each row's share of attention outside its chunk, mean over heads.
-    """
+    """Measures in the first layer how much attention leaves a row's own chunk; stops the pass."""
 
     def __init__(self, rows: Rows):
         super().__init__(len(rows.kind))
         self.rows = rows
-        self.share = torch.zeros_like(rows.kind, dtype=torch.float32)
+        self.share = torch.zeros_like(rows.kind, dtype=torch.float32)  # mean over heads, (B, R)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`; always raises `ProbeDone`."""

@@ -172,10 +172,7 @@ class Engine:
         return self.state.encoder.encode(*pieces, chunks, self.state.inputs_of(method), progress)
 
     def encode_wanted(self, most: int = 256) -> int:
-        """Encodes up to ``most`` chunks from the store's `MissQueue`. Returns their number.
-
-        Raises ValueError if the store has no folder.
-        """
+        """Encodes up to ``most`` queued chunks. Returns their number. ValueError: no folder."""
         if self.store.folder is None:
             raise ValueError("missed chunks are queued in a folder; use a store with a folder")
         return self.state.encoder.encode_wanted(most, self.prompts.longest)
@@ -185,7 +182,7 @@ class Engine:
     ) -> None:
         """Registers a loaded model under a name that selectors (``cacheclip``) can refer to.
 
-        Models in folders need no name. Raises ValueError if the tokenizer is not the served one.
+        Raises ValueError if the tokenizer is not the served one.
         """
         self.state.auxiliaries.add(name, model, tokenizer)
 
@@ -341,8 +338,5 @@ class Engine:
         return self.prefilled([example], method).continued(num_tokens)
 
     def lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
-        """Lays out a prompt's rows for ``method``, given its history of earlier prompts.
-
-        Raises ValueError if the method does not match the adapter, or the prompt is too long.
-        """
+        """Lays out a prompt's rows for ``method``, given its history. Raises as `answer` does."""
         return self.prompts.lay_out(pieces, method, self.state.encoder, max_new_tokens)

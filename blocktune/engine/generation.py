@@ -52,10 +52,7 @@ COLDEST = 1e-4  # below this temperature logits would overflow, so decoding is g
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked. The default is greedy decoding.
-
-    Raises ValueError if a value is out of range or of another type.
-    """
+    """How the next token is picked; default greedy. ValueError: a value is out of range."""
 
     temperature: float = 0.0  # 0 is greedy; above, logits are divided by it
     top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
@@ -78,10 +75,7 @@ class Sampling:
         return given if isinstance(given, cls) else read(cls, given or {}, "sampling")
 
     def picker(self, device: torch.device, streams: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """A function that picks tokens ``(B, 1)`` from logits ``(B, V)`` on ``device``.
-
-        Prompts with the same seed and stream number get the same draws, in any batch.
-        """
+        """A function that picks tokens ``(B, 1)`` from logits ``(B, V)``; draws go by stream."""
         if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)
         warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])

@@ -30,10 +30,7 @@ from blocktune.registry import require_like
 
 @dataclass(eq=False)
 class SchedulePlan:
-    """Attention plan of one forward pass, of whose ``U`` candidate rows each layer computes some.
-
-    ``plans``, ``probes`` and ``chunk_probe`` are as in `Prefill`.
-    """
+    """Attention plan of a forward pass, of whose ``U`` candidate rows each layer computes some."""
 
     served: ServedBatch
     candidates: Computed
@@ -49,7 +46,7 @@ class SchedulePlan:
         self.columns, self.cache, self.reshaping = served.columns, served.cache, served.reshaping
         repair, history = served.method.repair(), served.method.history
         self.repair = repair and RepairedCache(repair, self.columns, self.cache)
-        self.plans: list[CachePlan] = []
+        self.plans: list[CachePlan] = []  # this and the probes are as in `Prefill`
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(self.selection.checks(len(self.cache)))
         self._ends = frozenset(() if self.depth is None else self.depth.unique().tolist())

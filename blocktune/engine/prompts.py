@@ -58,10 +58,7 @@ def as_requests(examples: Iterable[Request | Mapping[str, Any]]) -> list[Request
 
 
 def batches(examples: Sequence[Request], size: int, in_order: bool) -> Iterator[list[int]]:
-    """Yields indices of prompts of similar length, the longest first: it may not fit.
-
-    ``in_order``: as they are, because each prompt affects the next ones.
-    """
+    """Yields indices ``in_order``, or of similar length, the longest (it may not fit) first."""
     order, starts = list(range(len(examples))), range(0, len(examples), size)
     if not in_order:
         sizes = [len(x.question) + sum(len(chunk.text) for chunk in x.chunks) for x in examples]

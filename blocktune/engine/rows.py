@@ -105,10 +105,7 @@ PER_ROW = ("position_embeddings", "position_ids")  # of a layer, with an item fo
 
 
 class RowSubset:
-    """A subset ``chosen`` ``(B, U)`` of the candidate rows.
-
-    ``rows``, ``exists`` (False for padding) and ``index`` (in the candidates) are ``(B, R)``.
-    """
+    """A subset ``chosen`` ``(B, U)`` of the candidate rows; the other fields are ``(B, R)``."""
 
     def __init__(self, candidates: Computed, chosen: Tensor):
         self._candidates, self.chosen = candidates, chosen

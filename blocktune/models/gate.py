@@ -34,9 +34,9 @@ ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attent
 
 
 def require_supported(model: PreTrainedModel) -> RopeSpec:
-    """Returns how to move a model's cached chunks. Raises `Refused` as `examine` does.
+    """Returns how to move the cached chunks of a model, which may be PEFT's, quantised or split.
 
-    The model is not run, so it may be a PEFT model, quantised or split.
+    Raises `Refused` as `examine` does.
     """
     base = unwrapped(model)
     config = base.config.get_text_config()
@@ -137,10 +137,8 @@ def exact_length(config: PreTrainedConfig) -> int | None:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Most tokens of a prompt with its answer; 2 ** 30 for models without a limit.
-
-    YaRN with an explicit factor extends ``max_position_embeddings``, as on Qwen 2.5 and 3.
-    """
+    """Most tokens of a prompt with its answer; 2 ** 30 for models without a limit."""
+    # YaRN with an explicit factor extends max_position_embeddings, as on Qwen 2.5 and 3.
     yarn = [p for p in _ropes(config) if p.get("rope_type") == "yarn" and p.get("factor")]
     extended = [int(p["original_max_position_embeddings"] * p["factor"]) for p in yarn]
     return max([getattr(config, "max_position_embeddings", 1 << 30), *extended])

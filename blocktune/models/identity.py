@@ -66,13 +66,10 @@ def adapter_fingerprint(folder: str | Path) -> str:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what turns text into ids: rules, vocabulary, special tokens, chat template.
-
-    It excludes padding and truncation, because the backend stores those of the last call.
-    """
+    """Digest of what turns text into ids: rules, vocabulary, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    if backend is not None:
+    if backend is not None:  # it stores padding and truncation of the last call
         rules = {key: rules[key] for key in rules if key not in ("padding", "truncation")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest_of({"rules": rules, "special": special, "template": tokenizer.chat_template})

@@ -1,7 +1,4 @@
-"""Loads a base model by name, from a folder, a GGUF file or the Hub, to a device and dtype.
-
-A model on which chunk reuse would be wrong is refused before its weights are read.
-"""
+"""Loads a base model by name, from a folder, a GGUF file or the Hub, to a device and dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -26,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,9 +39,6 @@ from blocktune.models.quantize import keep_stored_codes, quantization_config
 from blocktune.models.small import causal_class
 from blocktune.parsing import first_line, load_json
 from blocktune.registry import require_one_of
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
 
 logger = logging.getLogger("blocktune")
 
@@ -113,10 +108,7 @@ def load_base(
 
 
 def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads the fast tokenizer of a folder or repository, with its chat template.
-
-    Raises ValueError if there is no tokenizer, or its files are damaged.
-    """
+    """Loads a fast tokenizer with its chat template. ValueError: there is none, or it is broken."""
     with _explained(str(name), "a tokenizer"):
         # Mistral's own kind (package mistral-common) has no template, and text does not stay text.
         how = {"revision": revision, "mistral_format": False, "trust_remote_code": False}

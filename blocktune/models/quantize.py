@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 
 from blocktune.registry import require_one_of
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 """Formats that a base can be loaded in; ``double`` quantises the scales of 4-bit weights too."""
@@ -24,9 +21,6 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
     """
     require_one_of("quantize", name, QUANTIZATIONS)
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_accelerate_available, is_bitsandbytes_available
-
     if not (is_bitsandbytes_available() and is_accelerate_available()):
         raise ValueError(
             f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu]'"

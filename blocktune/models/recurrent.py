@@ -18,28 +18,21 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 @dataclass(frozen=True)
 class Recurrence:
-    """How a model continues from a cache.
-
-    Mamba-1 layers (Jamba) start from zero unless they get one token at a time: not ``several``.
-    """
+    """How a model continues from a cache."""
 
     argument: str  # name of the cache argument of `forward`
-    several: bool  # whether a pass over several tokens continues from the cached state
+    several: bool  # whether a pass over several tokens does (Jamba's starts from zero)
     last_only: bool  # whether it can return only the last logits
     has_states: bool = True  # whether layers are recurrent; else it has absolute positions
 
     @property
     def refusal(self) -> str:
         """Error for an attempt to reuse chunks; ``{}`` is what attempted it."""
+        why = "no rotary position embedding (RoPE), so cached chunks cannot be moved; use recycle,"
         if self.has_states:
-            return (
-                "{} reuses chunks, but this model has recurrent layers, whose state mixes a chunk "
-                "with all tokens before it; use prefix-cache, full-prefill or no-context"
-            )
-        return (
-            "{} reuses chunks, but this model has no rotary position embedding (RoPE), so cached "
-            "chunks cannot be moved; use recycle, prefix-cache, full-prefill or no-context"
-        )
+            why = "recurrent layers, whose state mixes a chunk with all tokens before it; use"
+        how = "prefix-cache, full-prefill or no-context"
+        return f"{{}} reuses chunks, but this model has {why} {how}"
 
     def run(self, model: PreTrainedModel, cache: DynamicCache, ids: Tensor, fresh: bool) -> Tensor:
         """Appends ``ids`` ``(1, S)`` to the cache. Returns the logits ``(1, V)`` after them."""

@@ -41,10 +41,7 @@ _DROPPED = ("quantization_config", "dtype", "transformers_version", "architectur
 
 
 def config_value(config: PreTrainedConfig, *names: str) -> Any:
-    """The value of the first field in ``names`` that has one, or None.
-
-    Names may be transformers' standard ones or the configuration's own.
-    """
+    """The value of the first field (by transformers' name or its own) that has one, or None."""
     values = config.to_dict()
     given = (values.get(config.attribute_map.get(name, name)) for name in names)
     return next((value for value in given if value is not None), None)
