@@ -69,16 +69,8 @@ def formed(seen: Tensor, form: MaskForm) -> Tensor:
     return mask.flatten(1, 2)[:, None]
 
 
-class Span(NamedTuple):
-    """Adjacent rows, and a range of keys that includes all they may see."""
-
-    rows: slice
-    keys: slice
-
-    @property
-    def num_keys(self) -> int:
-        """Number of keys that each row is scored against."""
-        return self.keys.stop - self.keys.start
+Span = tuple[slice, slice]
+"""Adjacent rows, and a range of keys that includes all they may see."""
 
 
 class Block(NamedTuple):
@@ -131,14 +123,14 @@ class RowBand:
         if window not in self._spans:
             return None
         spans = self._spans[window]
-        return sum(self.query_exists[:, s.rows].sum(1) * s.num_keys for s in spans)
+        return sum(self.query_exists[:, rows].sum(1) * _length(keys) for rows, keys in spans)
 
     def spans(self, window: int | None) -> list[Span]:
         """Blocks of rows with their ranges of keys, for layers with this window; memoised."""
         if window not in self._spans:
             count, step = self.query.kind.shape[1], self.row_block
             rows = (slice(a, min(a + step, count)) for a in range(0, count, step))
-            self._spans[window] = [Span(part, self._keys(part, window)) for part in rows]
+            self._spans[window] = [(part, self._keys(part, window)) for part in rows]
         return self._spans[window]
 
     def _keys(self, rows: slice, window: int | None) -> slice:
@@ -157,7 +149,7 @@ class RowBand:
         spans = self.spans(rule.window)
         make = [partial(self._mask, span, rule, form) for span in spans]
         if (rule, form) not in self._masks:
-            cells = sum((s.rows.stop - s.rows.start) * s.num_keys for s in spans)
+            cells = sum(_length(rows) * _length(keys) for rows, keys in spans)
             fits = self.room.take(cells * len(self.query.kind) * form.copies)
             self._masks[rule, form] = [make_mask() for make_mask in make] if fits else None
         return zip(spans, self._masks[rule, form] or make, strict=True)
@@ -175,6 +167,10 @@ class RowBand:
         # for an empty row. Their output is never used.
         mask[..., 0] |= ~mask.any(-1)
         return formed(mask[:, None], form)
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
 
 
 def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:

@@ -28,6 +28,7 @@ from blocktune.positions import RopeSpec
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
+Encoded = tuple[ChunkKV, dict[int, ChunkStates]]  # a piece's, and its input states by layer
 TOKENS_PER_PASS = 16_384  # most rows, padding included, in one forward pass of encoding
 NOT_AHEAD = "method '{}' reuses no chunks that were encoded ahead; name one that does"
 """Why chunks are not encoded for a method."""
@@ -110,9 +111,6 @@ class Found:
         return self.tiers.keys() - self.hits
 
 
-_Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
-
-
 class Encoder:
     """Encodes pieces into keys and values, with the store as a cache."""
 
@@ -170,7 +168,7 @@ class Encoder:
             started, tokens = time.perf_counter(), sum(map(_size, group))
             encoded = self._encode_together(group, layers)
             token_s = (time.perf_counter() - started) / tokens
-            for piece, kv, inputs in encoded:
+            for piece, (kv, inputs) in zip(group, encoded, strict=True):
                 about = {"tenant": self.tenant, "document": (documents or {}).get(piece, "")}
                 about["seconds"] = token_s * _size(piece)
                 found.kvs[piece] = self.store.put(self.key(piece), kv, **about)
@@ -279,11 +277,10 @@ class Encoder:
 
     def sample(self) -> ChunkKV:
         """Keys and values of a single token, as an example of shapes and dtype."""
-        [(_, kv, _)] = self._encode_together([Piece((self.pad_id,))], ())
-        return kv
+        return self._encode_together([Piece((self.pad_id,))], ())[0][0]
 
     @torch.no_grad()
-    def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
+    def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[Encoded]:
         self.require_model()
         prompts = [alone(self._unpruned(piece)) for piece in pieces]
         batch = stack(prompts, self.pad_id).to(self.model.device)
@@ -308,7 +305,7 @@ class Encoder:
         seen: list[dict[str, Any]] | None,
         index: int,
         piece: Piece,
-    ) -> _Encoded:
+    ) -> Encoded:
         """Copies a piece from row ``index`` of the cache of its pass."""
         encoded, ids = self._unpruned(piece), torch.tensor(piece.ids)
         span = slice(len(encoded.blanks), _size(encoded))
@@ -322,7 +319,7 @@ class Encoder:
             layer: ChunkStates(hidden[index, span], layer, ids, self.fingerprint).compact()
             for layer, hidden in inputs.items()
         }
-        return piece, ChunkKV(keys, values, ids, self.fingerprint).compact(), states
+        return ChunkKV(keys, values, ids, self.fingerprint).compact(), states
 
 
 class InputRecorder:

@@ -67,8 +67,7 @@ class Engine:
     ):
         """Serves a loaded model, whose attention is replaced by blocktune's.
 
-        Make a new engine after changing the model. Changed weights are refused, unless they were
-        written through ``weight.data``, which torch does not record.
+        Changes of the model's weights are refused later, but not those through ``weight.data``.
 
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent layers

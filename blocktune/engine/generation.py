@@ -33,6 +33,8 @@ from blocktune.parsing import check_types, read
 from blocktune.prompt import Chunk
 from blocktune.registry import require_count
 
+Pick = Callable[[Tensor], Tensor]  # picks tokens ``(B, 1)`` from logits ``(B, V)``
+
 
 class NoNumbers(ValueError):
     """The model's logits are NaN."""
@@ -74,7 +76,7 @@ class Sampling:
         """Reads an argument ``sampling``. Raises ValueError if it is of another kind."""
         return given if isinstance(given, cls) else read(cls, given or {}, "sampling")
 
-    def picker(self, device: torch.device, streams: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    def picker(self, device: torch.device, streams: Sequence[int]) -> Pick:
         """A function that picks tokens ``(B, 1)`` from logits ``(B, V)``; draws go by stream."""
         if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)

@@ -174,10 +174,8 @@ class Prefill:
     """The result of a prefill, and what was computed for it."""
 
     logits: Tensor  # after each prompt's last row, ``(B, V)``
-    # the attention plans that ran, each with the layers it ran in
-    plans: list[CachePlan] = field(default_factory=list)
-    # by layer: rows whose states were computed for selection only
-    probes: dict[int, CachePlan] = field(default_factory=dict)
+    plans: list[CachePlan] = field(default_factory=list)  # that ran, each with its layers
+    probes: dict[int, CachePlan] = field(default_factory=dict)  # by layer: for selection only
     chunk_probe: ChunkAttention | None = None  # attention to chunks, if it is read
 
     def layer_tokens(self, num_layers: int) -> Tensor:

@@ -112,16 +112,13 @@ class Probe:
         self.name, self.decoder, self.length = name, decoder_of(model), length
         self.depth = self.decoder.config.num_hidden_layers
         self.plan, self.cache = _Recorder(), DynamicCache()
-        reach = min(
-            length or POSITIONS[-1] + 1,
-            getattr(self.decoder.config, "max_position_embeddings", 1 << 30),
-        )
+        reach = getattr(self.decoder.config, "max_position_embeddings", 1 << 30)
+        reach = min(length or POSITIONS[-1] + 1, reach)
         self.positions = [p for p in POSITIONS if p < reach]
         if len(self.positions) < 2:
             raise Refused(f"{name}: a context of {reach} tokens holds no chunks; use a longer one")
-        generator = torch.Generator().manual_seed(1)
-        shape = (1, min(ROWS, small_length or ROWS))
-        self.ids = torch.randint(1, VOCABULARY - 1, shape, generator=generator)
+        shape, seeded = (1, min(ROWS, small_length or ROWS)), torch.Generator().manual_seed(1)
+        self.ids = torch.randint(1, VOCABULARY - 1, shape, generator=seeded)
         try:
             attach(model)
         except ValueError as error:
