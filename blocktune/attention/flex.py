@@ -19,7 +19,6 @@ from blocktune.attention.kernels import check_rows
 from blocktune.layout import FIRST_LAYER, GLOBAL, LayerRule, Layout, visible
 
 BLOCK = 128
-LENGTHS = 256  # most lengths of rows in one run, each compiled once
 
 
 class _Range(NamedTuple):
@@ -85,7 +84,7 @@ def _compiled():
 
 def _flex(*args, **kwargs):
     # Beyond PyTorch's limit of 8 lengths it would run without its kernel, on N x N scores.
-    limits = {"recompile_limit": LENGTHS, "fail_on_recompile_limit_hit": True}
+    limits = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(**limits):
         return _compiled()(*args, **kwargs)
 
@@ -94,10 +93,9 @@ class FlexPlan:
     """FlexAttention: one kernel over the visible blocks, on CUDA, or on CPUs (forward only)."""
 
     def __init__(self, layout: Layout):
-        """Prepares for ``layout``. Layers with the same rule share a block mask."""
         self.layout, self.written = layout, layout.written
         self._endings = layout.endings
-        self._masks: dict[LayerRule, BlockMask] = {}
+        self._masks: dict[LayerRule, BlockMask] = {}  # for layers with the same rule
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`. ValueError for attention dropout, or gradients on a CPU."""

@@ -188,7 +188,6 @@ class DensePlan:
     """Reference for tests and small inputs: attention with a dense mask, in float32."""
 
     def __init__(self, layout: Layout):
-        """Prepares for ``layout``. Each layer makes its mask again."""
         self.layout, self.written = layout, layout.written
 
     def attend(self, query, key, value, rule, params) -> Tensor:

@@ -109,48 +109,43 @@ class SplitPlan:
                 "there is nothing to attend; leave empty prompts out of the batch"
             )
         room = MaskRoom(kept_cells)
-        buckets = [_stack(bucket, layout, room) for bucket in _by_length(segments)]
-        self._own = [bucket for bucket in buckets if bucket.own]
-        self._wide = [bucket for bucket in buckets if not bucket.own]
-        # Each row is a query once, and a key in at most one own and one wide segment.
-        self._queries = _row_map([b.query for b in self._own + self._wide], layout)
-        self._own_keys = _row_map([b.key for b in self._own], layout)
-        self._wide_keys = _row_map([b.key for b in self._wide], layout)
+        self._buckets = [_stack(bucket, layout, room) for bucket in _by_length(segments)]
+        self._queries = _Parts([bucket.query for bucket in self._buckets], layout)
+        # Each row is a key in at most one own and one wide segment.
+        kinds = [[b.key for b in self._buckets if b.own == own] for own in (True, False)]
+        self._keys = [_Parts(keys, layout) for keys in kinds]
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`. The query rows and the keys are the layout's rows."""
         check_rows(self.shape, query, key)
         rule = rule.first_alike(self._endings)  # layers with the same rows share a mask
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        buckets = self._own + self._wide
-        queries = _cut(move_rows(q, self._queries), [bucket.query for bucket in buckets])
-        keys, values = (self._stacked_keys(tensor) for tensor in (k, v))
+        keys, values = ([part for parts in self._keys for part in parts(rows)] for rows in (k, v))
         outs = [
             bucket.attend(*rows, rule, params)
-            for bucket, *rows in zip(buckets, queries, keys, values, strict=True)
+            for bucket, *rows in zip(self._buckets, self._queries(q), keys, values, strict=True)
         ]
-        return move_rows(torch.cat(outs), self._queries.back).unflatten(0, self.shape)
-
-    def _stacked_keys(self, rows: Tensor) -> list[Tensor]:
-        """Gathers each bucket's keys or values from ``(B * S, K, D)``."""
-        own = _cut(move_rows(rows, self._own_keys), [bucket.key for bucket in self._own])
-        return own + _cut(move_rows(rows, self._wide_keys), [bucket.key for bucket in self._wide])
+        return move_rows(torch.cat(outs), self._queries.map.back).unflatten(0, self.shape)
 
 
-def _cut(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
-    """Splits rows into parts. A single part is returned as is, to save a copy in backward."""
-    return [rows] if len(parts) == 1 else list(rows.split([part.numel() for part in parts]))
+class _Parts:
+    """Gathers the rows of several index tensors; a negative index is a row of zeros."""
 
+    def __init__(self, parts: list[Tensor], layout: Layout):
+        none = torch.empty(0, dtype=torch.int64, device=layout.device)
+        self.sizes = [part.numel() for part in parts]
+        self.map = RowMap(torch.cat([none, *map(torch.flatten, parts)]), layout.kind.numel())
 
-def _row_map(index: Iterable[Tensor], layout: Layout) -> RowMap:
-    none = torch.empty(0, dtype=torch.int64, device=layout.device)
-    return RowMap(torch.cat([none, *(part.flatten() for part in index)]), layout.kind.numel())
+    def __call__(self, rows: Tensor) -> list[Tensor]:
+        moved = move_rows(rows, self.map)
+        # A single part is returned as is, to save a copy in backward.
+        return [moved] if len(self.sizes) == 1 else list(moved.split(self.sizes))
 
 
 def _by_length(segments: list[RowSegment], slack: float = 1.25) -> list[list[RowSegment]]:
-    """Groups segments so that padding wastes at most a quarter of any bucket's rows."""
+    """Groups segments, own keys first, so that padding is at most a quarter of a bucket's rows."""
     buckets: list[list[RowSegment]] = []
-    for segment in sorted(segments, key=lambda s: (s.own, s.causal, len(s.key), len(s.query))):
+    for segment in sorted(segments, key=lambda s: (not s.own, s.causal, len(s.key), len(s.query))):
         first = buckets[-1][0] if buckets else None
         if (
             first is None

@@ -124,7 +124,9 @@ def relocate(
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
     rotations = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
     blocks = _blocks(kvs, columns)
-    for layer, examples in enumerate(_examples(kvs[0], columns.device)):
+    like = kvs[0].like if isinstance(kvs[0], FileKV) else kvs[0]
+    for layer, pair in enumerate(zip(like.keys, like.values, strict=True)):
+        examples = [t.new_empty((), device=columns.device).expand_as(t) for t in pair]
         for runs in blocks:
             span = slice(runs[0].columns.start, runs[-1].columns.stop)
             room = cache.room(layer, prompt, span, *examples)
@@ -170,13 +172,6 @@ def _read_all(runs: Iterable[_Run]) -> None:
                     buffers[out.shape] = out.new_empty(out.shape)
                 file.read_into({name: buffers[out.shape]})
                 rotate_keys(buffers[out.shape], rotation, out)
-
-
-def _examples(kv: ChunkKV, device: torch.device) -> list[list[Tensor]]:
-    """Per layer, dataless tensors with the shapes and dtypes of a piece's keys and values."""
-    kv = kv.like if isinstance(kv, FileKV) else kv
-    pairs = zip(kv.keys, kv.values, strict=True)
-    return [[t.new_empty((), device=device).expand_as(t) for t in pair] for pair in pairs]
 
 
 def _blocks(kvs: list[ChunkKV], columns: Tensor) -> list[list[_Run]]:

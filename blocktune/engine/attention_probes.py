@@ -171,8 +171,7 @@ class ScoringPasses:
     """Extra passes over a batch, listed in ``executed``. They leave cached chunks unchanged."""
 
     def __init__(self, served: ServedBatch, cached: Tensor):
-        """``cached`` ``(B, S)`` bool marks the rows whose states are in the batch's cache."""
-        self.served, self.cached = served, cached
+        self.served, self.cached = served, cached  # rows whose states are in the cache, (B, S)
         self.batch, self.pieces, self.columns = served.batch, served.pieces, served.columns
         self.model, self.cache = served.state.model, served.cache
         encoder = served.state.encoder

@@ -240,10 +240,8 @@ class Encoder:
         wanted = queue.take(self.fingerprint, most)
         watch = Stopwatch(self.model.device)
         known = self.model.get_input_embeddings().num_embeddings
-        pieces = [Piece(*chunk) for chunk in wanted]
-        pieces = [p for p in pieces if p.ids and _size(p) <= longest]
-        pieces = [p for p in pieces if all(0 <= i < known for i in p.ids + p.blanks)]
-        for group in grouped(pieces):
+        pieces = [p for p in (Piece(*chunk) for chunk in wanted) if p.ids and _size(p) <= longest]
+        for group in grouped(p for p in pieces if all(0 <= i < known for i in p.ids + p.blanks)):
             self.find(group, watch)
         queue.done(self.fingerprint, wanted)
         return len(wanted)
@@ -326,9 +324,8 @@ class InputRecorder:
     """Attends by another plan, and records the hidden states at the input of some layers."""
 
     def __init__(self, plan: Plan, layers: Container[int]):
-        """Records the inputs ``(B, S, hidden)`` of ``layers``."""
         self.plan, self.layers = plan, layers
-        self.inputs: dict[int, Tensor] = {}
+        self.inputs: dict[int, Tensor] = {}  # by layer, ``(B, S, hidden)``
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`."""

@@ -43,8 +43,6 @@ from blocktune.registry import require_one_of
 logger = logging.getLogger("blocktune")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ADAPTER_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
-"""Files to download from an adapter's repository: never a pickle, never code."""
 
 
 def load_base(
@@ -309,8 +307,9 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     name, revision = pinned(adapter, revision)
     if Path(name).is_dir():
         return Path(name)
+    files = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # never a pickle, never code
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(ADAPTER_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         reason = first_line(error)
         raise ValueError(

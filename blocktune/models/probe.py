@@ -228,7 +228,12 @@ class Probe:
         return float((moved - states).abs().max() / states.abs().max().clamp(min=1e-9))
 
     def _require_attention_follows_interface(self) -> None:
-        layout = _full(self.ids.shape[1])
+        at = torch.arange(self.ids.shape[1])[None]
+        kind, chunk, group, sample, supersedes, until = (
+            torch.full_like(at, value)
+            for value in (Kind.QUERY, NO_CHUNK, GLOBAL, 0, NO_ROW, FOREVER)
+        )
+        layout = Layout(kind, chunk, at, at, at, group, sample, supersedes, until)
         planned = planned_forward(self.decoder, self.ids, layout.position, DensePlan(layout))
         if _differ(planned[0], self.stock):
             raise Refused(
@@ -236,14 +241,6 @@ class Probe:
                 "(it adds its own mask, bias or window), so blocktune's masks would be wrong on "
                 "it; use a decoder with plain causal or sliding-window attention"
             )
-
-
-def _full(rows: int) -> Layout:
-    at = torch.arange(rows)[None]
-    kind, chunk, group, sample, supersedes, until = (
-        torch.full_like(at, value) for value in (Kind.QUERY, NO_CHUNK, GLOBAL, 0, NO_ROW, FOREVER)
-    )
-    return Layout(kind, chunk, at, at, at, group, sample, supersedes, until)
 
 
 def _layers(missing: list[int]) -> str:
