@@ -114,12 +114,10 @@ def find_tails(query: Rows, key: Rows) -> list[Tail]:
     """
     counts = torch.stack([(rows.kind != Kind.PAD).sum(1) for rows in (query, key)], dim=1).tolist()
     width = query.kind.shape[1]
-    if all(pair == counts[0] for pair in counts):
-        parts = [(slice(0, len(counts)), *counts[0])]
-    else:
-        parts = [(slice(i, i + 1), *pair) for i, pair in enumerate(counts)]
-    tails = [Tail(p, slice(width - r, width), slice(0, n)) for p, r, n in parts]
-    few = [rows for _, rows, n in parts if 4 * rows < 3 * n]
+    size = len(counts) if all(pair == counts[0] for pair in counts) else 1  # prompts of a tail
+    parts = list(enumerate(counts[::size]))
+    tails = [Tail(slice(i, i + size), slice(width - r, width), slice(0, n)) for i, (r, n) in parts]
+    few = [rows for _, (rows, n) in parts if 4 * rows < 3 * n]
     if few and (few != [1] or len(parts) > 1):
         return []
     return tails if all(_is_tail(query, key, tail) for tail in tails) else []

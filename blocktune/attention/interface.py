@@ -58,10 +58,7 @@ class Plan(Protocol):
 
 
 def written_rows(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Mask of the rows that encode chunks (`Layout.written`) in a pass; None if there are none.
-
-    ``kwargs`` are those of a layer or of its attention. Plans over a cache have no such rows.
-    """
+    """Rows that encode chunks (`Layout.written`), by a layer's ``kwargs``; None: there are none."""
     # Some layers (StableLM, Nemotron) pass only the attention mask on, so it carries the plan, too.
     plan = kwargs.get("plan") or getattr(kwargs.get("attention_mask"), "plan", None)
     while (inner := getattr(plan, "plan", None)) is not None:

@@ -115,10 +115,7 @@ class QueryProbe(ScoreReader):
         last: int,
         how: QueryScores = DEFAULT_SCORES,
     ):
-        """Reads ``layers`` of a pass of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
-
-        The pass stops in layer ``last``, if it has that many.
-        """
+        """Reads ``layers`` of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``, up to ``last``."""
         super().__init__(len(query.kind))
         self.plan, self.query, self.key = plan, query, key
         self.layers, self.last, self.pool = layers, last, how.pool
@@ -275,8 +272,7 @@ class ScoringPasses:
         self._run(self.model, computed.ids, position, probe, cache)
         # If the pass stops early, its last layer computed only the keys and queries.
         heads, probes = (1, {}) if how.depth is None else (0, {last: plan})
-        extra = probe.multiply_adds
-        self.executed.append(Executed(self.model, [plan], probes, heads=heads, extra=extra))
+        self.executed.append(Executed(self.model, [plan], probes, heads, probe.multiply_adds))
         scores = torch.stack([probe.by_layer[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)
 

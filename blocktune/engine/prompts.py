@@ -137,8 +137,7 @@ class PromptMaker:
     ) -> Prompt:
         """Lays pieces out. For ``contexts`` see `blocktune.prompt.lay_out`.
 
-        Raises ValueError if prompt and answer do not fit into the model's context, or contain a
-        token that the model has no embedding for.
+        Raises ValueError if prompt and answer do not fit, or a token has no embedding.
         """
         require_embedded(self.tokenizer, self.num_tokens, *pieces.all)
         lengths, spans = [len(chunk) for chunk in pieces.chunks], None

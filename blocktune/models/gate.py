@@ -116,22 +116,18 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
 
 
 def exact_length(config: PreTrainedConfig) -> int | None:
-    """Prompt length up to which moving chunks by rotation is exact; None: no limit.
-
-    Limits come from RoPE types whose frequencies depend on the prompt length, queries scaled by
-    absolute position (Ministral 3, Llama 4), attention in chunks of absolute positions (Llama 4)
-    and attention to a fixed number of selected tokens (DeepSeek V3.2).
-    """
-    lengths = [getattr(config, "index_topk", None)]
+    """Prompt length up to which moving chunks by rotation is exact; None: no limit."""
+    lengths = [getattr(config, "index_topk", None)]  # attends to so many tokens (DeepSeek V3.2)
     for part in _ropes(config):
         original = part.get("original_max_position_embeddings")
         if part.get("rope_type") == "dynamic":
             lengths.append(config.max_position_embeddings)
+        # Frequencies by the prompt's length, queries scaled by absolute position (Ministral 3).
         if part.get("rope_type") == "longrope" or part.get("llama_4_scaling_beta"):
             lengths.append(original)
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         lengths.append(config.attention_chunk_size)
-    if getattr(config, "attn_temperature_tuning", False):
+    if getattr(config, "attn_temperature_tuning", False):  # of queries, by position (Llama 4)
         lengths.append(config.floor_scale - 1)
     return min((length for length in lengths if length is not None), default=None)
 

@@ -104,11 +104,7 @@ class Probe:
     def __init__(
         self, name: str, model: PreTrainedModel, length: int | None, small_length: int | None
     ):
-        """Runs and attaches the small ``model`` of class ``name``; do not use it afterwards.
-
-        Reuse is exact up to ``length`` tokens (None: any) on the full model, and up to
-        ``small_length`` on the small one.
-        """
+        """Runs and attaches the small ``model``; lengths are as of `exact_length` in gate.py."""
         self.name, self.decoder, self.length = name, decoder_of(model), length
         self.depth = self.decoder.config.num_hidden_layers
         self.plan, self.cache = _Recorder(), DynamicCache()
@@ -186,11 +182,8 @@ class Probe:
     def _require_positions_only_rotate(self, hidden: Tensor) -> tuple[Rotated, ...]:
         if _differ(hidden[1:], hidden[:1].expand_as(hidden[1:])):
             raise NoRotary(NO_ROTARY.format(self.name))
-        buffers = {
-            name: buffer
-            for name, buffer in self.decoder.named_buffers()
-            if name.endswith("inv_freq") and "original" not in name
-        }
+        named = self.decoder.named_buffers()
+        buffers = {n: b for n, b in named if n.endswith("inv_freq") and "original" not in n}
         return tuple(self._rotation(index, buffers) for index in range(self.depth))
 
     def _rotation(self, index: int, buffers: dict[str, Tensor]) -> Rotated:

@@ -108,10 +108,7 @@ _fused: Callable[[Tensor, Rotation, Tensor], bool] | None = None
 
 
 def load_fused() -> None:
-    """Makes `rotate_keys` use `blocktune.positions.fused` on CPUs, if numba is installed.
-
-    The first call ever compiles, which takes seconds.
-    """
+    """Makes `rotate_keys` use numba on CPUs, if it is installed; compiles once, for seconds."""
     global _fused
     # vLLM 0.32 fails in a process that has loaded numba.
     if (vllm := find_spec("vllm")) is not None and vllm.origin:  # not just a folder of that name
