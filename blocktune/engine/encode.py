@@ -31,7 +31,6 @@ Ids = tuple[int, ...]
 Encoded = tuple[ChunkKV, dict[int, ChunkStates]]  # a piece's, and its input states by layer
 TOKENS_PER_PASS = 16_384  # most rows, padding included, in one forward pass of encoding
 NOT_AHEAD = "method '{}' reuses no chunks that were encoded ahead; name one that does"
-"""Why chunks are not encoded for a method."""
 
 
 @dataclass(frozen=True)
@@ -216,9 +215,10 @@ class Encoder:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``, ``layers`` as in `find`."""
         watch = Stopwatch(self.model.device)
         unique = dict.fromkeys([*([prefix] if prefix else []), *pieces])
-        names: dict[Piece, str] = {}
+        documents: dict[Piece, list[str]] = {}
         for piece, chunk in zip(pieces, chunks, strict=True):
-            names[piece] = _joined(names.get(piece, ""), chunk.document)
+            documents.setdefault(piece, []).append(chunk.document)
+        names = {piece: _joined(*own) for piece, own in documents.items()}
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory

@@ -104,7 +104,7 @@ class Probe:
     def __init__(
         self, name: str, model: PreTrainedModel, length: int | None, small_length: int | None
     ):
-        """Runs and attaches the small ``model``; lengths are as of `exact_length` in gate.py."""
+        """Runs and attaches the small ``model``. Lengths: up to which reuse is exact, on both."""
         self.name, self.decoder, self.length = name, decoder_of(model), length
         self.depth = self.decoder.config.num_hidden_layers
         self.plan, self.cache = _Recorder(), DynamicCache()
