@@ -42,7 +42,7 @@ Store = Annotated[
         metavar="PLACE[,NAME=VALUE...]",
         help="Store of encoded chunks to read and add to: a folder or a URL (s3://, valkey://), "
         "such as chunks/,disk=50GB. Settings: memory, cpu, disk, remote, remote_bytes, "
-        "policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
+        "wait, policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
         "(NAME:RATIO of kvpress), trace. Default: memory only.",
     ),
 ]

@@ -62,7 +62,7 @@ def save(base, folder, config):
             parameter.data += 0.1 * torch.randn_like(parameter)
     folder.mkdir()
     files.write_weights(model, folder, None)
-    files.write_info(model, folder, None)
+    files.complete(model, toy_tokenizer(), folder, None)
     return logits(model) if not config.is_prompt_learning else None
 
 
