@@ -29,7 +29,7 @@ ALLOWED = {
     "models": TOOLS | {"layout", "positions", "attention"},
     "layout": set(),
     "positions": {"lazy"},
-    "attention": {"layout", "lazy"},
+    "attention": {"layout", "lazy", "registry"},
     "links": TOOLS | {"models", "layout", "positions"},
     "prompt": GROUND,
     "adapter": GROUND | {"prompt"},

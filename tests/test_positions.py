@@ -203,7 +203,5 @@ def test_reserved_slots_never_depend_on_the_chunks_in_them():
         place("reserved", 4, (10, 11), slot=10)
 
 
-def test_place_without_chunks_and_with_an_unknown_name():
+def test_place_without_chunks():
     assert place("parallel", 4, ()) == ((), 4)
-    with pytest.raises(ValueError, match="'random'; available: sequential, parallel, composite"):
-        place("random", 4, (1,))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocktune.attention.interface import plan_in, written_rows
+from blocktune.attention.interface import written_rows
 from blocktune.models.gate import decoder_layers, unwrapped
 from blocktune.registry import require_one_of
 
@@ -80,7 +80,7 @@ class _Rows:
 
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of modules that get the attention plan; remembers its rows."""
-        self._thread.written = written_rows(plan_in(kwargs))
+        self._thread.written = written_rows(kwargs)
 
     def forward(
         self, layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs

@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.attention.masks": "DensePlan dense_mask",
         "blocktune.attention.flex": "FlexPlan",
         "blocktune.attention.interface": "Plan attach block_attention detach is_attached make_plan "
-        "planned_forward written_rows",
+        "planned_forward",
         "blocktune.attention.split": "SplitPlan",
     },
 )

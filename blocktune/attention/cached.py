@@ -13,18 +13,16 @@ from blocktune.attention.kernels import AttentionParams, tail_attention
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
 
-ROW_BLOCK = 128
-"""Rows per block. It is small because computed rows are far apart: a block spans many columns."""
+ROW_BLOCK = 128  # few, because computed rows are far apart: a block spans many columns
 
 
 class CachePlan:
     """The plan for serving: some rows are computed, the keys of the others are in the cache.
 
     A fresh row overwrites the column of its original before any row attends. So global rows may see
-    all columns, and the rule applies only order, window and padding. The plan records what it
-    executes: ``executed`` has each layer that ran by it, with the window, the multiply-adds per
-    score and the rows per causal block of each time that it attended (twice in DiffLlama);
-    ``context_rows`` ``(B,)`` counts the rows of chunk tokens among its ``query`` rows ``(B, R)``.
+    all columns, and the rule applies only order, window and padding. ``executed`` has each layer
+    that ran by it, with the window, the multiply-adds per score and the rows per causal block of
+    each time that it attended (twice in DiffLlama).
     """
 
     def __init__(
@@ -37,12 +35,12 @@ class CachePlan:
     ):
         """Prepares rows ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, both by order.
 
-        ``reshaping`` (a `ReshapedAttention` of `blocktune.methods` for all plans of a batch, or
-        None) changes scores of reused keys. ``columns`` ``(B, R)`` are those that the rows are
-        written into, -1 for padding; None: a row's order.
+        ``reshaping``, a `ReshapedAttention` for all plans of a batch, changes scores of reused
+        keys. ``columns`` ``(B, R)`` are those that the rows are written into, -1 for padding;
+        None: a row's order.
         """
         self.query = query
-        self.context_rows = (query.kind == Kind.CHUNK).sum(1)
+        self.context_rows = (query.kind == Kind.CHUNK).sum(1)  # rows of chunk tokens, ``(B,)``
         self.executed: dict[int, list[tuple[int | None, int, int]]] = {}
         exists, stored = query.kind != Kind.PAD, key.kind != Kind.PAD
         self._reshaping = reshaping
@@ -95,10 +93,7 @@ class CachePlan:
 
 
 class Tail(NamedTuple):
-    """Prompts whose computed ``rows`` are the last of their ``columns``: causal, without a mask.
-
-    Neither slice includes padding.
-    """
+    """Prompts whose computed rows are the last of their columns, without padding: causal."""
 
     prompts: slice
     rows: slice
@@ -117,16 +112,12 @@ def find_tails(query: Rows, key: Rows) -> list[Tail]:
     Computed rows ``(B, R)`` have padding before them, columns ``(B, N)`` after them. For few rows
     after many columns the result is [], too: their mask is small. A single row needs neither.
     """
-    rows = (query.kind != Kind.PAD).sum(1)
-    columns = (key.kind != Kind.PAD).sum(1)
-    counts = torch.stack([rows, columns], dim=1).tolist()
+    counts = torch.stack([(rows.kind != Kind.PAD).sum(1) for rows in (query, key)], dim=1).tolist()
     width = query.kind.shape[1]
-    if all(pair == counts[0] for pair in counts):
-        parts = [(slice(0, len(counts)), *counts[0])]
-    else:
-        parts = [(slice(i, i + 1), *pair) for i, pair in enumerate(counts)]
-    tails = [Tail(p, slice(width - r, width), slice(0, n)) for p, r, n in parts]
-    few = [rows for _, rows, n in parts if 4 * rows < 3 * n]
+    size = len(counts) if all(pair == counts[0] for pair in counts) else 1  # prompts of a tail
+    parts = list(enumerate(counts[::size]))
+    tails = [Tail(slice(i, i + size), slice(width - r, width), slice(0, n)) for i, (r, n) in parts]
+    few = [rows for _, (rows, n) in parts if 4 * rows < 3 * n]
     if few and (few != [1] or len(parts) > 1):
         return []
     return tails if all(_is_tail(query, key, tail) for tail in tails) else []

@@ -1,8 +1,8 @@
 """The visibility rule as a FlexAttention ``BlockMask``, built from block summaries.
 
-PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here each block of 128 rows is
-summarised by the ranges of its fields, and (N / 128) ** 2 comparisons of summaries select the pairs
-of blocks that the kernel visits. The kernel then applies the exact rule inside them.
+PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here the ranges of the fields of
+each block of 128 rows are compared to select the pairs of blocks that the kernel visits. The kernel
+then applies the exact rule inside them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from blocktune.attention.kernels import check_rows
 from blocktune.layout import FIRST_LAYER, GLOBAL, LayerRule, Layout, visible
 
 BLOCK = 128
-LENGTHS = 256  # most lengths of rows in one run, each compiled once
 
 
 class _Range(NamedTuple):
@@ -44,10 +43,7 @@ def _range(field: Tensor, keep: Tensor) -> _Range:
 
 
 def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
-    """Pairs of 128-row blocks that may contain a visible cell, bool ``(B, blocks, blocks)``.
-
-    It may be True for a pair without a visible cell, but never False for one with such a cell.
-    """
+    """Pairs of 128-row blocks that may contain a visible cell, bool ``(B, blocks, blocks)``."""
     alive = ~layout.is_pad & (layout.until > rule.layer)
     local = alive & (layout.group != GLOBAL)
     order, sample = _range(layout.order, alive), _range(layout.sample, alive)
@@ -87,11 +83,8 @@ def _compiled():
 
 
 def _flex(*args, **kwargs):
-    """FlexAttention compiled for each length of rows, of which a run may have many.
-
-    Beyond PyTorch's limit of 8 lengths it would run without its kernel, on N x N scores.
-    """
-    limits = {"recompile_limit": LENGTHS, "fail_on_recompile_limit_hit": True}
+    # Beyond PyTorch's limit of 8 lengths it would run without its kernel, on N x N scores.
+    limits = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(**limits):
         return _compiled()(*args, **kwargs)
 
@@ -100,10 +93,9 @@ class FlexPlan:
     """FlexAttention: one kernel over the visible blocks, on CUDA, or on CPUs (forward only)."""
 
     def __init__(self, layout: Layout):
-        """Prepares for ``layout``. Layers with the same rule share a block mask."""
         self.layout, self.written = layout, layout.written
         self._endings = layout.endings
-        self._masks: dict[LayerRule, BlockMask] = {}
+        self._masks: dict[LayerRule, BlockMask] = {}  # for layers with the same rule
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`. ValueError for attention dropout, or gradients on a CPU."""
@@ -117,13 +109,16 @@ class FlexPlan:
             raise ValueError(
                 "FlexAttention has no backward on a CPU; use attention_execution: split"
             )
+        rule = rule.first_alike(self._endings)
+        if rule not in self._masks:
+            self._masks[rule] = flex_block_mask(self.layout, rule)
         attention = _flex if query.is_cuda else flex_attention
         out, aux = attention(
             query,
             key,
             value,
             score_mod=_softcap(params.softcap),
-            block_mask=self._mask(rule),
+            block_mask=self._masks[rule],
             scale=params.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
             return_aux=AuxRequest(lse=params.sinks is not None),
@@ -132,12 +127,6 @@ class FlexPlan:
             sinks = params.sinks.float()[:, None]
             out = out * torch.sigmoid(aux.lse - sinks)[..., None].to(out.dtype)
         return out.transpose(1, 2)
-
-    def _mask(self, rule: LayerRule) -> BlockMask:
-        rule = rule.first_alike(self._endings)
-        if rule not in self._masks:
-            self._masks[rule] = flex_block_mask(self.layout, rule)
-        return self._masks[rule]
 
 
 def _softcap(bound: float | None):

@@ -1,8 +1,7 @@
 """Makes stock transformers models attend by a layout.
 
 `attach` registers an attention function through transformers' own interface and adds a forward hook
-to the decoder. A forward pass with a ``layout`` (or a prepared ``plan``) attends by it; without
-one, the model works as before. No model code is forked or patched.
+to the decoder. No model code is forked or patched.
 """
 
 from __future__ import annotations
@@ -31,25 +30,22 @@ from blocktune.attention.kernels import AttentionParams
 from blocktune.attention.masks import DensePlan
 from blocktune.attention.split import SplitPlan
 from blocktune.layout import LayerRule, Layout
+from blocktune.registry import require_one_of
 
-NAME = "blocktune_"
-"""Name prefix of the registered attention implementations, before that of the stock one."""
-STOCK = ("sdpa", "eager")
-"""Supported stock implementations, which run if a forward pass has no layout."""
+NAME = "blocktune_"  # prefix of registered attention implementations, before the stock name
+STOCK = ("sdpa", "eager")  # implementations that run if a forward pass has no layout
 OWN_ATTENTION = (
     "{} computes attention in its own code, to which blocktune's masks do not apply; use a decoder "
     "that attends by transformers' attention interface"
 )
-_HANDLE = "_blocktune_attached"
-"""Attribute of an attached decoder: its execution, and the handle of its hook."""
-ATTACHED: WeakSet[nn.Module] = WeakSet()
-"""The decoders that are attached in this process."""
+_HANDLE = "_blocktune_attached"  # attribute of a decoder: its execution, and the handle of its hook
+ATTACHED: WeakSet[nn.Module] = WeakSet()  # the attached decoders of this process
 
 
 class Plan(Protocol):
     """An execution of the visibility rule, prepared once per batch and used by all layers.
 
-    A plan made from a layout has ``written`` (`Layout.written`), a wrapping one also ``plan``.
+    One made from a layout has ``written`` (`Layout.written`), a wrapping one has ``plan``.
     """
 
     def attend(
@@ -61,19 +57,10 @@ class Plan(Protocol):
         """
 
 
-def plan_in(kwargs: Mapping[str, Any]) -> Plan | None:
-    """The plan in the keyword arguments of a layer or of its attention, or None.
-
-    Some layers (StableLM, Nemotron) pass only the attention mask on, so it carries the plan, too.
-    """
-    return kwargs.get("plan") or getattr(kwargs.get("attention_mask"), "plan", None)
-
-
-def written_rows(plan: Plan | None) -> Tensor | None:
-    """Mask of the rows of a pass that encode chunks (`Layout.written`); None if there are none.
-
-    Plans over a cache have none, because serving encodes chunks in separate passes.
-    """
+def written_rows(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Rows that encode chunks (`Layout.written`), by a layer's ``kwargs``; None: there are none."""
+    # Some layers (StableLM, Nemotron) pass only the attention mask on, so it carries the plan, too.
+    plan = kwargs.get("plan") or getattr(kwargs.get("attention_mask"), "plan", None)
     while (inner := getattr(plan, "plan", None)) is not None:
         plan = inner
     return getattr(plan, "written", None)
@@ -89,16 +76,14 @@ def make_plan(execution: str, layout: Layout) -> Plan:
     ``split`` runs forward and backward on CPU and CUDA, ``flex`` on CUDA (on a CPU only forward);
     ``dense`` is the N x N reference. Raises ValueError if the execution is unknown.
     """
-    return _execution(execution)(layout)
+    require_one_of("attention execution", execution, EXECUTIONS)
+    return EXECUTIONS[execution](layout)
 
 
 def planned_forward(
     model: nn.Module, ids: Tensor, positions: Tensor, plan: Plan, cache: Any = None, **options: Any
 ) -> Any:
-    """Runs an attached model on ``ids`` at ``positions``, both ``(B, R)``, by a plan.
-
-    The keys and values go into the ``cache``, if there is one.
-    """
+    """Runs an attached model on ``ids`` at ``positions``, both ``(B, R)``, into a ``cache``."""
     states = {"past_key_values": cache, "use_cache": cache is not None}
     return model(ids, position_ids=positions, plan=plan, **states, **options)
 
@@ -106,26 +91,24 @@ def planned_forward(
 def attach(model: PreTrainedModel, execution: str = "split") -> None:
     """Lets ``model`` (or the base model in a PEFT wrapper) attend by a layout.
 
-    A forward pass with ``layout=`` ``(B, S, fields)`` (see `Layout.pack`) attends by it and takes
-    its positions from it. A pass with ``plan=`` attends by that plan, at the ``position_ids`` that
-    it gets. All other passes run the stock model. The model gets a copy of its configuration, so
-    that other models with the same configuration object do not change. `detach` undoes it.
-
-    Args:
-        model: A transformers decoder.
-        execution: The execution for layouts, see `make_plan`.
+    A forward pass with ``layout=`` ``(B, S, fields)`` (see `Layout.pack`) attends by it, in an
+    ``execution`` of `make_plan`, and takes its positions from it. A pass with ``plan=`` attends by
+    that plan, at its ``position_ids``. All other passes run the stock model. The model gets a copy
+    of its configuration, because models may share one. `detach` undoes it.
 
     Raises ValueError if the model cannot switch its attention, or its own is not one of `STOCK`.
     """
-    _execution(execution)
+    require_one_of("attention execution", execution, EXECUTIONS)
     decoder, stock = decoder_of(model), _stock(model)
     if stock not in STOCK:
         raise ValueError(
             f"blocktune attaches to models that run '{STOCK[0]}' or '{STOCK[1]}' attention, got "
             f"'{stock}'; load the model with attn_implementation='sdpa'"
         )
-    if not is_attached(model):
-        _own_config(model)
+    copies: dict[int, Any] = {}  # modules that share a configuration share its copy
+    for module in () if is_attached(model) else model.modules():
+        if isinstance(config := vars(module).get("config"), PreTrainedConfig):
+            module.config = copy.deepcopy(config, copies)
     AttentionInterface.register(NAME + stock, partial(_attend, stock))
     AttentionMaskInterface.register(NAME + stock, ALL_MASK_ATTENTION_FUNCTIONS[stock])
     model.set_attn_implementation(NAME + stock)
@@ -161,13 +144,6 @@ def block_attention(model: PreTrainedModel, execution: str = "split") -> Iterato
         detach(model) if before is None else attach(model, before)
 
 
-def _execution(name: str) -> type:
-    if name not in EXECUTIONS:
-        known = ", ".join(sorted(EXECUTIONS))
-        raise ValueError(f"unknown attention execution '{name}'; available: {known}")
-    return EXECUTIONS[name]
-
-
 def _remove_hook(decoder: nn.Module) -> None:
     _, handle = vars(decoder).pop(_HANDLE, (None, None))
     if handle is not None:
@@ -183,15 +159,6 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 def _stock(model: PreTrainedModel) -> str:
     return model.config.get_text_config()._attn_implementation.removeprefix(NAME)
-
-
-def _own_config(model: nn.Module) -> None:
-    """Copies the configurations of all modules. Modules that share one still share the copy."""
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        config = vars(module).get("config")
-        if isinstance(config, PreTrainedConfig):
-            module.config = copy.deepcopy(config, copies)
 
 
 @torch.compiler.disable  # traced, each layout would be compiled, and enum members compare wrongly

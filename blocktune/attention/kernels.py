@@ -44,22 +44,17 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """`masked_attention` where row ``i`` attends to rows ``0..i``, without tensors of N x N.
-
-    If soft-capping or sinks need the scores, these are computed for one block of rows at a time.
-    """
+    """`masked_attention` where row ``i`` attends to rows ``0..i``, without tensors of N x N."""
     if params.is_plain:
         if query.is_cuda and query.dtype == torch.float32:
-            # The fused kernel for float32 on CUDA cannot share heads, so K/V are copied.
+            # The fused kernel for float32 on CUDA cannot share heads.
             shared = query.shape[1] // key.shape[1]
             key, value = (states.repeat_interleave(shared, dim=1) for states in (key, value))
         return _fused(query, key, value, params, is_causal=True)
-    size = query.shape[2]
-    blocks = []
-    for start in range(0, size, ROW_BLOCK):
-        stop = min(start + ROW_BLOCK, size)
+    blocks, stop = [], 0
+    for rows in query.split(ROW_BLOCK, dim=2):
+        start, stop = stop, stop + rows.shape[2]
         mask = partial(_causal_mask, start, stop, query.device)
-        rows = query[:, :, start:stop]
         blocks.append(masked_attention(rows, key[:, :, :stop], value[:, :, :stop], mask, params))
     return torch.cat(blocks, dim=2)
 
@@ -69,19 +64,16 @@ def _causal_mask(start: int, stop: int, device: torch.device) -> Tensor:
 
 
 def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """Causal attention of the last ``R`` of ``N`` rows; shapes as in `masked_attention`.
-
-    Several rows get padding in front, because PyTorch aligns the first row with the first key.
-    """
+    """Causal attention of the last ``R`` of ``N`` rows; shapes as in `masked_attention`."""
     rows, missing = query.shape[2], key.shape[2] - query.shape[2]
     if rows == 1:
         return masked_attention(query, key, value, None, params)
+    # PyTorch aligns the first row with the first key.
     padded = F.pad(query, (0, 0, missing, 0))
     return causal_attention(padded, key, value, params)[:, :, missing:]
 
 
-ROW_BLOCK = 512
-"""Rows per block where a mask is needed; it bounds the memory in use."""
+ROW_BLOCK = 512  # rows per block where a mask is needed; it bounds the memory in use
 
 
 def masked_attention(
@@ -120,8 +112,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, *
     return F.scaled_dot_product_attention(query, key, value, **mask, **options)
 
 
-FEW_SCORES = 1 << 23
-"""Most scores of one call that are kept for backward, 6 bytes each, to train faster on CPUs."""
+FEW_SCORES = 1 << 23  # most scores of a call that are kept for backward, 6 bytes each
 
 
 def _trains_in_bfloat16(query: Tensor, key: Tensor) -> bool:
@@ -153,8 +144,7 @@ def folded_attention(
 ) -> Tensor:
     """The fused kernel under a mask, with the query heads of one K/V head stacked as rows.
 
-    On CUDA no fused kernel supports both a mask and fewer K/V heads than query heads: with
-    ``enable_gqa`` PyTorch falls back to a kernel that copies K/V for every query head and keeps
+    On CUDA no fused kernel supports both a mask and ``enable_gqa``: PyTorch would copy K/V and keep
     all scores. Arguments and result are those of `masked_attention`, without soft-capping and
     sinks. The mask may have folded rows already, ``(G, 1, H / K * R, N)``.
     """
@@ -181,10 +171,7 @@ def plain_attention(
 def plain_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """Scores before softmax, ``(G, H, R, N)`` float32: scaled, capped, and -inf where hidden.
-
-    Arguments as in `masked_attention`.
-    """
+    """Scores before softmax, ``(G, H, R, N)`` float32: scaled, capped, and -inf where hidden."""
     return _scores(query.float(), key.float(), mask, params)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import (
-    ROW_BLOCK,
     AttentionParams,
     Mask,
     check_rows,
@@ -32,26 +31,21 @@ class MaskRoom:
     cells: int = KEPT_CELLS
 
     def take(self, cells: int) -> bool:
-        """Reserves room for ``cells`` more elements. Returns False if there is not enough."""
+        """Reserves room for more elements. Returns False if there is not enough."""
         fits = cells <= self.cells
         self.cells -= cells if fits else 0
         return fits
 
 
 class MaskForm(NamedTuple):
-    """Memory format of a mask that a kernel takes without copying it in every layer.
+    """Memory format of a mask that a kernel takes without copying it in every layer."""
 
-    ``dtype`` is bool, or that of the scores for an additive mask. Rows are repeated ``copies``
-    times, for query heads folded into rows. Each row starts at a multiple of ``align`` elements.
-    """
-
-    dtype: torch.dtype
-    copies: int = 1
-    align: int = 1
+    dtype: torch.dtype  # bool, or that of the scores for an additive mask
+    copies: int = 1  # how often rows are repeated, for query heads folded into rows
+    align: int = 1  # each row starts at a multiple of this many elements
 
 
-SEEN = MaskForm(torch.bool)
-"""Plain bool mask, for code that computes the scores itself."""
+SEEN = MaskForm(torch.bool)  # for code that computes the scores itself
 
 
 def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:
@@ -75,16 +69,8 @@ def formed(seen: Tensor, form: MaskForm) -> Tensor:
     return mask.flatten(1, 2)[:, None]
 
 
-class Span(NamedTuple):
-    """Adjacent rows, and a range of keys that includes all they may see."""
-
-    rows: slice
-    keys: slice
-
-    @property
-    def num_keys(self) -> int:
-        """Number of keys that each row is scored against."""
-        return self.keys.stop - self.keys.start
+Span = tuple[slice, slice]
+"""Adjacent rows, and a range of keys that includes all they may see."""
 
 
 class Block(NamedTuple):
@@ -99,8 +85,7 @@ class Block(NamedTuple):
 class RowBand:
     """Masked attention in blocks of query rows. Query rows and keys are sorted by order.
 
-    A block is scored only against the keys up to its last row (and, with a window, from the first
-    key in reach). Masks are made once per rule and
+    A block is scored only against the keys in reach of its rows. Masks are made once per rule and
     kept while there is room, else made block by block in each layer and in its backward.
     """
 
@@ -109,8 +94,8 @@ class RowBand:
     superseded_until: Tensor  # `Layout.superseded_until` of the keys, ``(G, N)``
     query_exists: Tensor
     key_exists: Tensor
-    row_block: int = ROW_BLOCK  # rows of a block
-    room: MaskRoom = field(default_factory=MaskRoom)  # shared by the bands of a plan
+    row_block: int  # rows of a block
+    room: MaskRoom  # shared by the bands of a plan
     _spans: dict = field(default_factory=dict, repr=False)
     _masks: dict = field(default_factory=dict, repr=False)
 
@@ -138,14 +123,14 @@ class RowBand:
         if window not in self._spans:
             return None
         spans = self._spans[window]
-        return sum(self.query_exists[:, s.rows].sum(1) * s.num_keys for s in spans)
+        return sum(self.query_exists[:, rows].sum(1) * _length(keys) for rows, keys in spans)
 
     def spans(self, window: int | None) -> list[Span]:
         """Blocks of rows with their ranges of keys, for layers with this window; memoised."""
         if window not in self._spans:
             count, step = self.query.kind.shape[1], self.row_block
             rows = (slice(a, min(a + step, count)) for a in range(0, count, step))
-            self._spans[window] = [Span(part, self._keys(part, window)) for part in rows]
+            self._spans[window] = [(part, self._keys(part, window)) for part in rows]
         return self._spans[window]
 
     def _keys(self, rows: slice, window: int | None) -> slice:
@@ -164,7 +149,7 @@ class RowBand:
         spans = self.spans(rule.window)
         make = [partial(self._mask, span, rule, form) for span in spans]
         if (rule, form) not in self._masks:
-            cells = sum((s.rows.stop - s.rows.start) * s.num_keys for s in spans)
+            cells = sum(_length(rows) * _length(keys) for rows, keys in spans)
             fits = self.room.take(cells * len(self.query.kind) * form.copies)
             self._masks[rule, form] = [make_mask() for make_mask in make] if fits else None
         return zip(spans, self._masks[rule, form] or make, strict=True)
@@ -184,12 +169,15 @@ class RowBand:
         return formed(mask[:, None], form)
 
 
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
 def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
     """The dense mask of a layout ``(B, S)``.
 
     Returns bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
-    models accept it as a 4-D ``attention_mask`` with ``sdpa``. For ``eager`` it must be converted
-    to an additive mask, because a bool mask would silently be added.
+    models take it as ``attention_mask`` with ``sdpa``; ``eager`` would add it to the scores.
     """
     query = layout.rows().map(lambda field: field[:, None, :, None])
     key = layout.rows().map(lambda field: field[:, None, None, :])
@@ -200,7 +188,6 @@ class DensePlan:
     """Reference for tests and small inputs: attention with a dense mask, in float32."""
 
     def __init__(self, layout: Layout):
-        """Prepares for ``layout``. Each layer makes its mask again."""
         self.layout, self.written = layout, layout.written
 
     def attend(self, query, key, value, rule, params) -> Tensor:

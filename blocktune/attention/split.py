@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, causal_attention, check_rows
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, LayerRule, Layout
 
-NARROW_BLOCK = 64
-"""Rows per block on a CPU where many rows share few keys; see `_stack`."""
+NARROW_BLOCK = 64  # rows per block on a CPU where many rows share few keys; see `_stack`
 
 
 class RowSegment(NamedTuple):
@@ -30,74 +31,51 @@ class RowSegment(NamedTuple):
 
 
 def find_segments(layout: Layout) -> list[RowSegment]:
-    """Splits rows into causal segments, and segments of global rows over the whole prompt.
+    """Splits the rows of a layout on the CPU, except padding, into segments that attend alone.
 
-    Each group (a chunk with its blanks) is causal. So are the global rows before the first chunk:
-    the prefix, or a whole prompt in full attention. The keys of a prompt's other global rows are
-    all rows of the prompt except blanks; the rule selects among them. Every row of the layout (on
-    the CPU) except padding is a query exactly once.
+    Each group (a chunk with its blanks) is one. So are the global rows before the first chunk: the
+    prefix, or a whole prompt in full attention. The keys of a prompt's other global rows are all
+    its rows except blanks; the rule selects among them.
     """
-    segments = []
-    for rows in _rows_by_sample(layout).values():
-        groups = defaultdict(list)
-        for row in rows:
-            groups[row.group].append(row)
-        global_rows = groups.pop(GLOBAL, [])
-        segments += [_self_segment(group) for group in groups.values()]
-        start = min((row.order for row in rows if row.special or row.group != GLOBAL), default=None)
-        lead = [row for row in global_rows if start is None or row.order < start]
-        tail = global_rows[len(lead) :]
-        if lead:
-            segments.append(_self_segment(lead))
-        if tail:
-            keys = _index([row for row in rows if not row.blank])
-            segments.append(RowSegment(_index(tail), keys or _index(tail), own=False, causal=False))
-    return segments
+    rows = layout.rows().map(lambda field: field.flatten().tolist())
+    order, group, blank = rows.order, rows.group, [kind == Kind.BLANK for kind in rows.kind]
+    fresh = [original != NO_ROW for original in rows.supersedes]
+    ends = [layer != FOREVER for layer in rows.until]
 
+    def alone(own: list[int]) -> RowSegment:
+        """Rows that see only each other; causal unless some end early or share an order."""
+        in_order = all(order[left] < order[right] for left, right in pairwise(own))
+        return RowSegment(own, own, own=True, causal=in_order and not any(ends[i] for i in own))
 
-class _Row(NamedTuple):
-    order: int
-    fresh: bool
-    index: int
-    group: int
-    ends: bool
-    blank: bool
-    special: bool  # later global rows do not see it in some layer
-
-
-def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
-    """Rows of each prompt in causal order, each original before its fresh row."""
-    fields = ("kind", "sample", "order", "group", "supersedes", "until")
-    columns = [getattr(layout, name).flatten().tolist() for name in fields]
-    samples = defaultdict(list)
-    rows = enumerate(zip(*columns, strict=True))
-    for index, (kind, sample, order, group, supersedes, until) in rows:
+    prompts = defaultdict(list)
+    for index, (kind, sample) in enumerate(zip(rows.kind, rows.sample, strict=True)):
         if kind != Kind.PAD:
-            fresh, ends, blank = supersedes != NO_ROW, until != FOREVER, kind == Kind.BLANK
-            row = _Row(order, fresh, index, group, ends, blank, fresh or ends or blank)
-            samples[index // layout.num_rows, sample].append(row)
-    return {sample: sorted(rows) for sample, rows in samples.items()}
-
-
-def _self_segment(rows: list[_Row]) -> RowSegment:
-    """Segment of rows that see only each other; causal unless some end early or share an order."""
-    in_order = all(a.order < b.order for a, b in pairwise(rows))
-    causal = in_order and not any(row.ends for row in rows)
-    return RowSegment(_index(rows), _index(rows), own=True, causal=causal)
-
-
-def _index(rows: list[_Row]) -> list[int]:
-    return [row.index for row in rows]
+            prompts[index // layout.num_rows, sample].append(index)
+    segments = []
+    for prompt in prompts.values():
+        prompt.sort(key=lambda index: (order[index], fresh[index]))
+        groups = defaultdict(list)
+        for index in prompt:
+            groups[group[index]].append(index)
+        wide = groups.pop(GLOBAL, [])
+        segments += map(alone, groups.values())
+        # Later global rows do not see these, in some layer.
+        special = [i for i in prompt if fresh[i] or ends[i] or blank[i] or group[i] != GLOBAL]
+        start = min((order[index] for index in special), default=math.inf)
+        lead = [index for index in wide if order[index] < start]
+        if lead:
+            segments.append(alone(lead))
+        if tail := wide[len(lead) :]:
+            keys = [index for index in prompt if not blank[index]] or tail
+            segments.append(RowSegment(tail, keys, own=False, causal=False))
+    return segments
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Stacked segments of similar length. Indices are into the flattened ``B * S`` rows.
+    """Stacked segments of similar length."""
 
-    Indices are padded on the right with -1. No real row sees padding, and its output is dropped.
-    """
-
-    query: Tensor  # (G, R)
+    query: Tensor  # indices into the ``B * S`` rows, padded on the right with -1, (G, R)
     key: Tensor  # (G, N)
     causal: bool
     own: bool  # whether the keys are the query rows
@@ -121,10 +99,7 @@ class SplitPlan:
     """Attention by segments. It is exact and differentiable, on any device."""
 
     def __init__(self, layout: Layout, kept_cells: int = KEPT_CELLS):
-        """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them.
-
-        At most ``kept_cells`` mask elements are kept. ValueError: all rows are padding.
-        """
+        """Keeps at most ``kept_cells`` mask elements. ValueError: all rows are padding."""
         self.shape, self.written = layout.kind.shape, layout.written
         self._endings = layout.endings
         segments = find_segments(layout.to("cpu"))
@@ -134,48 +109,43 @@ class SplitPlan:
                 "there is nothing to attend; leave empty prompts out of the batch"
             )
         room = MaskRoom(kept_cells)
-        buckets = [_stack(bucket, layout, room) for bucket in _by_length(segments)]
-        self._own = [bucket for bucket in buckets if bucket.own]
-        self._wide = [bucket for bucket in buckets if not bucket.own]
-        # Each row is a query in one segment, and a key in at most one own and one wide segment.
-        self._queries = _row_map([b.query for b in self._own + self._wide], layout)
-        self._own_keys = _row_map([b.key for b in self._own], layout)
-        self._wide_keys = _row_map([b.key for b in self._wide], layout)
+        self._buckets = [_stack(bucket, layout, room) for bucket in _by_length(segments)]
+        self._queries = _Parts([bucket.query for bucket in self._buckets], layout)
+        # Each row is a key in at most one own and one wide segment.
+        kinds = [[b.key for b in self._buckets if b.own == own] for own in (True, False)]
+        self._keys = [_Parts(keys, layout) for keys in kinds]
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`. The query rows and the keys are the layout's rows."""
         check_rows(self.shape, query, key)
         rule = rule.first_alike(self._endings)  # layers with the same rows share a mask
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        buckets = self._own + self._wide
-        queries = _cut(move_rows(q, self._queries), [bucket.query for bucket in buckets])
-        keys, values = (self._stacked_keys(tensor) for tensor in (k, v))
+        keys, values = ([part for parts in self._keys for part in parts(rows)] for rows in (k, v))
         outs = [
             bucket.attend(*rows, rule, params)
-            for bucket, *rows in zip(buckets, queries, keys, values, strict=True)
+            for bucket, *rows in zip(self._buckets, self._queries(q), keys, values, strict=True)
         ]
-        return move_rows(torch.cat(outs), self._queries.back).unflatten(0, self.shape)
-
-    def _stacked_keys(self, rows: Tensor) -> list[Tensor]:
-        """Gathers each bucket's keys or values from ``(B * S, K, D)``."""
-        own = _cut(move_rows(rows, self._own_keys), [bucket.key for bucket in self._own])
-        return own + _cut(move_rows(rows, self._wide_keys), [bucket.key for bucket in self._wide])
+        return move_rows(torch.cat(outs), self._queries.map.back).unflatten(0, self.shape)
 
 
-def _cut(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
-    """Splits rows into parts. A single part is returned as is, to save a copy in backward."""
-    return [rows] if len(parts) == 1 else list(rows.split([part.numel() for part in parts]))
+class _Parts:
+    """Gathers the rows of several index tensors; a negative index is a row of zeros."""
 
+    def __init__(self, parts: list[Tensor], layout: Layout):
+        none = torch.empty(0, dtype=torch.int64, device=layout.device)
+        self.sizes = [part.numel() for part in parts]
+        self.map = RowMap(torch.cat([none, *map(torch.flatten, parts)]), layout.kind.numel())
 
-def _row_map(index: Iterable[Tensor], layout: Layout) -> RowMap:
-    none = torch.empty(0, dtype=torch.int64, device=layout.device)
-    return RowMap(torch.cat([none, *(part.flatten() for part in index)]), layout.kind.numel())
+    def __call__(self, rows: Tensor) -> list[Tensor]:
+        moved = move_rows(rows, self.map)
+        # A single part is returned as is, to save a copy in backward.
+        return [moved] if len(self.sizes) == 1 else list(moved.split(self.sizes))
 
 
 def _by_length(segments: list[RowSegment], slack: float = 1.25) -> list[list[RowSegment]]:
-    """Groups segments so that padding wastes at most a quarter of any bucket's rows."""
+    """Groups segments, own keys first, so that padding is at most a quarter of a bucket's rows."""
     buckets: list[list[RowSegment]] = []
-    for segment in sorted(segments, key=lambda s: (s.own, s.causal, len(s.key), len(s.query))):
+    for segment in sorted(segments, key=lambda s: (not s.own, s.causal, len(s.key), len(s.query))):
         first = buckets[-1][0] if buckets else None
         if (
             first is None
@@ -189,8 +159,11 @@ def _by_length(segments: list[RowSegment], slack: float = 1.25) -> list[list[Row
 
 
 def _stack(segments: list[RowSegment], layout: Layout, room: MaskRoom) -> _Bucket:
-    query = _pad([segment.query for segment in segments]).to(layout.device)
-    key = _pad([segment.key for segment in segments]).to(layout.device)
+    def padded(rows: Iterable[list[int]]) -> Tensor:
+        indices = [torch.tensor(row) for row in rows]
+        return pad_sequence(indices, batch_first=True, padding_value=-1).to(layout.device)
+
+    query, key = padded(s.query for s in segments), padded(s.key for s in segments)
     flat = layout.rows().map(lambda field: field.flatten())
     # Narrow blocks save work: early rows (of early turns) are not scored against late keys. But on
     # a GPU narrow blocks are inefficient, and for few rows over many keys, the gradient of the keys
@@ -208,12 +181,6 @@ def _stack(segments: list[RowSegment], layout: Layout, room: MaskRoom) -> _Bucke
     order = layout.order.flatten().tolist()
     span = max(order[segment.query[-1]] - order[segment.query[0]] for segment in segments)
     return _Bucket(query, key, segments[0].causal, segments[0].own, span, band)
-
-
-def _pad(rows: list[list[int]]) -> Tensor:
-    """Right-pads index lists with -1, ``(G, M)``."""
-    length = max(len(row) for row in rows)
-    return torch.tensor([row + [-1] * (length - len(row)) for row in rows])
 
 
 class RowMap:

@@ -118,7 +118,7 @@ def answer(
     engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
-    if response_cache is not None:
+    if response_cache is not None and (seed is not None or not sampling.temperature):
         engine.responses = ResponseCache.parse(response_cache, engine.store)
     used = chosen or default_method(engine.prompts.trained)
     run = answering.Run(engine, used, max_new_tokens, sampling, batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,19 +127,21 @@ class Run:
             # Start at a batch boundary: batches and samples are then as in an unstopped run.
             done -= done % self.batch_size if done < len(keys) else 0
             truncate_lines(output, done)
-            for number, pair in enumerate(self._answers(examples[done:]), start=done):
+            for number, pair in enumerate(self._answers(examples, done), start=done):
                 record = self._record(*pair) | {"key": keys[number]}
                 append_lines(output, [_line(record)])
         before = f"; {done:,} were already there" if done else ""
         typer.echo(f"wrote {len(keys) - done:,} answers to {output}{before}")
 
     def _answers(
-        self, examples: Sequence[RagExample], quiet: bool = False
+        self, examples: Sequence[RagExample], done: int = 0, quiet: bool = False
     ) -> Iterator[tuple[RagExample, Answer]]:
-        starts = range(0, len(examples), self.batch_size)
+        starts = range(done, len(examples), self.batch_size)
         for start in tracked(starts, "answering", shown=not quiet and len(starts) > 1):
             batch = examples[start : start + self.batch_size]
-            decoding = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
+            # Batches with the same seed would draw the same numbers.
+            sampling = replace(self.sampling, seed=(self.sampling.seed or 0) + start)
+            decoding = {"max_new_tokens": self.max_new_tokens, "sampling": sampling}
             answers = self.engine.answer(batch, self.method, batch_size=len(batch), **decoding)
             yield from zip(batch, answers, strict=True)
 

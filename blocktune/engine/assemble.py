@@ -56,11 +56,10 @@ def from_chunks(
     found: Found | None = None,
     lazy: bool = True,
 ) -> Assembled:
-    """Fills the cache with the prefix and the chunks, encoded alone and moved to their positions.
+    """Fills the cache with the prefix and the chunks, moved to their positions.
 
-    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found`` are the
-    chunks, if they were looked up already. With ``lazy``, chunks that the store does not keep in
-    memory are read directly into the cache; a damaged file then raises `DamagedChunk`.
+    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found``, ``loader``
+    and ``lazy`` are as in `Encoder.find`; a damaged file then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout
@@ -125,7 +124,9 @@ def relocate(
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
     rotations = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
     blocks = _blocks(kvs, columns)
-    for layer, examples in enumerate(_examples(kvs[0], columns.device)):
+    like = kvs[0].like if isinstance(kvs[0], FileKV) else kvs[0]
+    for layer, pair in enumerate(zip(like.keys, like.values, strict=True)):
+        examples = [t.new_empty((), device=columns.device).expand_as(t) for t in pair]
         for runs in blocks:
             span = slice(runs[0].columns.start, runs[-1].columns.stop)
             room = cache.room(layer, prompt, span, *examples)
@@ -161,34 +162,20 @@ class _Run:
 
 
 def _read_all(runs: Iterable[_Run]) -> None:
-    """Reads tensors that are not rotated directly into their outputs, those of a file at once.
-
-    The others are read one by one into a buffer and rotated while they are in the CPU cache.
-    """
     buffers: dict[torch.Size, Tensor] = {}  # reused: allocating each would take longer than reading
     for run in runs:
         file = run.kvs[0].file
         file.read_into({name: out for name, out, rotation in run.reads if rotation is None})
         for name, out, rotation in run.reads:
-            if rotation is not None:
+            if rotation is not None:  # one by one: it is rotated while it is in the CPU cache
                 if out.shape not in buffers:
                     buffers[out.shape] = out.new_empty(out.shape)
                 file.read_into({name: buffers[out.shape]})
                 rotate_keys(buffers[out.shape], rotation, out)
 
 
-def _examples(kv: ChunkKV, device: torch.device) -> list[list[Tensor]]:
-    """Per layer, dataless tensors with the shapes and dtypes of a piece's keys and values."""
-    kv = kv.like if isinstance(kv, FileKV) else kv
-    pairs = zip(kv.keys, kv.values, strict=True)
-    return [[t.new_empty((), device=device).expand_as(t) for t in pair] for pair in pairs]
-
-
 def _blocks(kvs: list[ChunkKV], columns: Tensor) -> list[list[_Run]]:
-    """The runs of each block of columns without gaps.
-
-    A run is one piece on the CPU (to fit its cache) and the whole block on CUDA.
-    """
+    """Runs of each block of adjacent columns: of one piece on the CPU (for its cache), else all."""
     blocks: list[list[_Run]] = []
     starts = list(accumulate((kv.num_tokens for kv in kvs[:-1]), initial=0))
     for kv, start, column in zip(kvs, starts, columns[starts].tolist(), strict=True):
@@ -206,10 +193,9 @@ def _blocks(kvs: list[ChunkKV], columns: Tensor) -> list[list[_Run]]:
 
 
 class _Rotations:
-    """Rotations of a prompt's runs, computed once for all layers with the same frequencies."""
+    """Rotations by ``shift`` ``(S,)``, computed once for all layers with the same frequencies."""
 
     def __init__(self, shift: Tensor, rope: RopeSpec, device: torch.device):
-        """Rotates by ``shift`` ``(S,)`` positions, a CPU tensor; results are on ``device``."""
         self.shift, self.rope, self.device = shift, rope, device
         self._moves = bool(shift.any())
         specs = [(tuple(spec.inv_freq.tolist()), *spec[1:]) for spec in rope.layers]
@@ -217,17 +203,13 @@ class _Rotations:
         self._computed: dict[tuple, Rotation] = {}
 
     def of(self, kind: str, layer: int, tokens: slice) -> Rotation | None:
-        """The rotation of these tokens, or None if ``kind`` is not rotated.
-
-        It is ``(1, S, P)``, or ``(1, 1, P)`` if all tokens move by the same distance.
-        """
+        """The rotation ``(1, S, P)`` of tokens, ``(1, 1, P)`` if it is one; None: not rotated."""
         if not self._moves or self.rope.layers[layer].in_values != (kind == "value"):
             return None
         key = self._same[layer], tokens.start
         if key not in self._computed:
             shift = self.shift[tokens]
-            if bool((shift == shift[0]).all()):  # always so within one chunk
-                shift = shift[:1]
+            shift = shift[:1] if bool((shift == shift[0]).all()) else shift  # a chunk moves as one
             turn = Rotation.of(shift[None].to(self.device), self.rope.layers[layer])
             self._computed[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0])
         return self._computed[key]

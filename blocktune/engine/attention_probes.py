@@ -27,8 +27,7 @@ from blocktune.prompt import LayoutSpec, lay_out, stack
 DEFAULT_SCORES = QueryScores()
 OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": (Kind.CHUNK,)}
 """Kinds of keys that attention weights are normalised over, by `QueryScores.over`; (): all."""
-ROW_BLOCK = 64
-"""Number of rows whose weights over all keys are in memory at once."""
+ROW_BLOCK = 64  # rows whose weights over all keys are in memory at once
 
 
 class ProbeDone(Exception):
@@ -51,15 +50,15 @@ class ScoreReader:
         rule: LayerRule,
         params: AttentionParams,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yields blocks of rows and their scores before softmax, ``(B, H, block, N)``.
+        """Yields blocks of (also unwanted) rows and their scores before softmax, ``(B, H, r, N)``.
 
-        Rows ``(B, R)`` see all ``columns`` ``(B, N)`` before them, within the rule's window. A
-        block may include unwanted rows. ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N, D)``.
+        Rows ``(B, R)`` see all ``columns`` ``(B, N)`` before them, within the rule's window.
+        ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N, D)``.
         """
         window = LayerRule(window=rule.window)
-        read = wanted.any(0).nonzero().squeeze(1).tolist()
-        stop = read[-1] + 1 if read else 0
-        for start in range(read[0] if read else 0, stop, ROW_BLOCK):
+        read = wanted.any(0).nonzero().squeeze(1).tolist() or [0, -1]
+        stop = read[-1] + 1
+        for start in range(read[0], stop, ROW_BLOCK):
             block = slice(start, min(start + ROW_BLOCK, stop))
             mask = visible(
                 rows.map(lambda field, block=block: field[:, block, None]),
@@ -73,11 +72,7 @@ class ScoreReader:
 
 
 class ChunkAttention(ScoreReader):
-    """Measures the attention to each chunk from the question and from chunks that were not cached.
-
-    ``mass`` ``(B, N, C)`` float32 is the attention weight from each column's row to each chunk,
-    mean over heads, summed over the ``layers`` read; zero for rows that are not read.
-    """
+    """Measures the attention to each chunk from the question and from chunks computed in full."""
 
     def __init__(self, columns: Rows):
         super().__init__(len(columns.kind))
@@ -85,8 +80,9 @@ class ChunkAttention(ScoreReader):
         chunks = torch.arange(int(columns.chunk.max()) + 1, device=columns.chunk.device)
         is_chunk = columns.kind == Kind.CHUNK
         self.member = (is_chunk[..., None] & (columns.chunk[..., None] == chunks)).float()
+        # From each column's row to each chunk, mean over heads, summed over layers, (B, N, C).
         self.mass = torch.zeros_like(self.member)
-        self.layers = 0
+        self.layers = 0  # number read
 
     def read(
         self, rows: Rows, query: Tensor, key: Tensor, rule: LayerRule, params: AttentionParams
@@ -108,10 +104,7 @@ class ChunkAttention(ScoreReader):
 
 
 class QueryProbe(ScoreReader):
-    """Attends by another plan, and reads the attention weights of the question's rows.
-
-    ``by_layer`` has each read layer's weight of each key, pooled, mean over heads, ``(B, N)``.
-    """
+    """Attends by another plan, and reads the attention weights of the question's rows."""
 
     def __init__(
         self,
@@ -122,14 +115,11 @@ class QueryProbe(ScoreReader):
         last: int,
         how: QueryScores = DEFAULT_SCORES,
     ):
-        """Reads ``layers`` of a pass by ``plan``: ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
-
-        All rows see everything before them. The pass stops in layer ``last``, if it has that many.
-        """
+        """Reads ``layers`` of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``, up to ``last``."""
         super().__init__(len(query.kind))
         self.plan, self.query, self.key = plan, query, key
         self.layers, self.last, self.pool = layers, last, how.pool
-        self.by_layer: dict[int, Tensor] = {}
+        self.by_layer: dict[int, Tensor] = {}  # of each key, pooled, mean over heads, (B, N)
         kinds = OVER[how.over]
         left_out = ~sum(key.kind == kind for kind in kinds).bool() if kinds else None
         # A prompt without any key of these kinds is normalised over all keys.
@@ -155,15 +145,12 @@ class QueryProbe(ScoreReader):
 
 
 class OutsideProbe(ScoreReader):
-    """Measures in the first layer how much attention leaves a row's own chunk; then stops the pass.
-
-    ``share`` ``(B, R)`` is each row's share of attention outside its chunk, mean over heads.
-    """
+    """Measures in the first layer how much attention leaves a row's own chunk; stops the pass."""
 
     def __init__(self, rows: Rows):
         super().__init__(len(rows.kind))
         self.rows = rows
-        self.share = torch.zeros_like(rows.kind, dtype=torch.float32)
+        self.share = torch.zeros_like(rows.kind, dtype=torch.float32)  # mean over heads, (B, R)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`; always raises `ProbeDone`."""
@@ -181,8 +168,7 @@ class ScoringPasses:
     """Extra passes over a batch, listed in ``executed``. They leave cached chunks unchanged."""
 
     def __init__(self, served: ServedBatch, cached: Tensor):
-        """``cached`` ``(B, S)`` bool marks the rows whose states are in the batch's cache."""
-        self.served, self.cached = served, cached
+        self.served, self.cached = served, cached  # rows whose states are in the cache, (B, S)
         self.batch, self.pieces, self.columns = served.batch, served.pieces, served.columns
         self.model, self.cache = served.state.model, served.cache
         encoder = served.state.encoder
@@ -270,9 +256,9 @@ class ScoringPasses:
         how: QueryScores = DEFAULT_SCORES,
         shift: Tensor | None = None,
     ) -> Tensor:
-        """Computes rows into ``cache``. Returns the question's attention, ``(L, B, S)``.
+        """Computes rows into ``cache``, with ``shift`` ``(B, N)`` added to the columns' positions.
 
-        ``shift`` ``(B, N)`` is added to the position of each column's row.
+        Returns the question's attention, ``(L, B, S)``.
         """
         computed = computed_rows(self.batch, chosen)
         cache.select(computed.columns)
@@ -286,8 +272,7 @@ class ScoringPasses:
         self._run(self.model, computed.ids, position, probe, cache)
         # If the pass stops early, its last layer computed only the keys and queries.
         heads, probes = (1, {}) if how.depth is None else (0, {last: plan})
-        extra = probe.multiply_adds
-        self.executed.append(Executed(self.model, [plan], probes, heads=heads, extra=extra))
+        self.executed.append(Executed(self.model, [plan], probes, heads, probe.multiply_adds))
         scores = torch.stack([probe.by_layer[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)
 
@@ -298,7 +283,7 @@ class ScoringPasses:
 
 
 def _to_encoded(columns: Rows) -> Tensor:
-    """Shift of each column from its position in the prompt to that at encoding, ``(B, N)``.
+    """Shift of columns from positions in the prompt to those at encoding, ``(B, N)``.
 
     Rows outside of chunks, except for the prefix, move to positions after the longest chunk.
     """

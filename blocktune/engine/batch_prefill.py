@@ -12,10 +12,10 @@ from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
 from blocktune.engine.attention_probes import ScoringPasses
 from blocktune.engine.encode import Found
 from blocktune.engine.generation import Generation, Sampling
-from blocktune.engine.layer_schedule import LayerSchedule, prefill
+from blocktune.engine.layer_schedule import SchedulePlan, prefill
 from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.recurrent import prefill_recurrent
-from blocktune.engine.rows import Computed, computed_rows, has_column, to_columns
+from blocktune.engine.rows import computed_rows, has_column, to_columns
 from blocktune.engine.state import EngineState, ServedBatch
 from blocktune.engine.usage import Executed
 from blocktune.layout import FOREVER
@@ -33,10 +33,7 @@ def prefill_batch(
     method: Method,
     found: Found | None = None,
 ) -> Generation:
-    """Loads the cached states of a batch and computes the rest, up to the first logits.
-
-    ``found`` are the prompts' chunks, if they were looked up already.
-    """
+    """Loads the cached states of a batch (``found``: already looked up) and computes the rest."""
     batch = state, prompts, pieces, method
     if state.recurrence is not None:
         return prefill_recurrent(*batch)
@@ -54,12 +51,10 @@ def prefill_warm(
     pieces: Sequence[Pieces],
     method: Method,
     max_new_tokens: int = 0,
-    laid_out: Sequence[Prompt] | None = None,
 ) -> Generation:
-    """Serves `Method.warm_up` earlier prompts, untimed, then prefills a batch.
+    """Serves `Method.warm_up` earlier prompts in full, untimed, then prefills a batch.
 
-    The earlier ones have the same chunks in rotated order, never in their own unless there is only
-    one, and are computed in full. Prompts are laid out after that, unless they are ``laid_out``.
+    The earlier ones have the same chunks in rotated order, never in their own if there are several.
     """
     for turn in range(method.warm_up):
         starts = [(p.chunks, 1 + turn % max(1, len(p.chunks) - 1)) for p in pieces]
@@ -68,8 +63,7 @@ def prefill_warm(
         layouts = [prompts.prompt(prompt, LayoutSpec(block=False), 1) for prompt in earlier]
         next(prefill_batch(state, layouts, earlier, method).tokens(Sampling(), 1))
     started = time.perf_counter()
-    if laid_out is None:
-        laid_out = [prompts.lay_out(p, method, state.encoder, max_new_tokens) for p in pieces]
+    laid_out = [prompts.lay_out(p, method, state.encoder, max_new_tokens) for p in pieces]
     laid_out_s = time.perf_counter() - started
     generation = prefill_batch(state, laid_out, pieces, method)
     generation.watch.add("prompt_s", laid_out_s)
@@ -91,9 +85,9 @@ def _prefill(
     passes = ScoringPasses(served, assembled.cached)
     if served.reshaping is not None and served.reshaping.reshape.looks_ahead:
         passes.look_ahead()
-    candidates, schedule = _choose(served, selection, assembled, passes)
+    plan = _choose(served, selection, assembled, passes)
     watch.stop("select_s")
-    result = prefill(served, candidates, schedule)
+    result = prefill(plan)
     watch.stop("recompute_s")
     read = None if result.chunk_probe is None else result.chunk_probe.multiply_adds
     executed = [*passes.executed, Executed(state.model, result.plans, result.probes, extra=read)]
@@ -102,7 +96,7 @@ def _prefill(
         executed.append(Executed(state.model, heads=0, extra=extra))
     return Generation(
         **vars(served),
-        last=candidates.rows.map(lambda field: field[:, -1:]),
+        last=plan.candidates.rows.map(lambda field: field[:, -1:]),
         assembled=assembled,
         prefill=result,
         executed=executed,
@@ -111,7 +105,7 @@ def _prefill(
 
 def _choose(
     served: ServedBatch, selection: Selection, assembled: Assembled, passes: ScoringPasses
-) -> tuple[Computed, LayerSchedule]:
+) -> SchedulePlan:
     layout = served.batch.layout
     # Rows that are not cached are always computed. A selected token overwrites its cached original.
     start = ~assembled.cached & has_column(layout)
@@ -129,8 +123,10 @@ def _choose(
     for mask in widened.values():
         require_context(selection, mask, layout, torch.bool)
     candidates = computed_rows(served.batch, reduce(torch.logical_or, widened.values(), start))
-    return candidates, LayerSchedule(
-        selection=selection,
+    return SchedulePlan(
+        served,
+        candidates,
+        selection,
         start=candidates.of(start),
         widen={layer: candidates.of(mask) for layer, mask in widened.items()},
         states=assembled.states,

@@ -14,10 +14,11 @@ from transformers import DynamicCache
 from blocktune.data.example import RagExample
 from blocktune.engine.batch_prefill import prefill_warm
 from blocktune.engine.prompts import PromptMaker
+from blocktune.engine.rows import computed_rows, has_column
 from blocktune.engine.state import EngineState, unfollowed
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.prompt import Chunk, Pieces, Prompt
+from blocktune.prompt import Chunk, Pieces, Prompt, stack
 
 
 class _Continued(DynamicCache):
@@ -61,13 +62,11 @@ class CachedContext:
     _decoding: dict[str, Any]
 
     def inputs(self, question: str | None = None) -> dict[str, Any]:
-        """Keyword arguments for `generate` that ask a question over the context.
+        """Keyword arguments of one call of `generate` that ask a question over the context.
 
-        The question may be omitted if the cache was made for one. ``input_ids``,
-        ``attention_mask`` and ``position_ids`` cover the whole prompt, ``(1, N + Q)``;
-        ``past_key_values`` is a copy, because `generate` appends to it. The output repeats the
-        prompt: new tokens start at ``N + Q``. Call this for each `generate`; beams and several
-        sequences are possible, assisted decoding and prompt lookup are refused.
+        The question may be omitted if the cache was made for one. The tensors cover the whole
+        prompt, ``(1, N + Q)``, which the output repeats: new tokens start at ``N + Q``. Beams and
+        several sequences are possible, assisted decoding and prompt lookup are refused.
 
         Raises ValueError if there is no question, the cache was made for another question, or
         tokens were appended to the cache itself.
@@ -85,15 +84,12 @@ class CachedContext:
                 f"this cache was made for the question {self.question!r:.80}, got {query!r:.80}; "
                 "the method chooses tokens by the question: make one cache for each"
             )
-        prompt = self._lay_out(query)
-        rows = (prompt.layout.kind[0] != Kind.BLANK).nonzero().squeeze(1)  # blanks have no column
-        rows = rows[prompt.layout.order[0, rows].argsort()]
-        ids, positions = prompt.input_ids[rows][None], prompt.layout.position[:, rows]
-        device = self.input_ids.device
+        batch = stack([self._lay_out(query)], pad_id=0).to(self.input_ids.device)
+        ids, rows, *_ = computed_rows(batch, has_column(batch.layout))
         return {
-            "input_ids": ids.to(device),
-            "attention_mask": torch.ones_like(ids, device=device),
-            "position_ids": positions.to(device),
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": rows.position,
             "past_key_values": _Continued(self.past_key_values, ids.shape[1]),
             **self._decoding,
         }
@@ -132,9 +128,7 @@ def make_context(
     cache = DynamicCache()
     for index, layer in enumerate(ready.cache.layers):
         cache.update(layer.keys[:, :, :count], layer.values[:, :, :count], index)
-    ids = ready.batch.input_ids.new_zeros(1, count)
-    stored = (layout.kind[0] != Kind.BLANK) & (layout.order[0] < count)
-    ids[0, layout.order[0, stored]] = ready.batch.input_ids[0, stored]
+    ids = computed_rows(ready.batch, has_column(layout)).ids[:, :count]
     decoding = {"eos_token_id": sorted(state.stop_ids()), "pad_token_id": state.encoder.pad_id}
     decoding |= unfollowed(state.model.generation_config)
     return CachedContext(cache, ids, ready.columns.position[:, :count], question, lay_out, decoding)

@@ -28,10 +28,9 @@ from blocktune.positions import RopeSpec
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
-TOKENS_PER_PASS = 16_384
-"""Most rows, padding included, in one forward pass of encoding."""
+Encoded = tuple[ChunkKV, dict[int, ChunkStates]]  # a piece's, and its input states by layer
+TOKENS_PER_PASS = 16_384  # most rows, padding included, in one forward pass of encoding
 NOT_AHEAD = "method '{}' reuses no chunks that were encoded ahead; name one that does"
-"""Why chunks are not encoded for a method."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,6 @@ class Found:
         return self.tiers.keys() - self.hits
 
 
-_Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
-
-
 class Encoder:
     """Encodes pieces into keys and values, with the store as a cache."""
 
@@ -126,10 +122,7 @@ class Encoder:
         rope: RopeSpec | None = None,
         press: Press | None = None,
     ):
-        """Encodes with ``model`` (with blocktune's attention attached) into ``store``.
-
-        ``rope`` is the model's. ``press`` drops keys of the chunks.
-        """
+        """Encodes with an attached ``model`` into ``store``. ``press`` drops keys of the chunks."""
         self.model, self.store, self.tenant = model, store, ""
         self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
@@ -163,10 +156,10 @@ class Encoder:
     ) -> Found:
         """Looks every piece up (by the ``loader``, if given) and encodes the missing ones.
 
-        The input states of ``layers`` (0-based) are needed, too: a piece that was encoded without
-        them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. New
-        entries are stored under the names of their ``documents``. With ``lazy``, chunks that the
-        store does not keep in memory are returned as `FileKV`, which reads layers on access.
+        A piece that was encoded without the input states of ``layers`` (0-based) is missing.
+        ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. New entries are stored under the
+        names of their ``documents``. With ``lazy``, chunks that the store does not keep in memory
+        are returned as `FileKV`, which reads layers on access.
         """
         found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()
@@ -174,7 +167,7 @@ class Encoder:
             started, tokens = time.perf_counter(), sum(map(_size, group))
             encoded = self._encode_together(group, layers)
             token_s = (time.perf_counter() - started) / tokens
-            for piece, kv, inputs in encoded:
+            for piece, (kv, inputs) in zip(group, encoded, strict=True):
                 about = {"tenant": self.tenant, "document": (documents or {}).get(piece, "")}
                 about["seconds"] = token_s * _size(piece)
                 found.kvs[piece] = self.store.put(self.key(piece), kv, **about)
@@ -247,10 +240,8 @@ class Encoder:
         wanted = queue.take(self.fingerprint, most)
         watch = Stopwatch(self.model.device)
         known = self.model.get_input_embeddings().num_embeddings
-        pieces = [Piece(*chunk) for chunk in wanted]
-        pieces = [p for p in pieces if p.ids and _size(p) <= longest]
-        pieces = [p for p in pieces if all(0 <= i < known for i in p.ids + p.blanks)]
-        for group in grouped(pieces):
+        pieces = [p for p in (Piece(*chunk) for chunk in wanted) if p.ids and _size(p) <= longest]
+        for group in grouped(p for p in pieces if all(0 <= i < known for i in p.ids + p.blanks)):
             self.find(group, watch)
         queue.done(self.fingerprint, wanted)
         return len(wanted)
@@ -284,11 +275,10 @@ class Encoder:
 
     def sample(self) -> ChunkKV:
         """Keys and values of a single token, as an example of shapes and dtype."""
-        [(_, kv, _)] = self._encode_together([Piece((self.pad_id,))], ())
-        return kv
+        return self._encode_together([Piece((self.pad_id,))], ())[0][0]
 
     @torch.no_grad()
-    def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
+    def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[Encoded]:
         self.require_model()
         prompts = [alone(self._unpruned(piece)) for piece in pieces]
         batch = stack(prompts, self.pad_id).to(self.model.device)
@@ -313,7 +303,7 @@ class Encoder:
         seen: list[dict[str, Any]] | None,
         index: int,
         piece: Piece,
-    ) -> _Encoded:
+    ) -> Encoded:
         """Copies a piece from row ``index`` of the cache of its pass."""
         encoded, ids = self._unpruned(piece), torch.tensor(piece.ids)
         span = slice(len(encoded.blanks), _size(encoded))
@@ -327,16 +317,15 @@ class Encoder:
             layer: ChunkStates(hidden[index, span], layer, ids, self.fingerprint).compact()
             for layer, hidden in inputs.items()
         }
-        return piece, ChunkKV(keys, values, ids, self.fingerprint).compact(), states
+        return ChunkKV(keys, values, ids, self.fingerprint).compact(), states
 
 
 class InputRecorder:
     """Attends by another plan, and records the hidden states at the input of some layers."""
 
     def __init__(self, plan: Plan, layers: Container[int]):
-        """Records the inputs ``(B, S, hidden)`` of ``layers``."""
         self.plan, self.layers = plan, layers
-        self.inputs: dict[int, Tensor] = {}
+        self.inputs: dict[int, Tensor] = {}  # by layer, ``(B, S, hidden)``
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`."""

@@ -23,9 +23,9 @@ from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, prefill_warm
 from blocktune.engine.context_cache import CachedContext, make_context
 from blocktune.engine.encode import NOT_AHEAD, Encoder, EncodeReport
-from blocktune.engine.generation import Answer, Generation, Sampling
+from blocktune.engine.generation import Answer, Generation, Sampling, TextStream
 from blocktune.engine.layer_schedule import hook
-from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, built
+from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, batches, built
 from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState, unfollowed
 from blocktune.links import link_base
@@ -67,6 +67,8 @@ class Engine:
     ):
         """Serves a loaded model, whose attention is replaced by blocktune's.
 
+        Changes of the model's weights are refused later, but not those through ``weight.data``.
+
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent layers
                 (Mamba-2, Qwen3-Next, ...) or absolute positions (GPT-2), which supports only
@@ -74,7 +76,7 @@ class Engine:
             tokenizer: The model's tokenizer.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
-            adapter_folder: The adapter's files, which are part of the fingerprint.
+            adapter_folder: The adapter's files.
             store: Where encoded chunks are kept; default: memory.
             prefix_tree: Where exact prefixes are kept; default: memory, then the store's folder.
 
@@ -90,8 +92,8 @@ class Engine:
         self.store = ChunkStore(device=model.device) if store is None else store
         words, num_tokens = dataclasses.asdict(self.format), link_base(model)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-        pad_id, pruning = padding_id(tokenizer, num_tokens), self.store.config.press
-        press = None if pruning is None else Press(pruning)
+        press = None if self.store.config.press is None else Press(self.store.config.press)
+        pad_id = padding_id(tokenizer, num_tokens)
         encoder = Encoder(model, self.store, self.fingerprint, pad_id, rope, press)
         if rope is not None:
             facts = model, tokenizer, words, adapter, adapter_folder, rope
@@ -101,9 +103,8 @@ class Engine:
         if press is not None:  # engines without the press must not find pruned chunks
             encoder = encoder.salted(press.text, what="press")
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
-        tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
-        auxiliaries = Auxiliaries(model, tokenizer)
-        self.state = EngineState(model, tokenizer, encoder, tree, auxiliaries, recurrence)
+        tree, others = prefix_tree or PrefixTree(store=self.store), Auxiliaries(model, tokenizer)
+        self.state = EngineState(model, tokenizer, encoder, tree, others, recurrence)
         for name in unfollowed(model.generation_config):
             value = getattr(model.generation_config, name)
             _LOG.warning("the model's generation config has %s=%s: not followed", name, value)
@@ -136,9 +137,9 @@ class Engine:
     ) -> Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
-        For the other options see `blocktune.adapter.load.load_model`. ``store`` is where encoded
-        chunks are kept: a `ChunkStore`, or any text that `ChunkStore.open` takes, such as a folder;
-        None: memory only. ``format`` is the wording of prompts; None: the adapter's.
+        ``store`` is a `ChunkStore`, or any text that `ChunkStore.open` takes, such as a folder;
+        None: memory only. ``format`` is as for `Engine`; for the other options see
+        `blocktune.adapter.load.load_model`.
 
         Raises ValueError if the model or adapter does not exist, or they do not match.
         """
@@ -159,10 +160,9 @@ class Engine:
         ``chunks`` may have any form that `RagExample.chunks` takes. Each is stored with the name of
         its document (``document`` or ``id`` of its metadata, else its title), by which `blocktune
         store rm --document` removes it. ``progress`` is called after each pass with the tokens
-        done and their total. ``method`` is the one that will read them; default: the one that the
-        adapter was trained for, else ``naive``. Only methods of another layout (``link0``) or with
-        stored hidden states (``droidspeak``) need other entries. Raises ValueError for one that
-        takes chunks from prompts it has served (it has a `Method.history`).
+        done and their total. ``method`` is the one that will read them; default as in `answer`.
+        Only methods of another layout (``link0``) or with stored hidden states (``droidspeak``)
+        need other entries. Raises ValueError for one that takes chunks from prompts it has served.
         """
         chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
         if method.history is not None:
@@ -171,10 +171,7 @@ class Engine:
         return self.state.encoder.encode(*pieces, chunks, self.state.inputs_of(method), progress)
 
     def encode_wanted(self, most: int = 256) -> int:
-        """Encodes up to ``most`` chunks from the store's `MissQueue`. Returns their number.
-
-        Raises ValueError if the store has no folder.
-        """
+        """Encodes up to ``most`` queued chunks. Returns their number. ValueError: no folder."""
         if self.store.folder is None:
             raise ValueError("missed chunks are queued in a folder; use a store with a folder")
         return self.state.encoder.encode_wanted(most, self.prompts.longest)
@@ -184,7 +181,7 @@ class Engine:
     ) -> None:
         """Registers a loaded model under a name that selectors (``cacheclip``) can refer to.
 
-        Models in folders need no name. Raises ValueError if the tokenizer is not the served one.
+        Raises ValueError if the tokenizer is not the served one.
         """
         self.state.auxiliaries.add(name, model, tokenizer)
 
@@ -202,8 +199,8 @@ class Engine:
     def salted(self, salt: str, tenant: str = "") -> Engine:
         """An engine whose chunks and prefixes are visible only to engines of the same salt.
 
-        The salt is part of the fingerprint, and so of every key. An empty salt changes nothing.
-        Chunks count against the store's quota of the ``tenant``; default: one for each salt.
+        An empty salt changes nothing. Chunks count against the store's quota of the ``tenant``;
+        default: one for each salt.
         """
         if not salt:
             return self
@@ -214,10 +211,9 @@ class Engine:
         return other
 
     def decoding_on(self, text: str) -> Engine:
-        """An engine with the same model and caches that decodes on another kind of cache.
+        """An engine with the same model and caches that decodes on a `DecodeCache`, from its text.
 
-        ``text`` is parsed by `blocktune.cache.decode_cache.DecodeCache`. Raises ValueError as that
-        does, or if the model has its own kind of cache.
+        Raises ValueError if the text is wrong, or the model has its own kind of cache.
         """
         if self.state.recurrence is not None:
             raise ValueError("this model decodes on its own cache; leave the decode cache out")
@@ -241,47 +237,44 @@ class Engine:
         """Answers examples by a method, in batches of prompts of similar length.
 
         Args:
-            examples: Questions with their chunks: `RagExample`, or rows of a data set such as
-                ``{"question": ..., "chunks": [...]}``, with chunks in any form `RagExample` takes.
+            examples: `RagExample`, or rows of a data set such as ``{"question": ..., "chunks":
+                [...]}``, with chunks in any form `RagExample` takes.
             method: Name or a built `Method`; None: what the adapter was trained for, else naive.
             max_new_tokens: Most tokens to decode.
             sampling: How tokens are picked, or a mapping of its fields; default greedy.
             batch_size: Number of prompts served together.
 
-        Returns one answer per example, in the same order, with the example's chunks. Raises
-        ValueError if the method is unknown or does not match the model's adapter, or a prompt does
-        not fit into the model's context.
+        Returns an answer for each example, with its chunks, in their order. Raises ValueError if
+        the method is unknown or does not match the model's adapter, or a prompt does not fit into
+        the model's context.
         """
         require_count("batch_size", batch_size, least=1)
+        require_count("max_new_tokens", max_new_tokens, least=1)
         method, sampling = built(method, self.prompts.trained), Sampling.of(sampling)
-        started = time.perf_counter()
         examples = as_requests(examples)
-        pieces, prompts = self._read(examples, method, max_new_tokens)
-        read_s = (time.perf_counter() - started) / max(1, len(examples))
         how = self.responses, self.state, method, sampling, max_new_tokens
-        asked = enumerate(zip(pieces, examples, strict=True))
-        recalls = [Recall.of(*how, ids, example.question, i) for i, (ids, example) in asked]
-        answers = [recall and recall.answer() for recall in recalls]
-        order = [index for index, cached in enumerate(answers) if cached is None]
-        if method.history is None:  # with a history, each prompt affects the next: keep the order
-            order.sort(key=lambda index: len(prompts[index].input_ids))
-        decode_cache = self.state.decode_cache
-        batch_size = 1 if decode_cache is not None and decode_cache.window else batch_size
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            ready = None if method.history is not None else [prompts[i] for i in batch]
-            own = [pieces[i] for i in batch]
-            generation = prefill_warm(self.state, self.prompts, own, method, max_new_tokens, ready)
-            generation.watch.add("prompt_s", read_s * len(batch))
-            batch_answers = generation.answers(sampling, max_new_tokens, streams=batch)
-            for index, answer in zip(batch, batch_answers, strict=True):
+        answers: dict[int, Answer] = {}
+        if self.state.decode_cache is not None and self.state.decode_cache.window:
+            batch_size = 1
+        for batch in batches(examples, batch_size, in_order=method.history is not None):
+            started = time.perf_counter()
+            pieces = {index: self.prompts.pieces(examples[index], method) for index in batch}
+            read_s = (time.perf_counter() - started) / len(batch)
+            recalls = {i: Recall.of(*how, pieces[i], examples[i].question, i) for i in batch}
+            found = {i: recall and recall.answer() for i, recall in recalls.items()}
+            answers |= found
+            if not (new := [index for index in batch if found[index] is None]):
+                continue
+            own = [pieces[index] for index in new]
+            generation = prefill_warm(self.state, self.prompts, own, method, max_new_tokens)
+            generation.watch.add("prompt_s", read_s * len(new))
+            made = generation.answers(sampling, max_new_tokens, streams=new)
+            for index, answer in zip(new, made, strict=True):
                 answers[index] = answer
                 if (recall := recalls[index]) is not None:
                     recall.keep(answer.text, answer.token_ids, answer.usage.ttft_s)
-        return [
-            dataclasses.replace(answer, chunks=tuple(example.chunks))
-            for answer, example in zip(answers, examples, strict=True)
-        ]
+        chunks = [tuple(example.chunks) for example in examples]
+        return [dataclasses.replace(answers[i], chunks=own) for i, own in enumerate(chunks)]
 
     def stream(
         self,
@@ -301,8 +294,11 @@ class Engine:
             yield cached.text
             return
         generation = prefill_warm(self.state, self.prompts, [pieces], method, max_new_tokens)
-        ids: list[int] = []
-        yield from generation.texts(sampling, max_new_tokens, ids)
+        text, ids = TextStream(self.tokenizer), []
+        for token in generation.tokens(sampling, max_new_tokens):
+            ids.append(int(token))
+            yield text.push(ids[-1])
+        yield text.finish()
         if recall is not None:
             recall.keep(self.state.text(ids), ids)
 
@@ -311,10 +307,10 @@ class Engine:
     ) -> CachedContext:
         """Caches the prompt up to its question, for stock `generate` to continue from.
 
-        Greedy decoding from it gives the tokens of `answer`. ``chunks`` are passages in prompt
-        order, in any form that `RagExample.chunks` takes. Methods that select tokens by the
-        ``question`` need it; without one, the cache is valid for any question. Raises ValueError
-        if the method reshapes attention or needs a question, or as `answer` does.
+        Greedy decoding from it gives the tokens of `answer`. ``chunks`` are as in
+        `RagExample.chunks`. Methods that select tokens by the ``question`` need it; without one,
+        the cache is valid for any question. Raises ValueError if the method reshapes attention or
+        needs a question, or as `answer` does.
         """
         chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
         return make_context(self.state, self.prompts, chunks, method, question)
@@ -341,16 +337,5 @@ class Engine:
         return self.prefilled([example], method).continued(num_tokens)
 
     def lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
-        """Lays out a prompt's rows for ``method``, given its history of earlier prompts.
-
-        Raises ValueError if the method does not match the adapter, or the prompt is too long.
-        """
+        """Lays out a prompt's rows for ``method``, given its history. Raises as `answer` does."""
         return self.prompts.lay_out(pieces, method, self.state.encoder, max_new_tokens)
-
-    def _read(
-        self, examples: Sequence[Request], method: Method, max_new_tokens: int = 1
-    ) -> tuple[list[Pieces], list[Prompt]]:
-        """Pieces, and prompts as without a history, which only the served prompt may look up."""
-        require_count("max_new_tokens", max_new_tokens, least=1)
-        pieces, spec = [self.prompts.pieces(x, method) for x in examples], self.prompts.spec(method)
-        return pieces, [self.prompts.prompt(piece, spec, max_new_tokens) for piece in pieces]

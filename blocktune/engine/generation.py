@@ -33,8 +33,7 @@ from blocktune.parsing import check_types, read
 from blocktune.prompt import Chunk
 from blocktune.registry import require_count
 
-Pick = Callable[[Tensor], Tensor]
-"""Picks tokens ``(B, 1)`` from logits ``(B, V)``."""
+Pick = Callable[[Tensor], Tensor]  # picks tokens ``(B, 1)`` from logits ``(B, V)``
 
 
 class NoNumbers(ValueError):
@@ -50,16 +49,12 @@ def require_numbers(logits: Tensor) -> None:
         )
 
 
-COLDEST = 1e-4
-"""Lowest temperature for sampling. Below it logits would overflow, so decoding is greedy."""
+COLDEST = 1e-4  # below this temperature logits would overflow, so decoding is greedy
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked. The default is greedy decoding.
-
-    Raises ValueError if a value is out of range or of another type.
-    """
+    """How the next token is picked; default greedy. ValueError: a value is out of range."""
 
     temperature: float = 0.0  # 0 is greedy; above, logits are divided by it
     top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
@@ -82,10 +77,7 @@ class Sampling:
         return given if isinstance(given, cls) else read(cls, given or {}, "sampling")
 
     def picker(self, device: torch.device, streams: Sequence[int]) -> Pick:
-        """A function that picks tokens ``(B, 1)`` from logits ``(B, V)`` on ``device``.
-
-        Prompts with the same seed and stream number get the same draws, in any batch.
-        """
+        """A function that picks tokens ``(B, 1)`` from logits ``(B, V)``; draws go by stream."""
         if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)
         warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
@@ -108,10 +100,7 @@ class TextStream:
     """Incremental detokeniser. Its pieces join to the text of all tokens.
 
     Text is held back while its last character is incomplete, while it may be the start of a stop
-    text, and while it is trailing whitespace, which may have to be stripped.
-
-    Attributes:
-        stopped: Whether a stop text occurred.
+    text, and while it is whitespace that may have to be stripped. A stop text sets ``stopped``.
     """
 
     def __init__(
@@ -144,10 +133,9 @@ class TextStream:
         return self._show(len(self._text))
 
     def _unread(self) -> str:
-        ids, count = self._ids[self._prefix_offset :], self._read_offset - self._prefix_offset
-        before, after = (
-            self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:count], ids)
-        )
+        ends = self._read_offset, len(self._ids)
+        parts = [self._ids[self._prefix_offset : end] for end in ends]
+        before, after = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in parts)
         return after[len(before) :]
 
     def _add(self, text: str) -> None:
@@ -165,8 +153,7 @@ class TextStream:
         )
 
     def _show(self, until: int) -> str:
-        text = self._text[:until]
-        text = text.strip() if self.strips else text
+        text = self._text[:until].strip() if self.strips else self._text[:until]
         new, self._num_shown = text[self._num_shown :], max(self._num_shown, len(text))
         return new
 
@@ -191,10 +178,7 @@ class Generation(ServedBatch):
     executed: list[Executed]  # all passes, for counting operations
 
     def remember(self) -> None:
-        """Caches what later prompts can use: exact prefixes, and updates of the method's history.
-
-        Call it once, after the first token, so that it does not delay that.
-        """
+        """Caches exact prefixes and updates the method's history; once, after the first token."""
         encoder, history = self.state.encoder, self.method.history
         if self.cache.exact and self.method.cached is Cached.EXACT_PREFIX:
             for index, prompt in enumerate(self.pieces):
@@ -218,14 +202,6 @@ class Generation(ServedBatch):
         """
         for token, _ in self._steps(sampling, max_new_tokens, streams):
             yield token
-
-    def texts(self, sampling: Sampling, max_new_tokens: int, ids: list[int]) -> Iterator[str]:
-        """Decodes a single prompt. Yields pieces of the text, and appends tokens to ``ids``."""
-        stream = TextStream(self.state.tokenizer)
-        for token in self.tokens(sampling, max_new_tokens):
-            ids.append(int(token))
-            yield stream.push(ids[-1])
-        yield stream.finish()
 
     def _steps(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]

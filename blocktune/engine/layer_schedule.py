@@ -28,10 +28,12 @@ from blocktune.positions import RopeSpec
 from blocktune.registry import require_like
 
 
-@dataclass(frozen=True)
-class LayerSchedule:
-    """Which of the ``U`` candidate rows each layer computes."""
+@dataclass(eq=False)
+class SchedulePlan:
+    """Attention plan of a forward pass, of whose ``U`` candidate rows each layer computes some."""
 
+    served: ServedBatch
+    candidates: Computed
     selection: Selection  # consulted at its check layers
     start: Tensor  # (B, U) bool: candidates that the first layer computes
     widen: Mapping[int, Tensor]  # by layer, (B, U) bool: rows added at its input
@@ -39,23 +41,19 @@ class LayerSchedule:
     depth: Tensor | None = None  # (B, U): how many layers, from the first, compute each; None: all
     hidden: Tensor | None = None  # (B, N) bool: columns that recomputed chunk tokens do not see
 
-
-class SchedulePlan:
-    """Attention plan of one forward pass whose rows change between layers. See `Prefill`."""
-
-    def __init__(self, served: ServedBatch, candidates: Computed, schedule: LayerSchedule):
-        self.candidates, self.schedule, self.watch = candidates, schedule, served.watch
+    def __post_init__(self):
+        served, kind = self.served, self.candidates.rows.kind
         self.columns, self.cache, self.reshaping = served.columns, served.cache, served.reshaping
-        self.rope, repair, selection = served.state.rope, served.method.repair(), schedule.selection
+        repair, history = served.method.repair(), served.method.history
         self.repair = repair and RepairedCache(repair, self.columns, self.cache)
-        self.plans: list[CachePlan] = []
+        self.plans: list[CachePlan] = []  # this and the probes are as in `Prefill`
         self.probes: dict[int, CachePlan] = {}
-        self._checks = frozenset(selection.checks(len(self.cache)))
-        self._ends = frozenset(() if schedule.depth is None else schedule.depth.unique().tolist())
-        history = served.method.history
-        watches = selection.watches_chunks or (history is not None and history.watches_chunks)
+        self._checks = frozenset(self.selection.checks(len(self.cache)))
+        self._ends = frozenset(() if self.depth is None else self.depth.unique().tolist())
+        watches = history is not None and history.watches_chunks
+        watches |= self.selection.watches_chunks
         self.chunk_probe = ChunkAttention(self.columns) if watches else None
-        self._set_rows(0, RowSubset(candidates, candidates.rows.kind != Kind.PAD))
+        self._set_rows(0, RowSubset(self.candidates, kind != Kind.PAD))
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend` by the plan of the layer's rows."""
@@ -66,22 +64,22 @@ class SchedulePlan:
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of layer ``index`` that replaces its inputs by those of its rows."""
         hidden = args[0]
-        if index == 0 and not torch.equal(self.schedule.start, self._current.chosen):
-            hidden = self._change(index, hidden, self.schedule.start)
+        if index == 0 and not torch.equal(self.start, self._current.chosen):
+            hidden = self._change(index, hidden, self.start)
         if index and index in self._ends:
-            continued = self._current.chosen & (self.schedule.depth > index)
+            continued = self._current.chosen & (self.depth > index)
             hidden = self._change(index, hidden, continued)
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
-        if index in self.schedule.widen:
-            hidden = self._change(index, hidden, self._current.chosen | self.schedule.widen[index])
-        current = self._current
+        if index in self.widen:
+            hidden = self._change(index, hidden, self._current.chosen | self.widen[index])
         if self.repair is not None:
-            self.repair.watch(index, current.rows.columns)
-        return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
+            self.repair.watch(index, self._current.rows.columns)
+        args, kwargs = self._current.inputs(args[1:], kwargs)
+        return (hidden, *args), kwargs
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
-        self.watch.stop("recompute_s")
+        self.served.watch.stop("recompute_s")
         rows, exists = self._current.rows.rows, self._current.exists
         column = rows.order.clamp(min=0)
         # Only cached rows can be dropped: the others have no states to fall back on.
@@ -96,14 +94,15 @@ class SchedulePlan:
         def probe() -> tuple[LayerKV, LayerKV]:
             current, cache = self._current, self.cache.layers[index]
             cache.observer = stop  # the layer ends once its keys and values are computed
+            others, options = current.inputs(args[1:], kwargs)
             with suppress(ProbeDone):
-                layer.forward(args[0], *current.positional(args[1:]), **current.arguments(kwargs))
+                layer.forward(args[0], *others, **options)
             cache.observer = None
             self.probes[index] = self.plans[-1]
             cached = LayerKV(*cache.held())
             if self.repair is not None:
                 self.repair.compared(current.rows.columns, fresh[0], cached)
-            rope = self.rope.layers[index]
+            rope = self.served.state.rope.layers[index]
             return compared(fresh[0], rope), compared(cached, rope)
 
         check = LayerCheck(
@@ -116,11 +115,10 @@ class SchedulePlan:
             question_mass=None if self.chunk_probe is None else self.chunk_probe.of_question(),
             probe=probe,
         )
-        selection = self.schedule.selection
-        selected = selection.refine(check)
-        require_like(f"selector '{SELECTORS.name_of(selection)}'", selected, eligible)
+        selected = self.selection.refine(check)
+        require_like(f"selector '{SELECTORS.name_of(self.selection)}'", selected, eligible)
         selected = selected & eligible
-        if fresh and selection.keeps_keys:
+        if fresh and self.selection.keeps_keys:
             columns = self._current.rows.columns
             if self.repair is not None:
                 self.repair.keep(index, columns, fresh[0])
@@ -129,15 +127,15 @@ class SchedulePlan:
                 self.reshaping.wrote(index, columns)
         mask = self._current.of_candidates(selected | (exists & ~eligible))
         hidden = self._change(index, args[0], mask)
-        self.watch.stop("select_s")
+        self.served.watch.stop("select_s")
         return hidden
 
     def _change(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         """Replaces the current rows by those of ``mask`` ``(B, U)``. Returns their states."""
         all_hidden = hidden.new_zeros(*mask.shape, hidden.shape[-1])
-        if layer in self.schedule.states and layer in self.schedule.widen:
+        if layer in self.states and layer in self.widen:
             columns = self.candidates.columns.clamp(min=0)
-            states = self.schedule.states[layer]
+            states = self.states[layer]
             all_hidden = states.gather(1, as_index(columns, states)).to(hidden.dtype)
         self._current.put(hidden, all_hidden)
         self._set_rows(layer, RowSubset(self.candidates, mask))
@@ -150,9 +148,9 @@ class SchedulePlan:
             self.plans[-1].forget()
         self._current, rows = current, current.rows
         facts, columns = rows.rows, self.columns
-        if self.schedule.hidden is not None:
-            facts, columns = _seeing_chosen(facts, columns, self.schedule.hidden)
-        if self.schedule.selection.sees_future and layer >= min(self._checks, default=0):
+        if self.hidden is not None:
+            facts, columns = _seeing_chosen(facts, columns, self.hidden)
+        if self.selection.sees_future and layer >= min(self._checks, default=0):
             facts = _seeing_future(facts, self.columns)
         self.plans.append(CachePlan(facts, columns, self.reshaping, rows.columns))
         self.cache.select(rows.columns, range(layer, len(self.cache)))
@@ -179,10 +177,8 @@ class Prefill:
     """The result of a prefill, and what was computed for it."""
 
     logits: Tensor  # after each prompt's last row, ``(B, V)``
-    # the attention plans that ran, each with the layers it ran in
-    plans: list[CachePlan] = field(default_factory=list)
-    # by layer: rows whose states were computed for selection only
-    probes: dict[int, CachePlan] = field(default_factory=dict)
+    plans: list[CachePlan] = field(default_factory=list)  # that ran, each with its layers
+    probes: dict[int, CachePlan] = field(default_factory=dict)  # by layer: for selection only
     chunk_probe: ChunkAttention | None = None  # attention to chunks, if it is read
 
     def layer_tokens(self, num_layers: int) -> Tensor:
@@ -207,26 +203,23 @@ class Prefill:
 
 
 @torch.no_grad()
-def prefill(served: ServedBatch, candidates: Computed, schedule: LayerSchedule) -> Prefill:
+def prefill(plan: SchedulePlan) -> Prefill:
     """Computes rows into the batch's cache, layer by layer, and the logits after the last row.
 
-    The cache must hold the states of all columns that are not among the ``candidates``. The watch
-    gets ``select_s`` for each selection, and ``recompute_s`` for the computation before it.
+    The cache must hold the states of all columns that are not candidates. The watch gets
+    ``select_s`` for each selection, and ``recompute_s`` for the computation before it.
     """
-    plan = SchedulePlan(served, candidates, schedule)
-    model, positions = served.state.model, candidates.rows.position
-    output = planned_forward(model, candidates.ids, positions, plan, served.cache, logits_to_keep=1)
-    for layer in range(len(served.cache)) if plan.repair is not None else ():
-        served.cache.layers[layer].observer = None  # decoded tokens repair nothing
+    (ids, rows, *_), cache = plan.candidates, plan.cache
+    model = plan.served.state.model
+    output = planned_forward(model, ids, rows.position, plan, cache, logits_to_keep=1)
+    for layer in cache.layers if plan.repair is not None else ():
+        layer.observer = None  # decoded tokens repair nothing
     return Prefill(output.logits[:, -1], plan.plans, plan.probes, plan.chunk_probe)
 
 
 @dataclass(frozen=True)
 class Enter:
-    """Forward pre-hook that passes a layer's input to the plan's ``enter``, if it has one.
-
-    Equal hooks are registered once.
-    """
+    """Forward pre-hook that passes a layer's input to the plan's ``enter``, if it has one."""
 
     index: int
 

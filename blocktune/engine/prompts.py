@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -57,6 +57,16 @@ def as_requests(examples: Iterable[Request | Mapping[str, Any]]) -> list[Request
     return [as_request(example) for example in examples]
 
 
+def batches(examples: Sequence[Request], size: int, in_order: bool) -> Iterator[list[int]]:
+    """Yields indices ``in_order``, or of similar length, the longest (it may not fit) first."""
+    order, starts = list(range(len(examples))), range(0, len(examples), size)
+    if not in_order:
+        sizes = [len(x.question) + sum(len(chunk.text) for chunk in x.chunks) for x in examples]
+        order.sort(key=sizes.__getitem__)
+        starts = reversed(starts)
+    return (order[start : start + size] for start in starts)
+
+
 def built(method: str | Method | None, trained: LayoutSpec | None = None) -> Method:
     """Builds a method from its name. None: the one an adapter of that layout was trained for."""
     result = default_method(trained) if method is None else method
@@ -87,7 +97,7 @@ class PromptMaker:
         return min(self.max_tokens, self.exact_tokens or self.max_tokens)
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
-        """Token pieces of a request for ``method``."""
+        """Token pieces of a request for ``method``. Raises as `spec`."""
         block, request = self.spec(method).block, as_request(request)
         pieces = make_pieces(
             self.tokenizer, self.format, request.chunks, request.question, block=block
@@ -95,11 +105,7 @@ class PromptMaker:
         return pieces if method.keeps_context else pieces._replace(chunks=())
 
     def spec(self, method: Method) -> LayoutSpec:
-        """The layout for ``method``.
-
-        Raises ValueError if the method needs another adapter or more layers than the model has, or
-        reuses chunks of a model where that is impossible.
-        """
+        """The layout for ``method``; ValueError if the model or its adapter does not suit it."""
         if self.refusal and method.reuses_chunks:
             raise ValueError(self.refusal.format(f"method '{method.name}'"))
         min_layers = method.select().min_layers
@@ -131,8 +137,7 @@ class PromptMaker:
     ) -> Prompt:
         """Lays pieces out. For ``contexts`` see `blocktune.prompt.lay_out`.
 
-        Raises ValueError if prompt and answer do not fit into the model's context, or contain a
-        token that the model has no embedding for.
+        Raises ValueError if prompt and answer do not fit, or a token has no embedding.
         """
         require_embedded(self.tokenizer, self.num_tokens, *pieces.all)
         lengths, spans = [len(chunk) for chunk in pieces.chunks], None
@@ -168,11 +173,9 @@ class PromptMaker:
     def encodable(
         self, chunks: Sequence[Chunk], spec: LayoutSpec | None = None
     ) -> tuple[Piece | None, list[Piece]]:
-        """Pieces to encode ahead: the prefix (None if empty) and the chunks.
+        """Pieces to encode ahead: the prefix (None if empty) and the chunks. Raises as `prompt`.
 
         Their layout is ``spec``; if it is None or full attention, the adapter's or plain reuse.
-
-        Raises ValueError as `prompt` does.
         """
         if self.refusal:
             raise ValueError(self.refusal.format("encoding"))

@@ -38,10 +38,7 @@ class Recall:
         question: str,
         stream: int = 0,
     ) -> Recall | None:
-        """Returns None without a cache, or if answers are sampled without a seed.
-
-        ``settings`` are those of decoding, ``stream`` is that of random numbers.
-        """
+        """Returns None without a cache, or if answers are sampled without a seed."""
         if cache is None or (sampling.temperature > 0 and sampling.seed is None):
             return None
         draws = (sampling, stream) if sampling.temperature > 0 else "greedy"

@@ -1,8 +1,8 @@
 """Prefill for models whose chunks cannot be moved: in full, or resumed from an exact prefix.
 
-Models with recurrent layers resume from the deepest checkpoint, those without rotary positions
-from any token. Each prompt is computed by itself by stock transformers, its tokens in order, in
-one pass for each stretch between the checkpoints that the prefix tree asks for.
+Models with recurrent layers resume from the deepest checkpoint, others from any token. Stock
+transformers compute each prompt alone, in a pass for each stretch between the checkpoints that the
+prefix tree asks for.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class RecurrentPrefill(Prefill):
     written: Tensor  # bytes of computed keys, values and states, ``(B,)``
 
     def layer_tokens(self, num_layers: int) -> Tensor:
-        """Context tokens computed in each layer, ``(B, layers)``."""
+        """See `Prefill.layer_tokens`."""
         return self.context_tokens[:, None].expand(-1, num_layers)
 
     def bytes_written(self, cache: object) -> Tensor:
-        """Bytes of computed keys, values and states, ``(B,)``."""
+        """See `Prefill.bytes_written`."""
         return self.written
 
 
@@ -66,13 +66,10 @@ def prefill_recurrent(
     for index, run in enumerate(runs if method.cached is Cached.EXACT_PREFIX else ()):
         facts = run.start, run.bytes_read, run.disk_tokens
         assembled.found_prefix(served.batch.layout, index, pieces[index], *facts)
+    logits = torch.cat([run.logits for run in runs])
     counts = torch.tensor([(run.context_tokens, run.written, run.macs) for run in runs])
-    context_tokens, written, macs = counts.unbind(1)
-    prefill = RecurrentPrefill(
-        logits=torch.cat([run.logits for run in runs]),
-        context_tokens=context_tokens,
-        written=written,
-    )
+    tokens, written, macs = counts.unbind(1)
+    prefill = RecurrentPrefill(logits=logits, context_tokens=tokens, written=written)
     return RecurrentGeneration(
         **vars(served) | {"cache": [run.cache for run in runs]},
         last=served.columns.map(lambda facts: facts[:, -1:]),
@@ -82,15 +79,11 @@ def prefill_recurrent(
     )
 
 
-TOKENS_PER_PASS = 32
-"""A pass over one token takes about as long as a pass over this many tokens."""
+TOKENS_PER_PASS = 32  # a pass over one token takes about as long as a pass over this many
 
 
 class _Run:
-    """One prompt's prefill, from token ``start`` on.
-
-    ``macs`` counts multiply-adds of matrices and attention, without scans.
-    """
+    """A prompt's prefill from token ``start`` on; ``macs``: multiply-adds, without scans."""
 
     def __init__(self, served: ServedBatch, index: int, ids: Sequence[int]):
         state, pieces, watch = served.state, served.pieces[index], served.watch

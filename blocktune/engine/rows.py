@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import SKIP
-from blocktune.layout import GLOBAL, NO_ROW, Kind, Layout, Rows
+from blocktune.layout import GLOBAL, Kind, Layout, Rows
 from blocktune.prompt import Batch
 
 
@@ -86,8 +86,6 @@ def decoded_rows(last: Rows, steps: int) -> Rows:
         offset=(ahead - 1).expand_as(rows.offset),
         position=rows.position + ahead,
         order=rows.order + ahead,
-        group=torch.full_like(rows.group, GLOBAL),
-        supersedes=torch.full_like(rows.supersedes, NO_ROW),
     )
 
 
@@ -103,16 +101,11 @@ def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     return index, exists
 
 
-PER_ROW = ("position_embeddings", "position_ids")
-"""Keyword arguments of layers that have an item for each embedded row."""
+PER_ROW = ("position_embeddings", "position_ids")  # of a layer, with an item for each row
 
 
 class RowSubset:
-    """A subset of the candidate rows.
-
-    ``rows``, ``exists`` (False for padding) and ``index`` (in the candidates) are ``(B, R)``;
-    ``chosen`` is their mask of the candidates, ``(B, U)``.
-    """
+    """A subset ``chosen`` ``(B, U)`` of the candidate rows; the other fields are ``(B, R)``."""
 
     def __init__(self, candidates: Computed, chosen: Tensor):
         self._candidates, self.chosen = candidates, chosen
@@ -138,18 +131,10 @@ class RowSubset:
         whole = whole.expand(len(self.index), *whole.shape[1:])
         return whole.gather(1, as_index(self.index, whole))
 
-    def arguments(self, kwargs: dict) -> dict:
-        """A layer's keyword arguments for these rows."""
+    def inputs(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A layer's arguments after the hidden states; those with an item per candidate are cut."""
         if self._all:
-            return kwargs
-        return kwargs | {
-            name: self._pick_once(kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None
-        }
-
-    def positional(self, args: tuple) -> tuple:
-        """A layer's other positional arguments, with tensors over candidates cut to these rows."""
-        if self._all:
-            return args
+            return args, kwargs
         count = self._candidates.rows.kind.shape[1]
 
         def of_rows(value: Any) -> bool:
@@ -157,7 +142,9 @@ class RowSubset:
                 return bool(value) and all(map(of_rows, value))
             return isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == count
 
-        return tuple(self._pick_once(value) if of_rows(value) else value for value in args)
+        own = {n: self._pick_once(kwargs[n]) for n in PER_ROW if kwargs.get(n) is not None}
+        args = tuple(self._pick_once(value) if of_rows(value) else value for value in args)
+        return args, kwargs | own
 
     def _pick_once(self, value: Tensor | tuple) -> Tensor | tuple:
         # All layers get the same tensors: pick each once (and hold it, so that its id is unique).

@@ -23,27 +23,21 @@ from blocktune.models.recurrent import Recurrence
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Batch, Pieces, Prompt, end_of_turn, stack
 
-SELF = "self"
-"""Name of the served model among the auxiliary models."""
+SELF = "self"  # name of the served model among the auxiliary models
 
 
 class Auxiliaries:
-    """Models by name that selectors may use to score tokens. They are loaded on first use.
+    """Models by name that selectors may use to score tokens. They are loaded on first use."""
 
-    Attributes:
-        may_load: Whether names that were never added may be loaded from folders and the Hub.
-    """
+    may_load = True  # names that were never added, from folders and the Hub
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         """Registers ``model`` as `SELF`. The others must share its ``tokenizer``."""
-        self.tokenizer, self.may_load = tokenizer, True
+        self.tokenizer = tokenizer
         self._models, self._lock = {SELF: model}, threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Adds a loaded model, and replaces its attention by blocktune's.
-
-        Raises ValueError if its tokenizer maps the served model's token ids to other text.
-        """
+        """Attaches and adds a model. Raises ValueError if its tokenizer reads ids as other text."""
         own, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
         if wrong := sorted((i, token) for token, i in own.items() if theirs.get(token) != i):
             index, token = wrong[0]
@@ -85,20 +79,15 @@ def unfollowed(config: GenerationConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EngineState:
-    """The model, its tokenizer and its caches.
-
-    ``encoder`` has the chunk store, ``prefix_tree`` the exact prefixes of earlier prompts. Models
-    whose chunks cannot be moved have a ``recurrence``, which is how they resume from a state.
-    ``decode_cache`` is the kind of cache for decoding (None: the cache of the prefill).
-    """
+    """The model, its tokenizer and its caches."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    encoder: Encoder
-    prefix_tree: PrefixTree
+    encoder: Encoder  # has the chunk store
+    prefix_tree: PrefixTree  # exact prefixes of earlier prompts
     auxiliaries: Auxiliaries
-    recurrence: Recurrence | None = None
-    decode_cache: DecodeCache | None = None
+    recurrence: Recurrence | None = None  # how a model whose chunks cannot be moved resumes
+    decode_cache: DecodeCache | None = None  # kind of cache for decoding; None: the prefill's
 
     @property
     def rope(self) -> RopeSpec | None:

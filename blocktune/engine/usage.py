@@ -19,10 +19,7 @@ from blocktune.models.small import config_value
 
 @dataclass(frozen=True)
 class Ttft:
-    """Seconds from request to first token, by stage.
-
-    Prompts of one batch are served together, so each has the times of the batch.
-    """
+    """Seconds from request to first token, by stage; for each prompt those of its batch."""
 
     prompt_s: float = 0.0  # tokenising and laying the prompt out
     lookup_s: float = 0.0  # finding out which chunks are cached
@@ -61,10 +58,7 @@ class Usage:
 
     @property
     def recompute_ratio(self) -> float:
-        """Share of the context's layer-tokens that were computed, in [0, 1].
-
-        All layers count equally, including CacheBlend's first layer, which is computed in full.
-        """
+        """Share of the context's layer-tokens that were computed, in [0, 1]."""
         total = self.context_tokens * len(self.layer_tokens)
         return sum(self.layer_tokens) / total if total else 0.0
 
@@ -104,8 +98,7 @@ class Stopwatch:
 
 OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "output_linear")
 """Names of the output projection of attention. Its other projections come before attention."""
-EXPANSION = ".kv_b_proj"
-"""Part of the name of the projection that makes keys and values of cached latents (DeepSeek)."""
+EXPANSION = ".kv_b_proj"  # in the name of what makes keys and values of cached latents (DeepSeek)
 
 
 class LayerCost(NamedTuple):
@@ -169,10 +162,7 @@ class Executed:
             plan.forget()  # its masks are large, and decoding may take long
 
     def flops(self) -> Tensor:
-        """Floating-point operations of each prompt, two per multiply-add, ``(B,)`` int64.
-
-        Padding rows do not count. Masked scores do, because they are computed.
-        """
+        """Floating-point operations, two per multiply-add, ``(B,)`` int64, with masked scores."""
         model = ModelCost.of(self.model)
         macs = model.head * self.heads + (0 if self.extra is None else self.extra)
         for plan in self.plans:

@@ -3,7 +3,7 @@
 Chunk reuse and block training are exact on a decoder if four properties hold. Only attention mixes
 tokens. Every layer attends by the function that blocktune passes to it and keeps its own keys.
 Positions enter only by rotating queries and keys. A layer attends exactly to what it passes to that
-function. `examine` names the one that is missing, without looking at a model's name.
+function. `examine` does not look at a model's name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attent
 
 
 def require_supported(model: PreTrainedModel) -> RopeSpec:
-    """Returns how to move a model's cached chunks. Raises `Refused` if that is impossible.
+    """Returns how to move the cached chunks of a model, which may be PEFT's, quantised or split.
 
-    It is not run, so it may be a PEFT model, quantised or split. The error names the property.
+    Raises `Refused` as `examine` does.
     """
     base = unwrapped(model)
     config = base.config.get_text_config()
@@ -49,8 +49,8 @@ def require_supported(model: PreTrainedModel) -> RopeSpec:
 def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> Structure:
     """Checks from a configuration, without loading a model, that chunk reuse is exact on it.
 
-    ``config`` is that of a text model or of a multimodal model with one; ``cls`` is the model's
-    class, by default the one in transformers. Raises `Refused`, which names the missing property.
+    The configuration may be that of a multimodal model; ``cls`` is the model's class, by default
+    the one in transformers. Raises `Refused`, which names the missing property.
     """
     outer, config = config, config.get_text_config(decoder=True)
     cls = cls or causal_class(config) or causal_class(outer)
@@ -116,31 +116,25 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
 
 
 def exact_length(config: PreTrainedConfig) -> int | None:
-    """Prompt length up to which moving chunks by rotation is exact; None: no limit.
-
-    Limits come from RoPE types whose frequencies depend on the prompt length, queries scaled by
-    absolute position (Ministral 3, Llama 4), attention in chunks of absolute positions (Llama 4)
-    and attention to a fixed number of selected tokens (DeepSeek V3.2).
-    """
-    lengths = [getattr(config, "index_topk", None)]
+    """Prompt length up to which moving chunks by rotation is exact; None: no limit."""
+    lengths = [getattr(config, "index_topk", None)]  # attends to so many tokens (DeepSeek V3.2)
     for part in _ropes(config):
         original = part.get("original_max_position_embeddings")
         if part.get("rope_type") == "dynamic":
             lengths.append(config.max_position_embeddings)
+        # Frequencies by the prompt's length, queries scaled by absolute position (Ministral 3).
         if part.get("rope_type") == "longrope" or part.get("llama_4_scaling_beta"):
             lengths.append(original)
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         lengths.append(config.attention_chunk_size)
-    if getattr(config, "attn_temperature_tuning", False):
+    if getattr(config, "attn_temperature_tuning", False):  # of queries, by position (Llama 4)
         lengths.append(config.floor_scale - 1)
     return min((length for length in lengths if length is not None), default=None)
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Most tokens of a prompt with its answer; 2 ** 30 for models without a limit.
-
-    YaRN with an explicit factor extends ``max_position_embeddings``, as on Qwen 2.5 and 3.
-    """
+    """Most tokens of a prompt with its answer; 2 ** 30 for models without a limit."""
+    # YaRN with an explicit factor extends max_position_embeddings, as on Qwen 2.5 and 3.
     yarn = [p for p in _ropes(config) if p.get("rope_type") == "yarn" and p.get("factor")]
     extended = [int(p["original_max_position_embeddings"] * p["factor"]) for p in yarn]
     return max([getattr(config, "max_position_embeddings", 1 << 30), *extended])

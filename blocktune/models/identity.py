@@ -17,10 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from blocktune.models.sharded import gathered, whole_shape
 from blocktune.models.small import causal_class, quiet
 
-SAMPLES = 64
-"""Elements sampled from each weight, at equal strides."""
-QUANTISED = "quantised"
-"""Placeholder for the linear weights of a quantised base, which cannot be compared."""
+SAMPLES = 64  # elements sampled from each weight, at equal strides
+QUANTISED = "quantised"  # for linear weights of a quantised base, which cannot be compared
 _ARCHITECTURE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"),
@@ -30,13 +28,12 @@ _TRAINED = ("ranknum.", "trainable_tokens", "blocktune_links", "modules_to_save.
 
 
 def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
-    """Digest of a base model, the same with and without a PEFT adapter or links.
+    """Digests of a base's architecture, plain and linear weights, whatever adapter or links it has.
 
-    Weights are sampled and compared as bfloat16, so a checkpoint has the same digest in float32 and
-    in bfloat16. For a 4- or 8-bit base only embeddings and norms are compared. The model must not
-    be merged or resized. ``state`` has its whole weights by name, if a launch has split them.
-
-    It joins those of architecture, plain and linear weights. ValueError: a weight is not in memory.
+    Weights are sampled as bfloat16, so a checkpoint has the same digest in float32 and in bfloat16.
+    For a 4- or 8-bit base only embeddings and norms count. The model must not be merged or resized.
+    ``state`` has its whole weights by name, if a launch has split them. Raises ValueError if a
+    weight is not in memory.
     """
     plain, linear = hashlib.sha256(), hashlib.sha256()
     quantised = False
@@ -105,13 +102,10 @@ def adapter_fingerprint(folder: str | Path) -> str:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what turns text into ids: rules, vocabulary, special tokens, chat template.
-
-    It excludes padding and truncation, because the backend stores those of the last call.
-    """
+    """Digest of what turns text into ids: rules, vocabulary, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    if backend is not None:
+    if backend is not None:  # it stores padding and truncation of the last call
         rules = {key: rules[key] for key in rules if key not in ("padding", "truncation")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest_of({"rules": rules, "special": special, "template": tokenizer.chat_template})

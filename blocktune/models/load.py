@@ -1,8 +1,4 @@
-"""Loads a base model by name, from a folder, a GGUF file or the Hub, to a device and dtype.
-
-Serving and training both load their bases here. So they give the same errors, and refuse a model
-on which chunk reuse would be wrong before its weights are read.
-"""
+"""Loads a base model by name, from a folder, a GGUF file or the Hub, to a device and dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -27,6 +23,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as PROCESSOR_TEMPLATE
@@ -40,19 +40,9 @@ from blocktune.models.small import causal_class
 from blocktune.parsing import first_line, load_json
 from blocktune.registry import require_one_of
 
-if TYPE_CHECKING:
-    from transformers import (
-        BitsAndBytesConfig,
-        PreTrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
-
 logger = logging.getLogger("blocktune")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ADAPTER_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
-"""Files to download from an adapter's repository: never a pickle, never code."""
 
 
 def load_base(
@@ -77,16 +67,14 @@ def load_base(
         dtype: One of `DTYPES`; ``auto``: as saved.
         device: Default: CUDA if available, else the CPU.
         revision: Revision of the repository.
-        quantize: One of `blocktune.models.quantize.QUANTIZATIONS` or a configuration; None: as
-            saved.
+        quantize: One of `blocktune.models.quantize.QUANTIZATIONS` or a configuration.
         place: Whether to move the weights to the device; quantised ones are always placed there.
         recurrent: Whether models with recurrent layers are allowed (without chunk reuse).
         what: What is being loaded, for error messages.
 
-    Raises:
-        ValueError: If the model, device, dtype or quantization does not exist, its files are
-            damaged or lack weights, or it is saved quantized and ``quantize`` is given.
-        Refused: If chunk reuse would be wrong on the model, before its weights are read.
+    Raises `Refused` if chunk reuse would be wrong on the model, and ValueError if the model,
+    device, dtype or quantization does not exist, its files are damaged or lack weights, or it is
+    saved quantized and ``quantize`` is given.
     """
     bare, revision = pinned(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,16 +106,12 @@ def load_base(
 
 
 def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads the fast tokenizer of a folder or repository, with its chat template.
-
-    Repositories of multimodal models may keep the template in the processor's file. Mistral's own
-    tokenizers (package mistral-common) have neither a template nor text that stays text. Raises
-    ValueError if there is no tokenizer, or its files are damaged.
-    """
+    """Loads a fast tokenizer with its chat template. ValueError: there is none, or it is broken."""
     with _explained(str(name), "a tokenizer"):
+        # Mistral's own kind (package mistral-common) has no template, and text does not stay text.
         how = {"revision": revision, "mistral_format": False, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(name, **how)
-        if tokenizer.chat_template is None:
+        if tokenizer.chat_template is None:  # multimodal models: in the processor's file
             kinds = ("gated_repo", "missing_entries", "connection_errors")
             quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
             path = cached_file(str(name), PROCESSOR_TEMPLATE, revision=revision, **quiet)
@@ -166,7 +150,7 @@ def require_stops(folder: str, eos: Any) -> None:
 def read_config(
     name: str, revision: str | None = None, what: str = "a language model"
 ) -> PreTrainedConfig:
-    """The configuration of a model by name; ``what`` is for errors. ValueError if it has none."""
+    """The configuration of a model by name. Raises ValueError if it has none."""
     bare, revision = pinned(name, revision)
     file = gguf_file(bare)
     with _explained(name, what):
@@ -176,10 +160,7 @@ def read_config(
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file that ``name`` refers to: itself, or the only one in a folder; None: no GGUF.
-
-    Raises ValueError if the file does not exist, a folder has several, or package gguf is missing.
-    """
+    """The GGUF file ``name``, or that in a folder; None: neither. ValueError: it cannot be read."""
     path = Path(name)
     files = [path] if path.suffix == ".gguf" else []
     if path.is_dir() and not (path / "config.json").exists():
@@ -244,7 +225,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
-    """Copies a model's modules, but shares its weights; with ``own_embeddings`` copies those, too.
+    """Copies a model's modules (and ``own_embeddings``), but shares its weights.
 
     Hooks, LoRA or a link table on one copy do not affect the other; changed weights would.
     """
@@ -312,10 +293,7 @@ def check_device(name: str) -> None:
 
 
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
-    """Returns name and revision of ``USER/NAME@REVISION``, or those given for a local folder.
-
-    Raises ValueError if two revisions are given, or an empty one.
-    """
+    """Splits ``USER/NAME@REVISION``, unless it is a folder; ValueError: two revisions, or none."""
     if Path(name).exists():
         return str(name), revision
     bare, at, inside = str(name).partition("@")
@@ -331,8 +309,9 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     name, revision = pinned(adapter, revision)
     if Path(name).is_dir():
         return Path(name)
+    files = ["*.json", "*.safetensors", "*.jinja", "*.model"]  # never a pickle, never code
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(ADAPTER_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         reason = first_line(error)
         raise ValueError(

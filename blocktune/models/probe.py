@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import ExitStack
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from blocktune.attention import DensePlan, attach
+from blocktune.attention import DensePlan, attach, planned_forward
 from blocktune.attention.interface import decoder_of
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule, Layout
 from blocktune.models.small import VOCABULARY
 from blocktune.positions import LayerRope, relocate_keys
 
-TOLERANCE = 1e-3
-"""Relative to a state's largest element. Rounding is below it, a wrong mask or rotation above."""
+TOLERANCE = 1e-3  # of a state's largest element: rounding is below, a wrong mask or rotation above
 POSITIONS = (3, 4, 11, 64, 901)
 ROWS = 40
 
@@ -31,7 +32,7 @@ class Mixes(Refused):
 
 
 class NoRotary(Mixes):
-    """The model only attends, but its positions are not rotations. It can resume prefixes."""
+    """The model only attends, but positions are no rotations. It can resume prefixes."""
 
 
 class Rotated(NamedTuple):
@@ -97,35 +98,23 @@ class _Recorder:
         return own.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
 
 
-class _Pass(NamedTuple):
-    hidden: Tensor  # (1, S, hidden)
-    cache: DynamicCache
-    plan: _Recorder
-
-
 class Probe:
     """Tests one small model for the four properties."""
 
     def __init__(
         self, name: str, model: PreTrainedModel, length: int | None, small_length: int | None
     ):
-        """Runs and attaches the small ``model``, which must not be used afterwards.
-
-        ``name`` is the class name, for errors. ``length`` is the prompt length up to which reuse is
-        exact on the full model (None: any), ``small_length`` the same for the small model.
-        """
+        """Runs and attaches the small ``model``. Lengths: up to which reuse is exact, on both."""
         self.name, self.decoder, self.length = name, decoder_of(model), length
         self.depth = self.decoder.config.num_hidden_layers
-        reach = min(
-            length or POSITIONS[-1] + 1,
-            getattr(self.decoder.config, "max_position_embeddings", 1 << 30),
-        )
+        self.plan, self.cache = _Recorder(), DynamicCache()
+        reach = getattr(self.decoder.config, "max_position_embeddings", 1 << 30)
+        reach = min(length or POSITIONS[-1] + 1, reach)
         self.positions = [p for p in POSITIONS if p < reach]
         if len(self.positions) < 2:
             raise Refused(f"{name}: a context of {reach} tokens holds no chunks; use a longer one")
-        generator = torch.Generator().manual_seed(1)
-        shape = (1, min(ROWS, small_length or ROWS))
-        self.ids = torch.randint(1, VOCABULARY - 1, shape, generator=generator)
+        shape, seeded = (1, min(ROWS, small_length or ROWS)), torch.Generator().manual_seed(1)
+        self.ids = torch.randint(1, VOCABULARY - 1, shape, generator=seeded)
         try:
             attach(model)
         except ValueError as error:
@@ -134,20 +123,14 @@ class Probe:
 
     def run(self) -> Structure:
         """Tests all properties, those that explain others first. Raises `Refused` if one fails."""
-        same = torch.full((1, len(self.positions)), 5)
         self._require_only_attention_mixes()
-        run = self._forward(same, torch.tensor([self.positions]))
-        self._require_every_layer_attends_and_caches(run)
-        layers = self._require_positions_only_rotate(run)
+        same, positions = torch.full((1, len(self.positions)), 5), torch.tensor([self.positions])
+        hidden = planned_forward(self.decoder, same, positions, self.plan, self.cache)[0]
+        self._require_every_layer_attends_and_caches()
+        layers = self._require_positions_only_rotate(hidden[0])
         self._require_attention_follows_interface()
-        windows = tuple(run.plan.windows[index] for index in range(self.depth))
+        windows = tuple(self.plan.windows[index] for index in range(self.depth))
         return Structure(layers, windows, self.length)
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> _Pass:
-        cache, plan = DynamicCache(), _Recorder()
-        options = {"plan": plan, "past_key_values": cache, "use_cache": True}
-        hidden = self.decoder(ids, position_ids=positions, **options)[0]
-        return _Pass(hidden, cache, plan)
 
     def _require_only_attention_mixes(self) -> None:
         """Changes one row's token: no other row's output may change, in any module."""
@@ -173,47 +156,39 @@ class Probe:
             if is_rows and not first.is_complex():
                 outputs.append((name, type(module).__name__, first[0].float()))
 
-        hooks = [
-            module.register_forward_hook(functools.partial(watch, name))
-            for name, module in self.decoder.named_modules()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, module in self.decoder.named_modules():
+                hook = module.register_forward_hook(functools.partial(watch, name))
+                hooks.callback(hook.remove)
             self.decoder(ids, plan=_Recorder(), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return outputs
 
-    def _require_every_layer_attends_and_caches(self, run: _Pass) -> None:
+    def _require_every_layer_attends_and_caches(self) -> None:
         every = set(range(self.depth))
-        if more := run.plan.queries.keys() - every:
+        if more := self.plan.queries.keys() - every:
             raise Refused(
                 f"{self.name} attends in {self.depth + len(more)} layers where its configuration "
                 f"has {self.depth} (layers that run several times); use one whose layers run once"
             )
-        if missing := sorted(every - run.plan.queries.keys()):
+        if missing := sorted(every - self.plan.queries.keys()):
             raise Refused(
                 f"{self.name}: {_layers(missing)} no call of transformers' attention interface, so "
                 "blocktune's masks do not apply there; use a decoder in which every layer calls it"
             )
-        cached = {i for i, layer in enumerate(run.cache.layers) if layer.is_initialized}
+        cached = {i for i, layer in enumerate(self.cache.layers) if layer.is_initialized}
         if missing := sorted(every - cached):
             raise Refused(without_keys(self.name, missing))
 
-    def _require_positions_only_rotate(self, run: _Pass) -> tuple[Rotated, ...]:
-        hidden = run.hidden[0]
+    def _require_positions_only_rotate(self, hidden: Tensor) -> tuple[Rotated, ...]:
         if _differ(hidden[1:], hidden[:1].expand_as(hidden[1:])):
             raise NoRotary(NO_ROTARY.format(self.name))
-        buffers = {
-            name: buffer
-            for name, buffer in self.decoder.named_buffers()
-            if name.endswith("inv_freq") and "original" not in name
-        }
-        return tuple(self._rotation(run, index, buffers) for index in range(self.depth))
+        named = self.decoder.named_buffers()
+        buffers = {n: b for n, b in named if n.endswith("inv_freq") and "original" not in n}
+        return tuple(self._rotation(index, buffers) for index in range(self.depth))
 
-    def _rotation(self, run: _Pass, index: int, buffers: dict[str, Tensor]) -> Rotated:
+    def _rotation(self, index: int, buffers: dict[str, Tensor]) -> Rotated:
         """The rotation that turns a layer's cached state at the first position into all others."""
-        layer = run.cache.layers[index]
+        layer = self.cache.layers[index]
         in_values = _moves(layer.values) and not _moves(layer.keys)
         rotated, fixed = layer.keys, layer.values
         if in_values:
@@ -221,13 +196,9 @@ class Probe:
         forms = [Rotated("", in_values=in_values)]
         for name, buffer in buffers.items():
             rest = rotated.shape[-1] - 2 * len(buffer)
-            starts = {0, rest} if rest >= 0 else ()
-            forms += [
-                Rotated(name, sign, start, interleaved, in_values)
-                for sign in (1, -1)  # NanoChat rotates the other way
-                for start in starts
-                for interleaved in (False, True)
-            ]
+            # NanoChat rotates the other way: with sign -1.
+            kinds = product((1, -1), {0, rest} if rest >= 0 else (), (False, True))
+            forms += [Rotated(name, *kind, in_values) for kind in kinds]
         errors = [self._error(rotated, form.rope(buffers)) for form in forms]
         best = min(range(len(forms)), key=errors.__getitem__)
         if errors[best] > TOLERANCE or _moves(fixed):
@@ -235,7 +206,7 @@ class Probe:
                 f"{self.name}: in layer {index}, keys at different positions do not differ by a "
                 "rotation by the model's frequencies, so cached keys cannot be moved; use RoPE"
             )
-        query = run.plan.queries[index]
+        query = self.plan.queries[index]
         if self._error(query, forms[best].rope(buffers).of_keys(query.shape[-1])) > TOLERANCE:
             raise Refused(
                 f"{self.name}: layer {index} does more to its queries by position than rotate "
@@ -250,22 +221,19 @@ class Probe:
         return float((moved - states).abs().max() / states.abs().max().clamp(min=1e-9))
 
     def _require_attention_follows_interface(self) -> None:
-        layout = _full(self.ids.shape[1])
-        options = {"position_ids": layout.position, "plan": DensePlan(layout), "use_cache": False}
-        if _differ(self.decoder(self.ids, **options)[0], self.stock):
+        at = torch.arange(self.ids.shape[1])[None]
+        kind, chunk, group, sample, supersedes, until = (
+            torch.full_like(at, value)
+            for value in (Kind.QUERY, NO_CHUNK, GLOBAL, 0, NO_ROW, FOREVER)
+        )
+        layout = Layout(kind, chunk, at, at, at, group, sample, supersedes, until)
+        planned = planned_forward(self.decoder, self.ids, layout.position, DensePlan(layout))
+        if _differ(planned[0], self.stock):
             raise Refused(
                 f"{self.name} does not attend as its layers tell transformers' attention interface "
                 "(it adds its own mask, bias or window), so blocktune's masks would be wrong on "
                 "it; use a decoder with plain causal or sliding-window attention"
             )
-
-
-def _full(rows: int) -> Layout:
-    at = torch.arange(rows)[None]
-    values = {"kind": int(Kind.QUERY), "chunk": NO_CHUNK, "group": GLOBAL, "sample": 0}
-    values |= {"supersedes": NO_ROW, "until": FOREVER}
-    same = {name: torch.full_like(at, value) for name, value in values.items()}
-    return Layout(offset=at, position=at, order=at, **same)
 
 
 def _layers(missing: list[int]) -> str:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 
 from blocktune.registry import require_one_of
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 """Formats that a base can be loaded in; ``double`` quantises the scales of 4-bit weights too."""
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The configuration by which transformers quantises a base on loading (see `QUANTIZATIONS`).
+    """The configuration by which transformers quantises a base, with products in ``dtype``.
 
-    Products with 4-bit weights use ``dtype``. ValueError: unknown name, or no bitsandbytes.
+    Raises ValueError if the name is not among `QUANTIZATIONS`, or bitsandbytes is missing.
 
     Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
     """
     require_one_of("quantize", name, QUANTIZATIONS)
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_accelerate_available, is_bitsandbytes_available
-
     if not (is_bitsandbytes_available() and is_accelerate_available()):
         raise ValueError(
             f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu]'"
@@ -57,10 +51,9 @@ def quantization_of(model: PreTrainedModel) -> str | None:
 
 
 def keep_stored_codes(model: nn.Module) -> None:
-    """Stops bitsandbytes from rewriting 4-bit weights on some CPUs.
+    """Stops bitsandbytes 0.50 from rewriting 4-bit weights in place on CPUs with AVX512-BF16.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 rewrites them in place at the first forward pass
-    without gradients: less precise, without a kernel for gradients, and unlike their fingerprint.
+    They would be less precise, without a kernel for gradients, and unlike their fingerprint.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

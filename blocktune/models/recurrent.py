@@ -1,8 +1,8 @@
 """Models without chunk reuse: recurrent (Mamba, gated delta rules, hybrids) or GPT-2.
 
-A recurrent state mixes all tokens before it, so chunks cannot be encoded alone and reused. Nor can
-chunks of a model that adds absolute positions to its states. A whole prefix can be reused: the
-model continues from the state after its last token. These models run on stock transformers.
+A recurrent state mixes all tokens before it, and absolute positions are added to the states, so
+chunks cannot be encoded alone and reused. A whole prefix can: stock transformers continue from the
+state after its last token.
 """
 
 from __future__ import annotations
@@ -18,28 +18,21 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 @dataclass(frozen=True)
 class Recurrence:
-    """How a model continues from a cache.
-
-    Mamba-1 layers (Jamba) start from zero unless they get one token at a time: not ``several``.
-    """
+    """How a model continues from a cache."""
 
     argument: str  # name of the cache argument of `forward`
-    several: bool  # whether a pass over several tokens continues from the cached state
+    several: bool  # whether a pass over several tokens does (Jamba's starts from zero)
     last_only: bool  # whether it can return only the last logits
     has_states: bool = True  # whether layers are recurrent; else it has absolute positions
 
     @property
     def refusal(self) -> str:
         """Error for an attempt to reuse chunks; ``{}`` is what attempted it."""
+        why = "no rotary position embedding (RoPE), so cached chunks cannot be moved; use recycle,"
         if self.has_states:
-            return (
-                "{} reuses chunks, but this model has recurrent layers, whose state mixes a chunk "
-                "with all tokens before it; use prefix-cache, full-prefill or no-context"
-            )
-        return (
-            "{} reuses chunks, but this model has no rotary position embedding (RoPE), so cached "
-            "chunks cannot be moved; use recycle, prefix-cache, full-prefill or no-context"
-        )
+            why = "recurrent layers, whose state mixes a chunk with all tokens before it; use"
+        how = "prefix-cache, full-prefill or no-context"
+        return f"{{}} reuses chunks, but this model has {why} {how}"
 
     def run(self, model: PreTrainedModel, cache: DynamicCache, ids: Tensor, fresh: bool) -> Tensor:
         """Appends ``ids`` ``(1, S)`` to the cache. Returns the logits ``(1, V)`` after them."""
@@ -52,9 +45,7 @@ class Recurrence:
 
 @torch.no_grad()
 def find_recurrence(model: PreTrainedModel, always: bool = False) -> Recurrence | None:
-    """Finds how a model with recurrent layers continues from a cache; None if it has none.
-
-    With ``always``, it also examines a model that only attends.
+    """Finds how a model with recurrent layers (or ``always``) continues from a cache; else None.
 
     Eight tokens are run in one pass and in two, to check that the second continues from the first.
     Raises ValueError if it does not, or if the model also has sliding windows.

@@ -26,10 +26,7 @@ def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """Inside the block, models are loaded completely into this process.
-
-    In and after a run with ZeRO-3, transformers would split every model over the run's processes.
-    """
+    """Inside the block, models are loaded completely, also in and after a run with ZeRO-3."""
     from transformers.integrations import deepspeed  # only for training
 
     config = deepspeed._hf_deepspeed_config_weak_ref

@@ -16,12 +16,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.utils import logging
 
 VOCABULARY = 384
-LARGEST = 400_000_000
-"""Most parameters of a small model."""
-WINDOW = 12
-"""Sliding window of a small model, in tokens."""
-SPAN = 120
-"""Other lengths, in tokens, at which a small model's attention changes (chunked, indexed)."""
+LARGEST = 400_000_000  # most parameters of a small model
+WINDOW = 12  # sliding window of a small model, in tokens
+SPAN = 120  # other lengths at which its attention changes (chunked, indexed), in tokens
 _SIZES = {
     r".*intermediate_(multiple_)?size|.*ffn_(dim|hidden_size)|n_inner|dff|feed_forward_size": 64,
     r".*intermediate_size_mlp": 64,
@@ -44,10 +41,7 @@ _DROPPED = ("quantization_config", "dtype", "transformers_version", "architectur
 
 
 def config_value(config: PreTrainedConfig, *names: str) -> Any:
-    """The value of the first field in ``names`` that has one, or None.
-
-    Names may be transformers' standard ones or the configuration's own.
-    """
+    """The value of the first field (by transformers' name or its own) that has one, or None."""
     values = config.to_dict()
     given = (values.get(config.attribute_map.get(name, name)) for name in names)
     return next((value for value in given if value is not None), None)
@@ -120,7 +114,7 @@ def _is_count(value: Any) -> bool:
 
 
 def small_model(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """A random float32 model on the CPU, in evaluation mode. It is the same at every call.
+    """A random float32 model on the CPU, the same at every call, in evaluation mode.
 
     Matrices preserve the scale of their input, and norms and biases are random, so that everything
     affects the output. Torch's random state does not change. ValueError: the model is not small.

@@ -19,13 +19,13 @@ class Placement(NamedTuple):
 def place(
     placement: str, prefix_length: int, chunk_lengths: Sequence[int], slot: int = 0
 ) -> Placement:
-    """Positions at which a prompt's chunks (including links) and query start.
+    """Positions at which chunks (including links) and query start, by one of `PLACEMENTS`.
 
-    ``sequential``: chunks follow each other, as in an ordinary prompt. ``parallel``: all chunks
-    start after the prefix, the query after the longest chunk. ``composite``: chunks stay at 0,
-    where they were encoded; the query starts at the number of tokens before it.
-    ``reserved``: each chunk starts a slot of ``slot`` positions; the query comes after the last
-    slot. Raises ValueError if the placement is unknown, or a chunk does not fit into its slot.
+    ``sequential``: chunks follow each other. ``parallel``: all chunks start after the prefix, the
+    query after the longest. ``composite``: chunks stay at 0, where they were encoded; the query
+    starts at the number of tokens before it. ``reserved``: each chunk starts a slot of ``slot``
+    positions; the query comes after the last. Raises ValueError if a chunk does not fit into its
+    slot.
 
     Source: APE arXiv:2502.05431 (parallel), TurboRAG arXiv:2410.07590 (composite), PromptCache
     arXiv:2311.04934 (reserved).
@@ -38,12 +38,10 @@ def place(
         return Placement((prefix_length,) * len(chunk_lengths), prefix_length + longest)
     if placement == "composite":
         return Placement((0,) * len(chunk_lengths), total)
-    if placement == "reserved":
-        if longest > slot:
-            raise ValueError(
-                f"chunk {list(chunk_lengths).index(longest)} takes {longest} positions, the schema "
-                f"reserves {slot} for each; cut chunks smaller or reserve more (slot)"
-            )
-        starts = tuple(prefix_length + index * slot for index in range(len(chunk_lengths)))
-        return Placement(starts, prefix_length + slot * len(chunk_lengths))
-    raise ValueError(f"unknown placement '{placement}'; available: {', '.join(PLACEMENTS)}")
+    if longest > slot:
+        raise ValueError(
+            f"chunk {list(chunk_lengths).index(longest)} takes {longest} positions, the schema "
+            f"reserves {slot} for each; cut chunks smaller or reserve more (slot)"
+        )
+    starts = tuple(prefix_length + index * slot for index in range(len(chunk_lengths)))
+    return Placement(starts, prefix_length + slot * len(chunk_lengths))

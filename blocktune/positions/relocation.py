@@ -59,23 +59,15 @@ class Rotation(NamedTuple):
 
 
 def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
-    """Moves cached keys to new positions by composing one more rotation.
+    """Moves rotated keys ``(B, K, S, D)`` by ``shift`` ``(B, S)`` positions, by one more rotation.
 
     Rotations add up, so a key stored at position ``p`` becomes the key for ``p + shift``
     without the hidden state it came from. A factor that the model multiplies into cos and sin
     (YaRN's ``attention_scaling``) is in the key already, and must not be applied again. Always
     start from the stored original, because repeated moves accumulate rounding errors.
 
-    Args:
-        keys: Rotated keys, ``(B, K, S, D)``, any floating dtype.
-        shift: Signed distance to move each token, in positions, ``(B, S)``.
-        rope: How the layer rotates them.
-
-    Returns:
-        Keys at the new positions, same shape and dtype. Computed in float32: bfloat16 cannot
-        hold integers past 256, so position 257 would read as 256.
-
-    Raises ValueError if ``shift`` does not match the keys.
+    Returns keys of the same shape and dtype, computed in float32: bfloat16 cannot hold integers
+    past 256. Raises ValueError if ``shift`` does not match the keys.
 
     Source: Block-Attention, arXiv:2409.15355, position re-encoding (one rotation, not two).
     """
@@ -90,8 +82,8 @@ def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
 def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> Tensor:
     """Rotates keys ``(B, K, S, D)``; see `relocate_keys`.
 
-    ``rotation`` is broadcastable to the rotated dimensions. If ``out`` is given, the result is
-    written there and is not differentiable. It has the keys' shape and must not overlap them.
+    If ``out`` of the keys' shape is given, which must not overlap them, the result is written
+    there and is not differentiable.
     """
     if out is not None and _fused is not None and _fused(keys, rotation, out):
         return out
@@ -116,12 +108,9 @@ _fused: Callable[[Tensor, Rotation, Tensor], bool] | None = None
 
 
 def load_fused() -> None:
-    """Makes `rotate_keys` use `blocktune.positions.fused` on CPUs, if numba is installed.
-
-    Its first call ever compiles, which takes seconds, so call it before the first request. It does
-    nothing if vLLM is installed, because vLLM 0.32 fails in a process that has loaded numba.
-    """
+    """Makes `rotate_keys` use numba on CPUs, if it is installed; compiles once, for seconds."""
     global _fused
+    # vLLM 0.32 fails in a process that has loaded numba.
     if (vllm := find_spec("vllm")) is not None and vllm.origin:  # not just a folder of that name
         return
     try:

@@ -286,7 +286,7 @@ def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[Ch
     run = prefill_batch(state, [engine.lay_out(pieces, method)], [pieces], method)
     run.remember()
     encoder = state.encoder
-    _, kv, _ = encoder.extract(run.cache, {}, None, 0, prefix)
+    kv, _ = encoder.extract(run.cache, {}, None, 0, prefix)
     stored = encoder.store.put(encoder.key(prefix), kv, tenant=encoder.tenant)
     watch.stop("encode_s")
     return stored, int(run.assembled.cached.sum())

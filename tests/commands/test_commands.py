@@ -174,6 +174,16 @@ def test_drawn_answers_continue_in_the_same_batches(blocktune, model, tmp_path):
     assert answers[0] == answers[1]
 
 
+def test_batches_of_drawn_answers_draw_different_numbers(blocktune, model, tmp_path):
+    row = {"question": "Where was Anna born?", "chunks": ["Anna was born in Port Alder."]}
+    questions = tmp_path / "same.jsonl"
+    questions.write_text(f"{json.dumps(row)}\n" * 4)
+    ask = ("answer", "--model", model, "-i", questions, "--max-new-tokens", 8, "--batch-size", 2)
+    for more in ((), ("--response-cache", "exact")):  # without a seed nothing is recalled
+        lines = blocktune(*ask, "--temperature", 3.0, *more, "--json").stdout.splitlines()
+        assert len({json.loads(line)["answer"] for line in lines}) == 4
+
+
 def test_eval_writes_results_table_and_picture(blocktune, model, questions, tmp_path):
     suite = {
         "model": "replaced",

@@ -19,8 +19,8 @@ from blocktune.cache.store.folder import ChunkFolder
 from blocktune.cache.store.shelf import Shelf
 from blocktune.data import RagExample
 from blocktune.engine import Engine, Sampling
-from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.encode import wanted_pieces
+from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.state import Auxiliaries
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind
@@ -194,7 +194,8 @@ def test_files_are_read_layer_by_layer_into_cpu_memory_alone(tokenizer, tmp_path
     store = ChunkStore.open(f"{tmp_path},memory=0")
     engine = engine_of(FAMILIES["llama"](), tokenizer, store=store)
     engine.encode(ASK.chunks)
-    pieces = wanted_pieces(engine._read([ASK], build("naive"))[1][0])
+    naive = build("naive")
+    pieces = wanted_pieces(engine.lay_out(engine.prompts.pieces(ASK, naive), naive))
     watch = Stopwatch(torch.device("cpu"))
     assert len(engine.state.encoder.look_up(pieces, watch, lazy=True).hits) == len(pieces)
     for device, read in (("cpu", FileKV), ("cuda", ChunkKV)):
@@ -224,6 +225,20 @@ def test_batches_answer_in_the_order_of_the_requests(engine):
     together = engine.answer(asks, "naive", max_new_tokens=6, batch_size=2)
     alone = [engine.answer([ask], "naive", max_new_tokens=6)[0] for ask in asks]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+
+
+def test_the_longest_prompts_are_laid_out_first_and_a_batch_at_a_time(engine, monkeypatch):
+    events, prompt = [], PromptMaker.prompt
+
+    def noted(maker, pieces, *args):
+        events.append(len(pieces.chunks))
+        return prompt(maker, pieces, *args)
+
+    engine.encode(ASK.chunks + SHORT.chunks)
+    monkeypatch.setattr(PromptMaker, "prompt", noted)
+    engine.model.register_forward_hook(lambda *_: events.append("forward"))
+    engine.answer([SHORT, ASK, SHORT, ASK], "naive", max_new_tokens=1, batch_size=2)
+    assert events == [3, 3, "forward", 2, 2, "forward"]
 
 
 def test_streamed_pieces_join_to_the_answer(engine):
@@ -409,8 +424,7 @@ def test_later_text_never_changes_an_earlier_column(tall, name):
     later = Ask("And who wrote the music of it?", ASK.chunks)
     keys = []
     for ask in (ASK, later):
-        pieces, prompts = tall._read([ask], method)
-        run = prefill_batch(tall.state, prompts, pieces, method)
+        run = tall.prefilled([ask], method)
         until = int((run.columns.kind == Kind.QUERY).long().argmax())
         keys.append([layer.keys[0, :, :until].clone() for layer in run.cache.layers])
     for left, right in zip(*keys, strict=True):

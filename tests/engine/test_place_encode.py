@@ -145,7 +145,7 @@ def test_an_auxiliary_model_scores_the_tokens_of_chunks_that_begin_with_bos(bos,
     method = method_of(f"naive + auxiliary-attention 30 % window=1 + layout bos={bos}")
     served, spans = served_spans(engine, ASK, method)
     torch.testing.assert_close(served, dense_logits(engine, ASK, method, spans), **TOLERANCE)
-    [prompt] = engine._read([ASK], method)[1]
+    prompt = engine.lay_out(engine.prompts.pieces(ASK, method), method)
     fresh = [int((prompt.layout.order[0] == span.column).nonzero()) for span in spans]
     assert fresh
     assert tokenizer.bos_token_id not in prompt.input_ids[fresh]

@@ -21,7 +21,6 @@ from families import FAMILIES
 from families import build as model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.layout import Kind
 from blocktune.methods import Repair, Selection, build, compose
 from blocktune.methods.repair.base import Residual
@@ -60,8 +59,7 @@ def columns(engine):
 
 def chosen(engine, method) -> set[int]:
     """Columns of the chunk tokens that are computed in the last layer."""
-    pieces, prompts = engine._read([ASK], method)
-    plans = prefill_batch(engine.state, prompts, pieces, method).prefill.plans
+    plans = engine.prefilled([ASK], method).prefill.plans
     return context_columns(next(plan for plan in plans if LAYERS - 1 in plan.executed))
 
 

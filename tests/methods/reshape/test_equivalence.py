@@ -7,7 +7,6 @@ from families import FAMILIES, dealt
 from methods.reshape.oracle import BestChunks, TwoSoftmaxes, logits_by, rows_of
 
 from blocktune.attention.masks import MaskRoom
-from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.methods import build, compose, reshaped_attention
 
 # Logits of these models reach about 10; prompts have fewer than 256 positions.
@@ -33,11 +32,6 @@ def served(family, tokenizer):
     return engine_of(config, tokenizer)
 
 
-def start(engine, asks, method):
-    pieces, prompts = engine._read(asks, method)
-    return prefill_batch(engine.state, prompts, pieces, method)
-
-
 def merged(engine, method, answer=(), fresh=None, moved=None):
     """Logits by the two softmaxes; ``moved`` is a column that is put into the wrong one."""
     ids, layout, last = rows_of(engine, ASK, method, fresh, answer)
@@ -60,7 +54,7 @@ METHODS = {
 @pytest.mark.parametrize(("engine", "name"), dealt(FAMILIES, METHODS), indirect=["engine"])
 def test_prefill_and_decode_match_the_merge_of_two_softmaxes(engine, name):
     method = METHODS[name]
-    run = start(engine, [ASK], method)
+    run = engine.prefilled([ASK], method)
     first, fresh = served_spans(engine, ASK, method)
     torch.testing.assert_close(first, merged(engine, method, fresh=fresh), **TOLERANCE)
     ids, later = run.continued(3)
@@ -102,7 +96,7 @@ def test_keys_that_were_made_for_a_choice_only_are_fresh_too(tokenizer):
 def test_temperature_and_scale_of_one_change_nothing(engine, name):
     method = build(name, **NEUTRAL)
     plain = compose(method, reshape=None)
-    run, other = (start(engine, [ASK], m) for m in (method, plain))
+    run, other = (engine.prefilled([ASK], m) for m in (method, plain))
     torch.testing.assert_close(run.prefill.logits, other.prefill.logits, rtol=0, atol=1e-5)
     (ids, logits), (same, expected) = run.continued(4), other.continued(4)
     assert ids == same
@@ -146,7 +140,7 @@ def test_prefill_and_decode_match_a_choice_of_chunks(family, aggregation, tokeni
     engine = served(family, tokenizer)
     for base in ("sel", "epic"):
         method = compose(base, reshape={"top-chunks": {"chunks": 1, "aggregation": aggregation}})
-        run = start(engine, [ASK], method)
+        run = engine.prefilled([ASK], method)
         first, fresh = served_spans(engine, ASK, method)
         torch.testing.assert_close(first, chosen(engine, method, fresh=fresh), **TOLERANCE)
         ids, later = run.continued(3)
@@ -187,7 +181,7 @@ def test_a_reshaped_prefix_never_enters_the_exact_cache(llama):
 
     before = llama.next_logits([ASK], "full-prefill")
     llama.answer([ASK], Shaped(), max_new_tokens=2)
-    run = start(llama, [ASK], build("prefix-cache"))
+    run = llama.prefilled([ASK], build("prefix-cache"))
     assert run.assembled.hits == [0]
     torch.testing.assert_close(run.prefill.logits, before, rtol=0, atol=1e-5)
 
