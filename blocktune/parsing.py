@@ -263,6 +263,12 @@ def entries(record: Any, where: str) -> list:
     return record
 
 
+def split_name(text: str) -> tuple[str, str]:
+    """Splits ``NAME=PATH`` into both; the name is "" if the text is a path, which may have ``=``."""
+    name, equals, path = text.partition("=")
+    return ("", text) if not equals or Path(text).exists() else (name, path)
+
+
 def refuse_doubles(what: str, names: list[str], fix: str) -> None:
     """Raises ValueError, with the ``fix``, if a name occurs more than once."""
     for name, count in Counter(names).most_common(1):

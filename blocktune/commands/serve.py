@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
-from blocktune.parsing import refuse_doubles
+from blocktune.parsing import refuse_doubles, split_name
 
 SAFETY, LIMITS = {"rich_help_panel": "Safety"}, {"rich_help_panel": "Limits"}
 KEY_VARIABLE = "BLOCKTUNE_API_KEY"
@@ -204,8 +204,7 @@ def serve_vllm(
     for option in (text.replace("_", "-").partition("=")[0] for text in context.args):
         if option in OURS or option.startswith(OUR_KINDS):
             raise ValueError(f"leave out {option}: blocktune sets model, wording and KV connector")
-    parts = [text.partition("=") for text in adapter or ()]
-    named = [(name if path else Path(name).name, path or name) for name, _, path in parts]
+    named = [(name or Path(path).name, path) for name, path in map(split_name, adapter or ())]
     refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
     launch.serve(model, dict(named), store, context.args, **extra)
