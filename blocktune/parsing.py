@@ -264,7 +264,7 @@ def entries(record: Any, where: str) -> list:
 
 
 def split_name(text: str) -> tuple[str, str]:
-    """Splits ``NAME=PATH`` into both; the name is "" if the text is a path, which may have ``=``."""
+    """Splits ``NAME=PATH``; the name is "" for a path alone. If it exists, it may have ``=``."""
     name, equals, path = text.partition("=")
     return ("", text) if not equals or Path(text).exists() else (name, path)
 

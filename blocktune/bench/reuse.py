@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM
 
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import ChunkStore
@@ -58,22 +59,27 @@ class ReuseBench:
 
     def engine(self, store: ChunkStore | None = None) -> Engine:
         """Builds an engine over the model, with empty caches, or with ``store``."""
-        tokenizer = byte_tokenizer()
-        model = random_llama(
-            len(tokenizer),
-            seed=self.seed,
-            hidden_size=self.width,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.tokens + 1,
-        )
-        return Engine(model, tokenizer, store=store)
+        return Engine(*random_model(self, self.intermediate, self.tokens + 1), store=store)
 
     def pieces(self, vocab_size: int) -> Pieces:
         """The random prompt of this setting."""
         return random_pieces(vocab_size, self.tokens, self.chunk, self.question, self.seed)
+
+
+def random_model(setting: Any, intermediate: int, length: int) -> tuple[LlamaForCausalLM, Any]:
+    """The random model of a setting, with room for ``length`` tokens, and its tokenizer."""
+    tokenizer = byte_tokenizer()
+    model = random_llama(
+        len(tokenizer),
+        seed=setting.seed,
+        hidden_size=setting.width,
+        intermediate_size=intermediate,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=setting.kv_heads,
+        max_position_embeddings=length,
+    )
+    return model, tokenizer
 
 
 TINY = ReuseBench(
@@ -168,7 +174,7 @@ def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
     A method's time covers everything from token ids to the logits after the question: looking up
     chunks, relocating their keys, joining caches, selecting tokens, computing. For ``full`` see
     `time_methods`; ``query_only`` computes the question over an assembled cache. Ratios are medians
-    of the ratios in each round. ``cost`` holds each method's `_cost`.
+    of the ratios in each round. ``cost`` is of each method, also at the machine's rates.
     """
     with threads(bench.threads), torch.no_grad():
         engine = bench.engine()
@@ -190,7 +196,17 @@ def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
         "seconds": {name: spread(values) for name, values in times.items()},
         "bytes_per_s_copied": copy,
         "flops_per_s_matmul": matmul,
-        "cost": {name: _cost(usage, copy, matmul) for name, usage in usages.items()},
+        "cost": {
+            name: {
+                "recompute_ratio": usage.recompute_ratio,
+                "bytes_read": usage.bytes_read,
+                "bytes_moved": usage.bytes_moved,
+                "bytes_over_copy_rate_s": usage.bytes_moved / 2 / copy,  # read and written
+                "flops": usage.flops,
+                "flops_over_matmul_rate_s": usage.flops / matmul,
+            }
+            for name, usage in usages.items()
+        },
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
     }
@@ -234,14 +250,3 @@ def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:
         )
 
     return work
-
-
-def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
-    return {
-        "recompute_ratio": usage.recompute_ratio,
-        "bytes_read": usage.bytes_read,
-        "bytes_moved": usage.bytes_moved,
-        "bytes_over_copy_rate_s": usage.bytes_moved / 2 / copy,  # read and written, see copy_rate
-        "flops": usage.flops,
-        "flops_over_matmul_rate_s": usage.flops / matmul,
-    }

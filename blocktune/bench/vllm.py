@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from blocktune.bench.reuse import random_model
 from blocktune.methods import build
 from blocktune.prompt import Pieces
 from blocktune.provenance import provenance
-from blocktune.testing import byte_tokenizer, random_llama
 from blocktune.vllm import ChunkLLM, Rendered
 
 GOAL_AT = 4096
@@ -66,10 +66,12 @@ def bench_vllm(setting: VllmBench) -> dict[str, Any]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; default: most of the memory
     draw = random.Random(setting.seed)
     with TemporaryDirectory() as folder:
-        model = _save_model(Path(folder) / "model", setting)
+        longest = max(setting.tokens) + 64
+        for part in random_model(setting, setting.width * 3, longest):
+            part.save_pretrained(Path(folder) / "model")
         options = {"enforce_eager": True, "disable_log_stats": True, "max_num_seqs": 4}
-        options |= {"max_model_len": max(setting.tokens) + 64, "dtype": "float32"}
-        llm = ChunkLLM(model, store=Path(folder) / "store", host_gb=4, **options)
+        options |= {"max_model_len": longest, "dtype": "float32", "host_gb": 4}
+        llm = ChunkLLM(f"{folder}/model", store=Path(folder) / "store", **options)
         llm.encode(())  # writes the model's manifest to the store
         lengths = {str(n): _time_length(llm, setting, n, draw) for n in setting.tokens}
         trace = _time_trace(llm, setting, draw)
@@ -78,23 +80,6 @@ def bench_vllm(setting: VllmBench) -> dict[str, Any]:
     ratios["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
     record = {"setting": asdict(setting), "found": ratios}
     return record | {"lengths": lengths, "trace": trace, "provenance": provenance()}
-
-
-def _save_model(folder: Path, setting: VllmBench) -> str:
-    tokenizer = byte_tokenizer()
-    model = random_llama(
-        len(tokenizer),
-        seed=setting.seed,
-        hidden_size=setting.width,
-        intermediate_size=setting.width * 3,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=setting.heads,
-        num_key_value_heads=setting.kv_heads,
-        max_position_embeddings=max(setting.tokens) + 64,
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def _ids(draw: random.Random, count: int) -> tuple[int, ...]:

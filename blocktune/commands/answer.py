@@ -26,13 +26,6 @@ Questions = Annotated[
 ShowPrompt = Annotated[
     bool, opt.of_prompt("--show-prompt", help="Print the prompt, row by row, first.")
 ]
-MethodName = Annotated[
-    str | None,
-    Option(
-        help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes two. Default: the "
-        "method that the adapter was trained for, else naive."
-    ),
-]
 Parameters = Annotated[
     list[str] | None, Option(help="Parameter of the method: name=value; repeatable.")
 ]
@@ -82,7 +75,7 @@ def answer(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    method: MethodName = None,
+    method: opt.MethodName = None,
     param: Parameters = None,
     store: opt.Store = None,
     batch_size: opt.BatchSize = 8,
@@ -101,30 +94,29 @@ def answer(
     from blocktune.cache.decode_cache import DecodeCache
     from blocktune.cache.responses import ResponseCache, read_settings
     from blocktune.commands import answering
+    from blocktune.engine import Sampling
     from blocktune.methods import default_method
 
     examples = answering.read_examples(source, limit, question, chunk or [])
     if stream and (len(examples) > 1 or output or as_json):
         raise ValueError("--stream prints one answer; leave out --output and --json")
     chosen = answering.build_method(method, param or [])
-    sampling = answering.Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed)
     had_chunks = store is not None and answering.holds_chunks(store)
-    loading = (store, dtype, device, quantize)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
     if response_cache is not None:
         read_settings(response_cache)
     words = opt.wording(instruction, system, wording)
-    engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
+    engine = opt.load_engine(model, adapter, store, dtype, device, quantize, chosen, words)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
     if response_cache is not None:
         engine.responses = ResponseCache.parse(response_cache, engine.store)
     used = chosen or default_method(engine.prompts.trained)
-    run = answering.Run(engine, used, max_new_tokens, sampling, batch_size)
-    run.require_room(examples)
-    if show_prompt:
-        run.print_prompts(examples)
+    decoding = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    run = answering.Run(engine, used, decoding, batch_size)
+    run.lay_out(examples, shown=show_prompt)  # all, before the first answer
     if stream:
         run.print_stream(examples[0])
     elif output is not None:
@@ -140,6 +132,7 @@ def answer(
     "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
     "blocktune encode --follow --store cache/ -m M   # encode what others miss",
     'Lines of docs.jsonl are {"text": "...", "title": "..."}, or questions with "chunks".',
+    "Name the --method that will read the chunks: some, such as link0, need other ones.",
     "A stopped command continues where it stopped: repeat it. Several processes or machines "
     "share the work:",
     "    accelerate launch --num_processes 4 --module blocktune.cli encode ...",
@@ -171,13 +164,7 @@ def encode(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    method: Annotated[
-        str | None,
-        Option(
-            help="Method that will read the chunks. Default: the one that the adapter was trained "
-            "for, else naive. Some, such as link0, need other chunks."
-        ),
-    ] = None,
+    method: opt.MethodName = None,
 ) -> None:
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
@@ -196,7 +183,6 @@ def encode(
     words = opt.wording(instruction, system, wording)
     if model is not None and not (Path(model) / INFO_FILE).is_file():
         examine(read_config(model))  # before anything is written
-    # Opened before a model is loaded.
     chosen = answering.build_method(method, [])
     if chosen is not None and (chosen.history is not None or not chosen.reuses_chunks):
         raise ValueError(NOT_AHEAD.format(chosen.name))
@@ -204,10 +190,10 @@ def encode(
     if config.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
     config, processes = replace(config, memory=0, cpu=0), launched()  # no chunk is read back
-    chunk_store = ChunkStore(config=config, must_write=True)
-    loading = (chunk_store, dtype, device or processes.device, quantize)
-    engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
-    answering.encode(engine, chunks, processes, store, chosen)
+    chunk_store, device = ChunkStore(config=config, must_write=True), device or processes.device
+    engine = opt.load_engine(model, adapter, chunk_store, dtype, device, quantize, chosen, words)
+    if documents is not None:
+        answering.encode(engine, chunks, processes, store, chosen)
     while follow:
         if count := engine.encode_wanted():
             typer.echo(f"encoded {count:,} chunks that readers missed")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +22,7 @@ from blocktune.cache.store.folder import ChunkFolder
 from blocktune.commands.application import resumable
 from blocktune.commands.options import tracked
 from blocktune.data import RagExample, load_examples
-from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
+from blocktune.engine import Answer, EncodeReport, Engine
 from blocktune.files import append_lines, resumed, truncate_lines
 from blocktune.methods import Method, parse_method
 from blocktune.models.identity import digest_of
@@ -77,33 +77,25 @@ class Run:
 
     engine: Engine
     method: Method
-    max_new_tokens: int
-    sampling: Sampling
+    decoding: Mapping[str, Any]  # ``max_new_tokens`` and ``sampling``
     batch_size: int
 
-    def require_room(self, examples: Sequence[RagExample]) -> None:
-        """Raises ValueError if a prompt is too long, before the first answer is generated."""
-        prompts = self.engine.prompts
+    def lay_out(self, examples: Sequence[RagExample], shown: bool) -> None:
+        """Raises ValueError if a prompt is too long; prints them row by row if ``shown``."""
+        prompts, room = self.engine.prompts, self.decoding["max_new_tokens"]
         for number, example in enumerate(examples, start=1):
             try:
                 pieces = prompts.pieces(example, self.method)
-                prompts.prompt(pieces, prompts.spec(self.method), self.max_new_tokens)
+                prompt = prompts.prompt(pieces, prompts.spec(self.method), room)
             except ValueError as error:
                 place = f"question {number} ('{example.question:.40}'): " * (len(examples) > 1)
                 raise ValueError(f"{place}{error}") from None
-
-    def print_prompts(self, examples: Sequence[RagExample]) -> None:
-        """Prints the prompts row by row, as the model sees them."""
-        prompts = self.engine.prompts
-        for example in examples:
-            pieces = prompts.pieces(example, self.method)
-            prompt = prompts.prompt(pieces, prompts.spec(self.method))
-            typer.echo(show(self.engine.tokenizer, prompt) + "\n")
+            if shown:
+                typer.echo(show(self.engine.tokenizer, prompt) + "\n")
 
     def print_stream(self, example: RagExample) -> None:
         """Prints one answer piece by piece while it is generated."""
-        decoding = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
-        for piece in self.engine.stream(example, self.method, **decoding):
+        for piece in self.engine.stream(example, self.method, **self.decoding):
             typer.echo(piece, nl=False)
         typer.echo()
 
@@ -139,8 +131,8 @@ class Run:
         starts = range(0, len(examples), self.batch_size)
         for start in tracked(starts, "answering", shown=not quiet and len(starts) > 1):
             batch = examples[start : start + self.batch_size]
-            decoding = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
-            answers = self.engine.answer(batch, self.method, batch_size=len(batch), **decoding)
+            options = {"batch_size": len(batch), **self.decoding}
+            answers = self.engine.answer(batch, self.method, **options)
             yield from zip(batch, answers, strict=True)
 
     def _record(self, example: RagExample, answer: Answer) -> dict[str, Any]:
@@ -154,12 +146,12 @@ class Run:
 
     def _key(self, example: RagExample, method: Sequence[str]) -> str:
         engine, responses = self.engine, self.engine.responses
-        sampled = [asdict(self.sampling), self.batch_size] if self.sampling.temperature else []
+        length, sampling = self.decoding["max_new_tokens"], self.decoding["sampling"]
+        sampled = [asdict(sampling), self.batch_size] if sampling.temperature else []
         similar = responses and responses.threshold and [responses.threshold, responses.model]
         caches = [engine.store.config.codec, str(engine.state.decode_cache), similar]
         weights = [engine.fingerprint, engine.format.to_dict()]
-        asked = [method, self.max_new_tokens, sampled, example.to_json()]
-        return digest_of([weights, caches, *asked])
+        return digest_of([weights, caches, method, length, sampled, example.to_json()])
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -192,17 +184,15 @@ def encode(
 
     ``place`` is the value of ``--store``. Raises ValueError if some chunks were not stored.
     """
+    from blocktune.evaluation.runner import progress_bars
+
     own, store = set(processes.share(list(dict.fromkeys(chunks)))), engine.store
     mine = [chunk for chunk in chunks if chunk in own]
-    columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Console(stderr=True)
-    shown = processes.is_main and console.is_terminal
-    with (
-        resumable(f"the chunks so far are in {store.place}"),
-        Progress(*columns, console=console, disable=not shown, transient=True) as bar,
-    ):
-        task, report = bar.add_task("encoding", total=None), EncodeReport(0, 0, 0, 0.0)
+    on_stop = resumable(f"the chunks so far are in {store.place}")
+    with on_stop, progress_bars(shown=processes.is_main and sys.stderr.isatty()) as bars:
+        task, report = bars.add_task("encoding", total=None), EncodeReport(0, 0, 0, 0.0)
         if mine:
-            show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+            show = lambda done, total: bars.update(task, completed=done, total=total)  # noqa: E731
             report = engine.encode(mine, show, method)
     who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
     stats, old = store.stats(), len(own) - report.num_encoded
@@ -260,26 +250,15 @@ def _report_rejected(stats: StoreStats, place: str) -> None:
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:
-    text = Text(answer.text or "(no text)", style="bold")
-    return Panel(
-        Group(Text(example.question, style="dim"), text, "", _usage_table(answer.usage)),
-        title=Text(method),
-        title_align="left",
-        width=min(100, Console().width),
-    )
-
-
-def _usage_table(usage: Usage) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table, usage = Table(box=None, show_header=False, pad_edge=False), answer.usage
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     per_layer = ", ".join(map(str, usage.layer_tokens))
-    times = {
-        name.removesuffix("_s").replace("_", " "): f"{1000 * seconds:.1f}"
+    split = ", ".join(
+        f"{name.removesuffix('_s').replace('_', ' ')} {1000 * seconds:.1f}"
         for name, seconds in asdict(usage.ttft).items()
         if seconds
-    }
-    split = ", ".join(f"{name} {value}" for name, value in times.items())
+    )
     table.add_row("context", f"{usage.context_tokens:,} of {usage.prompt_tokens:,} tokens")
     table.add_row("recomputed", f"{usage.recompute_ratio:.1%} (tokens per layer: {per_layer})")
     if usage.prefix_tokens:
@@ -288,4 +267,6 @@ def _usage_table(usage: Usage) -> Table:
     table.add_row("chunks", f"{usage.chunk_hits} cached, {usage.chunk_misses} encoded now")
     table.add_row("read", f"{usage.bytes_read / 1e6:,.2f} MB")
     table.add_row("first token", f"{1000 * usage.ttft_s:.1f} ms ({split})")
-    return table
+    text = Text(answer.text or "(no text)", style="bold")
+    shown = Group(Text(example.question, style="dim"), text, "", table)
+    return Panel(shown, title=Text(method), title_align="left", width=min(100, Console().width))

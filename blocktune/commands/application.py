@@ -84,10 +84,11 @@ def _one_line(debug: bool) -> Iterator[None]:
 
 def _write_failure(line: str | None, error: Exception) -> None:
     """Writes the error for the launching process to read; for a bug, the traceback follows."""
-    text = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
-    trace = "" if line else "".join(traceback.format_exception(error))
-    path = Path(os.environ[FAILURES]) / os.environ.get("RANK", "0")
-    path.with_suffix(".txt").write_text(f"{text}\n{trace}", errors="backslashreplace")
+    if line is None:
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        line += "\n" + "".join(traceback.format_exception(error))
+    path = Path(os.environ[FAILURES]) / f"{os.environ.get('RANK', 0)}.txt"
+    path.write_text(line, errors="backslashreplace")
 
 
 @contextmanager
@@ -118,9 +119,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, USAGE_ERROR):
         path = error.ctx.command_path if error.ctx else "blocktune"
         return f"{error.format_message().rstrip('.')}; see `{path} --help`"
-    if isinstance(error, RuntimeError):
-        # Only out-of-memory errors can be fixed. Compared by name, since torch is not imported.
-        return _out_of_memory(error) if type(error).__name__ == "OutOfMemoryError" else None
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return (
+            f"{' '.join(str(error).split()).partition('. ')[0]}; use smaller batches "
+            "(per_device_train_batch_size, --batch-size), shorter rows (pack_length, max_length), "
+            "gradient_checkpointing: true, or a 4-bit base (load_in_4bit, --quantize nf4)"
+        )
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package == "vllm":
@@ -144,15 +148,6 @@ def _print_error(line: str) -> None:
     # If several processes fail alike, only one prints it: the launching one, or rank 0.
     if os.environ.get("RANK", "0") == "0" and FAILURES not in os.environ:
         print(line, file=sys.stderr)
-
-
-def _out_of_memory(error: Exception) -> str:
-    reason = " ".join(str(error).split()).partition(". ")[0]
-    return (
-        f"{reason}; use smaller batches (per_device_train_batch_size, --batch-size), shorter rows "
-        "(pack_length, max_length), gradient_checkpointing: true, or a 4-bit base "
-        "(load_in_4bit, --quantize nf4)"
-    )
 
 
 def teach(*lines: str) -> str:
@@ -188,13 +183,8 @@ def command(name: str, *examples: str, of: typer.Typer = app, **settings: Any) -
 
 def new_group(name: str, text: str, *examples: str) -> typer.Typer:
     """Adds a group of commands to the application and returns it."""
-    group = typer.Typer(
-        no_args_is_help=True,
-        help=text,
-        rich_markup_mode="rich",
-        epilog=teach(*examples) if examples else None,
-    )
-    app.add_typer(group, name=name)
+    shown = {"help": text, "epilog": teach(*examples), "rich_markup_mode": "rich"}
+    app.add_typer(group := typer.Typer(no_args_is_help=True, **shown), name=name)
     return group
 
 

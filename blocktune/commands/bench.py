@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,14 +59,13 @@ def replay(
     costs = simulation.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
     requests = simulation.read_requests(trace, limit)
     requested = simulation.touched_bytes(requests, costs)
-    shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    budgets = [parse_bytes(b) for b in budget or ()] or [int(requested * s) for s in shares]
+    budgets = [parse_bytes(text) for text in budget or ()]
+    budgets = budgets or [int(requested * share) for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)]
     pairs = itertools.product(policy or POLICIES, budgets)
     outcomes = [simulation.replay(requests, size, name, costs) for name, size in pairs]
-    result = {"trace": str(trace), "requests": len(requests), "touched_bytes": requested}
+    result = {"trace": trace, "requests": len(requests), "touched_bytes": requested}
     result["outcomes"] = [outcome._asdict() for outcome in outcomes]
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         points = {share: simulation.break_even(share, costs=costs) for share in (0.0, 0.15)}
         result["provenance"] = provenance()
         result["break_even"] = {s: [p._asdict() for p in line] for s, line in points.items()}
@@ -163,7 +161,7 @@ def ttft(
     lengths = [int(part) for part in tokens.split(",")]
     engine = opt.load_engine(model, adapter, "memory=1TB", dtype, device)  # all chunks fit
     result = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
-    _show(result, as_json, output, table)
+    _show(result, as_json, output, table(result))
     if picture is not None:
         draw_ttft(result, picture)
 
@@ -205,14 +203,12 @@ def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False)
     _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
 
 
-def _show(
-    result: dict, as_json: bool, output: Path | None, table: Callable[[dict], Table] | None = None
-) -> None:
+def _show(result: dict, as_json: bool, output: Path | None, table: Table | None = None) -> None:
     from blocktune.files import replace_json
 
     if output is not None:
         replace_json(output, result)
-    opt.tell(as_json, result, *([table(result)] if table else _lines(result)))
+    opt.tell(as_json, result, *(_lines(result) if table is None else [table]))
 
 
 def _lines(result: dict, indent: str = "") -> list[str]:

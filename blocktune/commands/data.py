@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,9 +24,6 @@ CSV, Parquet or Arrow, recognized by its fields), the short name of a data set
 (worlds:test, needle:). Options follow a question mark:
 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
 """
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters, which a terminal may obey, except tab and line feed."""
 
 Source = Annotated[str, Argument(help="Source of the examples; see `blocktune data list`.")]
 Output = Annotated[Path, opt.in_file("--output", "-o", help="JSONL file to write.")]
@@ -65,8 +62,6 @@ group = new_group(
 )
 def show_list(as_json: opt.AsJson = False) -> None:
     """List data sets with their licences, generators, record shapes and chunkers."""
-    from dataclasses import asdict
-
     from blocktune.data.chunking import CHUNKERS
     from blocktune.data.sources.catalog import CATALOG
     from blocktune.data.sources.options import generators
@@ -74,10 +69,8 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from blocktune.registry import summary_of
     from blocktune.tables import Table
 
-    sources = generators()
-    classes = sorted(CHUNKERS.table().items())
+    sources, classes = generators(), sorted(CHUNKERS.table().items())
     chunkers = {name: summary_of(cls).replace("``", "") for name, cls in classes}
-    fields = {s.key: " or ".join(map(", ".join, s.keys)) or "(name it)" for s in SHAPES}
     facts = {
         "data_sets": {name: asdict(entry) for name, entry in CATALOG.items()},
         "generators": {n: {"example": e.example, "becomes": e.becomes} for n, e in sources.items()},
@@ -86,7 +79,10 @@ def show_list(as_json: opt.AsJson = False) -> None:
     }
     data_sets = [(name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()]
     examples = [(e.example, e.becomes) for e in sources.values()]
-    shapes = [(s.key, fields[s.key], s.chunker or "(has chunks)") for s in SHAPES]
+    shapes = [
+        (s.key, " or ".join(map(", ".join, s.keys)) or "(name it)", s.chunker or "(has chunks)")
+        for s in SHAPES
+    ]
     tables = (
         Table(("name", "on the Hub", "licence", "a record becomes"), data_sets, "data sets"),
         Table(("source", "an example contains"), examples, "generators"),
@@ -133,7 +129,9 @@ def show(
 
 
 def _echo(text: str) -> None:
-    typer.echo(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
+    """Prints a text, with control characters as escapes, since a terminal may obey them."""
+    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # tab and line feed are printed
+    typer.echo(re.sub(control, lambda found: f"\\x{ord(found[0]):02x}", text))
 
 
 def _show_text(example: RagExample) -> None:
@@ -143,8 +141,8 @@ def _show_text(example: RagExample) -> None:
         mark = ", evidence" if number in example.supporting else ""
         title = f"{chunk.title}\n" if chunk.title else ""
         _echo(f"[chunk {number}{mark}]\n{title}{chunk.text}")
-    _echo(f"[question]\n{example.question}")
-    _echo(f"[accepted answers]\n{' | '.join(example.answers) or '(unknown)'}")
+    answers = " | ".join(example.answers) or "(unknown)"
+    _echo(f"[question]\n{example.question}\n[accepted answers]\n{answers}")
     if example.response is not None:
         _echo(f"[response to train on]\n{example.response}")
     for question, response in example.followups:
@@ -194,8 +192,10 @@ def write(
     tokenizer: Counter = None,
 ) -> None:
     """Write any source as JSON lines: one example with its chunks per line."""
+    from blocktune.data import write_jsonl
+
     options = {"limit": limit, "split": split, "tokenizer": tokenizer_of(tokenizer)}
-    count = write_lines(output, load_from(source, fields, **options))
+    count = write_jsonl(output, load_from(source, fields, **options))
     typer.echo(f"wrote {count:,} examples to {output}")
 
 
@@ -214,12 +214,3 @@ def load_from(source: str, fields: str | None = None, **options: Any) -> list[Ra
     from blocktune.data.sources.options import with_fields
 
     return list(with_data_sets(load_examples(with_fields(source, fields), **options), source))
-
-
-def write_lines(output: Path, examples) -> int:
-    """Writes examples to a file atomically, and returns their number."""
-    from blocktune.data import write_jsonl
-    from blocktune.files import replacing
-
-    with replacing(output) as temporary:
-        return write_jsonl(temporary, examples)

@@ -134,12 +134,10 @@ def arena(
     quantize: opt.Quantize = None,
 ) -> None:
     """Answer the frozen questions of KVShareArena and write files for its leaderboard."""
+    from blocktune.evaluation.arena import SUBSETS, load_exam, run_exam
     from blocktune.methods import parse_method
 
     chosen = parse_method(method)
-    from blocktune.evaluation.arena import SUBSETS, load_exam, run_exam
-
-    # Loaded before the model, so that missing files are reported at once.
     exams = [load_exam(questions, name) for name in subset or SUBSETS]
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize, method=chosen)
     for exam in exams:

@@ -96,13 +96,14 @@ def _write_examples(
     answerable: bool,
 ) -> None:
     """Writes questions with their passages. ``originals``: the same with all own passages."""
+    from blocktune.data import write_jsonl
     from blocktune.data.answers import holds_answer, is_verdict
 
     answered = list(map(holds_answer, examples, originals or repeat(None)))
     kept = [e for e, found in zip(examples, answered, strict=True) if found or not answerable]
     if not kept:
         raise ValueError(f"{source}: none of {len(examples)} questions is left; nothing is written")
-    data.write_lines(output, kept)
+    write_jsonl(output, kept)
     yes_no = sum(map(is_verdict, examples)) if originals is None else 0
     echo(
         f"wrote {len(kept):,} questions to {output}; the passages contain an answer for "
@@ -139,18 +140,14 @@ def answer(
     device: opt.Device = None,
 ) -> None:
     """Let a model write its own training answers, with full attention over all chunks."""
-    from blocktune.methods import build
-
-    full = build("full-prefill")
-    engine = opt.load_engine(model, adapter, None, dtype, device, method=full)
-    from rich.console import Console
-    from rich.progress import Progress
-
     from blocktune.data.answers import regenerate
     from blocktune.engine import Sampling
+    from blocktune.evaluation.runner import progress_bars
+    from blocktune.methods import build
 
+    full, sampling = build("full-prefill"), Sampling(temperature, top_p=top_p, seed=seed)
+    engine = opt.load_engine(model, adapter, None, dtype, device, method=full)
     examples = data.load_from(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     settings = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
     settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"top_p": top_p, "seed": seed}
@@ -158,13 +155,13 @@ def answer(
 
     def ask(batch: Sequence[RagExample], number: int) -> list[str | None]:
         """Answers a batch. Its number is added to the seed, so that batches differ."""
-        seeded = replace(sampling, seed=sampling.seed + number)
+        seeded = replace(sampling, seed=seed + number)
         sizes = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
         answers = engine.answer(batch, full, sampling=seeded, **sizes)
         return [a.text if a.token_ids[-1] in stop_ids else None for a in answers]
 
     on_stop = resumable(f"the answers so far are in {output}.part")
-    with on_stop, Progress(console=Console(stderr=True)) as progress:
+    with on_stop, progress_bars() as progress:
         bar = progress.add_task("answering", total=len(examples))
         result = regenerate(
             examples,
@@ -203,6 +200,7 @@ def mix(
     tokenizer: Counter = None,
 ) -> None:
     """Draw a mixture of sources; show how many block and full examples each part gives."""
+    from blocktune.data import write_jsonl
     from blocktune.data.mixture import load_mixture
     from blocktune.data.mixture import mix as draw
     from blocktune.data.sources.catalog import with_data_sets
@@ -226,5 +224,5 @@ def mix(
             [example] = with_data_sets([item.example], mixture_spec.parts[item.part].source)
             yield replace(example, meta=example.meta | {"mode": item.mode})
 
-    count = data.write_lines(output, with_modes())
+    count = write_jsonl(output, with_modes())
     echo(f'wrote {count:,} examples to {output}, each with its mode in "meta"')

@@ -36,6 +36,14 @@ Adapter = Annotated[
         "or release:NAME (such as release:kvlink-1b) for published models. Default: none."
     ),
 ]
+MethodName = Annotated[
+    str | None,
+    Option(
+        "--method",
+        help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes two. Default: the "
+        "method that the adapter was trained for, else naive.",
+    ),
+]
 Store = Annotated[
     str | None,
     Option(

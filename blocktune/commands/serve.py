@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,8 @@ from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
 from blocktune.parsing import refuse_doubles, split_name
 
-SAFETY, LIMITS = {"rich_help_panel": "Safety"}, {"rich_help_panel": "Limits"}
+of_safety = partial(Option, rich_help_panel="Safety")
+of_limits = partial(Option, rich_help_panel="Limits")
 KEY_VARIABLE = "BLOCKTUNE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 OURS = ("--model", "--revision", "--tokenizer", "--chat-template")
@@ -35,55 +37,43 @@ Name = Annotated[
         "is served only if this is given."
     ),
 ]
-Method = Annotated[
-    str | None,
-    Option(
-        help="Reuse method for requests that name none. Default: the method that the adapter was "
-        "trained for, else naive."
-    ),
-]
 StoreGb = Annotated[
-    float, Option(min=0.0, help="GiB for encoded chunks, and as much for exact prefixes.", **LIMITS)
+    float, of_limits(min=0, help="GiB of memory for chunks, and as much for exact prefixes.")
 ]
 Host = Annotated[str, Option(help="Address to listen on.")]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
 ApiKey = Annotated[
     str | None,
-    Option(
-        envvar=KEY_VARIABLE,
-        help="Key that requests must send as a bearer token. Default: none.",
-        **SAFETY,
+    of_safety(
+        envvar=KEY_VARIABLE, help="Key that requests must send as a bearer token. Default: none."
     ),
 ]
 Tenants = Annotated[
     Path | None,
-    Option(
+    of_safety(
         help="YAML file of tenants, which share no chunks: {acme: {key: ..., max_requests: 4, "
-        "tokens_per_minute: 100000}}.",
-        **SAFETY,
+        "tokens_per_minute: 100000}}."
     ),
 ]
 AllowedHosts = Annotated[
     list[str] | None,
-    Option(
-        help="Host header to accept; repeatable. Default: localhost if --host is local, else any.",
-        **SAFETY,
+    of_safety(
+        help="Host header to accept; repeatable. Default: localhost if --host is local, else any."
     ),
 ]
-LogTexts = Annotated[bool, Option("--log-texts", help="Log the text of answers.", **SAFETY)]
+LogTexts = Annotated[bool, of_safety("--log-texts", help="Log the text of answers.")]
 SkipCheck = Annotated[
     bool, Option("--skip-check", help="Start without checking that reuse is exact.")
 ]
 LimitPairs = Annotated[
     list[str] | None,
-    Option(
+    of_limits(
         help="Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
         "new_tokens, default_new_tokens, choices, request_s, queue, running, kv_bytes, "
-        "pinned_bytes, prefill_tokens.",
-        **LIMITS,
+        "pinned_bytes, prefill_tokens."
     ),
 ]
-DrainS = Annotated[int, Option(min=0, help="Seconds to finish requests after SIGTERM.", **LIMITS)]
+DrainS = Annotated[int, of_limits(min=0, help="Seconds to finish requests after SIGTERM.")]
 
 
 @command(
@@ -99,7 +89,7 @@ def serve(
     model: opt.Model = None,
     adapter: Adapters = None,
     name: Name = None,
-    method: Method = None,
+    method: opt.MethodName = None,
     store: opt.Store = None,
     response_cache: opt.Responses = None,
     store_gb: StoreGb = 4.0,
@@ -129,10 +119,10 @@ def serve(
         raise ValueError("give --api-key or --tenants, not both")
     if api_key is None and tenants is None and os.environ.get(KEY_VARIABLE) == "":
         raise ValueError(f"{KEY_VARIABLE} is set but empty: unset it to serve without a key")
-    key_tenants = () if api_key is None else (OnlyTenant(key=api_key),)
+    by_key = () if api_key is None else (OnlyTenant(key=api_key),)
     config = ServerConfig(
         limits=launch.read_limits(limit or []),
-        tenants=key_tenants if tenants is None else load_tenants(tenants),
+        tenants=by_key if tenants is None else load_tenants(tenants),
         hosts=tuple(allowed_host or (LOCAL if host in LOCAL else ("*",))),
         log_texts=log_texts,
     )
@@ -148,17 +138,15 @@ def serve(
     if response_cache is not None:
         read_settings(response_cache)
     opt.quiet_libraries()
-    engines = launch.load_engines(
-        *(model, adapter or [], name, store, int(store_gb * 2**30)),
-        **{"dtype": dtype, "device": device, "quantize": quantize},
-    )
+    loading = {"dtype": dtype, "device": device, "quantize": quantize}
+    size = int(store_gb * 2**30)
+    engines = launch.load_engines(model, adapter or [], name, store, size, **loading)
     responses = None
     if response_cache is not None:
         responses = ResponseCache.parse(response_cache, next(iter(engines.values())).store)
     service = Service(engines, config, method, not skip_check, responses)
-    uvicorn.run(
-        create_app(service), host=host, port=port, **launch.uvicorn_options(config, drain_s)
-    )
+    served = create_app(service)
+    uvicorn.run(served, host=host, port=port, **launch.uvicorn_options(config, drain_s))
 
 
 group = new_group("vllm", "Serve cached chunks from vLLM.", "blocktune vllm serve M --store S")

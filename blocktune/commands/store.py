@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -73,7 +74,8 @@ def stat(store: Place, as_json: AsJson = False) -> None:
 @command("ls", "blocktune store ls cache/ --document handbook.pdf", of=group)
 def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson = False) -> None:
     """List chunks, one per line: key, kind, tokens, bytes, last use, model, document."""
-    for row in Shelf.open(store).rows(model=model, document=document):
+    shelf = Shelf.open(store)
+    for row in shelf.rows(model=_model(shelf, model), document=document):
         record = _record(row)
         name = "  pinned" * bool(row.pinned) + "  " + " ".join(row.document.split())
         line = (
@@ -134,9 +136,11 @@ def gc(
 
     The index of a folder is repaired first. Pinned chunks stay, unless they are expired or damaged.
     """
-    limit, shelf = parse_bytes(max_size) if max_size else None, Shelf.open(store)
+    limit = parse_bytes(max_size) if max_size else math.inf
+    now, shelf = time.time(), Shelf.open(store)
+    cutoff = 0.0 if unused_days is None else now - unused_days * 86400
     unfinished, index = (0, {}) if dry_run else (shelf.blobs.clean(), shelf.mend())
-    now, total, kept, to_remove = time.time(), 0, [], {}
+    total, kept, to_remove = 0, [], {}
     for row in shelf.rows():
         expired = row.expires is not None and row.expires <= now
         if expired or (damaged and _checked(shelf.blobs, row.key)[0]):
@@ -145,9 +149,8 @@ def gc(
         total += row.size
         if row.fingerprint and not row.pinned:
             kept.append((row.used, row.key, row.size))
-    cutoff = None if unused_days is None else now - unused_days * 86400
     for used, key, size in sorted(kept):
-        if (cutoff is not None and used < cutoff) or (limit is not None and total > limit):
+        if used < cutoff or total > limit:
             to_remove[key] = size
             total -= size
     if not as_json:
@@ -302,8 +305,10 @@ def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:
 
 
 def _model(shelf: Shelf, start: str) -> str:
-    matches = (name for name in shelf.ledger.counts("fingerprint") if name.startswith(start))
-    return start and _find_one(start, matches, "model")
+    if not start:
+        return ""
+    models = shelf.ledger.counts("fingerprint")
+    return _find_one(start, (name for name in models if name.startswith(start)), "model")
 
 
 def _find_one(start: str, matches: Iterable, kind: str) -> Any:

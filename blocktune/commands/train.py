@@ -49,7 +49,6 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model to answer from separately cached chunks, with or without link tokens."""
-    arguments = [*(["--config", config] if config else []), *ctx.args]
     opt.quiet_libraries()
     if help_all:
         from blocktune.training.plan import print_options
@@ -59,6 +58,7 @@ def train(
     from blocktune.training.resume import stoppable
     from blocktune.training.run import earlier_run, finished, leave, parse, train
 
+    arguments = [*(["--config", config] if config else []), *ctx.args]
     if processes is None and launcher is None:
         from blocktune.hub import Publisher
 
@@ -171,18 +171,17 @@ def merge(
     from blocktune.adapter.merge import merge_adapter
 
     report = merge_adapter(adapter, output, model=model, dtype=dtype, device=device, links=links)
-    lines = [
+    text = (
         f"merged into {report.output}: logits within {report.max_abs_diff:.1e} of base and "
         f"adapter (largest logit {report.max_abs_logit:.1f}, same top token in "
         f"{report.same_top1:.1%} of the probe)"
-    ]
+    )
     if report.requantised_max_abs_diff is not None:
-        lines.append(
-            f"the adapter was trained on a {report.quantization} base and the merged weights are "
-            f"not quantized; quantized to {report.quantization} again, logits differ by "
-            f"{report.requantised_max_abs_diff:.1e}"
+        text += (
+            f"\nthe merged weights are not quantized, as the {report.quantization} base of the "
+            f"training was; quantized again, logits differ by {report.requantised_max_abs_diff:.1e}"
         )
-    opt.tell(as_json, asdict(report), *lines)
+    opt.tell(as_json, asdict(report), text)
 
 
 @command(

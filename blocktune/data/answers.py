@@ -16,7 +16,7 @@ from typing import Any
 from unicodedata import normalize
 
 from blocktune.data.example import RagExample, write_jsonl
-from blocktune.files import append_lines, replacing, resumed
+from blocktune.files import append_lines, resumed
 from blocktune.prompt.format import Chunk
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
@@ -166,8 +166,7 @@ def regenerate(
         raise ValueError(
             f"nothing to write to {output.name}: of {len(answers)} answers, {counts}{fix}"
         )
-    with replacing(output) as temporary:
-        write_jsonl(temporary, written)
+    write_jsonl(output, written)
     part.unlink()
     return Regenerated(len(written), num_resumed, **dropped)
 
