@@ -21,7 +21,7 @@ Passages = Annotated[
 ]
 Questions = Annotated[
     str | None,
-    opt.of_prompt("--input", "-i", help="Questions with their chunks: JSONL or any data source."),
+    opt.of_prompt("--input", "-i", help="Questions with chunks: JSONL or `blocktune data` source."),
 ]
 ShowPrompt = Annotated[
     bool, opt.of_prompt("--show-prompt", help="Print the prompt, row by row, first.")
@@ -31,9 +31,7 @@ Parameters = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    opt.in_file(
-        "--output",
-        "-o",
+    opt.out_file(
         help="JSONL file that each answer is appended to. Questions already answered in it are "
         "skipped.",
     ),

@@ -42,7 +42,7 @@ def replay(
     token_bytes: Annotated[int, Option(min=1, help="Bytes per token, if not traced.")] = 131_072,
     token_us: Annotated[float, Option(min=0, help="Microseconds to encode a token.")] = 100.0,
     output: Annotated[
-        Path | None, opt.in_folder(help="Folder for replay.json, replay.png and break_even.png.")
+        Path | None, opt.out_folder(help="Folder for replay.json and two plots (PNG).")
     ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -87,8 +87,8 @@ Repeats = Annotated[int, Option(min=1, help="Number of runs; medians are shown."
 Folder = Annotated[
     Path | None, opt.in_folder(help="Folder for the chunks. Default: the temporary folder.")
 ]
-Output = Annotated[Path | None, opt.in_file(help="Also write the results to this JSON file.")]
-Tiny = Annotated[bool, Option("--tiny", help="Use a toy model and prompt, for a quick try.")]
+Output = Annotated[Path | None, opt.out_file(help="Also write the results to this JSON file.")]
+Tiny = Annotated[bool, Option("--tiny", help="A toy model and prompt instead, for a quick try.")]
 
 group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
 

@@ -134,7 +134,7 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
 )
 def profile_layers(
     source: Annotated[
-        str, Option("--input", "-i", help="Held-out questions: JSONL or any data source.")
+        str, Option("--input", "-i", help="Held-out questions: JSONL or `blocktune data` source.")
     ],
     model: opt.Model = None,
     adapter: opt.Adapter = None,

@@ -25,11 +25,11 @@ CSV, Parquet or Arrow, recognized by its fields), the short name of a data set
 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
 """
 
-Source = Annotated[str, Argument(help="Source of the examples; see `blocktune data list`.")]
-Output = Annotated[Path, opt.in_file("--output", "-o", help="JSONL file to write.")]
+Source = Annotated[str, Argument(help="File, data set or generator; see `blocktune data --help`.")]
+Output = Annotated[Path, opt.out_file(help="JSONL file to write.")]
 Limit = Annotated[int | None, Option(min=1, help="Use only the first N examples.")]
 Split = Annotated[
-    str | None, Option(help="Split of a data set on the Hub. Default: validation if it has one.")
+    str | None, Option(help="Split of a data set. Default: validation, or train if it has none.")
 ]
 Fields = Annotated[
     str | None, Option(metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=docs.")

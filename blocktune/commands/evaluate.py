@@ -35,15 +35,15 @@ def evaluate(
         Path | None, Option(help="YAML file of methods and tasks; see eval/suites/.")
     ] = None,
     output: Annotated[
-        Path | None, opt.in_folder(help="Folder for rows, results.json and the plot.")
+        Path | None, opt.out_folder(help="Folder for rows, results.json and the plot.")
     ] = None,
-    limit: opt.Limit = None,
-    model: Annotated[str | None, Option(help="Overrides the suite's model.")] = None,
-    device: Annotated[str | None, Option(help="Overrides the suite's device.")] = None,
-    quantize: Annotated[
-        str | None, Option(help="nf4 or int8; overrides the suite's quantization.")
+    limit: Annotated[int | None, Option(min=1, help="Only the first N questions a task.")] = None,
+    model: Annotated[str | None, Option("--model", "-m", help="Overrides the suite's.")] = None,
+    device: Annotated[str | None, Option(help="Overrides the suite's.")] = None,
+    quantize: Annotated[str | None, Option(help="nf4 or int8; overrides the suite's.")] = None,
+    store: Annotated[
+        str | None, Option(help="Store of chunks, as in `answer`; overrides the suite's.")
     ] = None,
-    store: opt.Store = None,
     budget: Annotated[
         float | None,
         Option(min=0, max=1, help="Share of context tokens that every selector may recompute."),
@@ -118,7 +118,7 @@ def compare(
 )
 def arena(
     questions: Annotated[Path, Option(help="Clone of the KVShareArena repository.")],
-    output: Annotated[Path, opt.in_folder("--output", "-o", help="Folder for the result files.")],
+    output: Annotated[Path, opt.out_folder(help="Folder for the result files.")],
     method: Annotated[str, Option(help="A method, as in `blocktune answer`.")] = "naive",
     model: opt.Model = None,
     adapter: opt.Adapter = None,
@@ -169,9 +169,9 @@ def report(
 )
 def tune(
     config: Annotated[Path, Option(help="YAML file of the run; see eval/tuning/.")],
-    output: Annotated[Path, opt.in_folder("--output", "-o", help="Folder for rows, tuned.json.")],
+    output: Annotated[Path, opt.out_folder(help="Folder for rows and tuned.json.")],
     limit: opt.Limit = None,
-    model: Annotated[str | None, Option(help="Overrides the model of the YAML file.")] = None,
+    model: Annotated[str | None, Option("--model", "-m", help="Overrides the YAML's.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; test splits are refused."""

@@ -33,7 +33,7 @@ def passages(
     source: Source,
     output: Output,
     corpus: Annotated[
-        Path | None, Option(help="File of passages to search by BM25; may name a chunker.")
+        Path | None, Option(help="Passages to search by BM25; FILE?chunker=sentence cuts them.")
     ] = None,
     retrieved: Annotated[
         Path | None, Option(help="File with the passages that your retriever found.")
@@ -195,7 +195,7 @@ def answer(
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
     output: Annotated[
-        Path | None, opt.in_file("--output", "-o", help="Also write the examples as JSON lines.")
+        Path | None, opt.out_file(help="Also write the examples as JSON lines.")
     ] = None,
     tokenizer: Counter = None,
 ) -> None:

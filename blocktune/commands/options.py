@@ -51,7 +51,7 @@ Store = Annotated[
         help="Store of encoded chunks to read and add to: a folder or a URL (s3://, valkey://), "
         "such as chunks/,disk=50GB. Settings: memory, cpu, disk, remote, remote_bytes, "
         "policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
-        "(NAME:RATIO of kvpress), trace. Default: memory only.",
+        "(NAME:RATIO of kvpress), trace; see docs/store.md. Default: memory only.",
     ),
 ]
 Responses = Annotated[
@@ -100,6 +100,7 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON for programs.")]
 # For outputs: a folder in place of a file, or the reverse, is refused before any work is done.
 in_file = partial(Option, dir_okay=False, readable=False, writable=True)
 in_folder = partial(Option, file_okay=False, readable=False, writable=True)
+out_file, out_folder = partial(in_file, "--output", "-o"), partial(in_folder, "--output", "-o")
 
 
 def tell(as_json: bool, record: Any, *shown: str | Table) -> None:

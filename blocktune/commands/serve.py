@@ -149,7 +149,11 @@ def serve(
     uvicorn.run(served, host=host, port=port, **launch.uvicorn_options(config, drain_s))
 
 
-group = new_group("vllm", "Serve cached chunks from vLLM.", "blocktune vllm serve M --store S")
+group = new_group(
+    "vllm",
+    "Serve cached chunks from vLLM, in an environment of its own (docs/vllm.md).",
+    "blocktune vllm serve M --store S",
+)
 
 
 @group.callback()

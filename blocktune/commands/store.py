@@ -26,7 +26,9 @@ MOST_UNNAMED = 20  # up to this many models, those without a manifest are shown
 LEAST_DIGITS = 6  # that identify a key or fingerprint on the command line
 
 Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
-Model = Annotated[str, Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
+Model = Annotated[
+    str, Option(metavar="FINGERPRINT", help="Only of this model: its first digits, as in `stat`.")
+]
 Document = Annotated[str, Option(help="Only chunks of this document, by its id or title.")]
 Key = Annotated[str, Argument(help="Key of the chunk; its first digits are enough.")]
 Keys = Annotated[list[str], Argument(help="Keys, or their first digits.")]

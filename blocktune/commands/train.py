@@ -39,7 +39,7 @@ def train(
     ctx: typer.Context,
     config: Annotated[str | None, Option(help="YAML file with the settings of the run.")] = None,
     processes: Annotated[
-        int | None, Option(min=1, help="Number of processes to start on this machine.")
+        int | None, Option(min=1, help="Processes to start on this machine. Default: only this.")
     ] = None,
     launcher: Annotated[
         str | None, Option(help="YAML of `accelerate config`, for DeepSpeed or several machines.")
@@ -153,7 +153,7 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 )
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
-    output: Annotated[Path, opt.in_folder("--output", "-o", help="New folder for the model.")],
+    output: Annotated[Path, opt.out_folder(help="New folder for the model.")],
     model: opt.Model = None,
     links: Annotated[
         str | None,
