@@ -13,14 +13,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-GLOBAL = -1
-"""``group`` of a row that sees everything before it (prefix, links, query, answer, fresh rows)."""
-NO_CHUNK = -1
-"""``chunk`` of a row that belongs to no chunk."""
-NO_ROW = -1
-"""``supersedes`` of a row that replaces no other row."""
-FOREVER = 1 << 30
-"""``until`` of a row that exists in every layer."""
+GLOBAL = -1  # ``group`` of rows that see all before them: prefix, links, query, answer, fresh
+NO_CHUNK = -1  # ``chunk`` of a row that belongs to no chunk
+NO_ROW = -1  # ``supersedes`` of a row that replaces no other row
+FOREVER = 1 << 30  # ``until`` of a row that exists in every layer
 
 
 class Kind(IntEnum):
@@ -32,10 +28,8 @@ class Kind(IntEnum):
     LINK = 3
     QUERY = 4
     ANSWER = 5
-    BLANK = 6
-    """A row that is encoded with a chunk and then hidden: only its own chunk sees it."""
-    WRAP = 7
-    """A learned token that opens or closes its chunk, encoded and cached with it."""
+    BLANK = 6  # encoded with a chunk and then hidden: only its own chunk sees it
+    WRAP = 7  # a learned token that opens or closes its chunk, encoded and cached with it
 
 
 # Plain ints, because in a compiled mask a comparison with an enum member is silently wrong.
@@ -68,8 +62,8 @@ class Rows:
 
     def concat(self, other: Rows) -> Rows:
         """Concatenates these rows and ``other`` along the last axis."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return type(self)(**{name: torch.cat((a, b), dim=-1) for name, a, b in pairs})
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return type(self)(*(torch.cat(pair, dim=-1) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -140,10 +134,7 @@ class Layout(Rows):
 
     @property
     def superseded_until(self) -> Tensor:
-        """First layer in which no fresh row supersedes the row (any more), ``(B, S)``.
-
-        0 if no row supersedes it; `FOREVER` if a fresh row does so in all layers.
-        """
+        """First layer in which no fresh row supersedes the row: 0 to `FOREVER`, ``(B, S)``."""
         result = torch.zeros_like(self.supersedes)
         target = torch.where(self.is_fresh, self.supersedes, 0)
         life = torch.where(self.is_fresh, self.until, 0)

@@ -49,8 +49,7 @@ def link_base(model: PreTrainedModel) -> int:
 
 def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
     """Makes a float32 table on the model's device, with rows near the mean embedding."""
-    embedding = model.get_input_embeddings()
-    mean, std = _moments(embedding, link_base(model))
+    mean, std = _moments(model.get_input_embeddings(), link_base(model))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_links, mean.numel(), generator=generator).to(mean.device)
     return LinkTable.of(mean + NOISE * std * noise)
@@ -65,10 +64,20 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     Raises ValueError if links are installed already, the width differs, or the model has a second
     embedding table for the same ids (Gemma 3n), which cannot look up virtual ids.
     """
-    base = unwrapped(model)
-    _check_model(base, table)
-    first = link_base(model)
-    embedding = model.get_input_embeddings()
+    base, embedding, first = unwrapped(model), model.get_input_embeddings(), link_base(model)
+    if hasattr(base, LINKS_MODULE):
+        raise ValueError("this model has link tokens installed already; load the base again")
+    rows, width = table.weight.shape[1], whole_shape(embedding.weight)[1]
+    if rows != width:
+        raise ValueError(
+            f"link rows are {rows} wide, this model's embeddings {width}; the links were trained "
+            "for another base"
+        )
+    if any(other.num_embeddings >= first for other in _other_tables(base)):
+        raise ValueError(
+            f"{type(base).__name__} looks token ids up in more than one table, so link ids outside "
+            "the vocabulary cannot work; use link_mode 'added_tokens'"
+        )
     table.to(embedding.weight.device)
     base.add_module(LINKS_MODULE, table)
     thread = threading.local()  # engines answer in several threads at once
@@ -124,10 +133,9 @@ def add_link_tokens(
 ) -> range:
     """Adds real tokens ``<|link_0|>`` ... instead of a table. Call it before PEFT wraps the base.
 
-    It is deterministic, so that a loader makes the same rows that training started from: those of
-    `new_links` for ``seed``, or the ``rows`` ``(num_links, hidden)`` of a trained table. The base
-    is resized if its embedding has no room. Train the rows with PEFT's ``trainable_token_indices``
-    and save with ``save_embedding_layers=False``.
+    A loader makes the rows that training started from: those of `new_links` for ``seed``, or the
+    ``rows`` ``(num_links, hidden)`` of a trained table. The base is resized if its embedding has no
+    room. Train with PEFT's ``trainable_token_indices``; save with ``save_embedding_layers=False``.
 
     Returns the ids; the first is the prompt's ``link_base``. ValueError: they are not contiguous.
     """
@@ -163,23 +171,6 @@ def _moments(embedding: nn.Module, vocab_size: int) -> tuple[Tensor, float]:
             total, square = total + rows.sum(0), square + rows.square().mean(1).sum()
     mean = total / vocab_size
     return mean, float((square / vocab_size - mean.square().mean()).clamp(min=0).sqrt())
-
-
-def _check_model(base: PreTrainedModel, table: LinkTable) -> None:
-    if hasattr(base, LINKS_MODULE):
-        raise ValueError("this model has link tokens installed already; load the base again")
-    embedding = base.get_input_embeddings()
-    width = whole_shape(embedding.weight)[1]
-    if table.weight.shape[1] != width:
-        raise ValueError(
-            f"link rows are {table.weight.shape[1]} wide, this model's embeddings {width}; the "
-            "links were trained for another base"
-        )
-    if any(other.num_embeddings >= link_base(base) for other in _other_tables(base)):
-        raise ValueError(
-            f"{type(base).__name__} looks token ids up in more than one table, so link ids outside "
-            f"the vocabulary cannot work; use link_mode 'added_tokens'"
-        )
 
 
 def _other_tables(base: PreTrainedModel) -> list[nn.Embedding]:

@@ -21,8 +21,7 @@ from pathlib import Path
 GROUP = "blocktune.plugins"
 EXTRAS = "blocktune.extras"
 VARIABLE = "BLOCKTUNE_PLUGINS"
-FILE = "blocktune_plugin_"
-"""Begins the name of a module that is a plug-in's file."""
+FILE = "blocktune_plugin_"  # begins the name of a module that is a plug-in's file
 
 _loaded: set[str] = set()
 

@@ -73,7 +73,7 @@ class Registry:
     def find(self, name: str) -> type:
         """The class with a name. The ValueError for an unknown name lists all names."""
         if name not in self.table():
-            close = difflib.get_close_matches(name, self.table(), n=1)
+            close = difflib.get_close_matches(name, self._entries, n=1)
             meant = f"did you mean '{close[0]}'? " if close else ""
             names = ", ".join(self.available())
             raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}")

@@ -26,10 +26,9 @@ from blocktune.provenance import provenance
 from blocktune.testing import byte_tokenizer, random_llama
 
 RATIOS = ("cacheblend_over_full", "epic_over_full", "naive_over_query_only")
-WARM_S = 3.0
-"""Work that takes longer than this many seconds needs no warm-up round."""
-PRODUCT, COPIED = 2048, 1 << 28
-"""Rows of the square matrices, and bytes copied, in measurements of the machine's rates."""
+WARM_S = 3.0  # work that takes longer needs no warm-up round
+PRODUCT = 2048  # rows of the square matrices whose product is timed
+COPIED = 1 << 28  # bytes whose copying is timed
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,9 @@ def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Times functions in turn, so that other load on the machine affects all alike.
 
-    Returns seconds per round, by name, with the work that a function leaves to an accelerator. The
-    first round is a warm-up and does not count, except for work that takes longer than `WARM_S`. A
-    function may return its own seconds as a float.
+    Returns seconds per round, by name, with what a function leaves to an accelerator. The first
+    round does not count, unless it takes longer than `WARM_S`. A function may return its own
+    seconds as a float.
     """
 
     def now() -> float:
@@ -148,10 +147,7 @@ def matmul_rate(repeats: int = 5) -> float:
 
 
 def copy_rate(repeats: int = 5) -> float:
-    """Bytes per second of copying a tensor into another, the best of several runs.
-
-    A copied byte counts once, although it is read and written.
-    """
+    """Bytes copied per second between tensors, the best of several runs; each counts once."""
     source = torch.ones(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
     return COPIED / min(take_turns({"": lambda: target.copy_(source)}, repeats)[""])
@@ -171,8 +167,7 @@ def threads(count: int) -> Iterator[None]:
 def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
     """Times prefills by several methods in turn, over chunks that are already in memory.
 
-    A method's time covers everything from token ids to the logits after the question: looking up
-    chunks, relocating their keys, joining caches, selecting tokens, computing. For ``full`` see
+    A method's time covers all from token ids to the logits after the question. For ``full`` see
     `time_methods`; ``query_only`` computes the question over an assembled cache. Ratios are medians
     of the ratios in each round. ``cost`` is of each method, also at the machine's rates.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import random
 import tempfile
@@ -91,13 +90,13 @@ def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> Cod
     """Measures size and error of a codec on one chunk."""
     tensors, decoded = encoded(entry, codec, rope)[1], round_trip(entry, codec, rope)
 
-    def error(states: Callable[[ChunkKV], tuple[Tensor, ...]]) -> float:
-        pairs = list(zip(states(entry), states(decoded), strict=True))
-        squares = sum(float((old.double() - new.double()).square().sum()) for old, new in pairs)
-        return math.sqrt(squares / sum(float(old.double().square().sum()) for old, _ in pairs))
+    def error(states: tuple[Tensor, ...], lossy: tuple[Tensor, ...]) -> float:
+        old, new = (torch.cat([t.flatten() for t in ts]).double() for ts in (states, lossy))
+        return float((old - new).norm() / old.norm())
 
     num_bytes = sum(tensor.nbytes for tensor in tensors.values()) / entry.num_tokens
-    return CodecError(num_bytes, error(lambda kv: kv.keys), error(lambda kv: kv.values))
+    errors = error(entry.keys, decoded.keys), error(entry.values, decoded.values)
+    return CodecError(num_bytes, *errors)
 
 
 def _keep_freed_memory() -> None:
@@ -171,9 +170,8 @@ def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, flo
         shared = draw.choice(prompts)[: draw.randrange(length)]
         return shared + tuple(draw.randrange(32_000) for _ in range(length - len(shared)))
 
-    held = 0
-    while held < tokens:
-        held += tree.insert(cut_exact(cache, 0, prompts[-1], model))
+    while tokens > 0:
+        tokens -= tree.insert(cut_exact(cache, 0, prompts[-1], model))
         prompts.append(prompt())
     times: dict[str, list[float]] = {"match": [], "match_cpu": []}
     for token_ids in [prompt() for _ in range(timed)]:

@@ -91,15 +91,12 @@ def _timed(
         cached, weights = (sum(t.nbytes for t in ts) for ts in (states, engine.model.parameters()))
         question = max(usage.flops / matmul, (weights + cached) / copy)
         limits = {"join": cached / copy, "rotate": cached / 2 / copy, "question": question}
-    parts = {
-        name: {"seconds": reuse.spread(times[name])["median"], "limit": limits.get(name)}
-        for name in PARTS
-    }
+    medians = {name: reuse.spread(values)["median"] for name, values in times.items()}
     return {
         "cached_over_full": over["median"],
         "spread": over,
-        "seconds": {name: reuse.spread(times[name])["median"] for name in ("cached", "full")},
-        "parts": parts,
+        "seconds": {name: medians[name] for name in ("cached", "full")},
+        "parts": {n: {"seconds": medians[n], "limit": limits.get(n)} for n in PARTS},
     }
 
 

@@ -100,24 +100,17 @@ def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[s
     times: dict[str, list[tuple[float, float]]] = {}
     for round in range(setting.repeats + 1):  # the first round is a warm-up
         cached, other = (_prompt(llm, chunks, _ids(draw, setting.question)) for _ in range(2))
-        for name, prompt in (
-            ("full", cached._replace(plan=None)),
-            ("disk", cached),
-            ("cached", cached),
-            ("paged", other),
-        ):
+        prompts = {"full": cached._replace(plan=None), "disk": cached}
+        for name, prompt in (prompts | {"cached": cached, "paged": other}).items():
             if name == "full" and round > FULL_ROUNDS:
                 continue
             if name != "paged":
                 llm.llm.reset_prefix_cache(reset_connector=name == "disk")
             times.setdefault(name, []).append(_timed(llm, prompt))
-    result: dict[str, Any] = {
-        name: {
-            "cpu_s": statistics.median(cpu for cpu, _ in values[1:]),
-            "wall_s": statistics.median(wall for _, wall in values[1:]),
-        }
-        for name, values in times.items()
-    }
+    result: dict[str, Any] = {}
+    for name, (_, *values) in times.items():
+        cpu_s, wall_s = map(statistics.median, zip(*values, strict=True))
+        result[name] = {"cpu_s": cpu_s, "wall_s": wall_s}
     result["cached_over_full"] = result["cached"]["cpu_s"] / result["full"]["cpu_s"]
     size = setting.width // setting.heads * setting.kv_heads * setting.layers * 2
     result["bytes"] = size * count * setting.chunk * 4
