@@ -100,7 +100,7 @@ def answer(
         raise ValueError("--stream prints one answer; leave out --output and --json")
     chosen = answering.build_method(method, param or [])
     sampling = Sampling(temperature, top_k, top_p, seed)
-    had_chunks = store is not None and answering.holds_chunks(store)
+    had_chunks = answering.holds_chunks(store)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
     if response_cache is not None:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from blocktune.engine import Answer, EncodeReport, Engine
 from blocktune.files import append_lines, resumed, truncate_lines
 from blocktune.methods import Method, parse_method
 from blocktune.models.identity import digest_of
-from blocktune.parsing import parse_yaml, refuse_doubles
+from blocktune.parsing import parse_yaml
 from blocktune.prompt import Chunk, show
 
 if TYPE_CHECKING:
@@ -61,14 +62,15 @@ def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
     """
     if name is None and parameters:
         raise ValueError("--param sets a parameter of a method; add --method")
-    if name is None:
-        return None
-    pairs = [[part.strip() for part in text.partition("=")] for text in parameters]
-    for text, (key, _, value) in zip(parameters, pairs, strict=True):
+    values: dict[str, Any] = {}
+    for text in parameters:
+        key, _, value = (part.strip() for part in text.partition("="))
         if not (key and value):
             raise ValueError(f"--param must be name=value, got '{text}'")
-    refuse_doubles("--param", [key for key, *_ in pairs], "give it once")
-    return parse_method(name, {key: parse_yaml(text, f"--param {key}") for key, _, text in pairs})
+        if key in values:
+            raise ValueError(f"--param '{key}' is given more than once; give it once")
+        values[key] = parse_yaml(value, f"--param {key}")
+    return None if name is None else parse_method(name, values)
 
 
 @dataclass(frozen=True)
@@ -161,15 +163,13 @@ def _line(record: dict[str, Any]) -> str:
 def _count_answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> int:
     """Number of answers in a file. Raises ValueError if one does not belong to its question."""
     for number, line in enumerate(lines):
-        try:
-            key = json.loads(line)["key"]
-        except (ValueError, KeyError, TypeError):
-            key = None
-        if number >= len(keys) or key != keys[number]:
-            raise ValueError(
-                f"'{output}', line {number + 1}: not an answer of this command; another command, "
-                "other questions or other settings wrote it; choose another --output or remove it"
-            )
+        with suppress(ValueError, KeyError, TypeError, IndexError):
+            if json.loads(line)["key"] == keys[number]:
+                continue
+        raise ValueError(
+            f"'{output}', line {number + 1}: not an answer of this command; another command, other "
+            "questions or other settings wrote it; choose another --output or remove it"
+        )
     return len(lines)
 
 
@@ -214,10 +214,10 @@ def encode(
         )
 
 
-def holds_chunks(store: str) -> bool:
-    """Whether the folder of a store holds chunks already."""
-    folder = StoreConfig.parse(store).folder
-    return folder is not None and next(ChunkFolder(folder).keys(), None) is not None
+def holds_chunks(store: str | None) -> bool:
+    """Whether a store is a folder that holds chunks already."""
+    folder = StoreConfig.parse(store or "").folder
+    return folder is not None and any(ChunkFolder(folder).keys())
 
 
 def report_store(store: ChunkStore, had_chunks: bool) -> None:

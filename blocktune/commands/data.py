@@ -160,16 +160,9 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool)
     format = info.format if info else PromptFormat()
     spec = info.layout if info and block else LayoutSpec(block=block)
     spec = replace(spec, num_blanks=0)  # serving adds these rows; training examples have none
-    has_answer = example.response is not None or example.answers
-    pieces = make_pieces(
-        tokenizer,
-        own_wording(example, format) or format,
-        example.chunks,
-        example.question,
-        example.target if has_answer else None,
-        block=block,
-        followups=example.followups,
-    )
+    target = example.target if example.response is not None or example.answers else None
+    fields = example.chunks, example.question, target, block, example.followups
+    pieces = make_pieces(tokenizer, own_wording(example, format) or format, *fields)
     prompt = lay_out(pieces, spec, link_base=len(tokenizer), bos_id=tokenizer.bos_token_id)
     _echo(rows_of(tokenizer, prompt))
     counts = f"{pieces.num_tokens:,} tokens in {len(pieces.chunks)} chunks"

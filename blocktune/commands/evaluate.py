@@ -176,25 +176,21 @@ def tune(
 ) -> None:
     """Choose a method's parameters on held-out questions; test splits are refused."""
     from blocktune.evaluation import sweep
+    from blocktune.tables import Table, with_interval
 
     spec = sweep.load_tuning(config)
-    spec = replace(spec, model=model or spec.model)
-    if limit:
-        spec = replace(spec, task=replace(spec.task, limit=limit))
+    task = replace(spec.task, limit=limit or spec.task.limit)
+    spec = replace(spec, model=model or spec.model, task=task)
     opt.quiet_libraries()
-    from blocktune.tables import Table
-
     with resumable(f"the rows so far are in {output}"):
         result = sweep.tune(spec, output)
     if result is None:  # of several processes the main one reports
         return
-    names = list(result["best"]["values"])
-    rows = []
+    names, rows = list(result["best"]["values"]), []
     for point in result["points"]:
-        low, high = (100 * bound for bound in point["score_ci95"])
-        numbers = (f"{100 * point['score']:.1f}", f"{low:.1f} to {high:.1f}")
+        score = with_interval("score", point["score"], point["score_ci95"])
         values = map(str, point["values"].values())
-        rows.append((*values, *numbers, f"{point['recompute_ratio']:.0%}"))
-    headings = (*names, result["task"]["metric"], "95 %", "recomputed")
+        rows.append((*values, score, f"{point['recompute_ratio']:.0%}"))
+    headings = (*names, f"{result['task']['metric']} (95 %)", "recomputed")
     line = f"best: {result['best']['label']}; all points in {output / sweep.TUNED}"
     opt.tell(as_json, result, Table(headings, rows, left=names), line)

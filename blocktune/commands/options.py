@@ -186,7 +186,7 @@ def wording(instruction: str | None, system: str | None, path: Path | None) -> d
     words = {}
     if path is not None:
         hint = "give a YAML file with keys such as instruction"
-        words = dict(mapping(load_yaml(path, "prompt format", hint), str(path)))
+        words |= mapping(load_yaml(path, "prompt format", hint), str(path))
     given = {"instruction": instruction, "system": system}
     words |= {name: text for name, text in given.items() if text is not None}
     PromptFormat.from_dict(words)
