@@ -5,48 +5,45 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import typer
-from typer import Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command
+from blocktune.commands.options import option
 
 FOLLOW_S = 0.1  # seconds to wait after the queue of missed chunks was empty
 
-Question = Annotated[str | None, opt.of_prompt("--question", "-q", help="One question.")]
-Passages = Annotated[
-    list[str] | None, opt.of_prompt("--chunk", "-c", help="A passage for --question; repeatable.")
-]
-Questions = Annotated[
+Question = option(str | None, "One question.", "--question", "-q", panel=opt.PROMPT)
+Passages = option(
+    list[str] | None, "A passage for --question; repeatable.", "--chunk", "-c", panel=opt.PROMPT
+)
+Questions = option(
     str | None,
-    opt.of_prompt("--input", "-i", help="Questions with chunks: JSONL or `blocktune data` source."),
-]
-ShowPrompt = Annotated[
-    bool, opt.of_prompt("--show-prompt", help="Print the prompt, row by row, first.")
-]
-Parameters = Annotated[
-    list[str] | None, Option(help="Parameter of the method: name=value; repeatable.")
-]
-Output = Annotated[
+    "Questions with chunks: JSONL or `blocktune data` source.",
+    "--input",
+    "-i",
+    panel=opt.PROMPT,
+)
+ShowPrompt = option(bool, "Print the prompt, row by row, first.", "--show-prompt", panel=opt.PROMPT)
+Parameters = option(list[str] | None, "Parameter of the method: name=value; repeatable.")
+Output = option(
     Path | None,
-    opt.out_file(
-        help="JSONL file that each answer is appended to. Questions already answered in it are "
-        "skipped.",
-    ),
-]
-Stream = Annotated[bool, Option("--stream", help="Print one answer while it is generated.")]
-TopK = Annotated[int, opt.of_decoding(help="Sample from the K most likely tokens; 0: from all.")]
-OwnSeed = Annotated[int | None, opt.of_decoding(help="Random seed for sampling. Default: 0.")]
-DecodeCache = Annotated[
+    "JSONL file that each answer is appended to. Questions already answered in it are skipped.",
+    "--output",
+    "-o",
+    **opt.IN_FILE,
+)
+Stream = option(bool, "Print one answer while it is generated.", "--stream")
+TopK = option(int, "Sample from the K most likely tokens; 0: from all.", panel=opt.DECODING)
+OwnSeed = option(int | None, "Random seed for sampling. Default: 0.", panel=opt.DECODING)
+DecodeCache = option(
     str | None,
-    opt.of_decoding(
-        metavar="KIND",
-        help="KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (needs a "
-        "GPU). Default: as the prefill leaves it.",
-    ),
-]
+    "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (needs a "
+    "GPU). Default: as the prefill leaves it.",
+    panel=opt.DECODING,
+    metavar="KIND",
+)
 
 
 @command(
@@ -136,24 +133,21 @@ def answer(
     "    accelerate launch --num_processes 4 --module blocktune.cli encode ...",
 )
 def encode(
-    store: Annotated[
+    store: option(
         str,
-        Option(
-            metavar="PLACE[,NAME=VALUE...]",
-            help="Folder or URL for the encoded chunks, with settings as in `answer --store`.",
-        ),
-    ],
-    documents: Annotated[
+        "Folder or URL for the encoded chunks, with settings as in `answer --store`.",
+        metavar="PLACE[,NAME=VALUE...]",
+    ),
+    documents: option(
         Path | None,
-        opt.of_prompt(
-            "--input",
-            "-i",
-            help="File of passages or of questions; FILE?chunker=sentence cuts passages.",
-        ),
-    ] = None,
-    follow: Annotated[
-        bool, Option("--follow", help="Then encode chunks that readers miss, until stopped.")
-    ] = False,
+        "File of passages or of questions; FILE?chunker=sentence cuts passages.",
+        "--input",
+        "-i",
+        panel=opt.PROMPT,
+    ) = None,
+    follow: option(
+        bool, "Then encode chunks that readers miss, until stopped.", "--follow"
+    ) = False,
     instruction: opt.Instruction = None,
     system: opt.System = None,
     wording: opt.Format = None,

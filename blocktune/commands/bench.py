@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer import Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
+from blocktune.commands.options import option
 
 if TYPE_CHECKING:
     from blocktune.tables import Table
@@ -29,21 +29,21 @@ def replay(
     trace: Annotated[
         str, typer.Argument(help="Trace of a store, Mooncake or Azure (JSONL, CSV, .gz); or zipf.")
     ],
-    budget: Annotated[
+    budget: option(
         list[str] | None,
-        Option(
-            help="Size of the store, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
-        ),
-    ] = None,
-    policy: Annotated[
-        list[str] | None, Option(help="lru, lfu, fifo or gdsf; repeatable. Default: all.")
-    ] = None,
-    limit: Annotated[int | None, Option(min=1, help="Use only the first N requests.")] = None,
-    token_bytes: Annotated[int, Option(min=1, help="Bytes per token, if not traced.")] = 131_072,
-    token_us: Annotated[float, Option(min=0, help="Microseconds to encode a token.")] = 100.0,
-    output: Annotated[
-        Path | None, opt.out_folder(help="Folder for replay.json and two plots (PNG).")
-    ] = None,
+        "Size of the store, such as 10GB; repeatable. Default: 1 to 50 % of the trace.",
+    ) = None,
+    policy: option(list[str] | None, "lru, lfu, fifo or gdsf; repeatable. Default: all.") = None,
+    limit: option(int | None, "Use only the first N requests.", min=1) = None,
+    token_bytes: option(int, "Bytes per token, if not traced.", min=1) = 131_072,
+    token_us: option(float, "Microseconds to encode a token.", min=0) = 100.0,
+    output: option(
+        Path | None,
+        "Folder for replay.json and two plots (PNG).",
+        "--output",
+        "-o",
+        **opt.IN_FOLDER,
+    ) = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Simulate a trace on stores of several sizes and policies: hits and seconds saved."""
@@ -81,14 +81,16 @@ def replay(
     opt.tell(as_json, result, line, table)
 
 
-Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
-ChunkTokens = Annotated[int, Option(min=1, help="Tokens per chunk.")]
-Repeats = Annotated[int, Option(min=1, help="Number of runs; medians are shown.")]
-Folder = Annotated[
-    Path | None, opt.in_folder(help="Folder for the chunks. Default: the temporary folder.")
-]
-Output = Annotated[Path | None, opt.out_file(help="Also write the results to this JSON file.")]
-Tiny = Annotated[bool, Option("--tiny", help="A toy model and prompt instead, for a quick try.")]
+Tokens = option(int, "Length of the prompt, in tokens.", min=2)
+ChunkTokens = option(int, "Tokens per chunk.", min=1)
+Repeats = option(int, "Number of runs; medians are shown.", min=1)
+Folder = option(
+    Path | None, "Folder for the chunks. Default: the temporary folder.", **opt.IN_FOLDER
+)
+Output = option(
+    Path | None, "Also write the results to this JSON file.", "--output", "-o", **opt.IN_FILE
+)
+Tiny = option(bool, "A toy model and prompt instead, for a quick try.", "--tiny")
 
 group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
 
@@ -137,17 +139,17 @@ def reuse(
 def ttft(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
-    tokens: Annotated[
-        str, Option(metavar="N,N,...", help="Lengths of the prompt, question included.")
-    ] = "512,1024,2048,4096,8192",
+    tokens: option(
+        str, "Lengths of the prompt, question included.", metavar="N,N,..."
+    ) = "512,1024,2048,4096,8192",
     chunk: ChunkTokens = 128,
     repeats: Repeats = 3,
-    threads: Annotated[int, Option(min=1, help="Threads that PyTorch may use.")] = 2,
+    threads: option(int, "Threads that PyTorch may use.", min=1) = 2,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
-    picture: Annotated[
-        Path | None, opt.in_file(help="PNG file for a plot: seconds against length.")
-    ] = None,
+    picture: option(
+        Path | None, "PNG file for a plot: seconds against length.", **opt.IN_FILE
+    ) = None,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -176,7 +178,7 @@ def store(
     tokens: Tokens = 8192,
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
-    keys: Annotated[int, Option(min=1, help="Number of keys in the index.")] = 1_000_000,
+    keys: option(int, "Number of keys in the index.", min=1) = 1_000_000,
     folder: Folder = None,
     tiny: Tiny = False,
     output: Output = None,

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
-from typer import Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command
+from blocktune.commands.options import option
 
 
 @command(
@@ -62,21 +62,17 @@ def methods(as_json: opt.AsJson = False) -> None:
 def check(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
-    method: Annotated[
+    method: option(
         str | None,
-        Option(
-            help="Check the contract of this method instead; without --model on a tiny random one."
-        ),
-    ] = None,
+        "Check the contract of this method instead; without --model on a tiny random one.",
+    ) = None,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    families: Annotated[
-        bool, Option("--families", help="Check a tiny model of every causal LM class instead.")
-    ] = False,
-    only: Annotated[
-        list[str] | None, Option(help="With --families: only this model type; repeatable.")
-    ] = None,
+    families: option(
+        bool, "Check a tiny model of every causal LM class instead.", "--families"
+    ) = False,
+    only: option(list[str] | None, "With --families: only this model type; repeatable.") = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check on your model that masks, relocation and caches match dense attention."""
@@ -133,15 +129,11 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
     "blocktune answer -m M -i q.jsonl --method 'droidspeak first_layer=9 ratio=0.125'",
 )
 def profile_layers(
-    source: Annotated[
-        str, Option("--input", "-i", help="Held-out questions: JSONL or `blocktune data` source.")
-    ],
+    source: option(str, "Held-out questions: JSONL or `blocktune data` source.", "--input", "-i"),
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     limit: opt.Limit = None,
-    most_layers: Annotated[
-        int | None, Option(min=1, help="Most layers in a range to try. Default: all.")
-    ] = None,
+    most_layers: option(int | None, "Most layers in a range to try. Default: all.", min=1) = None,
     batch_size: opt.BatchSize = 8,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
+from blocktune.commands.options import option
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
@@ -26,20 +27,15 @@ CSV, Parquet or Arrow, recognized by its fields), the short name of a data set
 """
 
 Source = Annotated[str, Argument(help="File, data set or generator; see `blocktune data --help`.")]
-Output = Annotated[Path, opt.out_file(help="JSONL file to write.")]
-Limit = Annotated[int | None, Option(min=1, help="Use only the first N examples.")]
-Split = Annotated[
-    str | None, Option(help="Split of a data set. Default: validation, or train if it has none.")
-]
-Fields = Annotated[
-    str | None, Option(metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=docs.")
-]
-Counter = Annotated[
+Output = option(Path, "JSONL file to write.", "--output", "-o", **opt.IN_FILE)
+Limit = option(int | None, "Use only the first N examples.", min=1)
+Split = option(str | None, "Split of a data set. Default: validation, or train if it has none.")
+Fields = option(str | None, "Rename fields: question=input,chunks=docs.", metavar="NEW=OLD,...")
+Counter = option(
     str | None,
-    Option(
-        "--tokenizer", help="Tokenizer used to measure lengths: a folder or a name on the HF Hub."
-    ),
-]
+    "Tokenizer used to measure lengths: a folder or a name on the HF Hub.",
+    "--tokenizer",
+)
 
 group = new_group(
     "data",
@@ -101,19 +97,16 @@ def show_list(as_json: opt.AsJson = False) -> None:
 )
 def show(
     source: Source,
-    index: Annotated[int, Option(min=0, help="Which example, from 0.")] = 0,
+    index: option(int, "Which example, from 0.", min=0) = 0,
     split: Split = None,
     fields: Fields = None,
-    model: Annotated[
-        str | None, Option("--model", "-m", help="Show the input rows of this model.")
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        Option(help="Use the prompt format and layout of this adapter: a folder or USER/NAME."),
-    ] = None,
-    mode: Annotated[
-        Literal["block", "full"], Option(help="Lay out the example for this kind of attention.")
-    ] = "block",
+    model: option(str | None, "Show the input rows of this model.", "--model", "-m") = None,
+    adapter: option(
+        str | None, "Use the prompt format and layout of this adapter: a folder or USER/NAME."
+    ) = None,
+    mode: option(
+        Literal["block", "full"], "Lay out the example for this kind of attention."
+    ) = "block",
 ) -> None:
     """Show one example: as text, or with --model row by row as the model sees it."""
     if adapter is not None and model is None:

@@ -8,12 +8,13 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option, echo
+from typer import Argument, echo
 
 from blocktune.commands import data
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, resumable
 from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, group
+from blocktune.commands.options import option
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
@@ -32,30 +33,23 @@ if TYPE_CHECKING:
 def passages(
     source: Source,
     output: Output,
-    corpus: Annotated[
-        Path | None, Option(help="Passages to search by BM25; FILE?chunker=sentence cuts them.")
-    ] = None,
-    retrieved: Annotated[
-        Path | None, Option(help="File with the passages that your retriever found.")
-    ] = None,
-    own: Annotated[
-        bool, Option("--own", help="Keep the best of each question's own passages, by BM25.")
-    ] = False,
-    embedder: Annotated[
+    corpus: option(
+        Path | None, "Passages to search by BM25; FILE?chunker=sentence cuts them."
+    ) = None,
+    retrieved: option(Path | None, "File with the passages that your retriever found.") = None,
+    own: option(bool, "Keep the best of each question's own passages, by BM25.", "--own") = False,
+    embedder: option(
         str | None,
-        Option(
-            metavar="MODEL",
-            help="Search --corpus by embeddings of this sentence-transformers model, not by BM25.",
-        ),
-    ] = None,
-    store: Annotated[
-        str | None,
-        Option(metavar="PLACE[,NAME=VALUE...]", help="Store of the embeddings; see `answer`."),
-    ] = None,
-    k: Annotated[int, Option(min=1, help="Passages per question.")] = 10,
-    answerable: Annotated[
-        bool, Option("--answerable", help="Skip questions whose passages contain no answer.")
-    ] = False,
+        "Search --corpus by embeddings of this sentence-transformers model, not by BM25.",
+        metavar="MODEL",
+    ) = None,
+    store: option(
+        str | None, "Store of the embeddings; see `answer`.", metavar="PLACE[,NAME=VALUE...]"
+    ) = None,
+    k: option(int, "Passages per question.", min=1) = 10,
+    answerable: option(
+        bool, "Skip questions whose passages contain no answer.", "--answerable"
+    ) = False,
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
@@ -133,9 +127,9 @@ def answer(
     top_p: opt.TopP = 1.0,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 16,
-    only_correct: Annotated[
-        bool, Option("--only-correct", help="Skip answers that contain no accepted answer.")
-    ] = False,
+    only_correct: option(
+        bool, "Skip answers that contain no accepted answer.", "--only-correct"
+    ) = False,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
 ) -> None:
@@ -194,9 +188,9 @@ def answer(
 )
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
-    output: Annotated[
-        Path | None, opt.out_file(help="Also write the examples as JSON lines.")
-    ] = None,
+    output: option(
+        Path | None, "Also write the examples as JSON lines.", "--output", "-o", **opt.IN_FILE
+    ) = None,
     tokenizer: Counter = None,
 ) -> None:
     """Draw a mixture of sources; show how many block and full examples each part gives."""

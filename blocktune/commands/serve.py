@@ -4,76 +4,66 @@ from __future__ import annotations
 
 import os
 import socket
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
+from blocktune.commands.options import option
 from blocktune.parsing import refuse_doubles, split_name
 
-of_safety = partial(Option, rich_help_panel="Safety")
-of_limits = partial(Option, rich_help_panel="Limits")
+SAFETY, LIMITS = "Safety", "Limits"  # panels of the help
 KEY_VARIABLE = "BLOCKTUNE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 OURS = ("--model", "--revision", "--tokenizer", "--chat-template")
 OUR_KINDS = ("--kv-transfer", "--kv-offloading", "--default-chat-template")
 """Options of vLLM, and how others begin, that requests with documents would not follow."""
 
-Adapters = Annotated[
+Adapters = option(
     list[str] | None,
-    Option(
-        help="Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
-        "name that requests use. Repeatable; adapters share the weights of their base."
-    ),
-]
-Name = Annotated[
+    "Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
+    "name that requests use. Repeatable; adapters share the weights of their base.",
+)
+Name = option(
     str | None,
-    Option(
-        help="Name that requests use for --model. Default: its own name. With adapters, the base "
-        "is served only if this is given."
-    ),
-]
-StoreGb = Annotated[
-    float, of_limits(min=0, help="GiB of memory for chunks, and as much for exact prefixes.")
-]
-Host = Annotated[str, Option(help="Address to listen on.")]
-Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
-ApiKey = Annotated[
+    "Name that requests use for --model. Default: its own name. With adapters, the base "
+    "is served only if this is given.",
+)
+StoreGb = option(
+    float, "GiB of memory for chunks, and as much for exact prefixes.", panel=LIMITS, min=0
+)
+Host = option(str, "Address to listen on.")
+Port = option(int, "Port to listen on; 0 picks a free one.", min=0, max=65535)
+ApiKey = option(
     str | None,
-    of_safety(
-        envvar=KEY_VARIABLE, help="Key that requests must send as a bearer token. Default: none."
-    ),
-]
-Tenants = Annotated[
+    "Key that requests must send as a bearer token. Default: none.",
+    panel=SAFETY,
+    envvar=KEY_VARIABLE,
+)
+Tenants = option(
     Path | None,
-    of_safety(
-        help="YAML file of tenants, which share no chunks: {acme: {key: ..., max_requests: 4, "
-        "tokens_per_minute: 100000}}."
-    ),
-]
-AllowedHosts = Annotated[
+    "YAML file of tenants, which share no chunks: {acme: {key: ..., max_requests: 4, "
+    "tokens_per_minute: 100000}}.",
+    panel=SAFETY,
+)
+AllowedHosts = option(
     list[str] | None,
-    of_safety(
-        help="Host header to accept; repeatable. Default: localhost if --host is local, else any."
-    ),
-]
-LogTexts = Annotated[bool, of_safety("--log-texts", help="Log the text of answers.")]
-SkipCheck = Annotated[
-    bool, Option("--skip-check", help="Start without checking that reuse is exact.")
-]
-LimitPairs = Annotated[
+    "Host header to accept; repeatable. Default: localhost if --host is local, else any.",
+    panel=SAFETY,
+)
+LogTexts = option(bool, "Log the text of answers.", "--log-texts", panel=SAFETY)
+SkipCheck = option(bool, "Start without checking that reuse is exact.", "--skip-check")
+LimitPairs = option(
     list[str] | None,
-    of_limits(
-        help="Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
-        "new_tokens, default_new_tokens, choices, request_s, queue, running, kv_bytes, "
-        "pinned_bytes, prefill_tokens."
-    ),
-]
-DrainS = Annotated[int, of_limits(min=0, help="Seconds to finish requests after SIGTERM.")]
+    "Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
+    "new_tokens, default_new_tokens, choices, request_s, queue, running, kv_bytes, "
+    "pinned_bytes, prefill_tokens.",
+    panel=LIMITS,
+)
+DrainS = option(int, "Seconds to finish requests after SIGTERM.", panel=LIMITS, min=0)
 
 
 @command(
@@ -174,28 +164,26 @@ def _root() -> None:
 def serve_vllm(
     context: typer.Context,
     model: Annotated[str, Argument(help="Base model, as in `vllm serve`, or NAME@REVISION.")],
-    store: Annotated[str, Option(help="Store of encoded chunks: a folder or URL, see `answer`.")],
-    adapter: Annotated[
+    store: option(str, "Store of encoded chunks: a folder or URL, see `answer`."),
+    adapter: option(
         list[str] | None,
-        Option(
-            help="Adapter used to encode the chunks: a folder or a name on the HF Hub; "
-            "NAME=ADAPTER sets the name that requests use. Repeatable."
-        ),
-    ] = None,
-    encode_wait: Annotated[
-        float, Option(min=0, help="Seconds a request may wait for `blocktune encode --follow`.")
-    ] = 30.0,
-    host_gb: Annotated[float, Option(min=0, help="GiB of memory for chunks, in each rank.")] = 1.0,
-    fingerprint: Annotated[
-        str | None, Option(help="Fingerprint of the chunks to use, if several fit the base.")
-    ] = None,
+        "Adapter used to encode the chunks: a folder or a name on the HF Hub; "
+        "NAME=ADAPTER sets the name that requests use. Repeatable.",
+    ) = None,
+    encode_wait: option(
+        float, "Seconds a request may wait for `blocktune encode --follow`.", min=0
+    ) = 30.0,
+    host_gb: option(float, "GiB of memory for chunks, in each rank.", min=0) = 1.0,
+    fingerprint: option(
+        str | None, "Fingerprint of the chunks to use, if several fit the base."
+    ) = None,
 ) -> None:
     """Start vLLM's server with cached chunks for chat completions with `documents`."""
     from blocktune.vllm import launch
 
-    for option in (text.replace("_", "-").partition("=")[0] for text in context.args):
-        if option in OURS or option.startswith(OUR_KINDS):
-            raise ValueError(f"leave out {option}: blocktune sets model, wording and KV connector")
+    for name in (text.replace("_", "-").partition("=")[0] for text in context.args):
+        if name in OURS or name.startswith(OUR_KINDS):
+            raise ValueError(f"leave out {name}: blocktune sets model, wording and KV connector")
     named = [(name or Path(path).name, path) for name, path in map(split_name, adapter or ())]
     refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.cache.store.blobs import Blobs, states_key
 from blocktune.cache.store.config import Row, parse_bytes
 from blocktune.cache.store.shelf import NO_MANIFEST, Shelf, found_rows
 from blocktune.commands.application import command, new_group
-from blocktune.commands.options import AsJson, tell
+from blocktune.commands.options import AsJson, option, tell
 
 SHORT = 12  # number of digits of a key or fingerprint that are shown
 MOST_LAYERS = 512  # of a model, whose hidden states `rm` looks for
@@ -26,15 +26,13 @@ MOST_UNNAMED = 20  # up to this many models, those without a manifest are shown
 LEAST_DIGITS = 6  # that identify a key or fingerprint on the command line
 
 Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
-Model = Annotated[
-    str, Option(metavar="FINGERPRINT", help="Only of this model: its first digits, as in `stat`.")
-]
-Document = Annotated[str, Option(help="Only chunks of this document, by its id or title.")]
+Model = option(str, "Only of this model: its first digits, as in `stat`.", metavar="FINGERPRINT")
+Document = option(str, "Only chunks of this document, by its id or title.")
 Key = Annotated[str, Argument(help="Key of the chunk; its first digits are enough.")]
 Keys = Annotated[list[str], Argument(help="Keys, or their first digits.")]
-Undo = Annotated[bool, Option("--undo", help="Unpin the chunks.")]
+Undo = option(bool, "Unpin the chunks.", "--undo")
 Other = Annotated[str, Argument(help="Folder or URL of the other store.")]
-DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be removed.")]
+DryRun = option(bool, "Only show what would be removed.", "--dry-run")
 
 group = new_group(
     "store",
@@ -126,11 +124,9 @@ def verify(store: Place, as_json: AsJson = False) -> None:
 @command("gc", "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged", of=group)
 def gc(
     store: Place,
-    max_size: Annotated[str, Option(help="Such as 50GB: remove the least recently used.")] = "",
-    unused_days: Annotated[
-        float | None, Option(min=0, help="Remove chunks not used for this many days.")
-    ] = None,
-    damaged: Annotated[bool, Option("--damaged", help="Remove chunks that fail `verify`.")] = False,
+    max_size: option(str, "Such as 50GB: remove the least recently used.") = "",
+    unused_days: option(float | None, "Remove chunks not used for this many days.", min=0) = None,
+    damaged: option(bool, "Remove chunks that fail `verify`.", "--damaged") = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -178,7 +174,7 @@ def rm(
     keys: Annotated[list[str] | None, Argument(help="Keys, or their first digits.")] = None,
     model: Model = "",
     document: Document = "",
-    adapter: Annotated[str, Option(help="Only chunks of this adapter, as in `stat`.")] = "",
+    adapter: option(str, "Only chunks of this adapter, as in `stat`.") = "",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:

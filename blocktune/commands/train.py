@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import FAILURES, command
+from blocktune.commands.options import option
 from blocktune.parsing import load_yaml, mapping
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML as options
@@ -37,16 +38,14 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of 
 )
 def train(
     ctx: typer.Context,
-    config: Annotated[str | None, Option(help="YAML file with the settings of the run.")] = None,
-    processes: Annotated[
-        int | None, Option(min=1, help="Processes to start on this machine. Default: only this.")
-    ] = None,
-    launcher: Annotated[
-        str | None, Option(help="YAML of `accelerate config`, for DeepSpeed or several machines.")
-    ] = None,
-    help_all: Annotated[
-        bool, Option("--help-all", help="List every key of the YAML, and exit.")
-    ] = False,
+    config: option(str | None, "YAML file with the settings of the run.") = None,
+    processes: option(
+        int | None, "Processes to start on this machine. Default: only this.", min=1
+    ) = None,
+    launcher: option(
+        str | None, "YAML of `accelerate config`, for DeepSpeed or several machines."
+    ) = None,
+    help_all: option(bool, "List every key of the YAML, and exit.", "--help-all") = False,
 ) -> None:
     """Fine-tune a model to answer from separately cached chunks, with or without link tokens."""
     opt.quiet_libraries()
@@ -153,15 +152,13 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 )
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
-    output: Annotated[Path, opt.out_folder(help="New folder for the model.")],
+    output: option(Path, "New folder for the model.", "--output", "-o", **opt.IN_FOLDER),
     model: opt.Model = None,
-    links: Annotated[
+    links: option(
         str | None,
-        Option(
-            help="Where link tokens go: table (a file beside the model) or added_tokens (in its "
-            "vocabulary). Default: as trained."
-        ),
-    ] = None,
+        "Where link tokens go: table (a file beside the model) or added_tokens (in its "
+        "vocabulary). Default: as trained.",
+    ) = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
     as_json: opt.AsJson = False,
@@ -194,25 +191,21 @@ def merge(
 )
 def push(
     adapter: Annotated[Path, Argument(help="Folder from `blocktune train` or `merge`.")],
-    repo: Annotated[str, Option(help="USER/NAME on the HF Hub; created if missing.")],
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Check and show all files and the card; upload nothing.")
-    ] = False,
-    private: Annotated[
-        bool, Option("--private", help="Make the repository private if it is new.")
-    ] = False,
-    base_model: Annotated[
-        str | None, Option(help="Name of the base on the Hub, if the run used a local copy.")
-    ] = None,
-    license: Annotated[
-        str | None, Option(help="Licence, such as apache-2.0. Default: the base's on the Hub.")
-    ] = None,
-    dataset: Annotated[
-        list[str] | None, Option(help="Training data set on the Hub; repeatable.")
-    ] = None,
-    results: Annotated[
-        Path | None, Option(help="results.json of `blocktune eval`, for the table in the card.")
-    ] = None,
+    repo: option(str, "USER/NAME on the HF Hub; created if missing."),
+    dry_run: option(
+        bool, "Check and show all files and the card; upload nothing.", "--dry-run"
+    ) = False,
+    private: option(bool, "Make the repository private if it is new.", "--private") = False,
+    base_model: option(
+        str | None, "Name of the base on the Hub, if the run used a local copy."
+    ) = None,
+    license: option(
+        str | None, "Licence, such as apache-2.0. Default: the base's on the Hub."
+    ) = None,
+    dataset: option(list[str] | None, "Training data set on the Hub; repeatable.") = None,
+    results: option(
+        Path | None, "results.json of `blocktune eval`, for the table in the card."
+    ) = None,
     model: opt.Model = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
