@@ -14,24 +14,19 @@ from blocktune.commands.options import option
 
 FOLLOW_S = 0.1  # seconds to wait after the queue of missed chunks was empty
 
-Question = option(str | None, "One question.", "--question", "-q", panel=opt.PROMPT)
+Question = option(str | None, "One question.", "--question -q", panel=opt.PROMPT)
 Passages = option(
-    list[str] | None, "A passage for --question; repeatable.", "--chunk", "-c", panel=opt.PROMPT
+    list[str] | None, "A passage for --question; repeatable.", "--chunk -c", panel=opt.PROMPT
 )
 Questions = option(
-    str | None,
-    "Questions with chunks: JSONL or `blocktune data` source.",
-    "--input",
-    "-i",
-    panel=opt.PROMPT,
+    str | None, "Questions: JSONL or `blocktune data` source.", "--input -i", panel=opt.PROMPT
 )
 ShowPrompt = option(bool, "Print the prompt, row by row, first.", "--show-prompt", panel=opt.PROMPT)
 Parameters = option(list[str] | None, "Parameter of the method: name=value; repeatable.")
 Output = option(
     Path | None,
-    "JSONL file that each answer is appended to. Questions already answered in it are skipped.",
-    "--output",
-    "-o",
+    "JSONL file to append answers to. Questions already answered in it are skipped.",
+    "--output -o",
     **opt.IN_FILE,
 )
 Stream = option(bool, "Print one answer while it is generated.", "--stream")
@@ -39,10 +34,8 @@ TopK = option(int, "Sample from the K most likely tokens; 0: from all.", panel=o
 OwnSeed = option(int | None, "Random seed for sampling. Default: 0.", panel=opt.DECODING)
 DecodeCache = option(
     str | None,
-    "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (needs a "
-    "GPU). Default: as the prefill leaves it.",
+    "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (from a GPU).",
     panel=opt.DECODING,
-    metavar="KIND",
 )
 
 
@@ -134,20 +127,15 @@ def answer(
 )
 def encode(
     store: option(
-        str,
-        "Folder or URL for the encoded chunks, with settings as in `answer --store`.",
-        metavar="PLACE[,NAME=VALUE...]",
+        str, "Folder or URL, with settings as in `answer`.", metavar="PLACE[,NAME=VALUE...]"
     ),
     documents: option(
         Path | None,
-        "File of passages or of questions; FILE?chunker=sentence cuts passages.",
-        "--input",
-        "-i",
+        "File of passages or questions; FILE?chunker=sentence cuts passages.",
+        "--input -i",
         panel=opt.PROMPT,
     ) = None,
-    follow: option(
-        bool, "Then encode chunks that readers miss, until stopped.", "--follow"
-    ) = False,
+    follow: option(bool, "Then encode what readers miss, until stopped.", "--follow") = False,
     instruction: opt.Instruction = None,
     system: opt.System = None,
     wording: opt.Format = None,

@@ -30,19 +30,14 @@ def replay(
         str, typer.Argument(help="Trace of a store, Mooncake or Azure (JSONL, CSV, .gz); or zipf.")
     ],
     budget: option(
-        list[str] | None,
-        "Size of the store, such as 10GB; repeatable. Default: 1 to 50 % of the trace.",
+        list[str] | None, "Store size, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
     ) = None,
     policy: option(list[str] | None, "lru, lfu, fifo or gdsf; repeatable. Default: all.") = None,
     limit: option(int | None, "Use only the first N requests.", min=1) = None,
     token_bytes: option(int, "Bytes per token, if not traced.", min=1) = 131_072,
     token_us: option(float, "Microseconds to encode a token.", min=0) = 100.0,
     output: option(
-        Path | None,
-        "Folder for replay.json and two plots (PNG).",
-        "--output",
-        "-o",
-        **opt.IN_FOLDER,
+        Path | None, "Folder for replay.json and two plots (PNG).", "--output -o", **opt.IN_FOLDER
     ) = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -84,12 +79,8 @@ def replay(
 Tokens = option(int, "Length of the prompt, in tokens.", min=2)
 ChunkTokens = option(int, "Tokens per chunk.", min=1)
 Repeats = option(int, "Number of runs; medians are shown.", min=1)
-Folder = option(
-    Path | None, "Folder for the chunks. Default: the temporary folder.", **opt.IN_FOLDER
-)
-Output = option(
-    Path | None, "Also write the results to this JSON file.", "--output", "-o", **opt.IN_FILE
-)
+Folder = option(Path | None, "For the chunks. Default: the temporary folder.", **opt.IN_FOLDER)
+Output = option(Path | None, "Also write the results to a JSON file.", "--output -o", **opt.IN_FILE)
 Tiny = option(bool, "A toy model and prompt instead, for a quick try.", "--tiny")
 
 group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
@@ -139,17 +130,13 @@ def reuse(
 def ttft(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
-    tokens: option(
-        str, "Lengths of the prompt, question included.", metavar="N,N,..."
-    ) = "512,1024,2048,4096,8192",
+    tokens: option(str, "Lengths of the prompt.", metavar="N,N,...") = "512,1024,2048,4096,8192",
     chunk: ChunkTokens = 128,
     repeats: Repeats = 3,
     threads: option(int, "Threads that PyTorch may use.", min=1) = 2,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
-    picture: option(
-        Path | None, "PNG file for a plot: seconds against length.", **opt.IN_FILE
-    ) = None,
+    picture: option(Path | None, "PNG of seconds against length.", **opt.IN_FILE) = None,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:

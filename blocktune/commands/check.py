@@ -63,15 +63,12 @@ def check(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     method: option(
-        str | None,
-        "Check the contract of this method instead; without --model on a tiny random one.",
+        str | None, "Check this method's contract instead, by default on a tiny model."
     ) = None,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    families: option(
-        bool, "Check a tiny model of every causal LM class instead.", "--families"
-    ) = False,
+    families: option(bool, "Check tiny models of all causal LM classes.", "--families") = False,
     only: option(list[str] | None, "With --families: only this model type; repeatable.") = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -129,7 +126,7 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
     "blocktune answer -m M -i q.jsonl --method 'droidspeak first_layer=9 ratio=0.125'",
 )
 def profile_layers(
-    source: option(str, "Held-out questions: JSONL or `blocktune data` source.", "--input", "-i"),
+    source: option(str, "Held-out questions: JSONL or `blocktune data` source.", "--input -i"),
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     limit: opt.Limit = None,

@@ -27,14 +27,12 @@ CSV, Parquet or Arrow, recognized by its fields), the short name of a data set
 """
 
 Source = Annotated[str, Argument(help="File, data set or generator; see `blocktune data --help`.")]
-Output = option(Path, "JSONL file to write.", "--output", "-o", **opt.IN_FILE)
+Output = option(Path, "JSONL file to write.", "--output -o", **opt.IN_FILE)
 Limit = option(int | None, "Use only the first N examples.", min=1)
 Split = option(str | None, "Split of a data set. Default: validation, or train if it has none.")
 Fields = option(str | None, "Rename fields: question=input,chunks=docs.", metavar="NEW=OLD,...")
 Counter = option(
-    str | None,
-    "Tokenizer used to measure lengths: a folder or a name on the HF Hub.",
-    "--tokenizer",
+    str | None, "Tokenizer to measure lengths: a folder or a name on the HF Hub.", "--tokenizer"
 )
 
 group = new_group(
@@ -100,13 +98,9 @@ def show(
     index: option(int, "Which example, from 0.", min=0) = 0,
     split: Split = None,
     fields: Fields = None,
-    model: option(str | None, "Show the input rows of this model.", "--model", "-m") = None,
-    adapter: option(
-        str | None, "Use the prompt format and layout of this adapter: a folder or USER/NAME."
-    ) = None,
-    mode: option(
-        Literal["block", "full"], "Lay out the example for this kind of attention."
-    ) = "block",
+    model: option(str | None, "Show the input rows of this model.", "--model -m") = None,
+    adapter: option(str | None, "Use the prompt format and layout of this adapter.") = None,
+    mode: option(Literal["block", "full"], "Kind of attention to lay it out for.") = "block",
 ) -> None:
     """Show one example: as text, or with --model row by row as the model sees it."""
     if adapter is not None and model is None:

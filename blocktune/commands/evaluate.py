@@ -34,23 +34,17 @@ def evaluate(
     context: typer.Context,
     suite: option(Path | None, "YAML file of methods and tasks; see eval/suites/.") = None,
     output: option(
-        Path | None,
-        "Folder for rows, results.json and the plot.",
-        "--output",
-        "-o",
-        **opt.IN_FOLDER,
+        Path | None, "Folder for rows, results.json and plot.", "--output -o", **opt.IN_FOLDER
     ) = None,
-    limit: option(int | None, "Only the first N questions a task.", min=1) = None,
-    model: option(str | None, "Overrides the suite's.", "--model", "-m") = None,
+    limit: option(int | None, "Only the first N questions of each task.", min=1) = None,
+    model: option(str | None, "Overrides the suite's.", "--model -m") = None,
     device: option(str | None, "Overrides the suite's.") = None,
     quantize: option(str | None, "nf4 or int8; overrides the suite's.") = None,
     store: option(str | None, "Store of chunks, as in `answer`; overrides the suite's.") = None,
     budget: option(
-        float | None, "Share of context tokens that every selector may recompute.", min=0, max=1
+        float | None, "Share of the context that every selector may recompute.", min=0, max=1
     ) = None,
-    layer_budget: option(
-        float | None, "The same, as a share of layers times tokens.", min=0, max=1
-    ) = None,
+    layer_budget: option(float | None, "The same, of layers times tokens.", min=0, max=1) = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
     if context.invoked_subcommand is not None:
@@ -118,14 +112,12 @@ def compare(
 )
 def arena(
     questions: option(Path, "Clone of the KVShareArena repository."),
-    output: option(Path, "Folder for the result files.", "--output", "-o", **opt.IN_FOLDER),
+    output: option(Path, "Folder for the result files.", "--output -o", **opt.IN_FOLDER),
     method: option(str, "A method, as in `blocktune answer`.") = "naive",
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     subset: option(list[str] | None, "qasper, multifieldqa_en or hotpotqa. Default: all.") = None,
-    port: option(
-        str, "Origin of the method: official, port or reference.", "--provenance"
-    ) = "port",
+    port: option(str, "Origin: official, port or reference.", "--provenance") = "port",
     limit: opt.Limit = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
@@ -165,9 +157,9 @@ def report(
 )
 def tune(
     config: option(Path, "YAML file of the run; see eval/tuning/."),
-    output: option(Path, "Folder for rows and tuned.json.", "--output", "-o", **opt.IN_FOLDER),
+    output: option(Path, "Folder for rows and tuned.json.", "--output -o", **opt.IN_FOLDER),
     limit: opt.Limit = None,
-    model: option(str | None, "Overrides the YAML's.", "--model", "-m") = None,
+    model: option(str | None, "Overrides the YAML's.", "--model -m") = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; test splits are refused."""

@@ -33,15 +33,11 @@ if TYPE_CHECKING:
 def passages(
     source: Source,
     output: Output,
-    corpus: option(
-        Path | None, "Passages to search by BM25; FILE?chunker=sentence cuts them."
-    ) = None,
+    corpus: option(Path | None, "Passages to search: FILE, or FILE?chunker=sentence.") = None,
     retrieved: option(Path | None, "File with the passages that your retriever found.") = None,
     own: option(bool, "Keep the best of each question's own passages, by BM25.", "--own") = False,
     embedder: option(
-        str | None,
-        "Search --corpus by embeddings of this sentence-transformers model, not by BM25.",
-        metavar="MODEL",
+        str | None, "Sentence-transformers model to search by, not BM25.", metavar="MODEL"
     ) = None,
     store: option(
         str | None, "Store of the embeddings; see `answer`.", metavar="PLACE[,NAME=VALUE...]"
@@ -189,7 +185,7 @@ def answer(
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
     output: option(
-        Path | None, "Also write the examples as JSON lines.", "--output", "-o", **opt.IN_FILE
+        Path | None, "JSONL file to write the examples to.", "--output -o", **opt.IN_FILE
     ) = None,
     tokenizer: Counter = None,
 ) -> None:

@@ -19,16 +19,15 @@ if TYPE_CHECKING:
 MODEL, PROMPT, DECODING = "Model", "Prompt", "Decoding"  # panels of the help
 
 
-def option(kind: Any, help: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
-    """The annotation of a parameter that is an option; its default name is the parameter's."""
-    return Annotated[kind, Option(*names, help=help, rich_help_panel=panel, **settings)]
+def option(kind: Any, help: str, names: str = "", panel: str | None = None, **more: Any) -> Any:
+    """The annotation of an option. Its ``names``, separated by spaces, default to its own."""
+    return Annotated[kind, Option(*names.split(), help=help, rich_help_panel=panel, **more)]
 
 
 Model = option(
     str | None,
     "Base model: a folder or a name on the HF Hub. Default: the adapter's own base.",
-    "--model",
-    "-m",
+    "--model -m",
     panel=MODEL,
 )
 Adapter = option(
@@ -57,19 +56,11 @@ Responses = option(
     "questions over the same chunks (semantic:0.95 or semantic:0.95:MODEL). Default: none.",
     metavar="KIND",
 )
-Dtype = option(
-    str, "float32, bfloat16, float16, or auto (the dtype of the saved model).", panel=MODEL
-)
-Quantize = option(
-    str | None, "Quantize the base while it loads: nf4 (4 bits, as in QLoRA) or int8.", panel=MODEL
-)
-Device = option(
-    str | None, "Device, such as cuda:0 or cpu. Default: a GPU if there is one.", panel=MODEL
-)
+Dtype = option(str, "float32, bfloat16, float16, or auto: as the model was saved.", panel=MODEL)
+Quantize = option(str | None, "Quantize the base: nf4 (4 bits, as in QLoRA) or int8.", panel=MODEL)
+Device = option(str | None, "Such as cuda:0 or cpu. Default: a GPU if there is one.", panel=MODEL)
 Instruction = option(
-    str | None,
-    "Instruction before the chunks. Default: the adapter's, or the built-in one.",
-    panel=PROMPT,
+    str | None, "Instruction before the chunks. Default: the adapter's, or our own.", panel=PROMPT
 )
 System = option(str | None, "System message. Default: the chat template's own.", panel=PROMPT)
 Format = option(
@@ -81,9 +72,7 @@ Format = option(
 )
 MaxNewTokens = option(int, "Maximum length of an answer, in tokens.", panel=DECODING, min=1)
 Temperature = option(float, "0: greedy decoding. Higher values sample more evenly.", panel=DECODING)
-TopP = option(
-    float, "Nucleus sampling: keep tokens up to this cumulative probability.", panel=DECODING
-)
+TopP = option(float, "Nucleus sampling: keep tokens up to this total probability.", panel=DECODING)
 Seed = option(int, "Random seed for sampling.", panel=DECODING)
 BatchSize = option(int, "Questions per batch.", min=1)
 Limit = option(int | None, "Use only the first N questions.", min=1)

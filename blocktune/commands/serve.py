@@ -32,16 +32,11 @@ Name = option(
     "Name that requests use for --model. Default: its own name. With adapters, the base "
     "is served only if this is given.",
 )
-StoreGb = option(
-    float, "GiB of memory for chunks, and as much for exact prefixes.", panel=LIMITS, min=0
-)
+StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
 Host = option(str, "Address to listen on.")
 Port = option(int, "Port to listen on; 0 picks a free one.", min=0, max=65535)
 ApiKey = option(
-    str | None,
-    "Key that requests must send as a bearer token. Default: none.",
-    panel=SAFETY,
-    envvar=KEY_VARIABLE,
+    str | None, "Requests must send it as a bearer token.", panel=SAFETY, envvar=KEY_VARIABLE
 )
 Tenants = option(
     Path | None,
@@ -170,13 +165,9 @@ def serve_vllm(
         "Adapter used to encode the chunks: a folder or a name on the HF Hub; "
         "NAME=ADAPTER sets the name that requests use. Repeatable.",
     ) = None,
-    encode_wait: option(
-        float, "Seconds a request may wait for `blocktune encode --follow`.", min=0
-    ) = 30.0,
+    encode_wait: option(float, "Seconds to wait for `encode --follow`.", min=0) = 30.0,
     host_gb: option(float, "GiB of memory for chunks, in each rank.", min=0) = 1.0,
-    fingerprint: option(
-        str | None, "Fingerprint of the chunks to use, if several fit the base."
-    ) = None,
+    fingerprint: option(str | None, "Which chunks to use, if several fit the base.") = None,
 ) -> None:
     """Start vLLM's server with cached chunks for chat completions with `documents`."""
     from blocktune.vllm import launch

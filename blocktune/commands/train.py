@@ -39,12 +39,8 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of 
 def train(
     ctx: typer.Context,
     config: option(str | None, "YAML file with the settings of the run.") = None,
-    processes: option(
-        int | None, "Processes to start on this machine. Default: only this.", min=1
-    ) = None,
-    launcher: option(
-        str | None, "YAML of `accelerate config`, for DeepSpeed or several machines."
-    ) = None,
+    processes: option(int | None, "Processes to start here. Default: only this one.", min=1) = None,
+    launcher: option(str | None, "YAML of `accelerate config`: DeepSpeed, many machines.") = None,
     help_all: option(bool, "List every key of the YAML, and exit.", "--help-all") = False,
 ) -> None:
     """Fine-tune a model to answer from separately cached chunks, with or without link tokens."""
@@ -152,7 +148,7 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 )
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
-    output: option(Path, "New folder for the model.", "--output", "-o", **opt.IN_FOLDER),
+    output: option(Path, "New folder for the model.", "--output -o", **opt.IN_FOLDER),
     model: opt.Model = None,
     links: option(
         str | None,
@@ -192,20 +188,12 @@ def merge(
 def push(
     adapter: Annotated[Path, Argument(help="Folder from `blocktune train` or `merge`.")],
     repo: option(str, "USER/NAME on the HF Hub; created if missing."),
-    dry_run: option(
-        bool, "Check and show all files and the card; upload nothing.", "--dry-run"
-    ) = False,
+    dry_run: option(bool, "Check and show files and card; upload nothing.", "--dry-run") = False,
     private: option(bool, "Make the repository private if it is new.", "--private") = False,
-    base_model: option(
-        str | None, "Name of the base on the Hub, if the run used a local copy."
-    ) = None,
-    license: option(
-        str | None, "Licence, such as apache-2.0. Default: the base's on the Hub."
-    ) = None,
+    base_model: option(str | None, "Name of the base on the Hub, if the run had a copy.") = None,
+    license: option(str | None, "Such as apache-2.0. Default: the base's on the Hub.") = None,
     dataset: option(list[str] | None, "Training data set on the Hub; repeatable.") = None,
-    results: option(
-        Path | None, "results.json of `blocktune eval`, for the table in the card."
-    ) = None,
+    results: option(Path | None, "results.json of `blocktune eval`, for the card.") = None,
     model: opt.Model = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
