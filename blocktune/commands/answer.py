@@ -14,7 +14,6 @@ from blocktune.commands.options import option
 
 FOLLOW_S = 0.1  # seconds to wait after the queue of missed chunks was empty
 
-Question = option(str | None, "One question.", "--question -q", panel=opt.PROMPT)
 Passages = option(
     list[str] | None, "A passage for --question; repeatable.", "--chunk -c", panel=opt.PROMPT
 )
@@ -22,16 +21,13 @@ Questions = option(
     str | None, "Questions: JSONL or `blocktune data` source.", "--input -i", panel=opt.PROMPT
 )
 ShowPrompt = option(bool, "Print the prompt, row by row, first.", "--show-prompt", panel=opt.PROMPT)
-Parameters = option(list[str] | None, "Parameter of the method: name=value; repeatable.")
 Output = option(
     Path | None,
     "JSONL file to append answers to. Questions already answered in it are skipped.",
     "--output -o",
     **opt.IN_FILE,
 )
-Stream = option(bool, "Print one answer while it is generated.", "--stream")
 TopK = option(int, "Sample from the K most likely tokens; 0: from all.", panel=opt.DECODING)
-OwnSeed = option(int | None, "Random seed for sampling. Default: 0.", panel=opt.DECODING)
 DecodeCache = option(
     str | None,
     "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (from a GPU).",
@@ -50,7 +46,7 @@ DecodeCache = option(
     "A stopped command that writes to a file continues where it stopped: repeat it.",
 )
 def answer(
-    question: Question = None,
+    question: option(str | None, "One question.", "--question -q", panel=opt.PROMPT) = None,
     chunk: Passages = None,
     source: Questions = None,
     limit: opt.Limit = None,
@@ -64,17 +60,17 @@ def answer(
     quantize: opt.Quantize = None,
     device: opt.Device = None,
     method: opt.MethodName = None,
-    param: Parameters = None,
+    param: option(list[str] | None, "Parameter of the method: name=value; repeatable.") = None,
     store: opt.Store = None,
     batch_size: opt.BatchSize = 8,
     output: Output = None,
-    stream: Stream = False,
+    stream: option(bool, "Print one answer while it is generated.", "--stream") = False,
     as_json: opt.AsJson = False,
     max_new_tokens: opt.MaxNewTokens = 32,
     temperature: opt.Temperature = 0.0,
     top_k: TopK = 0,
     top_p: opt.TopP = 1.0,
-    seed: OwnSeed = None,
+    seed: option(int | None, "Random seed for sampling. Default: 0.", panel=opt.DECODING) = None,
     response_cache: opt.Responses = None,
     decode_cache: DecodeCache = None,
 ) -> None:

@@ -33,8 +33,6 @@ Name = option(
     "is served only if this is given.",
 )
 StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
-Host = option(str, "Address to listen on.")
-Port = option(int, "Port to listen on; 0 picks a free one.", min=0, max=65535)
 ApiKey = option(
     str | None, "Requests must send it as a bearer token.", panel=SAFETY, envvar=KEY_VARIABLE
 )
@@ -49,8 +47,6 @@ AllowedHosts = option(
     "Host header to accept; repeatable. Default: localhost if --host is local, else any.",
     panel=SAFETY,
 )
-LogTexts = option(bool, "Log the text of answers.", "--log-texts", panel=SAFETY)
-SkipCheck = option(bool, "Start without checking that reuse is exact.", "--skip-check")
 LimitPairs = option(
     list[str] | None,
     "Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
@@ -58,7 +54,6 @@ LimitPairs = option(
     "pinned_bytes, prefill_tokens.",
     panel=LIMITS,
 )
-DrainS = option(int, "Seconds to finish requests after SIGTERM.", panel=LIMITS, min=0)
 
 
 @command(
@@ -81,15 +76,15 @@ def serve(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
+    host: option(str, "Address to listen on.") = "127.0.0.1",
+    port: option(int, "Port to listen on; 0 picks a free one.", min=0, max=65535) = 8000,
     api_key: ApiKey = None,
     tenants: Tenants = None,
     allowed_host: AllowedHosts = None,
-    log_texts: LogTexts = False,
-    skip_check: SkipCheck = False,
+    log_texts: option(bool, "Log the text of answers.", "--log-texts", panel=SAFETY) = False,
+    skip_check: option(bool, "Start without checking that reuse is exact.", "--skip-check") = False,
     limit: LimitPairs = None,
-    drain_s: DrainS = 120,
+    drain_s: option(int, "Seconds to finish requests after SIGTERM.", panel=LIMITS, min=0) = 120,
 ) -> None:
     """Serve an OpenAI-compatible API with cached chunks, and a web page to try it."""
     import fastapi  # noqa: F401  # reports a missing extra before a model is loaded
