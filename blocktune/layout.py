@@ -1,8 +1,8 @@
 """The rows of a forward pass, and the rule that decides which rows each one may see.
 
-All masks, in training, caching and serving, are made by the rule in this module.
-A forward pass has one *row* for each token that is computed. A recomputed token has two rows: the
-original, which its own chunk saw, and the fresh one, which supersedes it for later rows.
+All masks, in training, caching and serving, are made by it. A forward pass has one *row* for each
+token that is computed. A recomputed token has two: the original, which its own chunk saw, and the
+fresh one, which supersedes it for later rows.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Rows:
 
     The shape is ``(B, S)`` in a `Layout`; masks are built from two views that broadcast,
     ``(..., R, 1)`` against ``(..., 1, N)``. The original and the fresh row of a token have the same
-    order. A group is one chunk, or several chunks with block dropout. Rows that end early let
-    CacheBlend recompute all tokens in its first layers and few in the others.
+    order. A group is one chunk, or several with block dropout. Rows that end early let CacheBlend
+    recompute all tokens in its first layers and few in the others.
     """
 
     kind: Tensor  # a `Kind`
@@ -68,10 +68,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout(Rows):
-    """The rows of one batch, each field ``(B, S)``.
-
-    Raises ValueError if the fields are not int64 tensors of one two-dimensional shape.
-    """
+    """The rows of one batch; ValueError if not all fields are int64 tensors ``(B, S)``."""
 
     def __post_init__(self):
         shape = self.kind.shape
@@ -120,10 +117,7 @@ class Layout(Rows):
 
     @property
     def written(self) -> Tensor | None:
-        """Rows that encode chunks, including blanks, ``(B, S)`` bool.
-
-        None if there are no such rows, as in full attention.
-        """
+        """Rows that encode chunks, with blanks, ``(B, S)`` bool; None if there are none."""
         rows = (self.group != GLOBAL) & ~self.is_pad
         return rows if bool(rows.any()) else None
 
@@ -173,15 +167,11 @@ class LayerRule:
     window: int | None = None  # a row sees itself and ``window - 1`` before it, by ``order``
 
     def first_alike(self, endings: tuple[int, ...]) -> LayerRule:
-        """The rule of the first layer with the same rows, so that layers can share a mask.
-
-        ``endings`` is `Layout.endings`.
-        """
+        """The rule of the first layer with the same rows, to share a mask; see `Layout.endings`."""
         return replace(self, layer=max((end for end in endings if end <= self.layer), default=0))
 
 
-FIRST_LAYER = LayerRule()
-"""Layer 0 without a window. It applies to all layers if no row ends and there is no window."""
+FIRST_LAYER = LayerRule()  # it applies to all layers if no row ends and there is no window
 
 
 def visible(

@@ -1,8 +1,8 @@
 """Learned tokens: links next to a chunk, which see all earlier chunks, headers and trailers.
 
-By default they have a separate table. Their ids are *virtual*, ``vocab_size + slot``, and two hooks
-on the input embedding look them up, so the vocabulary, the tokenizer and the tied output head do
-not change. `add_link_tokens` makes them real tokens instead.
+By default they have a table of their own. Their ids are *virtual*, ``vocab_size + slot``, and two
+hooks on the input embedding look them up, so vocabulary, tokenizer and tied output head do not
+change. `add_link_tokens` makes them real tokens instead.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from blocktune.models.gate import unwrapped
 from blocktune.models.sharded import gathered, whole_shape
 
 LINKS_FILE = "links.safetensors"
-LINKS_MODULE = "blocktune_links"
-"""Name of the table as a submodule of the model, so that it is trained, moved and synchronised."""
-NOISE = 0.1
-"""Noise of new rows around the mean embedding, in standard deviations of the embeddings."""
+LINKS_MODULE = "blocktune_links"  # the table is a submodule, so it is trained, moved and synced
+NOISE = 0.1  # of new rows around the mean embedding, in standard deviations of the embeddings
 
 
 class LinkTable(nn.Embedding):
     """Embeddings of learned tokens; ``weight`` is ``(num_links, hidden)``.
 
-    The rows are in the order of `LayoutSpec`: links, headers, trailers. There is at least one.
-    If a model scales embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it
-    scales them after the lookup (Gemma 2, Granite), it scales these rows, too.
+    At least one, in the order of `LayoutSpec`: links, headers, trailers. If a model scales
+    embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it scales them after
+    the lookup (Gemma 2, Granite), it scales these rows, too.
     """
 
     @classmethod

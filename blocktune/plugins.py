@@ -44,10 +44,7 @@ def _named() -> list[str]:
 
 
 def load_all() -> None:
-    """Imports all plug-ins once: those of the package, of entry points and of `VARIABLE`.
-
-    Raises ValueError, with its name and the reason, if one cannot be imported.
-    """
+    """Imports all plug-ins once. Raises ValueError, with the reason, if one cannot be imported."""
     for plugin in [*_installed(tuple(sys.path)), *_named()]:
         if plugin not in _loaded:
             _loaded.add(plugin)  # before the import, because the plug-in may use a registry

@@ -114,9 +114,9 @@ def require_share(name: str, value: float) -> None:
 
 
 def require_like(what: str, given: Any, like: Any, *dtypes: Any) -> None:
-    """Raises a `ValueError` unless a tensor of a plug-in has the shape of ``like`` and its dtype.
+    """Raises a `ValueError` unless ``what`` returned a tensor of the shape and dtype of ``like``.
 
-    ``what`` made it; ``dtypes`` are those that it may have instead.
+    ``dtypes`` are those that it may have instead.
     """
     dtypes = dtypes or (like.dtype,)
     if not isinstance(given, type(like)) or given.shape != like.shape or given.dtype not in dtypes:

@@ -1,9 +1,9 @@
 """Simulation of a store on a trace: hit rate and time saved by size and policy; break-even point.
 
-Nothing is encoded. A trace is a sequence of requests with the chunks that each asks for. It may be
-recorded by a store (JSON lines of ``--store ...,trace=FILE``), published (Mooncake: ``hash_ids`` of
-blocks of 512 tokens; Azure: CSV with ``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts
-are filled with random chunks, since it names none), or random. Files may be gzipped (``.gz``).
+A trace lists the chunks of each request. It is recorded by a store (JSON lines of ``--store
+...,trace=FILE``), published (Mooncake: ``hash_ids`` of blocks of 512 tokens; Azure: CSV with
+``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts are filled with random chunks, since it
+names none), or random. Files may be gzipped (``.gz``).
 """
 
 from __future__ import annotations

@@ -40,15 +40,14 @@ def bench_ttft(
     its question and one answer token. ``repeats`` rounds are timed, after an untimed one.
 
     Returns:
-        ``lengths`` holds for each length: ``cached_over_full`` (median of the rounds) and its
+        Method, setting, provenance, and by length: ``cached_over_full`` (median) and its
         ``spread``; ``seconds`` of ``cached`` and ``full``, see `time_methods`; and ``parts`` of a
         cached prompt, with ``seconds`` and, on a CPU in float32, the machine's ``limit``:
         ``lookup``; ``join`` into one cache (copy rate); ``rotate``, the added time of relocating
-        keys (another pass over them); and the ``question``'s forward pass (FLOPs at the matmul
-        rate, or weights and cache at the copy rate). Also the method, setting and provenance.
+        keys (another pass); the ``question`` (FLOPs at the matmul rate, or weights and cache at
+        the copy rate).
 
-    Raises ValueError if a prompt has no room for a chunk and the question, or the engine's store
-    for the chunks of a prompt.
+    Raises ValueError if a prompt or the engine's store has no room.
     """
     if min(lengths) - question < 3 or question < 1 or chunk < 1:
         raise ValueError(

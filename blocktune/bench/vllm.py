@@ -27,11 +27,7 @@ FULL_ROUNDS = 3  # timed rounds of the full prefill, which takes longest
 
 @dataclass(frozen=True)
 class VllmBench:
-    """Setting: prompts of random tokens, whose chunks are in the store and in memory.
-
-    The trace has ``trace`` questions over ``most`` chunks each, in random order from a ``corpus``
-    of chunks, so few prompts share a prefix.
-    """
+    """Setting: prompts of random tokens, whose chunks are in the store and in memory."""
 
     tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)  # prompt lengths
     chunk: int = 128  # tokens per chunk
@@ -41,9 +37,9 @@ class VllmBench:
     heads: int = 8
     kv_heads: int = 8
     repeats: int = 7  # timed rounds, after an untimed one
-    corpus: int = 24
-    most: int = 12
-    trace: int = 16
+    corpus: int = 24  # chunks of the trace
+    most: int = 12  # chunks of a prompt of the trace, drawn from them in random order
+    trace: int = 16  # prompts of the trace
     seed: int = 0
 
 
@@ -53,13 +49,12 @@ TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, 
 def bench_vllm(setting: VllmBench) -> dict[str, Any]:
     """Times first tokens by prompt length, and a trace.
 
-    For each length, there are CPU seconds (``cpu_s``, all threads) and wall-clock seconds of a full
-    prefill, of chunks in memory (``cached``) and on disk, and of another question over chunks that
-    are still in vLLM's pages (``paged``). ``copy_s`` and ``write_s`` are CPU seconds of copying the
-    keys and values, and of writing them into vLLM's pages with its kernel. Ratios are of CPU time,
-    without waiting if ``OMP_WAIT_POLICY=passive`` is set before torch is imported.
-    ``load_over_write`` and ``load_over_copy`` divide the growth of ``cached`` minus ``paged`` from
-    the shortest to the longest prompt by that of ``write_s`` and ``copy_s``.
+    By length: CPU seconds (``cpu_s``, all threads) and wall-clock seconds of a full prefill, of
+    chunks in memory (``cached``) and on disk, and of another question over chunks still in vLLM's
+    pages (``paged``); ``copy_s`` and ``write_s``, CPU seconds of copying the keys and values, and
+    of writing them into the pages. Ratios are of CPU time, without waiting if
+    ``OMP_WAIT_POLICY=passive`` is set before torch is imported. ``load_over_...`` divide the growth
+    of ``cached`` minus ``paged``, from shortest to longest prompt, by that of the denominator.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # to measure its CPU time
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes to stdout, like the JSON

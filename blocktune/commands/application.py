@@ -24,7 +24,7 @@ import blocktune
 from blocktune import plugins
 from blocktune.parsing import first_line
 
-EXTRAS = {
+EXTRAS = {  # the packages that each extra of blocktune installs
     "train": ("trl", "peft", "accelerate"),
     "eval": ("matplotlib", "rouge_score", "lm_eval"),
     "data": ("bm25s", "datasets", "sentencex", "pyarrow", "wonderwords"),
@@ -32,10 +32,8 @@ EXTRAS = {
     "remote": ("fsspec", "s3fs", "valkey"),
     "gguf": ("gguf",),
 }
-"""The packages that each extra of blocktune installs."""
+# Environment variable for launched processes: a folder for their error (``RANK.txt``).
 FAILURES = "BLOCKTUNE_FAILURES"
-"""Environment variable for launched processes: the folder where they write their error
-(``RANK.txt``) instead of printing it."""
 PLUGIN = "--plugin"
 USAGE_ERROR = typer.BadParameter.__base__  # wrong options or arguments; typer does not export it
 

@@ -246,10 +246,8 @@ def _checked(blobs: Blobs, key: str) -> tuple[str | None, Any]:
 
 
 def _describe_repairs(index: dict[str, int]) -> list[str]:
-    counts = ", ".join(
-        f"{count:,} {name.replace('_', ' ')}" for name, count in index.items() if count
-    )
-    return [f"index repaired: {counts}"] if counts else []
+    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in index.items() if count]
+    return [f"index repaired: {', '.join(counts)}"] if counts else []
 
 
 def _remove(shelf: Shelf, sizes: dict[str, int], dry_run: bool, as_json: bool, **more: Any) -> None:

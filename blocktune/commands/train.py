@@ -72,10 +72,8 @@ def train(
 def launch(processes: int | None, launcher: str | None, program: list[str]) -> None:
     """Runs a program in several processes, by torchrun or by accelerate with the given YAML.
 
-    Raises:
-        ValueError: A process reported a user's mistake, or was ended by a signal.
-        typer.Exit: The program ended. After a crash one line is printed and the code is not 0.
-        KeyboardInterrupt: After Ctrl-C.
+    Raises typer.Exit with its code when it ended, after one line if it crashed; ValueError if a
+    process reported a user's mistake, or was ended by a signal; KeyboardInterrupt after Ctrl-C.
     """
     if launcher is not None:
         mapping(load_yaml(launcher, "launcher configuration", "see recipes/accelerate"), launcher)
