@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 PACKAGES = "torch transformers tokenizers numpy peft trl accelerate datasets deepspeed bitsandbytes"
-MASK = "HIDDEN"
-"""Placeholder for a secret."""
+MASK = "HIDDEN"  # in place of a secret
 _TOKEN_OPTION = re.compile(r"--?[\w-]*token", re.IGNORECASE)
 # Options may be abbreviated (--hub_tok), so tokens of the Hub are also recognised by their form;
 # likewise the user and password of a store's URL.

@@ -39,9 +39,8 @@ class Registry:
         """
 
         def enter(cls: Entry) -> Entry:
-            new = f"{cls.__module__}.{cls.__qualname__}"
-            other = self._entries.get(name, cls)
-            old = f"{other.__module__}.{other.__qualname__}"
+            both = (cls, self._entries.get(name, cls))
+            new, old = (f"{own.__module__}.{own.__qualname__}" for own in both)
             if old != new:  # a module that is reloaded may replace its own entry
                 raise ValueError(
                     f"{self.what} '{name}' of {new} is already taken by {old}; choose another name"

@@ -18,8 +18,8 @@ from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.provenance import provenance
 
 HEADS, KV_HEADS, HEAD_DIM, THREADS, SEED = 8, 8, 64, 2, 0
+# FLOPs per visible cell and dimension: two products forward, five backward, two FLOPs each.
 OPERATIONS = 14
-"""FLOPs per visible cell and dimension: two products forward, five backward, two FLOPs each."""
 
 
 def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> dict[str, Any]:

@@ -81,10 +81,9 @@ def random_model(setting: Any, intermediate: int, length: int) -> tuple[LlamaFor
     return model, tokenizer
 
 
-TINY = ReuseBench(
+TINY = ReuseBench(  # for tests; its ratios are meaningless
     256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, threads=1, repeats=1
 )
-"""Small setting for tests; its ratios are meaningless."""
 
 
 def random_pieces(vocab_size: int, tokens: int, chunk: int, question: int, seed: int) -> Pieces:

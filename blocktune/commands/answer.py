@@ -22,10 +22,7 @@ Questions = option(
 )
 ShowPrompt = option(bool, "Print the prompt, row by row, first.", "--show-prompt", panel=opt.PROMPT)
 Output = option(
-    Path | None,
-    "JSONL file to append answers to. Questions already answered in it are skipped.",
-    "--output -o",
-    **opt.IN_FILE,
+    Path | None, "JSONL file; answers already in it are skipped.", "--output -o", **opt.IN_FILE
 )
 TopK = option(int, "Sample from the K most likely tokens; 0: from all.", panel=opt.DECODING)
 DecodeCache = option(

@@ -70,7 +70,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     if budget is None and layer_budget is None:
         return suite
     share = f"{100 * (budget or layer_budget or 0):g} %"
-    share += " of the layer-tokens" if budget is None else ""
+    share += " of the layer-tokens" * (budget is None)
 
     def named(label):  # it may state another budget, as in ``naive + epic 15 %``
         return f"{label} at {share}" if {"%", "="} & set(label) else label

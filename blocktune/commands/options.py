@@ -77,7 +77,7 @@ Seed = option(int, "Random seed for sampling.", panel=DECODING)
 BatchSize = option(int, "Questions per batch.", min=1)
 Limit = option(int | None, "Use only the first N questions.", min=1)
 AsJson = option(bool, "Print JSON for programs.", "--json")
-# For outputs: a folder in place of a file, or the reverse, is refused before any work is done.
+# Of outputs: a folder in place of a file, or the reverse, is refused before any work.
 IN_FILE = {"dir_okay": False, "readable": False, "writable": True}
 IN_FOLDER = {"file_okay": False, "readable": False, "writable": True}
 

@@ -28,9 +28,7 @@ Adapters = option(
     "name that requests use. Repeatable; adapters share the weights of their base.",
 )
 Name = option(
-    str | None,
-    "Name that requests use for --model. Default: its own name. With adapters, the base "
-    "is served only if this is given.",
+    str | None, "Name of --model in requests. With adapters, it is served only if this is given."
 )
 StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
 ApiKey = option(

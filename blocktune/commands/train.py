@@ -1,7 +1,4 @@
-"""`blocktune train`, `merge` and `push`: train, merge and publish adapters.
-
-Training runs in this process or in several launched ones. A failure is reported on one line.
-"""
+"""`blocktune train`, in this process or several, `merge` and `push`."""
 
 from __future__ import annotations
 
@@ -149,9 +146,7 @@ def merge(
     output: option(Path, "New folder for the model.", "--output -o", **opt.IN_FOLDER),
     model: opt.Model = None,
     links: option(
-        str | None,
-        "Where link tokens go: table (a file beside the model) or added_tokens (in its "
-        "vocabulary). Default: as trained.",
+        str | None, "Links in a table (a file) or as added_tokens. Default: as trained."
     ) = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
