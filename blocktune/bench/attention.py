@@ -26,7 +26,7 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
     """Times one layer of attention, forward and backward, in float32 on the CPU.
 
     Split attention, full causal SDPA (``full``) and SDPA with the block mask as a dense tensor
-    (``dense``) run in turn, without building masks and plans, once per batch. The last ``chunk``
+    (``dense``) run in turn. Masks and plans, made once per batch, are not timed. The last ``chunk``
     tokens are the query, which sees everything. ``bound`` holds the ratios by visible cells alone;
     ``share_of_matmul`` is the share of the measured matmul rate.
     """

@@ -82,7 +82,7 @@ def _one_line(debug: bool) -> Iterator[None]:
 
 def _write_failure(line: str | None, error: Exception) -> None:
     """Writes the error for the launching process to read; for a bug, the traceback follows."""
-    if line is None:
+    if not line:
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
         line += "\n" + "".join(traceback.format_exception(error))
     path = Path(os.environ[FAILURES]) / f"{os.environ.get('RANK', 0)}.txt"

@@ -146,7 +146,7 @@ def merge(
     output: option(Path, "New folder for the model.", "--output -o", **opt.IN_FOLDER),
     model: opt.Model = None,
     links: option(
-        str | None, "Links in a table (a file) or as added_tokens. Default: as trained."
+        str | None, "table (links in a file) or added_tokens. Default: as trained."
     ) = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
