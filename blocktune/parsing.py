@@ -265,8 +265,8 @@ def entries(record: Any, where: str) -> list:
 
 def split_name(text: str) -> tuple[str, str]:
     """Splits ``NAME=PATH``; the name is "" for a path alone. If it exists, it may have ``=``."""
-    name, equals, path = text.partition("=")
-    return ("", text) if not equals or Path(text).exists() else (name, path)
+    name, _, path = text.partition("=")
+    return (name, path) if name and path and not Path(text).exists() else ("", text)
 
 
 def refuse_doubles(what: str, names: list[str], fix: str) -> None:

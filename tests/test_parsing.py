@@ -144,4 +144,5 @@ def test_a_path_that_exists_is_no_name_whatever_it_contains(tmp_path):
     (tmp_path / "lr=0.1").mkdir()
     assert split_name(path) == ("", path)
     assert split_name(f"legal={path}") == ("legal", path)
-    assert split_name("USER/NAME@main") == ("", "USER/NAME@main")
+    for alone in ("USER/NAME@main", "name=", "=path"):
+        assert split_name(alone) == ("", alone)

@@ -20,7 +20,7 @@ MODEL, PROMPT, DECODING = "Model", "Prompt", "Decoding"  # panels of the help
 
 
 def option(kind: Any, help: str, names: str = "", panel: str | None = None, **more: Any) -> Any:
-    """The annotation of an option. Its ``names``, separated by spaces, default to its own."""
+    """The annotation of an option. ``names``, with spaces between, default to the parameter's."""
     return Annotated[kind, Option(*names.split(), help=help, rich_help_panel=panel, **more)]
 
 
