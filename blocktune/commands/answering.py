@@ -68,7 +68,7 @@ def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
         if not (key and value):
             raise ValueError(f"--param must be name=value, got '{text}'")
         if key in values:
-            raise ValueError(f"--param '{key}' is given more than once; give it once")
+            raise ValueError(f"--param '{key}' is given 2 times; give it once")
         values[key] = parse_yaml(value, f"--param {key}")
     return None if name is None else parse_method(name, values)
 
