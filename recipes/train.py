@@ -11,7 +11,7 @@ if __name__ == "__main__":
         train(sys.argv[1:], publisher=Publisher())
     except (ValueError, OSError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)  # its text says how to continue
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # on each machine, since files may be missing
             print("stopped:" if stopped else "error:", *str(error).split(), file=sys.stderr)
         sys.exit(130 if stopped else 2)
     leave()

@@ -38,16 +38,15 @@ def gives_answer(reply: str, answers: Iterable[str]) -> bool:
 
 
 def holds_answer(example: RagExample, whole: RagExample | None = None) -> bool:
-    """Whether an example can be answered from its chunks.
+    """Whether a chunk of an example mentions an answer other than yes or no.
 
-    True if a chunk mentions an answer. For a yes/no answer, true if the example still has all
-    supporting chunks of ``whole``, which is the same question with all chunks of its source.
+    Yes or no can be answered if the example still has all supporting chunks of ``whole``, the same
+    question with all chunks of its source.
     """
     verdicts, others = _split_verdicts(example.answers)
-    if any(chunk_mentions(chunk, others) for chunk in example.chunks):
-        return True
     supported = whole is not None and len(example.supporting) == len(whole.supporting) > 0
-    return bool(verdicts) and supported
+    mentioned = any(chunk_mentions(chunk, others) for chunk in example.chunks)
+    return mentioned or (bool(verdicts) and supported)
 
 
 def is_verdict(example: RagExample) -> bool:
@@ -63,16 +62,14 @@ def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
 def evidence(example: RagExample) -> frozenset[int]:
     """Indices of the chunks that must not be dropped.
 
-    These are the supporting chunks; if none are marked, the chunks that mention an answer other
-    than yes or no; if there are none, all chunks.
+    These are the supporting chunks, else those that mention an answer other than yes or no, else
+    all.
     """
     if example.supporting:
         return frozenset(example.supporting)
     _, others = _split_verdicts(example.answers)
-    with_answer = frozenset(
-        index for index, chunk in enumerate(example.chunks) if chunk_mentions(chunk, others)
-    )
-    return with_answer or frozenset(range(len(example.chunks)))
+    found = [i for i, chunk in enumerate(example.chunks) if chunk_mentions(chunk, others)]
+    return frozenset(found or range(len(example.chunks)))
 
 
 def _split_verdicts(answers: Iterable[str]) -> tuple[set[str], list[str]]:
@@ -86,7 +83,7 @@ def _normalize(text: str) -> str:
 
 
 Answerer = Callable[[Sequence[RagExample], int], Sequence[str | None]]
-"""Answers a batch of examples, given the batch's number, which seeds the sampling.
+"""Answers a batch of examples, given its number, which seeds the sampling.
 
 An answer that was cut at the limit of tokens is None: training on it would teach to stop there.
 """
@@ -116,23 +113,21 @@ def regenerate(
     """Writes the examples with the model's answers as their ``response``.
 
     Answers are appended to ``OUTPUT.part`` after each batch; ``OUTPUT`` is created at the end. If
-    interrupted, the same command continues after the last complete batch, with the same result.
+    interrupted, the same call continues after the last complete batch, with the same result.
 
-    ``facts`` describe what else determines the answers (model, decoding), and are recorded in
-    ``meta``. A run can only be continued with the same ``facts`` and ``batch_size``. With
-    ``only_correct``, examples whose reply gives no accepted answer are dropped, see `gives_answer`.
+    ``facts`` (model, decoding) also determine the answers, and are recorded in ``meta``. With
+    ``only_correct``, replies without an accepted answer are dropped, see `gives_answer`.
     ``on_batch`` is called with the number of examples done.
 
-    Raises ValueError if the part file belongs to another command, an example has no accepted answer
-    to compare with, or no answer is left to write.
+    Raises ValueError if the part file was started with other examples, ``facts`` or ``batch_size``,
+    an example has no accepted answer to compare with, or no answer is left to write.
     """
-    for example in examples if only_correct else ():
-        if not example.answers:
-            name = example.id or example.question
-            raise ValueError(
-                f"example '{name:.40}' has no accepted answer to compare with; omit only_correct "
-                "or add 'answers' to it"
-            )
+    if only_correct and (unknown := [e for e in examples if not e.answers]):
+        name = unknown[0].id or unknown[0].question
+        raise ValueError(
+            f"example '{name:.40}' has no accepted answer to compare with; omit only_correct or "
+            "add 'answers' to it"
+        )
     output = Path(output)
     if output.is_dir():
         raise ValueError(f"'{output}' is a folder; name a file")
@@ -159,34 +154,25 @@ def regenerate(
             append_lines(part, [json.dumps(texts, ensure_ascii=False)])
             answers += texts
             on_batch(len(answers))
-    written, dropped = _with_responses(examples, answers, facts, only_correct)
+    fates = [_fate(e, text, only_correct) for e, text in zip(examples, answers, strict=True)]
+    dropped = {fate: fates.count(fate) for fate in ("empty", "wrong", "cut")}
+    written = [
+        replace(e, response=text.strip(), meta=e.meta | {"answered_by": dict(facts)})
+        for e, text, fate in zip(examples, answers, fates, strict=True)
+        if fate == "written"
+    ]
     if not written:
         counts = ", ".join(f"{count} are {name}" for name, count in dropped.items())
-        fix = "; allow more new tokens" if dropped["cut"] else ""
-        raise ValueError(
-            f"nothing to write to {output.name}: of {len(answers)} answers, {counts}{fix}"
-        )
+        counts += "; allow more new tokens" if dropped["cut"] else ""
+        raise ValueError(f"nothing to write to {output.name}: of {len(answers)} answers, {counts}")
     write_jsonl(output, written)
     part.unlink()
     return Regenerated(len(written), num_resumed, **dropped)
 
 
-def _with_responses(
-    examples: Sequence[RagExample],
-    answers: Sequence[str | None],
-    facts: Mapping[str, Any],
-    only_correct: bool,
-) -> tuple[list[RagExample], dict[str, int]]:
-    """The examples with their answers, and how many were dropped as empty, wrong and cut."""
-    written, dropped = [], {"empty": 0, "wrong": 0, "cut": 0}
-    for example, text in zip(examples, answers, strict=True):
-        if text is None:
-            dropped["cut"] += 1
-        elif not text.strip():
-            dropped["empty"] += 1
-        elif only_correct and not gives_answer(text, example.answers):
-            dropped["wrong"] += 1
-        else:
-            meta = example.meta | {"answered_by": dict(facts)}
-            written.append(replace(example, response=text.strip(), meta=meta))
-    return written, dropped
+def _fate(example: RagExample, text: str | None, only_correct: bool) -> str:
+    if text is None:
+        return "cut"
+    if not text.strip():
+        return "empty"
+    return "wrong" if only_correct and not gives_answer(text, example.answers) else "written"

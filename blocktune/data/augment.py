@@ -43,9 +43,8 @@ def augment(
 ) -> RagExample:
     """Returns the example with a varied context; ``index`` and ``config.seed`` seed all draws.
 
-    If the example has too few distractors, more are drawn from ``pool``, the chunks of other
-    examples, except those that mention an accepted answer or are in the context already. Raises
-    ValueError if the pool has too few.
+    Missing distractors are drawn from ``pool``, the chunks of other examples, except those that
+    mention an accepted answer or are in the context. Raises ValueError if the pool has too few.
     """
     rng = Random(f"augment/{config.seed}/{index}")
     needed = evidence(example)

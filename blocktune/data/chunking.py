@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.parsing import read
@@ -56,7 +57,7 @@ def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ..
 
 
 def tidy(spans: Iterable[str]) -> list[str]:
-    """Drops blank spans, and removes leading blank lines and trailing white space from the others.
+    """Spans after `trimmed`, without blank ones.
 
     A span keeps the indent of its first line only if it starts at the start of a line.
     """
@@ -105,26 +106,37 @@ class Delimiter(Chunker):
         require_count("max_chunks", self.max_chunks, 1)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans that end with the delimiter, except perhaps the last."""
         candidates = STRONGEST_FIRST if self.delimiter is None else (self.delimiter,)
         delimiter = next((mark for mark in candidates if mark in text.strip()), None)
         if delimiter is None:
             return [text]
-        spans: list[str] = []
         *parts, last = text.split(delimiter)
-        for span in [*(part + delimiter for part in parts), *([last] if last else [])]:
+        cuts, end, has_text = [0], 0, False
+        for span in (*(part + delimiter for part in parts), last):
             # A blank span is joined to the span before it, at the start to the span after it.
-            if spans and not (span.strip() and spans[-1].strip()):
-                spans[-1] += span
-            else:
-                spans.append(span)
-        sizes = np.array([len(span) for span in spans])
-        while len(spans) > self.max_chunks:
-            at = int(np.argmin(sizes[:-1] + sizes[1:]))
-            spans[at : at + 2] = [spans[at] + spans[at + 1]]
-            sizes[at] += sizes[at + 1]
-            sizes = np.delete(sizes, at + 1)  # numpy, since web pages have thousands of lines
-        return spans
+            if has_text and span.strip():
+                cuts.append(end)
+            has_text = has_text or bool(span.strip())
+            end += len(span)
+        return [text[a:b] for a, b in pairwise(_fewest_cuts([*cuts, end], self.max_chunks))]
+
+
+def _fewest_cuts(cuts: list[int], most: int) -> list[int]:
+    """Removes the inner cut whose neighbours are closest until ``most`` spans are left."""
+    after, before = dict(pairwise(cuts)), {cut: left for left, cut in pairwise(cuts)}
+    # A queue, since a text may have a million lines: joined length, start and inner cut of a pair.
+    pairs = [(after[cut] - left, left, cut) for left, cut in pairwise(cuts[:-1])]
+    heapify(pairs)
+    while len(after) > most:
+        length, left, cut = heappop(pairs)
+        if cut not in after or length != after[cut] - before[cut]:
+            continue  # removed, or a neighbour of it was
+        after[left] = right = after.pop(cut)
+        before[right] = left
+        for inner in (left, right):
+            if inner in before and inner in after:
+                heappush(pairs, (after[inner] - before[inner], before[inner], inner))
+    return [*after, cuts[-1]]
 
 
 @CHUNKERS.register("fixed")
@@ -145,29 +157,23 @@ class Fixed(Chunker):
         require_count("size", self.size, self.overlap + 1, "more than the overlap")
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans of ``size`` tokens."""
         if tokenizer is None:
             raise ValueError(
                 "chunker 'fixed' counts tokens and has no tokenizer; name one: tokenizer=MODEL"
             )
         if not tokenizer.is_fast:
             raise ValueError(
-                f"chunker 'fixed' needs the offsets of a fast tokenizer, but "
+                f"chunker 'fixed' needs the offsets of a fast tokenizer, and "
                 f"'{tokenizer.name_or_path}' is slow; use chunker 'sentence'"
             )
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         # A span ends where the token after it starts: no character between tokens is lost.
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        count, spans = max(1, len(starts)), []
-        for first in range(0, count, self.size - self.overlap):
-            end = first + self.size
-            left = starts[first] if first else 0
-            spans.append(text[left : starts[end] if end < count else len(text)])
-            if end >= count:
-                break
-        return spans
+        starts = [0, *(start for start, _ in encoded["offset_mapping"][1:])]
+        ends = [*starts[self.size :], *[len(text)] * self.size]
+        firsts = range(0, max(1, len(starts) - self.overlap), self.size - self.overlap)
+        return [text[starts[first] : ends[first]] for first in firsts]
 
 
 @CHUNKERS.register("sentence")
@@ -181,14 +187,13 @@ class Sentence(Chunker):
         require_count("size", self.size, 1)
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans of ``size`` sentences, each with the white space that follows it."""
         sentences = sentences_of(text, self.language)
         starts = range(0, len(sentences), self.size)
         return ["".join(sentences[start : start + self.size]) for start in starts] or [text]
 
 
 def sentences_of(text: str, language: str = "en") -> list[str]:
-    """Splits a text into sentences, whose concatenation is the text. Joins blank ones to others."""
+    """Splits a text into sentences, which join to it again. Joins blank ones to others."""
     from sentencex import segment
 
     sentences: list[str] = []
@@ -204,9 +209,8 @@ def sentences_of(text: str, language: str = "en") -> list[str]:
 class PerMessage(Chunker):
     """Makes each turn or message a chunk. A single text is split as by `Delimiter`.
 
-    A turn is a user message with its replies (KVLink). A system message is a chunk by itself.
-
-    Source: Block-Attention splits conversations by message, and single questions by delimiter.
+    A turn is a user message with its replies (KVLink), or a system message. Block-Attention splits
+    by message.
     """
 
     unit: str = "turn"  # or ``message``
@@ -215,19 +219,16 @@ class PerMessage(Chunker):
         require_one_of("unit", self.unit, ("turn", "message"))
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans of `Delimiter`."""
         return Delimiter().split(text)
 
     def split_messages(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None
     ) -> list[str]:
-        """Spans of turns or messages. A turn starts at a user message or after a system message."""
-        spans: list[list[str]] = []
-        last_role = None
-        for message in messages:
-            starts_turn = message.role in ("user", "system") or last_role in (None, "system")
-            if starts_turn or self.unit == "message":
-                spans.append([])
-            spans[-1].append(str(message))
-            last_role = message.role
-        return ["\n".join(span) for span in spans]
+        spans: list[str] = []
+        for before, message in zip((None, *messages), messages, strict=False):
+            starts = message.role in ("user", "system") or self.unit == "message"
+            if starts or before is None or before.role == "system":
+                spans.append(str(message))
+            else:
+                spans[-1] += f"\n{message}"
+        return spans

@@ -18,6 +18,8 @@ TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "data")
 _NESTED_KEYS = ("data", "document", "node", "payload", "_source")
 """Fields in which a search engine's hit holds the passage, next to its score and id."""
 
+NO_ANSWER = "No Answer Present."
+"""What MS MARCO gives as the answer to a question that no passage answers."""
 CHUNK_WANTED = 'a string or {"text", "title"?}'
 
 
@@ -25,51 +27,34 @@ CHUNK_WANTED = 'a string or {"text", "title"?}'
 class RagExample:
     """A question, its context of retrieved chunks, and the accepted answers.
 
-    Attributes:
-        question: The question, never blank.
-        chunks: Retrieved passages in prompt order, at least one. Lists, strings, ``[title, text]``
-            pairs, objects with one of `TEXT_KEYS`, columns (``{"title": [...], "text": [...]}``)
-            and LangChain documents are converted to a tuple of `Chunk`; keys other than text and
-            title become the chunk's ``metadata``.
-        answers: Accepted answers, the preferred one first; empty if unknown. May be given as one
-            string; numbers are converted to strings.
-        response: Training target, if it differs from ``answers[0]``
-            (``'Anna Belt. Answer: Port Alder'``), or None.
-        kind: Category, reported separately, e.g. ``'2-hop'`` or ``'comparison'``.
-        id: Identifier in the source.
-        supporting: Indices of the chunks that hold the evidence, for all turns.
-        meta: Other data of the source; must be JSON-serialisable.
-        followups: Further questions about the same chunks, each with its target response. Training
-            adds them as later turns. Serving asks only ``question``.
-        conversation: If the source is a conversation, its messages before the response as
-            (role, text): optionally system, then user and assistant in turn, with user last.
-            ``chunks`` and ``question`` hold the same text; a mixture's ``turns`` trains on it.
-
-    Raises ValueError if a field has the wrong type; one line that names the field.
+    ``chunks`` may be given as a string, or a list of strings, ``[title, text]`` pairs, objects with
+    one of `TEXT_KEYS` or LangChain documents, or as columns (``{"title": [...], "text": [...]}``).
+    They become a tuple of `Chunk`, their other keys its ``metadata``. One answer may be a string;
+    numbers become strings. Raises ValueError if a field has the wrong type; one line that names it.
     """
 
-    question: str
-    chunks: tuple[Chunk, ...]
-    answers: tuple[str, ...] = ()
-    response: str | None = None
-    kind: str = ""
-    id: str = ""
-    supporting: tuple[int, ...] = ()
-    meta: dict[str, Any] = field(default_factory=dict)
+    question: str  # never blank
+    chunks: tuple[Chunk, ...]  # retrieved passages in prompt order, at least one
+    answers: tuple[str, ...] = ()  # accepted, the preferred one first; empty if unknown
+    response: str | None = None  # training target, if it differs from ``answers[0]``
+    kind: str = ""  # category, reported separately, e.g. ``2-hop``
+    id: str = ""  # identifier in the source
+    supporting: tuple[int, ...] = ()  # indices of chunks that hold the evidence, for all turns
+    meta: dict[str, Any] = field(default_factory=dict)  # other data; JSON-serialisable
+    # further questions about the same chunks with their target responses, for training
     followups: tuple[tuple[str, str], ...] = ()
+    # messages before the response as (role, text), if the source is a conversation: optionally
+    # system, then user and assistant in turn, user last. ``chunks`` and ``question`` hold the same
+    # text; a mixture's ``turns`` trains on it
     conversation: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
-        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        set_field("chunks", read_chunks(self.chunks))
-        answers = _as_tuple(self.answers)
+        values = {"chunks": read_chunks(self.chunks), "id": as_id(self.id)}
+        for name in ("answers", "supporting", "followups", "conversation"):
+            values[name] = _as_tuple(getattr(self, name))
+        answers = values["answers"]
         answers = answers if isinstance(answers, tuple) else (answers,)
-        set_field("answers", tuple(map(_as_text, answers)))
-        set_field("id", as_id(self.id))
-        set_field("supporting", _as_tuple(self.supporting))
-        for name in ("followups", "conversation"):
-            turns = _as_tuple(getattr(self, name))
-            set_field(name, tuple(map(_as_tuple, turns)) if isinstance(turns, tuple) else turns)
+        vars(self).update(values, answers=tuple(map(_as_text, answers)))
         indices = range(len(self.chunks))
         valid_indices = isinstance(self.supporting, tuple) and all(
             type(index) is int and index in indices for index in self.supporting
@@ -121,10 +106,9 @@ class RagExample:
     def from_json(cls, record: Any, where: str = "") -> RagExample:
         """Converts a decoded record: a line of a file, or a row of a Hugging Face data set.
 
-        ``answer`` is read as ``answers``. Null fields are ignored, since tables fill missing fields
-        with null. Unknown fields are kept in ``meta``. Raises ValueError if a field is wrong or
-        missing, or an unknown one looks like a misspelling of a missing one; the message starts
-        with ``where`` (such as ``'docs.jsonl, line 7'``).
+        ``answer`` is read as ``answers``. Null fields are ignored, unknown ones kept in ``meta``.
+        Raises ValueError if a field is wrong, missing or misspelt; the message starts with
+        ``where`` (such as ``'docs.jsonl, line 7'``).
         """
         try:
             return cls(**_decode(record))
@@ -180,8 +164,6 @@ def near_miss(keys: Iterable[str], missing: Sequence[str]) -> tuple[str, str] | 
 
 def read_chunks(value: Any, name: str = "chunks") -> tuple[Chunk, ...]:
     """Converts a question's passages, at least one, from any form that `RagExample.chunks` has."""
-    if isinstance(value, tuple) and value and all(type(chunk) is Chunk for chunk in value):
-        return value
     entries = passages_in(value, name)
     if not entries:
         raise ValueError(
@@ -212,11 +194,11 @@ def read_chunk(value: Any, name: str) -> Chunk:
     """Converts a passage of any form of `RagExample.chunks`. Errors name the field ``name``."""
     if isinstance(value, Chunk):
         return value
+    fields = chunk_fields(value, name)
     try:
-        return Chunk(**chunk_fields(value, name))
+        return Chunk(**fields)
     except ValueError as error:
-        names_field = str(error).startswith("field ")
-        raise ValueError(str(error) if names_field else f'field "{name}": {error}') from None
+        raise ValueError(f'field "{name}": {error}') from None
 
 
 def chunk_fields(value: Any, name: str) -> dict[str, Any]:
@@ -253,24 +235,21 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
 
 
 def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
-    """Distinct accepted answers of text, a list, SQuAD's ``{"text"}`` or TriviaQA's ``{"value"}``.
+    """Distinct answers of text, a list, SQuAD's ``{"text"}`` or TriviaQA's ``{"value"}``.
 
-    Drops blank answers, which public data sets contain, unless all are blank.
+    Blank ones, which public data sets contain, are dropped unless all are blank.
     """
-    wanted = 'text, a list of texts, {"text"} or {"value", "aliases"}'
-    answers = value = [] if value is None else _as_text(value)
-    if isinstance(value, str):
-        answers = [value]
-    elif isinstance(value, Mapping) and "value" in value:
-        answers = [value["value"], *read_answers(value.get("aliases"), "aliases")]
-    elif isinstance(value, Mapping):
-        answers = value.get("text")
-        answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list | tuple):
-        raise field_error(name, wanted, value)
-    texts = [a.get("text") if isinstance(a, Mapping) else _as_text(a) for a in answers]
+    answers = given = [] if value is None else _as_text(value)
+    if isinstance(given, Mapping) and "value" in given:
+        answers = [given["value"], *read_answers(given.get("aliases"), "aliases")]
+    elif isinstance(given, Mapping):
+        answers = given.get("text")
+    answers = [answers] if isinstance(answers, str) else answers
+    entries = answers if isinstance(answers, list | tuple) else [None]
+    texts = [a.get("text") if isinstance(a, Mapping) else _as_text(a) for a in entries]
     if not all(isinstance(text, str) for text in texts):
-        raise field_error(name, wanted, value)
+        wanted = 'text, a list of texts, {"text"} or {"value", "aliases"}'
+        raise field_error(name, wanted, given)
     distinct = tuple(dict.fromkeys(texts))
     return tuple(text for text in distinct if text.strip()) or distinct
 
@@ -285,7 +264,8 @@ def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     if name is None:
         return ()
     aliases = read_answers(record.get("answer_aliases"), "answer_aliases")
-    return read_answers([*read_answers(record[name], name), *aliases])
+    answers = read_answers([*read_answers(record[name], name), *aliases])
+    return () if answers == (NO_ANSWER,) else answers
 
 
 def is_conversation(value: Any) -> bool:
@@ -342,8 +322,9 @@ def _as_text(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
+    """Lists as tuples, at any depth."""
     value = plain(value)
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_text(value: Any) -> bool:

@@ -29,18 +29,16 @@ class Part:
 
     source: str  # as in `load_examples`
     mode: str = BLOCK  # attention: ``block``, ``full``, or ``both`` (each example twice)
-    # with draw ``sampling``: share of all examples, relative to the other parts' weights; with
-    # ``duplication``: how often each example is taken, 0.5 for half of the examples
+    # draw ``sampling``: its share, relative to other parts' weights; ``duplication``: how often an
+    # example is taken, 0.5 for half of them
     weight: float = 1.0
     limit: int | None = None  # load only the first examples
     split: str | None = None  # split of a Hub data set; default: the source's, else ``train``
     chunker: Chunker | None = None  # splits conversations and documents; None: the source's own
     augment: Augment | None = None  # varies the context each time an example is taken
-    # fields of `PromptFormat` that differ for this part, e.g. ``instruction``, since conversations
-    # do not ask for an answer "from the passages below"
-    format: Mapping[str, Any] | None = None
+    format: Mapping[str, Any] | None = None  # fields of `PromptFormat` that differ for this part
     # in full attention, conversations become turns of the chat template (as KVLink trains) instead
-    # of chunks in one turn; conversations whose roles do not alternate remain chunks
+    # of chunks in one turn, if their roles alternate
     turns: bool = False
 
     def __post_init__(self):
@@ -60,15 +58,13 @@ class Mixture:
     """Training data of a model: its parts, and how examples are drawn from them."""
 
     parts: tuple[Part, ...]  # the sources
-    # ``duplication``: all examples of every part, in each of its modes (Block-Attention);
-    # ``sampling``: ``size`` examples, divided by weight (KVLink: 60 full to 40 block)
+    # ``duplication``: all examples, in each mode of their part (Block-Attention); ``sampling``:
+    # ``size`` examples, divided by weight (KVLink)
     draw: str = "duplication"
     size: int | None = None  # total number of examples, only for sampling
     seed: int = 0  # seeds order and draws
 
     def __post_init__(self):
-        if not self.parts:
-            raise ValueError("'parts' must hold at least one source")
         require_one_of("'draw'", self.draw, DRAWS)
         if self.draw == "duplication":
             if self.size is not None:
@@ -139,9 +135,9 @@ class Mixed(NamedTuple):
 def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Mixed:
     """Loads all parts, draws examples and shuffles them.
 
-    A part's examples are taken in seeded random order, each once per epoch, and augmented each
-    time. With mode ``both``, an example has the same context in both modes. ``tokenizer`` is needed
-    by chunkers that count tokens. Raises ValueError if a part's weight selects no example.
+    A part's examples are taken in random order, each once per epoch, and augmented each time, in
+    mode ``both`` once for both modes. ``tokenizer`` is for chunkers that count tokens. Raises
+    ValueError if a part's weight selects no example.
     """
     loaded = [
         load_examples(
@@ -153,16 +149,15 @@ def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -
         )
         for part in mixture.parts
     ]
-    sizes = _counts(mixture, [len(examples) for examples in loaded])
+    sizes = _counts(mixture, list(map(len, loaded)))
     drawn: list[MixedExample] = []
     counts: list[PartCount] = []
-    for number, part in enumerate(mixture.parts):
-        examples, size, modes = loaded[number], sizes[number], MODES[part.mode]
+    for number, (part, examples, size) in enumerate(zip(mixture.parts, loaded, sizes, strict=True)):
+        modes, rows = MODES[part.mode], len(examples)
         taken = _take(examples, size, part, Random(f"mix/{mixture.seed}/{number}"))
         drawn += [MixedExample(example, mode, number) for example in taken for mode in modes]
-        by_mode = {mode: size if mode in modes else 0 for mode in (BLOCK, FULL)}
-        epochs = size / len(examples)
-        counts.append(PartCount(part.source, len(examples), by_mode[BLOCK], by_mode[FULL], epochs))
+        block, full = (size if mode in modes else 0 for mode in (BLOCK, FULL))
+        counts.append(PartCount(part.source, rows, block, full, size / rows))
     Random(f"mix/{mixture.seed}").shuffle(drawn)
     return Mixed(drawn, counts)
 

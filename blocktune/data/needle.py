@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, product
 from pathlib import Path
 from random import Random
 
@@ -63,11 +63,11 @@ def generate_needles(
 ) -> Iterator[RagExample]:
     """Yields the examples, length by length. ``kind`` is the cell: ``4096 tokens, depth 25 %``.
 
-    With one seed, every cell hides the same needles in the same text. Raises ValueError if a length
-    is too short for the question.
+    Every cell hides the same needles in the same text. Raises ValueError if a length is too short
+    for the question.
 
     Source: RULER's niah_single_2 (arXiv:2404.06654), here with chosen depths and in chunks. RULER
-    uses Paul Graham's essays, which we may not ship: pass them as ``haystack``.
+    uses Paul Graham's essays, which may not be shipped: pass them as ``haystack``.
     """
     source = _sentences_of_file(config.haystack) if config.haystack else _generated_sentences()
     sentences: list[str] = []
@@ -77,13 +77,8 @@ def generate_needles(
         sentences.extend(islice(source, max(0, number - len(sentences))))
         return sentences[:number]
 
-    for length in config.lengths:
-        for depth in config.depths:
-            for index in range(config.n):
-                rng = Random(f"needle/{config.seed}/{index}")
-                key = f"{rng.choice(_words('adjective'))}-{rng.choice(_words('noun'))}"
-                needle = {"key": key, "value": str(rng.randint(10**6, 10**7 - 1))}
-                yield _example(config, needle, prose, length, depth, index, tokenizer)
+    for length, depth, index in product(config.lengths, config.depths, range(config.n)):
+        yield _example(config, prose, length, depth, index, tokenizer)
 
 
 @functools.cache
@@ -119,13 +114,15 @@ def _generated_sentences() -> Iterator[str]:
 
 def _example(
     config: NeedleConfig,
-    needle: dict[str, str],
     prose: Callable[[int], list[str]],
     length: int,
     depth: float,
     index: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> RagExample:
+    rng = Random(f"needle/{config.seed}/{index}")
+    key = f"{rng.choice(_words('adjective'))}-{rng.choice(_words('noun'))}"
+    needle = {"key": key, "value": str(rng.randint(10**6, 10**7 - 1))}
     question = QUESTION.format(**needle)
 
     def hide(size: int) -> tuple[tuple[Chunk, ...], int]:
@@ -145,21 +142,16 @@ def _example(
     if size is None:
         raise ValueError(f"needle: a prompt has at least {tokens(1)} tokens, got length {length}")
     chunks, needle_chunk = hide(size)
+    meta = {"scorer": "ruler_recall", "max_new_tokens": MAX_NEW_TOKENS, "instruction": INSTRUCTION}
+    meta |= {"lead": LEAD.format(**needle), "length": tokens(size), "depth": depth}
     return RagExample(
-        question=question,
-        chunks=chunks,
-        answers=(needle["value"],),
+        question,
+        chunks,
+        (needle["value"],),
         kind=f"{length} tokens, depth {depth:g} %",
         id=f"needle-{length}-{depth:g}-{config.seed}-{index}",
         supporting=(needle_chunk,),
-        meta={
-            "scorer": "ruler_recall",
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "instruction": INSTRUCTION,
-            "lead": LEAD.format(**needle),
-            "length": tokens(size),
-            "depth": depth,
-        },
+        meta=meta,
     )
 
 
@@ -168,9 +160,9 @@ def pack(
 ) -> list[list[int]]:
     """Groups sentence indices into chunks of up to ``size`` tokens, or of one longer sentence."""
     distinct = list(dict.fromkeys(sentences))
-    spaced = [sentence + " " for sentence in distinct]
+    spaced = [f"{sentence} " for sentence in distinct]
     encodings = tokenizer(spaced, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens = {sentence: len(ids) for sentence, ids in zip(distinct, encodings, strict=True)}
+    tokens = dict(zip(distinct, map(len, encodings), strict=True))
     groups: list[list[int]] = []
     room = 0
     for index, sentence in enumerate(sentences):

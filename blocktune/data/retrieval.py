@@ -36,8 +36,8 @@ class Hit(NamedTuple):
 class Index:
     """A search index over the titles and texts of chunks, at least one.
 
-    Scores are Lucene's BM25 without English stop words, by bm25s (arXiv:2407.03618), in which a
-    Chinese or Japanese character is a word; or cosine similarities if ``embed`` is given.
+    Scores are cosine similarities if ``embed`` is given, else Lucene's BM25 (bm25s,
+    arXiv:2407.03618) without English stop words; a Chinese or Japanese character is a word.
     """
 
     def __init__(self, chunks: Sequence[Chunk], embed: Embed | None = None):
@@ -45,7 +45,11 @@ class Index:
             raise ValueError("an index needs at least one chunk, got none")
         self.chunks = list(chunks)
         texts = [_composed(f"{chunk.title or ''} {chunk.text}") for chunk in chunks]
-        self._scores = _bm25(texts) if embed is None else _cosine(texts, embed)
+        if embed is None:
+            self._scores = _bm25(texts)
+        else:
+            vectors = np.asarray(embed(texts))
+            self._scores = lambda asked: (vectors @ one for one in np.asarray(embed(asked)))
 
     def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
         """Finds the ``k`` best chunks for each question. Ties are in the order of the corpus."""
@@ -81,11 +85,6 @@ def _bm25(texts: list[str]) -> Callable[[list[str]], Iterator[np.ndarray]]:
     return scores
 
 
-def _cosine(texts: list[str], embed: Embed) -> Callable[[list[str]], Iterator[np.ndarray]]:
-    vectors = np.asarray(embed(texts))
-    return lambda questions: (vectors @ question for question in np.asarray(embed(questions)))
-
-
 def read_questions(
     source: str | Path, *, limit: int | None = None, split: str | None = None
 ) -> Iterator[RagExample]:
@@ -103,8 +102,7 @@ def read_questions(
 
 def _question(record: Mapping[str, Any]) -> RagExample:
     kind = record.get("kind") or record.get("type") or ""
-    meta = record.get("meta")
-    question = record.get("question")
+    question, meta = record.get("question"), record.get("meta")
     return RagExample(
         question.strip() if isinstance(question, str) else question,
         (Chunk("(no passages)"),),
@@ -124,12 +122,11 @@ def from_corpus(
     questions = list(questions)  # a mistake in them is reported before the corpus is indexed
     index = Index(list(dict.fromkeys(corpus)), embed)
     results = index.search([question.question for question in questions], k)
-    examples = []
+    examples, retriever = [], {"retriever": "bm25" if embed is None else "dense"}
     for question, hits in zip(questions, results, strict=True):
-        scores = [round(hit.score, 4) for hit in hits]
-        meta = {"retriever": "bm25" if embed is None else "dense", "scores": scores}
+        meta = question.meta | retriever | {"scores": [round(hit.score, 4) for hit in hits]}
         chunks = tuple(index.chunks[hit.index] for hit in hits)
-        examples.append(replace(question, chunks=chunks, meta=question.meta | meta))
+        examples.append(replace(question, chunks=chunks, meta=meta))
     return examples
 
 
@@ -138,9 +135,9 @@ def from_retriever(
 ) -> Iterator[RagExample]:
     """Gives each question its first ``k`` passages of a retriever's output file.
 
-    A record of the file has ``id``, ``question`` or both, and ``passages``, ``ctxs`` (DPR, FiD) or
-    another of `PASSAGES`, best first, in any form that `RagExample` reads. Ids and scores of
-    passages are kept as metadata. Raises ValueError, which names file, line and field.
+    A record has ``id``, ``question`` or both, and ``passages``, ``ctxs`` (DPR, FiD) or another of
+    `PASSAGES`, best first, in any form that `RagExample` reads. Raises ValueError, which names
+    file, line and field.
     """
     retrieved: dict[tuple[str, str], tuple[Chunk, ...]] = {}
     for record in read_records(path):
@@ -162,10 +159,7 @@ def from_retriever(
 
 
 def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
-    """Keeps the ``k`` best chunks of each example by BM25, best first.
-
-    Source: Block-Attention and KVLink re-rank each question's paragraphs (with Contriever).
-    """
+    """Keeps the ``k`` best chunks of each example by BM25 (the papers: Contriever), best first."""
     for example in examples:
         (hits,) = Index(example.chunks).search([example.question], k)
         order = [hit.index for hit in hits]

@@ -1,5 +1,8 @@
 """Every chunker: its spans join to the text, and it cuts where its paper cuts."""
 
+import random
+import re
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -45,6 +48,23 @@ def test_the_shortest_neighbours_are_joined():
     text = "aaaa\n\nb\n\nc\n\ndddd\n\neeee"
     spans = build_chunker("delimiter", max_chunks=3).split(text)
     assert spans == ["aaaa\n\n", "b\n\nc\n\n", "dddd\n\neeee"]
+
+
+@pytest.mark.parametrize("mark", ["\n", "|"])
+@pytest.mark.parametrize("most", [1, 3, 14])
+def test_joining_is_that_of_the_definition(mark, most):
+    """The queue of pairs gives what a search among all pairs gives, which is quadratic."""
+    draw = random.Random(f"{mark}/{most}")
+    for _ in range(100):
+        text = "".join(draw.choices(["a", "bcd", " ", mark, mark * 2], k=draw.randrange(60)))
+        parts, wanted = re.findall(rf"[^{re.escape(mark)}]*{re.escape(mark)}|.+$", text), []
+        for part in parts if mark in text.strip() else [text]:
+            blank = wanted and not (part.strip() and wanted[-1].strip())
+            wanted[-1:] = [wanted[-1] + part] if blank else [*wanted[-1:], part]
+        while len(wanted) > most:
+            at = min(range(len(wanted) - 1), key=lambda i: len(wanted[i] + wanted[i + 1]))
+            wanted[at : at + 2] = [wanted[at] + wanted[at + 1]]
+        assert build_chunker("delimiter", delimiter=mark, max_chunks=most).split(text) == wanted
 
 
 def test_fixed_spans_have_so_many_tokens_and_overlap(tokenizer):

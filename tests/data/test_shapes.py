@@ -6,6 +6,7 @@ import pytest
 from source_records import OWN, save
 
 from blocktune.data import RagExample, load_chunks, load_examples
+from blocktune.data.retrieval import read_questions
 from blocktune.data.sources.options import with_fields
 from blocktune.prompt import Chunk
 
@@ -91,6 +92,47 @@ def test_squad_without_answers_and_as_on_the_hub(tmp_path, caplog):
     broken = {"title": "T", "paragraphs": [{"context": "c", "qas": [3]}]}
     with pytest.raises(ValueError, match=r"broken\.jsonl, line 1: paragraphs\[0\]"):
         load_examples(save(tmp_path / "broken.jsonl", broken))
+
+
+@pytest.mark.parametrize(
+    "unanswered",
+    [
+        {"answers": {"text": [], "answer_start": []}},
+        {"answers": ["No Answer Present."]},
+        {"answers": [], "is_impossible": True},
+        {"answer": "there", "answerable": False},
+    ],
+    ids=["SQuAD 2 on the Hub", "MS MARCO", "SQuAD 2", "MuSiQue"],
+)
+@pytest.mark.parametrize("name", ["context", "ctxs", "chunks"])
+def test_what_its_passages_do_not_answer_is_left_out(tmp_path, caplog, unanswered, name):
+    row = {"question": "Where?", name: ["It is here."]}
+    path = save(tmp_path / "r.jsonl", row | unanswered, row | {"answers": []})
+    assert load_examples(path) == [RagExample("Where?", ["It is here."])]
+    assert "left out 1 rows: marked as impossible to answer" in caplog.text
+    (asked, *_) = read_questions(path)
+    assert asked.answers == (("there",) if "answer" in unanswered else ())
+
+
+CHOICES = {"choice_A": "At home", "choice_B": "At sea", "choice_C": "No", "choice_D": "All"}
+LISTED = "\nChoices:\n(A) At home\n(B) At sea\n(C) No\n(D) All"
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        ({"question": "Who?", "answer": "A", "domain": "Novels", **CHOICES}, "At home"),
+        ({"input": "Who?", "answer": ["At sea"], "options": [*CHOICES.values()]}, "At sea"),
+        ({"question": "Who?", "answer": "B", "options": [*CHOICES.values()]}, "At sea"),
+    ],
+    ids=["LongBench v2", "InfiniteBench", "over a context"],
+)
+def test_choices_are_asked_and_answered_in_words(tmp_path, record, answer):
+    path = save(tmp_path / "r.jsonl", record | {"context": "One.\n\nTwo.", "_id": "x"})
+    (example,) = load_examples(path)
+    assert (example.question, example.answers) == (f"Who?{LISTED}", (answer,))
+    assert len(example.chunks) == (1 if record.get("answer") == "B" else 2)
+    assert example.kind == record.get("domain", "")
 
 
 def test_longbench(tmp_path):

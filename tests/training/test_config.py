@@ -199,6 +199,13 @@ def test_a_missing_launcher_is_named():
     assert "no launcher configuration at 'nowhere.yaml'" in result.output
 
 
+def test_another_machine_tells_its_own_error(tmp_path, refused, monkeypatch):
+    """A file that is missing there alone would end the run without a reason."""
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert refused(tmp_path / "none.yaml").startswith("error: ")
+
+
 def test_a_bad_key_is_one_line_and_exit_code_2(tmp_path, refused):
     line = refused(write_run(tmp_path, num_lnks=3))
     assert line.startswith("error: unknown key or option 'num_lnks'")

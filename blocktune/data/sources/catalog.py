@@ -1,7 +1,6 @@
 """Catalogue of public data sets with short names: place on the Hub, licence, conversion.
 
-A data set is downloaded when it is first loaded. Licences are as stated by the authors or the Hub;
-read them before you publish a model trained on the data.
+Licences are as stated by the authors or the Hub; read them before you publish a trained model.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class DataSet:
         return self.hub + (f":{self.config}" if self.config else "")
 
 
-_FILE = Path(__file__).with_name("catalog.yaml")
-CATALOG = {name: DataSet(**entry) for name, entry in yaml.safe_load(_FILE.read_text()).items()}
+_ENTRIES = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text())
+CATALOG = {name: DataSet(**entry) for name, entry in _ENTRIES.items()}
 """The data sets by short name."""
 
 
@@ -81,7 +80,7 @@ def with_data_sets(examples: Iterable[RagExample], source: str) -> Iterator[RagE
 
 
 def is_test_split(source: str, split: str | None = None) -> bool:
-    """Whether a source holds test questions: its split, an option or the file name says ``test``.
+    """Whether a file's name, an option or the split says ``test``.
 
     ``split`` is the split that is read if the source names none.
     """

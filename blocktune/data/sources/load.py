@@ -46,21 +46,20 @@ def load_examples(
 ) -> list[RagExample]:
     """Loads examples, at least one, from a file, the Hub or a generator.
 
-    Unusable rows (2WikiMultihopQA without its context) are left out. Their number is logged, and so
-    are the names of unknown fields, which are kept in ``meta``.
+    The log counts unusable rows, which are left out, and names unknown fields, kept in ``meta``.
 
     Args:
         source: A file, whose record shape is detected by its fields; a short name of `CATALOG`
-            (``musique``); ``hf:NAME[:CONFIG]`` for a data set on the Hugging Face Hub or in a
-            folder; or a generator (``worlds:test?seed=1&n=100``). Options follow after ``?``: a
-            generator's own, else those of `Reading`, such as ``?as=document&chunker=fixed``.
+            (``musique``); ``hf:NAME[:CONFIG]``, a data set on the Hugging Face Hub or in a folder;
+            or a generator (``worlds:test?seed=1&n=100``). Options follow after ``?``: a generator's
+            own, else those of `Reading`, such as ``?as=document&chunker=fixed``.
         limit: Load only the first examples.
         split: Split of a Hub data set; default ``validation``, or ``train`` if it has none.
         tokenizer: For chunkers and generators that count tokens and name no tokenizer.
         chunker: Splits conversations and documents; overrides the source's option and the default.
 
-    Raises ValueError if the source is unknown, no shape fits, or a record is wrong; one line that
-    names file, line and field.
+    Raises ValueError if the source is unknown, no shape fits, or a record is wrong; names file,
+    line and field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
@@ -75,8 +74,7 @@ def load_examples(
             raise ValueError(f"'{source}' generates no example; ask for at least one")
         return examples
     reading = read_options(parsed, split=split, tokenizer=tokenizer, chunker=chunker)
-    records = open_records(parsed, reading, limit)
-    shots = None
+    records, shots = open_records(parsed, reading, limit), None
     if reading.shots_from is not None:
         shots = open_records(parsed, replace(reading, split=reading.shots_from), POOL)
     return parse_records(records, parsed, reading, limit, shots)
@@ -108,8 +106,8 @@ def open_records(parsed: SourceName, reading: Reading, limit: int | None) -> Ite
 def load_chunks(source: str | Path) -> list[Chunk]:
     """Loads the distinct chunks of a file of examples, or of a file with one passage per record.
 
-    Passages are cut by the source's ``chunker``, if it names one, or with ``as=document`` by the
-    default. A chunk of several documents (`Chunk.document`) is returned once for each.
+    Passages are cut by the source's ``chunker``, with ``as=document`` by the default. A chunk of
+    several documents (`Chunk.document`) is returned once for each.
     """
     parsed = parse_source(str(source))
     reading = read_options(parsed)
@@ -158,17 +156,16 @@ def parse_records(
 
     converted = examples(chain(head, records))
     if shape.in_shots:
-        others = None if shots is None else examples(shots)
         given = {"shots": reading.shots or 5, "seed": reading.seed or 0}
-        converted = with_shots(converted, others=others, **given)
+        converted = with_shots(converted, others=shots and examples(shots), **given)
     elif (reading.shots, reading.seed, shots) != (None, None, None):
         raise ValueError(f"'shots' and 'seed' belong to few-shot, the shape is '{shape.key}'")
     loaded = list(islice(converted, limit))
     if not loaded and left_out:
-        reason, count = left_out.most_common(1)[0]
-        raise ValueError(f"{name}: no example in it, {count} rows left out: {reason}")
-    for reason, count in left_out.items():
-        logger.warning("%s: left out %d rows: %s", parsed.text, count, reason)
+        reason, rows = left_out.most_common(1)[0]
+        raise ValueError(f"{name}: no example in it, {rows} rows left out: {reason}")
+    for reason, rows in left_out.items():
+        logger.warning("%s: left out %d rows: %s", parsed.text, rows, reason)
     if kept:
         logger.warning("%s: kept in meta: %s", parsed.text, ", ".join(kept))
     return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 from urllib.parse import parse_qsl, quote
 
@@ -57,12 +57,9 @@ def _mapping(text: str) -> dict[str, str]:
     return dict(pairs)
 
 
-KNOWN = ("split", "as", "fields", "chunker", "tokenizer", "shots", "shots_from", "seed", "shuffle")
-
-
 @dataclass(frozen=True)
 class Reading:
-    """Options of a source (`KNOWN`); all others belong to the chunker."""
+    """Options of a source; all others belong to the chunker."""
 
     split: str | None = None  # of a Hub data set
     shape: str | None = None  # record shape (``as=``); None: detected by the fields
@@ -72,13 +69,15 @@ class Reading:
     shots: int | None = None  # solved examples given as chunks, for ``few-shot``; None: 5
     shots_from: str | None = None  # split that the shots are drawn from; None: the same split
     seed: int | None = None  # of the choice of shots; None: 0
-    # seed of a random order, so that a limit samples the whole data set (MuSiQue's files are sorted
-    # by hops); None keeps the order
-    shuffle: int | None = None
+    shuffle: int | None = None  # seed of a random order, before the limit; None keeps the order
 
     def __post_init__(self):
         if self.shots is not None and self.shots < 1:
             raise ValueError(f"'shots' must be at least 1, got {self.shots}")
+
+
+OPTIONS = {"as" if f.name == "shape" else f.name: f.name for f in fields(Reading)}
+"""Options of a source -> fields of `Reading`."""
 
 
 def read_options(
@@ -89,10 +88,10 @@ def read_options(
     chunker: Chunker | None = None,
 ) -> Reading:
     """Reads a source's options; arguments override them. Raises ValueError, naming the source."""
-    own = {key: text for key, text in source.options.items() if key in KNOWN}
-    options = {key: text for key, text in source.options.items() if key not in KNOWN}
+    own = {key: text for key, text in source.options.items() if key in OPTIONS}
+    options = {key: text for key, text in source.options.items() if key not in OPTIONS}
     if options and "chunker" not in own:
-        known = ", ".join(KNOWN)
+        known = ", ".join(OPTIONS)
         raise ValueError(
             f"unknown option '{min(options)}' of '{source.text}'; known: {known}, and a chunker's"
         )
@@ -107,7 +106,7 @@ def read_options(
     except ValueError as error:
         raise ValueError(f"'{source.text}': {error}") from None
     own |= {"split": split} if split else {}
-    return build_config(Reading, own, f"'{source.text}'", {"as": "shape"}, **given)
+    return build_config(Reading, own, f"'{source.text}'", OPTIONS, **given)
 
 
 Examples = Iterator[RagExample]
@@ -147,9 +146,8 @@ def _worlds(split: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Exa
     from blocktune.data.worlds import WorldConfig, generate_examples
 
     names = {"n": "num_examples", "passages": "num_passages"}
-    where = f"worlds:{split}"
-    config = build_config(WorldConfig, options, where, names, split=split, plain=False)
-    return generate_examples(config)
+    given = {"split": split, "plain": False}
+    return generate_examples(build_config(WorldConfig, options, f"worlds:{split}", names, **given))
 
 
 def _needle(rest: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Examples:

@@ -13,9 +13,9 @@ import re
 import sys
 import tokenize
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -44,8 +44,7 @@ _ARRAY = re.compile(  # as NumPy and pandas print arrays, with texts or within o
 )
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escape of a surrogate, paired or lone
 
-MOST_PARAGRAPHS = 10
-"""Number of paragraphs in the context of a SQuAD question, as in HotpotQA."""
+MOST_PARAGRAPHS = 10  # in the context of a SQuAD question, as in HotpotQA
 _WRAPPERS = ("data", "rows", "examples", "instances", "records", "questions")
 """Fields that may hold the records if the file is a single object."""
 
@@ -62,16 +61,16 @@ class LeftOut(ValueError):
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Reads a file. The format is detected by content, except CSV, which is detected by suffix.
+    """Reads a file. The format is detected by content, that of CSV by suffix.
 
     SQuAD articles are split into one record per question. Raises ValueError, naming file and line,
-    if the file is missing, empty or of an unknown format, an object has a duplicate key, or a
-    string is not valid Unicode.
+    for an unknown format, damage, duplicate keys or a text that is not valid Unicode.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"'{path}' is not a file; give {WANTED}")
-    head = path.open("rb").read(8)
+    with path.open("rb") as file:
+        head = file.read(8)
     if kind := _by_magic(head, _TABLES):
         yield from _from_table(path, kind)
         return
@@ -106,9 +105,9 @@ def _from_json(name: str, stream) -> Iterator[Record]:
     line, _, rest = start.partition("\n")
     if start.startswith("[") or (line.strip() == "{" and rest):  # a list, or one indented object
         value = _decoded(stream.read(), name)
-        entries = enumerate(value, start=1) if isinstance(value, list) else ()
-        yield from (Record(f"{name}, record {number}", entry) for number, entry in entries)
-        if not isinstance(value, list):
+        if isinstance(value, list):
+            yield from (Record(f"{name}, record {n}", entry) for n, entry in enumerate(value, 1))
+        else:
             yield Record(f"{name}, line 1", value)
         return
     wanted = "; a file is a JSON list or one object a line"
@@ -134,8 +133,7 @@ def _decoded(text: str, where: str, wanted: str = "") -> Any:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
+    if len(unique := dict(pairs)) < len(pairs):
         refuse_doubles("key", [key for key, _ in pairs], "give it once")
     return unique
 
@@ -153,9 +151,9 @@ def _require_text(value: Any, name: str, where: str) -> None:
 
 
 def _from_csv(name: str, stream) -> Iterator[Record]:
-    """Reads rows as objects, with names from the header. Cells with a list or object are decoded.
+    """Reads rows as objects; cells with a list or object are decoded.
 
-    The delimiter is whichever of comma, tab and semicolon is most frequent in the header.
+    The delimiter is the most frequent of comma, tab and semicolon in the header.
     """
     csv.field_size_limit(sys.maxsize)  # a context is longer than the default of 128 KiB
     header = stream.readline()
@@ -212,50 +210,48 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
         else:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        number = 0
+        numbers = count(1)
         for batch in batches:
             refuse_doubles(f"{path.name}: column", batch.schema.names, "rename one")
             for row in batch.to_pylist():
-                number += 1
-                yield Record(f"{path.name}, record {number}", row)
+                yield Record(f"{path.name}, record {next(numbers)}", row)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path.name} is not a whole {kind} ({reason})") from None
 
 
 def _expand(record: Record) -> Iterator[Record]:
-    """Yields a record, or the records nested in it.
+    """Yields a record, or those nested in it.
 
-    Records may be nested in a list (unless the outer one is a passage), in columns, in an object
-    keyed by question id, or in SQuAD's articles.
+    They may be in a list (unless the record is a passage), in columns, in an object keyed by
+    question id, or in SQuAD's articles.
     """
     value = record.value if isinstance(record.value, Mapping) else {}
     # The Hub's data set viewer describes the columns beside the rows.
     lists = [k for k, v in value.items() if isinstance(v, list | dict) and k != "features"]
-    is_passage = any(isinstance(value.get(key), str) for key in TEXT_KEYS)
-    paragraphs, question = value.get("paragraphs"), value.get("question")
-    nested: Iterable[tuple[str, Any]] = ()
     holder = lists[0] if len(lists) == 1 and lists[0] in _WRAPPERS else None
+    is_passage = any(isinstance(value.get(key), str) for key in TEXT_KEYS)
+    question, paragraphs = value.get("question"), value.get("paragraphs")
+    nested: list[tuple[str, Any]] = []
     if isinstance(value.get(holder), list) and question is None and not is_passage:
-        nested = ((f"{holder}[{index}]", entry) for index, entry in enumerate(value[holder]))
+        nested = [(f"{holder}[{index}]", entry) for index, entry in enumerate(value[holder])]
     elif isinstance(question, list) and all(
         isinstance(column, list) and len(column) == len(question) for column in value.values()
     ):
         rows = enumerate(passages_in(value, "rows"), start=1)
-        nested = ((f"row {index}", row) for index, row in rows)
+        nested = [(f"row {index}", row) for index, row in rows]
     elif {"row_idx", "row"} <= value.keys():  # from the Hub's data set viewer
         nested = [("row", value["row"])]
     elif value and all(isinstance(v, Mapping) and "question" in v for v in value.values()):
-        nested = ((str(key), {"id": str(key)} | entry) for key, entry in value.items())
-    if nested:
-        for name, entry in nested:
-            yield from _expand(Record(f"{record.where}, {name}", entry))
+        nested = [(str(key), {"id": str(key)} | entry) for key, entry in value.items()]
     elif isinstance(paragraphs, list) and any(
         isinstance(p, Mapping) and {"context", "qas"} <= p.keys() for p in paragraphs
     ):
         yield from _questions_of(record)
     else:
         yield record
+    for name, entry in nested:
+        yield from _expand(Record(f"{record.where}, {name}", entry))
 
 
 def _questions_of(article: Record) -> Iterator[Record]:
@@ -304,6 +300,8 @@ def read_hub(
         if not split:
             names = saved or get_dataset_split_names(**where, config_name=source.config)
             split = "validation" if "validation" in names else "train"
+        if saved and split not in saved:
+            raise ValueError(f"it has the split {' and '.join(saved)}; name one: ?split=")
         more = {"name": source.config, "streaming": source.streamed}
         rows = saved[split] if saved else load_dataset(**where, split=split, **more)
         if shuffle is None or source.streamed:

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking import Chunker, Message, chunks_of
+from blocktune.data.chunking import Chunker, Message, chunks_of, tidy
 from blocktune.data.example import (
+    NO_ANSWER,
     RagExample,
     answers_of,
     as_id,
     chunk_fields,
     field_error,
     passages_in,
+    plain,
     read_chunks,
 )
 from blocktune.data.sources.records import LeftOut
@@ -46,14 +48,37 @@ class Cutter(NamedTuple):
 
 def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
     """Converts blocktune's own format, in which ``chunks`` may be one text that a cutter splits."""
-    if record.get("is_impossible") is True and not record.get("response"):
+    _require_answerable(record)
+    return RagExample.from_json(_cut(record, "chunks", cutter))
+
+
+def _require_answerable(record: Mapping[str, Any]) -> None:
+    """Raises `LeftOut` for a question that its data set marks as unanswerable.
+
+    An empty list is no mark: test sets hide their answers so.
+    """
+    answers = plain(record.get("answers"))
+    marks = (
+        record.get("is_impossible") is True,  # SQuAD 2
+        isinstance(answers, Mapping) and answers.get("text") == [],  # SQuAD 2 on the Hub
+        record.get("answerable") is False,  # MuSiQue
+        answers in (NO_ANSWER, [NO_ANSWER]),
+    )
+    if any(marks) and not record.get("response"):
         raise LeftOut("marked as impossible to answer")
-    if cutter is not None:
-        chunks = record.get("chunks")
-        if not isinstance(chunks, str):
-            raise ValueError("records have chunks already; leave the chunker out")
-        record = {**record, "chunks": chunks_of(cutter.text(chunks))}
-    return RagExample.from_json(record)
+
+
+def _cut(
+    record: Mapping[str, Any], name: str, cutter: Cutter | None, title: Any = None
+) -> Mapping[str, Any]:
+    """The record with passages in a field; one text in it is cut if there is a cutter."""
+    text = record.get(name)
+    if isinstance(text, str):
+        spans = (cutter and tidy(cutter.text(text))) or [text]
+        return {**record, name: [{"title": title, "text": span} for span in spans]}
+    if cutter:
+        raise ValueError("records have chunks already; leave the chunker out")
+    return record
 
 
 def parse_musique(record: Mapping[str, Any]) -> RagExample:
@@ -61,30 +86,30 @@ def parse_musique(record: Mapping[str, Any]) -> RagExample:
 
     Source: https://github.com/StonyBrookNLP/musique, ``musique_*_v1.0_*.jsonl``.
     """
-    if record.get("answerable") is False:
-        raise LeftOut("not answerable from its paragraphs")
     match = re.match(r"(\d+)hop", str(record.get("id", "")))
-    hops = int(match[1]) if match else len(record.get("question_decomposition") or ())
-    return _example(record, "paragraphs", kind=f"{hops}-hop" if hops else "")
+    hops = match[1] if match else len(record.get("question_decomposition") or ())
+    return _example(record, "paragraphs", f"{hops}-hop" if hops else "")
 
 
 def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
     """Converts HotpotQA and 2WikiMultihopQA, original or from the Hub, and SQuAD from the Hub.
 
-    ``context`` is one text, or passages in any form that `RagExample` reads. Some copies of
-    2WikiMultihopQA have rows without a context, which are left out.
+    ``context`` is one text, or passages in any form that `RagExample` reads. Rows without one, as
+    in some copies of 2WikiMultihopQA, are left out.
 
     Source: https://hotpotqa.github.io, https://github.com/Alab-NII/2wikimultihop.
     """
     context = record.get("context")
     if not (any(context.values()) if isinstance(context, Mapping) else context):
         raise LeftOut("no context")
-    if isinstance(context, str):
-        spans = cutter.text(context) if cutter else [context]
-        record = {**record, "context": [{"title": record.get("title"), "text": s} for s in spans]}
-    elif cutter:
-        raise ValueError("records have chunks already; leave the chunker out")
-    return _example(record, "context", str(record.get("type") or ""), _supporting_titles(record))
+    facts = passages_in(record.get("supporting_facts") or (), "supporting_facts")
+    try:
+        titles = [fact["title"] if isinstance(fact, Mapping) else fact[0] for fact in facts]
+    except (KeyError, TypeError, IndexError):
+        wanted = 'a list of [title, sentence] or {"title"}'
+        raise field_error("supporting_facts", wanted, facts) from None
+    record = _cut(record, "context", cutter, record.get("title"))
+    return _example(record, "context", str(record.get("type") or ""), titles)
 
 
 def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
@@ -97,7 +122,7 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
     name = next((name for name in PASSAGES if record.get(name) is not None), PASSAGES[0])
     if any(record.get(key) is not None for key in ("response", "kind", "supporting", "followups")):
         return parse_own({**record, name: None, "chunks": record.get(name)})
-    return _example(record, name, kind=str(record.get("type") or ""))
+    return _example(record, name, str(record.get("type") or ""))
 
 
 def parse_ragas(record: Mapping[str, Any]) -> RagExample:
@@ -106,42 +131,33 @@ def parse_ragas(record: Mapping[str, Any]) -> RagExample:
     Source: https://docs.ragas.io, ``SingleTurnSample``.
     """
     renamed = {"question": record["user_input"], "answers": record.get("reference")}
-    return _example({**record, **renamed}, "retrieved_contexts", kind="")
+    return _example({**record, **renamed}, "retrieved_contexts")
 
 
 def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """Converts LongBench and InfiniteBench: ``input`` is the question, ``context`` one long text.
 
     The context is split at its numbered passages, else by the cutter. Summarisation tasks have a
-    blank question, which becomes `SUMMARIZE`.
+    blank question, which becomes `SUMMARIZE`. In LongBench v2 the question is ``question``.
 
-    Source: LongBench, arXiv:2308.14508.
+    Source: LongBench, arXiv:2308.14508; v2, arXiv:2412.15204.
     """
-    context, question = record.get("context"), record.get("input")
+    context, question = record.get("context"), record.get("input", record.get("question"))
     if not isinstance(context, str) or not isinstance(question, str):
         raise field_error("context", 'a text, as "input" is', context)
     if not context.strip():
         raise LeftOut("no context")
     spans = [span for span in _NUMBERED.split(context) if span.strip()]
     chunks = chunks_of(spans if len(spans) > 1 else cutter.text(context))
-    known = ("input", "context", "answers", "answer", "id", "_id")
-    return RagExample(
-        question=question if question.strip() else SUMMARIZE,
-        chunks=chunks,
-        answers=answers_of(record),
-        kind=str(record.get("dataset") or ""),
-        id=id_of(record),
-        meta={k: v for k, v in record.items() if k not in known and v is not None},
-    )
+    known = ("input", "question", "context", "answers", "answer", "id", "_id")
+    question, answers = _with_choices(record, question if question.strip() else SUMMARIZE)
+    kind = str(record.get("dataset") or record.get("domain") or "")
+    meta = {k: v for k, v in record.items() if k not in known and v is not None}
+    return RagExample(question, chunks, answers, kind=kind, id=id_of(record), meta=meta)
 
 
 def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """Converts TriviaQA ``rc``. The chunks are all its evidence pages, split by the cutter.
-
-    ``blocktune data passages`` can select the best chunks.
-
-    Source: TriviaQA, arXiv:1705.03551, as on the Hub.
-    """
+    """Converts TriviaQA ``rc`` (arXiv:1705.03551): all its evidence pages, split by the cutter."""
     chunks: tuple[Chunk, ...] = ()
     for field, texts in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
         pages = record.get(field) or {}
@@ -155,25 +171,31 @@ def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     return RagExample(record.get("question"), chunks, answers_of(record), id=id_of(record))
 
 
-def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
-    facts = record.get("supporting_facts") or ()
-    try:
-        if isinstance(facts, Mapping):
-            return list(facts["title"])
-        return [fact["title"] if isinstance(fact, Mapping) else fact[0] for fact in facts]
-    except (KeyError, TypeError, IndexError):
-        wanted = 'a list of [title, sentence] or {"title"}'
-        raise field_error("supporting_facts", wanted, facts) from None
+def _with_choices(record: Mapping[str, Any], question: Any) -> tuple[Any, tuple[str, ...]]:
+    """The question with its choices below it, and the accepted answers.
+
+    An answer that is the letter of a choice becomes its text: "A" is an article to the metrics.
+
+    Source: LongBench v2's prompt (``choice_A``, ...); InfiniteBench lists ``options``.
+    """
+    given = record.get("options") or [record.get(f"choice_{letter}") for letter in "ABCD"]
+    given = given if isinstance(given, list) else []
+    choices = {chr(ord("A") + i): text for i, text in enumerate(given) if isinstance(text, str)}
+    if choices and isinstance(question, str):
+        lines = (f"({letter}) {text}" for letter, text in choices.items())
+        question = "\n".join((question, "Choices:", *lines))
+    answers = (choices.get(answer, answer) for answer in answers_of(record))
+    return question, tuple(dict.fromkeys(answers))
 
 
 def _example(
-    record: Mapping[str, Any], name: str, kind: str, supporting: Collection[str] = ()
+    record: Mapping[str, Any], name: str, kind: str = "", supporting: Collection[str] = ()
 ) -> RagExample:
-    """Builds an example from the passages in the field ``name``.
+    """Builds an example from the passages in the field ``name``, without blank ones.
 
-    Drops blank passages and counts them in ``meta``. ``supporting`` holds titles of supporting
-    passages, in addition to passages with ``is_supporting``.
+    Titles in ``supporting`` and passages with ``is_supporting`` are evidence.
     """
+    _require_answerable(record)
     entries = passages_in(record.get(name), name)
     passages = [chunk_fields(entry, f"{name}[{i}]") for i, entry in enumerate(entries)]
     kept = [p for p in passages if not (isinstance(p["text"], str) and not p["text"].strip())]
@@ -181,17 +203,15 @@ def _example(
         raise LeftOut("no passage with text")
     blank = len(passages) - len(kept)
     chunks = read_chunks(kept, name)
+    evidence = (c.title in supporting or c.metadata.get("is_supporting") for c in chunks)
+    question, answers = _with_choices(record, record.get("question"))
     return RagExample(
-        question=record.get("question"),
-        chunks=chunks,
-        answers=answers_of(record),
+        question,
+        chunks,
+        answers,
         kind=kind,
         id=id_of(record),
-        supporting=tuple(
-            index
-            for index, chunk in enumerate(chunks)
-            if chunk.title in supporting or chunk.metadata.get("is_supporting")
-        ),
+        supporting=tuple(index for index, holds in enumerate(evidence) if holds),
         meta={"blank_passages": blank} if blank else {},
     )
 

@@ -18,8 +18,7 @@ class Shape(NamedTuple):
 
     key: str  # its name in ``as=``
     keys: tuple[tuple[str, ...], ...]  # sets of fields, each sufficient; empty: only by ``as=``
-    # converts a record to an example; gets a ``cutter`` if there is a chunker; raises `LeftOut`, or
-    # ValueError that names a field
+    # converts a record; gets a ``cutter`` if there is a chunker; raises `LeftOut` or ValueError
     parse: Callable[..., RagExample]
     chunker: str | None = None  # default chunker; None: its records already have chunks
     may_cut: bool = False  # records without a default chunker may hold one text, to be split
@@ -48,6 +47,7 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape("blocktune", (("question", "chunks"),), schemas.parse_own, may_cut=True),
     Shape("musique", (("question", "paragraphs"),), schemas.parse_musique),
+    Shape("longbench-v2", (("context", "choice_A"),), schemas.parse_longbench, "delimiter"),
     Shape("wiki", (("question", "context"),), schemas.parse_wiki, may_cut=True),
     Shape("ctxs", tuple(("question", name) for name in schemas.PASSAGES), schemas.parse_ctxs),
     Shape("ragas", (("user_input", "retrieved_contexts"),), schemas.parse_ragas),

@@ -18,15 +18,9 @@ from blocktune.prompt.format import Chunk
 
 CONTINUE = "Continue the text above."
 POOL = 1000  # shots are drawn from the first 1,000 instances of a source, whatever its limit
-_ROLES = {role: role for role in SPEAKERS} | {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "agent": "assistant",
-    "model": "assistant",
-    "developer": "system",
-    "function": "tool",
-}
+_ROLES = {role: role for role in SPEAKERS}
+_ROLES |= {"human": "user", "developer": "system", "function": "tool"}
+_ROLES |= dict.fromkeys(("gpt", "bot", "agent", "model"), "assistant")
 _CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")  # a Markdown code fence or an indented line
 _PAIRS = (
     ("dialogue", "summary", "Dialogue", "Summary"),
@@ -42,9 +36,9 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """Converts a conversation: the last user message is the question, its reply the response.
 
     Earlier messages are split into chunks. If there are none, the user message itself is split, and
-    its last span is the question. It is left out if it contains code, which splitting would break.
+    its last span is the question; with code in it, which splitting would break, it is left out.
 
-    Source: KVLink's ``sft_mem`` and Block-Attention's Tulu-3 data (Tulu: ``messages``).
+    Source: KVLink's ``sft_mem`` and Block-Attention's Tulu-3 data.
     """
     name = "messages" if record.get("messages") is not None else "conversations"
     messages = _messages(record, name)
@@ -63,20 +57,14 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     if not chunks:
         raise LeftOut("a single message that the chunker leaves whole")
     turns = tuple((message.role, message.text) for message in (*history, last))
-    return RagExample(
-        question=trimmed(question),
-        chunks=chunks,
-        response=reply.text,
-        kind="chat",
-        id=id_of(record),
-        conversation=turns if is_conversation(turns) else (),
-    )
+    given = {"kind": "chat", "conversation": turns if is_conversation(turns) else ()}
+    return RagExample(trimmed(question), chunks, (), reply.text, id=id_of(record), **given)
 
 
 def parse_grounded(record: Mapping[str, Any]) -> RagExample:
     """Converts a conversation over ``documents``; every reply is a training target.
 
-    ``meta["system"]`` holds the system message, which training puts into the prompt.
+    A system message is kept in ``meta["system"]``, for the prompt in training.
     """
     if record.get("messages") is not None:
         messages = _messages(record, "messages")
@@ -87,15 +75,10 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
     if roles != ["user"] and (not roles or roles != ["user", "assistant"] * (len(roles) // 2)):
         raise field_error("messages", "user and assistant in turn, the assistant's last", roles)
     question, response, *more = [*(message.text for message in messages), None][: len(roles) + 1]
-    return RagExample(
-        question=question,
-        chunks=read_chunks(record.get("documents"), "documents"),
-        answers=answers_of(record),
-        response=response,
-        followups=tuple(zip(more[::2], more[1::2], strict=False)),
-        id=id_of(record),
-        meta=meta,
-    )
+    chunks = read_chunks(record.get("documents"), "documents")
+    followups = tuple(zip(more[::2], more[1::2], strict=False))
+    given = {"id": id_of(record), "meta": meta, "followups": followups}
+    return RagExample(question, chunks, answers_of(record), response, **given)
 
 
 def _trl_messages(record: Mapping[str, Any], name: str) -> list[Message]:
@@ -108,10 +91,7 @@ def _trl_messages(record: Mapping[str, Any], name: str) -> list[Message]:
 
 
 def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """Converts a plain text: its last span is the training target, the others are chunks.
-
-    Source: KVLink's ``text_mem`` on FineWeb.
-    """
+    """Converts a plain text, as KVLink's ``text_mem``: its last span is the target of training."""
     text = _text(record, "text")
     *spans, last = tidy(cutter.text(text)) or [text]
     if not spans:
@@ -122,17 +102,12 @@ def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 
 def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """Converts a text with its summary. Each of MultiNews' documents (``|||||``) is one chunk.
-
-    Source: KVLink's ``xsum``; MultiNews, arXiv:1906.01749.
-    """
+    """Converts a text with its summary (XSum), or documents with one (MultiNews), a chunk each."""
     text = _text(record, "document")
     documents = [part for part in text.split("|||||") if part.strip()]
     spans = documents if len(documents) > 1 else cutter.text(text)
-    summary = _text(record, "summary").strip()
-    return RagExample(
-        SUMMARIZE, chunks_of(spans), (summary.lstrip("\u2013 "),), None, "summary", id_of(record)
-    )
+    summary = _text(record, "summary").strip().lstrip("\u2013 ")
+    return RagExample(SUMMARIZE, chunks_of(spans), (summary,), None, "summary", id_of(record))
 
 
 def parse_pair(record: Mapping[str, Any]) -> RagExample:
@@ -152,9 +127,7 @@ def parse_pair(record: Mapping[str, Any]) -> RagExample:
 
 
 def parse_session(record: Mapping[str, Any]) -> RagExample:
-    """Converts MT-RAG: a conversation over retrieved ``contexts``.
-
-    All its messages become the question: they are not passages that others could reuse.
+    """Converts MT-RAG: a conversation over retrieved ``contexts``. Its messages are the question.
 
     Source: https://github.com/IBM/mt-rag-benchmark, reference tasks.
     """
@@ -164,14 +137,11 @@ def parse_session(record: Mapping[str, Any]) -> RagExample:
     if not messages or messages[-1].role != "user":
         raise LeftOut("the last message is not the user's")
     known = ("contexts", "input", "targets", "task_id")
-    return RagExample(
-        question="\n".join(map(str, messages)) if messages[1:] else messages[0].text,
-        chunks=read_chunks(record["contexts"], "contexts"),
-        answers=tuple(reply.text for reply in replies),
-        kind="chat",
-        id=str(record.get("task_id") or ""),
-        meta={k: v for k, v in record.items() if k not in known and v is not None},
-    )
+    question = "\n".join(map(str, messages)) if messages[1:] else messages[0].text
+    chunks, answers = read_chunks(record["contexts"], "contexts"), [m.text for m in replies]
+    meta = {k: v for k, v in record.items() if k not in known and v is not None}
+    name = str(record.get("task_id") or "")
+    return RagExample(question, chunks, answers, kind="chat", id=name, meta=meta)
 
 
 def with_shots(
@@ -183,17 +153,18 @@ def with_shots(
 ) -> Iterator[RagExample]:
     """Gives every example ``shots`` other solved examples as chunks (few-shot).
 
-    They are drawn from ``others``, e.g. another split, or else from ``examples``, but never the
-    example itself. The draw for example ``i`` does not depend on the number of examples.
+    They are drawn from ``others``, e.g. another split, or else from ``examples``. The draw for
+    example ``i`` does not depend on the number of examples.
     """
     examples = iter(examples)
-    pool = list(islice(examples if others is None else others, POOL))
-    needed = shots + (others is None)  # the example itself may be drawn
+    own = others is None
+    pool = list(islice(examples if own else others, POOL))
+    needed = shots + own  # the example itself may be drawn
     if len(pool) < needed:
         raise ValueError(f"{shots} shots need {needed} instances, got {len(pool)}; lower shots")
-    for index, example in enumerate(examples if others is not None else chain(pool, examples)):
+    for index, example in enumerate(chain(pool, examples) if own else examples):
         drawn = Random(f"shots/{seed}/{index}").sample(range(len(pool)), needed)
-        kept = drawn if others is not None else [i for i in drawn if i != index]
+        kept = [i for i in drawn if not own or i != index]
         yield replace(example, chunks=tuple(pool[i].chunks[0] for i in kept[:shots]))
 
 
