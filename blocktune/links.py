@@ -53,6 +53,24 @@ def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTabl
     return LinkTable.of(mean + NOISE * std * noise)
 
 
+def links_to_train(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
+    """The table to start from, in float32: installed, in the model's own folder, or `new_links`.
+
+    Raises ValueError if the one that the model has is of another size.
+    """
+    table, name = installed_links(model), model.config._name_or_path
+    if table is None and not (name and Path(name, LINKS_FILE).is_file()):
+        return new_links(model, num_links, seed)
+    table = load_links(name) if table is None else table
+    if table.num_embeddings != num_links:
+        raise ValueError(
+            f"the model has {table.num_embeddings} trained link, header and trailer tokens, and "
+            f"this layout {num_links}; train on with the layout in its blocktune.json, or remove "
+            f"{LINKS_FILE} from its folder"
+        )
+    return table.float()
+
+
 def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``.
 

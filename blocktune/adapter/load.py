@@ -67,9 +67,11 @@ def _with_peft(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedM
 
     try:
         require_kind(PeftConfig.from_pretrained(folder))
+        hook = model.register_load_state_dict_post_hook(_refuse_unused)
         with warnings.catch_warnings():  # missing weights would be random
             warnings.filterwarnings("error", message="Found missing adapter keys")
             wrapped = PeftModel.from_pretrained(model, folder)
+        hook.remove()
         if merge and (part := unmergeable(wrapped)):
             logger.warning("'%s' is served without merging it: %s", folder, part)
         return _merged(wrapped) if merge and not part else wrapped
@@ -78,6 +80,11 @@ def _with_peft(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedM
     except Exception as error:  # of any type, since the files may be arbitrary
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
+
+
+def _refuse_unused(model: nn.Module, keys: Any) -> None:
+    if unused := sorted(keys.unexpected_keys):
+        raise ValueError(f"no module takes {len(unused)} of its weights, such as {unused[0]}")
 
 
 def require_kind(config: Any) -> None:
@@ -222,7 +229,7 @@ def load_model(
         adapter: Folder or repository of the Hub, optionally with ``@REVISION``, or
             ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
         merge: Whether to merge LoRA weights; False: PEFT applies them, as a reference.
-        recurrent: Whether recurrent layers are allowed; if not, refused before reading weights.
+        recurrent: Whether models with recurrent layers are allowed.
         options: dtype, device, revision and quantize, see `blocktune.models.load.load_base`.
 
     Raises ValueError if there is no such model or adapter, or they do not fit each other.

@@ -1,10 +1,10 @@
 """Adapters that act only on some rows: a *writer* on rows of chunks, a *reader* on all others.
 
-Rows of a chunk are computed once, when the chunk is encoded; all other rows when a question is
-answered. An adapter of scope ``encode`` (a writer) acts only on the former. It writes chunks that
-the unchanged base can read, and full attention equals that of the base, bit for bit. An adapter of
-scope ``read`` reads chunks that the base wrote. In training one forward pass has both kinds of
-rows, and the scope is a mask that sets the output of LoRA's first matrix to zero.
+Rows of a chunk are computed once, when it is encoded; all other rows when a question is answered.
+An adapter of scope ``encode`` (a writer) acts only on the former: the unchanged base can read its
+chunks, and full attention equals the base's, bit for bit. An adapter of scope ``read`` reads chunks
+that the base wrote. In training one forward pass has both kinds of rows, and the scope is a mask
+that sets the output of LoRA's first matrix to zero.
 
 Source: SemPIC arXiv:2607.28069 (encode), which runs the two kinds in two passes.
 """

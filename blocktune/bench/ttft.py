@@ -133,7 +133,7 @@ def table(found: Mapping[str, Any]) -> Table:
 
 def draw_ttft(found: Mapping[str, Any], path: str | Path) -> Path:
     """Plots seconds to the first token against the prompt length, of a `bench_ttft` result."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
     from blocktune.evaluation.report.style import label_ends, mark, to_png
 
@@ -155,6 +155,7 @@ def draw_ttft(found: Mapping[str, Any], path: str | Path) -> Path:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(LogFormatter())  # the default one writes formulas
         label_ends(axes, ends)
 
     return to_png(draw, path, height=3.6)

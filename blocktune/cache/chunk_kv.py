@@ -15,12 +15,9 @@ from torch import Tensor
 
 from blocktune.cache.store.config import Tier
 
-Read = Callable[[str], Tensor]
-"""Returns the tensor with the given name."""
-Ids = Sequence[int] | Tensor
-"""Token ids, ``(S,)``."""
-State = tuple[Tensor | None, ...]
-"""Recurrent state of one prompt after some number of tokens, layer by layer."""
+Read = Callable[[str], Tensor]  # returns the tensor with the given name
+Ids = Sequence[int] | Tensor  # token ids, (S,)
+State = tuple[Tensor | None, ...]  # recurrent state of one prompt at some depth, layer by layer
 
 
 class Entry(ABC):
@@ -68,7 +65,7 @@ class Entry(ABC):
         return same
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the tensors to a device. Token ids stay on the CPU, where comparing is cheap."""
+        """Moves the tensors to a device. Token ids stay on the CPU."""
         return self.map(lambda tensor: tensor.to(device))
 
     def compact(self) -> Self:
@@ -93,6 +90,19 @@ class Lookup(NamedTuple):
     reason: str = ""  # why a stored entry could not be used
 
 
+def named(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yields ``key.0``, ``value.0``, ``key.1`` and so on, layer by layer."""
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        yield f"key.{layer}", key
+        yield f"value.{layer}", value
+
+
+def read_layers(facts: Mapping, read: Read) -> Iterator[tuple[Tensor, ...]]:
+    """Inverse of `named`: yields the keys, then the values, of ``num_layers`` layers."""
+    for kind in ("key", "value"):
+        yield tuple(read(f"{kind}.{layer}") for layer in range(int(facts["num_layers"])))
+
+
 def compact(tensor: Tensor) -> Tensor:
     """The tensor, copied if it is a view or not contiguous."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -108,8 +118,8 @@ class ChunkKV(Entry):
     """The attention state of one encoded chunk. Tensors are shared: never write into them.
 
     Keys are ``(K, S, D)`` for each layer that stores any, with RoPE applied at the positions
-    ``origin .. origin + S - 1``; relocation starts from these. Values are ``(K, S, D)`` too, with
-    a ``D`` that may differ from the keys'. Layers may differ in ``K`` and ``D``.
+    ``origin .. origin + S - 1``. Values are ``(K, S, D)`` too. Layers may differ in ``K``, and all
+    in ``D``.
     """
 
     kind: ClassVar[str] = "chunk"
@@ -126,32 +136,22 @@ class ChunkKV(Entry):
                 f"got {len(self.keys)} key and {len(self.values)} value tensors"
             )
         _check_ids(self.token_ids)
-        if not self.num_tokens:
-            raise ValueError("a chunk's KV needs at least one token; got none")
         if not _HEX.fullmatch(self.fingerprint):
             raise ValueError(f"a fingerprint is a lower-case hex digest; got {self.fingerprint!r}")
         if self.origin < 0:
             raise ValueError(f"the origin of a chunk's KV is a position >= 0; got {self.origin}")
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            self._check_layer(layer, key, value)
-
-    def _check_layer(self, layer: int, key: Tensor, value: Tensor) -> None:
-        places = key.shape[:1] + self.token_ids.shape
-        if key.ndim != 3 or value.ndim != 3 or not key.shape[:2] == value.shape[:2] == places:
-            raise ValueError(
-                f"layer {layer}: keys and values must be (kv heads, {self.num_tokens} tokens, "
-                f"head dim); got {tuple(key.shape)} and {tuple(value.shape)}"
-            )
-        if not key.dtype.is_floating_point or {key.dtype, value.dtype} != {self.dtype}:
-            raise ValueError(
-                f"all keys and values of a chunk must have one floating dtype; layer {layer} "
-                f"has {key.dtype} and {value.dtype}, layer 0 has {self.dtype}"
-            )
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers that store keys of their own."""
-        return len(self.keys)
+            places = key.shape[:1] + self.token_ids.shape
+            if key.ndim != 3 or value.ndim != 3 or not key.shape[:2] == value.shape[:2] == places:
+                raise ValueError(
+                    f"layer {layer}: keys and values must be (kv heads, {self.num_tokens} tokens, "
+                    f"head dim); got {tuple(key.shape)} and {tuple(value.shape)}"
+                )
+            if not key.dtype.is_floating_point or {key.dtype, value.dtype} != {self.dtype}:
+                raise ValueError(
+                    f"all keys and values of a chunk must have one floating dtype; layer {layer} "
+                    f"has {key.dtype} and {value.dtype}, layer 0 has {self.dtype}"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,24 +159,15 @@ class ChunkKV(Entry):
         return self.keys[0].dtype
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields ``key.0``, ``value.0``, ``key.1`` and so on, layer by layer."""
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            yield f"key.{layer}", key
-            yield f"value.{layer}", value
+        return named(self.keys, self.values)
 
     def facts(self) -> dict[str, int]:
-        return {"num_layers": self.num_layers, "origin": self.origin}
+        return {"num_layers": len(self.keys), "origin": self.origin}
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        layers = range(int(facts["num_layers"]))
-        return cls(
-            keys=tuple(read(f"key.{layer}") for layer in layers),
-            values=tuple(read(f"value.{layer}") for layer in layers),
-            token_ids=token_ids,
-            fingerprint=fingerprint,
-            origin=int(facts["origin"]),
-        )
+        pair = read_layers(facts, read)
+        return cls(*pair, token_ids, fingerprint, int(facts["origin"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +175,7 @@ class ChunkStates(Entry):
     """Hidden states of a chunk at the input of one layer, computed on the chunk alone.
 
     That layer can be recomputed from them for all tokens (DroidSpeak's E-cache, arXiv:2411.02820).
-    They take ``hidden`` numbers a token where keys and values take ``2 * kv_heads * head_dim``,
-    so only the layers that a method starts from are stored.
+    Only those of the layers that a method starts from are stored.
     """
 
     kind: ClassVar[str] = "states"
@@ -197,7 +187,7 @@ class ChunkStates(Entry):
     def __post_init__(self):
         _check_ids(self.token_ids)
         fits = (self.states.ndim, len(self.states)) == (2, self.num_tokens)
-        if not fits or not self.num_tokens or not self.states.dtype.is_floating_point:
+        if not fits or not self.states.dtype.is_floating_point:
             raise ValueError(
                 f"states of a chunk of {self.num_tokens} tokens must be floating "
                 f"(tokens, hidden); got {tuple(self.states.shape)} {self.states.dtype}"
@@ -217,8 +207,8 @@ class ChunkStates(Entry):
 
 
 def _check_ids(token_ids: Tensor) -> None:
-    if token_ids.dtype != torch.int64 or token_ids.ndim != 1:
+    if token_ids.dtype != torch.int64 or token_ids.ndim != 1 or not len(token_ids):
         raise ValueError(
-            "a chunk's token ids must be one int64 row (tokens,); "
+            "a chunk's token ids must be one int64 row (tokens,) of at least one token; "
             f"got {tuple(token_ids.shape)} {token_ids.dtype}"
         )

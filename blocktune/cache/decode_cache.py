@@ -25,9 +25,9 @@ LAYERS = {
 class DecodeCache:
     """How keys and values are stored while an answer is decoded, after its prefill.
 
-    ``sliding`` keeps and sees the last ``window`` tokens; ``fp8`` has a scale for each layer and
-    batch; ``quanto`` and ``hqq`` (4 bits) need their packages; ``offloaded`` keeps every layer on
-    the CPU except the one being computed. Raises ValueError if the kind cannot be used here.
+    ``sliding`` keeps the last ``window`` tokens; ``fp8`` has a scale for each layer and batch;
+    ``quanto`` and ``hqq`` have 4 bits; ``offloaded`` keeps on the CPU every layer but the one being
+    computed. Raises ValueError if the kind cannot be used here.
     """
 
     kind: str
@@ -73,10 +73,10 @@ class DecodingCache(Cache):
     """A `RowCache` after its prefill, moved to transformers' cache layers. It can only append."""
 
     def __init__(self, how: DecodeCache, rows: RowCache, reshapes: bool):
-        """Copies layer by layer, and frees each layer of ``rows`` once it is copied.
+        """Copies layer by layer, and frees each layer of ``rows``.
 
-        Raises ValueError for a window with a reshape, which changes columns that the window hides,
-        or with several prompts, where the window would end in the padding of one.
+        Raises ValueError for a window with a reshape, which changes columns that it hides, or with
+        several prompts, in whose padding it would end.
         """
         if how.window and (reshapes or rows.layers[0].batch_size > 1):
             raise ValueError(

@@ -1,13 +1,11 @@
 """Exact states of prompts, which only a full prefill can produce.
 
-A chunk's relocated state is an approximation. If it were stored as the state of a prefix, it would
-silently spoil every later answer with that prefix. So exact states have a type of their own,
-`ExactKV`. Only `cut_exact`, from a cache marked as exact, and files of that kind produce it.
+A chunk's relocated state is an approximation, which would silently spoil every later answer with
+that prefix. So exact states have a type of their own, `ExactKV`. Only `cut_exact`, from a cache
+marked as exact, and files of that kind produce it.
 
 Keys and values can be cut at any token. A recurrent state cannot: a later prompt that shares ``d``
-tokens is recomputed from the deepest checkpoint at or before ``d``. The depths to keep are chosen
-from the depths up to which earlier prompts were shared.
-Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme.
+tokens is recomputed from the deepest checkpoint at or before ``d``, see `place_checkpoints`.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blocktune.cache.chunk_kv import Entry, Read, State, compact
+from blocktune.cache.chunk_kv import Entry, Read, State, compact, named, read_layers
 from blocktune.cache.row_cache import RowCache
 
 _FULL_PREFILL = object()
@@ -68,9 +66,7 @@ class ExactKV(Entry):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "context", self.context
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            yield f"key.{layer}", key
-            yield f"value.{layer}", value
+        yield from named(self.keys, self.values)
         for index, state in enumerate((self.states or {}).get(self.end, ())):
             if state is not None:
                 yield f"state.{index}", state
@@ -84,8 +80,7 @@ class ExactKV(Entry):
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        layers, bits = range(int(facts["num_layers"])), int(facts["held"])
-        pair = (tuple(read(f"{n}.{layer}") for layer in layers) for n in ("key", "value"))
+        pair, bits = read_layers(facts, read), int(facts["held"])
         context, count = read("context"), int(facts["num_states"])
         last = tuple(read(f"state.{i}") if bits >> i & 1 else None for i in range(count))
         states = {len(context) + len(token_ids): last} if count else {}
@@ -109,8 +104,7 @@ def cut_exact(
 ) -> ExactKV:
     """Copies the cache of a full prefill for the exact prefix cache.
 
-    Raises ValueError if the cache ever held approximate states, was not created as exact, or is
-    shorter than the tokens.
+    Raises ValueError if the cache may hold approximate states or is shorter than the tokens.
     """
     if not cache.exact:
         raise ValueError(
@@ -169,8 +163,8 @@ class PrefixMatch:
 def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...]:
     """Chooses at most ``budget`` depths, in ascending order, that minimise recomputed tokens.
 
-    ``weights`` say how often prompts were shared up to each depth (in tokens). Deterministic.
-    Only depths that occur are candidates.
+    ``weights`` say how often prompts were shared up to each depth (in tokens). Only these depths
+    are candidates. Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme.
     """
     kept = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
     if budget >= len(kept) or budget < 1:

@@ -3,9 +3,8 @@
 A radix tree over tokens, as in SGLang's RadixAttention. A node holds the state of a run of tokens,
 computed after exactly the tokens on the path to it, and is split where a later prompt diverges.
 Paths are locked while a request reads them. Unlocked leaves are evicted, the least recently used
-first. If there is a chunk store with a folder, evicted runs are written to files there, which later
-processes find too. Recurrent layers have a state only at some depths, chosen by
-`place_checkpoints`. Only exact states may enter, see `exact`.
+first, to files of the chunk store if it has a folder. Recurrent layers have a state only at some
+depths, see `place_checkpoints`. Only exact states may enter, see `exact`.
 """
 
 from __future__ import annotations
@@ -28,12 +27,9 @@ from blocktune.cache.store.chunk_store import ChunkStore
 from blocktune.cache.store.config import keep_latest
 from blocktune.cache.store.fingerprint import chunk_key
 
-_TENANTS = 1 << 16
-"""Number of fingerprints remembered as listed; older ones are listed from the files again."""
-_HISTORY = 256
-"""Number of prompts whose shared depth is remembered, for each model and tenant."""
-_NODES, _TOKENS = 1 << 12, 1 << 22
-"""Most runs, and tokens of runs, that are known although they are in files only."""
+_TENANTS = 1 << 16  # fingerprints whose files are known to be in the tree
+_HISTORY = 256  # prompts of a model and tenant whose shared depth is remembered
+_NODES, _TOKENS = 1 << 12, 1 << 22  # most runs, and tokens, that are known but in files only
 
 
 @dataclass(eq=False)
@@ -63,7 +59,7 @@ _Path = list[tuple[_Node, int]]  # consecutive nodes, with the number of tokens 
 
 
 class PrefixStats(NamedTuple):
-    """Content and counters of the tree; counts are of tokens unless said otherwise."""
+    """Content of the tree, and counters since it was created, mostly of tokens."""
 
     num_bytes: int
     num_tokens: int
@@ -104,7 +100,7 @@ class PrefixTree:
 
     @contextmanager
     def match(self, fingerprint: str, token_ids: Sequence[int]) -> Iterator[PrefixMatch]:
-        """Finds a model's longest cached prefix of a prompt. It is locked inside the block."""
+        """Finds a model's longest cached prefix of a prompt, locked inside the block."""
         ids = np.asarray(token_ids, dtype=np.int64)
         with self._mutex:
             root = self._root(fingerprint)
@@ -133,8 +129,8 @@ class PrefixTree:
     ) -> tuple[int, ...]:
         """Depths at which to keep the recurrent states of a prompt of ``num_tokens`` tokens.
 
-        They minimise the tokens that later prompts recompute, if these share as many tokens as the
-        recent ones did, or all tokens up to one of ``ends``, where pieces of the prompt end.
+        They suit later prompts that share as many tokens as the recent ones did, or all tokens up
+        to one of ``ends``, where pieces of the prompt end.
         """
         with self._mutex:
             root = self._roots.get(fingerprint, _Node())
@@ -144,9 +140,8 @@ class PrefixTree:
     def insert(self, exact: ExactKV) -> int:
         """Adds a run from `cut_exact`. Tokens that are already in the tree stay unchanged.
 
-        Returns:
-            Number of tokens added. New tokens are not added (`PrefixStats.declined`) if they do
-            not fit, or if the tokens before them have been evicted.
+        Returns the number of tokens added: none (`PrefixStats.declined`) if they do not fit, or the
+        tokens before them have been evicted.
         """
         if not isinstance(exact, ExactKV):
             raise ValueError(
@@ -161,17 +156,17 @@ class PrefixTree:
             if matched < len(exact.context):
                 self._counts["declined"] += len(ids) - matched
                 return 0
-            added = 0
-            if matched < len(ids):
+            added = len(ids) - matched
+            if added:
                 parent = self._split(*path[-1]) if path else root
                 run = exact.cut(matched - len(exact.context), len(exact.token_ids))
                 node = _Node(parent, run.token_ids.numpy(), run, used=next(self._clock))
                 if self._make_room(node.num_bytes, parent):
                     parent.children[int(node.ids[0])] = node
                     self._bytes += node.num_bytes
-                    added = len(node.ids)
                 else:
-                    self._counts["declined"] += len(node.ids)
+                    self._counts["declined"] += added
+                    added = 0
             for depth, state in sorted((exact.states or {}).items()):
                 self._keep_state(root, ids[:depth], exact.fingerprint, state)
             return added
@@ -182,19 +177,15 @@ class PrefixTree:
             self._roots, self._bytes, self._lists_files = {}, 0, False
 
     def stats(self) -> PrefixStats:
-        """Content of the tree, and counters since it was created."""
+        """See `PrefixStats`."""
         with self._mutex:
             nodes, counts = list(self._nodes()), self._counts
             in_memory = [node for node in nodes if node.exact is not None]
             tokens = sum(len(node.ids) for node in in_memory)
-            return PrefixStats(
-                self._bytes,
-                tokens,
-                sum(node.state is not None for node in in_memory),
-                *(counts[name] for name in ("hit", "missed", "evicted", "declined")),
-                sum(len(node.ids) for node in nodes) - tokens,
-                counts["disk"],
-            )
+            states = sum(node.state is not None for node in in_memory)
+            counted = (counts[name] for name in ("hit", "missed", "evicted", "declined"))
+            on_disk = sum(len(node.ids) for node in nodes) - tokens
+            return PrefixStats(self._bytes, tokens, states, *counted, on_disk, counts["disk"])
 
     def _root(self, fingerprint: str) -> _Node:
         root = self._roots.get(fingerprint) or _Node()
@@ -254,16 +245,15 @@ class PrefixTree:
         if self._store is None:
             return False
         if not node.key or node.key not in self._store:  # the store may have evicted it
-            runs, above = [], node.parent
-            while above.parent is not None:
+            runs, above = [], node
+            while (above := above.parent).parent is not None:
                 runs.append(torch.from_numpy(above.ids))
-                above = above.parent
-            context, states = torch.cat((NO_IDS, *reversed(runs))), node.exact.states
+            context = torch.cat((NO_IDS, *reversed(runs)))
+            ids, states = torch.cat((context, node.exact.token_ids)), node.exact.states
             if node.state is not None:
-                states = {len(context) + len(node.ids): node.state}
+                states = {len(ids): node.state}
             exact = node.exact.placed(context, states)
-            ids, how = torch.cat((context, exact.token_ids)), {"exact": "", "start": len(context)}
-            node.key = chunk_key(exact.fingerprint, ids, how)
+            node.key = chunk_key(exact.fingerprint, ids, {"exact": "", "start": len(context)})
             payer = self._payers.get(exact.fingerprint, "")
             self._store.put(node.key, exact, tenant=payer, keep=False)
         return node.key in self._store
@@ -315,18 +305,15 @@ class PrefixTree:
                 del parent.children[int(leaf.ids[0])]
             if parent.is_leaf:
                 heapq.heappush(leaves, (parent.used, id(parent), parent))
-        self._roots = {
-            key: root for key, root in self._roots.items() if root.children or root.locks
-        }
+        self._roots = {k: root for k, root in self._roots.items() if root.children or root.locks}
         self._lock(beside, -1)
         return self._bytes + num_bytes <= self.max_bytes
 
     def _forget_oldest(self, stored: Sequence[_Node]) -> None:
         """Drops runs that are in files only, if there are too many. The store evicts the files."""
-        tokens = sum(len(node.ids) for node in stored)
-        if len(stored) <= _NODES and tokens <= _TOKENS:
+        left, tokens = len(stored), sum(len(node.ids) for node in stored)
+        if left <= _NODES and tokens <= _TOKENS:
             return
-        left = len(stored)
         for node in sorted(stored, key=lambda node: node.used):
             if left <= _NODES // 2 and tokens <= _TOKENS // 2:
                 return

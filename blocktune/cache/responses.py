@@ -42,10 +42,7 @@ class ResponseCache:
 
     @classmethod
     def parse(cls, text: str, store: ChunkStore) -> ResponseCache:
-        """Reads ``exact``, ``semantic:THRESHOLD`` or ``semantic:THRESHOLD:MODEL``.
-
-        Raises ValueError if the text is none of these, or the model cannot be loaded.
-        """
+        """The cache by `read_settings`, loaded."""
         cache = cls(store, *read_settings(text))
         cache.load()
         return cache
@@ -56,13 +53,10 @@ class ResponseCache:
             Embedder.of(self.store, self.model)
 
     def find(self, place: str, query: Sequence[int], question: str) -> tuple[Any, float] | None:
-        """Looks up a question. Returns the cached JSON value and its similarity, or None.
-
-        The same tokens have similarity 1.0. With an empty ``question``, only these are found.
-        """
+        """The cached value of the same tokens or a similar question, and similarity; or None."""
         value, similarity = self._get(place, chunk_key(place, query), query), 1.0
         if value is None and self.threshold is not None and question:
-            for key, _, similarity in self._list(place).find(self._vector(question)):
+            for key, _, similarity in self._list(place).find(self._embedder([question])[0]):
                 if similarity >= self.threshold:
                     value = self._get(place, key, ())
         return None if value is None else (value, min(similarity, 1.0))
@@ -78,7 +72,7 @@ class ResponseCache:
             # It is found without knowing its question, so only its place verifies it.
             key, record = chunk_key(place, query, {"similar": True}), Record(data, ids[:0], place)
             if keep(self.store, key, record, **about):
-                self._list(place).add(key, len(query), self._vector(question))
+                self._list(place).add(key, len(query), self._embedder([question])[0])
 
     def _get(self, place: str, key: str, ids: Sequence[int]) -> Any:
         record = self.store.get(key, ids, place, Record)
@@ -88,9 +82,6 @@ class ResponseCache:
         # Of these weights, not of their name: vectors of different models cannot be compared.
         scope = chunk_key(place, (), {"questions": self._embedder.fingerprint})
         return Nearest(self.store, scope, most=256)
-
-    def _vector(self, question: str) -> torch.Tensor:
-        return self._embedder([question])[0]
 
     @property
     def _embedder(self) -> Embedder:

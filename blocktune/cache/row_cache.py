@@ -13,8 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 
 from blocktune.cache.chunk_kv import State
 
-SKIP = -1
-"""Column number of a padding row, whose keys and values are not stored."""
+SKIP = -1  # column number of a padding row, whose keys and values are not stored
 
 
 def refuse_autocast(states: Tensor) -> None:
@@ -25,11 +24,6 @@ def refuse_autocast(states: Tensor) -> None:
             "engine outside of torch.autocast, and take a Trainer's model out of it by "
             "trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)"
         )
-
-
-Observer = Callable[[Tensor, Tensor], None]
-"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written. If it
-raises, the forward pass stops and the layer stays unchanged."""
 
 
 class _Target(NamedTuple):
@@ -71,7 +65,8 @@ class _RowLayer(CacheLayerMixin):
         self.spare = spare
         self.target: _Target | None = None
         self.unwritten: np.ndarray | None = None  # columns not written yet, bool (B, N + spare)
-        self.observer: Observer | None = None
+        # Called with keys and values (B, K, R, D) before they are written; it may raise.
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -155,11 +150,11 @@ class RowCache(Cache):
 
     A recomputed token overwrites the column of its original. Use: write cached states into
     `room`, `select` the columns of the rows to compute, run the model with
-    ``past_key_values=cache`` and an explicit mask over all columns (or blocktune's attention
-    plan), then `append` and run again for every decoded token.
+    ``past_key_values=cache`` and a mask over all columns (or blocktune's attention plan), then
+    `append` and run again for every decoded token.
 
-    A cache is ``exact`` if it holds a full prefill: every row is computed after everything before
-    it. Only such a cache may feed the exact prefix cache. Writing reused states clears the flag.
+    A cache is ``exact`` if it holds a full prefill, which alone may feed the exact prefix cache.
+    Writing reused states clears the flag.
     """
 
     first_column = 0  # first column that later rows see
@@ -187,7 +182,21 @@ class RowCache(Cache):
 
         ``columns`` ``(B, R)`` int64 holds each row's column, or `SKIP` for a padding row.
         """
-        target = self._target(columns)
+        expected = self.layers[0].batch_size
+        if columns.ndim != 2 or columns.shape[0] != expected or columns.dtype != torch.int64:
+            raise ValueError(
+                f"columns must be int64 ({expected}, rows); "
+                f"got {tuple(columns.shape)} {columns.dtype}"
+            )
+        ordered = columns.sort(dim=1).values
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != SKIP)
+        if repeated.any() or (columns < SKIP).any() or (columns >= self.num_columns).any():
+            raise ValueError(
+                f"columns must be in 0..{self.num_columns - 1} (or {SKIP} for padding), "
+                "each at most once in a prompt"
+            )
+        batch, row = (columns != SKIP).nonzero(as_tuple=True)
+        target = _Target(columns, batch, row, columns[batch, row])
         for layer in range(len(self)) if layers is None else layers:
             self.layers[layer].target = target
 
@@ -214,8 +223,8 @@ class RowCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Views ``(K, columns, D)`` of a prompt's keys and values; the caller must fill them.
 
-        ``keys`` and ``values`` ``(K, S, D)`` are examples of that layer's shape and dtype. The
-        cache stays exact only if the states come from a full prefill of the prompt (``exact``).
+        ``keys`` and ``values`` ``(K, S, D)`` have the layer's shape and dtype. The cache stays
+        exact only if the states come from a full prefill of the prompt (``exact``).
         """
         self.exact, target = self.exact and exact, self.layers[layer]
         if not target.is_initialized:
@@ -229,29 +238,9 @@ class RowCache(Cache):
         states = (self.layers[layer].keys, self.layers[layer].values)
         return sum(s.shape[1] * s.shape[3] * s.element_size() for s in states)
 
-    def _target(self, columns: Tensor) -> _Target:
-        expected = self.layers[0].batch_size
-        if columns.ndim != 2 or columns.shape[0] != expected or columns.dtype != torch.int64:
-            raise ValueError(
-                f"columns must be int64 ({expected}, rows); "
-                f"got {tuple(columns.shape)} {columns.dtype}"
-            )
-        ordered = columns.sort(dim=1).values
-        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != SKIP)
-        if repeated.any() or (columns < SKIP).any() or (columns >= self.num_columns).any():
-            raise ValueError(
-                f"columns must be in 0..{self.num_columns - 1} (or {SKIP} for padding), "
-                "each at most once in a prompt"
-            )
-        batch, row = (columns != SKIP).nonzero(as_tuple=True)
-        return _Target(columns, batch, row, columns[batch, row])
-
 
 class PrefillCache(DynamicCache):
-    """Transformers' own cache, for one prompt of a model with recurrent layers.
-
-    It is filled from the first token on, or resumed from an exact prefix.
-    """
+    """Transformers' own cache of one prompt, from its first token on, for recurrent layers."""
 
     exact = True  # tokens are computed in order, and only what a `PrefixMatch` holds is loaded
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from blocktune.check import serving
 from blocktune.check.serving import ALONE, ASK, LAST, OTHER, SHORT, Ask, Check, Subject
 from blocktune.engine import Engine
+from blocktune.engine.generation import Generation
+from blocktune.layout import Kind
 from blocktune.methods import Cached, Method, Weights, available, build, compose
 from blocktune.methods.repair import REPAIRS
 from blocktune.methods.reshape import RESHAPES
@@ -39,6 +41,8 @@ def subjects() -> dict[str, Method]:
     return presets | {method.name: method for method in composed}
 
 
+POSITIONS = 256
+"""Positions up to which the tolerance holds. Beyond, errors of float32 RoPE angles grow."""
 Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
 Claim = Callable[[Subject], Check]
 
@@ -46,8 +50,8 @@ Claim = Callable[[Subject], Check]
 def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
     """Checks every claim that applies to a method, which may be a preset or a composition.
 
-    The ``engine`` must have weights that suit the method (None: a small random model). Its caches
-    are emptied. The claim about a single chunk always uses a small random model.
+    The ``engine``, whose caches are emptied, must have weights that suit the method (None: a small
+    random model, which the claim about a single chunk always uses).
     """
     bare = small_engine(method.weights, bare=True)
     subject = Subject(method, engine or small_engine(method.weights), bare)
@@ -88,24 +92,25 @@ def claims(method: Method) -> dict[str, Claim]:
     return {name: partial(_equal, name, compared) for name, compared in pairs.items()}
 
 
-def _one_chunk_alone(subject: Subject) -> Pairs:
-    method, bare = compose(subject.method, reshape=None), subject.bare
-    bare.forget()
-    yield bare.next_logits([ALONE], method), bare.next_logits([ALONE], "full-prefill")
-
-
 def _equal(name: str, pairs: Callable[[Subject], Pairs], subject: Subject) -> Check:
     """Checks that the tensors of all pairs are equal. A NaN fails."""
     diffs, tolerance = [], 0.0
     for left, right in pairs(subject):
         diffs.append(serving.difference(left, right))
         tolerance = max(tolerance, serving.tolerance_of(subject.engine, right))
-    tolerance *= serving.reach(subject.engine, subject.method, ASK)
+    layout = serving.batch_of(subject.engine, subject.method).layout
+    tolerance *= max(1.0, int(layout.position.max()) / POSITIONS)
     return Check(name, all(diff <= tolerance for diff in diffs), max(diffs), tolerance)
 
 
 def _is_dense(subject: Subject, method: Method, rows: serving.RowChange | None = None) -> Pairs:
     yield subject.logits(method), subject.dense_logits(method, rows)
+
+
+def _one_chunk_alone(subject: Subject) -> Pairs:
+    method, bare = compose(subject.method, reshape=None), subject.bare
+    bare.forget()
+    yield bare.next_logits([ALONE], method), bare.next_logits([ALONE], "full-prefill")
 
 
 def _without_history(subject: Subject) -> Pairs:
@@ -135,18 +140,21 @@ def _neutral_reshape(subject: Subject) -> Pairs:
 
 def _no_future(subject: Subject) -> Pairs:
     """Replaces the question or the last chunk; the states of columns before it must not change."""
+
+    def computed(run: Generation, stop: int) -> list[list[int]]:
+        return [[c for c in columns if c < stop] for columns in serving.computed_columns(run)]
+
     for method in _with_fixed_choices(subject.method):
-        served = subject.serve(method)
-        for ask, start in ((OTHER, served.question_start), (LAST, served.last_chunk_start)):
-            other = subject.serve(method, ask)
-            computed, other_computed = (
-                [[column for column in columns if column < start] for columns in s.computed]
-                for s in (served, other)
-            )
-            if computed == other_computed:  # else later text changed the selection; skip it
-                states, other_states = (sum(s.states, ()) for s in (served, other))
-                for left, right in zip(states, other_states, strict=True):
-                    yield left[:, :, :start], right[:, :, :start]
+        one = subject.serve(method)
+        layout = one.batch.layout
+        question = layout.order[layout.kind == Kind.QUERY]
+        last = layout.order[layout.is_encoded & (layout.chunk == layout.chunk.max())]
+        for ask, columns in ((OTHER, question), (LAST, last if len(last) else question)):
+            other, start = subject.serve(method, ask), int(columns.min())
+            if computed(one, start) == computed(other, start):  # else the selection changed
+                for left, right in zip(one.cache.layers, other.cache.layers, strict=True):
+                    yield left.keys[:, :, :start], right.keys[:, :, :start]
+                    yield left.values[:, :, :start], right.values[:, :, :start]
 
 
 def _order_of_storing(subject: Subject) -> Pairs:
@@ -159,7 +167,7 @@ def _order_of_storing(subject: Subject) -> Pairs:
 
 def _batch_is_single(subject: Subject) -> Pairs:
     method = subject.method
-    single = torch.stack([subject.serve(method, ask).logits for ask in (ASK, SHORT)])
+    single = torch.stack([subject.logits(method, ask) for ask in (ASK, SHORT)])
     yield subject.begin().next_logits([ASK, SHORT], method), single
 
 

@@ -1,15 +1,11 @@
-"""Checks that chunk reuse is correct on a given model or adapter, and helpers of all checks.
-
-Tests on small random models say little about a new architecture, a custom kernel or a converted
-checkpoint. So the user's model is checked with its tokenizer and chat template.
-"""
+"""Checks that chunk reuse is correct on a given model or adapter, and helpers of all checks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,22 +56,18 @@ RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 
 """Largest accepted difference of logits, relative to the largest logit. Rounding in float32 stays
 well below 1e-5 here, a wrong mask changes logits by more than 1e-2; bfloat16 has 8 bits."""
 INT8_TOLERANCE = 2e-2
-"""The same for an 8-bit base of any dtype. LLM.int8() rounds activations to 8 bits, except columns
-chosen over all rows of a pass. A chunk is thus rounded differently alone and among others (by 0.005
-of the largest logit on small models). A 4-bit base rounds only its weights, once."""
+"""The same for an 8-bit base of any dtype. LLM.int8() also rounds activations, and those of a chunk
+differently alone and among others (by 0.005 on small models); 4-bit bases round weights only."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of a check.
-
-    ``tolerance`` is the largest accepted difference; the smallest if a difference is required.
-    """
+    """The outcome of a check."""
 
     name: str  # what is claimed
     passed: bool
     max_abs_diff: float  # of logits
-    tolerance: float
+    tolerance: float  # largest accepted difference; the smallest if one is required
 
 
 def tolerance_of(engine: Engine, logits: Tensor) -> float:
@@ -90,19 +82,7 @@ def difference(left: Tensor, right: Tensor) -> float:
     return float((left.float() - right.float()).abs().max())
 
 
-POSITIONS = 256
-"""Positions up to which the tolerance holds. Beyond, errors of float32 RoPE angles grow."""
 RowChange = Callable[[Tensor, Layout], tuple[Tensor, Layout]]
-
-
-class ServedRequest(NamedTuple):
-    """The state of a request after its prefill. Columns are those of the KV cache."""
-
-    logits: Tensor  # after the prompt, (V,)
-    states: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, (1, K, N, D) each
-    computed: tuple[tuple[int, ...], ...]  # columns of chunk tokens computed by each pass
-    question_start: int  # first column of the question
-    last_chunk_start: int  # first column of the last chunk; without chunks, `question_start`
 
 
 @dataclass(frozen=True)
@@ -116,8 +96,12 @@ class Subject:
     results: dict[Any, Any] = field(default_factory=dict)
 
     def begin(self, history: Sequence[Ask] = HISTORY) -> Engine:
-        """The engine with empty caches, or with the history that the method needs."""
-        return begun(self.engine, self.method, history)
+        """The engine with empty caches, after it served ``history`` if the method needs one."""
+        self.engine.forget()
+        if self.method.history is not None:
+            for ask in history:
+                next(self.engine.prefilled([ask], self.method).tokens(Sampling(), 1))
+        return self.engine
 
     def run(self, method: Method, ask: Ask = ASK, answer: tuple[int, ...] = ()) -> Generation:
         """Runs a request up to its first logits, which follow the ``answer`` if it is given."""
@@ -125,16 +109,16 @@ class Subject:
         pieces = self.engine.prompts.pieces(ask, method)._replace(answer=answer)
         return self.engine.start([pieces], method)
 
-    def serve(self, method: Method, ask: Ask = ASK) -> ServedRequest:
-        """Serves a request, or returns the earlier result."""
+    def serve(self, method: Method, ask: Ask = ASK) -> Generation:
+        """The result of `run`, or of an earlier one; it must not be decoded."""
         key = facts_served(method), ask
         if key not in self.results:
-            self.results[key] = _served(self.run(method, ask))
+            self.results[key] = self.run(method, ask)
         return self.results[key]
 
-    def logits(self, method: Method) -> Tensor:
-        """Logits ``(V,)`` after the prompt of `ASK`."""
-        return self.serve(method).logits
+    def logits(self, method: Method, ask: Ask = ASK) -> Tensor:
+        """Logits ``(V,)`` after the prompt of a request."""
+        return self.serve(method, ask).prefill.logits[0]
 
     def dense_logits(self, method: Method, rows: RowChange | None = None) -> Tensor:
         """Logits ``(V,)`` after the prompt of `ASK`, from one forward pass with the dense mask.
@@ -143,45 +127,21 @@ class Subject:
         """
         key = facts_served(method), rows
         if key not in self.results:
-            engine = self.begin()
-            batch = batch_of(engine, method)
+            batch = batch_of(self.begin(), method)
             ids, layout = batch.input_ids, batch.layout
             if rows is not None:
                 ids, layout = rows(ids, layout)
             last = int(layout.is_fresh.logical_not().sum()) - 1
-            self.results[key] = forward_dense(engine, ids, layout)[0, last]
+            self.results[key] = forward_dense(self.engine, ids, layout)[0, last]
         return self.results[key]
 
 
 def facts_served(method: Method) -> tuple:
     """All properties of a method that an engine reads. Methods with equal ones are served alike."""
     choices = method.layout(LayoutSpec()), method.select(), method.repair(), method.reshape()
-    choices += (method.history,)
     properties = method.weights, method.cached, method.keeps_context, method.layer_budget
     own_loader = method.loader(ChunkStore(), "") is not None and method.name
-    return repr(choices), properties, own_loader
-
-
-def _served(run: Generation) -> ServedRequest:
-    layout = run.batch.layout
-    question = int(layout.order[layout.kind == Kind.QUERY].min())
-    last = layout.is_encoded & (layout.chunk == layout.chunk.max())
-    return ServedRequest(
-        run.prefill.logits[0],
-        tuple((layer.keys, layer.values) for layer in run.cache.layers),
-        computed_columns(run),
-        question,
-        int(layout.order[last].min()) if bool(last.any()) else question,
-    )
-
-
-def begun(engine: Engine, method: Method, history: Sequence[Ask] = HISTORY) -> Engine:
-    """Empties the engine's caches, and serves ``history`` if the method needs one."""
-    engine.forget()
-    if method.history is not None:
-        for ask in history:
-            next(engine.prefilled([ask], method).tokens(Sampling(), 1))
-    return engine
+    return repr((*choices, method.history)), properties, own_loader
 
 
 def computed_columns(run: Generation) -> tuple[tuple[int, ...], ...]:
@@ -209,105 +169,101 @@ def all_visible(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
 
 
 def all_fresh(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-    """Adds a fresh row for each chunk token, which sees all rows before it and replaces the first.
-
-    The learned tokens around a chunk get no fresh row.
-    """
+    """Adds a fresh row, which sees all rows before it, for each token of a chunk's text."""
     rows = layout.is_context[0].nonzero().squeeze(1)
     return torch.cat([ids, ids[:, rows]], dim=1), append_fresh(layout, rows)
 
 
-def reach(engine: Engine, method: Method, ask: Ask) -> float:
-    """Factor on the tolerance for the largest position of a prompt, see `POSITIONS`."""
-    prompt = engine.prompts.prompt(engine.prompts.pieces(ask, method), engine.prompts.spec(method))
-    return max(1.0, int(prompt.layout.position.max()) / POSITIONS)
-
-
+@torch.no_grad()
 def check_model(engine: Engine) -> list[Check]:
     """Runs all checks of a model, with its adapter if it has one, on the engine and its caches."""
-    with torch.no_grad():
-        return list(_checks(engine))
-
-
-def _checks(engine: Engine) -> Iterator[Check]:
-    diffs: list[float] = []
+    checks: list[Check] = []
     full = engine.next_logits([ASK], "full-prefill")
     tolerance = tolerance_of(engine, full)
 
-    def close(name: str, left: Tensor, right: Tensor) -> Check:
+    def close(name: str, left: Tensor, right: Tensor) -> None:
         diff = difference(left, right)
-        diffs.append(diff)
-        return Check(name, diff <= tolerance, diff, tolerance)
+        checks.append(Check(name, diff <= tolerance, diff, tolerance))
 
     plain = default_method(engine.prompts.trained)
     block = batch_of(engine, plain)
     hidden_rows = forward_dense(engine, block.input_ids, block.layout)
     visible_rows = forward_dense(engine, *all_visible(block.input_ids, block.layout))
     dense, visible = hidden_rows[:, -1], visible_rows[:, -1]
-    full_batch = batch_of(engine, build("full-prefill"))
-    assert bool((full_batch.layout.group == GLOBAL).all())
-    stock = engine.model(full_batch.input_ids, use_cache=False).logits[:, -1]
-    yield close("full prefill = stock attention", full, stock)
+    ids = batch_of(engine, build("full-prefill")).input_ids
+    stock = engine.model(ids, use_cache=False).logits[:, -1]
+    close("full prefill = stock attention", full, stock)
     if scope_of(engine.model) == "encode":
         with engine.model.disable_adapter():
-            base = engine.model(full_batch.input_ids, use_cache=False).logits[:, -1]
-        diff = difference(stock, base)
-        yield Check("full attention = the base, bit for bit", diff == 0, diff, 0.0)
-    split = forward_dense(engine, block.input_ids, block.layout, SplitPlan)
-    yield close("split = dense mask", split[:, -1], dense)
-    yield close("cached chunks = dense mask", engine.next_logits([ASK], plain), dense)
+            diff = difference(stock, engine.model(ids, use_cache=False).logits[:, -1])
+        checks.append(Check("full attention = its adapter switched off", diff == 0, diff, 0.0))
+    split = forward_dense(engine, block.input_ids, block.layout, SplitPlan)[:, -1]
+    close("split = dense mask", split, dense)
+    close("cached chunks = dense mask", engine.next_logits([ASK], plain), dense)
     spec = engine.prompts.spec(plain)
     # The first chunk is not recomputed if nothing is before it; a writer's states then remain.
     stays = scope_of(engine.model) != "both" and not bool((block.layout.kind == Kind.PREFIX).any())
     if not spec.num_learned and not stays:  # else a question sees more than fresh tokens
-        # Otherwise chunks share positions, or a mode tag makes another prompt.
-        format = engine.format
-        in_place = spec.placement == "sequential" and format.block_tag == format.full_tag
-        same = full if in_place else visible
-        expected_name = "full prefill" if in_place else "full attention at the same positions"
-        methods = [build("epic", k=1 << 20), build("cacheblend", ratio=1.0)]
-        for method in methods[: engine.prompts.num_layers]:  # CacheBlend checks the second layer
-            fresh = engine.next_logits([ASK], method)
-            name = "all tokens fresh" if method.name == "epic" else "ratio 1"
-            yield close(f"{name} = {expected_name}", fresh, same)
+        same, where = full, "full prefill"
+        if spec.placement != "sequential" or engine.format.block_tag != engine.format.full_tag:
+            # Chunks share positions, or a mode tag makes another prompt.
+            same, where = visible, "full attention at the same positions"
+        fresh = engine.next_logits([ASK], build("epic", k=1 << 20))
+        close(f"all tokens fresh = {where}", fresh, same)
+        if engine.prompts.num_layers > 1:  # CacheBlend checks the second layer
+            fresh = engine.next_logits([ASK], build("cacheblend", ratio=1.0))
+            close(f"ratio 1 = {where}", fresh, same)
     asks = [ASK, ALONE, SHORT]
     single = torch.cat([engine.next_logits([ask], plain) for ask in asks])
-    yield close("batch = single", engine.next_logits(asks, plain), single)
-    ids, after = engine.continued_logits(ASK, "full-prefill", num_tokens=2)
-    longer = torch.cat([full_batch.input_ids, full_batch.input_ids.new_tensor([ids])], dim=1)
+    close("batch = single", engine.next_logits(asks, plain), single)
+    new, after = engine.continued_logits(ASK, "full-prefill", num_tokens=2)
+    longer = torch.cat([ids, ids.new_tensor([new])], dim=1)
     again = engine.model(longer, use_cache=False).logits[:, -1]
-    yield close("decoding = one forward", after, again)
+    close("decoding = one forward", after, again)
     # Compares all rows, since the question's rows may see no chunk because of a window.
     kept = block.layout.kind[0] != Kind.BLANK
     diff = difference(hidden_rows[:, kept], visible_rows)
     # In half precision and int8, rounding errors are closer to the effect of a hidden chunk.
     exact = engine.model.dtype == torch.float32 and quantization_of(engine.model) != "int8"
-    least = (10 if exact else 3) * max(diffs)
-    yield Check("hiding chunks from each other is seen", diff >= least, diff, least)
+    least = (10 if exact else 3) * max(check.max_abs_diff for check in checks)
+    last = Check("hiding chunks from each other is seen", diff >= least, diff, least)
+    return [*checks, last]
 
 
 @torch.no_grad()
 def check_adapter(model: str | None, adapter: str | Path, **options: Any) -> list[Check]:
-    """Runs `check_model`, and compares full prefill with stock PEFT, unmerged.
+    """Runs `check_model`, and compares full attention with a second model, loaded for this.
 
-    Base and adapter are loaded twice, with the ``options`` ``dtype``, ``device`` and ``quantize``.
+    That is stock PEFT, unmerged; for a writer (scope ``encode``) the base without the adapter,
+    which it must equal bit for bit. ``options``: ``dtype``, ``device`` and ``quantize``.
     """
     folder = adapter_folder(adapter)
-    stock = _stock_logits(model, folder, options) if (folder / PEFT_FILE).is_file() else None
+    if not (folder / PEFT_FILE).is_file():
+        return check_model(Engine.from_pretrained(model, folder, **options))
+    info = AdapterInfo.load(folder)
+    is_writer = info.scope == "encode"
+    if is_writer:
+        base, revision = (model, None) if model else (info.base_model, info.base_revision)
+        stock = Engine.from_pretrained(base, revision=revision, **options)
+        stock.tokenizer = info.tokenizer(folder, stock.tokenizer)
+    else:
+        stock = load_model(model, folder, merge=False, **options)
+    wanted = _full_logits(stock, info)
+    del stock
     engine = Engine.from_pretrained(model, folder, **options)
     checks = check_model(engine)
-    if stock is None:
-        return checks
-    engine.forget()
-    served = engine.next_logits([ASK], "full-prefill").cpu()
-    diff, tolerance = difference(served, stock), tolerance_of(engine, stock)
-    return [Check("full prefill = stock PEFT", diff <= tolerance, diff, tolerance), *checks]
+    if is_writer:
+        diff, tolerance = difference(_full_logits(engine, info), wanted), 0.0
+    else:
+        engine.forget()
+        served = engine.next_logits([ASK], "full-prefill").cpu()
+        diff, tolerance = difference(served, wanted), tolerance_of(engine, wanted)
+    name = "full attention = the base, bit for bit" if is_writer else "full prefill = stock PEFT"
+    return [Check(name, diff <= tolerance, diff, tolerance), *checks]
 
 
-def _stock_logits(model: str | None, folder: Path, options: dict[str, Any]) -> Tensor:
-    """Logits ``(1, V)`` of PEFT's model after the prompt of `ASK` in full attention."""
-    fmt = AdapterInfo.load(folder).format
-    peft, tokenizer, _, _ = load_model(model, folder, merge=False, **options)
-    pieces = make_pieces(tokenizer, fmt, ASK.chunks, ASK.question, block=False)
-    rows = torch.tensor([pieces.context + pieces.query], device=peft.device)
-    return peft(rows, use_cache=False).logits[:, -1].float().cpu()
+def _full_logits(loaded: Any, info: AdapterInfo) -> Tensor:
+    """Logits ``(1, V)`` after the prompt of `ASK` by one forward pass of ``loaded.model``."""
+    pieces = make_pieces(loaded.tokenizer, info.format, ASK.chunks, ASK.question, block=False)
+    rows = torch.tensor([pieces.context + pieces.query], device=loaded.model.device)
+    return loaded.model(rows, use_cache=False).logits[:, -1].float().cpu()

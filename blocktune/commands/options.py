@@ -46,7 +46,7 @@ Store = option(
     str | None,
     "Store of encoded chunks to read and add to: a folder or a URL (s3://, valkey://), "
     "such as chunks/,disk=50GB. Settings: memory, cpu, disk, remote, remote_bytes, "
-    "policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
+    "wait, policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
     "(NAME:RATIO of kvpress), trace; see docs/store.md. Default: memory only.",
     metavar="PLACE[,NAME=VALUE...]",
 )

@@ -121,9 +121,12 @@ class SchedulePlan:
         require_like(f"selector '{SELECTORS.name_of(selection)}'", selected, eligible)
         selected = selected & eligible
         if fresh and selection.keeps_keys:
+            columns = self._current.rows.columns
+            if self.repair is not None:
+                self.repair.keep(index, columns, fresh[0])
             self.cache.layers[index].store(*fresh[0])
             if self.reshaping is not None:
-                self.reshaping.wrote(index, self._current.rows.columns)
+                self.reshaping.wrote(index, columns)
         mask = self._current.of_candidates(selected | (exists & ~eligible))
         hidden = self._change(index, args[0], mask)
         self.watch.stop("select_s")

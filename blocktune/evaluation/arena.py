@@ -101,9 +101,8 @@ def run_exam(
 ) -> Path:
     """Answers an exam, writes its result file and returns the path. An interrupted run resumes.
 
-    The engine's store and prefix cache are emptied after every question. With a ``limit``,
-    ``kva validate`` rejects the file. ``port`` is the provenance of the method's code,
-    one of `PORTS`. The file has no folders of this machine.
+    The engine's caches are emptied after every question. With a ``limit``, ``kva validate`` rejects
+    the file. ``port`` is the provenance of the method's code, one of `PORTS`.
 
     Raises ValueError if the method takes chunks from earlier prompts, ``port`` is another text, a
     prompt is too long, or ``output`` has answers of other weights, methods, questions or code.
@@ -117,15 +116,14 @@ def run_exam(
     slug = re.sub(r"[^a-z0-9_.-]+", "-", method.name.lower()).strip("-")
     rows_file = output / f"{slug}_re_{exam.subset}.rows.jsonl"
     about = {"fingerprint": engine.fingerprint, "method": repr(method), "sha256": exam.sha256}
-    about["code"] = code_digest(method)
-    questions = exam.rows[:limit]
+    head, questions = json.dumps(about | {"code": code_digest(method)}), exam.rows[:limit]
     with resumed(rows_file) as lines:
-        if lines and lines[0] != json.dumps(about):
+        if lines[:1] not in ([], [head]):
             raise ValueError(
                 f"{rows_file} is of other weights, method, questions or code; give another folder"
             )
         if not lines:
-            append_lines(rows_file, [json.dumps(about)])
+            append_lines(rows_file, [head])
         answers = {row["_id"]: row for row in map(json.loads, lines[1:])}
         for row in questions:
             if row["_id"] not in answers:
@@ -169,15 +167,14 @@ def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -
     versions, info = origin["versions"], engine.adapter
     fields = ("f1_raw", "recomputed_layer_tokens", "dense_payload_layer_tokens")
     f1, recomputed, dense = (sum(row[key] for row in results) for key in fields)
-    backend = f"blocktune {versions['blocktune']}"
+    shared = {"backend": f"blocktune {versions['blocktune']}", "versions": versions}
     summary = {
         "method": slug,
         "track": "re",
         "subset": exam.subset,
         "model": info.base_model if info else engine.model.config._name_or_path,
         "n": len(results),
-        "backend": backend,
-        "versions": versions,
+        **shared,
         "git_rev": origin["commit"],
         "prompt_key": PROMPT_KEY,
         "max_new_tokens": exam.max_new_tokens,
@@ -190,8 +187,7 @@ def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -
     card = {
         "name": method.name,
         "provenance": port,
-        "backend": backend,
-        "versions": versions,
+        **shared,
         "training_data": info.training.get("data") if info else None,
         "cost_notes": COSTS,
         "source": method.source,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from blocktune.evaluation.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
 from blocktune.evaluation.rows import Row, read_all
-from blocktune.evaluation.significance import ALPHA, difference, holm, p_value, paired, power
+from blocktune.evaluation.significance import ALPHA, comparisons, paired
 from blocktune.parsing import load_json
 from blocktune.tables import Table, with_interval, written
 
@@ -50,14 +50,18 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
-    """Compares the methods that two runs share. Raises ValueError if there is none."""
+    """Compares the methods that two runs share.
+
+    Raises ValueError if there is none, or a task has another metric or version in each run.
+    """
     first, second = load_results(before), load_results(after)
-    for task in first["tasks"].keys() & second["tasks"].keys():
-        metrics = [run["tasks"][task].get("metric") for run in (first, second)]
-        if metrics[0] != metrics[1]:
+    shared = first["tasks"].keys() & second["tasks"].keys()
+    for task, key in product(sorted(shared), ("metric", "version")):
+        old, new = (run["tasks"][task].get(key) for run in (first, second))
+        if old != new:
             raise ValueError(
-                f"task '{task}' is scored by {metrics[0]} in '{before}' and by {metrics[1]} in "
-                f"'{after}'; score both by the same metric"
+                f"task '{task}' has the {key} {old} in '{before}' and {new} in '{after}'; answer "
+                f"both runs with the same {key}"
             )
     old, new = first["methods"], second["methods"]
     shared = [label for label in old if label in new]
@@ -66,21 +70,19 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
             f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' {', '.join(new)}"
         )
     left, right = _rows(before, old, shared), _rows(after, new, shared)
-    pairs = {}
+    pairs, changes = {}, []
     for label in shared:
         a, b = _scores(left[label], right[label])
-        common = [zip(a[key], b[key], strict=False) for key in b if key in a]
+        common = [zip(b[key], a[key], strict=False) for key in b if key in a]
         if not (both := list(chain(*common))):
             raise ValueError(f"the runs have no common question for '{label}'; compare one task")
         pairs[label] = tuple(zip(*both, strict=True))
-    p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
-    adjusted, changes = holm(p), []
-    for label, (a, b) in pairs.items():
-        gain, shown = difference(b, a), power(b, a, p[label], adjusted[label], len(p))
+    for label, test in comparisons(pairs, seed).items():
+        b, a = pairs[label]
         gains = paired(b, a)
         wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
-        tests = p[label], adjusted[label], wins, losses, shown and shown.n_needed
-        changes.append(Change(label, len(a), fmean(a), fmean(b), gain.mean, gain.ci95, *tests))
+        found = {key: test[key] for key in ("mean", "ci95", "p", "p_holm", "n_needed")}
+        changes.append(Change(label, len(a), fmean(a), fmean(b), wins=wins, losses=losses, **found))
     return changes
 
 
@@ -102,14 +104,12 @@ def _rows(
 def _scores(*runs: Sequence[Row]) -> list[Mapping[Any, list[float]]]:
     """Scores of each run by task and id; by the prompt too if a run has several rows of that id."""
     counts = [Counter((row.task, row.id) for row in rows) for rows in runs]
-    scores: list[Mapping[Any, list[float]]] = []
-    for rows in runs:
-        scores.append(own := defaultdict(list))
+    repeated = {name for count in counts for name, number in count.items() if number > 1}
+    scores = [defaultdict(list) for _ in runs]
+    for own, rows in zip(scores, runs, strict=True):
         for row in rows:
             name = row.task, row.id
-            own[name, max(count[name] for count in counts) > 1 and row.prompt_hash].append(
-                row.score
-            )
+            own[name, name in repeated and row.prompt_hash].append(row.score)
     return scores
 
 
@@ -143,16 +143,15 @@ def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
         return "the same"
     if p < ALPHA:
         return "differs"
-    if needed is not None and needed > n:
-        return f"within chance; needs about {needed:,} questions"
-    return "within chance"
+    more = f"; needs about {needed:,} questions" if needed is not None and needed > n else ""
+    return f"within chance{more}"
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Sentences about results: what naive reuse loses, and how much of it other methods recover.
 
-    Methods with an adapter are also compared with each other. If there are more than `MOST`
-    methods, only those on the Pareto front are named. Without a baseline there are no sentences.
+    Methods with an adapter are also compared with each other. Of more than `MOST` methods, only
+    those on the Pareto front are named. Without a baseline there are no sentences.
     """
     methods = results["methods"]
     full, naive = (plain_label(results, name) for name in (ORACLE, FLOOR))
@@ -221,25 +220,19 @@ def is_shown(difference: Mapping[str, Any]) -> bool:
 
 
 def power_notes(results: Mapping[str, Any]) -> list[str]:
-    """Sentences about differences that would need more questions to be significant.
-
-    Methods are compared with full prefill and naive reuse; the sentences say how many would do.
-    """
+    """Sentences about differences from full prefill and naive reuse that need more questions."""
     notes = []
     for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):
         unclear = [
-            (label, minus["mean"], minus["n_needed"])
+            (minus["n_needed"], f"{label} ({written('score', minus['mean'])} points")
             for label, summary in results["methods"].items()
             if (minus := summary["score_minus"].get(other))
             and not is_shown(minus)
             and (minus["n_needed"] or 0) > summary["n"]
         ]
         if unclear:
-            named = sorted(unclear, key=itemgetter(2))[:MOST_NOTED]
-            listed = "; ".join(
-                f"{n} ({written('score', mean)} points; {needed:,} would be enough)"
-                for n, mean, needed in named
-            )
+            named = sorted(unclear, key=itemgetter(0))[:MOST_NOTED]
+            listed = "; ".join(f"{which}; {needed:,} would be enough)" for needed, which in named)
             if more := len(unclear) - len(named):
                 listed += f"; and {more} more, which need more questions"
             count = next(iter(results["methods"].values()))["n"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from math import isfinite
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -31,12 +33,19 @@ class Agreement(NamedTuple):
 def agreement(full: Tensor, own: Tensor) -> Agreement:
     """Compares next-token distributions at the same positions, given as logits ``(T, V)``.
 
-    Raises ValueError if any logit is NaN.
+    Tokens that full prefill excludes (a logit of -inf) count nothing. Raises ValueError if any
+    logit is NaN, or the divergence is no finite number.
     """
     require_numbers(full)
     require_numbers(own)
     wanted, given = full.double().log_softmax(-1), own.double().log_softmax(-1)
-    kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
+    terms = (wanted.exp() * (wanted - given)).masked_fill(wanted.isneginf(), 0)
+    kl = terms.sum(-1).mean().item()
+    if not isfinite(kl):
+        raise ValueError(
+            f"the KL divergence from full prefill must be a finite number, got {kl}: logits are "
+            "infinite; try dtype float32"
+        )
     same = (wanted.argmax(-1) == given.argmax(-1)).double().mean().item()
     return Agreement(max(0.0, kl), same, len(full))
 
@@ -65,19 +74,16 @@ def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[s
     """Compares every method with full prefill on the first questions of each task.
 
     Full prefill uses the same weights as the method, so the effect of reuse is measured, not that
-    of tuning. ``step`` is called after every prompt. Returns the means of the fields of `Agreement`
-    over the prompts, by label.
+    of tuning. ``step`` follows every prompt. Returns the means of `Agreement` by label.
     """
     suite, caches = ready.suite, CleanCaches()
+    asked = [(task, e) for task in suite.tasks for e in ready.of(task, suite.fidelity.num)]
     compared: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in suite.methods}
-    for task in suite.tasks:
-        for example in ready.of(task, suite.fidelity.num):
-            for spec in suite.methods:
-                engine, method = ready.engine(spec, task), ready.methods[spec.label]
-                caches.prepare(engine, method, [example])
-                found = _compare(engine, example, method, suite.fidelity.tokens)
-                compared[spec.label].append(found)
-                step()
+    for (task, example), spec in product(asked, suite.methods):
+        engine, method = ready.engine(spec, task), ready.methods[spec.label]
+        caches.prepare(engine, method, [example])
+        compared[spec.label].append(_compare(engine, example, method, suite.fidelity.tokens))
+        step()
     return {label: mean_of(agreements) for label, agreements in compared.items()}
 
 
@@ -100,8 +106,7 @@ class ProfiledRange:
     first_layer: int  # first layer of the range, 0-based
     num_layers: int  # length of the range
     ratio: float  # share of the model's layers, the parameter of ``droidspeak``
-    # KL(full prefill || this range) of the first answer token in nats, mean over the examples
-    divergence: float
+    divergence: float  # KL(full prefill || it) of the first answer token in nats, mean
     agreement: float  # share of the examples with the same most likely first token
     efficient: bool = False  # whether no range of as many or fewer layers has less divergence
 
@@ -118,9 +123,8 @@ def profile_layers(
     """Tries every contiguous range of layers on held-out examples, in O(layers squared) passes.
 
     Ranges have up to ``most_layers`` layers; ``progress`` wraps the list of ``(first, length)``.
-    The results are ordered by length, then by first layer; efficient ranges are marked.
-
-    Raises ValueError if there is no example, ``most_layers`` is out of range, or logits are NaN.
+    The results are ordered by length, then by first layer; efficient ranges are marked. Raises
+    ValueError if there is no example, ``most_layers`` is out of range, or logits are NaN.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
     divergence of the first answer token from full prefill's is used, which needs fewer examples.

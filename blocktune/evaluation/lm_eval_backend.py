@@ -24,7 +24,7 @@ from blocktune.attention import make_plan
 from blocktune.engine import Engine, Sampling
 from blocktune.methods import build, default_method
 from blocktune.prompt import IGNORED, Pieces, stack
-from blocktune.registry import require_count
+from blocktune.registry import require_count, require_one_of
 
 MODES = ("block", "full")
 KNOWN = ("pretrained", "adapter", "mode", "separator", "dtype", "device", "max_gen_toks")
@@ -60,8 +60,7 @@ class BlocktuneLM(LM):
         **unknown: Any,
     ):
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode must be {' or '.join(MODES)}, got '{mode}'")
+        require_one_of("mode", mode, MODES)
         if unknown:
             raise ValueError(f"unknown model argument '{min(unknown)}'; known: {', '.join(KNOWN)}")
         if engine is None:
@@ -101,12 +100,11 @@ class BlocktuneLM(LM):
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Log-likelihood of whole texts without chunks, in windows of the model's context."""
-        bos, eos = self.engine.tokenizer.bos_token_id, self.engine.tokenizer.eos_token_id
-        limits = {"prefix_token": eos if bos is None else bos, "context_len": 1}
-        limits["max_seq_len"] = self.engine.prompts.longest - 1
+        limits = {"max_seq_len": self.engine.prompts.longest - 1, "context_len": 1}
         sums = []
         for request in requests:
-            windows = get_rolling_token_windows(list(self._ids(request.args[0])), **limits)
+            ids = list(self._ids(request.args[0]))
+            windows = get_rolling_token_windows(ids, prefix_token=self._first, **limits)
             pairs = map(make_disjoint_window, windows)
             pieces = [Pieces((), (), tuple(before), tuple(after)) for before, after in pairs]
             sums.append(sum(score for score, _ in self._score(pieces)))
@@ -143,10 +141,9 @@ class BlocktuneLM(LM):
         chunks = tuple(self._ids(part + self.separator) for part in parts if part.strip())
         query = self._ids(last)
         answer = self._ids(last + continuation)[len(query) :]
-        bos = self.engine.tokenizer.bos_token_id
-        start = self.engine.tokenizer.eos_token_id if bos is None else bos
         if not query:  # the first scored token needs a token before it
-            return Pieces((), chunks, (start,), answer)
+            return Pieces((), chunks, (self._first,), answer)
+        bos = self.engine.tokenizer.bos_token_id
         return Pieces(() if bos is None else (bos,), chunks, query, answer)
 
     @torch.no_grad()
@@ -168,6 +165,11 @@ class BlocktuneLM(LM):
                 picked = log_probs.gather(1, wanted[:, None]).sum().item()
                 scored.append((picked, bool((log_probs.argmax(1) == wanted).all())))
         return scored
+
+    @property
+    def _first(self) -> int:
+        bos, eos = self.engine.tokenizer.bos_token_id, self.engine.tokenizer.eos_token_id
+        return eos if bos is None else bos
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])

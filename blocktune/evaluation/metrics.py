@@ -27,10 +27,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the normalised prediction equals a normalised answer, else 0.
-
-    Source: ``compute_exact`` of SQuAD's evaluation script.
-    """
+    """1 if the normalised prediction equals a normalised answer, else 0: SQuAD's exact match."""
     predicted = normalize_answer(prediction)
     return best(lambda answer: float(predicted == normalize_answer(answer)), answers)
 
@@ -65,8 +62,7 @@ def substring_em(prediction: str, answers: Sequence[str]) -> float:
     """1 if a normalised answer is a substring of the normalised prediction, else 0.
 
     Source: ``best_subspan_em`` of Lost in the Middle (arXiv:2307.03172), as Block-Attention and
-    KVLink use it. Departure: an answer that is empty after normalisation only matches an empty
-    prediction; in the source it matches every prediction.
+    KVLink use it. Departure: an answer that is empty once normalised only matches an empty one.
     """
     predicted = normalize_answer(prediction)
 
@@ -108,18 +104,19 @@ def token_f1(prediction: str, answers: Sequence[str], tokenizer: PreTrainedToken
     """F1 of the bags of token ids of the normalised texts, without BOS.
 
     Only the first line of the prediction counts; if it begins with yes or no, only that word.
-
     Scores of different tokenizers cannot be compared.
 
     Source: ``compute_f1`` and ``parse_generation`` of github.com/YaoJiayi/CacheBlend,
     ``example/utils.py``. Departures: the source always drops the first token, which is a word if
-    the tokenizer adds no BOS (Qwen); here only BOS is dropped. A blank prediction is scored, while
-    the source fails.
+    the tokenizer adds no BOS (Qwen), and fails on a blank prediction, which is scored here.
     """
-    predicted = _ids(tokenizer, normalize_answer(first_line(prediction)))
-    return best(
-        lambda answer: bag_f1(predicted, _ids(tokenizer, normalize_answer(answer))), answers
-    )
+
+    def ids(text: str) -> list[int]:
+        own = list(tokenizer(normalize_answer(text))["input_ids"])
+        return own[1:] if own[:1] == [tokenizer.bos_token_id] else own
+
+    predicted = ids(first_line(prediction))
+    return best(lambda answer: bag_f1(predicted, ids(answer)), answers)
 
 
 def first_line(text: str) -> str:
@@ -133,16 +130,11 @@ def first_line(text: str) -> str:
     return line
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = list(tokenizer(text)["input_ids"])
-    return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
-
-
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of stemmed words, best over the answers.
 
-    Source: Lin (2004), as CacheBlend computes it: the package ``rouge-score`` with stemming. It is
-    installed by the extra ``eval``. It reads a-z and 0-9 only: ValueError for answers without any.
+    Source: Lin (2004), as CacheBlend computes it: the package ``rouge-score`` with stemming. It
+    reads a-z and 0-9 only: ValueError for answers without any.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -153,9 +145,7 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
 
 
 def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
-    """Share of ``answers`` that occur in the output, ignoring case.
-
-    Unlike in other metrics, all answers are wanted: the values of a needle, the words of a list.
+    """Share of ``answers`` that occur in the output, ignoring case. Other metrics want one.
 
     Source: ``string_match_all`` of github.com/NVIDIA/RULER, ``scripts/eval``. RULER publishes the
     mean over examples in percent, rounded to two decimals.
@@ -193,7 +183,7 @@ class AdjustedF1(NamedTuple):
     """Mean F1 over the examples on which full prefill scores above 0, and the filter's bias."""
 
     mean: float | None  # None if full prefill scores 0 on all examples
-    num_kept: int  # number of examples on which full prefill scores above 0
+    num_kept: int | None  # number of examples on which full prefill scores above 0
     # sum of the method's F1 on the dropped examples over ``num_kept``: per kept example, the
     # adjusted gap to full prefill is wider than the raw gap by that much; None if none is kept
     bias: float | None
@@ -203,9 +193,7 @@ def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> Adjust
     """What reuse loses on questions that the model can answer; F1 scores of the same examples.
 
     The filter favours full prefill, because it also keeps the questions that full prefill got right
-    by luck; so report the raw F1 and the ``bias`` as well.
-
-    Source: arXiv:2603.20218, evaluation set-up.
+    by luck; so report the raw F1 and the ``bias`` as well. Source: arXiv:2603.20218, evaluation.
     """
     pairs = list(zip(f1, full_prefill_f1, strict=True))
     kept = [own for own, full in pairs if full > 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from blocktune.prompt import PromptFormat, make_pieces
 logger = logging.getLogger("blocktune")
 
 Load = Callable[[Suite, str | None], Any]  # ``(suite, adapter) -> engine``
+Worded = Mapping[tuple[str | None, str], Any]  # engines in a task's wording by (adapter, task)
 
 
 class TaskQuestion(NamedTuple):
@@ -41,7 +43,7 @@ class Ready:
     engines: Mapping[str | None, Any]  # by adapter (None: base); all loaded, to be timed in turns
     questions: tuple[TaskQuestion, ...]  # questions of all tasks, in order
     timed: tuple[RagExample, ...]  # examples to time; empty without timing
-    worded: Mapping[tuple[str | None, str], Any]  # engines in the task's wording, (adapter, task)
+    worded: Worded
 
     def engine(self, spec: MethodSpec, task: TaskSpec) -> Any:
         """The engine with the method's weights and the task's wording."""
@@ -80,10 +82,10 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
     engines = {adapter: load(suite, adapter) for adapter in adapters}
-    questions = _questions(suite, next(iter(engines.values())).tokenizer)
-    worded = _worded(suite, engines)
+    tokenizer = next(iter(engines.values())).tokenizer
+    questions, worded = _questions(suite, tokenizer), _worded(suite, engines)
     first = [example for task, example, _ in questions if task is suite.tasks[0]]
-    timed = _timed(suite, first, next(iter(engines.values())).tokenizer)
+    timed = _timed(suite, first, tokenizer)
     tell_rewording(engines, worded)
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
@@ -93,7 +95,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     return ready
 
 
-def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str | None, str], Any]:
+def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> Worded:
     """One engine per wording, so that tasks with the same wording share exact prefix caches."""
     built: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
     worded = {}
@@ -103,9 +105,7 @@ def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str |
     return worded
 
 
-def tell_rewording(
-    engines: Mapping[str | None, Any], worded: Mapping[tuple[str | None, str], Any]
-) -> None:
+def tell_rewording(engines: Mapping[str | None, Any], worded: Worded) -> None:
     """Warns if a task's wording (``worded``) differs from the one an adapter was trained with."""
     for (adapter, task), engine in worded.items():
         fields = _differing(engines[adapter].format, engine.format)
@@ -165,16 +165,19 @@ def _check_fit(ready: Ready) -> None:
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     """Checks that all engines build the same, well-formed prompt for a question, mode tags aside.
 
-    A doubled BOS or a missing assistant turn lowers the scores of all methods, full prefill's most,
-    so reuse seems to lose nothing. The checks do not rely on the function that builds prompts.
-
-    Raises ValueError if the prompt does not begin with BOS, or repeats it, where the tokenizer or
-    its template adds one; if the assistant's turn is not open; or if prompts differ.
+    A doubled BOS or a missing assistant turn lowers the scores of full prefill most, so reuse would
+    seem to lose nothing. Raises ValueError if the prompt does not begin with BOS, or repeats it,
+    where the tokenizer or its template adds one; if the assistant's turn is not open; or if prompts
+    differ.
     """
-    prompts = {}
-    for name, engine in engines.items():
-        _check_prompt(engine.tokenizer, _ids(engine.tokenizer, engine.format, example))
-        prompts[name] = _ids(engine.tokenizer, engine.format.untagged, example)
+
+    def ids(engine: Any, words: PromptFormat) -> tuple[int, ...]:
+        pieces = make_pieces(engine.tokenizer, words, example.chunks, example.question)
+        return pieces.context + pieces.query
+
+    for engine in engines.values():
+        _check_prompt(engine.tokenizer, ids(engine, engine.format))
+    prompts = {name: ids(engine, engine.format.untagged) for name, engine in engines.items()}
     first, *others = prompts
     for name in others:
         if prompts[name] != prompts[first]:
@@ -187,17 +190,15 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
             )
 
 
-def _ids(tokenizer, fmt: PromptFormat, example: RagExample) -> tuple[int, ...]:
-    pieces = make_pieces(tokenizer, fmt, example.chunks, example.question)
-    return pieces.context + pieces.query
-
-
 def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
-    bos, template = tokenizer.bos_token_id, tokenizer.chat_template
-    opened, closed = (_rendered(tokenizer, opened=opened) for opened in (True, False))
+    bos, template, asked = tokenizer.bos_token_id, tokenizer.chat_template, ["", ""]
+    if template is not None:
+        messages = [{"role": "user", "content": "Where?"}]
+        render = partial(tokenizer.apply_chat_template, messages, tokenize=False)
+        asked = [render(add_generation_prompt=is_opened) for is_opened in (True, False)]
     if bos is not None:
         own = template is None or bos in tokenizer("a")["input_ids"]  # added to plain text
-        wanted = max(own, opened.count(tokenizer.bos_token))
+        wanted = max(own, asked[0].count(tokenizer.bos_token))
         if ids.count(bos) != wanted or (wanted and ids[0] != bos):
             raise ValueError(
                 f"the prompt should open with {tokenizer.bos_token!r} and hold it {wanted} times, "
@@ -205,7 +206,7 @@ def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
                 f"it {ids.count(bos)} times; view it with `blocktune answer --show-prompt`"
             )
     # White space is ignored, because some tokenizers do not restore it in decoding.
-    opened, closed = ("".join(text.split()) for text in (opened, closed))
+    opened, closed = ("".join(text.split()) for text in asked)
     opening = opened.removeprefix(closed) or opened.rpartition("?")[2]
     ending = "".join(tokenizer.decode(ids[-64:]).split())
     # It need not be at the very end: a template may add an empty thinking block after it.
@@ -214,11 +215,3 @@ def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
             f"the prompt must open the assistant's turn with {opening!r}, but it ends with "
             f"{ending[-40:]!r}; view it with `blocktune answer --show-prompt`"
         )
-
-
-def _rendered(tokenizer, *, opened: bool) -> str:
-    """A question in the chat template; empty if the tokenizer has no template."""
-    messages = [{"role": "user", "content": "Where?"}]
-    if tokenizer.chat_template is None:
-        return ""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)

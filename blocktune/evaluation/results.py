@@ -67,10 +67,11 @@ def build_results(
             "fidelity": mean_of([(fidelity or {}).get(member) for member in members]),
             "tasks": {name: summaries[label] for name, summaries in groups.items()},
         }
-    about = ("metric", "version", "cite")
-    tasks = {task.name: {key: getattr(task, key) for key in about} for task in suite.tasks}
-    for task in suite.tasks:
-        tasks[task.name] |= {"title": METRICS[task.metric].title, "source": task.full_source()}
+    tasks = {
+        task.name: {key: getattr(task, key) for key in ("metric", "version", "cite")}
+        | {"title": METRICS[task.metric].title, "source": task.full_source()}
+        for task in suite.tasks
+    }
     return {
         "methods": methods,
         "tasks": tasks,
@@ -96,16 +97,15 @@ def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
     The kinds of `blocktune.data.worlds` go from easy to hard; others follow in row order.
     """
     ranks = {kind: rank for rank, kind in enumerate(QUESTION_KINDS)}
-    several = len(suite.tasks) > 1
-    by_kind = {task.name: task.by_kind for task in suite.tasks}
-    groups: dict[tuple[str, int, str], list[int]] = {}
+    order = {task.name: rank for rank, task in enumerate(suite.tasks)}
+    groups: dict[tuple[int, int, str], list[int]] = {}
     for index, row in enumerate(rows):
-        kind = row.kind if by_kind[row.task] and row.kind != row.task else ""
-        name = "/".join(filter(None, [row.task if several or not kind else "", kind]))
-        groups.setdefault((row.task, ranks.get(kind, len(ranks)), name), []).append(index)
-    order = [task.name for task in suite.tasks]
-    ranked = sorted(groups, key=lambda group: (order.index(group[0]), group[1]))
-    return {name: groups[task, rank, name] for task, rank, name in ranked}
+        place = order[row.task]
+        kind = row.kind if suite.tasks[place].by_kind and row.kind != row.task else ""
+        name = "/".join(filter(None, [row.task if len(order) > 1 or not kind else "", kind]))
+        groups.setdefault((place, ranks.get(kind, len(ranks)), name), []).append(index)
+    ranked = sorted(groups.items(), key=lambda group: group[0][:2])
+    return {name: members for (_, _, name), members in ranked}
 
 
 def plain_label(results: Mapping[str, Any], name: str) -> str | None:
@@ -126,20 +126,18 @@ def with_pools(
     Intervals are over questions, and three seeds are not three times as many questions. Neither do
     they count as three methods: each further comparison makes Holm's correction stricter.
     """
-    merged: dict[str, Sequence[Row]] = {}
     pool_of = {member: name for name, members in pools.items() for member in members}
-    for label, own in rows.items():
-        name = pool_of.get(label)
-        if name is None:
-            merged[label] = own
-        elif name not in merged:
-            merged[name] = []
-            for same in zip(*(rows[member] for member in pools[name]), strict=True):
-                averaged = (*COMMON, "score", "recompute_ratio")
-                means = {key: fmean(getattr(row, key) for row in same) for key in averaged}
-                scores = mean_of([row.scores for row in same])
-                merged[name].append(replace(same[0], scores=scores, **means))
+    merged = {pool_of.get(label, label): own for label, own in rows.items()}
+    for name, members in pools.items():
+        together = zip(*(rows[member] for member in members), strict=True)
+        merged[name] = list(map(_mean_row, together))
     return merged
+
+
+def _mean_row(same: Sequence[Row]) -> Row:
+    averaged = (*COMMON, "score", "recompute_ratio")
+    means = {key: fmean(getattr(row, key) for row in same) for key in averaged}
+    return replace(same[0], scores=mean_of([row.scores for row in same]), **means)
 
 
 def mean_of(values: Sequence[Any]) -> Any:
@@ -188,18 +186,18 @@ def summarize(
     """
     scores = {label: [row.score for row in own] for label, own in rows.items()}
     f1 = {label: [row.f1 for row in own] for label, own in rows.items()}
-    pairs = {
-        frozenset((one, other)): significance.p_value(scores[one], scores[other], seed=seed)
-        for one, other in combinations(rows, 2)
-    }
-    p_holm = significance.holm(pairs)
+    pairs = {pair: [scores[label] for label in pair] for pair in combinations(rows, 2)}
+    minus: dict[str, dict[str, Any]] = {label: {} for label in rows}
+    for (one, other), test in significance.comparisons(pairs, seed).items():
+        low, high = test["ci95"]
+        minus[one][other] = test
+        minus[other][one] = test | {"mean": 0 - test["mean"], "ci95": [0 - high, 0 - low]}
     summaries = {}
     for label, own in rows.items():
         per_question = ([row.em for row in own], f1[label], scores[label])
         em, raw, score = map(significance.mean_interval, per_question)
-        gap = None
-        if full and naive:
-            gap = significance.recovered_gap(scores[label], scores[naive], scores[full])
+        ends = [scores[naive], scores[full]] if full and naive else None
+        gap = ends and significance.recovered_gap(scores[label], *ends)
         adjusted = adjusted_f1(f1[label], f1[full]) if full else AdjustedF1(None, None, None)
         summaries[label] = {
             "em": em.mean,
@@ -222,24 +220,9 @@ def summarize(
             "flops_over_full_prefill": _flops_over(own, full and rows[full]),
             "score_gap_recovered": gap and gap.mean,
             "score_gap_recovered_ci95": gap and gap.ci95,
-            "score_minus": {
-                other: _difference(
-                    scores[label], scores[other], pairs[pair], p_holm[pair], len(pairs)
-                )
-                for other in rows
-                if (pair := frozenset((label, other))) in pairs
-            },
+            "score_minus": minus[label],
         }
     return summaries
-
-
-def _difference(
-    own: Sequence[float], other: Sequence[float], p: float, p_holm: float, tests: int
-) -> dict[str, Any]:
-    interval = significance.difference(own, other)
-    power = significance.power(own, other, p, p_holm, tests)
-    tested = {"mean": interval.mean, "ci95": interval.ci95, "p": p, "p_holm": p_holm}
-    return tested | {key: getattr(power, key, None) for key in significance.Power._fields}
 
 
 def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
@@ -277,9 +260,10 @@ def _sweep(rows: Mapping[str, Sequence[Row]], by: Sequence[float | None]) -> lis
     for number in range(len(edges) - 1):
         members = known[bins == number]
         if len(members) >= MIN_ROWS:
-            scores = {n: [own[i].score for i in members] for n, own in rows.items()}
-            means = {n: significance.mean_interval(own) for n, own in scores.items()}
-            shown = {n: {"score": m.mean, "ci95": m.ci95} for n, m in means.items()}
+            scores = {}
+            for label, own in rows.items():
+                mean = significance.mean_interval([own[i].score for i in members])
+                scores[label] = {"score": mean.mean, "ci95": mean.ci95}
             span = {"from": float(values[members].min()), "to": float(values[members].max())}
-            cells.append(span | {"n": len(members), "scores": shown})
+            cells.append(span | {"n": len(members), "scores": scores})
     return cells

@@ -57,8 +57,6 @@ PARTS = (
     *("evaluation/caches.py", "evaluation/ttft.py", "evaluation/fidelity.py"),
 )
 """Code that outputs, scores and times depend on; commands, training and reports do not matter."""
-
-
 LIBRARIES = {"site-packages", "dist-packages"}
 """Folders of installed libraries."""
 
@@ -70,10 +68,9 @@ def code_digest(method: Method | None = None, metrics: Iterable[str] = ()) -> st
     follows. Rows of other code are dropped.
     """
     made = *_classes_of(method), *(METRICS[name].score for name in metrics)
-    plugins = {path for one in made for path in _sources_of(one)}
-    texts = [path.read_bytes() for path in sorted(plugins)]
-    digests = [hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]] if texts else []
-    return "-".join([blocktune.__version__, _package_digest(), *digests])
+    plugins = sorted({path for one in made for path in _sources_of(one)})
+    own = [hashlib.sha256(b"\0".join(p.read_bytes() for p in plugins)).hexdigest()[:12]]
+    return "-".join([blocktune.__version__, _package_digest(), *(own if plugins else ())])
 
 
 @cache
@@ -99,9 +96,9 @@ def _classes_of(value: Any) -> Iterator[type]:
 
 
 def _sources_of(made: type | Callable) -> set[Path]:
-    """The files of a class or function from outside this package: a module, or all of a package.
+    """Files of the package or module of a plug-in's class or function, and of what it imports.
 
-    And of all modules that these import, but for installed libraries.
+    Without this package and installed libraries.
     """
     first = made.__module__.partition(".")[0]
     left, files, seen = [first], set(), {blocktune.__name__, *sys.stdlib_module_names}
@@ -141,9 +138,8 @@ def row_key(
 ) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
-    The method's label and the adapter's path are left out. ``fingerprint`` is that of the `Engine`:
-    a digest of weights, tokenizer, prompt format and dtype; ``code`` is the method's `code_digest`;
-    ``codec`` is that of the engine's store.
+    The method's label and the adapter's path are left out. ``fingerprint`` is that of the `Engine`,
+    ``code`` the method's `code_digest`, ``codec`` that of the engine's store.
     """
     entry = method.entry()
     if "preset" in entry:  # then the name is only a label
@@ -157,7 +153,6 @@ def make_row(
     key: str, task: TaskSpec, example: RagExample, name: str, answer: Any, engine: Any, method: Any
 ) -> Row:
     """Scores an `Answer` of the engine; ``name`` identifies a question that has no id."""
-    usage = {k: v for k, v in vars(answer.usage).items() if not k.startswith("ttft")}
     extracted = extract_answer(task.cut(answer.text))
     scores = scores_of(task, answer.text, example, engine.tokenizer)
     return Row(
@@ -169,7 +164,7 @@ def make_row(
         answer=extracted,
         **{metric: METRICS[metric].score(extracted, example.answers, None) for metric in COMMON},
         recompute_ratio=answer.usage.recompute_ratio,
-        usage=usage,
+        usage={k: v for k, v in vars(answer.usage).items() if not k.startswith("ttft")},
         score=scores[task.metric],
         scores={metric: scores[metric] for metric in task.metrics},
         prompt_hash=digest_of(engine.prompts.pieces(example, method)[:3]),
@@ -197,9 +192,9 @@ def place_of(example: RagExample) -> float | None:
 class RowFile:
     """The rows of one method in ``LABEL.jsonl``; during a run, one part file per process.
 
-    Opening only reads. Rows of another run (other weights, questions or code) are ignored, and so
-    is a last line that an interrupted run left incomplete. All processes must open the file before
-    one of them appends. ``keys`` has the `row_key` of every row of this run, in order.
+    Opening only reads; all processes must do so before one appends. Rows of another run (other
+    weights, questions or code) and an incomplete last line are ignored. ``keys`` has the `row_key`
+    of every row of this run, in order.
     """
 
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
@@ -223,8 +218,9 @@ class RowFile:
                 "or move this one away"
             )
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._rows
+    def lacks(self, indices: Iterable[int]) -> bool:
+        """Whether a row of these questions is missing."""
+        return any(self.keys[index] not in self._rows for index in indices)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Adds rows to this process's part file; they are on disk when it returns."""
@@ -238,7 +234,7 @@ class RowFile:
     def merge(self) -> list[Row]:
         """Joins all parts into one file in the order of the questions, and returns its rows.
 
-        Only one process may call it, after all have finished. Raises KeyError if a row is missing.
+        Only one process may call it, after all have finished. KeyError: a row is missing.
         """
         by_key = self._wanted_rows()
         rows = [by_key[key] for key in self.keys]
@@ -248,7 +244,7 @@ class RowFile:
         return rows
 
     def _wanted_rows(self) -> dict[str, Row]:
-        rows, wanted = (row for path in self._paths() for row in read_rows(path)), set(self.keys)
+        rows, wanted = chain(*map(read_rows, self._paths())), set(self.keys)
         return {row.key: row for row in rows if row.key in wanted}
 
     def _paths(self) -> list[Path]:

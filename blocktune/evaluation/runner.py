@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,8 +81,6 @@ def run_suite(
 ) -> dict[str, Any] | None:
     """Answers, scores and times all questions of a suite. An interrupted run resumes.
 
-    Answers do not depend on where a run was interrupted or how many processes share it.
-
     Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
     content of ``results.json`` (see `build_results`), or None except in the main process.
     ``command`` is recorded (default: ``sys.argv``); ``processes`` are by default the launcher's.
@@ -120,12 +117,13 @@ def _run(
         rows = {label: file.merge() for label, file in files.items()}
         times, fidelity = {}, {}
         if ready.timed:
-            times = _measure_once(output, "ttft", suite, rows, lambda: _time_all(ready, progress))
+            measure = partial(_time_all, ready, progress)
+            times = _measure_once(output / "ttft.json", suite, rows, measure)
         if suite.fidelity.num:
             asked = sum(len(ready.of(task, suite.fidelity.num)) for task in suite.tasks)
             bar = progress.add_task("fidelity", total=asked * len(rows))
             compare = partial(measure_fidelity, ready, lambda: progress.advance(bar))
-            fidelity = _measure_once(output, "fidelity", suite, rows, compare)
+            fidelity = _measure_once(output / "fidelity.json", suite, rows, compare)
     ttft = {label: TtftSummary(*own) for label, own in times.items()}
     origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
     results = build_results(suite, rows, ttft, origin, fidelity)
@@ -151,90 +149,65 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
 def _answer_all(
     ready: Ready, files: Mapping[str, RowFile], processes: Processes, progress: Progress
 ) -> None:
-    """Lets all methods answer a batch before the next one, so that they share encoded chunks."""
-    work, caches = processes.share(_missing(ready, files)), CleanCaches()
-    bar = progress.add_task("", total=sum(len(batch) * len(specs) for batch, specs in work))
-    for batch, specs in work:
-        for spec in specs:
+    """Lets all methods answer a batch before the next one, so that they share encoded chunks.
+
+    Methods that use the same adapter follow each other.
+    """
+    specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
+    asked = ((b, [spec for spec in specs if files[spec.label].lacks(b)]) for b in _batches(ready))
+    work, caches = processes.share([(batch, left) for batch, left in asked if left]), CleanCaches()
+    bar = progress.add_task("", total=sum(len(batch) * len(left) for batch, left in work))
+    for batch, left in work:
+        questions = [ready.questions[index] for index in batch]
+        task, examples = questions[0].task, [question.example for question in questions]
+        how = {"max_new_tokens": task.max_new_tokens, "batch_size": len(examples)}
+        for spec in left:
             progress.update(bar, description=spec.label)
-            files[spec.label].append(_answer_batch(ready, spec, batch, files[spec.label], caches))
+            file, engine = files[spec.label], ready.engine(spec, task)
+            method = ready.methods[spec.label]
+            caches.prepare(engine, method, examples)
+            answers = engine.answer(examples, method, **how)
+            file.append(
+                make_row(file.keys[i], task, asked.example, asked.name, answer, engine, method)
+                for i, asked, answer in zip(batch, questions, answers, strict=True)
+            )
             progress.advance(bar, len(batch))
 
 
-def _answer_batch(
-    ready: Ready, spec: MethodSpec, batch: range, file: RowFile, caches: CleanCaches
-) -> list[Row]:
-    questions = [ready.questions[index] for index in batch]
-    task, examples = questions[0].task, [question.example for question in questions]
-    engine, method = ready.engine(spec, task), ready.methods[spec.label]
-    caches.prepare(engine, method, examples)
-    answers = engine.answer(
-        examples, method, max_new_tokens=task.max_new_tokens, batch_size=len(examples)
-    )
-    return [
-        make_row(file.keys[index], task, question.example, question.name, answer, engine, method)
-        for index, question, answer in zip(batch, questions, answers, strict=True)
-    ]
-
-
-def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, list[MethodSpec]]]:
-    """Batches, as ranges of question indices, with the methods that have not answered them yet.
-
-    A batch has questions of one task. Methods that use the same adapter follow each other.
-    """
-    specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
-    missing, start = [], 0
-    for _, questions in groupby(ready.questions, key=lambda question: question.task.name):
-        stop = start + len(list(questions))
-        for first in range(start, stop, ready.suite.batch_size):
-            batch = range(first, min(first + ready.suite.batch_size, stop))
-            left = [
-                spec
-                for spec in specs
-                if any(files[spec.label].keys[index] not in files[spec.label] for index in batch)
-            ]
-            missing += [(batch, left)] if left else []
+def _batches(ready: Ready) -> Iterator[range]:
+    """Ranges of question indices, each within one task."""
+    start, size = 0, ready.suite.batch_size
+    for task in ready.suite.tasks:
+        stop = start + len(ready.of(task))
+        yield from (range(first, min(first + size, stop)) for first in range(start, stop, size))
         start = stop
-    return missing
 
 
 def _time_all(ready: Ready, progress: Progress) -> dict[str, TtftSummary]:
     caches = CleanCaches()
 
-    def ask_by(spec: MethodSpec) -> Callable[[RagExample, RagExample], Any]:
+    def ask(spec: MethodSpec, earlier: RagExample, timed: RagExample) -> Any:
         engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
+        caches.prepare(engine, method, [timed])
+        for example in (earlier, timed):
+            answers = engine.answer([example], method, max_new_tokens=1, batch_size=1)
+        return answers[0]
 
-        def ask(earlier: RagExample, timed: RagExample) -> Any:
-            caches.prepare(engine, method, [timed])
-            for example in (earlier, timed):
-                answers = engine.answer([example], method, max_new_tokens=1, batch_size=1)
-            return answers[0]
-
-        return ask
-
-    methods = {spec.label: ask_by(spec) for spec in ready.suite.methods}
+    methods = {spec.label: partial(ask, spec) for spec in ready.suite.methods}
     bar = progress.add_task("time to first token", total=len(ready.timed) * len(methods))
     return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
 
 def _measure_once(
-    output: Path,
-    name: str,
-    suite: Suite,
-    rows: Mapping[str, Sequence[Row]],
-    measure: Callable[[], Any],
+    path: Path, suite: Suite, rows: Mapping[str, Sequence[Row]], measure: Callable[[], Any]
 ) -> Any:
-    """Reuses the measurement of an earlier run with the same rows, machine and code, or measures.
-
-    The result is kept in ``NAME.json`` with a digest of everything that it depends on.
-    """
-    path = output / f"{name}.json"
-    row_keys = {label: [row.key for row in own] for label, own in rows.items()}
+    """Reads the file of an earlier run with the same rows, machine and code, or measures again."""
+    name, row_keys = path.stem, {label: [row.key for row in own] for label, own in rows.items()}
     keys = [path.name, getattr(suite, name), row_keys, code_digest(), hardware(), versions()]
-    keys += [suite.device, str(suite.store)]
+    digest = digest_of([*keys, suite.device, str(suite.store)])
     record = load_json(path) if path.exists() else None
-    if not isinstance(record, dict) or record.get("keys") != digest_of(keys):
-        record = {"keys": digest_of(keys), name: measure()}
+    if not isinstance(record, dict) or record.get("keys") != digest:
+        record = {"keys": digest, name: measure()}
         replace_json(path, record)
     return record[name]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from math import ceil, erfc, sqrt
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ALPHA = 0.05  # two-sided significance level of tests and intervals
 Z = NormalDist().inv_cdf(1 - ALPHA / 2)
+WANTED = 0.8  # power: probability to find a real difference
 NUM_FLIPS = 10_000  # number of random sign assignments of the sign-flip test
 FEW = 50  # the test draws signs for up to this many differences
 
@@ -43,10 +44,10 @@ class Power(NamedTuple):
 def mean_interval(own: ArrayLike) -> Interval:
     """The mean of scores ``(n,)`` with Wilson's interval. Raises ValueError if there is none.
 
-    For scores of 0 and 1 this is Wilson's interval of a proportion. Scores in between, such as F1,
-    vary less than 0 and 1 with the same mean: the interval is that of the larger number of
-    questions at which a proportion would have the variance of this mean. The ratio of the two
-    variances is estimated with one more question of ratio 1, so that equal scores keep a width.
+    Scores in between, such as F1, vary less than 0 and 1 with the same mean: the interval is that
+    of the larger number of questions at which a proportion would have the variance of this mean.
+    The ratio of the variances is estimated with one more question of ratio 1, so that equal scores
+    keep a width.
 
     Source: Wilson, Probable Inference (1927); with an effective number: Korn and Graubard,
     Confidence Intervals for Proportions with Small Expected Number of Positive Counts (1998).
@@ -109,9 +110,7 @@ def p_value(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
 def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
     """Two-sided exact p-value of the hypothesis that two methods are right equally often.
 
-    Only questions on which they disagree count: under the null hypothesis each method wins such a
-    question with probability 1/2. Both arguments are ``(n,)``, booleans or 0 and 1.
-
+    Only questions on which they disagree count. Both arguments are ``(n,)``, 0 and 1 or booleans.
     Source: McNemar (1947), in the exact binomial form.
     """
     differences = paired(correct, baseline)
@@ -128,8 +127,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
     Under the null hypothesis each question's difference is as likely with the other sign. For up to
     `FEW` differences, signs are drawn at random by ``seed``; the observed signs count as one draw,
     so p is never 0. For more, the sum is taken as normal, with the variance under random signs.
-    Small differences beside large ones hardly count: with ``d`` differences, the number is
-    ``sum(d^2)^2 / sum(d^4)``.
+    Small differences beside large ones hardly count: their number is ``sum(d^2)^2 / sum(d^4)``.
 
     Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), approximate
     randomisation; Fisher's paired test.
@@ -150,7 +148,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
 
 
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """p-values corrected for multiple comparisons: they control the family-wise error rate.
+    """p-values that control the family-wise error rate of multiple comparisons.
 
     Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
     """
@@ -161,22 +159,30 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
     return adjusted
 
 
-def power(
-    own: ArrayLike,
-    other: ArrayLike,
-    p: float = 1.0,
-    p_holm: float = 1.0,
-    tests: int = 1,
-    wanted: float = 0.8,
-) -> Power | None:
-    """What differences this many questions can show, by the normal approximation.
+def comparisons(
+    pairs: Mapping[Hashable, tuple[ArrayLike, ArrayLike]], seed: int = 0
+) -> dict[Hashable, dict[str, Any]]:
+    """Tests all differences ``own`` minus ``other``, with Holm's correction: `difference`, `power`.
 
-    A difference is significant if Holm's p is below `ALPHA`. So the power is computed at the level
-    that the correction leaves for this comparison, ``ALPHA * p / p_holm``, or if Holm's p is 1,
-    ``ALPHA`` over the number of ``tests``. Otherwise ``n_needed`` could be below the number of
-    questions although the difference is within chance. ``wanted`` is the power, the probability to
-    find a real difference. Returns None if there are fewer than two questions or all differences
-    are equal, because their spread is then unknown.
+    Each has ``mean``, ``ci95``, ``p``, ``p_holm``, and ``detectable`` and ``n_needed`` (or None).
+    """
+    tests = {name: p_value(own, other, seed=seed) for name, (own, other) in pairs.items()}
+    found, adjusted = {}, holm(tests)
+    for name, (own, other) in pairs.items():
+        p, p_holm, gain = tests[name], adjusted[name], difference(own, other)
+        # Significant is a Holm's p below `ALPHA`: the level that the correction leaves decides, or
+        # differences that are within chance could need no more questions. A p of 1 is cut off.
+        shown = power(own, other, ALPHA * (p / p_holm if 0 < p_holm < 1 else 1 / len(tests)))
+        found[name] = {"mean": gain.mean, "ci95": gain.ci95, "p": p, "p_holm": p_holm}
+        found[name] |= {key: getattr(shown, key, None) for key in Power._fields}
+    return found
+
+
+def power(own: ArrayLike, other: ArrayLike, alpha: float = ALPHA) -> Power | None:
+    """What differences this many questions show at level ``alpha`` with probability `WANTED`.
+
+    By the normal approximation. Returns None if there are fewer than two questions or all
+    differences are equal, because their spread is then unknown.
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """
@@ -184,8 +190,7 @@ def power(
     if len(set(differences)) < 2:
         return None
     spread = float(differences.std(ddof=1))
-    alpha = ALPHA * (p / p_holm if 0 < p_holm < 1 else 1 / tests)
-    reach = (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(wanted)) * spread
+    reach = (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(WANTED)) * spread
     mean = abs(float(differences.mean()))
     needed = ceil((reach / mean) ** 2) if mean > 0 else None
     return Power(reach / len(differences) ** 0.5, needed)

@@ -30,14 +30,12 @@ class MethodSpec:
     name: str  # a registered method, or a composition as text (``kvlink + epic``)
     adapter: str | None = None  # folder of the adapter; None: the base model
     label: str = ""  # its name in results; default: ``name``
-    # method parameters that differ from their defaults
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)  # those that are not the defaults
     preset: str | None = None  # method that the keys below modify; ``name`` is then only a label
     select: Any = KEEP  # selector of recomputed tokens: NAME, or ``{NAME: {parameter: value}}``
     repair: Any = KEEP  # correction of reused keys and values, same form; null: none
     reshape: Any = KEEP  # change of the attention to reused keys, same form; null: none
-    # layout fields to set: where chunks are placed, and after which tokens they are encoded
-    layout: Mapping[str, Any] = field(default_factory=dict)
+    layout: Mapping[str, Any] = field(default_factory=dict)  # fields of `LayoutSpec` to set
     budget: float | None = None  # share of the context tokens that the selector may choose
     layer_budget: float | None = None  # in place of ``budget``: share of layer-tokens
 
@@ -156,8 +154,7 @@ class Suite:
     batch_size: int = 16  # prompts answered at a time; timing always uses 1
     ttft: TtftSpec = TtftSpec()  # how time to first token is measured
     fidelity: FidelitySpec = FidelitySpec()  # how closeness to full prefill is measured
-    # name -> labels of methods that differ only in the seed; results show their mean instead.
-    # Methods with ``seeds`` are pooled without an entry here, see `parse_methods`
+    # name -> labels of methods that differ only in the seed (see `parse_methods`), to average
     pool: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -205,35 +202,31 @@ def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict
     for index, entry in enumerate(entries(record, where)):
         place = f"{where}[{index}]"
         given = {"name": entry} if isinstance(entry, str) else dict(mapping(entry, place))
-        has_seeds, seeds = "seeds" in given, given.pop("seeds", None)
-        specs = [spec := read(MethodSpec, given, place)]
-        if has_seeds:
-            if spec.label in pools:
-                raise ValueError(f"{place}: '{spec.label}' has seeds above; give this a 'label'")
-            specs = _one_per_seed(spec, seeds, place)
-            pools[spec.label] = [one.label for one in specs]
-        methods += specs
+        if "seeds" not in given:
+            methods.append(read(MethodSpec, given, place))
+            continue
+        seeds = entries(given.pop("seeds"), f"{place}: seeds")
+        spec = read(MethodSpec, given, place)
+        if spec.label in pools:
+            raise ValueError(f"{place}: '{spec.label}' has seeds above; give this a 'label'")
+        if any(type(seed) is not int for seed in seeds):
+            raise ValueError(f"{place}: seeds must be a list of whole numbers, got {seeds!r:.60}")
+        if SEED not in (spec.adapter or ""):
+            raise ValueError(
+                f"{place}: with seeds, 'adapter' must hold {SEED}, such as 'out/kvlink-{SEED}', "
+                f"got {spec.adapter!r:.60}"
+            )
+        pools[spec.label] = [f"{spec.label}-{seed}" for seed in seeds]
+        for seed, label in zip(seeds, pools[spec.label], strict=True):
+            adapter = spec.adapter.replace(SEED, str(seed))
+            methods.append(replace(spec, adapter=adapter, label=label))
     return tuple(methods), pools
 
 
-def _one_per_seed(spec: MethodSpec, seeds: Any, where: str) -> list[MethodSpec]:
-    if any(type(seed) is not int for seed in entries(seeds, f"{where}: seeds")):
-        raise ValueError(f"{where}: seeds must be a list of whole numbers, got {seeds!r:.60}")
-    if SEED not in (spec.adapter or ""):
-        raise ValueError(
-            f"{where}: with seeds, 'adapter' must hold {SEED}, such as 'out/kvlink-{SEED}', got "
-            f"{spec.adapter!r:.60}"
-        )
-    return [
-        replace(spec, adapter=spec.adapter.replace(SEED, str(n)), label=f"{spec.label}-{n}")
-        for n in seeds
-    ]
-
-
 def check_pools(pools: Any, labels: Sequence[str]) -> None:
-    """Raises ValueError if a pool is not a list of two or more labels, or its name is a label.
+    """Raises ValueError unless pools are lists of two or more labels, each label in one pool only.
 
-    Each label may be in one pool only, since a pool replaces its members.
+    A pool replaces its members, so its name may not be a label.
     """
     for name, members in mapping(pools, "pool").items():
         if name in labels:
@@ -250,8 +243,8 @@ def check_pools(pools: Any, labels: Sequence[str]) -> None:
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
     """Builds a task from an entry of a suite. Messages of a ValueError begin with ``where``.
 
-    The entry has either the keys of `TaskSpec`, or ``task`` (a task file), optionally ``variant``
-    (one of the file's variants), and keys that override those of the file.
+    The entry has the keys of `TaskSpec`, or ``task``, a task file whose keys they override, and
+    optionally ``variant``, one of the file's variants.
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in ("task", "variant"))
@@ -265,10 +258,10 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
 
 
 def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
-    """Reads the keys of a task file, overridden by those of ``variant``.
+    """Reads the keys of a task file, overridden by those of ``variant``; it is ``NAME-VARIANT``.
 
-    Besides the keys of `TaskSpec`, a file may have ``variants``: name -> keys. The variant's task
-    is named ``NAME-VARIANT``. Raises ValueError if the file is not YAML or lacks the variant.
+    Besides the keys of `TaskSpec`, a file may have ``variants``: name -> keys. Raises ValueError if
+    the file is not YAML or lacks the variant.
     """
     values = dict(mapping(load_yaml(path, "task", "see eval/tasks/ for examples"), str(path)))
     variants = mapping(values.pop("variants", {}), f"{path}: variants")

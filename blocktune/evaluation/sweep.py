@@ -54,8 +54,8 @@ class TuneSpec:
         if not self.grid:
             raise ValueError("grid must name at least one parameter with its values")
         for path, values in self.grid.items():
-            values = map(str, entries(values, f"grid '{path}'"))
-            refuse_doubles(f"grid '{path}': value", list(values), "try it once")
+            values = list(map(str, entries(values, f"grid '{path}'")))
+            refuse_doubles(f"grid '{path}': value", values, "try it once")
         for point in self.points():
             build_entry(point.entry)  # raises on a wrong name or value before anything runs
 
@@ -100,18 +100,18 @@ def refuse_test(source: str) -> None:
 
 
 def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    entry = {"name": method} if isinstance(method, str) else dict(mapping(method, "method"))
-    entry = deepcopy(entry)
+    entry = {"name": method} if isinstance(method, str) else mapping(method, "method")
+    entry = deepcopy(dict(entry))
     entry.setdefault("name", entry.get("preset"))
     for path, value in chosen.items():
-        first, *rest = str(path).split(".")
-        keys = [first, *rest] if rest or first in ENTRY_KEYS else ["params", first]
+        *outer, last = str(path).split(".")
+        outer = outer or ([] if last in ENTRY_KEYS else ["params"])
         inner = entry
-        for key in keys[:-1]:
+        for key in outer:
             inner = inner.setdefault(key, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"grid '{path}': '{key}' must be a mapping, got {inner!r}")
-        inner[keys[-1]] = value
+        inner[last] = value
     return entry
 
 
@@ -120,22 +120,20 @@ def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | Non
 
     ``how`` is passed on to `run_suite`. Returns the content of ``tuned.json``: the ``best`` point
     (values, entry, score with interval, cost), all ``points`` from best to worst, the task and the
-    provenance; None except in the main process. The score of the best point is biased upwards,
-    because it was chosen by it: measure it again on other questions.
+    provenance; None except in the main process. The best score is biased upwards, since the point
+    was chosen by it: measure it again on other questions.
     """
-    output = Path(output)
     results = run_suite(spec.suite(), output, **how)
     if results is None:
         return None
     kept = ("score", "score_ci95", "n", "recompute_ratio")
     points = [
-        {"label": point.label, "values": point.values, "entry": point.entry}
-        | {key: results["methods"][point.label][key] for key in kept}
+        point._asdict() | {key: results["methods"][point.label][key] for key in kept}
         for point in spec.points()
     ]
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
     task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
     tuned = {"best": points[0], "points": points, "task": task}
     tuned["provenance"] = results["provenance"]
-    replace_json(output / TUNED, tuned)
+    replace_json(Path(output) / TUNED, tuned)
     return tuned

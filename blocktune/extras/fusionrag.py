@@ -55,9 +55,12 @@ class KnownChunks:
                 self._chunks[chunk] = tokens
                 for token in tokens:
                     self._with_token[token].add(chunk)
-            for oldest in list(self._chunks)[: max(0, len(self._chunks) - MOST)]:
+            while len(self._chunks) > MOST:
+                oldest = next(iter(self._chunks))
                 for token in self._chunks.pop(oldest):
                     self._with_token[token].discard(oldest)
+                    if not self._with_token[token]:
+                        del self._with_token[token]
 
     def like(self, chunk: Ids, most: int) -> list[Ids]:
         """Other chunks that share a token with this one, the most similar first."""
@@ -105,12 +108,11 @@ class FusionRAG(Method):
 
     They are the ``neighbours`` most similar chunks among those that the process has served so far,
     including this prompt's: first serve a corpus by this method, as in the paper's offline stage.
-    One that does not fit into the context any more is left out. A chunk whose neighbours change is
-    encoded again. Then the tokens that the question attends to most in the last layer are
-    recomputed; the weights are over all chunks, at their places in the prompt, while the paper
-    computes them chunk by chunk, free of position. The paper finds neighbours by embeddings
-    (BGE-M3), each encoded alone; here they are chunks with common rare tokens, and see each other.
-    The paper's asynchronous loading and kernels are not reproduced.
+    One that does not fit into the context is left out. A chunk whose neighbours change is encoded
+    again. Then the tokens that the question attends to most in the last layer are recomputed, by
+    weights over all chunks at their places in the prompt (in the paper chunk by chunk, free of
+    position). The paper finds neighbours by embeddings (BGE-M3), each encoded alone; here they are
+    chunks with common rare tokens, and see each other.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2601.12904"

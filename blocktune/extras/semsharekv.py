@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from blocktune.cache.store.config import keep_latest
 from blocktune.methods import (
     ChunkLoader,
     Deviation,
@@ -99,8 +100,6 @@ class References(ChunkLoader):
         return nearest
 
     def keep(self, kept: dict, key, value, most: int) -> None:
-        from blocktune.cache.store.config import keep_latest
-
         with self.lock:
             keep_latest(kept, key, value, most)
 
@@ -185,8 +184,7 @@ class SemShareKV(Method):
     From a third party's notes on the paper: rotation, one match per token, 0.8, 40 %. Ours: the
     similarity is the mean correlation of signatures (the paper scales a distance of up to 30), and
     states are compared at layer 1, where context counts (in the notes, at layer 0). Left out:
-    tokens added at deeper layers by attention, and dropping keys. ``warm_up`` prompts of the same
-    chunks in another order give a question its history.
+    tokens added at deeper layers by attention, and dropping keys.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2509.24832"
@@ -196,7 +194,6 @@ class SemShareKV(Method):
     warm_up: int = 0
 
     def __post_init__(self):
-        require_share("ratio", self.ratio)
         require_share("threshold", self.threshold)
         require_count("references", self.references, least=1)
         require_count("warm_up", self.warm_up)

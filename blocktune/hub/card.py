@@ -1,7 +1,4 @@
-"""The model card: training, serving and results of an adapter.
-
-Results must have been measured with the same adapter.
-"""
+"""The model card: training, serving and results of an adapter."""
 
 from __future__ import annotations
 
@@ -26,8 +23,8 @@ from blocktune.provenance import public
 from blocktune.tables import Table, with_interval, written
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+# By placement, the method for a document marker: one learned token on each side of a chunk.
 MARKED = {"sequential": "turborag", "composite": "turborag positions=composite"}
-"""By placement, the method for one learned token on each side of a chunk, a document marker."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,7 @@ def card(
     checks: list[Check],
     results: str = "Not evaluated.",
 ) -> str:
-    """The complete ``README.md`` of a repository.
-
-    ``base`` is its name on the Hub, ``facts`` has a licence, ``results`` is a section's text.
-    """
+    """The ``README.md`` of a repository; ``base`` is a name, ``results`` a section's text."""
     method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
     summary = (
         "to answer from passages that are encoded once, separately, and reused in any prompt"
@@ -66,6 +60,7 @@ def card(
         pipeline_tag="text-generation",
         tags=["blocktune", "rag", "kv-cache", method.partition(" ")[0]],
     )
+    differences = [(check.name, f"{check.max_abs_diff:.1e}") for check in checks]
     text = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -81,10 +76,7 @@ def card(
         results=results,
         rows=SCOPED_ROWS.get(info.scope),
         facts=_facts(info),
-        checks=Table(
-            ("check", "difference of logits"),
-            [(check.name, f"{check.max_abs_diff:.1e}") for check in checks],
-        ).markdown(),
+        checks=Table(("check", "difference of logits"), differences).markdown(),
     )
     return str(text)
 
@@ -158,9 +150,9 @@ def results_of(path: Path, folder: Path, info: AdapterInfo) -> str:
             f"{', '.join(left_out) or 'the base'}; evaluate this adapter"
         )
     titles = {task.get("title") for task in record.get("tasks", {}).values()}
-    title = titles.pop() if len(titles) == 1 else "score of the task"
+    title = (titles.pop() if len(titles) == 1 else None) or "score of the task"
     has_own = title not in SHOWN and all("score" in result for result in methods.values())
-    headings = ["method", "n", *([title or "score of the task"] if has_own else []), "EM", "F1"]
+    headings = ["method", "n", *[title] * has_own, *SHOWN]
     headings += ["adjusted F1", "recomputed", "TTFT / full prefill"]
     scores = (("score", "score_ci95"),) * has_own + INTERVALS
     rows = []

@@ -5,32 +5,32 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id
 from rich.console import Console
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.adapter.load import quantize_as_trained
 from blocktune.check import check_adapter
 from blocktune.hub.card import CardFacts, card, results_of, served_by
+from blocktune.models.identity import architecture_of
+from blocktune.models.load import read_config
 from blocktune.models.sharded import loading_whole
 from blocktune.parsing import first_line, load_json, mapping
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
 
-PUBLISHED = (
+PUBLISHED = [  # names of files; no checkpoints, logs and optimizer states
     *("*.safetensors", "*.safetensors.index.json", PEFT_FILE, INFO_FILE, "config.json"),
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-)
-"""Names of the files to publish; checkpoints, logs and optimizer states are not published."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_OF_THE_RUN = ("training_args.bin",)
-_OF_A_CHECKPOINT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+]
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
+_OF_THE_RUN = "training_args.bin"
+_OF_A_CHECKPOINT = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth"]
 
 Source = Path | bytes
 
@@ -38,39 +38,32 @@ Source = Path | bytes
 def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     """The files to publish, by name, with the Hub's name of the base; ValueError for pickles."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    for name in names:
-        if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):
-            raise ValueError(
-                f"'{folder}' is a checkpoint to resume from (it contains '{name}'); push the "
-                f"finished adapter, '{folder.parent}', or a copy without *.pt and *.pth"
-            )
-        if any(fnmatch(name, pattern) for pattern in PICKLES) and name not in _OF_THE_RUN:
-            raise ValueError(
-                f"'{folder}' contains '{name}', a pickle, which can run code when it is loaded; "
-                "save its weights as safetensors and remove it"
-            )
-    files: dict[str, Source] = {name: folder / name for name in names if is_published(name)}
+    for name in filter_repo_objects(names, allow_patterns=_OF_A_CHECKPOINT):
+        raise ValueError(
+            f"'{folder}' is a checkpoint to resume from (it contains '{name}'); push the "
+            f"finished adapter, '{folder.parent}', or a copy without *.pt and *.pth"
+        )
+    for name in filter_repo_objects(names, allow_patterns=PICKLES, ignore_patterns=_OF_THE_RUN):
+        raise ValueError(
+            f"'{folder}' contains '{name}', a pickle, which can run code when it is loaded; "
+            "save its weights as safetensors and remove it"
+        )
+    published = filter_repo_objects(names, allow_patterns=PUBLISHED)
+    files: dict[str, Source] = {name: folder / name for name in published}
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(f"'{folder}' has no weights (*.safetensors); nothing to publish")
     training, whole = public(info.training), info.base_model == OWN_WEIGHTS
     if "started_from" in training:
         training["started_from"] = base
     public_info = replace(info, base_model=OWN_WEIGHTS if whole else base, training=training)
-    files[INFO_FILE] = _json(public_info.to_dict())
+    changed = {INFO_FILE: public_info.to_dict()}
     if PEFT_FILE in files:
         base_fields = {"base_model_name_or_path": base, "revision": info.base_revision}
         config = mapping(load_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
-        files[PEFT_FILE] = _json({**config, **base_fields})
+        changed[PEFT_FILE] = {**config, **base_fields}
+    for name, values in changed.items():
+        files[name] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
     return files
-
-
-def is_published(name: str) -> bool:
-    """Whether `files_of` publishes files of this name."""
-    return any(fnmatch(name, pattern) for pattern in PUBLISHED)
-
-
-def _json(values: dict) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 CARD_FILE = "README.md"
@@ -101,10 +94,9 @@ def prepare(
 ) -> Publication:
     """Checks an adapter's folder and collects the files to publish, without sending them.
 
-    The check runs on the base ``model`` (default: the adapter's own). ``token`` is for the Hub.
-
-    Raises ValueError if a check fails, the base is a local folder, its licence is unknown, the
-    folder is not an adapter or has pickled weights, or the results are of another adapter.
+    The check runs on the base ``model`` (default: the adapter's own). Raises ValueError if it
+    fails, the base or its licence is unknown, the folder is not an adapter or has pickled weights,
+    or the results are of another adapter.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
@@ -112,6 +104,7 @@ def prepare(
     is_full = info.base_model == OWN_WEIGHTS
     name = info.training.get("started_from", "") if is_full else info.base_model
     base = on_the_hub(facts.base_model or name)
+    verify_base(base, info, token)
     files = files_of(folder, info, base)
     results = [results_of(facts.results, folder, info)] if facts.results else []
     facts = replace(facts, license=facts.license or license_of(base, token))
@@ -129,18 +122,15 @@ def prepare(
 
 
 def send(publication: Publication, private: bool = False, token: str | None = None) -> CommitInfo:
-    """Creates the repository if needed and commits all files at once.
-
-    Published files of an earlier push are deleted, since old weights would be loaded, too.
-    ``private`` applies to a new repository. Raises ValueError if the Hub refuses.
-    """
+    """Commits all files, to a new (``private``) repository or over an earlier push."""
     api = HfApi(token=token)
     try:
         api.create_repo(publication.repo, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(n, source) for n, source in publication.files.items()]
         present = api.list_repo_files(publication.repo)
-        old = [n for n in present if is_published(n) and n not in publication.files]
-        operations += [CommitOperationDelete(name) for name in old]
+        for name in filter_repo_objects(present, allow_patterns=PUBLISHED):
+            if name not in publication.files:  # would be loaded, too
+                operations.append(CommitOperationDelete(name))
         return api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
     except (httpx.HTTPError, OSError) as error:
         raise ValueError(
@@ -177,6 +167,24 @@ def on_the_hub(name: str) -> str:
     raise ValueError(
         f"the base is '{name}', which nobody else can load; name it: --base-model ORG/NAME"
     )
+
+
+def verify_base(base: str, info: AdapterInfo, token: str | None = None) -> None:
+    """Raises ValueError if the Hub, if in reach, has no such base or one of other architecture."""
+    try:
+        file = HfApi(token=token).hf_hub_download(base, "config.json")
+        found = architecture_of(read_config(str(Path(file).parent)))
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        missing = isinstance(error, RepositoryNotFoundError)
+        if not missing or isinstance(error, GatedRepoError):  # out of reach, or of another format
+            return
+        problem = f"the Hub has no model '{base}', or the token cannot read it"
+    else:
+        own = info.base_fingerprint.partition("-")[0]
+        if found == own or info.base_model == OWN_WEIGHTS:  # which has a vocabulary of its own
+            return
+        problem = f"'{base}' has another architecture than this adapter's base, {info.base_model}"
+    raise ValueError(f"{problem}; name its base: --base-model ORG/NAME")
 
 
 def license_of(base: str, token: str | None = None) -> str:

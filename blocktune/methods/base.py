@@ -1,12 +1,7 @@
 """A reuse method as a choice on four independent axes, and the registry of named methods.
 
-- layout: where chunks are placed and which tokens they are encoded after, fields of a `LayoutSpec`;
-- select: which context tokens are recomputed, a `Selection`;
-- repair: how reused keys and values are corrected, a `Repair`;
-- reshape: how later rows attend to reused keys, a `Reshape`.
-
-`Weights` says what the model must be trained for. A published method is a preset: one class in
-``presets/`` that makes these choices. Importing torch is left to functions, here and in presets,
+A published method is a preset: one class in ``presets/`` that chooses a layout, a selector, a
+repair and a reshape, see `Method`. Importing torch is left to functions, here and in presets,
 selectors, repairs and reshapes, so that listing the methods is fast.
 """
 
@@ -156,7 +151,7 @@ class Method:
         return self.cached is Cached.CHUNKS
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Axis layout: the layout that the method serves with, given the model's trained one."""
+        """Axis layout: places of chunks and what precedes them, given the trained layout."""
         return spec
 
     def select(self) -> Selection:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.REPAIR: REPAIRS, Axis.RESHAPE: RESHAPES}
 """Registries of axis values; the axis layout has fields of `LayoutSpec` instead."""
-
 _BASES = {Axis.SELECT: Selection, Axis.REPAIR: Repair, Axis.RESHAPE: Reshape}
 LAYOUT_FIELDS = {
     "placement": "Where chunks are placed: sequential, parallel, composite or reserved.",
@@ -133,6 +132,12 @@ def compose(
         require_share("layer_budget", layer_budget)
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
+    if given.get(Axis.REPAIR) is not None and selection.whole_layers:
+        raise ValueError(
+            "a repair shifts reused tokens as the recomputed ones of their layer, and "
+            f"'{SELECTORS.name_of(selection)}' recomputes all or none; add a selector, such as "
+            "deviation"
+        )
     if layout:
         given[Axis.LAYOUT] = layout = _layout_changes(layout)
     at_budget = "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"
@@ -172,15 +177,12 @@ def _choose(axis: Axis, choice: Any) -> Any:
         return registry.build(choice)
     if choice is None or isinstance(choice, _BASES[axis]):
         return choice
-    if not isinstance(choice, Mapping) or len(choice) != 1:
+    items = list(choice.items()) if isinstance(choice, Mapping) else []
+    if len(items) != 1 or not isinstance(items[0][1], Mapping | None):
         raise ValueError(
             f"a {registry.what} is written as {{name: {{parameter: value}}}}, got {choice!r:.60}"
         )
-    [(name, parameters)] = choice.items()
-    if not isinstance(parameters, Mapping | None):
-        raise ValueError(
-            f"{registry.what} '{name}' takes a mapping of parameters, got {parameters!r:.60}"
-        )
+    [(name, parameters)] = items
     return registry.build(str(name), **{str(key): v for key, v in (parameters or {}).items()})
 
 

@@ -58,12 +58,10 @@ def describe_all() -> list[Description]:
     for axis, table in TABLES.items():
         where = table.what, f"value of {axis.value}", (axis.value,)
         rows += [Description(n, *where, *_facts(table.find(n))) for n in table.available()]
-    plain, any_, axis = LayoutSpec(), Weights.ANY.value, Axis.LAYOUT.value
+    axis, any_ = Axis.LAYOUT.value, Weights.ANY.value
     for name, summary in LAYOUT_FIELDS.items():
-        default = {name: getattr(plain, name)}
-        rows.append(
-            Description(name, axis, f"value of {axis}", (axis,), summary, any_, default, "")
-        )
+        facts = summary, any_, {name: getattr(LayoutSpec(), name)}, ""
+        rows.append(Description(name, axis, f"value of {axis}", (axis,), *facts))
     return rows
 
 

@@ -1,8 +1,8 @@
 """Drops some keys of each chunk before it is stored, by a press of kvpress.
 
 While a chunk is encoded, a press scores its keys from the inputs of each layer, head by head, and
-drops the lowest. The others keep their positions. The ``n`` keys that remain of ``S`` tokens are
-stored and laid out as the chunk's first ``n`` rows; the others are without a column, like blanks.
+drops the lowest. The ``n`` keys that remain keep their positions, and are stored and laid out as
+the chunk's first ``n`` rows; the other rows are without a column, like blanks.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from blocktune.registry import require_like
 class RepairedCache:
     """Shared by all layers of a batch's prefill.
 
-    It observes writes to the cache: in every layer it adds the repair's offsets to the columns that
-    the layer reuses, just before the recomputed columns are written.
+    In every layer it adds the repair's offsets to the columns that the layer reuses, just before
+    the recomputed columns are written.
     """
 
     def __init__(self, repair: Repair, columns: Rows, cache: RowCache):
@@ -27,6 +27,7 @@ class RepairedCache:
         # Chunks of a prompt that is computed in full are in the group `GLOBAL`: nothing is reused.
         self._is_cached = (columns.kind == Kind.CHUNK) & (columns.group != GLOBAL)
         self._deviations: tuple[Tensor, Tensor] | None = None
+        self._kept = -1  # the last layer that keeps what was compared there
 
     def compared(self, columns: Tensor, fresh: LayerKV, cached: LayerKV) -> None:
         """Records how far the rows of ``columns`` are from the cache at the first check layer."""
@@ -35,16 +36,22 @@ class RepairedCache:
             norms = [(a.float() - b.float()).square().sum((1, 3)).sqrt() for a, b in pairs]
             self._deviations = tuple(self._at_columns(norm, columns) for norm in norms)
 
+    def keep(self, layer: int, columns: Tensor, fresh: LayerKV) -> None:
+        """Repairs ``layer``, whose compared rows ``fresh`` are written next, dropped ones too."""
+        self._repair(layer, columns, *fresh)
+        self._kept = layer
+
     def watch(self, layer: int, columns: Tensor) -> None:
         """Arranges the repair of ``layer`` when it writes ``columns``, all that it computes."""
-        recomputed = self._at_columns(torch.ones_like(columns), columns).bool() & self._is_cached
-        is_needed = bool(recomputed.any()) and bool((self._is_cached & ~recomputed).any())
-        repair = partial(self._repair, layer, columns, recomputed) if is_needed else None
+        repair = None if layer == self._kept else partial(self._repair, layer, columns)
         self.cache.layers[layer].observer = repair
 
-    def _repair(self, layer: int, columns: Tensor, recomputed: Tensor, *fresh: Tensor) -> None:
-        states = self.cache.layers[layer]
+    def _repair(self, layer: int, columns: Tensor, *fresh: Tensor) -> None:
+        recomputed = self._at_columns(torch.ones_like(columns), columns).bool() & self._is_cached
         reused = self._is_cached & ~recomputed
+        if not (recomputed.any() and reused.any()):
+            return
+        states = self.cache.layers[layer]
         chunk = torch.where(self._is_cached, self.columns.chunk, -1)
         deviations = self._deviations or (None, None)
         stored = states.keys, states.values

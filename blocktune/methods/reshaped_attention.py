@@ -54,9 +54,8 @@ class _Pass(NamedTuple):
 class ReshapedAttention:
     """Shared by all attention plans of a batch, from the prefill to the last decoded token.
 
-    It keeps a bitmap of reused tokens per layer. It starts with all tokens of chunks; the rows that
-    a plan attends with have just overwritten their columns, and are taken out. So it stays correct
-    if a selector drops or adds rows between layers. Decoded tokens read the same bitmap.
+    It keeps a bitmap of reused tokens per layer: all tokens of chunks, without the rows that a plan
+    attends with, which have just overwritten their columns. Decoded tokens read the same bitmap.
     ``multiply_adds`` ``(B,)`` counts the extra scores that surveys compute.
     """
 
@@ -117,10 +116,9 @@ class ReshapedAttention:
         return torch.cat(outs, dim=2).to(query.dtype)
 
     def query_entropy(self) -> list[float | None]:
-        """Entropy of the question's attention as executed, in nats, per prompt.
+        """Entropy of the question's attention, in nats, per prompt (arXiv:2412.16545).
 
         Mean over its rows, the heads and the layers that were reshaped; None if there are none.
-        Source: arXiv:2412.16545, which finds that it correlates with lost accuracy.
         """
         if not self._entropy:
             return [None] * len(self._is_chunk)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.models.sharded import gathered, whole_shape
+from blocktune.models.small import causal_class, quiet
 
 SAMPLES = 64
 """Elements sampled from each weight, at equal strides."""
@@ -35,10 +38,6 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
 
     It joins those of architecture, plain and linear weights. ValueError: a weight is not in memory.
     """
-    config = model.config.get_text_config().to_dict()
-    shape = {name: config.get(name) for name in _ARCHITECTURE}
-    if eps := shape["rms_norm_eps"]:
-        shape["rms_norm_eps"] = float(f"{eps:.6g}")  # GGUF files hold it in float32
     plain, linear = hashlib.sha256(), hashlib.sha256()
     quantised = False
     for name, weight in _base_weights(model, state):
@@ -46,8 +45,45 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
         quantised |= not weight.is_floating_point()
         with gathered(weight):
             (linear if is_linear else plain).update(name.encode() + _sample(name, weight))
-    parts = (digest_of(shape), plain.hexdigest()[:16], linear.hexdigest()[:16])
+    parts = (architecture_of(model.config), plain.hexdigest()[:16], linear.hexdigest()[:16])
     return "-".join((*parts[:2], QUANTISED if quantised else parts[2]))
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The first part of the `base_fingerprint` of a model with this configuration."""
+    values = config.get_text_config().to_dict()
+    shape = {name: values.get(name) for name in _ARCHITECTURE}
+    if eps := shape["rms_norm_eps"]:
+        shape["rms_norm_eps"] = float(f"{eps:.6g}")  # GGUF files hold it in float32
+    return digest_of(shape)
+
+
+class _Saved(dict):
+    """The files of weights by the weights' names; the weights are read on access."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name).get_tensor(name)
+
+
+def saved_fingerprint(folder: str | Path, config: PreTrainedConfig) -> str | None:
+    """`base_fingerprint` of the safetensors in a folder, of which it reads only the samples.
+
+    Returns None if that is unknown: damaged or other files, a quantised or multimodal model, or
+    weights that transformers renames or joins as it loads them.
+    """
+    cls = causal_class(config)
+    is_text = config.get_text_config(decoder=True) is config
+    if cls is None or not is_text or getattr(config, "quantization_config", None):
+        return None
+    with torch.device("meta"), quiet(), suppress(SafetensorError, OSError, RuntimeError):
+        saved = _Saved()
+        for path in Path(folder).glob("*.safetensors"):
+            file = safe_open(path, "pt")
+            saved |= dict.fromkeys(file.keys(), file)
+        model = cls(config)
+        if saved.keys() == {name for name, _ in model.named_parameters()}:
+            return base_fingerprint(model, saved)
+    return None
 
 
 def same_base(one: str, other: str) -> bool:

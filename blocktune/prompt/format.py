@@ -15,17 +15,12 @@ from blocktune.registry import require_one_of
 class Chunk:
     """One retrieved passage: the unit that is encoded once and reused in any prompt.
 
-    Attributes:
-        text: The passage, never blank.
-        title: Title of its document, or None; an empty title becomes None.
-        metadata: Other data (id, score, source). It is not encoded, and not part of equality or
-            hash, so that the same passage is cached once.
-
     Raises ValueError if a field has the wrong type, or the text is blank or cannot be encoded.
     """
 
-    text: str
-    title: str | None = None
+    text: str  # the passage, never blank
+    title: str | None = None  # of its document; an empty title becomes None
+    # Other data (id, score, source): not encoded, nor compared, so a passage is cached once.
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -58,42 +53,29 @@ def require_unicode(text: str, name: str) -> None:
         ) from None
 
 
-TAG_PLACES = ("turn", "prompt")
-
-
 @dataclass(frozen=True)
 class PromptFormat:
     """The wording of a prompt: instruction, then the chunks, then the question.
 
-    Attributes:
-        instruction: Start of the user turn, before the chunks; may be empty.
-        system: Text of the system turn, or None for the template's default.
-        titled: Template of a chunk with a title; contains ``{title}`` and ``{text}``.
-        untitled: Template of a chunk without a title; contains ``{text}``.
-        question: Template of the text after the chunks; contains ``{question}``.
-        block_tag: Tells the model that chunks see only themselves (Block-Attention:
-            ``[Block-Attention]``); may be empty.
-        full_tag: The same for full attention.
-        tag_place: Position of the tag: ``turn``, before the instruction; or ``prompt``, before the
-            first turn (after BOS) and tokenised separately, as Block-Attention's code does.
-        strip: Whether to strip white space around a passage and after a question.
+    A tag is placed by ``turn`` before the instruction; by ``prompt`` before the first turn (after
+    BOS) and tokenised separately, as Block-Attention's code does.
 
     Raises ValueError if a field has the wrong type or lacks its placeholders.
     """
 
-    instruction: str = "Answer the question from the passages below."
-    system: str | None = None
-    titled: str = "{title}\n{text}\n\n"
-    untitled: str = "{text}\n\n"
-    question: str = "Question: {question}"
-    block_tag: str = ""
-    full_tag: str = ""
-    tag_place: str = "turn"
-    strip: bool = False
+    instruction: str = "Answer the question from the passages below."  # opens the user turn
+    system: str | None = None  # text of the system turn; None: the template's default
+    titled: str = "{title}\n{text}\n\n"  # a chunk with a title
+    untitled: str = "{text}\n\n"  # a chunk without a title
+    question: str = "Question: {question}"  # the text after the chunks
+    block_tag: str = ""  # tells the model that chunks see only themselves ("[Block-Attention]")
+    full_tag: str = ""  # the same for full attention
+    tag_place: str = "turn"  # of the tag: ``turn`` or ``prompt``
+    strip: bool = False  # whether to strip white space around a passage and after a question
 
     def __post_init__(self):
         check_types(self, "format")
-        require_one_of("format: 'tag_place'", self.tag_place, TAG_PLACES)
+        require_one_of("format: 'tag_place'", self.tag_place, ("turn", "prompt"))
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
         for name, text in asdict(self).items():

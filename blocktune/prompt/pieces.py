@@ -108,16 +108,10 @@ def chunk_ids(
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> Ids:
     """Tokens that the model is trained to write: the response and the end of its turn."""
-    body = encode(tokenizer, _lead(tokenizer) + response, split_special_tokens=True)
-    return body + end_of_turn(tokenizer)
-
-
-def _lead(tokenizer) -> str:
-    """The space after "Answer:" in plain text, unless the tokenizer adds one (Llama 2)."""
-    if tokenizer.chat_template is not None:
-        return ""
-    (first, *_) = tokenizer.convert_ids_to_tokens(encode(tokenizer, "a"))
-    return "" if first.startswith("\u2581") else " "
+    if tokenizer.chat_template is None:  # after "Answer:"; Llama 2's tokenizer adds its own space
+        (first, *_) = tokenizer.convert_ids_to_tokens(encode(tokenizer, "a"))
+        response = response if first.startswith("\u2581") else f" {response}"
+    return encode(tokenizer, response, split_special_tokens=True) + end_of_turn(tokenizer)
 
 
 def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, question: str) -> Ids:
@@ -138,17 +132,13 @@ def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, questi
     return ids[len(end) :]
 
 
+@special.remembered("chat_template", "eos_token_id")
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Tokens that end the assistant's turn. Generation stops at the last of them.
 
     They are the text that the template writes after the assistant's, up to the first special token;
     or else the tokenizer's EOS. Raises ValueError if there is neither.
     """
-    key = "end", str(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer)
-    return special.remembered(tokenizer, key, lambda: _end_of_turn(tokenizer))
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     ids = encode(tokenizer, reply_end(tokenizer))
     stops = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
     ends = [index for index, token in enumerate(ids) if token in stops]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import threading
@@ -9,7 +10,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from functools import cached_property
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
-T = TypeVar("T")
+Fact = TypeVar("Fact", bound=Callable[[PreTrainedTokenizerBase], Any])
 
 MOST_BYTES = 16 << 20  # most bytes of texts and token ids that are memoised for one tokenizer
 
@@ -36,17 +36,17 @@ def int64(ids: Sequence[int]) -> np.ndarray:
 class TokenIds(tuple):
     """Token ids of a memoised text, with values that every prompt needs, computed once."""
 
-    @cached_property
+    @functools.cached_property
     def largest(self) -> int:
         """The largest id, or 0 if there are no ids."""
         return max(self, default=0)
 
-    @cached_property
+    @functools.cached_property
     def array(self) -> np.ndarray:
         """The ids as a read-only int64 array."""
         return int64(self)
 
-    @cached_property
+    @functools.cached_property
     def _hash(self) -> int:
         return super().__hash__()
 
@@ -115,43 +115,51 @@ def encode_all(
     return results
 
 
-def remembered(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable[[], T]) -> T:
-    """Memoises the result of ``make`` for a tokenizer and ``key``."""
-    with _LOCK:
-        facts = _RECENT.setdefault(tokenizer, _Recent()).facts
-    if key not in facts:
-        facts[key] = make()
-    return facts[key]
+def remembered(*names: str) -> Callable[[Fact], Fact]:
+    """Memoises a fact of a tokenizer until its tokens, or attributes of these names, change."""
+
+    def wrapped(read: Fact) -> Fact:
+        @functools.wraps(read)
+        def recall(tokenizer: PreTrainedTokenizerBase) -> Any:
+            key = read, len(tokenizer), *(getattr(tokenizer, name) for name in names)
+            with _LOCK:
+                facts = _RECENT.setdefault(tokenizer, _Recent()).facts
+            if key not in facts:
+                facts[key] = read(tokenizer)
+            return facts[key]
+
+        return recall
+
+    return wrapped
 
 
+@remembered()
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """Ids of the special tokens, by their text.
 
     Memoised, because tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
     """
-
-    def read() -> Mapping[str, int]:
-        added = tokenizer.added_tokens_decoder.items()
-        return {token.content: index for index, token in added if token.special}
-
-    return remembered(tokenizer, ("special", len(tokenizer)), read)
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: index for index, token in added if token.special}
 
 
+@remembered("chat_template")
 def _controls(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
     """Where to cut texts so that no control token is left in them; None: nowhere.
 
-    These are tokens of the chat template that a tokenizer does not call special, such as
-    those of DeepSeek. ``split_special_tokens`` does not split them. Cuts are after the first
-    character.
+    These are tokens of the chat template that a tokenizer does not call special (DeepSeek), so
+    that ``split_special_tokens`` does not split them. Cuts are after the first character.
     """
+    template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+    texts = [t.content for t in added.values() if not t.special and len(t.content) > 1]
+    cuts = [f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in texts if t in template]
+    return re.compile("|".join(cuts)) if cuts else None
 
-    def read() -> re.Pattern | None:
-        template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
-        texts = [t.content for t in added.values() if not t.special and len(t.content) > 1]
-        cuts = [f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in texts if t in template]
-        return re.compile("|".join(cuts)) if cuts else None
 
-    return remembered(tokenizer, ("controls", len(tokenizer), tokenizer.chat_template), read)
+@remembered("bos_token_id")
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    with _LOCK:
+        return tokenizer("a", split_special_tokens=False)["input_ids"][0] == tokenizer.bos_token_id
 
 
 def encode_user_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[Ids]:
@@ -221,12 +229,7 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids) -> Ids:
     bos = tokenizer.bos_token_id
     if bos is None or bos in prefix:
         return prefix
-
-    def adds() -> bool:
-        with _LOCK:
-            return tokenizer("a", split_special_tokens=False)["input_ids"][0] == bos
-
-    added = tokenizer.chat_template is None or remembered(tokenizer, ("adds", bos), adds)
+    added = tokenizer.chat_template is None or _adds_bos(tokenizer)
     return (bos, *prefix) if added else prefix
 
 

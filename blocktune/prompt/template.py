@@ -7,9 +7,10 @@ to the query. Chunk text never passes through a template, so none can trim or re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from itertools import product
+from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -45,11 +46,8 @@ def render_frame(
     if tokenizer.chat_template is None:
         parts = [part for part in (system, head) if part]
         return Frame("\n\n".join(parts), tail + PLAIN_REPLY_CUE)
-    content = head + SENTINEL + tail
-    for messages in _conversations(system, content):
-        text = _render(tokenizer, messages, add_generation_prompt=True)
-        is_complete = text is not None and text.count(SENTINEL) == 1
-        if is_complete and (not system or system.strip() in text):
+    for text in _rendered(tokenizer, system, [("user", head + SENTINEL + tail)]):
+        if text.count(SENTINEL) == 1 and (not system or system.strip() in text):
             return Frame(*text.split(SENTINEL))
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a user turn with "
@@ -59,12 +57,9 @@ def render_frame(
 
 def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that the template adds after the assistant's; empty if it cannot be determined."""
-    if tokenizer.chat_template is None:
-        return ""
-    for messages in _conversations(None, "Hello."):
-        for content in (REPLY, _listed(REPLY)):
-            text = _render(tokenizer, [*messages, {"role": "assistant", "content": content}])
-            if text is not None and text.count(REPLY) == 1:
+    if tokenizer.chat_template is not None:
+        for text in _rendered(tokenizer, None, _REPLIED, add_generation_prompt=False):
+            if text.count(REPLY) == 1:
                 return text.split(REPLY)[1]
     return ""
 
@@ -76,10 +71,8 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """
     if tokenizer.chat_template is None:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
-    for first in _conversations(None, "Hello."):
-        more = _like(first, [("assistant", REPLY), ("user", question)])
-        text = _render(tokenizer, [*first, *more], add_generation_prompt=True)
-        if text is not None and text.count(REPLY) == 1 and question.strip() in text:
+    for text in _rendered(tokenizer, None, [*_REPLIED, ("user", question)]):
+        if text.count(REPLY) == 1 and question.strip() in text:
             return text.split(REPLY)[1]
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a second user turn; "
@@ -95,10 +88,8 @@ def render_conversation(
     Raises ValueError if there is no template, or it drops some text.
     """
     required = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
-    for first in _conversations(system, turns[0][1]) if tokenizer.chat_template else ():
-        messages = [*first, *_like(first, turns[1:])]
-        text = _render(tokenizer, messages, add_generation_prompt=True)
-        if text is not None and all(part in text for part in required):
+    for text in _rendered(tokenizer, system, turns) if tokenizer.chat_template else ():
+        if all(part in text for part in required):
             return text
     raise ValueError(
         f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
@@ -106,37 +97,41 @@ def render_conversation(
     )
 
 
-def _conversations(system: str | None, content: str):
-    """Yields forms of the first turn by preference. Multimodal templates want lists of parts."""
-    folded = [{"role": "user", "content": f"{system}\n\n{content}" if system else content}]
-    apart = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-    for messages in [apart, folded] if system else [folded]:
-        yield messages
-        yield [{**m, "content": _listed(m["content"])} for m in messages]
+_REPLIED = [("user", "Hello."), ("assistant", REPLY)]
+_IN_PARTS = ("", "system user assistant", "system user", "assistant")
+"""Roles whose content is a list of parts, as multimodal templates want it, by preference."""
 
 
-def _like(first: list[dict[str, Any]], turns: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    as_list = isinstance(first[-1]["content"], list)
-    return [{"role": role, "content": _listed(t) if as_list else t} for role, t in turns]
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None,
+    turns: Sequence[tuple[str, str]],
+    add_generation_prompt: bool = True,
+) -> Iterator[str]:
+    """Renders a conversation in each form that the template accepts.
 
-
-def _listed(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
-
-
-def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
+    The system text is a turn of its own, or else it starts the user's first.
+    """
+    (_, first), *others = turns
+    forms = [[("user", f"{system}\n\n{first}" if system else first), *others]]
+    if system:
+        forms.insert(0, [("system", system), *turns])
     template = tokenizer.get_chat_template()
-    dated = "strftime_now" in template
-    try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            chat_template=_TELL_DATE + template if dated else template,
-            **{"enable_thinking": False, "date_string": DATE},  # ignored by other templates
-            **kwargs,
-        )
-    except (TemplateError, TypeError):
-        return None
-    # Some templates open a thinking block for the model: close it.
-    opened = text.rstrip("\n")
-    return opened + "\n\n</think>\n\n" if opened.endswith("<think>") else text
+    for form, roles in product(forms, _IN_PARTS if others else _IN_PARTS[:2]):
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if role in roles else text}
+            for role, text in form
+        ]
+        try:
+            text = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                chat_template=_TELL_DATE + template if "strftime_now" in template else template,
+                add_generation_prompt=add_generation_prompt,
+                **{"enable_thinking": False, "date_string": DATE},  # ignored by other templates
+            )
+        except (TemplateError, TypeError):
+            continue
+        # Some templates open a thinking block for the model: close it.
+        opened = text.rstrip("\n")
+        yield opened + "\n\n</think>\n\n" if opened.endswith("<think>") else text

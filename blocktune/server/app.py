@@ -63,11 +63,15 @@ def create_app(service: Service) -> FastAPI:
         yield
         await asyncio.to_thread(service.stop)
 
-    app = FastAPI(title="blocktune", version=blocktune.__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="blocktune",
+        version=blocktune.__version__,
+        lifespan=lifespan,
+        exception_handlers={WrongField: _invalid, StarletteHTTPException: _refused},
+    )
     app.router.redirect_slashes = False
     app.state.service = service
     app.add_middleware(Guard, config=service.config, metrics=service.metrics)
-    _add_errors(app)
     for router in (work, tenants, public):
         app.include_router(router)
     describe, kinds = app.openapi, (ChatRequest, CompletionRequest, ChunksRequest)
@@ -82,84 +86,72 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(WrongField)
-    async def invalid(request: Request, error: WrongField) -> JSONResponse:
-        body = error_body(str(error), error.status, error.param, error.code)
-        return JSONResponse(body, error.status)
+async def _invalid(request: Request, error: WrongField) -> JSONResponse:
+    body = error_body(str(error), error.status, error.param, error.code)
+    return JSONResponse(body, error.status)
 
-    @app.exception_handler(StarletteHTTPException)
-    async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        text = str(error.detail)
-        if text in ("Not Found", "Method Not Allowed"):  # Starlette's
-            path = request.scope["raw_path"].decode("latin-1")
-            text = f"no route {request.method} {path:.80}; see /docs. OpenAI's are under /v1"
-        status = error.status_code
-        return JSONResponse(error_body(text, status), status, headers=error.headers)
+
+async def _refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    text, status = str(error.detail), error.status_code
+    if text in ("Not Found", "Method Not Allowed"):  # Starlette's
+        path = request.scope["raw_path"].decode("latin-1")
+        text = f"no route {request.method} {path:.80}; see /docs. OpenAI's are under /v1"
+    return JSONResponse(error_body(text, status), status, headers=error.headers)
 
 
 # Dependencies are coroutines: FastAPI runs plain functions in threads.
-async def service_of(request: Request) -> Service:
-    """The application's service."""
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-Serving = Annotated[Service, Depends(service_of)]
-Caller = Annotated[Tenant, Depends(authorized)]
-
-
-async def own_key(key: str, tenant: Caller) -> str:
+async def _own_key(key: str, tenant: Annotated[Tenant, Depends(authorized)]) -> str:
     """The store key of a signed ``key``; HTTPException if this tenant was not given that name."""
-    store_key = tenant.verify(key) if KEY.fullmatch(key) else None
-    if store_key is None:
-        raise HTTPException(404, "no such chunk")
-    return store_key
+    if KEY.fullmatch(key) and (store_key := tenant.verify(key)):
+        return store_key
+    raise HTTPException(404, "no such chunk")
 
 
-OwnKey = Annotated[str, Depends(own_key)]
+Serving = Annotated[Service, Depends(_service)]
+OwnKey = Annotated[str, Depends(_own_key)]
 tenants = APIRouter(responses=ERRORS, dependencies=[Depends(authorized)])
 public = APIRouter()
 
 
-class Plain(APIRoute):
-    """A route whose function takes the request and returns the response, without dependencies."""
-
+class _Plain(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
-        """The route's function itself."""
+        """The route's function, which takes the request and returns the response."""
         return self.endpoint
 
 
-work = APIRouter(responses=ERRORS, route_class=Plain)
+work = APIRouter(responses=ERRORS, route_class=_Plain)
 """Routes whose requests `begin` reads and authorizes: without FastAPI's 0.3 ms per request."""
 
 
-def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI description of a body that `begin` reads."""
+def _body(kind: type[BaseModel]) -> dict[str, Any]:
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-@work.post("/v1/chat/completions", response_model=None, openapi_extra=body_schema(ChatRequest))
+@work.post("/v1/chat/completions", response_model=None, openapi_extra=_body(ChatRequest))
 async def chat(request: Request) -> Response:
     """Answers the user's last message from the documents."""
     exchange, body = await begin(request, ChatRequest, Service.chat)
     return await exchange.respond(ChatBodies, body)
 
 
-@work.post("/v1/completions", response_model=None, openapi_extra=body_schema(CompletionRequest))
+@work.post("/v1/completions", response_model=None, openapi_extra=_body(CompletionRequest))
 async def complete(request: Request) -> Response:
     """Continues a text, after documents if there are any."""
     exchange, body = await begin(request, CompletionRequest, Service.completion)
     return await exchange.respond(TextBodies, body)
 
 
-@work.post("/v1/chunks", response_model=ChunkList, openapi_extra=body_schema(ChunksRequest))
+@work.post("/v1/chunks", response_model=ChunkList, openapi_extra=_body(ChunksRequest))
 async def encode(request: Request) -> Response:
     """Encodes documents ahead of time, and pins them if requested."""
     exchange, _ = await begin(request, ChunksRequest, Service.encoding)
     [report] = [event async for event in exchange.events()]
-    chunks = chunk_list(exchange.submission, exchange.tenant, report)
-    return JSONResponse(chunks.model_dump())
+    return JSONResponse(chunk_list(exchange.job, report).model_dump())
 
 
 @tenants.get("/v1/models")

@@ -10,46 +10,36 @@ from itertools import accumulate
 from typing import Any
 
 from blocktune.engine.encode import Piece
-from blocktune.server.config import Tenant
 from blocktune.server.decoding import TokenLogprob, token_text
-from blocktune.server.job import Delta, Event, Report
+from blocktune.server.job import Delta, Event, Job, Report
 from blocktune.server.schemas import ChunkList, ChunkStatus
-from blocktune.server.service import Submission
 
 _IDS = random.Random()
 """Answer ids are not secret, and the system's randomness takes longer than the rest of a body."""
 
 
-def chunk_list(submission: Submission, tenant: Tenant, report: Report) -> ChunkList:
+def chunk_list(job: Job, report: Report) -> ChunkList:
     """The response of ``POST /v1/chunks``."""
-    job = submission.job
-    pieces = job.wanted[-len(submission.sources) :]
-    chunks = zip(_chunks(submission, tenant, report, pieces), pieces, strict=True)
+    pieces = job.wanted[-len(job.documents) :]
     data = [
-        ChunkStatus(
-            **{name: chunk[name] for name in ("key", "id", "tokens", "cached")},
-            encoded=chunk["cached"] == "none",
-            pinned=piece in job.pinned,
-        )
-        for chunk, piece in chunks
+        ChunkStatus(**chunk, encoded=chunk["cached"] == "none", pinned=piece in job.pinned)
+        for chunk, piece in zip(_chunks(job, report, pieces), pieces, strict=True)
     ]
     return ChunkList(data=data, encode_s=report.encode_s)
 
 
-def _chunks(
-    submission: Submission, tenant: Tenant, report: Report, pieces: Sequence[Piece]
-) -> list[dict[str, Any]]:
+def _chunks(job: Job, report: Report, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     """Each document's id and, if it was looked up, size, key and tier.
 
     The last ``pieces`` are the documents, unless there are fewer.
     """
-    encoder, chunks, count = submission.job.engine.state.encoder, [], len(submission.sources)
-    for index, source in enumerate(submission.sources):
-        chunk = {"index": index, "id": source.id, "title": source.chunk.title}
+    encoder, chunks, count = job.engine.state.encoder, [], len(job.documents)
+    for index, document in enumerate(job.documents):
+        chunk = {"index": index, "id": document.metadata.get("id"), "title": document.title}
         if len(pieces) >= count:
             piece = pieces[index - count]
             chunk["tokens"], chunk["cached"] = len(piece.ids), report.tiers.get(piece, "none")
-            chunk["key"] = tenant.sign(encoder.key(piece))
+            chunk["key"] = job.tenant.sign(encoder.key(piece))
         chunks.append(chunk)
     return chunks
 
@@ -59,16 +49,14 @@ class TextBodies:
 
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, submission: Submission, tenant: Tenant):
-        self.submission, self.tenant = submission, tenant
-        self.id, self.created = f"{_IDS.getrandbits(96):024x}", int(time.time())
-        job = submission.job
-        self.texts = [""] * job.settings.choices
-        self.finish: list[str | None] = [None] * job.settings.choices
-        self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.texts]
-        self.ends = [0] * job.settings.choices  # where the tokens end that were streamed with them
+    def __init__(self, job: Job):
+        self.job, self.created = job, int(time.time())
+        self.id = f"{self.prefix}-{_IDS.getrandbits(96):024x}"
+        count, with_logprobs = job.settings.choices, job.settings.logprobs is not None
+        self.texts, self.finish = [""] * count, [None] * count
+        self.logprobs = [[] if with_logprobs else None for _ in self.texts]
+        self.ends = [0] * count  # where the tokens end that were streamed with their logprobs
         self.token = partial(token_text, job.engine.tokenizer)  # the text of a token, by its id
-        self.wants_logprobs = job.settings.logprobs is not None
 
     def add(self, event: Event) -> None:
         """Adds a delta to its choice."""
@@ -80,41 +68,35 @@ class TextBodies:
 
     def whole(self, report: Report) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        answers = zip(self.texts, self.logprobs, self.finish, strict=True)
-        choices = [
-            {
-                "index": index,
-                **self.message(text),
-                "logprobs": self.format_logprobs(logs, 0) if self.wants_logprobs else None,
-                "finish_reason": finish,
-            }
-            for index, (text, logs, finish) in enumerate(answers)
-        ]
+        answers = zip(map(self.message, self.texts), self.logprobs, self.finish, strict=True)
+        choices = [self._choice(index, *answer) for index, answer in enumerate(answers)]
         return self._frame(self.object_name, choices) | self._counts(report)
 
     def opening(self) -> list[dict[str, Any]]:
         """The first bodies of a stream."""
         return []
 
-    def delta(self, event: Event) -> list[dict[str, Any]]:
+    def delta(self, event: Delta) -> list[dict[str, Any]]:
         """The bodies of one event of a stream."""
-        assert isinstance(event, Delta)
-        self.add(event)
-        if not event.text and event.finish is None and event.logprob is None:
+        index, log = event.index, event.logprob
+        if not event.text and event.finish is None and log is None:
             return []  # part of a character, or perhaps the start of a stop text
-        logs = None
-        if event.logprob is not None:
-            logs = self.format_logprobs([event.logprob], self.ends[event.index])
-            self.ends[event.index] += len(self.token(event.logprob.token))
-        return [self._choice(event.index, self.piece(event.text), logs, event.finish)]
-
-    def _choice(self, index: int, piece: dict, logs=None, finish=None) -> dict[str, Any]:
-        choice = {"index": index, **piece, "logprobs": logs, "finish_reason": finish}
-        return self._frame(self.chunk_name, [choice])
+        self.add(event)
+        start, logs = self.ends[index], None if log is None else [log]
+        if log is not None:
+            self.ends[index] += len(self.token(log.token))
+        choice = self._choice(index, self.piece(event.text), logs, event.finish, start)
+        return [self._frame(self.chunk_name, [choice])]
 
     def closing(self, report: Report) -> dict[str, Any]:
         """The last chunk of a stream, with the usage."""
         return self._frame(self.chunk_name, []) | self._counts(report)
+
+    def _choice(
+        self, index: int, content: dict, logs=None, finish=None, start: int = 0
+    ) -> dict[str, Any]:
+        logprobs = None if logs is None else self.format_logprobs(logs, start)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
     def message(self, text: str) -> dict[str, Any]:
         """The text of a whole choice."""
@@ -135,33 +117,31 @@ class TextBodies:
 
     def _frame(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": f"{self.prefix}-{self.id}",
+            "id": self.id,
             "object": name,
             "created": self.created,
-            "model": self.submission.served.name,
+            "model": self.job.model,
             "choices": choices,
         }
 
     def _counts(self, report: Report) -> dict[str, Any]:
-        read, written = report.usage.prompt_tokens, report.answer_tokens
-        usage = {
+        job, usage = self.job, vars(report.usage).copy()
+        read, written = usage["prompt_tokens"], report.answer_tokens
+        counts = {
             "prompt_tokens": read,
             "completion_tokens": written,
             "total_tokens": read + written,
             "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
         }
-        return {"usage": usage, "blocktune": self._extension(report)}
-
-    def _extension(self, report: Report) -> dict[str, Any]:
-        job, usage = self.submission.job, vars(report.usage).copy()
         ttft = vars(usage.pop("ttft")) | {"queue_s": report.queue_s, "total_s": report.ttft_s}
-        fields = {
+        extension = {
             "method": job.method.name,
-            "chunks": _chunks(self.submission, self.tenant, report, job.looked_up),
+            "chunks": _chunks(job, report, job.looked_up),
             "usage": usage | {"recompute_ratio": report.usage.recompute_ratio},
             "ttft": ttft,
         }
-        return fields | ({} if report.strip is None else {"strip": report.strip})
+        extension |= {} if report.strip is None else {"strip": report.strip}
+        return {"usage": counts, "blocktune": extension}
 
 
 class ChatBodies(TextBodies):
@@ -172,7 +152,8 @@ class ChatBodies(TextBodies):
     def opening(self) -> list[dict[str, Any]]:
         """The role of every choice."""
         first = {"delta": {"role": "assistant", "content": ""}}
-        return [self._choice(index, first) for index in range(len(self.texts))]
+        choices = (self._choice(index, first) for index in range(len(self.texts)))
+        return [self._frame(self.chunk_name, [choice]) for choice in choices]
 
     def message(self, text: str) -> dict[str, Any]:
         """The assistant's message."""

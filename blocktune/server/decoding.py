@@ -34,8 +34,6 @@ from blocktune.engine.generation import Generation, TextStream, require_numbers
 from blocktune.engine.rows import decoded_rows
 from blocktune.layout import LayerRule, Rows
 
-GREEDY = Sampling()
-
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """The text of a token inside a text: some tokenizers drop the space of a first one."""
@@ -54,8 +52,9 @@ class TokenLogprob(NamedTuple):
 class Settings:
     """How a request is decoded."""
 
-    max_new_tokens: int  # at least 1
-    sampling: Sampling = GREEDY  # how tokens are picked; each choice draws from a stream of its own
+    max_new_tokens: int = 1
+    # how tokens are picked; each choice draws from a stream of its own
+    sampling: Sampling = field(default_factory=Sampling)
     choices: int = 1  # answers to make
     stops: tuple[str, ...] = ()  # texts that end an answer and are left out of it
     # most likely tokens to report at each step; None: no log probabilities at all

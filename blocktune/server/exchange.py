@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 from blocktune.methods.base import METHODS
 from blocktune.server.bodies import TextBodies
 from blocktune.server.config import Tenant
-from blocktune.server.job import Busy, Delta, Event, Failure, Report, recall
+from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, recall
 from blocktune.server.middleware import error_body
 from blocktune.server.schemas import Decoding, T, WrongField, read_body
-from blocktune.server.service import Service, Submission
+from blocktune.server.service import Service
 
 _LOG = logging.getLogger("blocktune.server")
 
@@ -33,7 +33,7 @@ async def authorized(request: Request) -> Tenant:
 
 
 async def begin(
-    request: Request, kind: type[T], make: Callable[[Service, T, Tenant], Submission]
+    request: Request, kind: type[T], make: Callable[[Service, T, Tenant], Job]
 ) -> tuple[Exchange, T]:
     """Reads a request of some kind, makes its job, and queues it.
 
@@ -48,24 +48,23 @@ async def begin(
     _require_json(request)
     raw, most = await request.body(), 2 * service.config.limits.prompt_tokens
 
-    def read() -> tuple[T, Submission]:
+    def read() -> tuple[T, Job]:
         body = read_body(kind, raw, most)
         return body, make(service, body, tenant)
 
     try:
-        body, submission = await asyncio.to_thread(read)
+        body, job = await asyncio.to_thread(read)
     except WrongField:
         raise
     except ValueError as error:
         line = " ".join(str(error).split())
         raise WrongField(line, code=getattr(error, "code", None)) from None
-    cache, job, question = service.responses, submission.job, submission.question
     wait = service.quotas.enter(tenant, job.quota_tokens)
     if wait is not None:
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
-    exchange = Exchange(service, submission, tenant, request)
+    exchange, cache = Exchange(service, job, request), service.responses
     try:
-        if not cache or not await asyncio.to_thread(recall, cache, job, question):
+        if not cache or not await asyncio.to_thread(recall, cache, job):
             service.scheduler.submit(job)
     except BaseException:
         exchange.close(refund=job.quota_tokens)
@@ -87,9 +86,8 @@ def _require_json(request: Request) -> None:
 class Exchange:
     """A request that its tenant's quota admitted; its job need not be queued yet."""
 
-    def __init__(self, service: Service, submission: Submission, tenant: Tenant, request: Request):
-        self.service, self.submission = service, submission
-        self.tenant, self.request = tenant, request
+    def __init__(self, service: Service, job: Job, request: Request):
+        self.service, self.job, self.request = service, job, request
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._open = True
         loop = asyncio.get_running_loop()
@@ -98,20 +96,20 @@ class Exchange:
             try:
                 loop.call_soon_threadsafe(self._queue.put_nowait, event)
             except RuntimeError:  # the loop is closed: no client waits any more
-                submission.job.cancelled = True
+                job.cancelled = True
 
-        submission.job.emit = emit
+        job.emit = emit
 
     def close(self, refund: int = 0) -> None:
         """Ends the exchange and cancels the rest of its job; ``refund`` tokens are not charged."""
-        self.submission.job.cancelled = True
+        self.job.cancelled = True
         if self._open:
             self._open = False
-            self.service.quotas.leave(self.tenant, refund)
+            self.service.quotas.leave(self.job.tenant, refund)
 
     async def events(self) -> AsyncGenerator[Delta | Report]:
         """The job's events, the report last. HTTPException if it fails or the client has left."""
-        watch, job, written = asyncio.create_task(self._watch()), self.submission.job, 0
+        watch, job, written = asyncio.create_task(self._watch()), self.job, 0
         try:
             while True:
                 event = await self._queue.get()
@@ -130,12 +128,12 @@ class Exchange:
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self.submission.job.cancelled = True
+        self.job.cancelled = True
         self._queue.put_nowait(Failure(499, "the client has left"))
 
     async def respond(self, kind: type[TextBodies], body: Decoding) -> Response:
         """The whole answer, or a stream, as soon as its first event is there."""
-        bodies, events = kind(self.submission, self.tenant), self.events()
+        bodies, events = kind(self.job), self.events()
         first = await anext(events)
         if body.stream:
             options = body.stream_options
@@ -168,15 +166,15 @@ class Exchange:
             await events.aclose()
 
     def _log(self, report: Report, bodies: TextBodies) -> None:
-        job, usage = self.submission.job, report.usage
+        job, usage, tenant = self.job, report.usage, self.job.tenant.name
         total_s = time.perf_counter() - job.created
-        model, tenant = self.submission.served.name, self.tenant.name
         # Without parameters: each combination of them would be a time series of its own.
-        self.service.metrics.record((model, METHODS.name_of(job.method), tenant), report, total_s)
+        labels = job.model, METHODS.name_of(job.method), tenant
+        self.service.metrics.record(labels, report, total_s)
         _LOG.info(
             "%s model=%s method=%r tenant=%s prompt=%d cached=%d answer=%d queue=%.4fs "
             "ttft=%.4fs total=%.4fs%s",
-            *(bodies.id, model, job.method.name, tenant, usage.prompt_tokens),
+            *(bodies.id, job.model, job.method.name, tenant, usage.prompt_tokens),
             *(report.cached_tokens, report.answer_tokens, report.queue_s, report.ttft_s, total_s),
             f" text={bodies.texts}" if self.service.config.log_texts else "",
         )

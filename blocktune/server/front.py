@@ -28,13 +28,6 @@ LARGEST = 1e9
 """Largest number in a method's parameters; larger ones could overflow."""
 
 
-class Source(NamedTuple):
-    """A document of a request: the client's id, and the chunk."""
-
-    id: str | None
-    chunk: Chunk
-
-
 class Conversation(NamedTuple):
     """The messages of a request."""
 
@@ -49,37 +42,38 @@ class Conversation(NamedTuple):
         return (self.system or "", *(text for _, text in self.earlier), self.question)
 
 
-def read_documents(documents: Sequence[Document]) -> tuple[Source, ...]:
-    """Makes a chunk of each document. Raises ValueError, with its index, if one has no text."""
-    sources = []
+def read_documents(documents: Sequence[Document]) -> tuple[Chunk, ...]:
+    """Makes a chunk of each document; the client's id, or None, becomes ``id`` of its metadata.
+
+    Raises ValueError, with the document's index, if one has no text.
+    """
+    chunks = []
     for index, document in enumerate(documents):
         try:
-            sources.append(_source(document))
+            chunks.append(_chunk(document))
         except ValueError as error:
             raise ValueError(f"documents[{index}]: {error}") from None
-    return tuple(sources)
+    return tuple(chunks)
 
 
-def _source(document: Document) -> Source:
+def _chunk(document: Document) -> Chunk:
     if isinstance(document, str):
-        return Source(None, Chunk(document))
+        return Chunk(document)
+    title = None
     if isinstance(document, DocumentBlock):
-        text = "\n".join(part for part in (document.context, document.source.data) if part)
-        return Source(document.id, Chunk(text, document.title))
-    if isinstance(document, CohereDocument):
-        return Source(document.id, _of_fields(document.data))
-    return Source(document.id, Chunk(document.text, document.title))
-
-
-def _of_fields(data: str | Mapping[str, str]) -> Chunk:
-    """Cohere's data: one field is the text; the others precede it as lines ``name: value``."""
-    if isinstance(data, str):
-        return Chunk(data)
-    rest = dict(data)
-    title = rest.pop("title", None)
-    key = next((name for name in ("text", "snippet", "content") if name in rest), None)
-    lines = [f"{name}: {value}" for name, value in rest.items() if name != key]
-    return Chunk("\n".join([*lines, *([rest[key]] if key else [])]), title)
+        text = "\n".join(filter(None, (document.context, document.source.data)))
+        title = document.title
+    elif not isinstance(document, CohereDocument):
+        text, title = document.text, document.title
+    elif isinstance(document.data, str):
+        text = document.data
+    else:  # one field is the text; the others precede it as lines
+        fields = dict(document.data)
+        title = fields.pop("title", None)
+        key = next((name for name in ("text", "snippet", "content") if name in fields), None)
+        body = [] if key is None else [fields.pop(key)]
+        text = "\n".join([*(f"{name}: {value}" for name, value in fields.items()), *body])
+    return Chunk(text, title, {"id": document.id})
 
 
 def read_messages(messages: Sequence[Message]) -> Conversation:
@@ -145,15 +139,9 @@ def chat_pieces(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    system: str | None,
-    earlier: Sequence[Turn],
-    head: str,
-    tail: str,
+    tokenizer, system: str | None, earlier: Sequence[Turn], head: str, tail: str
 ) -> template.Frame:
-    if not earlier:
-        return template.render_frame(tokenizer, system, head, tail)
-    if tokenizer.chat_template is None:
+    if not earlier or tokenizer.chat_template is None:
         dialogue = "".join(
             f" {text}\n\n" if role == "assistant" else text + template.PLAIN_REPLY_CUE
             for role, text in earlier
@@ -174,8 +162,9 @@ def plain_pieces(
     fmt: PromptFormat,
     chunks: Sequence[Chunk],
     prompt: str | Sequence[int],
+    block: bool = True,
 ) -> Pieces:
-    """Tokenises chunks and a text to continue, without a chat template.
+    """Tokenises chunks and a text to continue, without a chat template or a tag for ``block``.
 
     Special tokens written out in ``prompt`` are parsed, since it is the caller's whole prompt.
     Raises ValueError if it has no tokens, or ids that the tokenizer does not have.
@@ -191,10 +180,10 @@ def plain_pieces(
     prefix = () if query[:1] == (bos,) else with_bos(tokenizer, ())
     if query[:1] == (bos,) and chunks:
         prefix, query = query[:1], query[1:]
-    if not query and not (prefix and not chunks):
-        raise ValueError("prompt: it has no tokens")
-    if not query:
+    if not query and not chunks:
         prefix, query = (), prefix
+    if not query:
+        raise ValueError("prompt: it has no tokens")
     return Pieces(prefix, chunk_ids(tokenizer, fmt, chunks), query)
 
 

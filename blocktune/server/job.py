@@ -8,7 +8,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from math import ceil
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -24,11 +26,11 @@ from blocktune.engine.rows import has_column
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.prompt import Pieces, Prompt
+from blocktune.prompt import Chunk, Pieces, Prompt
+from blocktune.server.config import Tenant
 from blocktune.server.decoding import Choice, Settings, TokenLogprob, token_text
 
 _LOG = logging.getLogger(__name__)
-ONE_TOKEN = Settings(1)
 
 
 class Busy(HTTPException):
@@ -81,35 +83,50 @@ class Job:
     """A request for an engine."""
 
     engine: Engine  # with the tenant's salt
-    # how chunks are reused; None: chunks are only encoded
-    method: Method | None = None
-    pieces: Pieces | None = None  # tokens of the prompt
+    tenant: Tenant  # decides its queue; the queues are served in turn
+    documents: tuple[Chunk, ...]  # in prompt order
+    timeout_s: float  # seconds after which it fails
+    method: Method  # how chunks are reused
+    pieces: Pieces | None = None  # tokens of the prompt; None: chunks are only encoded
     # its layout; None for a method with a history, which decides the layout later
     prompt: Prompt | None = None
-    wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
-    reader: Method | None = None  # the method that will read them
-    settings: Settings = ONE_TOKEN  # how it is decoded
-    tenant: str = "default"  # decides its queue; the queues are served in turn
-    timeout_s: float = 300.0  # seconds after which it fails
+    settings: Settings = field(default_factory=Settings)  # how it is decoded
+    model: str = ""  # name of the model in the response
+    question: str = ""  # text that a semantic response cache compares; empty for none
     strip: bool = False  # whether to report how each token was computed
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
+    token_bytes: int = 0  # bytes of one token's keys and values
+    wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
     # pieces of ``wanted`` to pin in the store until they are deleted
     pins: frozenset[Piece] = frozenset()
-    pinned: set[Piece] = field(default_factory=set)  # those that the store could pin
-    token_bytes: int = 0  # bytes of one token's keys and values
     # called with its events in the scheduler's thread; the last is a Report or a Failure
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False  # if set, it is stopped before its next step
+    # The scheduler's:
+    begun: float = 0.0  # when it left its queue
+    first: float = 0.0  # when it had its first token
     looked_up: list[Piece] = field(default_factory=list)
     found: Found = field(default_factory=Found)
     prefix_hits: int = 0
     missing: deque[list[Piece]] | None = None
-    begun: float = 0.0
-    first: float = 0.0
+    pinned: set[Piece] = field(default_factory=set)  # those that the store could pin
     run: Generation | None = None
     choices: list[Choice] = field(default_factory=list)
     watch: Stopwatch | None = None
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Most columns that its answers need."""
+        if self.pieces is None:
+            return 0
+        rows = self.pieces.num_tokens if self.prompt is None else len(self.prompt.input_ids)
+        return self.settings.choices * (rows + self.settings.max_new_tokens)
+
+    @property
+    def reserved(self) -> int:
+        """Most bytes of keys and values that its answers need."""
+        return self.num_tokens * self.token_bytes
 
     @property
     def quota_tokens(self) -> int:
@@ -122,23 +139,9 @@ class Job:
         return 0 if self.pieces is None else most - written
 
     @cached_property
-    def reserved(self) -> int:
-        """Most bytes of keys and values that its answers need."""
-        return self.num_tokens * self.token_bytes
-
-    @cached_property
     def widened(self) -> list[int]:
         """Layers of which the method needs the chunks' input hidden states."""
-        reader = self.method or self.reader
-        return [] if reader is None else list(self.engine.state.inputs_of(reader))
-
-    @property
-    def num_tokens(self) -> int:
-        """Most columns that its answers need."""
-        if self.pieces is None:
-            return 0
-        rows = self.pieces.num_tokens if self.prompt is None else len(self.prompt.input_ids)
-        return self.settings.choices * (rows + self.settings.max_new_tokens)
+        return list(self.engine.state.inputs_of(self.method))
 
 
 @torch.no_grad()
@@ -147,11 +150,6 @@ def bytes_per_token(engine: Engine) -> int:
     token, cache = torch.zeros(1, 1, dtype=torch.int64, device=engine.model.device), DynamicCache()
     engine.model(token, past_key_values=cache, use_cache=True)
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
-
-
-def timed_out(job: Job) -> Failure:
-    """The failure of a request that took too long."""
-    return Failure(408, f"not answered within {job.timeout_s:g} s")
 
 
 def failure_of(error: Exception) -> Failure:
@@ -209,15 +207,12 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         run.assembled.cached[0, rows].tolist(),
         count[layout.order[0, rows].cpu()].tolist(),
         layout.position[0, rows].tolist(),
-        run.batch.input_ids[0, rows].tolist(),
         strict=True,
     )
     first: dict[int, int] = {}
-    runs: list[dict[str, Any]] = []
-    tokenizer, vocabulary = state.tokenizer, len(state.tokenizer)
-    for kind, chunk, cached, layers, position, token in facts:
-        start = first.setdefault(chunk if kind != Kind.PREFIX else -2, position)
-        moved = kind != Kind.PREFIX and start != 0
+    entries = []
+    for kind, chunk, cached, layers, position in facts:
+        moved = kind != Kind.PREFIX and first.setdefault(chunk, position) != 0
         reused = "recomputed" if layers else "relocated" if moved else "reused"
         entry = {
             "kind": Kind(kind).name.lower(),
@@ -225,14 +220,14 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
             "fate": reused if cached else "computed",
             "layers": layers / state.num_layers,
         }
-        text = token_text(tokenizer, token) if token < vocabulary else "\u29c9"
-        if not runs or runs[-1] | entry != runs[-1]:
-            runs.append(entry | {"tokens": []})
-        runs[-1]["tokens"].append(text)
-    return runs
+        entries.append(entry)
+    known, ids = len(state.tokenizer), run.batch.input_ids[0, rows].tolist()
+    texts = [token_text(state.tokenizer, i) if i < known else "\u29c9" for i in ids]
+    groups = groupby(zip(entries, texts, strict=True), itemgetter(0))
+    return [entry | {"tokens": [text for _, text in group]} for entry, group in groups]
 
 
-def recall(cache: ResponseCache, job: Job, question: str) -> bool:
+def recall(cache: ResponseCache, job: Job) -> bool:
     """Answers a job from the cache (True), or arranges for its answer to be cached (False).
 
     Requests for several choices, log probabilities or the strip, and those that sample without a
@@ -242,7 +237,7 @@ def recall(cache: ResponseCache, job: Job, question: str) -> bool:
     if job.pieces is None or job.strip or settings.choices > 1 or settings.logprobs is not None:
         return False
     how = job.engine.state, job.method, settings.sampling, settings
-    entry = Recall.of(cache, *how, job.pieces, question)
+    entry = Recall.of(cache, *how, job.pieces, job.question)
     if entry is None:
         return False
     if (hit := entry.find()) is not None:

@@ -34,7 +34,7 @@ def load_engines(
         model: Name or folder; None: the adapters' base.
         adapters: Each ``ADAPTER`` or ``NAME=ADAPTER``.
         name: Name of the bare model in requests; without it, adapters are served alone.
-        store: Place and limits of the chunks, see `ChunkStore.open`.
+        store: Place and limits of the chunks, as ``--store``.
         store_bytes: Memory for chunks, and the same again for exact prefixes.
         options: See `blocktune.adapter.load.load_models`.
 
@@ -65,13 +65,9 @@ def read_limits(pairs: list[str]) -> Limits:
 
 
 def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:
-    """Options of uvicorn; also sets up the log and the garbage collector.
-
-    The log has one line per request, on standard error. Objects that live as long as the process
-    are excluded from garbage collection, which would take longer than a request.
-    """
+    """Options of uvicorn; also sets up the log, one line per request on standard error."""
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # later collections, which would take longer than a request, skip what is here now
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("blocktune.server", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.INFO)

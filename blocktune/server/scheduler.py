@@ -25,17 +25,7 @@ from blocktune.methods import Cached, build
 from blocktune.prompt import Pieces
 from blocktune.server.config import Limits
 from blocktune.server.decoding import Choice, decode_step
-from blocktune.server.job import (
-    Busy,
-    Delta,
-    Event,
-    Failure,
-    Job,
-    Report,
-    failure_of,
-    report_of,
-    timed_out,
-)
+from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, failure_of, report_of
 
 IDLE_S = 1.0
 """Seconds without a request after which freed memory is returned to the system."""
@@ -91,7 +81,7 @@ class Scheduler:
                 raise Busy(5.0, "the server is shutting down")
             if self.waiting >= self.limits.queue:
                 raise Busy(1.0 + 0.1 * self.waiting, f"the queue is full ({self.waiting} waiting)")
-            self._queues.setdefault(job.tenant, deque()).append(job)
+            self._queues.setdefault(job.tenant.name, deque()).append(job)
             self._wake.notify()
 
     def _loop(self) -> None:
@@ -104,11 +94,8 @@ class Scheduler:
                     self._wake.wait_for(self._should_wake)
                 if not self._has_work():
                     return
-                expired = self._remove_expired()
+                self._end_expired()
                 self._admit()
-            for job in expired:
-                self._emit(job, timed_out(job))
-            self._fail_expired()
             self._prepare_one()
             self._decode_all()
 
@@ -118,13 +105,12 @@ class Scheduler:
     def _should_wake(self) -> bool:
         return self._stopping or self._has_work()
 
-    def _remove_expired(self) -> set[Job]:
-        """Removes requests from the queues whose client left, or that waited too long."""
-        expired = {job for queue in self._queues.values() for job in queue if self._is_expired(job)}
-        if expired:
-            left = {t: deque(j for j in q if j not in expired) for t, q in self._queues.items()}
-            self._queues = {tenant: queue for tenant, queue in left.items() if queue}
-        return expired
+    def _end_expired(self) -> None:
+        """Ends requests, also waiting ones, whose client left, or that took too long."""
+        waiting = (job for queue in self._queues.values() for job in queue)
+        for job in dict.fromkeys((*waiting, *self.preparing, *self.running.values())):
+            if job.cancelled or time.perf_counter() - job.created > job.timeout_s:
+                self._fail(job, Failure(408, f"not answered within {job.timeout_s:g} s"))
 
     def _admit(self) -> None:
         """Admits requests from the queues, tenants in turn, while there is room."""
@@ -135,27 +121,26 @@ class Scheduler:
             is_full = live + job.settings.choices > max(self.limits.running, job.settings.choices)
             if is_full or self.kv_bytes + job.reserved > self.limits.kv_bytes:
                 return  # the next request waits for room: no other overtakes a large one
-            queue.popleft()
-            del self._queues[tenant]
+            self._leave_queue(job)
             if queue:
-                self._queues[tenant] = queue
+                self._queues[tenant] = self._queues.pop(tenant)  # to the end of the line
             self.kv_bytes += job.reserved
             job.begun = time.perf_counter()
             self.preparing.append(job)
 
-    def _is_expired(self, job: Job) -> bool:
-        return job.cancelled or time.perf_counter() - job.created > job.timeout_s
-
-    def _fail_expired(self) -> None:
-        for job in dict.fromkeys((*self.preparing, *self.running.values())):
-            if self._is_expired(job):
-                self._fail(job, timed_out(job))
+    def _leave_queue(self, job: Job) -> None:
+        self._queues[job.tenant.name].remove(job)
+        if not self._queues[job.tenant.name]:
+            del self._queues[job.tenant.name]
 
     def _fail(self, job: Job, failure: Failure) -> None:
-        if job in self.preparing:
-            self.preparing.remove(job)
-        self.running = {choice: j for choice, j in self.running.items() if j is not job}
-        self._release(job)
+        if not job.begun:
+            self._leave_queue(job)
+        else:
+            if job in self.preparing:
+                self.preparing.remove(job)
+            self.running = {choice: j for choice, j in self.running.items() if j is not job}
+            self._release(job)
         self._emit(job, failure)
 
     def _release(self, job: Job) -> None:
@@ -186,15 +171,15 @@ class Scheduler:
         """Does one unit of work; returns whether the request is now decoding or done."""
         if job.missing is None:
             self._look_up(job)
-            if job.missing and job.method is not None:
+            if job.missing and job.pieces is not None:
                 return False
         if job.missing:
             group = job.missing.popleft()
             # Pieces that another request has encoded meanwhile count as found.
             self._keep(job, job.engine.state.encoder.find(group, job.watch, job.widened))
-            if job.missing:
+            if job.missing or job.cancelled:
                 return False
-        if job.method is None:
+        if job.pieces is None:
             report = Report(tiers=job.found.tiers, encode_s=job.watch.seconds.get("encode_s", 0.0))
             self._release(job)
             self._emit(job, report)
@@ -207,7 +192,7 @@ class Scheduler:
         job.watch = Stopwatch(engine.model.device)
         job.missing = deque()
         wanted = list(job.wanted)
-        if job.method is not None:
+        if job.pieces is not None:
             if job.prompt is None:
                 job.prompt = engine.lay_out(job.pieces, job.method, job.settings.max_new_tokens)
             if job.method.cached is not Cached.CHUNKS:
@@ -229,7 +214,7 @@ class Scheduler:
     def _keep(self, job: Job, found: Found) -> None:
         """Keeps what was found until the prefill, even if the store evicts it, and pins chunks."""
         job.found.tiers |= found.tiers
-        if job.method is not None:
+        if job.pieces is not None:
             job.found.kvs |= found.kvs
             job.found.states |= found.states
         encoder = job.engine.state.encoder

@@ -14,7 +14,7 @@ from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.prompts import TooLong
 from blocktune.methods import Method, build, default_method
-from blocktune.prompt import Pieces
+from blocktune.prompt import Chunk, Pieces
 from blocktune.prompt.special_tokens import OWNER
 from blocktune.server import front, schemas
 from blocktune.server.config import Quotas, ServerConfig, Tenant
@@ -38,15 +38,6 @@ class Served(NamedTuple):
     engine: Engine
     method: Method
     token_bytes: int
-
-
-class Submission(NamedTuple):
-    """A job to submit, and what its response needs besides."""
-
-    job: Job  # not yet submitted; its ``emit`` does nothing
-    served: Served  # the model
-    sources: tuple[front.Source, ...]  # the documents, in prompt order
-    question: str = ""  # text that a semantic response cache compares; empty for none
 
 
 class Service:
@@ -126,38 +117,32 @@ class Service:
             raise schemas.WrongField(told, "model", 404, "model_not_found")
         return self.models[name]
 
-    def chat(self, body: schemas.ChatRequest, tenant: Tenant) -> Submission:
+    def chat(self, body: schemas.ChatRequest, tenant: Tenant) -> Job:
         """The job of a chat request. Raises ValueError, with the reason, if it has no answer."""
-        served = self._served(body, tenant)
         conversation = front.read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
-        sources = self._sources(served, documents, conversation.texts)
-
         read = partial(front.chat_pieces, conversation=conversation)
-        job = self._job(served, body, tenant, sources, read)
-        job.has_turns = bool(conversation.earlier)
-        return Submission(job, served, sources, conversation.question)
+        job = self._job(body, tenant, documents, conversation.texts, read)
+        job.has_turns, job.question = bool(conversation.earlier), conversation.question
+        return job
 
-    def completion(self, body: schemas.CompletionRequest, tenant: Tenant) -> Submission:
+    def completion(self, body: schemas.CompletionRequest, tenant: Tenant) -> Job:
         """The job of a plain completion. Raises ValueError as `chat` does."""
-        served = self._served(body, tenant)
-        texts = [body.prompt] if isinstance(body.prompt, str) else []
-        sources = self._sources(served, body.documents or (), texts)
+        text = body.prompt if isinstance(body.prompt, str) else ""
+        read = partial(front.plain_pieces, prompt=body.prompt)
+        job = self._job(body, tenant, body.documents or (), [text], read)
+        job.question = text
+        return job
 
-        job = self._job(
-            served, body, tenant, sources, lambda *how, block: front.plain_pieces(*how, body.prompt)
-        )
-        return Submission(job, served, sources, "".join(texts))
-
-    def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Submission:
+    def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Job:
         """The job that encodes documents ahead of time, for the model's default method.
 
         Raises ValueError if one does not fit into the model's context, or into the room for pins.
         """
         served, limits = self._served(body, tenant), self.config.limits
-        sources, engine = self._sources(served, body.documents, []), served.engine
+        chunks, engine = self._chunks(served, body.documents, []), served.engine
         spec = engine.prompts.spec(served.method)
-        prefix, pieces = engine.prompts.encodable([source.chunk for source in sources], spec)
+        prefix, pieces = engine.prompts.encodable(chunks, spec)
         if body.pin:
             keys = {engine.state.encoder.key(piece): len(piece.ids) for piece in pieces}
             pinned = self.scheduler.pinned.copy()
@@ -168,15 +153,11 @@ class Service:
                     f"pin: {new:,} tokens do not fit into the {max(0, room):,} bytes left for "
                     "pinned chunks; delete some that are pinned"
                 )
-        job = Job(
-            engine,
+        return Job(
+            *(engine, tenant, chunks, limits.request_s, served.method),
             wanted=[*([prefix] if prefix else []), *pieces],
-            reader=served.method,
-            tenant=tenant.name,
-            timeout_s=limits.request_s,
             pins=frozenset(pieces) if body.pin else frozenset(),
         )
-        return Submission(job, served, sources)
 
     def chunk(self, name: str, key: str) -> schemas.ChunkStatus:
         """Whether a chunk is stored; ``name`` is the tenant's signed name of the store ``key``."""
@@ -209,36 +190,38 @@ class Service:
         OWNER.set(salt)  # a context variable, so it is set for this request only
         return served._replace(engine=served.engine.salted(salt, tenant.payer))
 
-    def _sources(
+    def _chunks(
         self, served: Served, documents: Sequence[Any], texts: Iterable[str]
-    ) -> tuple[front.Source, ...]:
+    ) -> tuple[Chunk, ...]:
         limits = self.config.limits
         if len(documents) > limits.chunks:
             raise ValueError(
                 f"documents: {len(documents):,} were given, at most {limits.chunks:,} are taken"
             )
-        sources = front.read_documents(documents)
-        whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)
+        chunks = front.read_documents(documents)
+        whole = sum(len(chunk.text) + len(chunk.title or "") for chunk in chunks)
         whole += sum(map(len, texts))
         room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.longest)
         if whole > room:
             raise TooLong(f"{whole:,} characters were given, the model reads {room:,} at most")
-        return sources
+        return chunks
 
     def _job(
         self,
-        served: Served,
         body: schemas.Decoding,
         tenant: Tenant,
-        sources: Sequence[front.Source],
+        documents: Sequence[Any],
+        texts: Iterable[str],
         read: Callable[..., Pieces],
     ) -> Job:
+        served = self._served(body, tenant)
+        chunks = self._chunks(served, documents, texts)
         limits, prompts = self.config.limits, served.engine.prompts
         method = front.read_method(body.blocktune or schemas.Extension(), served.method)
         if method.warm_up:
             raise ValueError("blocktune: warm_up is for measurements; leave it out")
-        method = method if sources else build(WITHOUT_CHUNKS)
-        spec, chunks = prompts.spec(method), [source.chunk for source in sources]
+        method = method if chunks else build(WITHOUT_CHUNKS)
+        spec = prompts.spec(method)
         pieces = read(prompts.tokenizer, prompts.format, chunks, block=spec.block)
         if not method.keeps_context:
             pieces = pieces._replace(chunks=())
@@ -264,13 +247,10 @@ class Service:
         sampling = Sampling(body.temperature or 0.0, top_k, top_p, body.seed)
         count, strips = body.n or 1, isinstance(body, schemas.ChatRequest)
         job = Job(
-            served.engine,
-            method=method,
-            pieces=pieces,
+            *(served.engine, tenant, chunks, limits.request_s, method, pieces),
             prompt=prompt if method.history is None else None,
             settings=Settings(new_tokens, sampling, count, body.stops, body.num_logprobs, strips),
-            tenant=tenant.name,
-            timeout_s=limits.request_s,
+            model=served.name,
             strip=bool(body.blocktune and body.blocktune.strip),
             token_bytes=served.token_bytes,
         )

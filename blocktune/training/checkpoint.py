@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,54 +75,50 @@ class AdapterFiles:
         return replace(self, info=info, config={**(config or {}), **self.config})
 
     def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
-        """Writes the trained weights of an unwrapped model: adapter or full model, and links.
+        """Writes the trained weights of an unwrapped model, without links: adapter or full model.
 
         ``state`` has the weights by name if those in ``model`` are sharded over processes.
         """
         if hasattr(model, "peft_config"):
-            names = trained_adapters(model)
             # By default PEFT writes whole embeddings after a resize, not just the trained rows.
-            options = {"save_embedding_layers": False, "selected_adapters": names}
+            options = {"save_embedding_layers": False, "selected_adapters": trained_adapters(model)}
             model.save_pretrained(folder, state_dict=state, **options)
-            lift_adapter(names, folder)
         elif not self.links_only:
             state = model.state_dict() if state is None else state
             kept = {name: w for name, w in state.items() if not name.startswith(links.LINKS_MODULE)}
             model.save_pretrained(folder, state_dict=kept)
-        self.write_links(model, folder, state)
 
-    def write_links(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
-        """Writes the link table, if the model has one."""
+    def complete(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        state: dict[str, Tensor] | None,
+    ) -> None:
+        """Completes an adapter's folder: tokenizer, links, settings, and last ``blocktune.json``.
+
+        A fully trained model is its own base: its folder is both model and adapter.
+        """
+        for name in trained_adapters(model):  # PEFT writes others than "default" one folder below
+            if name != "default" and (folder / name).is_dir():
+                move_entries(folder / name, folder, last=PEFT_FILE)
+        tokenizer.save_pretrained(folder)
         if (table := links.installed_links(model)) is not None:
             own = {f"{links.LINKS_MODULE}.weight": table.weight} if state is None else state
             [weight] = [w for n, w in own.items() if n.endswith(f"{links.LINKS_MODULE}.weight")]
             links.save_links(links.LinkTable.of(weight), folder)
-
-    def write_info(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
-        """Writes settings and ``blocktune.json``, which complete the adapter's folder.
-
-        A fully trained model is its own base: its folder is both model and adapter.
-        """
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
         info = self.info
         if not self.links_only and not hasattr(model, "peft_config"):
-            origin = {**info.training, "started_from": info.base_model}
             info = replace(
                 info,
                 base_model=OWN_WEIGHTS,
                 base_fingerprint=base_fingerprint(model, state),
                 # With added tokens, since the saved tokenizer is now the base's.
                 tokenizer_hash=tokenizer_hash(read_tokenizer(folder)),
-                training=origin,
+                training={**info.training, "started_from": info.base_model},
             )
         info.save(folder)
-
-
-def lift_adapter(names: Sequence[str], folder: Path) -> None:
-    """Moves PEFT's files up to ``folder``; those of adapters with other names than "default"."""
-    for name in names:
-        if name != "default" and (folder / name).is_dir():
-            move_entries(folder / name, folder, last=PEFT_FILE)
 
 
 class SaveLayoutCallback(TrainerCallback):
@@ -138,25 +134,23 @@ class SaveLayoutCallback(TrainerCallback):
         self._has_layout = False  # whether a forward pass of the run had one
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        """Wraps `save_pretrained` of the trainer's model, so that it also writes the files."""
+        """Makes `save_pretrained` of the trainer's model write the files, too."""
         require_reproducible(model)
         collator, tokenizer = self.collator, self.collator.tokenizer
         collator.num_tokens = links.link_base(model)
         fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
-        self._info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
-        files = AdapterFiles(self._info, {"training": settings(args)})
-        save, names, selected = model.save_pretrained, trained_adapters(model), {}
-        if names:
+        info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
+        self._served = {name: info.to_dict()[name] for name in fields}
+        files = AdapterFiles(info, {"training": settings(args)})
+        save, selected = model.save_pretrained, {}
+        if names := trained_adapters(model):
             require_named_base(model)
             selected = {"selected_adapters": names}
 
         def save_pretrained(folder, *rest, **options):
             save(folder, *rest, **(selected | options))
             if options.get("is_main_process", True):
-                lift_adapter(names, Path(folder))
-                tokenizer.save_pretrained(folder)
-                files.write_links(model, Path(folder), options.get("state_dict"))
-                files.write_info(model, Path(folder), options.get("state_dict"))
+                files.complete(model, tokenizer, Path(folder), options.get("state_dict"))
 
         model.save_pretrained = save_pretrained
 
@@ -164,13 +158,13 @@ class SaveLayoutCallback(TrainerCallback):
         """Raises ValueError if the model would ignore the layout, or began with another one."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"  # if it continues
-        before = AdapterInfo.load(checkpoint) if (checkpoint / INFO_FILE).is_file() else self._info
-        for name in ("layout", "format", "scope"):
-            if (old := getattr(before, name)) != (new := getattr(self._info, name)):
+        # A checkpoint keeps the state, so a run that continues brings what it began with.
+        before = state.stateful_callbacks.setdefault("blocktune", self._served)
+        for name, new in self._served.items():
+            if (old := before[name]) != new:
                 raise ValueError(
-                    f"'{checkpoint}' was trained with {name} {old}, now it is {new}; restore it, "
-                    "or train without resume_from_checkpoint"
+                    f"the checkpoint of step {state.global_step} was trained with {name} {old}, "
+                    f"now it is {new}; restore it, or train without resume_from_checkpoint"
                 )
         self._watch = decoder_of(model).register_forward_pre_hook(self._see, with_kwargs=True)
 
@@ -231,12 +225,10 @@ class StagedSaving(Trainer):
         resume.require_same_run(checkpoint, config, self.accelerator.num_processes)
         before, now = AdapterInfo.load(checkpoint), self.files.info
         digest = before.training.get("data_digest")
-        changed = {
-            "training examples": digest not in (None, now.training.get("data_digest")),
-            "base model": before.base_model == now.base_model
-            and before.base_fingerprint != now.base_fingerprint,
-        }
-        for name in (name for name, differs in changed.items() if differs):
+        other_rows = digest not in (None, now.training.get("data_digest"))
+        same_name = before.base_model == now.base_model
+        if other_rows or (same_name and before.base_fingerprint != now.base_fingerprint):
+            name = "training examples" if other_rows else "base model"
             raise ValueError(
                 f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
             )
@@ -297,10 +289,10 @@ class StagedSaving(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         self.files.write_weights(model, folder, state_dict)
-        self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
         steps = self.state.best_global_step if self._best else self.state.global_step
-        self.files.described(steps=steps).write_info(model, folder, state_dict)
+        files = self.files.described(steps=steps)
+        files.complete(model, self.processing_class, folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model

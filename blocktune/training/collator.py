@@ -7,10 +7,11 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,10 +22,11 @@ from blocktune.attention.interface import ATTACHED
 from blocktune.data.example import RagExample
 from blocktune.data.sources.records import LeftOut
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
-from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, pack, stack
-from blocktune.prompt.special_tokens import padding_id
+from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat, lay_out, pack, stack
+from blocktune.prompt.pieces import conversation_pieces, make_pieces
+from blocktune.prompt.special_tokens import padding_id, require_embedded
 from blocktune.registry import require_count, require_share
-from blocktune.training.dataset import PartReader, to_pieces, to_sample
+from blocktune.training.dataset import Sample, name_of, to_pieces, to_sample
 from blocktune.training.order import draw_of
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
 
@@ -66,14 +68,6 @@ MAX_CACHED = 20_000  # rows whose tokens are kept in memory; others are tokenise
 NO_SHARE = -1.0  # stands for the share of a prompt whose fresh rows are not chosen at a layer
 
 
-class LaidOut(NamedTuple):
-    """The rows of one example, those for its teacher, and its share of fresh tokens."""
-
-    prompt: Prompt
-    teacher: Prompt | None
-    share: float
-
-
 @dataclass
 class BlockDataCollator:
     """Lays out examples, packs those that share a row, and pads to the longest row of the batch.
@@ -96,12 +90,6 @@ class BlockDataCollator:
     seed: int = 0  # of all random choices
     epoch: int = 0  # random choices depend on it; `BlockSFTTrainer` sets it
     _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @property
-    def reader(self) -> PartReader:
-        """Tokenises one example."""
-        settings = (self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens)
-        return PartReader(*settings)
 
     @property
     def row_growth(self) -> float:
@@ -128,13 +116,13 @@ class BlockDataCollator:
         if not ATTACHED and get_worker_info() is None:
             _warn_unattached()
         rows = [[self._lay_out(part) for part in self._parts_of(record)] for record in records]
-        batch = self._tensors([laid.prompt for laid in row] for row in rows)
+        batch = self._tensors([prompt for prompt, _, _ in row] for row in rows)
         batch["attention_mask"] = (batch["layout"][..., 0] != Kind.PAD).long()
         if self.has_teacher:
-            teacher = self._tensors([laid.teacher for laid in row] for row in rows)
+            teacher = self._tensors([teacher for _, teacher, _ in row] for row in rows)
             batch |= {f"teacher_{name}": value for name, value in teacher.items()}
         if self.check_layer is not None:
-            shares = [torch.tensor([p.share for p in row], dtype=torch.float64) for row in rows]
+            shares = [torch.tensor([s for _, _, s in row], dtype=torch.float64) for row in rows]
             batch["shares"] = pad_sequence(shares, batch_first=True, padding_value=NO_SHARE)
         return batch
 
@@ -161,7 +149,7 @@ class BlockDataCollator:
             ) from None
         sample = sample._replace(block=self.layout.block)
         name = f"a row ('{sample.example.question:.40}')"
-        part = self.reader(int.from_bytes(key[:4]), sample, name)
+        part = self._read(int.from_bytes(key[:4]), sample, name)
         if self.max_length is not None and part["length"] > self.max_length:
             raise ValueError(
                 f"{name} has {part['length']} tokens, max_length is {self.max_length}; shorten it"
@@ -170,22 +158,62 @@ class BlockDataCollator:
             self._parts[key] = part
         return [part]
 
-    def _lay_out(self, part: Mapping[str, Any]) -> LaidOut:
+    @property
+    def reader(self) -> Callable[[int, Sample], dict[str, Any]]:
+        """Tokenises a sample, given its index, into its part of a dataset row."""
+        return self._read
+
+    def _read(self, index: int, sample: Sample, name: str | None = None) -> dict[str, Any]:
+        """Random choices depend on ``index``; errors call the sample ``name``."""
+        block, spec, fmt = sample.block, self.layout, sample.wording or self.format
+        try:
+            pieces = self._pieces(sample, fmt)
+            plain = self._pieces(sample, fmt.untagged).prefix if self.has_teacher else ()
+            if self.num_tokens is not None:
+                require_embedded(self.tokenizer, self.num_tokens, *pieces.all)
+            if block:
+                spec.link_rows(len(pieces.chunks) - 1)  # raises if the last chunk has none
+        except ValueError as error:
+            raise ValueError(f"{name or name_of(index, sample)}: {error}") from None
+        num_added = spec.num_links + spec.num_headers + spec.num_trailers
+        turns = [{"query": _ids(query), "answer": _ids(reply)} for query, reply in pieces.followups]
+        return {
+            "prefix": _ids(pieces.prefix),
+            "chunks": [_ids(chunk) for chunk in pieces.chunks],
+            "query": _ids(pieces.query),
+            "answer": _ids(pieces.answer),
+            "followups": turns,
+            "teacher_prefix": _ids(plain),
+            "block": block,
+            "index": index,
+            "length": pieces.num_tokens + (num_added * len(pieces.chunks) if block else 0),
+        }
+
+    def _pieces(self, sample: Sample, fmt: PromptFormat) -> Pieces:
+        example, block = sample.example, sample.block
+        if sample.turns and not block and example.conversation:
+            messages = example.conversation
+            return conversation_pieces(self.tokenizer, fmt, messages, example.target)
+        fields = example.chunks, example.question, example.target, block, example.followups
+        return make_pieces(self.tokenizer, fmt, *fields)
+
+    def _lay_out(self, part: Mapping[str, Any]) -> tuple[Prompt, Prompt | None, float]:
+        """The rows of one example, those for its teacher, and its share of fresh tokens."""
         pieces, teacher = to_pieces(part), None
         if self.has_teacher:
             plain = pieces._replace(prefix=tuple(part["teacher_prefix"]))
             teacher = lay_out(plain, FULL_ATTENTION)
         if not part["block"]:
-            return LaidOut(lay_out(pieces, FULL_ATTENTION), teacher, NO_SHARE)
+            return lay_out(pieces, FULL_ATTENTION), teacher, NO_SHARE
         draw = draw_of(self.seed, self.epoch, part["index"], part["block"])
         prompt = lay_out(pieces, self.layout, self.link_base)
         prompt = Prompt(prompt.input_ids, self.augmentation.vary(prompt.layout, draw))
         if self.sampler is None:
-            return LaidOut(prompt, teacher, NO_SHARE)
+            return prompt, teacher, NO_SHARE
         share = draw.uniform(self.sampler.low, self.sampler.high)
         chosen = self.sampler.selector(share, draw).start(prompt.layout)
         until = FOREVER if self.check_layer is None else self.check_layer
-        return LaidOut(with_fresh_rows(prompt, chosen, until), teacher, share)
+        return with_fresh_rows(prompt, chosen, until), teacher, share
 
     def _tensors(self, rows: Sequence[list[Prompt]]) -> dict[str, Tensor]:
         joined = [row[0] if len(row) == 1 else pack(row) for row in rows]
@@ -193,6 +221,11 @@ class BlockDataCollator:
         batch = stack(joined, pad_id, multiple=self.row_multiple)
         layout = batch.layout.pack()
         return {"input_ids": batch.input_ids, "labels": batch.labels, "layout": layout}
+
+
+def _ids(ids: Sequence[int]) -> np.ndarray:
+    """An array of 4 bytes per token; Python ints take ten times as much."""
+    return np.array(ids, dtype=np.int32)
 
 
 @functools.cache

@@ -8,11 +8,10 @@ from __future__ import annotations
 import bisect
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
@@ -20,9 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.example import FIELDS, RagExample, own_wording, plain
 from blocktune.data.sources.catalog import data_sets_of
 from blocktune.data.sources.shapes import SHAPES
-from blocktune.prompt import LayoutSpec, Pieces, PromptFormat
-from blocktune.prompt.pieces import conversation_pieces, make_pieces
-from blocktune.prompt.special_tokens import require_embedded
+from blocktune.prompt import Pieces, PromptFormat
 
 IDS = ListOf(Value("int32"))
 PART = {
@@ -116,7 +113,7 @@ def in_modes(
 
 def prepare(
     samples: Sequence[Sample],
-    read: PartReader,
+    read: Callable[[int, Sample], dict[str, Any]],
     *,
     limit: int,
     drop_long: bool = False,
@@ -128,7 +125,7 @@ def prepare(
 
     Args:
         samples: Examples and their modes.
-        read: Tokenises an example.
+        read: Tokenises an example, given its index: `BlockDataCollator.reader`.
         limit: Most tokens of an example, learned ones included, and most positions.
         drop_long: Drop longer examples instead of raising an error.
         pack_length: Most tokens of a packed row; None does not pack.
@@ -150,8 +147,8 @@ def prepare(
         else:
             gap_note = f" less {gaps} for position_jitter" if gaps else ""
             raise ValueError(
-                f"{_name(index, sample)} has {part['length']} tokens, the limit is {longest} (the "
-                f"smallest of pack_length, max_length and the model's own limit{gap_note}); "
+                f"{name_of(index, sample)} has {part['length']} tokens, the limit is {longest} "
+                f"(the smallest of pack_length, max_length and the model's own limit{gap_note}); "
                 "shorten it or set long_examples: drop"
             )
     if not parts:
@@ -167,9 +164,15 @@ def prepare(
 
 
 def _columns(rows: list[list[dict[str, Any]]]) -> Dataset:
-    starts = range(0, len(rows), ROWS_AT_A_TIME)
-    columns = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
-    return concatenate_datasets([Dataset.from_list(c, features=FEATURES) for c in columns])
+    tables = []
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        records = []
+        for row in rows[start : start + ROWS_AT_A_TIME]:
+            answers = sum(len(turn["answer"]) for p in row for turn in (p, *p["followups"]))
+            length = sum(part["length"] for part in row)
+            records.append({"parts": row, "length": length, "answer_length": answers})
+        tables.append(Dataset.from_list(records, features=FEATURES))
+    return concatenate_datasets(tables)
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
@@ -198,57 +201,6 @@ def to_pieces(part: dict[str, Any]) -> Pieces:
     return Pieces(tuple(part["prefix"]), chunks, tuple(part["query"]), tuple(part["answer"]), turns)
 
 
-@dataclass
-class PartReader:
-    """Tokenises a sample into its part of a dataset row."""
-
-    tokenizer: PreTrainedTokenizerBase
-    fmt: PromptFormat  # for samples that have no format of their own
-    spec: LayoutSpec  # the block layout, which has the number of learned tokens
-    has_teacher: bool = False  # also keep the teacher's prefix, which has no mode tag
-    num_tokens: int | None = None  # rows of the model's embedding; larger token ids are refused
-
-    def __call__(self, index: int, sample: Sample, name: str | None = None) -> dict[str, Any]:
-        """Returns the part. Random choices depend on ``index``; errors use ``name`` instead."""
-        block, fmt = sample.block, sample.wording or self.fmt
-        target = sample.example.target
-        try:
-            pieces = self._pieces(sample, fmt, target)
-            plain = self._pieces(sample, fmt.untagged, target).prefix if self.has_teacher else ()
-            if self.num_tokens is not None:
-                require_embedded(self.tokenizer, self.num_tokens, *pieces.all)
-            if block:
-                self.spec.link_rows(len(pieces.chunks) - 1)  # raises if the last chunk has none
-        except ValueError as error:
-            raise ValueError(f"{name or _name(index, sample)}: {error}") from None
-        num_added = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
-        return {
-            "prefix": _ids(pieces.prefix),
-            "chunks": [_ids(chunk) for chunk in pieces.chunks],
-            "query": _ids(pieces.query),
-            "answer": _ids(pieces.answer),
-            "followups": [
-                {"query": _ids(query), "answer": _ids(answer)} for query, answer in pieces.followups
-            ],
-            "teacher_prefix": _ids(plain),
-            "block": block,
-            "index": index,
-            "length": pieces.num_tokens + (num_added * len(pieces.chunks) if block else 0),
-        }
-
-    def _pieces(self, sample: Sample, fmt: PromptFormat, target: str) -> Pieces:
-        example, block = sample.example, sample.block
-        if sample.turns and not block and example.conversation:
-            return conversation_pieces(self.tokenizer, fmt, example.conversation, target)
-        fields = example.chunks, example.question, target, block, example.followups
-        return make_pieces(self.tokenizer, fmt, *fields)
-
-
-def _ids(ids: Sequence[int]) -> np.ndarray:
-    """An array of 4 bytes per token; Python ints take ten times as much."""
-    return np.array(ids, dtype=np.int32)
-
-
 def _digest(parts: Sequence[dict[str, Any]]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -259,7 +211,8 @@ def _digest(parts: Sequence[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def _name(index: int, sample: Sample) -> str:
+def name_of(index: int, sample: Sample) -> str:
+    """What errors call an example."""
     return f"example {index} ('{sample.example.id or sample.example.question:.40}')"
 
 
@@ -267,10 +220,3 @@ def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
     removed = [part["answer"], *(ids for turn in part["followups"] for ids in turn.values())]
     length = part["length"] - sum(map(len, removed))
     return part | {"answer": [], "followups": [], "length": length}
-
-
-def _record(row: list[dict[str, Any]]) -> dict[str, Any]:
-    turns = [turn for part in row for turn in (part, *part["followups"])]
-    answers = sum(len(turn["answer"]) for turn in turns)
-    length = sum(part["length"] for part in row)
-    return {"parts": row, "length": length, "answer_length": answers}

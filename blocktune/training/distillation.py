@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +26,16 @@ from blocktune.training.config import ObjectiveOptions
 EPSILON = 1e-9
 
 
-class TeacherProbs(NamedTuple):
-    """The teacher's next-token distributions on the answer rows.
-
-    ``log_probs`` ``(T, k)`` float32 belong to the token ids ``tokens`` ``(T, k)``. If ``tokens`` is
-    None, they are ``(T, V)`` for the whole vocabulary.
-    """
-
-    tokens: Tensor | None
-    log_probs: Tensor
+TeacherProbs = tuple[Tensor, Tensor | None]
+"""Log-probabilities ``(T, k)`` float32 of token ids ``(T, k)``; None: of the whole vocabulary."""
 
 
 def teacher_probs(logits: Tensor, temperature: float, top_k: int | None) -> TeacherProbs:
     """Distributions of logits ``(T, V)``, reduced to the ``top_k`` most likely tokens if set."""
     log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_k is None or top_k >= log_probs.shape[-1]:
-        return TeacherProbs(None, log_probs)
-    top = log_probs.topk(top_k, dim=-1)
-    return TeacherProbs(top.indices, top.values)
+        return log_probs, None
+    return log_probs.topk(top_k, dim=-1)
 
 
 def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Tensor:
@@ -52,12 +44,10 @@ def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Te
     With a top-k teacher all other tokens form one event. ``student`` are logits ``(T, V)``. The
     result is scaled by the square of the ``temperature`` (Hinton et al., 2015).
     """
+    log_p, tokens = teacher
     log_q = torch.log_softmax(student.float() / temperature, dim=-1)
-    if teacher.tokens is not None:
-        log_q = _with_rest(log_q.gather(-1, teacher.tokens))
-        log_p = _with_rest(teacher.log_probs)
-    else:
-        log_p = teacher.log_probs
+    if tokens is not None:
+        log_q, log_p = _with_rest(log_q.gather(-1, tokens)), _with_rest(log_p)
     return (log_p.exp() * (log_p - log_q)).sum() * temperature**2
 
 
@@ -98,9 +88,8 @@ def find_teacher(
 ) -> Teacher | None:
     """The teacher of a run, or None without distillation.
 
-    ``base_is_kept``: the model without its adapter is the base, also after training.
-
-    Raises ValueError if the teacher cannot be found, or does not fit the student.
+    ``base_is_kept``: the model without its adapter is the base, also after training. Raises
+    ValueError if the teacher cannot be found, or does not fit the student.
     """
     if not options.has_teacher:
         return None
@@ -151,13 +140,17 @@ def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
     }
 
 
+States = dict[int, tuple[Tensor, ...]]
+"""States to match, by layer: hidden ``(rows, hidden)``, or keys and values ``(rows, K, D)``."""
+
+
 class Recorder:
-    """An attention plan that records the keys and values ``(rows, K, D)`` of some rows."""
+    """An attention plan that records the keys and values of some rows."""
 
     def __init__(self, plan: Plan, rows: Tensor):
         """Records the rows ``(B, S)`` bool in every layer, while ``plan`` attends over all."""
         self.plan, self.rows = plan, rows
-        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: States = {}
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`."""
@@ -187,35 +180,24 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(-1) / norm.clamp(min=EPSILON)
 
 
-def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpec) -> Tensor:
-    """Relative error of the student's keys and values, mean over layers: ``(rows,)``.
+def state_errors(student: States, teacher: States, shift: Tensor, rope: RopeSpec | None) -> Tensor:
+    """Relative error of the student's states of some rows, mean over layers and kinds: ``(rows,)``.
 
-    Both recorders hold the same rows in the same order. ``shift`` ``(rows,)`` is the distance from
-    a row's position to its position for the teacher; the student's keys are moved by it first.
-    Raises ValueError if no gradient can reach the student's states.
+    With ``rope`` they are keys and values, and the student's keys are first moved by ``shift``
+    ``(rows,)``, the distance from a row's position to its position for the teacher. Raises
+    ValueError if no gradient can reach the student's states.
     """
-    if torch.is_grad_enabled() and not any(k.requires_grad for k, _ in student.states.values()):
+    if torch.is_grad_enabled() and not any(own[0].requires_grad for own in student.values()):
         raise ValueError(
             "distill_states 'kv' gets no gradient under re-entrant activation checkpointing; set "
             "gradient_checkpointing_kwargs: {use_reentrant: false}, or distill_states: hidden"
         )
-    errors = []
-    for layer, (keys, values) in student.states.items():
-        other_keys, other_values = teacher.states[layer]
-        form = rope.layers[layer].of_keys(keys.shape[-1])
-        moved = relocate_keys(keys.transpose(0, 1)[None], shift[None], form)[0].transpose(0, 1)
-        errors.append(relative_error(moved, other_keys))
-        errors.append(relative_error(values, other_values))
+    errors: list[Tensor] = []
+    for layer, own in student.items():
+        if rope is not None:
+            keys, values = own
+            form = rope.layers[layer].of_keys(keys.shape[-1])
+            keys = relocate_keys(keys.transpose(0, 1)[None], shift[None], form)[0].transpose(0, 1)
+            own = keys, values
+        errors += map(relative_error, own, teacher[layer])
     return torch.stack(errors).mean(0)
-
-
-def hidden_errors(
-    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], own: Tensor, other: Tensor
-) -> Tensor:
-    """Relative error of the student's hidden states, mean over layers: ``(rows,)``.
-
-    ``student`` and ``teacher`` are the models' ``output_hidden_states``, of which embeddings are
-    left out. ``own`` and ``other`` mark the same rows in their layouts, ``(B, S)`` bool.
-    """
-    pairs = zip(student[1:], teacher[1:], strict=True)
-    return torch.stack([relative_error(a[own], b[other]) for a, b in pairs]).mean(0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,9 +21,12 @@ from blocktune.data.sources.catalog import is_test_split
 
 
 def say(line: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line, once for all processes; if the pipe is closed (``| head``), no more."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # a run must not end for this
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def launch_name(accelerator: Accelerator) -> str:
@@ -36,8 +39,9 @@ def launch_name(accelerator: Accelerator) -> str:
     return kind.value
 
 
-def refuse_missing_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker of ``report_to`` that is unknown or not installed."""
+def refuse_late_failures(args: SFTConfig) -> None:
+    """Raises ValueError for trackers and a schedule that would fail once the model is loaded."""
+    names = args.report_to
     for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=True):
         try:
             callback()
@@ -46,10 +50,6 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
                 f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
                 "report_to: none"
             ) from None
-
-
-def refuse_schedule(args: SFTConfig) -> None:
-    """Raises ValueError for a learning rate schedule that lacks settings, or gets wrong ones."""
     kind, given = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {})
     optimizer = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
     try:
@@ -69,8 +69,10 @@ def refuse_test(source: str, split: str | None = None) -> None:
         )
 
 
-def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
-    """Raises ValueError if there is evaluation data but no evaluation, or the reverse."""
+def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) -> None:
+    """Raises ValueError for settings that exclude each other; ``source`` is for evaluation."""
+    if not choice.model_name_or_path:
+        raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
     evaluates = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
     if source and not evaluates:
         raise ValueError(
@@ -79,12 +81,6 @@ def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
         )
     if evaluates and not source:
         raise ValueError("evaluation needs questions; name their source in eval_data")
-
-
-def refuse_settings(args: SFTConfig, choice: ModelConfig) -> None:
-    """Raises ValueError for settings of the base that exclude each other."""
-    if not choice.model_name_or_path:
-        raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if args.freeze_base and quantised:
         raise ValueError(
@@ -113,21 +109,18 @@ def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_parallelism(accelerator: Accelerator) -> None:
-    """Raises ValueError for context or sequence parallelism, which ignore the layout's mask."""
+def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
+    """Raises ValueError for a launch that would train otherwise than it was asked to.
+
+    Context and sequence parallelism ignore the layout's mask. Processes that do not train together
+    would overwrite each other's files.
+    """
     for kind in ("cp", "sp"):
         if getattr(accelerator.parallelism_config, f"{kind}_enabled", False):
             raise ValueError(
                 f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
                 f"set {kind}_size to 1"
             )
-
-
-def refuse_lost_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
-    """Raises ValueError if the requested processes, DeepSpeed or FSDP are not used.
-
-    Such a run would train without an error, and its processes would overwrite each other's files.
-    """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(

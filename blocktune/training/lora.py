@@ -16,7 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from blocktune.adapter import scope_adapter
 from blocktune.adapter.load import require_kind
 from blocktune.adapter.scope import INITS
-from blocktune.links import add_link_tokens, install_links, link_base, new_links
+from blocktune.links import (
+    add_link_tokens,
+    install_links,
+    installed_links,
+    link_base,
+    links_to_train,
+)
 from blocktune.models.load import read_config
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
@@ -30,8 +36,9 @@ def make_trainable(
 ) -> PreTrainedModel:
     """Adds learned tokens and an adapter to a base, and freezes the rest.
 
-    A PEFT model keeps its adapter. With ``link_mode: added_tokens`` the learned tokens are added to
-    the tokenizer too. Raises ValueError if nothing would be trained, or settings are incompatible.
+    A PEFT model keeps its adapter, and a link table its rows. With ``link_mode: added_tokens`` the
+    learned tokens are added to the tokenizer too. Raises ValueError if nothing would be trained, or
+    settings are incompatible.
     """
     learned, added = args.layout.num_learned, range(0)
     is_wrapped = hasattr(model, "peft_config")
@@ -46,15 +53,17 @@ def make_trainable(
             raise ValueError("link_mode 'added_tokens' needs the bare model; pass peft_config too")
         added = add_link_tokens(model, tokenizer, learned, args.seed)
     has_table = learned and args.link_mode == "table"
-    table = new_links(model, learned, args.seed) if has_table else None
+    table = links_to_train(model, learned, args.seed) if has_table else None
     if args.freeze_base:
         model.requires_grad_(False)
     elif peft_config is not None:
         model = _wrap(model, args, copy.deepcopy(peft_config), added)
     require_reproducible(model)
     scope_adapter(model, args.scope)
-    if table is not None:
+    if table is not None and installed_links(model) is None:
         install_links(model, table)
+    if table is not None:
+        table.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing to train; set use_peft: true, or links with freeze_base")
     return model
@@ -66,8 +75,13 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
     require_kind(peft_config)
     if added:
         _train_rows(peft_config, model, added)
-    leave_out_routers(peft_config, model)
-    add_in_product(peft_config, model)
+    # Routers of Llama 4 and Phi MoE are linear layers that return more than a product.
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    routers = [name for name, m in linear if type(m).__name__.endswith("Router")]
+    if routers and getattr(peft_config, "target_modules", None) == "all-linear":
+        peft_config.exclude_modules = [*(peft_config.exclude_modules or ()), *routers]
+    if isinstance(peft_config, LoraConfig) and quantization_of(model) is None:
+        peft_config._register_custom_module({nn.Linear: AddedLora})
     set_seed(args.seed)  # for LoRA's random A matrices; the Trainer sets its seed later
     try:
         return get_peft_model(model, peft_config)
@@ -129,26 +143,12 @@ def trained_adapters(model: nn.Module) -> list[str]:
     return list(model.active_adapters) if hasattr(model, "peft_config") else []
 
 
-def leave_out_routers(config: PeftConfig, model: nn.Module) -> None:
-    """Excludes the routers of Llama 4 and Phi MoE: linear layers that return more than a product.
-
-    PEFT's "all-linear" would wrap them, and fail in the first step.
-    """
-    routers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")
-    ]
-    if routers and getattr(config, "target_modules", None) == "all-linear":
-        config.exclude_modules = [*(config.exclude_modules or ()), *routers]
-
-
 class AddedLora(Linear):
     """PEFT's LoRA layer with the same results and less memory traffic.
 
-    PEFT scales the product of A and B and adds it to the output. That writes and reads two tensors
-    as large as the output, and their gradients. Here the product adds to the output, for one plain
-    LoRA adapter with unsharded weights in one precision. All else is left to PEFT.
+    PEFT scales the product of A and B and adds it to the output: two more tensors as large as the
+    output, and their gradients. Here the product adds to the output, for one plain adapter with
+    unsharded weights in one precision. All else is left to PEFT.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -180,19 +180,12 @@ class AddedLora(Linear):
         return name if plain and whole and not hasattr(second.weight, "placements") else None
 
 
-def add_in_product(config: Any, model: nn.Module) -> None:
-    """Makes LoRA use `AddedLora` for linear layers; a quantised base keeps PEFT's own classes."""
-    if isinstance(config, LoraConfig) and quantization_of(model) is None:
-        config._register_custom_module({nn.Linear: AddedLora})
-
-
 @contextmanager
 def precision_kept(model: nn.Module) -> Iterator[None]:
     """Restores values and dtype of trainable weights after the block, on their current device.
 
-    With a quantised base, TRL rounds trainable weights (also link rows) to bfloat16. Updates below
-    1/256 of a weight would be lost, and serving, which reads float32 adapters, would differ as
-    much. QLoRA (arXiv:2305.14314) means bfloat16 products, which autocast makes from float32.
+    With a quantised base, TRL rounds them to bfloat16, which would lose updates below 1/256 of a
+    weight. QLoRA (arXiv:2305.14314) means bfloat16 products, which autocast makes from float32.
     """
     kept = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     yield

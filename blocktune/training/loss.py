@@ -16,11 +16,11 @@ from blocktune.prompt import IGNORED, Batch
 from blocktune.training.config import ObjectiveOptions
 from blocktune.training.distillation import (
     Recorder,
+    States,
     Teacher,
     divergence,
-    hidden_errors,
-    kv_errors,
     row_weights,
+    state_errors,
     teacher_probs,
 )
 
@@ -50,7 +50,7 @@ class AnswerRows(NamedTuple):
 
     logits: Tensor  # ``(T, V)``, T answer tokens
     targets: Tensor  # the tokens, ``(T,)``
-    hidden: tuple[Tensor, ...] | None = None  # each layer's ``(B, S, hidden)``, if asked for
+    hidden: tuple[Tensor, ...] = ()  # embeddings and each layer's ``(B, S, hidden)``, if asked for
 
     def sums(self, layout: Layout) -> Sums:
         """Sums the cross-entropy and accuracy of a batch; nothing from a teacher."""
@@ -82,7 +82,7 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
         )
     targets = targets[:, keep]
     is_answer = targets != IGNORED
-    states = output.hidden_states if hidden else None
+    states = output.hidden_states if hidden else ()
     return AnswerRows(output.logits[is_answer], targets[is_answer], states)
 
 
@@ -114,27 +114,23 @@ class Objective:
         total = (1 - weight) * answers.total + weight * kl
         error = torch.zeros_like(total)
         if options.matches_states:
-            error = self._error(student, teacher_batch, states, teacher_states)
+            own, other = (b.layout.kind == Kind.QUERY for b in (student, teacher_batch))
+            shift = teacher_batch.layout.position[other] - student.layout.position[own]
+            rope = self.rope if options.distill_states == "kv" else None
+            errors = state_errors(states, teacher_states, shift, rope)
+            error = (errors * row_weights(student.layout, student.labels, own)).sum()
             total = total + options.distill_states_weight * error
         return answers._replace(total=total, divergence=kl.detach(), states=error.detach())
 
-    def _run(self, model: nn.Module, batch: Batch) -> tuple[AnswerRows, Any]:
-        """A model's outputs, and the states to match: a `Recorder`, hidden states or None."""
-        plan = make_plan(self.execution, batch.layout)
+    def _run(self, model: nn.Module, batch: Batch) -> tuple[AnswerRows, States]:
+        """A model's outputs, and the states of the question's rows that are to match."""
+        plan, rows = make_plan(self.execution, batch.layout), batch.layout.kind == Kind.QUERY
         if self.options.distill_states == "kv":
-            plan = Recorder(plan, batch.layout.kind == Kind.QUERY)
-            return answer_rows(model, batch, plan), plan
+            plan = Recorder(plan, rows)
+            return answer_rows(model, batch, plan), plan.states
         output = answer_rows(model, batch, plan, self.options.distill_states == "hidden")
-        return output, output.hidden
-
-    def _error(self, batch: Batch, teacher_batch: Batch, states: Any, teacher_states: Any):
-        own, other = (b.layout.kind == Kind.QUERY for b in (batch, teacher_batch))
-        if self.options.distill_states == "hidden":
-            errors = hidden_errors(states, teacher_states, own, other)
-        else:
-            shift = teacher_batch.layout.position[other] - batch.layout.position[own]
-            errors = kv_errors(states, teacher_states, shift, self.rope)
-        return (errors * row_weights(batch.layout, batch.labels, own)).sum()
+        # The first are the embeddings.
+        return output, {i: (h[rows],) for i, h in enumerate(output.hidden[1:])}
 
 
 def batch_of(inputs: dict[str, Tensor], prefix: str = "") -> Batch:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import sys
 import time
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple
@@ -17,11 +15,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.adapter.scope import SCOPED_ROWS
+from blocktune.attention.kernels import FEW_SCORES
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import whole_shape
 from blocktune.models.small import config_value
 from blocktune.tables import Table, written
+from blocktune.training.launch_checks import say
 
 ADAM_BYTES = 8  # two float32 moments per trainable parameter
 HIDDEN_COPIES, FFN_COPIES = 12, 4
@@ -31,6 +31,8 @@ NORMS = 2
 """Norms of a layer, whose inputs are kept in float32, too, if the layer computes in less."""
 LOGIT_BYTES = 12
 """Per answer row and vocabulary entry: logits, their log-softmax and its gradient, in float32."""
+SCORE_BYTES = 6
+"""Per attention score that is kept on a CPU: its weight in float32, and in bfloat16."""
 EFFICIENCY = 0.4  # share of the measured matmul rate that a training step is expected to reach
 
 
@@ -52,8 +54,8 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     # By shape, not by storage: a 4-bit weight is stored in half a byte.
-    matmul = sum(m.in_features * m.out_features for m in linear)
-    trained = sum(m.in_features * m.out_features for m in linear if m.weight.requires_grad)
+    sizes = [(m.in_features * m.out_features, m.weight.requires_grad) for m in linear]
+    matmul, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
     weights = [(p, math.prod(whole_shape(p))) for p in model.parameters()]
     experts = [shape for p, _ in weights if len(shape := whole_shape(p)) == 3]
     active = getattr(config, "num_experts_per_tok", None) or 1
@@ -75,23 +77,30 @@ def row_flops(size: Size, has_teacher: bool) -> float:
 
 
 def peak_bytes(
-    size: Size, rows: float, answer_rows: int, checkpointing: bool, mask_cells: float = 0.0
+    size: Size,
+    rows: float,
+    logits: float,
+    checkpointing: bool,
+    mask_cells: float = 0.0,
+    scores: float = 0.0,
 ) -> float:
     """Expected peak memory of an unsharded process: weights, gradients, Adam, activations, masks.
 
-    ``rows`` is the size of the largest batch with padding; ``answer_rows`` of them get logits. With
-    activation ``checkpointing`` only the input of each layer is kept, and one layer in full.
+    ``rows`` is the size of the largest batch with padding, ``logits`` the bytes of the logits per
+    vocabulary entry, ``scores`` the attention scores that a layer keeps. With activation
+    ``checkpointing`` only the input of each layer is kept, and one layer in full.
     """
     config, layers = size.config, size.config.num_hidden_layers
     ffn = config_value(config, "moe_intermediate_size", "intermediate_size")
     ffn = max(ffn) if isinstance(ffn, list) else ffn or 4 * config.hidden_size
-    layer = (HIDDEN_COPIES * config.hidden_size + FFN_COPIES * ffn) * size.state_bytes
+    row = (HIDDEN_COPIES * config.hidden_size + FFN_COPIES * ffn) * size.state_bytes
     if size.state_bytes < 4:
-        layer += NORMS * config.hidden_size * 4
-    inputs = layers * config.hidden_size * size.state_bytes
+        row += NORMS * config.hidden_size * 4
+    layer = rows * row + scores * SCORE_BYTES
+    inputs = rows * layers * config.hidden_size * size.state_bytes
     kept = inputs + layer if checkpointing else layers * layer
-    states = rows * kept + mask_cells * size.state_bytes
-    return size.fixed_bytes + states + answer_rows * config.vocab_size * LOGIT_BYTES
+    masks = mask_cells * size.state_bytes
+    return size.fixed_bytes + kept + masks + logits * config.vocab_size
 
 
 @torch.no_grad()
@@ -207,13 +216,29 @@ def _evaluation(trainer: Trainer) -> str | None:
 
 def expected_peak(trainer: Trainer) -> float:
     """`peak_bytes` for the largest possible batch of a trainer."""
-    args, data = trainer.args, trainer.train_dataset
-    width = max(data["length"]) * trainer.collator.row_growth
-    rows = width * args.per_device_train_batch_size
-    answers = max(data["answer_length"]) * args.per_device_train_batch_size
+    args, data, size = trainer.args, trainer.train_dataset, trainer.size
+    batch, lengths = args.per_device_train_batch_size, data["length"]
+    growth = trainer.collator.row_growth
+    width = max(lengths) * growth
+    answers = batch * max(data["answer_length"])
+    losses = 1 if trainer.objective.teacher is None else 2
+    # The model computes logits where any row of the batch has an answer; they get a gradient.
+    logits = losses * answers * LOGIT_BYTES + 2 * size.state_bytes * batch * min(answers, width)
     # Upper bound: a mask of all rows by all rows, or the limit of the mask cache.
-    masks = min(rows * width, KEPT_CELLS) if args.attention_execution == "split" else 0
-    return peak_bytes(trainer.size, rows, answers, args.gradient_checkpointing, masks)
+    masks = min(batch * width**2, KEPT_CELLS) if args.attention_execution == "split" else 0
+    scores = 0.0
+    if args.device.type == "cpu" and size.state_bytes == 2:  # see `kernels.FEW_SCORES`
+        heads, parts = size.config.num_attention_heads, data[lengths.index(max(lengths))]["parts"]
+        scores = batch * growth * sum(_scores(part, heads) for part in parts)
+    return peak_bytes(size, batch * width, logits, args.gradient_checkpointing, masks, scores)
+
+
+def _scores(part: dict[str, Any], heads: int) -> float:
+    """Attention scores of an example: prefix and chunks by themselves, other rows over all."""
+    length = part["length"]
+    own = [len(piece) for piece in (part["prefix"], *part["chunks"])] if part["block"] else [length]
+    cells = [*(count**2 for count in own), (length - sum(own)) * length]
+    return sum(heads * count for count in cells if heads * count <= FEW_SCORES)
 
 
 def describe_layout(args, block_share: float) -> str:
@@ -275,20 +300,6 @@ def print_options(console: Console | None = None) -> None:
         Table(headings, rows, title, left=headings).show(console)
 
 
-class SteadyConsole(Console):
-    """A console that stops printing when its pipe is closed (``blocktune train ... | head``).
-
-    Rich would raise ``SystemExit``, and the run would end early without an error or an adapter.
-    """
-
-    def on_broken_pipe(self) -> None:
-        """Discards all further output."""
-        self.quiet = True
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, sys.stdout.fileno())
-        os.close(devnull)
-
-
 def duration(seconds: float) -> str:
     """A duration as text in seconds, minutes or hours."""
     if seconds < 90:
@@ -299,19 +310,16 @@ def duration(seconds: float) -> str:
 class LogLines(TrainerCallback):
     """Prints a line per log: step, loss, accuracy, learning rate, speed, and time left."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or SteadyConsole()
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Prints the logged values, on the main process."""
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            self.console.print(_line(state, logs), highlight=False, soft_wrap=True)
+            say(_line(state, logs))
         elif "eval_loss" in logs:
-            self.console.print(f"evaluation loss {logs['eval_loss']:.4f}", highlight=False)
+            say(f"evaluation loss {logs['eval_loss']:.4f}")
         elif "train_runtime" in logs:
-            self.console.print(f"trained in {logs['train_runtime']:.1f} s", highlight=False)
+            say(f"trained in {logs['train_runtime']:.1f} s")
 
 
 def _line(state, logs) -> str:
@@ -329,7 +337,6 @@ def _line(state, logs) -> str:
     return "  ".join(words)
 
 
-def print_plan(plan: dict[str, str], console: Console | None = None) -> None:
+def print_plan(plan: dict[str, str]) -> None:
     """Prints the plan, a line for each property."""
-    lines = ["training plan", *(f"  {name:15}  {text}" for name, text in plan.items())]
-    (console or SteadyConsole()).print("\n".join(lines), markup=False, soft_wrap=True)
+    say("\n".join(["training plan", *(f"  {name:15}  {text}" for name, text in plan.items())]))

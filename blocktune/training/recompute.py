@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -52,16 +53,17 @@ class RecomputeSampler:
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
         """Builds a sampler from text such as ``deviation check_layer=2 by=values``."""
         name, *words = text.split() or [""]
-        pairs = [word.partition("=") for word in words]
-        for word, (key, equals, value) in zip(words, pairs, strict=True):
-            if not (key and equals and value):
+        parameters = {}
+        for word in words:
+            key, _, value = word.partition("=")
+            if not (key and value):
                 raise ValueError(f"recompute must be a selector and KEY=VALUE pairs, got '{text}'")
             if key in _BUDGETS:
                 raise ValueError(
                     f"recompute: '{word}' has no effect, since recompute_min and recompute_max set "
                     "how many tokens are chosen; leave it out"
                 )
-        parameters = {key: parse_yaml(value, f"recompute {key}") for key, _, value in pairs}
+            parameters[key] = parse_yaml(value, f"recompute {key}")
         return cls(SELECTORS.build(name, **parameters), low, high)
 
     def selector(self, share: float, draw: random.Random | None = None) -> Selection:
@@ -120,47 +122,36 @@ class _Probe:
 
 
 @torch.no_grad()
-def states_at(
+def narrowed(
     model: nn.Module,
-    input_ids: Tensor,
-    layout: Layout,
-    layer: int,
-    execution: str,
+    inputs: Mapping[str, Tensor],
+    sampler: RecomputeSampler,
     rope: RopeSpec,
+    execution: str,
     stop: bool = True,
-) -> LayerKV:
-    """Computes what a layer (0-based) is compared by, ``(B, K, S, D)``, for all rows ``(B, S)``.
+) -> Layout:
+    """The layout of a collated batch, in which only the chosen fresh rows stay in all layers.
 
-    These are the states that the model caches, as `compared` has them for its ``rope``. With
-    ``stop``, later layers are not run, which would leave sharded parameters gathered.
+    Up to the sampler's layer, every eligible token has a fresh row. There the selector chooses, by
+    what the model caches of fresh and original rows. ``shares`` of the ``inputs`` ``(B, prompts)``
+    is negative for packed prompts without a choice. With ``stop``, later layers are not run, which
+    would leave sharded parameters gathered.
     """
+    layout = Layout.unpack(inputs["layout"])
+    num_layers = model.config.get_text_config().num_hidden_layers
+    layer = sampler.check_layer(num_layers)
     plan, cache = make_plan(execution, layout), DynamicCache()
     plan = _Probe(plan, layer) if stop else plan
     with suppress(_ProbeDone):
-        planned_forward(model, input_ids, layout.position, plan, cache, logits_to_keep=1)
-    states = LayerKV(cache.layers[layer].keys, cache.layers[layer].values)
-    return compared(states, rope.layers[layer])
-
-
-def narrowed(
-    layout: Layout,
-    states: LayerKV,
-    layer: int,
-    num_layers: int,
-    sampler: RecomputeSampler,
-    shares: Tensor,
-) -> Layout:
-    """Keeps the chosen fresh rows in all layers; the others end at ``layer``.
-
-    In the given layout ``(B, S)`` every eligible token has a fresh row that ends at ``layer``. The
-    selector of ``sampler`` chooses among them by the ``states`` of all rows at that layer.
-    ``shares`` ``(B, prompts)`` is negative for packed prompts without a choice.
-    """
+        ids = inputs["input_ids"]
+        planned_forward(model, ids, layout.position, plan, cache, logits_to_keep=1)
+    cached = LayerKV(cache.layers[layer].keys, cache.layers[layer].values)
+    states = compared(cached, rope.layers[layer])
     until = layout.until.clone()
-    for row, sample in (shares >= 0).nonzero().tolist():
+    for row, sample in (inputs["shares"] >= 0).nonzero().tolist():
         check, fresh = _check(layout, states, layer, num_layers, row, sample)
         if len(fresh):
-            selection = sampler.selector(float(shares[row, sample]))
+            selection = sampler.selector(float(inputs["shares"][row, sample]))
             until[row, fresh[selection.refine(check)[0]]] = FOREVER
     return replace(layout, until=until)
 

@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
         hint = f"did you mean '{close[0]}'?" if close else "see blocktune train --help-all"
         raise ValueError(f"unknown key or option '{name.lstrip('-')}'; {hint}")
     data, args, choice = parser.parse_args_into_dataclasses(rest)
-    launch_checks.refuse_settings(args, choice)
+    launch_checks.refuse_settings(data.eval_data, args, choice)
     if choice.model_revision == "main":  # TRL's default
         choice.model_name_or_path, revision = load.pinned(choice.model_name_or_path)
         choice.model_revision = revision or "main"
@@ -160,7 +160,6 @@ def _close_process_group() -> None:
 
 
 def _train(data, args, choice, callbacks) -> Path | None:
-    launch_checks.refuse_unasked_evaluation(data.eval_data, args)
     folder, base = Path(args.output_dir), choice.model_name_or_path
     if folder.exists() and folder.resolve() == Path(base).resolve():
         raise ValueError(f"output_dir is the folder of the base model, '{folder}'; name another")
@@ -230,8 +229,7 @@ def build(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> BlockSFTTrainer:
     """Loads base and data and creates the trainer."""
-    launch_checks.refuse_missing_trackers(args.report_to)
-    launch_checks.refuse_schedule(args)
+    launch_checks.refuse_late_failures(args)
     model, tokenizer = load.load_base(
         choice.model_name_or_path,
         dtype=choice.dtype or "auto",

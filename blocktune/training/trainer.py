@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -23,7 +23,6 @@ from blocktune.attention import attach
 from blocktune.attention.flex import BLOCK
 from blocktune.data.example import RagExample
 from blocktune.data.sources.records import LeftOut
-from blocktune.layout import Layout
 from blocktune.links import link_base
 from blocktune.models.gate import context_length, require_supported
 from blocktune.models.load import load_base, read_tokenizer
@@ -35,16 +34,15 @@ from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prep
 from blocktune.training.distillation import evaluating, find_teacher
 from blocktune.training.launch_checks import (
     launch_name,
+    refuse_launch,
     refuse_long_rows,
-    refuse_lost_launch,
-    refuse_parallelism,
     save_whole,
 )
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
 from blocktune.training.order import EpochOrder
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
-from blocktune.training.recompute import narrowed, states_at
+from blocktune.training.recompute import narrowed
 
 logger = logging.getLogger("blocktune")
 
@@ -169,8 +167,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         # Makes the Trainer count the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
         self._signature_columns = COLUMNS
-        refuse_parallelism(self.accelerator)
-        refuse_lost_launch(self.accelerator, self.is_deepspeed_enabled)
+        refuse_launch(self.accelerator, self.is_deepspeed_enabled)
         save_whole(self.accelerator)
         state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.size = size_of(model, state_dtype.itemsize)
@@ -193,7 +190,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         samples, left_out = [], Counter()
         for index, row in enumerate(rows):
             try:
-                samples.append(to_sample(row, self.processing_class, self.collator.format))
+                sample = to_sample(row, self.processing_class, self.collator.format)
+                if sample.example.response is None and not sample.example.answers:
+                    raise LeftOut("no answer; to learn from such a row, give it a 'response'")
+                samples.append(sample)
             except LeftOut as reason:
                 left_out[str(reason)] += 1
             except ValueError as error:
@@ -230,7 +230,11 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """The loss under each prompt's layout, and optionally the outputs of all rows."""
         bare = self.accelerator.unwrap_model(model)
-        inputs = self._narrowed(bare, inputs)
+        if self.collator.check_layer is not None:
+            stop = not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+            how = self.collator.sampler, self.objective.rope, self.args.attention_execution, stop
+            with evaluating(bare):
+                inputs = {**inputs, "layout": narrowed(bare, inputs, *how).pack()}
         result = self.objective(model, inputs, bare)
         self._count(result)
         # DDP and DeepSpeed average gradients over ranks; the token count is over all ranks.
@@ -240,20 +244,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             return loss
         with torch.no_grad():
             return loss, model(input_ids=inputs["input_ids"], layout=inputs["layout"])
-
-    def _narrowed(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Chooses fresh rows by the model's own keys and values, if the selector needs them."""
-        layout, layer = Layout.unpack(inputs["layout"]), self.collator.check_layer
-        if layer is None:
-            return inputs
-        stop = not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
-        execution = self.args.attention_execution
-        with evaluating(model):
-            ids, rope = inputs["input_ids"], self.objective.rope
-            states = states_at(model, ids, layout, layer, execution, rope, stop)
-        layers, shares = self.size.config.num_hidden_layers, inputs["shares"]
-        layout = narrowed(layout, states, layer, layers, self.collator.sampler, shares)
-        return {**inputs, "layout": layout.pack()}
 
     def _count(self, result: Sums) -> None:
         """Adds sums over all ranks. Means of micro-batches would weight their tokens unequally."""

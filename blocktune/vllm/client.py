@@ -24,7 +24,12 @@ from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, Weights, build, default_method
 from blocktune.models.gate import context_length, exact_length
-from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
+from blocktune.models.identity import (
+    adapter_fingerprint,
+    same_base,
+    saved_fingerprint,
+    tokenizer_hash,
+)
 from blocktune.models.load import adapter_folder, pinned, read_config, read_tokenizer, require_stops
 from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, end_of_turn
@@ -113,9 +118,9 @@ class ChunkClient:
         self.model, self.source = model, pinned(model)
         bare, revision = self.source
         self.name = info.base_model if info else bare
-        config = read_config(bare, revision)
-        self._commit = getattr(config, "_commit_hash", None) if revision else None
-        text = config.get_text_config()
+        self._config = read_config(bare, revision)
+        self._commit = getattr(self._config, "_commit_hash", None) if revision else None
+        text = self._config.get_text_config()
         self.tokenizer = read_tokenizer(bare, revision)
         if info is not None:
             self.tokenizer = info.tokenizer(self.adapter, self.tokenizer)
@@ -146,7 +151,7 @@ class ChunkClient:
         require_served(self.method, self.prompts.spec(self.method))
         self.store = StoreView(store)
         self._start = fingerprint or ""
-        self.stop_ids = sorted(_stop_ids(self.tokenizer, bare, revision, text))
+        self.stop_ids = _stop_ids(self.tokenizer, bare, revision, text)
 
     def _fitting(self, start: str) -> list[dict[str, Any]]:
         """Manifests of models whose chunks fit; with a ``start``, whatever the base's name."""
@@ -161,14 +166,21 @@ class ChunkClient:
             and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
 
-    def _is_of(self, name: str, revision: str | None = None, **_: Any) -> bool:
+    def _is_of(self, name: str, fingerprint: str, revision: str | None = None, **_: Any) -> bool:
         """Whether chunks may be of this base, by its name; folders that are both here must be one.
 
-        If a revision was named, the chunks must be of it.
+        If a revision was named, the chunks must be of it. Weights in a folder must be theirs.
         """
         own, other = Path(self.name), Path(name)
         same = own.samefile(other) if own.exists() and other.exists() else own.name == other.name
-        return same and self._commit in (None, revision)
+        if not same or self._commit not in (None, revision):
+            return False
+        return self._saved is None or same_base(self._saved, fingerprint)
+
+    @cached_property
+    def _saved(self) -> str | None:
+        """The fingerprint of the weights in the base's folder, or None if it is unknown."""
+        return saved_fingerprint(self.source[0], self._config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -179,8 +191,9 @@ class ChunkClient:
             named = f", fingerprint {self._start[:12]}," if self._start else ""
             model = self.model + ("" if self.adapter is None else f" --adapter {self.adapter}")
             raise ValueError(
-                f"the store '{self.store.place}' has no chunks of {what}{named} in this wording; "
-                f"run `blocktune encode --model {model} --store {self.store.place}` first"
+                f"the store '{self.store.place}' has no chunks of {what}{named} with its present "
+                f"weights, in this wording; run `blocktune encode --model {model} "
+                f"--store {self.store.place}` first"
             )
         if len(fitting) > 1:
             named = ", ".join(f"{m['fingerprint'][:12]} ({m['dtype']})" for m in fitting)
@@ -216,10 +229,9 @@ class ChunkClient:
             return Rendered([*pieces.prefix, *pieces.query], None)
         prompt = self.prompts.prompt(pieces, self.prompts.spec(method), max_new_tokens)
         layout, pad_id = prompt.layout, padding_id(self.tokenizer, self.prompts.num_tokens)
-        rows = (layout.kind[0] != Kind.BLANK).nonzero()[:, 0]
-        ids, limit = [prompt.ids[row] for row in rows.tolist()], len(self.tokenizer)
-        if self.prompts.link_base is not None:
-            limit = min(limit, self.prompts.link_base)
+        rows = (layout.kind[0] != Kind.BLANK).nonzero()[:, 0].tolist()
+        known = min(len(self.tokenizer), self.prompts.link_base or len(self.tokenizer))
+        prompt_ids = [i if i < known else pad_id for i in (prompt.ids[row] for row in rows)]
         stored = (layout.kind == Kind.PREFIX) | is_held(layout)
         positions = layout.position[stored].tolist()
         segments, start = [], 0
@@ -227,7 +239,6 @@ class ChunkClient:
             scoped = piece.is_prefix and self._scope in ("encode", "read")
             segments.append(Segment(piece.ids, positions[start], piece.blanks, scoped))
             start += len(piece.ids)
-        prompt_ids = [token if token < limit else pad_id for token in ids]
         return Rendered(prompt_ids, LoadPlan(self.fingerprint, tuple(segments)))
 
     def missing(self, plan: LoadPlan | None) -> list[Segment]:
@@ -263,20 +274,20 @@ def _link_base(info: AdapterInfo | None, tokenizer, vocab_size: int) -> int | No
     return tokenizer.convert_tokens_to_ids(info.link_token)
 
 
-def _stop_ids(tokenizer, model: str, revision: str | None, config) -> set[int]:
+def _stop_ids(tokenizer, model: str, revision: str | None, config) -> list[int]:
     try:
         own = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
     except OSError:  # it has none
         own = config.eos_token_id
     require_stops(model, own)
     ids = {end_of_turn(tokenizer)[-1], tokenizer.eos_token_id}
-    return {i for i in ids.union(own if isinstance(own, list) else [own]) if i is not None}
+    return sorted(ids.union(own if isinstance(own, list) else [own]) - {None})
 
 
 def lora_rank(folder: Path) -> int:
     """The smallest ``max_lora_rank`` that vLLM accepts and that fits an adapter."""
     config = load_json(folder / PEFT_FILE)
-    rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if size := next((size for size in LORA_RANKS if size >= rank), None):
         return size
     raise ValueError(

@@ -6,6 +6,7 @@ vLLM's interface is experimental; docs/vllm.md lists the tested versions.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from vllm.config import CUDAGraphMode, VllmConfig
@@ -91,7 +92,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> LoadStats | None:
         if self.worker is None or not self.worker.counts:
             return None
-        counts, self.worker.counts = self.worker.counts, type(self.worker.counts)()
+        counts, self.worker.counts = self.worker.counts, Counter()
         return LoadStats(data=dict(counts))
 
     def wait_for_layer_load(self, layer_name) -> None:
@@ -110,7 +111,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         if self.worker is not None:
-            self.worker.close()
+            self.worker.pool.shutdown(cancel_futures=True)
 
     # In either process:
 

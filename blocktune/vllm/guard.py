@@ -15,10 +15,9 @@ from blocktune.vllm.plan import PARAMS, LoadPlan
 def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     """Checks a request that has a plan; raises VLLMValidationError (HTTP 400) if it is invalid.
 
-    ``store`` is the connector's; None: vLLM runs without it, and would ignore the plan. With log
-    probabilities of the prompt, vLLM would compute it in full attention and cache the result in the
-    plan's namespace. Chunks that a folder lacks are queued for encoding. A remote is not asked,
-    since that takes too long: its requests fail while they load.
+    ``store`` is the connector's; None: vLLM runs without it, and would ignore the plan. Chunks that
+    a folder lacks are queued for encoding. A remote is not asked, since that takes too long: its
+    requests fail while they load.
     """
     if (request.cache_salt or "").startswith(f"{PARAMS}:"):
         raise VLLMValidationError(
@@ -28,6 +27,7 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     transfer = params and (params.extra_args or {}).get("kv_transfer_params")
     if not isinstance(transfer, dict) or transfer.get(PARAMS) is None:
         return
+    # vLLM would compute the prompt in full attention, and cache that in the plan's namespace.
     if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
         raise VLLMValidationError(
             "prompt_logprobs cannot be computed for a prompt from cached chunks; leave it out, or "

@@ -15,9 +15,7 @@ GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 def serve(
     model: str, adapters: dict[str, str], store: str, options: list[str], **extra: Any
 ) -> None:
-    """Runs vLLM's server until it is stopped.
-
-    It runs in this process, so that what was imported to open the store is not imported again.
+    """Runs vLLM's server, in this process, until it is stopped.
 
     Args:
         model: As vLLM takes it.
@@ -46,14 +44,13 @@ def serve(
         # On a CPU vLLM would take most of the machine's memory, and fail if it is in use.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     first = next(iter(clients.values()), base).fingerprint
-    loras = {name: client.lora for name, client in clients.items() if client.lora is not None}
     folders = {name: str(client.adapter) for name, client in clients.items()}
     transfer = transfer_config(store, adapters=folders, **extra)
     bare, revision = base.source
     line = ["--model", bare, "--enable-prompt-tokens-details"]
     line += ["--revision", revision] if revision else []
     line += ["--kv-transfer-config", json.dumps(transfer)]
-    if loras:
+    if loras := {name: client.lora for name, client in clients.items() if client.lora}:
         rank = max(lora_rank(folder) for folder in loras.values())
         line += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
         # JSON, since a folder may have "=" in its name

@@ -131,15 +131,14 @@ class ChunkLLM:
     def encode(self, segments: Sequence[Segment]) -> None:
         """Encodes segments into the store. Raises ValueError if it does not get or keep them."""
         engine, client = self._encoder, self.client
-        known, place = client.fingerprint, client.store.place
+        known, place, wanted = client.fingerprint, client.store.place, [s.wanted for s in segments]
         if engine.fingerprint != known:
             raise ValueError(
                 f"'{place}' lacks {len(segments)} segments of model {known[:12]}, and this model "
                 f"is {engine.fingerprint[:12]}: its dtype ({engine.model.dtype}) or weights differ"
             )
-        wanted = [segment.wanted for segment in segments]
-        watch = Stopwatch(engine.model.device)
-        engine.state.encoder.find([Piece(*fields) for fields in wanted], watch)
+        pieces = [Piece(*fields) for fields in wanted]
+        engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
         client.store.queue.done(known, wanted)
         if lost := client.missing(LoadPlan(known, tuple(segments))):
             raise ValueError(
@@ -171,16 +170,14 @@ class ChunkLLM:
         except ValueError:
             self.client.fingerprint = self._encoder.fingerprint
         sampling = sampling or SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
-        built = self.client.built(method)
-        limit = sampling.max_tokens or 1
-        rendered = [self.client.read(example, built, limit) for example in examples]
-        missing = {segment for r in rendered for segment in self.client.missing(r.plan)}
-        if missing:
+        how = self.client.built(method), sampling.max_tokens or 1
+        rendered = [self.client.read(example, *how) for example in examples]
+        plans = [one.plan for one in rendered if one.plan is not None]
+        if missing := {segment for plan in plans for segment in self.client.missing(plan)}:
             self.encode(sorted(missing))
         try:
             return self.generate(rendered, sampling)
         except LoadFailed:  # encoding again replaces chunks that fail verification
-            plans = [r.plan for r in rendered if r.plan is not None]
             self.encode(sorted({segment for plan in plans for segment in plan.segments}))
             return self.generate(rendered, sampling)
 
@@ -206,16 +203,15 @@ class ChunkLLM:
             use_tqdm=False,
             lora_request=self._lora,
         )
-        return [self._completion(output) for output in outputs]
-
-    def _completion(self, output: RequestOutput) -> Completion:
-        answer = output.outputs[0]
-        if any(one.finish_reason == "error" for one in output.outputs):
+        if any(one.finish_reason == "error" for output in outputs for one in output.outputs):
             raise LoadFailed("chunks could not be loaded, see the log; nothing was answered")
-        return Completion(
-            answer.text.strip(),
-            tuple(answer.token_ids),
-            len(output.prompt_token_ids),
-            output.num_cached_tokens or 0,
-            output,
-        )
+        return [
+            Completion(
+                output.outputs[0].text.strip(),
+                tuple(output.outputs[0].token_ids),
+                len(output.prompt_token_ids),
+                output.num_cached_tokens or 0,
+                output,
+            )
+            for output in outputs
+        ]

@@ -5,6 +5,8 @@ Loaded tokens also count in vLLM's own ``vllm:external_prefix_cache_hits``.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
@@ -29,8 +31,7 @@ class LoadStats(KVConnectorStats):
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> LoadStats:
-        for name, count in other.data.items():
-            self.data[name] = self.data.get(name, 0) + count
+        self.data = dict(Counter(self.data) + Counter(other.data))
         return self
 
     def reduce(self) -> dict[str, int | float]:

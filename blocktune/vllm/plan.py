@@ -29,7 +29,6 @@ FORM = (
     f"kv_transfer_params['{PARAMS}'] is {{'fingerprint': 64 hex digits, 'segments': [tokens or "
     "{'tokens', 'position', 'blanks', 'prefix', 'ids'}]}"
 )
-_FINGERPRINT = re.compile("[0-9a-f]{64}")
 _FIELDS = {"tokens", "position", "blanks", "prefix", "ids"}
 
 
@@ -121,7 +120,7 @@ class LoadPlan:
             return None
         raw = params[PARAMS] if isinstance(params[PARAMS], Mapping) else {}
         fingerprint, segments, start = str(raw.get("fingerprint")), [], 0
-        if not _FINGERPRINT.fullmatch(fingerprint) or not isinstance(raw.get("segments"), list):
+        if not re.fullmatch("[0-9a-f]{64}", fingerprint) or type(raw.get("segments")) is not list:
             raise ValueError(FORM)
         for given in raw["segments"]:
             given = {"tokens": given} if type(given) is int else given

@@ -1,8 +1,8 @@
 """Chat completions with ``documents`` on vLLM's server, through ``vllm.endpoint_plugins``.
 
 A request with documents is rendered here, and waits until its chunks are stored; then vLLM's own
-route answers it. Requests without documents are passed on unchanged. ``VLLM_PLUGINS`` must name the
-plug-in. Its configuration is in ``kv_connector_extra_config``: ``store``, ``adapters`` (folders by
+route answers it. Requests without documents are passed on. ``VLLM_PLUGINS`` must name the plug-in.
+Its configuration is in ``kv_connector_extra_config``: ``store``, ``adapters`` (folders by
 their names in requests), ``fingerprint`` (of those that it fits) and ``encode_wait_s``.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -20,10 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.exceptions import VLLMValidationError
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from blocktune.server.front import chat_pieces, read_documents, read_messages, read_method
 from blocktune.server.schemas import (
@@ -36,9 +33,10 @@ from blocktune.server.schemas import (
     validated,
 )
 from blocktune.vllm.client import ChunkClient, Rendered, open_clients
-from blocktune.vllm.plan import PARAMS
+from blocktune.vllm.plan import PARAMS, Segment
 
 POLL_S = 0.05
+ROUTE = "/v1/chat/completions"
 OWN = ("documents", "blocktune")
 """Fields that vLLM does not know."""
 REFUSED = (
@@ -77,29 +75,26 @@ class Renderer:
         """
         refuse_fields(body, OWN_PLACE)
         refuse_misspelt(body, list(OWN), ChatCompletionRequest.model_fields)
-        first = next(iter(self.clients))
+        name = next(iter(self.clients)) if body.get("model") is None else body["model"]
+        client = self.clients.get(name) if isinstance(name, str) else None
+        # vLLM does not know an adapter that only encodes.
+        body = body | {"model": self.base if client and client.lora is None else name}
         if not _has_documents(body):
-            name = first if body.get("model") is None else body["model"]
-            client = self.clients.get(name) if isinstance(name, str) else None
-            # vLLM does not know an adapter that only encodes.
-            return body | {"model": self.base if client and client.lora is None else name}
+            return body
         request = validated(DocumentRequest.model_validate, body)
         asked = {name: body.get(name) for name in REFUSED}
         asked["add_generation_prompt: false"] = body.get("add_generation_prompt") is False
         asked["blocktune.strip"] = request.blocktune and request.blocktune.strip
         if refused := next((name for name, value in asked.items() if value), None):
             raise ValueError(f"{refused} is not supported with documents; leave it out")
-        name = first if request.model is None else request.model
-        if name not in self.clients:
+        if client is None:
             raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
-        client = self.clients[name]
         rendered, question = await asyncio.to_thread(_render, client, request)
         await self._encoded(client, rendered)
         kept = {key: value for key, value in body.items() if key not in OWN}
         if not body.get("ignore_eos"):
             kept["stop_token_ids"] = sorted({*(request.stop_token_ids or ()), *client.stop_ids})
         return kept | {
-            "model": name if client.lora is not None else self.base,
             "messages": [{"role": "user", "content": question}],
             "kv_transfer_params": {"prompt_token_ids": rendered.prompt_ids}
             | (rendered.transfer_params or {}),
@@ -108,19 +103,23 @@ class Renderer:
     async def _encoded(self, client: ChunkClient, rendered: Rendered) -> None:
         is_queued = client.store.queue.folder is not None  # by remotes alone, nothing is encoded
         deadline = time.monotonic() + (self.wait_s if is_queued else 0)
-        missing = await asyncio.to_thread(client.missing, rendered.plan)
-        if missing:
-            await asyncio.to_thread(client.ask_for, missing)
-        while missing and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_S)
-            missing = await asyncio.to_thread(client.missing, rendered.plan)
-        if missing:
-            raise HTTPException(
-                503,
-                f"chunks not encoded yet: {len(missing)}; run `blocktune encode` (--follow if the "
-                "store has a folder) and ask again",
-                {"Retry-After": "5"},
-            )
+        missing: list[Segment] = []
+        try:
+            while missing := await asyncio.to_thread(client.missing, rendered.plan):
+                await asyncio.to_thread(client.ask_for, missing)
+                if time.monotonic() >= deadline:
+                    raise HTTPException(
+                        503,
+                        f"chunks not encoded yet: {len(missing)}; run `blocktune encode` (--follow "
+                        "if the store has a folder) and ask again",
+                        {"Retry-After": "5"},
+                    )
+                await asyncio.sleep(POLL_S)
+        except asyncio.CancelledError:  # the client left; others that wait for them ask again
+            with suppress(OSError, ValueError):  # the queue is another user's; no chunks at all
+                wanted = [segment.wanted for segment in missing]
+                client.store.queue.done(client.fingerprint, wanted)
+            raise
 
 
 def _has_documents(body: Mapping[str, Any]) -> bool:
@@ -134,8 +133,7 @@ def _has_documents(body: Mapping[str, Any]) -> bool:
 
 def _render(client: ChunkClient, request: DocumentRequest) -> tuple[Rendered, str]:
     conversation = read_messages(request.messages)
-    documents = [*(request.documents or ()), *conversation.documents]
-    chunks = [source.chunk for source in read_documents(documents)]
+    chunks = read_documents([*(request.documents or ()), *conversation.documents])
     method = client.built(read_method(request.blocktune or Extension(), client.method))
     block = client.prompts.spec(method).block
     pieces = chat_pieces(client.tokenizer, client.format, chunks, conversation, block)
@@ -143,19 +141,25 @@ def _render(client: ChunkClient, request: DocumentRequest) -> tuple[Rendered, st
     return client.render(pieces, method, limit), conversation.question
 
 
-def _check(kind: type[BaseModel], name: str) -> None:
-    """Makes requests refuse documents, which vLLM would ignore, and plans, which beams lack."""
-    make = getattr(kind, name)
+async def require_read(raw_request: Request) -> None:
+    """Checks the body of a request to any route of vLLM, as `validate_json_request` does.
 
-    @wraps(make)
-    def checked(self, *args, **kwargs):
-        if unread := next((key for key in OWN if getattr(self, key, None)), None):
-            raise VLLMValidationError(f"{unread} is read by /v1/chat/completions only; drop it")
-        if "beam" in name and (self.kv_transfer_params or {}).get(PARAMS) is not None:
-            raise VLLMValidationError("use_beam_search excludes cached chunks; leave it out")
-        return make(self, *args, **kwargs)
-
-    setattr(kind, name, checked)
+    Refuses documents where vLLM would ignore them, and plans with beams, which lack them.
+    """
+    await validate_json_request(raw_request)
+    try:
+        body = await raw_request.json()
+    except RecursionError:
+        raise HTTPException(400, "the request is nested too deeply") from None
+    except ValueError as error:
+        raise HTTPException(400, f"the request is not JSON: {error}") from None
+    body = body if isinstance(body, dict) else {}
+    unread = next((name for name in OWN if body.get(name)), None)
+    if unread and not raw_request.url.path.endswith(ROUTE):
+        raise HTTPException(400, f"{unread} is read by {ROUTE} only; drop it")
+    params = body.get("kv_transfer_params")
+    if body.get("use_beam_search") and isinstance(params, dict) and params.get(PARAMS) is not None:
+        raise HTTPException(400, "use_beam_search excludes cached chunks; leave it out")
 
 
 class DocumentsRoute:
@@ -165,24 +169,20 @@ class DocumentsRoute:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Replaces vLLM's route."""
-        for kind in (ChatCompletionRequest, CompletionRequest):
-            _check(kind, "to_beam_search_params")
-        for kind in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-            _check(kind, "to_sampling_params")
+        """Replaces vLLM's route, and the check of its others."""
+        app.dependency_overrides[validate_json_request] = require_read
 
-        @app.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
+        @app.post(ROUTE, dependencies=[Depends(require_read)])
+        @with_cancellation
         async def chat(raw_request: Request) -> Any:
             """OpenAI's chat completions, with documents."""
+            body = await raw_request.json()
             try:
-                body = await raw_request.json()
                 if isinstance(body, dict):
                     body = await raw_request.app.state.blocktune.prepare(body)
                 request = ChatCompletionRequest.model_validate(body)
             except ValidationError as error:
                 raise RequestValidationError(error.errors(), body=body) from None
-            except RecursionError:
-                raise HTTPException(400, "the request is nested too deeply") from None
             except ValueError as error:
                 raise HTTPException(400, " ".join(str(error).split())) from None
             return await create_chat_completion(request, raw_request)

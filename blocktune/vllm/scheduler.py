@@ -41,10 +41,7 @@ class SchedulerSide:
     """Admits requests, and passes their loads to the workers."""
 
     def __init__(self, may_layer: bool):
-        """With ``may_layer``, a request that runs alone is loaded during its own forward pass.
-
-        If others were running, that would delay their decoding.
-        """
+        """With ``may_layer``, a request that runs alone is loaded during its own forward pass."""
         self.may_layer = may_layer
         self._live: set[str] = set()
         self._layered: str | None = None
@@ -89,14 +86,12 @@ class SchedulerSide:
         """Records a load once the request has blocks for it."""
         if not num_external:
             return
-        plan = self._plans[request.request_id]
+        name, plan = request.request_id, self._plans[request.request_id]
         if isinstance(plan, str):
-            load = Load(request.request_id, None, 0, (), plan)
-        else:
-            start = plan.num_tokens - num_external
-            layered = self._layered == request.request_id
-            load = Load(request.request_id, plan, start, blocks.get_block_ids(), "", layered)
-        self._pending.append(load)
+            self._pending.append(Load(name, None, 0, (), plan))
+            return
+        where = plan.num_tokens - num_external, blocks.get_block_ids()
+        self._pending.append(Load(name, plan, *where, layered=self._layered == name))
 
     def take(self) -> LoadMeta:
         """The loads recorded since the last call."""

@@ -45,12 +45,11 @@ class Missing(ValueError):
     """A chunk that is not in the store, or is damaged."""
 
 
-class _Place(NamedTuple):
-    """An attention layer of this rank: the module, its index, and its group in vLLM's cache."""
+class _Rope(NamedTuple):
+    """The model's rotations, and the index of each layer's."""
 
-    module: Any
-    index: int
-    group: int
+    forms: list[LayerRope]
+    layer: list[int]
 
 
 class _Part(NamedTuple):
@@ -107,9 +106,10 @@ class WorkerSide:
             for number, group in enumerate(groups)
             for name in group.layer_names
         }
-        self.places: dict[str, _Place] = {}
+        # Of each attention layer: its module, its index, and its group in vLLM's cache.
+        self.places: dict[str, tuple[Any, int, int]] = {}
         self._rope: dict[str, _Rope] = {}
-        self._pool = ThreadPoolExecutor(
+        self.pool = ThreadPoolExecutor(
             int(extra.get("threads", 2)),
             "blocktune-load",
             initializer=_use_one_core,
@@ -124,7 +124,7 @@ class WorkerSide:
         """Begins the loads of a step; ``idle`` if it has no forward pass."""
         self._idle = idle
         if loads and not self.places:
-            self.places = {name: _Place(modules[name], *at) for name, at in self._names.items()}
+            self.places = {name: (modules[name], *at) for name, at in self._names.items()}
         ready = None
         if loads and torch.cuda.is_available():
             # Loads wait for work that the device still does on these blocks, such as zeroing.
@@ -132,7 +132,7 @@ class WorkerSide:
             ready = torch.cuda.current_stream().record_event()
         for load in loads:
             layers = {name: Future() for name in self.places} if load.layered else {}
-            future = self._pool.submit(self._run, load, ready, dict(layers))
+            future = self.pool.submit(self._run, load, ready, dict(layers))
             self._jobs.append(_Job(load, future, layers))
 
     def wait_for_layer(self, name: str) -> None:
@@ -180,10 +180,6 @@ class WorkerSide:
         taken, self._invalid = self._invalid - {NULL_BLOCK}, set()
         return taken
 
-    def close(self) -> None:
-        """Stops the loading threads."""
-        self._pool.shutdown(cancel_futures=True)
-
     @torch.inference_mode()
     def _run(
         self,
@@ -215,7 +211,7 @@ class WorkerSide:
         """Writes layer by layer; yields the name of each layer once it is written."""
         rope = self._frequencies(plan.fingerprint)
         chunks = self._chunks(plan, load.start, counts)
-        device = next(iter(self.places.values())).module.kv_cache.device
+        device = next(iter(self.places.values()))[0].kv_cache.device
         groups = [[index] for index in chunks] if device.type == "cpu" else [list(chunks)]
         parts = [self._part(load, plan, {i: chunks[i] for i in g}, rope, device) for g in groups]
         for name, (module, index, group) in self.places.items():
@@ -224,7 +220,12 @@ class WorkerSide:
                 if not len(rows):  # outside of the window
                     continue
                 keys, values = part.layer(index, device)
-                self._require_shape(module, keys)
+                wanted = module.num_kv_heads, module.head_size
+                if keys.shape[1:] != wanted:
+                    raise Missing(
+                        f"the chunks have (kv heads, head size) {tuple(keys.shape[1:])} on this "
+                        f"rank, vLLM's model {wanted}; they belong to another model"
+                    )
                 form = rope.forms[rope.layer[index]]
                 if part.owner is not None and len(form.inv_freq):
                     keys = keys.float()  # bfloat16 is too coarse for the cosines
@@ -255,14 +256,6 @@ class WorkerSide:
             rotations = [torch.cat([a.cos(), a.sin()], -1).to(device) for a in angles]
         return _Part(list(chunks.values()), rotations, owner, slots)
 
-    def _require_shape(self, module: Any, keys: Tensor) -> None:
-        wanted = (module.num_kv_heads, module.head_size)
-        if tuple(keys.shape[1:]) != wanted:
-            raise Missing(
-                f"the chunks have (kv heads, head size) {tuple(keys.shape[1:])} on this rank, "
-                f"vLLM's model {wanted}; they belong to another model"
-            )
-
     def _chunks(self, plan: LoadPlan, start: int, counts: Counter[str]) -> dict[int, ChunkKV]:
         """All segments from token ``start`` on; missing ones are queued and raise `Missing`."""
         read, chunks, lacking = partial(ChunkFile.entry, share=self.share), {}, []
@@ -290,24 +283,24 @@ class WorkerSide:
         return chunks
 
     def _frequencies(self, fingerprint: str) -> _Rope:
-        if fingerprint not in self._rope:
-            manifest = self.view.manifest(fingerprint)
-            if manifest is None:
-                raise Missing(f"no manifest of {fingerprint[:12]} in '{self.view.place}'")
-            rope = manifest["rope"]
-            if len(rope["layer"]) != self.num_layers:
-                raise Missing(
-                    f"the chunks have {len(rope['layer'])} layers, vLLM's model {self.num_layers}; "
-                    "they belong to another model"
-                )
-            inv_freqs = [torch.tensor(values) for values in rope["frequencies"]]
-            # Older manifests lack the other fields: their models rotate by halves.
-            others = (rope.get(name, [0] * len(inv_freqs)) for name in LayerRope._fields[1:])
-            forms = [LayerRope(*values) for values in zip(inv_freqs, *others, strict=True)]
-            if any(form.in_values for form in forms):
-                raise Missing("the chunks hold latent keys, which this connector does not load")
-            self._rope[fingerprint] = _Rope(forms, rope["layer"])
-        return self._rope[fingerprint]
+        if fingerprint in self._rope:
+            return self._rope[fingerprint]
+        manifest = self.view.manifest(fingerprint)
+        if manifest is None:
+            raise Missing(f"no manifest of {fingerprint[:12]} in '{self.view.place}'")
+        rope = manifest["rope"]
+        if len(rope["layer"]) != self.num_layers:
+            raise Missing(
+                f"the chunks have {len(rope['layer'])} layers, vLLM's model {self.num_layers}; "
+                "they belong to another model"
+            )
+        inv_freqs = [torch.tensor(values) for values in rope["frequencies"]]
+        # Older manifests lack the other fields: their models rotate by halves.
+        others = (rope.get(name, [0] * len(inv_freqs)) for name in LayerRope._fields[1:])
+        forms = [LayerRope(*values) for values in zip(inv_freqs, *others, strict=True)]
+        if any(form.in_values for form in forms):
+            raise Missing("the chunks hold latent keys, which this connector does not load")
+        return self._rope.setdefault(fingerprint, _Rope(forms, rope["layer"]))
 
 
 def _use_one_core(usual: int) -> None:
@@ -321,10 +314,3 @@ def _use_one_core(usual: int) -> None:
     other = threading.Thread(target=torch._C.set_num_threads, args=(usual,))
     other.start()
     other.join()
-
-
-class _Rope(NamedTuple):
-    """The model's rotations, and the index of each layer's."""
-
-    forms: list[LayerRope]
-    layer: list[int]

@@ -118,7 +118,9 @@ def draw(results: dict, path: Path) -> Path:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_ylim(bottom=1)
-            axis.xaxis.set_major_formatter("{x:g}")
+            for own in (axis.xaxis, axis.yaxis):
+                own.set_major_formatter("{x:g}")
+                own.set_minor_formatter("")
             axis.set_xlabel("checkpoints of an entry")
             axis.set_title(name)
         axes[0].set_ylabel("tokens computed again, mean")

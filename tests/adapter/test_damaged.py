@@ -62,7 +62,7 @@ def test_a_damaged_part_of_a_model_is_named(trained, tmp_path, name):
         load_base(str(tmp_path / "base"), device="cpu")
 
 
-def test_an_adapter_that_lacks_weights_or_has_another_rank_is_refused(trained, tmp_path):
+def test_an_adapter_that_lacks_weights_or_has_others_is_refused(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     folder = tmp_path / "run/out"
 
@@ -76,6 +76,9 @@ def test_an_adapter_that_lacks_weights_or_has_another_rank_is_refused(trained, t
     gone = sorted(whole)[0]
     save_file({k: v for k, v in whole.items() if k != gone}, path, {"format": "pt"})
     assert "missing adapter keys" in refusal()
+    other = gone.replace("layers.0", "layers.9")
+    save_file(whole | {other: whole[gone].clone()}, path, {"format": "pt"})
+    assert f"no module takes 1 of its weights, such as {other[:-7]}" in refusal()
     save_file(whole, path, {"format": "pt"})
     config.write_text(json.dumps(options | {"r": 2 * options["r"]}))
     assert "size mismatch" in refusal()

@@ -14,6 +14,8 @@ from blocktune.adapter import attach_links
 from blocktune.adapter.load import load_model
 from blocktune.adapter.merge import merge_adapter
 from blocktune.check import check_adapter
+from blocktune.links import installed_links, save_links
+from blocktune.models.load import load_base
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.checkpoint import AdapterFiles, adapter_info
 
@@ -62,7 +64,7 @@ def save(base, folder, config):
             parameter.data += 0.1 * torch.randn_like(parameter)
     folder.mkdir()
     files.write_weights(model, folder, None)
-    files.write_info(model, folder, None)
+    files.complete(model, toy_tokenizer(), folder, None)
     return logits(model) if not config.is_prompt_learning else None
 
 
@@ -178,6 +180,38 @@ def test_an_adapter_without_its_peft_files_is_not_the_base(base, tmp_path, below
         path.rename(tmp_path / "out/mine" / path.name) if below else path.unlink()
     with pytest.raises(ValueError, match=r"out' lacks one of adapter_config\.json and"):
         load_model(adapter=tmp_path / "out", device="cpu")
+
+
+def test_training_goes_on_from_an_adapters_link_table(base, tmp_path):
+    """From PEFT's model with its links, or from the merged folder; only of the same size."""
+    first = trainer(
+        AutoModelForCausalLM.from_pretrained(base),
+        tmp_path / "out",
+        LoraConfig(**TARGETS),
+        num_links=2,
+    )
+    first.save_model()
+    wanted = installed_links(first.model).weight.data.normal_().clone()
+    save_links(installed_links(first.model), tmp_path / "out")
+    merge_adapter(tmp_path / "out", tmp_path / "merged", device="cpu")
+
+    def loaded():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "out", is_trainable=True)
+        attach_links(model, tmp_path / "out")
+        return model
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for model, adapter in ((loaded(), None), (merged, LoraConfig(**TARGETS))):
+        made = trainer(model, tmp_path / "on", adapter, num_links=2, seed=3).model
+        table = installed_links(made).weight
+        assert table.dtype == torch.float32
+        assert table.requires_grad
+        torch.testing.assert_close(table.data, wanted, rtol=1e-2, atol=0)
+    with pytest.raises(ValueError, match="it is an adapter; name its base, or merge it first"):
+        load_base(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"has 2 trained link, .* this layout 1"):
+        trainer(loaded(), tmp_path / "on", num_links=1)
 
 
 def test_link_tokens_are_trained_beside_other_tokens(base, tmp_path):

@@ -14,10 +14,11 @@ from transformers import DynamicCache
 
 from blocktune import Engine
 from blocktune.adapter import AdapterInfo, attach_links, scope_adapter, scope_of
+from blocktune.adapter.load import _with_peft
 from blocktune.adapter.merge import merge_adapter
 from blocktune.attention import attach, make_plan
 from blocktune.cache import ChunkStore, stored_key
-from blocktune.check import check_model
+from blocktune.check import check_adapter, check_model
 from blocktune.engine.encode import Piece
 from blocktune.hub.card import CardFacts, card
 from blocktune.layout import Kind
@@ -209,8 +210,27 @@ def test_its_chunks_are_not_the_base_s_and_its_prefix_is_no_chunk(run):
 def test_every_claim_of_the_checks_holds(engine):
     checks = {one.name: one for one in check_model(engine)}
     assert [one for one in checks.values() if not one.passed] == []
-    assert checks["full attention = the base, bit for bit"].max_abs_diff == 0
+    assert checks["full attention = its adapter switched off"].max_abs_diff == 0
     assert "ratio 1 = full prefill" in checks
+
+
+def test_a_writer_is_compared_with_the_base_and_not_with_itself(run, monkeypatch):
+    name, how = "full attention = the base, bit for bit", {"device": "cpu", "dtype": "float32"}
+    [first, *others] = check_adapter(None, run / "out", **how)
+    assert (first.name, first.max_abs_diff) == (name, 0)
+    monkeypatch.setattr("blocktune.adapter.load._with_peft", _on_another_base(_with_peft))
+    broken = check_adapter(None, run / "out", **how)
+    assert [one.name for one in broken if not one.passed] == [name]
+    assert len(broken) == len(others) + 1
+
+
+def _on_another_base(load):
+    def loaded(model, folder, merge):
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1.001)
+        return load(model, folder, merge)
+
+    return loaded
 
 
 def test_threads_do_not_see_each_other_s_rows(engine):

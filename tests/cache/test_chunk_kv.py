@@ -7,7 +7,7 @@ from blocktune.cache import ChunkKV
 
 def test_sizes_are_counted_from_the_tensors():
     kv = made_chunk(5, shapes=((2, 4), (1, 6)), dtype=torch.bfloat16, origin=3)
-    assert (kv.num_tokens, kv.num_layers, kv.dtype, kv.origin) == (5, 2, torch.bfloat16, 3)
+    assert (kv.num_tokens, len(kv.keys), kv.dtype, kv.origin) == (5, 2, torch.bfloat16, 3)
     # Keys and values, 5 tokens, (2 heads x 4 + 1 head x 6) numbers of 2 bytes; 5 ids of 8 bytes.
     assert kv.num_bytes == 2 * 5 * (2 * 4 + 1 * 6) * 2 + 5 * 8
 

@@ -1,5 +1,6 @@
 """Remote tiers over real servers: an S3 API (moto) and Valkey or Redis, and ones that fail."""
 
+import asyncio
 import logging
 import os
 import resource
@@ -7,11 +8,13 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import valkey
 import valkey_server
 from cache.made import MODEL, assert_same_chunk, made_chunk
+from fsspec.asyn import get_loop
 from valkey_server import free_port
 
 from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
@@ -20,7 +23,7 @@ from blocktune.cache.store.blobs import Blobs
 from blocktune.cache.store.config import StoreConfig
 from blocktune.cache.store.folder import ChunkFolder
 from blocktune.cache.store.remote import open_remote
-from blocktune.cache.store.shelf import Shelf
+from blocktune.cache.store.shelf import Shelf, open_places
 
 CHUNKS = [made_chunk(5, seed=10 * n) for n in range(4)]
 KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]
@@ -310,8 +313,8 @@ def test_options_of_a_valkey_url_reach_the_client():
     assert "hidden" not in blobs.place
 
 
-def test_a_fork_writes_to_the_remote_by_a_thread_of_its_own(tmp_path):
-    store = store_of(f"file://{tmp_path}")
+def test_a_fork_writes_to_the_remote_by_a_thread_of_its_own(url):
+    store = store_of(url)
     store.put(KEYS[0], CHUNKS[0])
     store.flush()
     if not (child := os.fork()):
@@ -321,6 +324,25 @@ def test_a_fork_writes_to_the_remote_by_a_thread_of_its_own(tmp_path):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert KEYS[1] in store
+
+
+def test_a_slow_remote_is_read_if_the_user_waits(monkeypatch):
+    async def slow(*_):
+        await asyncio.sleep(0.1)
+        return b"content"
+
+    def read(limit):
+        [blobs] = open_places(StoreConfig.parse(f"memory://slow,wait={limit}"))
+        fs = SimpleNamespace(_cat_file=slow, loop=get_loop())
+        monkeypatch.setattr(type(blobs), "_fs", fs)
+        blobs._async = True
+        return blobs.open(KEYS[0]).content()
+
+    assert read("60s") == b"content"
+    with pytest.raises(OSError, match=r"no answer in time .*wait=30s"):
+        read("0.01s")
+    with pytest.raises(ValueError, match="wait must be more than 0 seconds"):
+        StoreConfig(wait=0)
 
 
 def test_what_is_discarded_while_it_waits_is_not_written_later(tmp_path, monkeypatch):

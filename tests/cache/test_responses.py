@@ -10,7 +10,7 @@ from tiny_llama import tiny_llama
 
 from blocktune.cache import ChunkStore
 from blocktune.cache.responses import ResponseCache
-from blocktune.cache.store.records import Embedder
+from blocktune.cache.store.records import Embedder, Nearest
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.recall import Recall
 from blocktune.methods import build
@@ -133,6 +133,17 @@ def test_questions_of_another_embedding_model_are_not_compared(engine):
         engine.store.notes[Embedder, "folder"] = fake
         ask = dataclasses.replace(ASK, question=f"Question of {fake.size}, {recalled}?")
         assert asked(engine, ask).usage.recalled == (recalled and pytest.approx(recalled))
+
+
+def test_processes_with_one_folder_keep_what_the_others_list(tmp_path):
+    lists = [Nearest(ChunkStore(folder=tmp_path), "a" * 64, most=3) for _ in range(2)]
+    keys = [f"{n:064x}" for n in range(4)]
+    for n, key in enumerate(keys):  # in turn
+        lists[n % 2].add(key, n, torch.eye(4)[n])
+    lists[0].add(keys[2], 5, torch.eye(4)[2])
+    for one in (lists[0], Nearest(ChunkStore(folder=tmp_path), "a" * 64)):
+        found = [next(one.find(torch.eye(4)[n])) for n in (1, 2, 3)]
+        assert found == [(keys[1], 1, 1.0), (keys[2], 5, 1.0), (keys[3], 3, 1.0)]
 
 
 def test_answers_outlive_the_process_and_a_damaged_one_is_made_again(engine, tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import threading
 
 import pytest
@@ -19,6 +20,11 @@ CHUNK = made_chunk(5)
 
 def keys_of(chunks):
     return [chunk_key(MODEL, kv.token_ids) for kv in chunks]
+
+
+def test_a_store_that_is_pickled_says_what_to_do():
+    with pytest.raises(ValueError, match="cannot be pickled; open it in each process"):
+        pickle.dumps(ChunkStore())
 
 
 def test_memory_hit_and_miss_are_counted():

@@ -465,7 +465,7 @@ def test_a_folder_and_its_remote_are_two_places(refused, folder, tmp_path):
 def test_a_write_may_take_as_long_as_its_bytes(monkeypatch):
     asked = []
     monkeypatch.setattr("fsspec.asyn.sync", lambda *args, timeout, **more: asked.append(timeout))
-    blobs = FsspecBlobs("memory://store", None)
+    blobs = FsspecBlobs("memory://store", None, remote.TIMEOUT_S)
     monkeypatch.setattr(blobs, "_async", True)
     monkeypatch.setattr(type(blobs._fs), "_pipe_file", None, raising=False)
     monkeypatch.setattr(type(blobs._fs), "loop", None, raising=False)

@@ -15,7 +15,7 @@ from blocktune.data.worlds import (
     generate_examples,
 )
 from blocktune.data.worlds.vocabulary import ROOT, SPLITS, names
-from blocktune.data.worlds.world import draw_world, write_passages
+from blocktune.data.worlds.world import draw_world
 
 
 def draw(**kwargs):
@@ -167,10 +167,9 @@ def test_what_is_asked_by_reference_is_true_of_one_thing_only():
     asked, left_out = 0, 0
     for seed in range(100):
         world = draw_world(Random(seed), "test", 10, aliased=0.2)
-        passages = write_passages(Random(seed), world)
-        found = {fact for (fact,) in candidates(world, passages).get("referred", [])}
+        found = {fact for (fact,) in candidates(world).get("referred", [])}
         for fact in world.facts.values():
-            mention = passages.places[fact.subject.name, fact.relation.name].mention
+            mention = world.places[fact.subject.name, fact.relation.name].mention
             if mention in ("name", "list"):
                 assert fact not in found
                 continue
@@ -248,7 +247,7 @@ def test_general_words_stand_for_one_document_of_a_world():
 def continued(seed: int, crowded: bool) -> list[str]:
     """The relations of the facts that a chunk states without naming its subject."""
     world = draw_world(Random(seed), "test", 10, aliased=0.5, crowded=crowded)
-    places = write_passages(Random(seed), world).places
+    places = world.places
     return [relation for (_, relation), place in places.items() if place.mention != "name"]
 
 

@@ -190,6 +190,29 @@ def test_a_repair_without_a_comparison_gives_every_token_the_whole_mean(engine):
             torch.testing.assert_close(repaired[:, rest], old[:, rest] + mean, rtol=0, atol=1e-5)
 
 
+class WholeMean(MeanShift):
+    """The mean over all recomputed tokens, whatever was compared."""
+
+    def offset(self, seen):
+        return super().offset(seen._replace(deviation=None))
+
+
+def test_a_repair_counts_what_a_selector_compared_and_kept(engine):
+    """At its second check layer the tokens that the first one dropped move, no others."""
+    run = engine.prefilled([ASK], compose("cacheblend-paper", budget=0.4, repair=WholeMean()))
+    plain, cut = (engine.prefilled([ASK], name) for name in ("naive", "cacheblend-paper 40 %"))
+    for name in ("keys", "values"):
+        repaired, old, new = (getattr(one.cache.layers[2], name)[0] for one in (run, plain, cut))
+        is_probe = (new != old).any(2).any(0)
+        for chunk in range(1, 3):
+            own = (run.columns.chunk[0] == chunk) & (run.columns.kind[0] == Kind.CHUNK)
+            probes, rest = own & is_probe, own & ~is_probe
+            assert min(probes.sum(), rest.sum()) > 1
+            mean = (new - old)[:, probes].mean(1, keepdim=True)
+            torch.testing.assert_close(repaired[:, rest], old[:, rest] + mean, rtol=0, atol=1e-5)
+            assert torch.equal(repaired[:, probes], new[:, probes])
+
+
 def test_a_token_that_barely_deviates_moves_by_that_share_of_the_mean():
     """A chunk of four, the last recomputed with a change of 2; the others deviate by these."""
     change = torch.zeros(1, 1, 4, 1)

@@ -132,9 +132,9 @@ def test_runs_that_do_not_compare_are_refused(runs, tmp_path):
     (tmp_path / "c" / "results.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="share no method"):
         compare(runs[0], tmp_path / "c")
-    results = json.loads(json.dumps(fake_results()))
-    for task in results["tasks"].values():
-        task["metric"] = "another"
-    replace_json(runs[1] / "results.json", results)
-    with pytest.raises(ValueError, match="by another in"):
-        compare(*runs)
+    for key, value in (("metric", "another"), ("version", 2)):
+        results = json.loads(json.dumps(fake_results()))
+        results["tasks"]["worlds"][key] = value
+        replace_json(runs[1] / "results.json", results)
+        with pytest.raises(ValueError, match=f"'worlds' has the {key} .* and {value} in"):
+            compare(*runs)

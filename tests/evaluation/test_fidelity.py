@@ -40,6 +40,15 @@ def test_what_is_no_number_does_not_agree(wrong):
         agreement(*logits)
 
 
+def test_a_divergence_that_is_no_number_is_not_0():
+    excluded = torch.tensor([[0.0, 0.0, -math.inf]])
+    own = torch.tensor([[math.log(3.0), 0.0, -math.inf]])
+    assert agreement(excluded, own).kl == pytest.approx(0.5 * math.log(4 / 3))
+    for wrong in (torch.tensor([[0.0, math.inf, 0.0]]), excluded):
+        with pytest.raises(ValueError, match=r"must be a finite number, got (nan|inf)"):
+            agreement(torch.zeros(1, 3), wrong)
+
+
 def test_full_prefill_agrees_with_itself_and_naive_reuse_does_not(engine):
     oracle, naive = build("full-prefill"), build("naive")
     ids, wanted = forced_logits(engine.prefilled([EXAMPLE], oracle), 3)

@@ -120,7 +120,7 @@ def test_an_automatic_batch_size_is_a_fixed_one(engine):
 
 
 def test_wrong_modes_and_sampling_are_refused(engine):
-    with pytest.raises(ValueError, match="mode must be block or full, got 'dense'"):
+    with pytest.raises(ValueError, match="mode must be one of block, full, got 'dense'"):
         BlocktuneLM(engine=engine, mode="dense")
     model = BlocktuneLM(engine=engine)
     for sampled in ({"do_sample": True}, {"temperature": 0.7}):

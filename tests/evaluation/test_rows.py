@@ -45,8 +45,8 @@ def test_a_stopped_part_is_read_up_to_its_half_written_line(tmp_path):
     part = tmp_path / "naive.part0.jsonl"
     part.write_text(part.read_text() + '{"key": "b", "ta')
     again = RowFile(tmp_path, "naive", KEYS)
-    assert "a" in again
-    assert "b" not in again
+    assert not again.lacks([0])
+    assert again.lacks([0, 1])
     again.append([row("b")])
     assert lines(part) == ["a", "b"]
 
@@ -62,7 +62,7 @@ def test_rows_of_another_run_are_left_out(tmp_path):
     file.append([row(key) for key in KEYS])
     file.merge()
     other = RowFile(tmp_path, "naive", ["a", "z"])
-    assert "a" in other
+    assert not other.lacks([0])
     other.append([row("z")])
     assert [r.key for r in other.merge()] == ["a", "z"]
 

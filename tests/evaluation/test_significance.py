@@ -8,6 +8,7 @@ from blocktune.evaluation.significance import (
     FEW,
     NUM_FLIPS,
     Interval,
+    comparisons,
     difference,
     holm,
     mcnemar_exact,
@@ -184,17 +185,18 @@ def test_power_knows_nothing_without_spread():
 
 def test_power_agrees_with_the_corrected_verdict():
     """What Holm's correction leaves within chance needs more questions than there are."""
-    own, other = scores(16, 24), scores(9, 31)  # 7 wins of 40, no loss: p = 0.016 alone
-    p = mcnemar_exact(own, other)
-    assert p < 0.05 < 7 * p
-    found = power(own, other, p=p, p_holm=7 * p)
-    assert found.n_needed > 40
-    assert found.detectable > power(own, other).detectable
+    pair = scores(16, 24), scores(9, 31)  # 7 wins of 40, no loss: p = 0.016 alone
+    found = comparisons({"clear": pair} | dict.fromkeys(range(6), pair))["clear"]
+    assert found["p"] < 0.05 < found["p_holm"] == 7 * found["p"]
+    assert found["n_needed"] > 40
+    assert found["detectable"] > power(*pair).detectable
 
 
 def test_of_many_comparisons_those_without_any_difference_need_most():
     """Holm's p of 1 is cut off: p over it would be a level above that of clearer differences."""
-    own, other = scores(10, 30), scores(9, 31)  # p = 1 alone
-    found = power(own, other, p=0.9, p_holm=1.0, tests=20)
-    assert found.detectable > power(own, other, p=0.01, p_holm=0.1).detectable
-    assert found.n_needed > power(own, other, p=0.01, p_holm=0.1).n_needed
+    pair = scores(10, 30), scores(9, 31)  # p = 1 alone
+    found = comparisons(dict.fromkeys(range(20), pair))[0]
+    least = power(*pair, 0.05 / 10)
+    assert found["p_holm"] == 1
+    assert found["detectable"] > least.detectable
+    assert found["n_needed"] > least.n_needed

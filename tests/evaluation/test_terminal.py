@@ -142,6 +142,13 @@ def test_names_in_any_script_are_drawn_without_a_warning(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
+def test_names_with_dollars_are_no_formulas():
+    def draw(figure, ground):
+        figure.suptitle("1 $ to {2_^ $")
+
+    assert b"<!-- 1 $ to {2_^ $ -->" in style.to_svg(draw, style.LIGHT, 1)
+
+
 def test_a_loss_of_more_than_the_gap_is_not_written_as_a_share_of_it():
     results = json.loads(json.dumps(fake_results()))
     gaps = {"no-context": -6.58, "naive": 0.0, "epic": -0.4, "cacheblend": -1.0, "kvlink": 1.2}

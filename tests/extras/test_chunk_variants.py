@@ -114,6 +114,14 @@ def test_learning_again_replaces_and_the_least_used_leaves():
     assert all(isinstance(key, str) for key in variants._uses)
 
 
+def test_uses_are_counted_of_a_bounded_number_of_variants(monkeypatch):
+    monkeypatch.setattr("blocktune.extras.cache_craft.variants.MOST", 3)
+    variants = VariantStore(ChunkStore(), MODEL)
+    for number in (0, 1, 0, 2, 3, 0):
+        variants.used(CHUNK, (number,))
+    assert sorted(variants._uses.values()) == [1, 1, 3]
+
+
 @pytest.mark.parametrize("tier", ["memory", "folder"])
 def test_what_leaves_takes_its_keys_and_values_along(tmp_path, tier):
     store = ChunkStore() if tier == "memory" else ChunkStore(folder=tmp_path)

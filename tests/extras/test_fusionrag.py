@@ -47,6 +47,7 @@ def test_what_was_asked_for_longest_ago_is_forgotten_first():
     assert len(known._chunks) == MOST
     assert (1, 3) not in known.like((1, 2), MOST)
     assert (1, 2) in known.like((1, 4), MOST)
+    assert 3 not in known._with_token
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])

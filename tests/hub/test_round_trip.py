@@ -3,15 +3,20 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 
+import pytest
 from hub.stand_in import TOKEN, running_hub
 from hub.support import online, put_base
 from training.runs import write_run
 from typer.testing import CliRunner
 
+from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.commands import app
 from blocktune.data import RagExample
 from blocktune.engine import Engine
+from blocktune.hub import CardFacts, prepare
+from blocktune.hub.push import verify_base
 from blocktune.prompt import Chunk
 
 
@@ -53,6 +58,18 @@ def test_a_run_pushes_itself_and_its_card_works(tmp_path, monkeypatch, capsys):
     [answer] = here.answer([example], "turborag positions=composite")
     assert came.strip() == answer.text.strip()
     assert json.loads(told.stdout)["answer"] == answer.text
+
+
+def test_a_base_that_is_none_or_another_is_refused(run, tmp_path):
+    config = json.loads((run / "base/config.json").read_text())
+    with running_hub() as hub, online(hub, tmp_path):
+        hub.put("org/other", {"config.json": json.dumps(config | {"vocab_size": 7}).encode()})
+        info = AdapterInfo.load(run / "out")
+        with pytest.raises(ValueError, match="the Hub has no model 'org/none'"):
+            verify_base("org/none", info)
+        with pytest.raises(ValueError, match="'org/other' has another architecture"):
+            prepare(run / "out", "me/mine", CardFacts("org/other", "mit"))
+        verify_base("org/other", replace(info, base_model=OWN_WEIGHTS))
 
 
 def test_what_was_pushed_comes_back(run, tmp_path):

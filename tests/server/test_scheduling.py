@@ -9,6 +9,7 @@ from server.support import CHAT, chat, metric, refused, wait_until
 
 from blocktune.engine.encode import Encoder
 from blocktune.server import Tenant
+from blocktune.server.job import Failure
 from blocktune.server.scheduler import Scheduler
 
 
@@ -51,6 +52,30 @@ def test_the_queue_has_a_bound_and_then_answers_429(serve, monkeypatch):
     for thread in threads + others:
         thread.join()
     assert [one.status_code for one in done + more] == [200] * 3
+
+
+def test_a_client_that_leaves_while_its_chunks_are_encoded_makes_room(serve, monkeypatch):
+    """Its prompt is not computed, and the next request does not wait for another step."""
+    from blocktune.server import scheduler
+
+    real, prefilled = scheduler.prefill_batch, []
+    monkeypatch.setattr(
+        scheduler, "prefill_batch", lambda *how: prefilled.append(how[1]) or real(*how)
+    )
+    client = serve(limits={"running": 1})
+    go = blocked(monkeypatch)
+    done, threads = in_background(client, [chat(documents=["A text that nobody reads."])])
+    wait_until(lambda: client.service.scheduler.kv_bytes > 0)
+    [left] = client.service.scheduler.preparing
+    left.emit(Failure(499, "the client has left"))
+    left.cancelled = True
+    more, others = in_background(client, [chat(documents=["Anna Belt is in Kirby."])])
+    wait_until(lambda: client.service.scheduler.waiting == 1)
+    go.set()
+    for thread in threads + others:
+        thread.join()
+    assert [one.status_code for one in done + more] == [499, 200]
+    assert len(prefilled) == 1
 
 
 def test_tenants_take_turns(serve, monkeypatch):

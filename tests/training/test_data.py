@@ -9,7 +9,7 @@ from training.toy import toy_examples, toy_tokenizer
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import BlockDataCollator
-from blocktune.training.dataset import PartReader, best_fit, in_modes, prepare, to_pieces
+from blocktune.training.dataset import best_fit, in_modes, prepare, to_pieces
 
 PART = {
     "prefix": [9], "chunks": [[11, 12], [13]], "query": [14, 15], "answer": [16, 17],
@@ -42,7 +42,7 @@ def test_collated_block_batch():
 def prepared(examples, fmt=None, both=False, block_share=1.0, seed=0, **options):
     samples = in_modes(examples, block_share, both, seed)
     options = {"limit": 500} | options
-    read = PartReader(toy_tokenizer(), fmt or PromptFormat(), LayoutSpec(num_links=2))
+    read = BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=2), fmt or PromptFormat()).reader
     return prepare(samples, read, **options)
 
 
@@ -195,7 +195,7 @@ def test_rows_are_padded_to_a_multiple_where_each_length_compiles():
 
 def test_a_chunk_without_a_row_of_the_table_is_found_before_the_run():
     spec = LayoutSpec(num_links=1, link_table="chunk", max_chunks=2)
-    read = PartReader(toy_tokenizer(), PromptFormat(), spec)
+    read = BlockDataCollator(toy_tokenizer(), spec).reader
     with pytest.raises(ValueError, match=r"^example 1 .* has rows for 2 chunks \(max_chunks\)"):
         prepare(in_modes([*toy_examples(1, chunks=2), *toy_examples(1)]), read, limit=500)
     assert prepare(in_modes(toy_examples(1), block_share=0), read, limit=500).num_examples == 1

@@ -288,9 +288,10 @@ def test_any_trainers_adapter_is_served(base, tmp_path, full):
     changed = BlockDataCollator(toy_tokenizer())
     callbacks = [SaveLayoutCallback(changed)]
     other = Trainer(model, args, changed, toy_examples(16), callbacks=callbacks)
-    words = "checkpoint-4' was trained with layout .*'parallel'.* now it is .*'sequential'"
+    moved = (tmp_path / "out/checkpoint-4").rename(tmp_path / "moved")  # out of output_dir
+    words = "step 4 was trained with layout .*'parallel'.* now it is .*'sequential'"
     with pytest.raises(ValueError, match=words):
-        other.train(resume_from_checkpoint=True)
+        other.train(resume_from_checkpoint=str(moved))
 
 
 def test_predictions_come_in_the_order_of_the_rows(tmp_path):
@@ -305,11 +306,15 @@ def test_predictions_come_in_the_order_of_the_rows(tmp_path):
 def test_rows_that_a_source_leaves_out_are_left_out(tmp_path, caplog):
     """As `load_examples` does; a single such row must not stop a run in a later step."""
     useless = {"messages": [{"role": "user", "content": "Hi"}, SAID]}
+    unanswerable = {"question": "Who?", "chunks": TEXTS, "answers": []}
+    said = {"question": "Who?", "chunks": TEXTS, "answers": [], "response": "Nobody knows"}
     values = {"args": BlockSFTConfig(str(tmp_path), **options(max_steps=1))}
     values |= {"model": toy_model(), "processing_class": toy_tokenizer()}
-    trainer = BlockSFTTrainer(train_dataset=[*toy_examples(2), useless], **values)
-    assert trainer.prepared.num_examples == 2
+    rows = [*toy_examples(2), useless, unanswerable, unanswerable, said]
+    trainer = BlockSFTTrainer(train_dataset=rows, **values)
+    assert trainer.prepared.num_examples == 3
     assert "1 rows are left out" in caplog.text
+    assert "2 rows are left out: no answer" in caplog.text
     with pytest.raises(ValueError, match=r"cannot be trained on .*give it 'documents'"):
         BlockDataCollator(toy_tokenizer())([useless])
 

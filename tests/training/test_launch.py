@@ -23,7 +23,7 @@ from training.runs import make_trainer, write_run
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
-from blocktune.training.launch_checks import refuse_lost_launch
+from blocktune.training.launch_checks import refuse_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHING = Path(__file__).parent / "launching"
@@ -151,7 +151,7 @@ def test_no_launch_is_lost_in_silence(tmp_path, monkeypatch, variable, value, li
     trainer = make_trainer(tmp_path)
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=line):
-        refuse_lost_launch(trainer.accelerator, False)
+        refuse_launch(trainer.accelerator, False)
 
 
 def test_ddp_matches_one_process_and_resumes_as_if_never_stopped(single, tmp_path):

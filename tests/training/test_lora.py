@@ -8,13 +8,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 from training.toy import toy_model
 
-from blocktune.training.lora import AddedLora, add_in_product
+from blocktune.training.lora import AddedLora
 
 
 def adapted(base, added, **options):
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **options)
     if added:
-        add_in_product(config, base)
+        config._register_custom_module({torch.nn.Linear: AddedLora})
     torch.manual_seed(1)
     model = get_peft_model(base, config)
     for name, weight in model.named_parameters():

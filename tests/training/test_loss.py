@@ -8,9 +8,9 @@ from training.toy import toy_examples, toy_model, toy_tokenizer
 from blocktune.attention import attach, make_plan
 from blocktune.layout import Layout
 from blocktune.links import install_links, link_base, new_links
-from blocktune.prompt import Batch, LayoutSpec, PromptFormat
+from blocktune.prompt import Batch, LayoutSpec
 from blocktune.training.collator import BlockDataCollator
-from blocktune.training.dataset import PartReader, in_modes, prepare
+from blocktune.training.dataset import in_modes, prepare
 from blocktune.training.loss import answer_rows
 
 SPEC = LayoutSpec(num_links=2)
@@ -31,7 +31,7 @@ def answer_loss(model, ids, layout, labels, execution="split"):
 
 def batches(model, size, share=0.5):
     samples = in_modes(toy_examples(8), share)
-    dataset = prepare(samples, PartReader(toy_tokenizer(), PromptFormat(), SPEC), limit=500).dataset
+    dataset = prepare(samples, BlockDataCollator(toy_tokenizer(), SPEC).reader, limit=500).dataset
     collator = BlockDataCollator(toy_tokenizer(), SPEC, link_base=link_base(model))
     for start in range(0, 8, size):
         batch = collator([dataset[i] for i in range(start, start + size)])

@@ -23,8 +23,8 @@ from blocktune.methods.base import Weights
 from blocktune.methods.select import SELECTORS, Nothing, Selection
 from blocktune.prompt import IGNORED, LayoutSpec, Pieces, lay_out
 from blocktune.training.collator import BlockDataCollator
-from blocktune.training.dataset import PartReader, Sample, prepare
-from blocktune.training.recompute import RecomputeSampler, narrowed, states_at, with_fresh_rows
+from blocktune.training.dataset import Sample, prepare
+from blocktune.training.recompute import RecomputeSampler, narrowed, with_fresh_rows
 
 SHARE = 0.3
 CONFIGS = {**FAMILIES, "deepseek": FORMS["deepseek"][0]}  # caches latents, not keys
@@ -65,7 +65,9 @@ def trained_rows(engine: Engine, sampler: RecomputeSampler):
     example = RagExample(ASK.question, ASK.chunks, ("Noel Fisher",))
     spec, layers = engine.prompts.trained, engine.model.config.num_hidden_layers
     samples = [Sample(example, True)]
-    record = prepare(samples, PartReader(engine.tokenizer, FORMAT, spec), limit=500).dataset[0]
+    record = prepare(
+        samples, BlockDataCollator(engine.tokenizer, spec, FORMAT).reader, limit=500
+    ).dataset[0]
     check = sampler.check_layer(layers)
     base = engine.prompts.link_base
     batch = BlockDataCollator(
@@ -73,9 +75,7 @@ def trained_rows(engine: Engine, sampler: RecomputeSampler):
     )([record])
     layout = Layout.unpack(batch["layout"])
     if check is not None:
-        rope = engine.state.rope
-        states = states_at(engine.model, batch["input_ids"], layout, check, "split", rope)
-        layout = narrowed(layout, states, check, layers, sampler, batch["shares"])
+        layout = narrowed(engine.model, batch, sampler, engine.state.rope, "split")
     return batch["input_ids"], batch["labels"], layout
 
 
@@ -134,7 +134,7 @@ def test_the_share_is_drawn_between_its_bounds_for_each_example_and_epoch(tokeni
     spec, sampler = engine.prompts.trained, RecomputeSampler.named("random", 0.1, 0.6)
     example = RagExample(ASK.question, ASK.chunks, ("Noel Fisher",))
     samples = [Sample(example, True)] * 12
-    dataset = prepare(samples, PartReader(tokenizer, FORMAT, spec), limit=500).dataset
+    dataset = prepare(samples, BlockDataCollator(tokenizer, spec, FORMAT).reader, limit=500).dataset
 
     def shares(epoch: int) -> list[float]:
         collator = BlockDataCollator(tokenizer, spec, link_base=500, sampler=sampler, epoch=epoch)
@@ -153,7 +153,7 @@ def test_full_examples_have_no_fresh_rows(tokenizer):
     engine = engine_with_links("llama", tokenizer)
     example = RagExample(ASK.question, ASK.chunks, ("Noel Fisher",))
     spec = engine.prompts.trained
-    read = PartReader(tokenizer, FORMAT, spec)
+    read = BlockDataCollator(tokenizer, spec, FORMAT).reader
     record = prepare([Sample(example, False)], read, limit=500).dataset[0]
     sampler = RecomputeSampler.named("deviation", SHARE, SHARE)
     batch = BlockDataCollator(tokenizer, spec, link_base=500, sampler=sampler, check_layer=1)(

@@ -14,7 +14,7 @@ from blocktune.adapter import AdapterInfo, load_adapter
 from blocktune.attention import attach, make_plan
 from blocktune.layout import Layout
 from blocktune.links import installed_links
-from blocktune.training.launch_checks import refuse_parallelism
+from blocktune.training.launch_checks import refuse_launch
 
 MODES = {
     "lora": {},
@@ -156,7 +156,8 @@ def test_num_tokens_counts_rows_that_are_no_padding(tmp_path):
 
 def test_evaluation_reports_the_loss(tmp_path):
     write_run(tmp_path)
-    trainer = make_trainer(tmp_path, eval_data=str(tmp_path / "train.jsonl"), eval_limit=4)
+    source = {"eval_data": str(tmp_path / "train.jsonl"), "eval_on_start": True}
+    trainer = make_trainer(tmp_path, **source, eval_limit=4)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] > 0
     assert 0 <= metrics["eval_mean_token_accuracy"] <= 1
@@ -165,6 +166,7 @@ def test_evaluation_reports_the_loss(tmp_path):
 def test_evaluation_is_per_token_whatever_the_batches(tmp_path):
     write_run(tmp_path)
     options = {"eval_data": str(tmp_path / "train.jsonl"), "eval_limit": 8, "distill_weight": 0.5}
+    options |= {"eval_on_start": True}
     found = []
     for size in (1, 3, 8):
         trainer = make_trainer(tmp_path, per_device_eval_batch_size=size, **options)
@@ -214,7 +216,7 @@ def test_context_parallelism_is_refused(tmp_path):
 
     trainer.accelerator.state.parallelism_config = Parallel()
     with pytest.raises(ValueError, match="cp_size > 1 splits prompts over devices"):
-        refuse_parallelism(trainer.accelerator)
+        refuse_launch(trainer.accelerator, False)
 
 
 def test_the_command_trains_saves_and_says_what_it_does(tmp_path, capsys):

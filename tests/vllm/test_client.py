@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 from transformers import AutoTokenizer, Ministral3Config
 from vllm_cases import make_adapter
 
@@ -107,6 +108,22 @@ def test_chunks_of_another_model_of_the_same_name_are_not_used(tmp_path, monkeyp
     assert ChunkClient("org/tiny", store=store).fingerprint
     with pytest.raises(ValueError, match="has no chunks of 'org/tiny'"):
         _ = ChunkClient("org/tiny@main", store=store).fingerprint
+
+
+def test_chunks_of_earlier_weights_in_the_same_folder_are_not_used(tmp_path):
+    folder, store = str(tmp_path / "model"), tmp_path / "store"
+    shutil.copytree(TINY, folder)
+    engine = Engine.from_pretrained(folder, store=store, device="cpu")
+    engine.encode(["A chunk."])
+    assert ChunkClient(folder, store=store).fingerprint == engine.fingerprint
+    model = engine.model
+    torch.nn.init.normal_(model.get_parameter("model.layers.1.mlp.up_proj.weight"))
+    model.save_pretrained(folder)  # trained again
+    with pytest.raises(ValueError, match=r"no chunks of '.*/model' with its present weights"):
+        _ = ChunkClient(folder, store=store).fingerprint
+    retrained = Engine.from_pretrained(folder, store=store, device="cpu")
+    retrained.encode(["A chunk."])
+    assert ChunkClient(folder, store=store).fingerprint == retrained.fingerprint
 
 
 def test_an_adapter_without_chunks_is_named_in_the_command(tmp_path):

@@ -181,7 +181,7 @@ def test_hazard_3_without_a_chunk_nothing_is_answered(llm, engine, store, how, m
 
 def test_loads_use_one_core_and_leave_other_threads_theirs(llm):
     before = torch.get_num_threads()
-    assert connector(llm)._pool.submit(torch.get_num_threads).result() == 1
+    assert connector(llm).pool.submit(torch.get_num_threads).result() == 1
 
     def in_a_thread(work, *values, **options):
         with ThreadPoolExecutor(1, **options) as pool:

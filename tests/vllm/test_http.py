@@ -1,8 +1,10 @@
 """The server as users start it: two ranks, a LoRA adapter, an encoder beside it."""
 
 import asyncio
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,8 @@ import httpx
 import openai
 import pytest
 from vllm_cases import TINY, questions
+
+from blocktune.cache.store.shelf import MissQueue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,6 +102,8 @@ def test_documents_may_follow_the_question(server):
         ("completions", {"prompt": "x"}),
         ("responses", {"input": "x"}),
         ("chat/completions/batch", {"messages": [[{"role": "user", "content": "x"}]]}),
+        ("messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}),
+        ("messages/count_tokens", {"messages": [{"role": "user", "content": "x"}]}),
     ],
 )
 def test_documents_are_not_ignored_on_other_routes(server, path, more):
@@ -227,6 +233,25 @@ def test_missing_chunks_are_encoded_by_a_follower(server, serving):
             encoder.wait()
     [wanted] = serving.engines[TINY].answer([example], max_new_tokens=12)
     assert made == wanted.text
+
+
+def test_a_client_that_leaves_takes_its_chunks_out_of_the_queue(server, serving):
+    example = questions(33, 1)[0]
+    queue, fingerprint = MissQueue(serving.store), serving.engines[TINY].fingerprint
+    address = httpx.URL(server)
+    sent = httpx.Request("POST", f"{server}/v1/chat/completions", json=body(example))
+    head = "".join(f"{name}: {value}\r\n" for name, value in sent.headers.items())
+    with socket.create_connection((address.host, address.port)) as left:
+        left.sendall(f"POST {sent.url.path} HTTP/1.1\r\n{head}\r\n".encode() + sent.content)
+        until(lambda: queue.take(fingerprint))
+    until(lambda: not queue.take(fingerprint))
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_remote_alone_is_not_waited_for():

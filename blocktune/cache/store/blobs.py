@@ -1,7 +1,4 @@
-"""Chunk files addressed by key: the interface that a local folder and a remote store share.
-
-This module does not import torch, because listing a store needs no model.
-"""
+"""Chunk files by key: the interface that a folder and a remote share. No torch is imported."""
 
 from __future__ import annotations
 
@@ -18,13 +15,12 @@ from typing import Any
 from blocktune.cache.store.config import Row
 
 MANIFESTS = "manifests"
+# Environment variables that hold the signing key, or the path of a file with it.
 SECRET, SECRET_FILE = "BLOCKTUNE_STORE_KEY", "BLOCKTUNE_STORE_KEY_FILE"
-"""Environment variables that hold the signing key, or the path of a file with it."""
 LEAST_SECRET = 16
 MOST_HEADER = 64 << 20
-FIRST_READ = 1 << 16
-"""Bytes of the first read of a file; most headers fit."""
-_KEY = re.compile(r"[0-9a-f]{64}")
+FIRST_READ = 1 << 16  # bytes of the first read of a file; most headers fit
+is_key = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
 class Blob:
@@ -51,11 +47,6 @@ class Blob:
         """The whole file, or its first ``most`` bytes."""
         data = bytearray(self.size if most is None else min(most, self.size))
         return bytes(data[: self.read_into([memoryview(data)], 0)])
-
-
-def is_key(text: str) -> bool:
-    """Whether ``text`` is a key: 64 lower-case hex digits."""
-    return _KEY.fullmatch(text) is not None
 
 
 def relative_path(key: str) -> str:
@@ -128,10 +119,7 @@ class Blobs(ABC):
         """Names of all manifests, without the suffix."""
 
     def open(self, key: str, most: int | None = None) -> Blob:
-        """Opens the file of ``key``; with ``most``, only its first ``most`` bytes.
-
-        Raises FileNotFoundError, or ValueError if something other than a plain file is there.
-        """
+        """Opens a file, or its first ``most`` bytes. ValueError: it is something else."""
         return self._open(relative_path(key), most)
 
     def write(self, key: str, data: bytes) -> None:

@@ -23,27 +23,15 @@ from blocktune.cache.store.ledger import About, Row
 from blocktune.positions import RopeSpec
 
 FORMAT = "blocktune chunk 3"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Dtype names in a safetensors header."""
+# By their names in a safetensors header.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32}
+DTYPES |= {"I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 _ALL = "*"
-SETTLED_S = 2.0
-"""Seconds. A file that changed more recently may change again within the clock's resolution."""
+SETTLED_S = 2.0  # a file that changed later may change again within the clock's resolution
 PAGE = 4096
-Share = tuple[int, int]
-"""A tensor-parallel rank and the number of ranks."""
-_BY_HEAD = ("key.", "value.")
-"""Name prefixes of tensors whose first axis is the kv heads."""
+Share = tuple[int, int]  # a tensor-parallel rank and the number of ranks
+_BY_HEAD = ("key.", "value.")  # starts of the names of tensors whose first axis is the kv heads
 
 
 class Expired(FileNotFoundError):
@@ -53,8 +41,8 @@ class Expired(FileNotFoundError):
 class ChunkFile:
     """An open file of a store. Header and token ids are verified at once, tensors when read.
 
-    xxh3 checksums find damage. A store with a signing key also checks signed SHA-256 sums, which
-    nobody can forge. Each process verifies a file once, and again only after the file changed.
+    xxh3 checksums find damage; signed SHA-256 sums, with a key, forgery. Each process verifies a
+    file once, and again only after the file changed.
     """
 
     def __init__(
@@ -62,9 +50,8 @@ class ChunkFile:
     ):
         """Opens the entry of ``key``. Without a ``kind`` only `verify` can be used.
 
-        ``most`` limits how many bytes are fetched from a remote.
-        Raises FileNotFoundError, `Expired`, ValueError if `pack_chunk` did not make the file for
-        this key or it is not signed, and OSError if the storage cannot be reached.
+        ``most`` limits how many bytes are fetched from a remote. Raises FileNotFoundError,
+        `Expired`, OSError if the storage cannot be reached, ValueError for any other file.
         """
         self.key, self.kind, self._blob = key, kind, blobs.open(key, most)
         self._is_signed, self._data = blobs.secret is not None, None
@@ -133,8 +120,7 @@ class ChunkFile:
     def read_into(self, outs: Mapping[str, Tensor]) -> None:
         """Reads and verifies uncompressed tensors ``(K, S, D)`` into ``outs``, by their names.
 
-        Tensors that are adjacent in the file are read by one call. Each of an output's ``K`` parts
-        must be contiguous CPU memory. Raises as `read` does.
+        Each of an output's ``K`` parts must be contiguous CPU memory. Raises as `read` does.
         """
         with _readable():
             spans = sorted((*self._tensors[name]["data_offsets"], name) for name in outs)
@@ -156,18 +142,14 @@ class ChunkFile:
     def entry(self, share: Share | None = None) -> Entry:
         """Reads and verifies the whole entry, on the CPU. Its tensors share one buffer.
 
-        With a ``share``, keys and values hold only that rank's heads. Only these are read from a
-        folder, unless the store is signed or an older version wrote the file without head sums.
+        With a ``share``, keys and values hold only that rank's heads, and only these are read from
+        a folder if the file has sums of them.
         """
         with _readable():
             if share is None:
                 self._data = self._fetch(0, self._blob.size - self._start)
             read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
-            entry = self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
-        if self._sums.keys() <= self._verified:
-            self._verified.clear()
-            self._verified.add(_ALL)
-        return entry
+            return self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
 
     def like(self) -> Entry:
         """An uncompressed entry's shapes and dtypes, as tensors that hold no data."""
@@ -185,8 +167,6 @@ class ChunkFile:
         for name in self._sums:
             if not self._is_verified(name):
                 self.read(name)
-        self._verified.clear()
-        self._verified.add(_ALL)
 
     def _fetch(self, start: int, end: int) -> Tensor:
         if not 0 <= start <= end <= self._blob.size - self._start:
@@ -212,6 +192,9 @@ class ChunkFile:
         if self._is_signed and self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
             raise ValueError(f"'{name}' does not match its signed checksum")
         self._verified.add(name)
+        if len(self._verified) == len(self._sums):  # one string for all names
+            self._verified.clear()
+            self._verified.add(_ALL)
 
 
 @lru_cache(1 << 16)
@@ -234,9 +217,9 @@ def heads_of(rank: int, size: int, num_heads: int) -> slice:
 
 
 class FileKV(ChunkKV):
-    """A chunk whose layers are read from its ``file`` at each access; ``like`` holds no data.
+    """A chunk whose layers are read from its verified ``file`` at each access.
 
-    The file is verified once, beforehand. If it is cut off later, an access raises `ValueError`.
+    ``like`` holds no data. If the file is cut off later, an access raises `ValueError`.
     """
 
     def __init__(self, file: ChunkFile):
@@ -271,10 +254,7 @@ class _LayerTensors(Sequence):
 def pack_chunk(
     blobs: Blobs, key: str, entry: Entry, about: About, codec: str, rope: RopeSpec | None
 ) -> bytes:
-    """The content of an entry's file, signed with the key of ``blobs``. Raises as `encoded` does.
-
-    ``about`` goes into the header, so that a lost index can be rebuilt from the files.
-    """
+    """An entry's file, with ``about`` to rebuild an index from. Raises as `encoded` does."""
     entry = entry.to("cpu").compact()
     facts, tensors = encoded(entry, codec, rope)
     tensors |= {"token_ids": entry.token_ids}

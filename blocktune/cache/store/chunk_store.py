@@ -24,9 +24,7 @@ from blocktune.cache.store.tiers import BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
 
 _LOG = logging.getLogger(__name__)
-_TENANTS, _NOTED = 1024, 64
-"""Number of tenants whose RoPE frequencies, and whose notes of plug-ins, are remembered. Each
-request sets those of its tenant again."""
+_TENANTS, _NOTED = 1024, 64  # tenants whose RoPE frequencies, and plug-ins' data, are remembered
 
 
 class ChunkStore:
@@ -34,15 +32,13 @@ class ChunkStore:
 
     Entries of all kinds (keys and values, hidden states, exact prefixes) share the tiers. A lookup
     asks the tiers in the order device, host, folder, remote, and moves a hit up to the device. A
-    new entry is written to the device, the folder and the remote, to the latter in the background.
-    Entries evicted from the device go to the host. Each tier has a size limit, and the policy
-    decides what it evicts first.
+    new entry is written to the device, the folder and, in the background, the remote. Entries
+    evicted from the device go to the host.
 
     Before an entry is returned, its token ids and fingerprint are compared with those wanted. An
     entry that differs or does not verify is counted as ``rejected`` and treated as a miss; the
-    `put` that follows replaces it. The first one is logged as a warning, the others at level INFO.
-    A tier that cannot be reached or written is skipped, with one warning; entries that could not
-    be stored are counted as ``unwritten``.
+    `put` that follows replaces it. A tier that cannot be reached or written is skipped, with one
+    warning; entries that could not be stored are counted as ``unwritten``.
 
     Raises ValueError if there is neither memory nor a folder, the folder is not a folder, or the
     signing key is too short; with ``must_write`` also if the folder cannot be written.
@@ -68,8 +64,8 @@ class ChunkStore:
         self._tenants_notes: dict[Hashable, Any] = {}
         self.warn_rejected = True  # whether the first one is a warning
         self._stats, self._lock = StoreStats(), threading.RLock()
-        self._ropes: dict[str, RopeSpec] = {}
-        self._shared_ropes: dict[str, RopeSpec] = {}
+        self._ropes: dict[str, RopeSpec] = {}  # by fingerprint of a model
+        self._shared_ropes: dict[str, RopeSpec] = {}  # by that of a tenant
         self._tracer = Tracer(config.trace)
         self._memories = [MemoryTier("memory", self.device, config)]
         self._memories += [MemoryTier("cpu", torch.device("cpu"), config)] if config.cpu else []
@@ -79,6 +75,12 @@ class ChunkStore:
     def open(cls, text: str | Path, device: torch.device | str = "cpu", **options) -> Self:
         """Opens a store from a text such as ``chunks/,disk=50GB``, see `StoreConfig.parse`."""
         return cls(device=device, config=StoreConfig.parse(text), **options)
+
+    def __reduce__(self):
+        raise ValueError(
+            "a ChunkStore, or an Engine with one, cannot be pickled; open it in each process "
+            "(`ChunkStore.open`, `Engine.from_pretrained`): they may share a folder"
+        )
 
     def get(
         self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
@@ -95,16 +97,18 @@ class ChunkStore:
         *,
         read: Callable[[ChunkFile], Entry] = ChunkFile.entry,
         keep: bool = True,
+        in_memory: bool = True,
     ) -> Lookup:
         """Looks up an entry. Returns it with the tier where it was found and the time taken.
 
-        ``read`` reads its file, with the errors of `ChunkFile.read`. ``keep`` keeps it in memory.
+        ``read`` reads its file, with the errors of `ChunkFile.read`; ``keep`` keeps it in memory.
+        Without ``in_memory``, only files are looked up, which other processes may have replaced.
         """
         started = time.perf_counter()
         rejected: set[str] = set()
         wanted = key, token_ids, fingerprint, kind, rejected
         with self._lock:
-            for tier in self._memories:
+            for tier in self._memories if in_memory else ():
                 kv = tier.get(key)
                 if kv is not None and self._accept(kv, *wanted):
                     if tier.name != "memory":
@@ -142,7 +146,7 @@ class ChunkStore:
     def stored(
         self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
     ) -> Row | None:
-        """The index row of an entry's file: in the folder, or in the remote without one; or None.
+        """The row of an entry's file, or None: in the folder, or in the remote without one.
 
         Header and tokens are verified as by `lookup`, but no tensor is read. It counts as a use.
         """
@@ -166,13 +170,10 @@ class ChunkStore:
     ) -> Entry:
         """Stores an entry, in the folder first, then (``keep``) in memory. Replaces an older one.
 
-        It took ``seconds`` to encode, which the policy ``gdsf`` weighs. It can be removed by the
-        name of its ``document`` (or one of several, one a line), and counts against the quota of
-        its ``tenant``. Raises ValueError if it exceeds the memory and there is no folder, or
-        ``must_write`` is set and writing fails.
-
-        Returns:
-            The entry as later lookups will return it: quantised, if the store has a codec.
+        It took ``seconds`` to encode, which the policy ``gdsf`` weighs, and counts against the
+        quota of its ``tenant``. ``document`` names what it comes from (or several, one a line).
+        Raises ValueError if it exceeds the memory and there is no folder, or writing fails and
+        ``must_write`` is set. Returns it as later lookups will: quantised, if there is a codec.
         """
         most = max(tier.ledger.max_bytes for tier in self._memories)
         if not self._blobs and kv.num_bytes > most:
@@ -180,11 +181,9 @@ class ChunkStore:
                 f"a chunk of {kv.num_tokens} tokens takes {kv.num_bytes:,} bytes, the store may "
                 f"hold {most:,}; allow more memory or give the store a folder"
             )
-        about = About(
-            *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
-            expires=None if self.config.ttl is None else time.time() + self.config.ttl,
-        )
-        codec = self.config.codec
+        codec, ttl = self.config.codec, self.config.ttl
+        about = kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds
+        about = About(*about, expires=None if ttl is None else time.time() + ttl)
         rope = self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint)
         stored = kv if codec == "as-is" else round_trip(kv.to("cpu"), codec, rope)
         stored = stored.to(self.device).compact()
@@ -196,16 +195,24 @@ class ChunkStore:
                 self._remember(key, stored, about)
         return stored
 
+    def alone(self, act: Callable[[], None]) -> None:
+        """Calls ``act`` while no other process that shares the folder does, if its index works."""
+
+        def hold(ledger: Ledger) -> bool:
+            with ledger.transaction():
+                act()
+            return True
+
+        if not any(tier.on_ledger(hold) for tier in self._blobs[: self.folder is not None]):
+            act()
+
     def flush(self) -> None:
         """Waits until all entries are written to the remote (or refused) and hits to the index."""
         for tier in self._blobs:
             tier.flush()
 
     def discard(self, *keys: str) -> bool:
-        """Removes the entries of ``keys``, if any, from every tier in reach.
-
-        Returns whether all were.
-        """
+        """Removes the entries of ``keys`` from every tier in reach. Returns whether all were."""
         # first, or a lookup could read a file and keep its entry
         done = [tier.remove(*keys) for tier in self._blobs]
         with self._lock:
@@ -228,7 +235,7 @@ class ChunkStore:
 
     def pinned(self) -> dict[str, int]:
         """The pinned entries of all tiers: their bytes by key."""
-        found = self._ledgers(lambda ledger: list(ledger.rows(pinned=1)), ())
+        found = self._ledgers(lambda ledger: ledger.rows(pinned=1), ())
         return {row.key: row.size for rows in found for row in rows}
 
     def _ledgers(self, act: Callable[[Ledger], Any], default: Any = None) -> list:
@@ -239,28 +246,23 @@ class ChunkStore:
 
     def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:
         """Opens the folder's files of one kind and model, by its index. Skips damaged ones."""
+        wanted = {"kind": kind.kind, "fingerprint": fingerprint}
         for tier in self._blobs[: self.folder is not None]:
-            wanted = {"kind": kind.kind, "fingerprint": fingerprint}
-            for row in tier.on_ledger(lambda ledger: ledger.rows(**wanted), ()):  # noqa: B023
+            for row in tier.on_ledger(lambda ledger: ledger.rows(**wanted), ()):
                 with suppress(OSError, ValueError):
                     yield ChunkFile(tier.blobs, row.key, kind)
 
     def write_manifest(
         self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None
     ) -> None:
-        """Writes the model's manifest to the folder and the remote, where it is missing.
-
-        Integer codecs need the ``rope``, because they quantise keys before their rotation.
-        """
+        """Writes the model's manifest where it is missing. Integer codecs need the ``rope``."""
         if rope is not None:
             self._ropes[fingerprint] = rope
         for tier in self._blobs:
             tier.write_manifest(fingerprint, make)
 
-    describe = write_manifest  # its earlier name
-
     def share_rope(self, fingerprint: str, other: str) -> None:
-        """Uses the RoPE frequencies of ``fingerprint`` for ``other``, a tenant's fingerprint."""
+        """Uses the RoPE frequencies of ``fingerprint`` for a tenant's, ``other``."""
         if (rope := self._ropes.get(fingerprint)) is not None:
             with self._lock:
                 keep_latest(self._shared_ropes, other, rope, _TENANTS)
@@ -268,12 +270,9 @@ class ChunkStore:
     def memoized(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A plug-in's data for one tenant; calls ``make`` if there is none (any more)."""
         with self._lock:
-            note = self._tenants_notes.get(key)
-            note = make() if note is None else note
+            note = self._tenants_notes[key] if key in self._tenants_notes else make()
             keep_latest(self._tenants_notes, key, note, _NOTED)
             return note
-
-    note = memoized  # its earlier name
 
     def clear(self) -> None:
         """Empties the memory and the notes. Folder and remote keep their files."""
@@ -300,15 +299,12 @@ class ChunkStore:
     def __contains__(self, key: str) -> bool:
         """Whether there is an entry of ``key``. Only `get` verifies it."""
         with self._lock:
-            if any(key in tier.entries for tier in self._memories):
-                return True
-        return any(tier.blobs.has(key) for tier in self._blobs)
+            in_memory = any(key in tier.entries for tier in self._memories)
+        return in_memory or any(tier.blobs.has(key) for tier in self._blobs)
 
     def __len__(self) -> int:
         """Number of distinct entries in all tiers."""
-        files = [key for tier in self._blobs for key in tier.blobs.keys()]  # noqa: SIM118
-        with self._lock:
-            return len({*files, *(key for tier in self._memories for key in tier.entries)})
+        return len({*self.held(), *(key for tier in self._blobs for key in tier.blobs.keys())})  # noqa: SIM118
 
     def held(self) -> dict[str, Entry]:
         """Entries in memory, by key."""

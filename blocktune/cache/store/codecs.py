@@ -1,7 +1,7 @@
 """Codecs: how a file stores keys and values, unchanged or quantised.
 
-A codec turns one layer's keys and values into named tensors and back. The store passes each new
-entry through `round_trip`, so that an answer does not depend on where a chunk was found.
+The store passes each new entry through `round_trip`, so that an answer does not depend on where a
+chunk was found.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from blocktune.positions.relocation import relocate_keys
 from blocktune.registry import require_one_of
 
 FP8 = torch.float8_e4m3fn
-GROUP = {8: 64, 4: 32}
-"""Largest group of numbers that share a scale and an offset, by bits."""
+GROUP = {8: 64, 4: 32}  # largest group of numbers that share a scale and an offset, by bits
 _HALF = (1e-2, 6e4)  # largest number of a tensor whose scales and offsets fit into 16 bits
 _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 
@@ -28,9 +27,9 @@ _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 def encoded(
     entry: Entry, codec: str, rope: RopeSpec | None = None
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Encodes an entry by one of `CODECS`. Returns header fields and tensors for the file.
+    """Header fields and tensors of an entry's file. Only a `ChunkKV` is quantised.
 
-    ``int8`` and ``int4`` need the model's ``rope``. Entries other than `ChunkKV` stay unchanged.
+    ``int8`` and ``int4`` need the model's ``rope``.
     """
     require_one_of("codec", codec, CODECS)
     if codec == "as-is" or not isinstance(entry, ChunkKV):

@@ -1,7 +1,4 @@
-"""Configuration of a store (its ``--store`` text), its counters, and its trace of uses.
-
-This module does not import torch.
-"""
+"""A store's configuration (``--store``), counters and trace of uses. No torch is imported."""
 
 from __future__ import annotations
 
@@ -26,14 +23,12 @@ POLICIES = {
 """Worth of an entry as SQL over its columns. The least is evicted first; ties: the oldest use.
 
 ``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1).
-``clock`` is the worth of the last evicted entry at the time of use, so that old uses count less.
+``clock``, the worth of the last evicted entry at the time of use, makes old uses count less.
 """
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30
 Tier = Literal["memory", "cpu", "disk", "remote", "none"]
-_REMEMBERED = 1 << 16
-"""Number of keys whose last use a trace remembers."""
-_SHOWN = 16
+_REMEMBERED, _SHOWN = 1 << 16, 16  # keys whose last use a trace remembers; digits of one in it
 _LOG = logging.getLogger(__name__)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -102,6 +97,7 @@ class StoreConfig:
     cpu: int = 0  # limit in host memory, for entries evicted from the device
     disk: int | None = None  # limit of the folder; None: no limit
     remote_bytes: int | None = None  # limit of the remote; None: no limit
+    wait: float | None = None  # seconds that a lookup waits for the remote; None: 2
     policy: str | None = None  # one of `POLICIES`; None: the one the folder was last opened with
     quota: int | None = None  # limit of one tenant in each tier
     ttl: float | None = None  # seconds after which a chunk is encoded again
@@ -115,8 +111,9 @@ class StoreConfig:
         for name in ("memory", "cpu", "disk", "remote_bytes", "quota"):
             if (size := getattr(self, name)) is not None and size < 0:
                 raise ValueError(f"{name} is a number of bytes, 0 or more; got {size}")
-        if self.ttl is not None and self.ttl <= 0:
-            raise ValueError(f"ttl must be more than 0 seconds, got {self.ttl}")
+        for name in ("ttl", "wait"):
+            if (seconds := getattr(self, name)) is not None and seconds <= 0:
+                raise ValueError(f"{name} must be more than 0 seconds, got {seconds}")
         for name, known in (("policy", POLICIES), ("codec", CODECS)):
             if getattr(self, name) is not None:
                 require_one_of(name, getattr(self, name), known)
@@ -132,22 +129,19 @@ class StoreConfig:
     def parse(cls, text: str | Path, **defaults) -> StoreConfig:
         """Reads ``PLACE,name=value,...``: a folder or a URL, then limits.
 
-        Examples: ``chunks/``, ``s3://bucket/chunks``, ``chunks/,disk=50GB,policy=gdsf``,
-        ``chunks/,cpu=8GB,remote=valkey://host:6379/0,codec=fp8,ttl=30d``. The place may be left
-        out: ``memory=2GB,codec=fp8``. The name of an existing folder may contain commas and ``=``.
-        Raises ValueError, which lists what is valid, if a name or value is wrong.
+        Examples: ``chunks/,disk=50GB``, ``s3://bucket/chunks``, ``memory=2GB,codec=fp8``. The name
+        of an existing folder may contain commas and ``=``. Raises ValueError, which lists what is
+        valid, if a name or value is wrong.
         """
         known = {field.name for field in fields(cls)} - {"folder"}
         if isinstance(text, Path) or (text and Path(text).is_dir()):  # Path("") is the current one
             return cls(**defaults | {"folder": Path(text)})
         first, *rest = text.split(",")
         values = dict(defaults)
-        if "://" in first and "=" not in first.partition("://")[0]:
-            values["remote"] = first
-        elif "=" in first:
+        if "=" in first.partition("://")[0]:
             rest = [first, *rest]
         elif first:
-            values["folder"] = Path(first)
+            values |= {"remote": first} if "://" in first else {"folder": Path(first)}
         for pair in rest:
             name, equals, value = (part.strip() for part in pair.partition("="))
             if not equals or not value or name not in known:
@@ -161,7 +155,7 @@ class StoreConfig:
 
 
 _READ = dict.fromkeys(("memory", "cpu", "disk", "remote_bytes", "quota"), parse_bytes)
-_READ |= {"ttl": parse_seconds, "trace": Path}
+_READ |= {"ttl": parse_seconds, "wait": parse_seconds, "trace": Path}
 
 
 def without_password(url: str) -> str:
@@ -214,8 +208,7 @@ class Tracer:
     """Counts lookups. With a path, it also appends lookups and writes to a JSON Lines file.
 
     Lines: ``{"t", "op": "get" or "put", "key", "tokens", "bytes", "tier" or "seconds", ...}``, with
-    ``t`` in seconds since the epoch. Several processes may append to the same file. If it cannot be
-    written any more, it ends there, with a warning.
+    ``t`` in seconds since the epoch. Several processes may append to the same file.
     """
 
     def __init__(self, path: Path | None = None):
@@ -252,8 +245,8 @@ class Tracer:
     def histograms(self) -> dict[str, dict[int, int]]:
         """Histograms with power-of-two buckets: counts by upper end.
 
-        ``reuse_distance``: number of lookups between two of the same key; ``lifetime_s``: seconds
-        from the first lookup of a key to each later one.
+        ``reuse_distance``: lookups between two of the same key; ``lifetime_s``: seconds from the
+        first lookup of a key to each later one.
         """
         return {
             "reuse_distance": {2 ** (n + 1): c for n, c in sorted(self._distances.items())},

@@ -1,10 +1,9 @@
 """Keys of cached entries, which change whenever the cached numbers would; and manifests.
 
-There are two digests. The *fingerprint* covers everything that all chunks of an engine share:
-model, weights, adapter, tokenizer, prompt format, dtype, RoPE. The *chunk key* adds the token ids
-and how they were encoded. Neither covers a path or a date, so they are equal on all machines.
-A *manifest* describes in plain JSON what made the chunks of a model. Another engine needs it to use
-them. `Blobs.write_manifest` stores it.
+The *fingerprint* covers what all chunks of an engine share: model, weights, adapter, tokenizer,
+prompt format, dtype, RoPE. The *chunk key* adds the token ids and how they were encoded. Neither
+covers a path or a date. A *manifest* says in plain JSON what made the chunks of a model, for other
+engines.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ from blocktune.models.identity import adapter_fingerprint, base_fingerprint, tok
 from blocktune.positions import RopeSpec
 
 MANIFEST_FORMAT = "blocktune manifest 1"
-CACHE_FORMAT = 2
-"""Version of the stored content and of its keys; part of every fingerprint."""
-
+CACHE_FORMAT = 2  # of the stored content and its keys; part of every fingerprint
 _SAMPLES, _REMEMBERED = 4096, 1024
 _VOLATILE = {
     *("_name_or_path", "architectures", "transformers_version", "use_cache", "return_dict"),
@@ -49,8 +46,7 @@ def model_fingerprint(
 ) -> str:
     """Digest, 64 hex digits, of all that decides a chunk's keys and values, except its tokens.
 
-    Compute it again after any change of the weights. Raises ValueError if a weight is not in
-    memory, or the format is not plain JSON.
+    Raises ValueError if a weight is not in memory, or the format is not plain JSON.
     """
     return _digest(
         cache_format=CACHE_FORMAT,
@@ -66,8 +62,7 @@ def model_fingerprint(
 def chunk_key(fingerprint: str, token_ids: Ids, encoding: Mapping | None = None) -> str:
     """Digest, 64 hex digits, under which the encoded chunk of ``token_ids`` ``(S,)`` is stored.
 
-    ``encoding`` describes in plain JSON values how it was encoded: blanks and their token, ids of
-    a shared prefix, BOS kept or dropped. Empty: the chunk alone.
+    ``encoding`` describes in plain JSON values how it was encoded; empty: the chunk alone.
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64).tolist()
     return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
@@ -75,15 +70,11 @@ def chunk_key(fingerprint: str, token_ids: Ids, encoding: Mapping | None = None)
 
 def key_after(fingerprint: str, token_ids: Ids, blanks: Sequence[int]) -> str:
     """`chunk_key` of a chunk that was encoded after ``blanks``, whose own states were dropped."""
-    encoding = {"ghosts": list(blanks)}  # the name in the keys of existing stores
-    return chunk_key(fingerprint, token_ids, encoding)
+    return chunk_key(fingerprint, token_ids, {"ghosts": list(blanks)})  # as in existing stores
 
 
 def stored_key(fingerprint: str, ids: Ids, blanks: Sequence[int], scoped_prefix: bool) -> str:
-    """`key_after`; or the key of a prefix, if a scoped adapter encodes it unlike a chunk.
-
-    Takes tuples. Memoised for up to `_REMEMBERED` tokens: 512 tokens take 0.1 ms.
-    """
+    """`key_after` of tuples, memoised; or the key of a prefix, if a scoped adapter encodes it."""
     make = _stored_key if len(ids) + len(blanks) <= _REMEMBERED else _stored_key.__wrapped__
     return make(fingerprint, ids, blanks, scoped_prefix)
 
@@ -98,11 +89,10 @@ def _stored_key(fingerprint: str, ids: Ids, blanks: Sequence[int], scoped_prefix
 def weights_hash(model: nn.Module) -> str:
     """Digest of names, shapes, dtypes and contents of all parameters and buffers.
 
-    SHA-256 of 8 B parameters takes more than ten seconds. So it covers, of each tensor, 4,096
-    elements at even strides and the wrapping sum of all bytes as 64-bit integers. A change of one
-    weight changes the sum; a reordering changes the sample, unless it moves unsampled elements.
-    An adversary could defeat it, but could also replace the cache. Quantised weights count with
-    their scales, adapters with their scaling and state.
+    For speed it covers, of each tensor, 4,096 elements at even strides and the wrapping sum of all
+    bytes as 64-bit integers. A change of one weight changes the sum; a reordering changes the
+    sample, unless it moves unsampled elements. Quantised weights count with their scales, adapters
+    with their scaling and state.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):
@@ -131,15 +121,12 @@ def manifest(
 ) -> dict[str, Any]:
     """The manifest of a model, in plain JSON values.
 
-    Fields: ``fingerprint``; ``format`` and ``chunk_format``; ``base``, ``adapter`` (or None) and
-    ``tokenizer`` with names, revisions and digests; the adapter's ``scope`` (with ``encode``, the
-    plain base reads its chunks); ``prompt_format``; ``dtype``; ``layers``, those that store keys,
-    each with the shapes of ``key`` and ``value`` (kv heads, head dim); and ``rope``.
-
-    ``rope`` has one item per distinct rotation: ``frequencies``, radians per position for each
-    pair of rotated dimensions; ``start``, the first rotated dimension; ``interleaved``, whether
-    pairs are neighbours; ``in_values``, whether values are rotated. Its ``layer`` has each decoder
-    layer's index into these. Keys are stored rotated, the chunk's first token at ``origin``.
+    With the adapter's ``scope`` ``encode``, the plain base reads its chunks. ``layers`` are those
+    that store keys, with the shapes of ``key`` and ``value`` (kv heads, head dim). ``rope`` has one
+    item per distinct rotation: ``frequencies``, radians per position for each pair of rotated
+    dimensions; ``start``, the first of these; ``interleaved``, whether pairs are neighbours;
+    ``in_values``, whether values are rotated; and in ``layer`` each decoder layer's index. Keys are
+    stored rotated, the chunk's first token at ``origin``.
     """
     name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
     base = adapter.base_fingerprint if adapter else base_fingerprint(model)
@@ -197,14 +184,10 @@ def _content(tensor: Tensor) -> bytes:
 
 
 def _config(model: nn.Module) -> dict:
-    def clean(value):
-        if isinstance(value, Mapping):
-            return {str(k): clean(v) for k, v in value.items() if k not in _VOLATILE}
-        if isinstance(value, list | tuple):
-            return [clean(item) for item in value]
-        return value if isinstance(value, str | int | float | bool | None) else str(value)
+    def clean(part: dict) -> dict:
+        return {name: value for name, value in part.items() if name not in _VOLATILE}
 
-    return clean(model.config.to_dict())
+    return json.loads(json.dumps(model.config.to_dict(), default=str), object_hook=clean)
 
 
 def _adapter_hash(folder: Path) -> dict[str, str]:

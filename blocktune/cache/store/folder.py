@@ -1,7 +1,7 @@
-"""The folder of a store: which files belong to the store, and how they are read and written.
+"""The folder of a store: which files belong to it, and how they are read and written.
 
-A file belongs to the store if it is a plain file under one of the store's names in real folders.
-Links are never followed, and no other file is read, replaced or removed. No torch is imported.
+These are plain files under the store's names in real folders: links are never followed, and no
+other file is read, replaced or removed. No torch is imported.
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
+from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, relative_path
 from blocktune.files import sync
 
-WRITING = ".writing"
-"""Folder inside a store for unfinished files. It is on the same file system: renames are atomic."""
-_UNFINISHED = re.compile(r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part")
+WRITING = ".writing"  # folder for unfinished files, on the same file system: renames are atomic
+_UNFINISHED = r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part"
 _ABANDONED_S = 3600
-_MOST_BUFFERS = 1024
-"""Buffers that one ``preadv`` call accepts."""
+_MOST_BUFFERS = 1024  # that one ``preadv`` call accepts
 _TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def chunk_path(folder: Path, key: str) -> Path:
-    """Path of the file of ``key`` in ``folder``. Raises as `relative_path` does."""
+    """Path of the file of ``key`` in ``folder``."""
     return folder / relative_path(key)
 
 
@@ -77,10 +75,7 @@ class ChunkFolder(Blobs):
         self.path, self.place = Path(path).absolute(), str(path)
 
     def prepare(self) -> None:
-        """Makes the folder, checks that it is writable, and removes unfinished files.
-
-        Raises ValueError if ``path`` is not a folder, OSError if it cannot be written.
-        """
+        """Makes a writable folder without unfinished files. Raises ValueError or OSError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -93,29 +88,31 @@ class ChunkFolder(Blobs):
         self.clean()
 
     def clean(self) -> int:
-        """Removes files of interrupted writers, not those of running ones. Returns how many."""
         removed = 0
-        for entry in self._entries(self.path / WRITING):
+        for entry in self._entries(self.path / WRITING, _UNFINISHED):
             with suppress(OSError, ValueError):  # just removed, foreign, or of another user
                 age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)
+                descriptor = _plain(Path(entry.path), os.O_RDWR)
+                try:
+                    acquired = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if age > _ABANDONED_S if acquired is None else acquired:
+                        os.unlink(entry.path)
+                        removed += 1
+                finally:
+                    os.close(descriptor)
         return removed
 
     def _open(self, name: str, most: int | None) -> OpenFile:
         try:
-            path = self._path(name)
+            return OpenFile(_plain(self._path(name)))
         except FileExistsError as error:
             raise ValueError(error.strerror) from None
-        # Without O_NONBLOCK, opening a pipe would wait for a writer.
-        return OpenFile(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
 
     def _write(self, name: str, data: bytes) -> None:
-        """See `Blobs.write`. A failed write leaves nothing behind; `is_taken` tells its cause."""
         path, unfinished = self._path(name, make=True), self._unfinished(Path(name).stem)
         try:
-            os.close(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
-        except FileNotFoundError:
-            pass
+            with suppress(FileNotFoundError):
+                os.close(_plain(path))
         except ValueError as error:
             raise FileExistsError(errno.EEXIST, str(error), str(path)) from None
         try:
@@ -133,12 +130,10 @@ class ChunkFolder(Blobs):
         (self.path / name).unlink()
 
     def listing(self) -> Iterator[tuple[str, int, float]]:
-        for first in self._folders(self.path):
-            for second in self._folders(first):
-                for entry in self._entries(second):
-                    key, _, suffix = entry.name.partition(".")
-                    if suffix != "safetensors" or not is_key(key):
-                        continue
+        for first in self._entries(self.path, "[0-9a-f]{2}"):
+            for second in self._entries(Path(first.path), "[0-9a-f]{2}"):
+                for entry in self._entries(Path(second.path), r"[0-9a-f]{64}\.safetensors"):
+                    key = entry.name.partition(".")[0]
                     with suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
                         here = Path(entry.path) == chunk_path(self.path, key)
@@ -146,12 +141,12 @@ class ChunkFolder(Blobs):
                             yield key, status.st_size, status.st_mtime
 
     def touch(self, key: str) -> None:
-        """Updates the modification time of the file of ``key`` (`Blob.used`), if permitted."""
         with suppress(OSError):
             os.utime(chunk_path(self.path, key), follow_symlinks=False)
 
     def _manifests(self) -> Iterator[str]:
-        return (file.name.removesuffix(".json") for file in self._entries(self.path / MANIFESTS))
+        files = self._entries(self.path / MANIFESTS, r".*\.json")
+        return (file.name.removesuffix(".json") for file in files)
 
     def _unfinished(self, stem: str) -> Path:
         return self._path(f"{WRITING}/.{stem}-{uuid.uuid4().hex}.part", make=True)
@@ -170,29 +165,26 @@ class ChunkFolder(Blobs):
                 raise FileExistsError(errno.EEXIST, reason, str(path))
         return path / last
 
-    def _folders(self, path: Path) -> list[Path]:
-        entries = (e for e in self._entries(path) if re.fullmatch(r"[0-9a-f]{2}", e.name))
-        return [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False)]
-
-    def _entries(self, path: Path) -> list[os.DirEntry]:
-        """Lists a folder, sorted by name; empty if ``path`` is not a real folder."""
+    def _entries(self, path: Path, names: str) -> list[os.DirEntry]:
+        """What a folder has under ``names``, sorted; nothing if ``path`` is not a real folder."""
         try:
             if path != self.path and not stat.S_ISDIR(os.lstat(path).st_mode):
                 return []
-            return sorted(os.scandir(path), key=lambda entry: entry.name)
+            found = (entry for entry in os.scandir(path) if re.fullmatch(names, entry.name))
+            return sorted(found, key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):
             return []
 
 
-def _plain(path: Path, flags: int) -> int:
+def _plain(path: Path, how: int = os.O_RDONLY) -> int:
     """Opens a plain file and returns its descriptor. Raises ValueError for anything else."""
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        descriptor = os.open(path, how | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return descriptor
         os.close(descriptor)
-    except OSError as error:
-        # ENXIO: the path is a socket, or a pipe without a reader.
+    except OSError as error:  # ENXIO: a socket, or a pipe without a reader
         if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
             raise
     raise ValueError("a link, folder or device is at its path")
@@ -217,17 +209,3 @@ def _lock(descriptor: int, how: int) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def _remove_unfinished(path: Path, old: bool) -> bool:
-    if not _UNFINISHED.fullmatch(path.name):
-        return False
-    descriptor = _plain(path, os.O_RDWR | os.O_NONBLOCK)
-    try:
-        acquired = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        abandoned = old if acquired is None else acquired
-        if abandoned:
-            path.unlink()
-        return abandoned
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
 """The ledger of a tier: its entries, their worth, and which to evict when the tier is full.
 
-It is an SQLite table: in memory for the entries of one process, or a file in the folder that
-several processes share. It holds no chunks, so losing it loses none. No torch is imported.
+It is an SQLite table: in memory, or a file in a folder that several processes share, which can be
+rebuilt from the chunks. No torch is imported.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from pathlib import Path
 
 from blocktune.cache.store.config import POLICIES, About, Row
 
-INDEX = "index.sqlite"
-"""File name of the ledger in a folder."""
+INDEX = "index.sqlite"  # file name of the ledger in a folder
 _FORMAT = 1
-_BUFFER_S = 1.0
-"""Seconds after which a thread writes hits to the file, so that no lookup waits for it."""
+_BUFFER_S = 1.0  # seconds after which a thread writes hits to the file: no lookup waits for it
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     key TEXT PRIMARY KEY, size INTEGER, num_tokens INTEGER, kind TEXT, fingerprint TEXT,
@@ -54,8 +52,7 @@ CREATE TEMP TRIGGER revalued AFTER UPDATE OF uses ON entries BEGIN
 END;
 """
 
-_Use = tuple[int, float, Row | None]
-"""Number of hits of an entry, time of the last one, and the row to insert if it is new."""
+_Use = tuple[int, float, Row | None]  # hits, time of the last one, row to insert if it is new
 _CLOCK = "coalesce((SELECT value FROM meta WHERE name = 'clock'), 0.0)"
 _USE = f"UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = {_CLOCK} WHERE key = ?"
 _COLUMNS = tuple(field.name for field in fields(Row))
@@ -63,15 +60,15 @@ _ADD = (
     f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
     f"VALUES ({', '.join('?' * len(_COLUMNS))}, {_CLOCK}, 0.0)"
 )
+# For entries that a clock ahead of time dated: they would never be the oldest again.
 _LATE = "UPDATE entries SET used = min(used, ?1), created = min(created, ?1) WHERE used > ?1"
-"""Corrects entries that a clock ahead of time dated: they would never be the oldest again."""
 _CLAUSES = {"document": "instr(char(10) || document || char(10), char(10) || ? || char(10))"}
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 _LEAVING = "SELECT key, size, tenant, worth FROM entries"
 
 
 class Ledger:
-    """Entries of one tier and their order of eviction. It is thread-safe.
+    """Entries of one tier and their order of eviction, thread-safe.
 
     Every method raises ``sqlite3.Error`` if the file cannot be used. ValueError: unknown policy.
     """
@@ -104,18 +101,11 @@ class Ledger:
                 yield database
                 return
             database.execute("BEGIN IMMEDIATE")
-            try:
+            with database:  # commits, or rolls back
                 yield database
-                database.commit()
-            except BaseException:
-                database.rollback()
-                raise
 
     def add(self, key: str, size: int, about: About) -> None:
-        """Inserts an entry, or replaces it and keeps its pin and its count of uses.
-
-        An entry that moves here from another tier, whose row is ``about``, keeps both, too.
-        """
+        """Inserts or replaces an entry, which keeps its pin and uses, also those of a `Row`."""
         with self.transaction() as database:
             now, kept = self.now(), self.row(key) or about
             uses, pinned = getattr(kept, "uses", 0), getattr(kept, "pinned", 0)
@@ -148,8 +138,8 @@ class Ledger:
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
         """Keys to evict so that ``size`` bytes fit, and expired keys; None if they cannot fit.
 
-        Pinned entries stay, even if expired; that of ``key`` counts as free space. The worth of the
-        last key chosen becomes the ``gdsf`` clock. Call `remove` once they have been evicted.
+        Pinned entries stay, even if expired; that of ``key`` counts as free space. Call `remove`
+        once they have been evicted.
         """
         with self._lock:
             self.flush()
@@ -186,10 +176,7 @@ class Ledger:
         return bool(getattr(self.row(key), "pinned", 0))
 
     def rows(self, **wanted: str) -> Iterator[Row]:
-        """Rows whose columns equal the ``wanted`` values, sorted by key.
-
-        ``start`` matches the first digits of the key, ``document`` one of its documents.
-        """
+        """Rows, sorted by key, whose columns have the ``wanted`` values; ``start``: of the key."""
         start = wanted.pop("start", "")
         clauses = ["key >= ?", "key < ?", *(_CLAUSES.get(name, f"{name} = ?") for name in wanted)]
         find, values = f"{_SELECT} WHERE {' AND '.join(clauses)} ORDER BY key", wanted.values()
@@ -250,11 +237,8 @@ class Ledger:
     def _select(self, tenant: str | None, need: int, key: str, evicted: dict) -> bool:
         """Adds keys of least worth to ``evicted`` until ``need`` bytes are free, if possible."""
         where, values = ("", ()) if tenant is None else ("tenant = ? AND ", (tenant,))
-        candidates = self._open().execute(
-            f"{_LEAVING} WHERE {where}pinned = 0 ORDER BY worth, used", values
-        )
-        clock = None
-        for name, size, whose, worth in candidates:
+        find, clock = f"{_LEAVING} WHERE {where}pinned = 0 ORDER BY worth, used", None
+        for name, size, whose, worth in self._open().execute(find, values):
             if need <= 0:
                 break
             if name != key and name not in evicted:

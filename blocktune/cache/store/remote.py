@@ -1,15 +1,14 @@
-"""Remote stores that machines share: a bucket or any other fsspec URL, or Valkey (Redis).
-
-File names are the same as in a folder, so a synchronised copy of a folder is a valid remote.
-"""
+"""Remote stores that machines share: any fsspec URL, with a folder's names, or Valkey (Redis)."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -18,22 +17,22 @@ from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, is_key, relative
 from blocktune.cache.store.config import without_password
 from blocktune.files import replacing
 
-TIMEOUT_S = 2.0  # limit on one request to a remote; an answer can do without what is slower
+TIMEOUT_S = 2.0  # default limit on one request; an answer can do without what is slower
 SLOWEST = 1e6  # bytes per second that a write may take in addition
 VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
 _DATES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 
 
-def open_remote(url: str, secret: bytes | None = None) -> Blobs:
-    """Opens the store at a URL. It connects at the first use.
+def open_remote(url: str, secret: bytes | None = None, wait: float | None = None) -> Blobs:
+    """Opens ``valkey://HOST:PORT/DB?prefix=NAME`` or a URL that fsspec opens, such as ``s3://``.
 
-    The URL is ``valkey://HOST:PORT/DB`` (with ``?prefix=NAME``; default ``blocktune``) or one that
-    fsspec opens: ``s3://BUCKET/PREFIX``, ``gs://...``, ``file:///...``. Raises ValueError if the
-    URL is wrong or the package that opens it is missing.
+    It connects at the first use. A request waits ``wait`` seconds. Raises ValueError if the URL is
+    wrong or the package that opens it is missing.
     """
     try:
-        return (ValkeyBlobs if urlsplit(url).scheme in VALKEY else FsspecBlobs)(url, secret)
+        cls = ValkeyBlobs if urlsplit(url).scheme in VALKEY else FsspecBlobs
+        return cls(url, secret, TIMEOUT_S if wait is None else wait)
     except ImportError as error:
         raise ValueError(
             f"'{without_password(url)}' needs the package '{error.name or error}'; "
@@ -50,7 +49,8 @@ def _call_client(call: Callable, *args, **kwargs) -> Any:
     except OSError as error:
         if str(error):
             raise
-        raise OSError(f"no answer in time ({type(error).__name__})") from None
+        reason = f"no answer in time ({type(error).__name__}); `--store ...,wait=30s` waits longer"
+        raise OSError(reason) from None
     except Exception as error:  # each client library has its own error types
         raise OSError(f"{type(error).__name__}: {error}") from None
 
@@ -58,23 +58,32 @@ def _call_client(call: Callable, *args, **kwargs) -> Any:
 class FsspecBlobs(Blobs):
     """Files below an fsspec URL. Credentials come from the file system's usual configuration."""
 
-    def __init__(self, url: str, secret: bytes | None):
+    def __init__(self, url: str, secret: bytes | None, timeout_s: float):
         import fsspec
 
         super().__init__(secret)
-        self.place, self.timeout_s, options = without_password(url).rstrip("/"), TIMEOUT_S, {}
+        self.place, self.timeout_s = without_password(url).rstrip("/"), timeout_s
+        options = {"use_listings_cache": False, "skip_instance_cache": True}
         if urlsplit(url).scheme in ("s3", "s3a"):
-            times = {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S}
+            times = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
             options["config_kwargs"] = times | {"retries": {"max_attempts": 1}}
-        options |= {"use_listings_cache": False, "skip_instance_cache": True}
+        self._clients: dict[int, Any] = {}  # by process
+        self._connect = partial(fsspec.core.url_to_fs, url, **options)
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url, **options)
+            self._root = self._connect()[1]
         except ValueError as error:
             raise ValueError(
                 f"cannot open a store there ({error}); give a folder, valkey://HOST:PORT/DB or a "
                 "URL that fsspec opens, such as s3://BUCKET/PREFIX"
             ) from None
         self._async = getattr(self._fs, "async_impl", False)
+
+    @property
+    def _fs(self) -> Any:
+        # A fork lacks the threads of its parent's client, and must not close its connections.
+        if os.getpid() not in self._clients:
+            self._clients[os.getpid()] = self._connect()[0]
+        return self._clients[os.getpid()]
 
     def _open(self, name: str, most: int | None) -> Blob:
         path = self._path(name)
@@ -99,12 +108,12 @@ class FsspecBlobs(Blobs):
 
     def listing(self) -> list[tuple[str, int, float]]:
         files = _call_client(self._fs.find, self._root, detail=True)
-        keys = ((PurePosixPath(name).stem, name, info) for name, info in sorted(files.items()))
-        return [  # without those of another store in a folder below
-            (key, *_size_and_date(info))
-            for key, name, info in keys
-            if is_key(key) and name.strip("/") == self._path(relative_path(key)).strip("/")
-        ]
+        found = []
+        for name, info in sorted(files.items()):
+            key = PurePosixPath(name).stem  # not one of another store in a folder below
+            if is_key(key) and name.strip("/") == self._path(relative_path(key)).strip("/"):
+                found.append((key, *_size_and_date(info)))
+        return found
 
     def _manifests(self) -> Iterable[str]:
         names = _call_client(self._fs.find, self._path(MANIFESTS))  # none if there is no folder
@@ -118,8 +127,7 @@ class FsspecBlobs(Blobs):
             return _call_client(getattr(self._fs, name), *args, **kwargs)
         from fsspec.asyn import sync
 
-        call = getattr(self._fs, f"_{name}")
-        limit = self.timeout_s if timeout_s is None else timeout_s
+        call, limit = getattr(self._fs, f"_{name}"), timeout_s or self.timeout_s
         return _call_client(sync, self._fs.loop, call, *args, timeout=limit, **kwargs)
 
 
@@ -134,7 +142,7 @@ def _size_and_date(info: dict[str, Any]) -> tuple[int, float]:
 class ValkeyBlobs(Blobs):
     """Values of a Valkey or Redis server, under ``PREFIX:KEY`` and ``PREFIX:manifest:MODEL``."""
 
-    def __init__(self, url: str, secret: bytes | None):
+    def __init__(self, url: str, secret: bytes | None, timeout_s: float):
         import valkey
 
         super().__init__(secret)
@@ -146,8 +154,8 @@ class ValkeyBlobs(Blobs):
         try:
             self._client = valkey.from_url(
                 urlunsplit(parts._replace(query=urlencode(options))),
-                socket_timeout=TIMEOUT_S,
-                socket_connect_timeout=TIMEOUT_S,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
             )
         except ValueError as error:
             raise ValueError(f"'{self.place}': {error}") from None
@@ -176,7 +184,6 @@ class ValkeyBlobs(Blobs):
         _call_client(self._client.delete, self._key(name))
 
     def touch(self, key: str) -> None:
-        """See `Blobs.touch`."""
         with suppress(OSError):
             _call_client(self._client.touch, self._key(relative_path(key)))
 

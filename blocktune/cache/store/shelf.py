@@ -1,7 +1,4 @@
-"""A store without its tensors: its index, its files and its queue of misses. No torch is imported.
-
-`blocktune store` inspects stores by `Shelf`; processes of other engines read them by `StoreView`.
-"""
+"""A store without its tensors: its index, files and queue of misses. No torch is imported."""
 
 from __future__ import annotations
 
@@ -24,8 +21,7 @@ from blocktune.files import replace_json
 
 PATIENCE_S = 600.0  # limit on one request of a tool, which must have all of a chunk
 NO_MANIFEST = "(no manifest)"
-WANTED = "wanted"
-"""Folder inside a store that lists the chunks that readers missed."""
+WANTED = "wanted"  # folder inside a store that lists the chunks that readers missed
 _LOG = logging.getLogger(__name__)
 
 
@@ -33,14 +29,13 @@ def open_places(config: StoreConfig, secret: bytes | None = None) -> list[Blobs]
     """Opens a store's folder and its remote, if any. The secret's default is the environment's."""
     secret = secret_from_environment() if secret is None else secret
     places = [] if config.folder is None else [ChunkFolder(config.folder, secret)]
-    return places if config.remote is None else [*places, open_remote(config.remote, secret)]
+    if config.remote is not None:
+        places.append(open_remote(config.remote, secret, config.wait))
+    return places
 
 
 def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
-    """Opens a folder's index; rebuilds it if lost or damaged. Returns None if that is impossible.
-
-    ``budget`` goes to `Ledger`. Without a ``policy``, the index keeps its own.
-    """
+    """Opens a folder's index, rebuilt if lost or damaged; None if that is impossible."""
     path = folder.path / INDEX
     with suppress(OSError):  # files that cannot be listed, an index that cannot be removed
         for _ in range(3):
@@ -74,11 +69,7 @@ def found_rows(blobs: Blobs, keys: Iterable[str] | None = None) -> Iterator[Row]
 
 
 class Shelf:
-    """The files of one folder or remote, and their index.
-
-    A folder keeps its index in a file. For a remote, or a folder where that is impossible, it is
-    built in memory at the first use: from that file, if it can be read, and the files' headers.
-    """
+    """The files of a folder or remote, and their index: a file, or built from their headers."""
 
     def __init__(self, blobs: Blobs):
         self.blobs = blobs
@@ -144,10 +135,7 @@ class Shelf:
             return NO_MANIFEST, None
 
     def mend(self) -> dict[str, int]:
-        """Repairs the index. Returns the number of entries without a file and of missing entries.
-
-        A full disk or a kill causes both. Removes unfinished files. Raises as a `Ledger` does.
-        """
+        """Repairs the index and removes unfinished files. Returns how much it repaired."""
         if self.index is None:
             return {"without_file": 0, "not_indexed": 0}
         self.blobs.clean()
@@ -169,10 +157,7 @@ class Wanted(NamedTuple):
 
 
 class MissQueue:
-    """Chunks that readers missed, for `blocktune encode --follow`. Any process may add or take.
-
-    The queue has one file per chunk in the store's folder, ``MODEL/KEY.json``: no duplicates.
-    """
+    """Chunks that readers missed, for `blocktune encode --follow`: one ``MODEL/KEY.json`` each."""
 
     def __init__(self, store: str | Path | None):
         """Uses the folder ``store``; the first `add` creates it. With None, the queue is empty."""
@@ -197,11 +182,10 @@ class MissQueue:
         for path in sorted((self.folder / fingerprint).glob("*.json")):
             with suppress(OSError, ValueError, KeyError, TypeError):  # just removed, or foreign
                 record = json.loads(path.read_text())
-                if record["fingerprint"] == fingerprint:
-                    ids, blanks = tuple(record["ids"]), tuple(record["blanks"])
-                    chunk = Wanted(ids, blanks, bool(record["prefix"]))
-                    if (path, chunk) in self._paths(fingerprint, [chunk]):  # else it is a copy
-                        chunks.append(chunk)
+                ids, blanks = tuple(record["ids"]), tuple(record["blanks"])
+                chunk = Wanted(ids, blanks, bool(record["prefix"]))
+                if (path, chunk) in self._paths(fingerprint, [chunk]):  # else it is a copy
+                    chunks.append(chunk)
             if len(chunks) == most:
                 break
         return chunks

@@ -26,12 +26,9 @@ from blocktune.cache.store.ledger import INDEX, About, Ledger, Row
 from blocktune.cache.store.shelf import open_index
 
 RETRY_S = 10.0  # seconds for which a tier is skipped after a failure
-REFRESH_S = 60.0
-"""Seconds after which a remote with a limit is listed again: other machines write there, too."""
-TOUCH_S = 86400.0
-"""Least seconds between two updates of a used file's time, which a lost index is rebuilt from."""
-_WAITING, _FINISH_S = 64, 10.0
-"""Most files that wait for a remote, and seconds that an ending process waits for them."""
+REFRESH_S = 60.0  # seconds until a remote with a limit is listed again: others write there, too
+TOUCH_S = 86400.0  # least seconds between updates of a used file's time, to rebuild an index from
+_WAITING, _FINISH_S = 64, 10.0  # most files that wait for a remote; seconds to end a process
 _LOG = logging.getLogger(__name__)
 
 
@@ -114,7 +111,7 @@ class BlobTier:
     def load(
         self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Any], most: int | None = None
     ) -> tuple[Any, Row, memoryview | None] | None:
-        """Loads an entry by ``read``. Returns it with its row and, from a remote, the file content.
+        """Loads an entry by ``read``. Returns it with its row and, of a remote, the file's content.
 
         None: there is none, or the tier is out of reach. ValueError: damaged. ``most``: of a file.
         """
@@ -141,10 +138,7 @@ class BlobTier:
         self.on_ledger(lambda ledger: ledger.use(row.key, new))
 
     def save(self, key: str, make: Callable[[], bytes], about: About) -> None:
-        """Writes the file that ``make`` packs, and evicts others if needed. It may not fit.
-
-        A remote is written later by a thread, unless the store must write.
-        """
+        """Writes the file that ``make`` packs, if it fits; a remote's later, unless it must."""
         if (pending := self._pending()) is None:
             self._save(key, make, about)
             return
@@ -191,10 +185,10 @@ class BlobTier:
             for key in keys:
                 self.blobs.remove(key)
             self.on_ledger(lambda ledger: ledger.remove(keys))
+            return True
         except OSError as error:
             self.failed(error, "write")
             return False
-        return True
 
     def write_manifest(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
         """Writes a model's manifest, from ``make``, unless there is one."""
@@ -209,10 +203,7 @@ class BlobTier:
             self.failed(error, "write")
 
     def failed(self, error: OSError, what: str) -> None:
-        """Warns once that the tier is out of reach, and skips it for a while.
-
-        Raises ValueError if writing failed and the store must write.
-        """
+        """Warns once and skips the tier for a while. ValueError: it must write and cannot."""
         verb = "write to" if what == "write" else "read"
         reason = f"cannot {verb} the store '{self.blobs.place}': {error.strerror or error}"
         if self.must_write and what == "write":
@@ -236,25 +227,25 @@ class BlobTier:
             gone = {row.key for row in self.ledger.rows()} - {k for k, _, _ in rows}
             self.ledger.remove(gone)
             self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
-        default = [] if most is None else False
-        leaving = self.on_ledger(partial(self._admit, size=size, key=key, about=about), default)
+
+        def admit(ledger: Ledger) -> list[str] | None:
+            # The new entry lacks its file if the process is killed.
+            with ledger.transaction():
+                leaving = ledger.leaving(size, about.tenant, key)
+                if leaving is not None:
+                    for old in leaving:
+                        self.blobs.remove(old)
+                    ledger.remove(leaving)
+                    ledger.add(key, size, about)
+                return leaving
+
+        leaving = self.on_ledger(admit, [] if most is None else False)
         if leaving is False:
             self.ledger = self.ledger or open_index(self.blobs, **self._budget)  # for the next one
             raise OSError(f"{INDEX}, which keeps account of its size, cannot be written")
         with self._lock:
             self.stats.evictions += len(leaving or ())
         return leaving is not None
-
-    def _admit(self, ledger: Ledger, size: int, key: str, about: About) -> list[str] | None:
-        """Evicts files and inserts the new entry, which lacks its file if the process is killed."""
-        with ledger.transaction():
-            leaving = ledger.leaving(size, about.tenant, key)
-            if leaving is not None:
-                for old in leaving:
-                    self.blobs.remove(old)
-                ledger.remove(leaving)
-                ledger.add(key, size, about)
-            return leaving
 
     def on_ledger(self, act: Callable[[Ledger], object], default: object = None):
         """Calls ``act`` on the ledger. If that fails, skips it for a while, or rebuilds it."""

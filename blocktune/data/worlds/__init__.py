@@ -13,9 +13,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from blocktune.data.example import RagExample
-from blocktune.data.worlds import world as worlds
 from blocktune.data.worlds.vocabulary import COMPARED, SPLITS
-from blocktune.data.worlds.world import Fact, Passages, World, refer
+from blocktune.data.worlds.world import Fact, World, draw_world, refer
 from blocktune.prompt import Chunk
 from blocktune.registry import require_count, require_one_of, require_share
 
@@ -42,11 +41,11 @@ def chains(world: World, hops: int) -> list[tuple[Fact, ...]]:
     return paths
 
 
-def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
+def candidates(world: World) -> dict[str, list[tuple[Fact, ...]]]:
     """Groups the facts, or chains of facts, that can be asked about, by kind of question."""
     groups: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
     for fact in world.facts.values():
-        place = passages.places[fact.subject.name, fact.relation.name]
+        place = world.places[fact.subject.name, fact.relation.name]
         kind = "self-contained" if place.chunk == place.first else "cross-chunk"
         groups[kind].append((fact,))
         # Only if the chunk's words for the subject identify the fact.
@@ -55,25 +54,24 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
             subjects = (f.subject for f in world.facts.values() if f.relation == fact.relation)
             if [words == refer(subject, place.mention) for subject in subjects].count(True) == 1:
                 groups["referred"].append((fact,))
-    groups["2-hop"] = chains(world, 2)
-    groups["3-hop"] = chains(world, 3)
     dated = [fact for fact in world.facts.values() if fact.relation.name in COMPARED]
-    for one, other in combinations(dated, 2):
-        if one.relation == other.relation and one.value != other.value:
-            groups["comparison"].append((one, other))
+    groups |= {"2-hop": chains(world, 2), "3-hop": chains(world, 3)}
+    groups["comparison"] = [
+        (one, other)
+        for one, other in combinations(dated, 2)
+        if one.relation == other.relation and one.value != other.value
+    ]
     return {kind: facts for kind, facts in groups.items() if facts}
 
 
-def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> RagExample:
+def ask(rng: Random, kind: str, facts: tuple[Fact, ...], world: World) -> RagExample:
     """Writes a question about facts, of one of `QUESTION_KINDS`, with its only correct answer.
 
-    The response is the answer, or the intermediate values, then `MARKER` and the answer.
-    ``supporting`` holds the indices of required chunks. ``meta`` holds ``relations``;
-    ``mentions``, how each fact's chunk refers to its subject (``name`` in a titled chunk);
-    ``fact_chunks``, the index of the chunk that states each fact; and, for chains, ``bridges``, the
-    intermediate values.
+    The response is the answer, or the intermediate values, then `MARKER` and the answer. ``meta``
+    holds, for each fact, ``relations``, ``mentions`` (how its chunk refers to its subject) and
+    ``fact_chunks`` (the chunk's index); for chains also the intermediate values, ``bridges``.
     """
-    places = [passages.places[fact.subject.name, fact.relation.name] for fact in facts]
+    places = [world.places[fact.subject.name, fact.relation.name] for fact in facts]
     meta: dict[str, Any] = {
         "relations": [fact.relation.name for fact in facts],
         "mentions": [place.mention for place in places],
@@ -95,15 +93,14 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
         subject = facts[0].subject.name
         for fact in before:
             subject = fact.relation.role.format(s=subject)
-        by_role = rng.random() < passages.roles
+        by_role = rng.random() < world.style.roles
         wordings = (last.relation.plain_question,) if by_role else last.relation.questions
         text, answer = rng.choice(wordings).format(s=subject), last.value
         values = meta["bridges"] = [fact.value for fact in before]
     response = f"{', '.join(values)}. {MARKER}{answer}" if values else answer
     supporting = tuple(sorted({i for place in places for i in (place.first, place.chunk)}))
-    return RagExample(
-        text, passages.chunks, (answer,), response, kind, supporting=supporting, meta=meta
-    )
+    chunks = tuple(world.chunks)
+    return RagExample(text, chunks, (answer,), response, kind, supporting=supporting, meta=meta)
 
 
 def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
@@ -131,17 +128,14 @@ class WorldConfig:
     # weights of kinds of questions; others are not asked
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1  # examples that share a context
-    # questions per example, for training: the first and its followups, as far as the world has them
-    turns: int = 1
+    turns: int = 1  # questions per example, for training: the first and followups, if there are any
     # share of continued documents (except lists) whose later chunks use an alias; the others use
     # "she" or "the film", which can be guessed from the question
     aliased: float = 0.5
     # several documents of a kind may continue in other chunks, instead of one; then only the
     # preceding chunk tells to which document a later chunk belongs
     crowded: bool = False
-    # every statement names its entity, in a single wording, and every document is one chunk; for
-    # the first stage of pre-training
-    plain: bool = False
+    plain: bool = False  # see `draw_style`; every document is one chunk
 
     def __post_init__(self):
         require_one_of("split", self.split, SPLITS)
@@ -180,14 +174,11 @@ MOST_WORLDS = 5000  # maximum number of worlds drawn to find a question of a kin
 
 
 class Context(NamedTuple):
-    """Chunks, distinct questions about them, and statements of all their facts with full names.
-
-    A statement is a tuple of the words before the value, the value, and the rest.
-    """
+    """Chunks, and what is asked and stated about them."""
 
     chunks: tuple[Chunk, ...]
-    questions: tuple[RagExample, ...]
-    statements: tuple[tuple[str, str, str], ...]
+    questions: tuple[RagExample, ...]  # distinct
+    statements: tuple[tuple[str, str, str], ...]  # of all facts, see `state`
 
 
 def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Context:
@@ -199,9 +190,8 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
         options = {"aliased": config.aliased, "crowded": config.crowded, "plain": config.plain}
-        world = worlds.draw_world(rng, config.split, size, **options)
-        passages = worlds.write_passages(rng, world)
-        pools = candidates(world, passages)
+        world = draw_world(rng, config.split, size, **options)
+        pools = candidates(world)
         if wanted in pools:
             break
     else:
@@ -214,12 +204,11 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
-        questions.append(ask(rng, kind, pools[kind].pop(), passages))
+        questions.append(ask(rng, kind, pools[kind].pop(), world))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
-    return Context(
-        passages.chunks, tuple(questions), tuple(state(rng, fact, passages.roles) for fact in facts)
-    )
+    statements = tuple(state(rng, fact, world.style.roles) for fact in facts)
+    return Context(tuple(world.chunks), tuple(questions), statements)
 
 
 def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
@@ -230,7 +219,7 @@ def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
         first, *later = questions
         followups = tuple((question.question, question.response) for question in later)
         # Augmentation must keep the evidence of every turn.
-        evidence = {index for question in questions for index in question.supporting}
-        questions = (replace(first, supporting=tuple(sorted(evidence)), followups=followups),)
+        evidence = sorted(set(chain(*(question.supporting for question in questions))))
+        questions = (replace(first, supporting=tuple(evidence), followups=followups),)
     name = f"{config.split}-{config.seed}-{index}"
     return [replace(question, id=f"{name}-{i}") for i, question in enumerate(questions)]

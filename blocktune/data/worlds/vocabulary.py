@@ -25,10 +25,7 @@ _FORMS = {
 
 @cache
 def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
-    """Names of a kind (a key of `_FORMS`) in a split, as one tuple per form.
-
-    The hash of a name determines its split: 70 % are train, 10 % dev, 20 % test.
-    """
+    """Names of a kind in a split, as one tuple per form; a name's hash determines its split."""
     owners = ("train",) * 7 + ("dev", "test", "test")
     forms = ([pattern.format(*c) for c in product(words, ROOT)] for pattern, words in _FORMS[kind])
     return tuple(
@@ -44,9 +41,8 @@ _PATIENCE, _MOST_DRAWS = 40, 2000
 def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = False) -> str:
     """Draws an unused name for a world, and adds it and its root to ``taken``.
 
-    No two names of a world share a root while unused roots remain, or any word if ``apart``. A
-    model of a million parameters would need more than an hour to learn to distinguish Anna Baker
-    from Port Baker, which is not what we measure.
+    No two names of a world share a root while unused roots remain, or any word if ``apart``: small
+    models take long to learn to distinguish Anna Baker from Port Baker, which is not measured.
     """
     for attempt in range(_MOST_DRAWS):
         name = rng.choice(rng.choice(names(kind, split)))

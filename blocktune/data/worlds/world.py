@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import NamedTuple
 
 from blocktune.data.worlds.vocabulary import (
     FILLERS,
@@ -19,17 +20,13 @@ from blocktune.prompt import Chunk
 
 @dataclass(frozen=True)
 class Entity:
-    """A person or thing with a name that is unique in its world.
+    """A person or thing."""
 
-    ``noun`` describes it: ``woman``, ``man``, or its kind. Later passages may call it by its
-    ``root`` (``the Webb``), which is not part of its name; its first passage explains it.
-    """
-
-    name: str
-    kind: str
-    pronoun: str
-    noun: str
-    root: str
+    name: str  # unique in its world
+    kind: str  # one of `KINDS`
+    pronoun: str  # she, he or it
+    noun: str  # woman, man, or its kind
+    root: str  # what later passages may call it (``the Webb``); its first passage explains it
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,7 @@ def draw_style(rng: Random, plain: bool) -> Style:
     """Draws a style. Most worlds have mainly entities of one kind, so that many facts are alike.
 
     A plain style, for the start of pre-training, has one kind of entity and few relations in one
-    wording, with the name directly before the value and at the end of the question. A model learns
-    to match them within 250 steps; with other wordings it takes more than 1,000.
+    wording, which a model learns to match in a quarter of the steps.
     """
     main = rng.choice(KINDS)
     if plain:
@@ -92,47 +88,53 @@ def draw_style(rng: Random, plain: bool) -> Style:
 
 @dataclass
 class Document:
-    """An entity, and its facts by chunk. The first chunk has a title; later chunks continue it.
-
-    ``mention`` is how later chunks refer to the entity: ``pronoun`` ("she"), ``description`` ("the
-    film"), ``alias`` ("the Webb", which the first chunk explains), or ``list`` (continued list).
-    """
+    """An entity, and its facts by chunk. The first chunk has a title; later chunks continue it."""
 
     entity: Entity
     parts: list[list[Fact]] = field(default_factory=list)
+    # how later chunks refer to the entity: ``pronoun`` ("she"), ``description`` ("the film"),
+    # ``alias`` ("the Webb", which the first chunk explains), or ``list`` (a list continued)
     mention: str = "alias"
+
+
+class Place(NamedTuple):
+    """Where a fact is stated, and how its entity is mentioned there."""
+
+    chunk: int  # index of the chunk
+    first: int  # index of the document's first chunk
+    mention: str  # "name" in a first chunk, else `Document.mention`
 
 
 @dataclass(frozen=True)
 class World:
-    """Documents in the order of their passages, and every fact by (entity name, relation name)."""
+    """Documents, their chunks in order, and facts with places by (entity name, relation name)."""
 
     documents: tuple[Document, ...]
-    facts: dict[tuple[str, str], Fact]
     style: Style
+    facts: dict[tuple[str, str], Fact] = field(default_factory=dict)
+    places: dict[tuple[str, str], Place] = field(default_factory=dict)
+    chunks: list[Chunk] = field(default_factory=list)
 
 
 def draw_world(
     rng: Random,
     split: str,
-    num_passages: int,
+    size: int,
     *,
     aliased: float,
     crowded: bool = False,
     plain: bool = False,
 ) -> World:
-    """Draws a world whose documents have exactly ``num_passages`` chunks.
+    """Draws and writes a world whose documents have exactly ``size`` chunks.
 
     Unless the world is crowded, at most one document per kind continues in other chunks, so that
-    "she", "the film", an alias or "the cast" can only mean that document. A model that sees the
-    whole context finds it in the preceding chunk; one that sees chunks separately does not need it,
-    since each fact is stated in only one chunk.
+    "she", "the film", an alias or "the cast" can only mean that document.
 
     ``aliased``: share of continued documents, except lists, with an alias; ``plain``: `draw_style`.
     """
     style, taken = draw_style(rng, plain), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
-    documents, room = [], num_passages
+    documents, room = [], size
     continued: set[str] = set()  # kinds that have a continued document, and their pronouns
     while room:
         kind = rng.choices(KINDS, style.kind_weights)[0]
@@ -153,13 +155,14 @@ def draw_world(
         documents.append(document)
         room -= len(document.parts)
     entities = [document.entity for document in documents]
-    facts = {}
+    world = World(tuple(documents), style)
     for document in documents:
         for part in document.parts:
             for i, fact in enumerate(part):
                 part[i] = _fill(rng, fact, entities, style, split, taken)
-                facts[fact.subject.name, fact.relation.name] = part[i]
-    return World(tuple(documents), facts, style)
+                world.facts[fact.subject.name, fact.relation.name] = part[i]
+    _write_chunks(rng, world)
+    return world
 
 
 def _theme(rng: Random, kind: str, variety: int) -> list[Relation]:
@@ -174,16 +177,15 @@ def _outline(
     rng: Random, entity: Entity, theme: list[Relation], style: Style, room: int
 ) -> Document:
     """Chooses the number of a document's chunks and their relations, without values."""
-    available = list(theme) if theme[0].place else rng.sample(theme, len(theme))
+    left = list(theme) if theme[0].place else rng.sample(theme, len(theme))
     size = 1
-    while size < min(3, room, len(available)) and rng.random() < style.split:
+    while size < min(3, room, len(left)) and rng.random() < style.split:
         size += 1
     document = Document(entity)
-    for part in range(size):
-        later = size - part - 1
-        count = min(rng.randint(1, style.facts), len(available) - later)
-        document.parts.append([Fact(entity, relation, "") for relation in available[:count]])
-        available = available[count:]
+    for later in reversed(range(size)):
+        count = min(rng.randint(1, style.facts), len(left) - later)
+        document.parts.append([Fact(entity, relation, "") for relation in left[:count]])
+        left = left[count:]
     return document
 
 
@@ -203,40 +205,18 @@ def _fill(
     return Fact(fact.subject, fact.relation, draw_name(rng, form, split, taken))
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a fact is stated, and how its entity is mentioned there."""
-
-    chunk: int  # index of the chunk
-    first: int  # index of the document's first chunk
-    mention: str  # "name" in a first chunk, else `Document.mention`
-
-
-@dataclass(frozen=True)
-class Passages:
-    """A world's chunks, each fact's place by (entity name, relation name), and `Style.roles`."""
-
-    chunks: tuple[Chunk, ...]
-    places: dict[tuple[str, str], Place]
-    roles: float
-
-
-def write_passages(rng: Random, world: World) -> Passages:
+def _write_chunks(rng: Random, world: World) -> None:
     """Writes the chunks of all documents of a world, in order, with random wording."""
-    chunks: list[Chunk] = []
-    places: dict[tuple[str, str], Place] = {}
     for document in world.documents:
-        first = len(chunks)
+        first = len(world.chunks)
         for part, facts in enumerate(document.parts):
-            mention = document.mention if part else "name"
-            for fact in facts:
-                places[fact.subject.name, fact.relation.name] = Place(len(chunks), first, mention)
-            text = " ".join(_write(rng, document, facts, part, world.style))
-            chunks.append(Chunk(text, document.entity.name if part == 0 else None))
-    return Passages(tuple(chunks), places, world.style.roles)
+            place = Place(len(world.chunks), first, document.mention if part else "name")
+            world.places.update({(f.subject.name, f.relation.name): place for f in facts})
+            text = " ".join(_sentences(rng, document, facts, part, world.style))
+            world.chunks.append(Chunk(text, None if part else document.entity.name))
 
 
-def _write(
+def _sentences(
     rng: Random, document: Document, facts: list[Fact], part: int, style: Style
 ) -> list[str]:
     entity = document.entity

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +37,14 @@ class Chart(NamedTuple):
     name: str  # name of its PNG file
     title: str  # heading
     about: str  # caption, also the alternative text for screen readers
-    draw: style.Draw  # function that draws it
+    fill: Callable[[Axes, Ground], None]  # draws all but the title
     height: float  # in inches
+
+    def draw(self, figure: Figure, ground: Ground) -> None:
+        """Draws the chart into an empty figure."""
+        axes = figure.subplots()
+        axes.set_title(self.title)
+        self.fill(axes, ground)
 
 
 def charts_of(results: Results) -> list[Chart]:
@@ -66,20 +73,11 @@ def shown_groups(methods: Mapping[str, Cell]) -> dict[str, Mapping[str, Cell]]:
 def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], cost: str) -> Chart:
     """Chart of the methods' scores against a cost; ``pareto`` has the Pareto front by cost."""
     name, _, _ = _COSTS[cost]
-
-    def draw(figure: Figure, ground: Ground) -> None:
-        axes = figure.subplots()
-        axes.set_title(f"Score against {name}")
-        _draw_costs(axes, ground, methods, cost, pareto[cost])
-
-    return Chart(
-        f"score-by-{cost}",
-        f"Score against {name}",
-        f"Score of every method against its {name}; up and left is better. The grey line is the "
-        "Pareto front, the best score at each cost. Bars are 95 % intervals.",
-        draw,
-        3.4 + 0.06 * len(methods),
-    )
+    about = f"Score of every method against its {name}; up and left is better. The grey line is "
+    about += "the Pareto front, the best score at each cost. Bars are 95 % intervals."
+    fill = partial(_draw_costs, methods=methods, cost=cost, front=pareto[cost])
+    height = 3.4 + 0.06 * len(methods)
+    return Chart(f"score-by-{cost}", f"Score against {name}", about, fill, height)
 
 
 def _draw_costs(
@@ -89,7 +87,8 @@ def _draw_costs(
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
-    start = style.zoom(axes, ground, _limits(methods.values()), "score")
+    limits = _limits(methods, {label: [summary] for label, summary in methods.items()})
+    start = style.zoom(axes, ground, limits, "score")
     largest = max(0.05, *places.values())
     axes.set_xlim(-0.04 * largest, 1.05 * largest)
     if factor == 1:
@@ -103,19 +102,16 @@ def _draw_costs(
 
 
 def _group_chart(methods: Mapping[str, Cell], group: str, cells: Mapping[str, Cell]) -> Chart:
-    return Chart(
-        f"task-{''.join(c if c.isalnum() or c == '-' else '-' for c in group)}",
-        group,
-        f"Score of every method on {group} with its 95 % interval. Dotted line: full prefill.",
-        lambda figure, ground: _draw_rows(figure.subplots(), ground, methods, group, cells),
-        0.9 + 0.25 * len(methods),
-    )
+    fill = partial(_draw_rows, methods=methods, cells=cells)
+    name = "".join(c if c.isalnum() else "-" for c in f"task-{group}")
+    about = f"Score of every method on {group} with its 95 % interval. Dotted line: full prefill."
+    return Chart(name, group, about, fill, 0.9 + 0.25 * len(methods))
 
 
 def _draw_rows(
-    axes: Axes, ground: Ground, methods: Mapping[str, Cell], group: str, cells: Mapping[str, Cell]
+    axes: Axes, ground: Ground, methods: Mapping[str, Cell], cells: Mapping[str, Cell]
 ) -> None:
-    limits = _limits(methods.values(), grouped=True)
+    limits = _limits(methods, {label: m["tasks"].values() for label, m in methods.items()})
     start = style.zoom(axes, ground, limits, "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
         _draw_score(axes, mark(ground, label), cell, row, start, axis="x")
@@ -129,7 +125,6 @@ def _draw_rows(
     axes.set_ylim(-0.8, len(cells) - 0.4)
     axes.tick_params(axis="y", length=0, pad=7)
     axes.grid(axis="y", visible=False)
-    axes.set_title(group)
 
 
 def _sweep_chart(results: Results, name: str) -> Chart:
@@ -140,13 +135,10 @@ def _sweep_chart(results: Results, name: str) -> Chart:
         kept = (n for n, m in methods.items() if n in front or m["method"] in (ORACLE, FLOOR))
         methods = {n: methods[n] for n in list(kept)[:MOST_LINES]}
 
-    def draw(figure: Figure, ground: Ground) -> None:
-        axes = figure.subplots()
+    def fill(axes: Axes, ground: Ground) -> None:
         places, ends = [(b["from"] + b["to"]) / 2 for b in bins], {}
         cells = {method: [b["scores"][method] for b in bins] for method in methods}
-        kept = [m for m in cells if methods[m]["method"] != "no-context"]
-        limits = style.zoomed([end for m in kept for cell in cells[m] for end in cell["ci95"]])
-        start = style.zoom(axes, ground, limits, "score")
+        start = style.zoom(axes, ground, _limits(methods, cells, "ci95"), "score")
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # separates bars
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
@@ -154,11 +146,10 @@ def _sweep_chart(results: Results, name: str) -> Chart:
             axes.errorbar(moved, heights, yerr=reach(own, "ci95"), lw=1.4, elinewidth=0.7, **line)
             ends[_named(method, heights[-1], start)] = max(heights[-1], start), line["color"]
         axes.set_xlabel(label)
-        axes.set_title(title)
         style.label_ends(axes, ends)
 
     about = f"Score by {label}, with 95 % intervals. Each point is a bin of five or more questions."
-    return Chart(f"sweep-{name}", title, about, draw, 3.4)
+    return Chart(f"sweep-{name}", title, about, fill, 3.4)
 
 
 def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
@@ -178,7 +169,8 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
         widths = [1.0] * len(groups) + [1.9]
         *panels, last = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         for axes, (group, cells) in zip(panels, groups.items(), strict=True):
-            _draw_rows(axes, ground, methods, group, cells)
+            _draw_rows(axes, ground, methods, cells)
+            axes.set_title(group)
         for axes in panels[1:]:
             axes.set_yticklabels([])
         figure.suptitle(f"{metric}: {title}", x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -192,10 +184,7 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
 def _draw_score(
     axes: Axes, look: Mapping[str, Any], cell: Cell, place: float, start: float, axis: str = "y"
 ) -> float:
-    """Draws a score with its interval; returns where it is on the axis of scores.
-
-    A score below the ``start`` of that axis is an arrow there.
-    """
+    """Draws a score with its interval, or an arrow if it is below ``start``; returns its place."""
     at = max(cell["score"], start)
     x, y = (place, at) if axis == "y" else (at, place)
     if cell["score"] < start:
@@ -210,16 +199,15 @@ def _named(label: str, score: float, start: float) -> str:
     return label if score >= start else f"{label} ({100 * score:.0f} %)"
 
 
-def _limits(methods: Iterable[Mapping[str, Any]], *, grouped: bool = False) -> tuple[float, float]:
-    """Range of the score axes, the same for all groups; ``no-context`` is not considered."""
-    kept = [summary for summary in methods if summary["method"] != "no-context"]
-    cells = [cell for m in kept for cell in (m["tasks"].values() if grouped else (m,))]
-    return style.zoomed([end for cell in cells for end in cell["score_ci95"]])
+def _limits(
+    methods: Mapping[str, Cell], cells: Mapping[str, Iterable[Cell]], key: str = "score_ci95"
+) -> tuple[float, float]:
+    """Range of an axis of scores around all intervals, but those of ``no-context``."""
+    kept = [label for label in cells if methods[label]["method"] != "no-context"]
+    return style.zoomed([end for label in kept for cell in cells[label] for end in cell[key]])
 
 
 def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:
     """Lengths of the intervals below and above the scores, as matplotlib's error bars."""
-    return [
-        [max(0.0, cell["score"] - cell[key][0]) for cell in cells],
-        [max(0.0, cell[key][1] - cell["score"]) for cell in cells],
-    ]
+    below = [max(0.0, cell["score"] - cell[key][0]) for cell in cells]
+    return [below, [max(0.0, cell[key][1] - cell["score"]) for cell in cells]]

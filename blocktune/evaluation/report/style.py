@@ -6,8 +6,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -23,26 +22,20 @@ from blocktune.files import replacing
 
 
 class Ground(NamedTuple):
-    """Colours of a light or dark chart."""
+    """Colours of a light or dark chart, after Okabe and Ito for all common colour vision."""
 
     paper: str  # background
     ink: str  # text and axes
     faint: str  # grid lines and secondary lines
-    # colours of the methods, in the order of `COLOURS`: the palette of Okabe and Ito, which is
-    # distinct for all common forms of colour vision
-    series: tuple[str, ...]
+    series: tuple[str, ...]  # colours of the methods, in the order of `COLOURS`
 
 
 LIGHT = Ground(
-    "#ffffff",
-    "#1a1a1a",
-    "#d9d9d9",
+    *("#ffffff", "#1a1a1a", "#d9d9d9"),
     ("#000000", "#7d7d7d", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#D98E00", "#3AA0DC"),
 )
 DARK = Ground(
-    "#16181c",
-    "#e8e8e8",
-    "#3a3d44",
+    *("#16181c", "#e8e8e8", "#3a3d44"),
     ("#f2f2f2", "#9a9a9a", "#FF8A3D", "#4FA8DE", "#2BC79A", "#E39AC3", "#F0B63A", "#7CC7F2"),
 )
 _LOOKS = {
@@ -75,62 +68,53 @@ def mark(ground: Ground, label: str) -> dict[str, Any]:
     """
     parts = re.split(r"(?=[ :,])|(?<=[a-z])(?=-\d)", label)
     starts = ["".join(parts[:stop]) for stop in range(len(parts), 0, -1)]
-    method = next((start for start in starts if start in METHODS), None)
-    if method is None:
-        number = crc32(label.encode())
-        colour = COLOURS[2 + number % (len(COLOURS) - 2)]
-        marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
-    else:
-        colour, marker = METHODS[method]
+    number = crc32(label.encode())
+    hashed = (
+        COLOURS[2 + number % (len(COLOURS) - 2)],
+        MARKERS[number // len(COLOURS) % len(MARKERS)],
+    )
+    method = next((start for start in starts if start in METHODS), label)
+    colour, marker = METHODS.get(method, hashed)
     color = ground.series[COLOURS.index(colour)]
-    filled = method is None or method == label
-    return {"color": color, "marker": marker, "markerfacecolor": color if filled else ground.paper}
+    face = color if method == label else ground.paper
+    return {"color": color, "marker": marker, "markerfacecolor": face}
 
 
 def to_svg(draw: Draw, ground: Ground, height: float, width: float = PHONE_INCHES) -> bytes:
     """Draws a chart as SVG; equal charts give equal bytes."""
     out = io.BytesIO()
-    with _figure(draw, ground, (width, height)) as figure:
-        figure.savefig(out, format="svg", metadata={"Date": None})
+    _save(draw, ground, (width, height), out, format="svg", metadata={"Date": None})
     return out.getvalue()
 
 
 def to_png(draw: Draw, path: str | Path, height: float, width: float = PHONE_INCHES) -> Path:
     """Draws a chart on a light background as PNG, written atomically; returns its path."""
-    with _figure(draw, LIGHT, (width, height)) as figure, replacing(path) as temporary:
-        figure.savefig(temporary, dpi=200)
+    with replacing(path) as temporary:
+        _save(draw, LIGHT, (width, height), temporary, dpi=200)
     return Path(path)
 
 
-@contextmanager
-def _figure(draw: Draw, ground: Ground, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure to save within the block, in which the style of the ``ground`` holds."""
+def _save(draw: Draw, ground: Ground, size: tuple[float, float], out: Any, **how: Any) -> None:
     with mpl.rc_context(_settings(ground)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s)Glyph .* missing from font")  # for each character
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, ground)
-        yield figure
+        figure.savefig(out, **how)
 
 
 def _settings(ground: Ground) -> dict[str, Any]:
-    paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), ground.paper)
+    paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
-        **paper,
+        **dict.fromkeys(paper, ground.paper),
         **dict.fromkeys(inked, ground.ink),
-        "font.size": 10,
-        "figure.dpi": 150,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.titlesize": 11,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": ground.faint,
-        "grid.linewidth": 0.6,
-        "lines.markersize": 5,
+        **{"font.size": 10, "figure.dpi": 150, "lines.markersize": 5},
+        **{"axes.spines.top": False, "axes.spines.right": False},
+        **{"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 11},
+        **{"axes.grid": True, "axes.axisbelow": True},
+        **{"grid.color": ground.faint, "grid.linewidth": 0.6},
         "svg.hashsalt": "blocktune",  # so that equal charts are equal files
+        "text.parse_math": False,  # names may have dollar signs
     }
 
 
@@ -140,10 +124,7 @@ def as_share(axis: Any) -> None:
 
 
 def zoomed(values: Sequence[float]) -> tuple[float, float]:
-    """Range of an axis of shares: multiples of 10 % around all ``values``.
-
-    It starts at 0 if a value is below 20 %, and ends at 1 if one is above 80 %.
-    """
+    """Range around shares in steps of 10 %; from 0 if one is below 20 %, to 1 if above 80 %."""
     start = math.floor(10 * min(values, default=0.0) - 0.1) / 10
     end = math.ceil(10 * max(values, default=1.0) + 0.1) / 10
     return start if start >= 0.2 else 0.0, end if end <= 0.8 else 1.0
@@ -152,13 +133,13 @@ def zoomed(values: Sequence[float]) -> tuple[float, float]:
 def zoom(
     axes: Axes, ground: Ground, limits: tuple[float, float], name: str, axis: str = "y"
 ) -> float:
-    """Sets the range of an axis of shares, marks it if it is not 0 to 1, and returns its start.
+    """Sets the range of an axis of shares and returns its start.
 
-    The label names the range. A start above 0 also gets a broken-axis sign, two strokes.
+    The label names a range that is not 0 to 1. A start above 0 also gets two strokes.
     """
     upright, (start, end) = axis == "y", limits
     own = axes.yaxis if upright else axes.xaxis
-    (axes.set_ylim if upright else axes.set_xlim)(start, end + 0.03 * (end - start))
+    axes.set(**{f"{axis}lim": (start, end + 0.03 * (end - start))})
     three = FixedLocator((start, (start + end) / 2, end))
     own.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if upright else three)
     as_share(own)
@@ -180,44 +161,39 @@ def zoom(
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     """Writes each line's name at its right end; names that would overlap are moved apart.
 
-    ``ends`` maps a name to the y value of its end and its colour. Set the limits of ``axes`` first.
+    ``ends``: y value and colour by name. Set the limits of ``axes`` first.
     """
     axes.get_ylim()  # brings the limits, and with them the transform, up to date
     figure, at = axes.figure, axes.transData - axes.transAxes
-    ranked = sorted(ends, key=lambda name: ends[name][0])
-    texts = {
-        name: axes.annotate(
-            name, (1, at.transform((1, ends[name][0]))[1]), xycoords="axes fraction",
-            xytext=(8, 0), textcoords="offset points", va="center", fontsize=SMALL,
-            color=ends[name][1], annotation_clip=False,
+    texts = [
+        axes.annotate(
+            name, (1, at.transform((1, y))[1]), xycoords="axes fraction", xytext=(8, 0),
+            textcoords="offset points", va="center", fontsize=SMALL, color=color,
+            annotation_clip=False,
         )
-        for name in ranked
-    }  # fmt: skip
+        for name, (y, color) in sorted(ends.items(), key=lambda end: end[1][0])
+    ]  # fmt: skip
     figure.draw_without_rendering()  # reserves the width of the names
     room = axes.get_window_extent()
-    gap = 1.15 * max(text.get_window_extent().height for text in texts.values())
-    heights = [room.height * texts[name].xy[1] for name in ranked]
+    gap = 1.15 * max(text.get_window_extent().height for text in texts)
+    heights = [room.height * text.xy[1] for text in texts]
     for index in range(1, len(heights)):
         heights[index] = max(heights[index], heights[index - 1] + gap)
     heights[-1] = min(heights[-1], room.height)
     for index in range(len(heights) - 2, -1, -1):
         heights[index] = min(heights[index], heights[index + 1] - gap)
-    for name, height in zip(ranked, heights, strict=True):
-        text = texts[name]
-        shift = (height - room.height * text.xy[1]) * 72 / figure.dpi
-        text.set_position((8, shift))
+    for text, height in zip(texts, heights, strict=True):
+        text.set_position((8, (height - room.height * text.xy[1]) * 72 / figure.dpi))
 
 
 def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:
     """Writes each point's name beside it, in the nearest place that does not overlap others."""
     figure = axes.figure
     figure.draw_without_rendering()
-    scale, inside = figure.dpi / 72, Bbox.from_extents(axes.bbox.p0, figure.bbox.p1)
+    inside, size = Bbox.from_extents(axes.bbox.p0, figure.bbox.p1), 8 * figure.dpi / 72
     centres = [axes.transData.transform(point[:2]) for point in points]
-    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, *[8 * scale] * 2) for x, y in centres]
-    turns = [
-        (math.cos(a), math.sin(a)) for a in (0, math.pi, *(k * math.pi / 8 for k in range(16)))
-    ]
+    taken = [Bbox.from_bounds(x - size / 2, y - size / 2, size, size) for x, y in centres]
+    turns = [(math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)) for k in (0, 8, *range(16))]
     for (x, y, name), (px, _) in zip(points, centres, strict=True):
         text = axes.annotate(
             name, (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=SMALL,

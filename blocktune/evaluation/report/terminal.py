@@ -34,10 +34,7 @@ _COSTS = {
 def run_and_show(
     suite: Suite, output: Path, title: str, command: list[str] | None = None
 ) -> dict[str, Any] | None:
-    """Runs a suite, prints its table and draws its chart; for other arguments see `run_suite`.
-
-    Returns the results, or None except in the main process.
-    """
+    """Runs a suite, prints its table, draws its chart and returns the results; see `run_suite`."""
     results = run_suite(suite, output, command=command)
     if results is None:
         return None
@@ -46,17 +43,15 @@ def run_and_show(
     picture = draw_results(results, output / "results.png", caption)
     console = Console()
     results_table(results, title).show(console)
-    for note in power_notes(results):
-        console.print(note, style="dim", markup=False, highlight=False)
     places = f"{output / RESULTS}  {picture}  {output / 'rows'}/"
-    console.print(places, style="dim", markup=False)
+    for note in (*power_notes(results), places):
+        console.print(note, style="dim", markup=False, highlight=False)
     return results
 
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     """The results as a table: one row per method, with its scores by kind and its costs."""
-    methods = results["methods"]
-    groups = shown_groups(methods)
+    methods, groups = results["methods"], shown_groups(results["methods"])
     scores = [f"{_broken(name)}\n{_metric(results['tasks'], name)}" for name in groups]
     rows = []
     for label, summary in methods.items():

@@ -101,8 +101,8 @@ class StoredContext(Scored):
     computed in full. After a share ``focus`` of the layers, the chunks that the question does not
     attend to are dropped.
 
-    Source: Cache-Craft arXiv:2502.15734. It says that for most questions the focused chunks are
-    clear after 10 to 15 of 32 layers, but not when a chunk counts as focused: ``hold`` is ours.
+    Source: Cache-Craft arXiv:2502.15734, for which they are clear after 10 to 15 of 32 layers. It
+    does not say when a chunk counts as attended to: ``hold`` is ours.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
@@ -177,9 +177,6 @@ class CacheCraft(Method):
     of mixed prompts too). ``variants`` of a chunk are kept; the least used is dropped first (the
     paper also weighs its cost). A budget replaces CFO, ``refresh`` and early termination, which
     ``focus: 1`` switches off.
-
-    ``warm_up`` prompts are served before each question to give it a history: the same chunks, each
-    time rotated by one more.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from blocktune.cache import ChunkStore, Entry, chunk_key, key_after
 from blocktune.cache.chunk_kv import Read
+from blocktune.cache.store.config import keep_latest
 
 Ids = tuple[int, ...]
+MOST = 1 << 16  # variants whose uses are counted; the least recently used is forgotten first
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +168,9 @@ class VariantStore:
 
     def used(self, chunk: Ids, blanks: Ids) -> None:
         """Counts a use; the least used variant is replaced first."""
+        key = key_after(self.fingerprint, chunk, blanks)
         with self._lock:
-            self._uses[key_after(self.fingerprint, chunk, blanks)] += 1
+            keep_latest(self._uses, key, self._uses[key] + 1, MOST)
 
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
         """Stores a variant, in place of one with the same context or of the least used one.

@@ -49,11 +49,7 @@ class FullPrefill(_InFull):
 
 @register("prefix-cache")
 class PrefixCache(FullPrefill):
-    """Reuses the longest prefix seen before, in the same order: exact, but rarely hit in RAG.
-
-    ``warm_up`` prompts are served before each question to give it a history: the same chunks, each
-    time rotated by one more place.
-    """
+    """Reuses the longest prefix seen before, in the same order: exact, but rarely hit in RAG."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2312.07104"
     cached: ClassVar[Cached] = Cached.EXACT_PREFIX
@@ -123,17 +119,13 @@ class Link0(Method):
 class PromptCacheSchema(Method):
     """Places each chunk at the start of a reserved slot, so its positions are always the same.
 
-    A schema of PromptCache reserves, for every module, the length of its longest alternative, and
-    leaves the positions after a shorter one unused. ``slot`` is that length in tokens (it depends
-    on the corpus; the paper has no default); a longer chunk is refused. Unions, parameters and
-    nested modules of the schema's markup are not supported.
+    A schema of PromptCache reserves, for every module, the length of its longest alternative:
+    ``slot`` tokens (the paper has no default); a longer chunk is refused. Unions, parameters and
+    nested modules of its markup are not supported.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2311.04934"
     slot: int = 128
-
-    def __post_init__(self):
-        require_count("slot", self.slot, least=1)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         return replace(spec, block=True, placement="reserved", slot=self.slot)
@@ -162,9 +154,8 @@ PLACEMENTS = {"reordered": "sequential", "composite": "composite"}
 class TurboRag(Method):
     """Reuses chunks encoded between trained document markers, without recomputation.
 
-    The markers are the adapter's learned tokens, one before and one after each chunk.
-    ``positions: reordered`` places the chunks one after another; ``composite`` leaves each where it
-    was encoded, from position 0.
+    The markers are the adapter's learned tokens. ``positions: reordered`` places the chunks one
+    after another; ``composite`` leaves each where it was encoded, from position 0.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.07590"
@@ -204,10 +195,9 @@ class _Scale(Method):
 class Ape(_Scale):
     """Encodes chunks after a shared prefix at the same positions; scales attention to them.
 
-    Every chunk is encoded after the prompt's prefix, whose keys are kept once, and starts where
-    the prefix ends. The question and each answer token attend to the chunks with a temperature and
-    a scale. The defaults, 0.9 and 0.9, are those of the authors' code; the paper searches a grid.
-    ``positions: sequential`` places the chunks one after another, as arXiv:2603.20218 does.
+    Every chunk starts where the prefix ends. The defaults are those of the authors' code; the paper
+    searches a grid. ``positions: sequential`` places the chunks one after another, as
+    arXiv:2603.20218 does.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.05431"
@@ -224,8 +214,8 @@ class Ape(_Scale):
 class Sel(Method):
     """Encodes chunks after the shared prefix; the question sees only its top-scoring chunks.
 
-    The defaults are the paper's for retrieved passages: two chunks, scores summed over heads and
-    the question's tokens. A single chunk is always seen, so it equals full prefill.
+    The defaults are the paper's for retrieved passages; see `TopChunks`. A single chunk is always
+    seen, so it equals full prefill.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
@@ -252,9 +242,8 @@ class SP(_Scale, Link0):
 class Psr(SP):
     """Combines blanks before chunks, recomputation by key deviation, and scaled attention.
 
-    Attention to reused tokens is scaled for the question and for recomputed tokens. The source
-    recomputes 15 % and tunes the rest on a grid without reporting the result; the defaults here
-    are one blank, and the temperature and scale of APE's code.
+    Attention is scaled for recomputed tokens, too. The source recomputes 15 % and tunes the rest on
+    a grid without reporting the result; the defaults here are one blank, and those of APE's code.
     """
 
     ratio: float = 0.15

@@ -26,10 +26,8 @@ class _Recompute(Method):
 class Epic(_Recompute):
     """Recomputes the first tokens of every chunk, which removes the chunk's own attention sink.
 
-    Give a number (``k`` in the paper, ``k`` and ``last`` in its code) or a ``share`` of the chunk
-    (as in arXiv:2603.20218, for equal budgets), of which ``last_share`` is taken from its end. The
-    authors' scripts, but not the paper, also put a BOS before every chunk and before the question:
-    ``layout: {bos: keep-all}``.
+    See `FirstK`; its ``share`` is for equal budgets, as in arXiv:2603.20218. The authors' scripts,
+    but not the paper, also put a BOS before every chunk and the question: ``bos: keep-all``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
@@ -44,9 +42,7 @@ class Epic(_Recompute):
 class CacheBlend(_Recompute):
     """Computes layer 0 in full, then only the tokens whose keys deviate most at layer 1.
 
-    This is the form of arXiv:2603.20218: one selection, by the distance of keys at ``check_layer``,
-    for all later layers. Other forms are ``cacheblend-paper``, ``cacheblend-repo`` and
-    ``cacheblend-lmcache``.
+    This is the form of arXiv:2603.20218: one selection at ``check_layer`` for all later layers.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
@@ -88,8 +84,7 @@ class CacheBlendLMCacheFlash(CacheBlendLMCache):
 class CacheBlendPaper(_Recompute):
     """CacheBlend as in the paper: drops the least deviating tokens again at every layer.
 
-    The mean share over the layers is ``ratio``. The paper does not say how fast it falls; see
-    `GradualDeviation` for ``spread``.
+    See `GradualDeviation`.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
@@ -105,10 +100,9 @@ class CacheBlendRepo(_Recompute):
 
     Layers 0 and 1 get fresh keys and values for all tokens. The share is of prefix and chunks,
     rounded down. ``sees_future`` reproduces the code's mask, by which a recomputed token sees
-    tokens after it (issue 21 of the repository); do not serve with it. Not reproduced: in some of
-    its scripts (suffix length 1) question tokens compete for the share and may stay stale; sliding
-    windows are ignored; every chunk is encoded after a BOS whose own state is dropped (that is
-    ``layout: {bos: drop}``).
+    tokens after it (issue 21 of the repository); do not serve with it. Not reproduced: question
+    tokens that compete for the share in some of its scripts; ignored sliding windows; a BOS before
+    every chunk whose own state is dropped (``layout: {bos: drop}``).
     """
 
     source: ClassVar[str] = "https://github.com/YaoJiayi/CacheBlend"
@@ -124,11 +118,8 @@ class CacheBlendRepo(_Recompute):
 class DroidSpeak(_Recompute):
     """Recomputes all tokens in one range of layers, from stored activations, and none elsewhere.
 
-    The paper reuses the cache of another model; here it is the chunks' own. Measure which layers
-    to recompute with `blocktune profile-layers`. ``ratio`` is the share of the layers, 11 % on
-    average in the paper. Keys and values follow from a layer's input, so those of the first layer
-    of the range do not change, and a range of one layer (11 % of nine layers or fewer) changes
-    nothing. The paper overlaps loading and computing, which changes no values; it is not done here.
+    See `LayerRange`. The paper reuses the cache of another model; here it is the chunks' own. It
+    also overlaps loading and computing, which changes no values.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
@@ -141,8 +132,7 @@ class DroidSpeak(_Recompute):
 class DroidSpeakCLC(_Recompute):
     """Selects tokens by key deviation at layer 1, and again among all tokens at a deeper layer.
 
-    This is the source's adaptation of DroidSpeak to chunks: the deeper layer starts from the hidden
-    states stored for each chunk, which no other chunk has influenced.
+    This is the source's adaptation of DroidSpeak to chunks; see `Reselect`.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
@@ -175,9 +165,8 @@ class QueryAttentionMethod(_Recompute):
 class ProphetKV(_Recompute):
     """Recomputes the tokens that the question attends to most, mean over all layers.
 
-    First the question is computed over the reused cache, and its weights over cached tokens are
-    averaged over rows, heads and layers; then one set of tokens is recomputed in all layers. The
-    paper averages over the words of the question alone; here all rows after the chunks count.
+    Weights are over cached tokens. The paper averages over the words of the question alone; here
+    all rows after the chunks count.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
@@ -208,9 +197,8 @@ class A3(_Recompute):
     """Recomputes the tokens that the question attends to most in the first layer.
 
     Weights are over the chunks' tokens alone. The published code computes the first layer for all
-    tokens and then drops the others. Keys and values of that layer do not depend on the context,
-    so computing only the chosen ones gives the same states at a lower cost. The code rounds the
-    share down; here it is rounded up.
+    tokens, whose keys and values there do not depend on the context, and rounds the share down;
+    here only the chosen ones are computed, and it is rounded up.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2511.17560"
@@ -222,11 +210,10 @@ class A3(_Recompute):
 class RelaxKV(_Recompute):
     """Recomputes what each layer's question attends to, and lets it see only what is recomputed.
 
-    Each layer chooses ``ratio`` of the chunks' tokens by the question's weights over the reused
-    cache. A token is recomputed up to the last layer that chose it, so more than ``ratio`` of the
-    layer-tokens are recomputed. ``sees=all`` lets recomputed tokens see everything before them, as
-    in ProphetKV. No code is public. Here the prompt's prefix stays visible, and hidden scores are
-    computed and masked, so that attending to less does not save time.
+    Each layer chooses ``ratio``, so more than that of the layer-tokens are recomputed.
+    ``sees=all`` lets recomputed tokens see everything before them, as in ProphetKV. No code is
+    public. Here the prompt's prefix stays visible, and hidden scores are computed and masked, so
+    that attending to less does not save time.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2609.33503"
@@ -260,9 +247,8 @@ class CacheClip(Method):
     """Recomputes windows of tokens that the question attends to in a small auxiliary model.
 
     Chunks are encoded after the whole prefix of the prompt (in arXiv:2603.20218, after 1 to 10 of
-    its tokens). ``auxiliary`` is a folder or repository name of a model with the same tokenizer
-    (Llama-3.2-1B for Llama-3.1-8B; Qwen3-0.6B for Qwen3-8B). ``self`` is the served model, which
-    costs a full prefill: a bound, not a practical method.
+    its tokens). ``auxiliary`` is the model, such as Llama-3.2-1B for Llama-3.1-8B, or Qwen3-0.6B
+    for Qwen3-8B; see `AuxiliaryAttention`.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2510.10129"

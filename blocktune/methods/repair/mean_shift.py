@@ -21,11 +21,11 @@ class MeanShift(Repair):
     layer gets that fraction of the mean. Without a check layer, the mean is over all recomputed
     tokens, and every reused token gets all of it.
 
-    Source: AgentKVShift arXiv:2607.21604, algorithm 1. It has no public code and does not say
-    whether keys are averaged before or after rotation; here after, as they are cached.
+    The paper does not say whether keys are averaged before or after rotation; here after, as they
+    are cached. It has no public code.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"
+    source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"  # AgentKVShift, algorithm 1
     share: float = 0.1
 
     def __post_init__(self):

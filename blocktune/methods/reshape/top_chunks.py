@@ -47,11 +47,10 @@ class TopChunks(Reshape):
     the question over the caches before the prefill. A decoded or recomputed row decides alone (with
     ``LHT`` it follows the question).
 
-    Source: arXiv:2412.16545, section 5.2; its default is ``HT`` with 2 chunks. It does not define
-    what decoded rows do.
+    The source does not define what decoded rows do.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
+    source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"  # section 5.2
     surveys: ClassVar[bool] = True
     chunks: int = 2  # chunks that stay visible, at least 1
     aggregation: str = "HT"

@@ -27,13 +27,13 @@ class Selection(ABC):
     A simple selector only defines `start`. For each batch the engine calls, in this order, `begin`
     (by default `start`; override it if you need scores); `widen` for every layer of `widens`, to
     add tokens there; then, in the forward pass, `refine` at every layer of `checks`, to drop some.
-    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1], or None if None
-    is its default. A parameter out of range is a `ValueError`.
+    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1].
     """
 
     source: ClassVar[str] = ""  # paper or code it follows
     watches_chunks: ClassVar[bool] = False  # `refine` reads the question's attention to chunks
     needs_question: ClassVar[bool] = False  # a cache of the context then serves one question only
+    whole_layers = False  # a layer recomputes all context tokens or none
     # Whether a row that `refine` drops keeps the keys and values that were computed for comparison
     # in that layer (as in CacheBlend's code), instead of the cached ones.
     keeps_keys: bool = False
@@ -53,8 +53,7 @@ class Selection(ABC):
     def with_budget(self, ratio: float) -> Selection:
         """The same selector with a share of the context tokens; ValueError if it takes none.
 
-        Comparisons at equal budgets use it, and the contract tests try both ends: 0 selects
-        nothing, 1 everything. Override it if the share is not the field ``ratio``.
+        0 selects nothing, 1 everything. Override it if the share is not the field ``ratio``.
         """
         if "ratio" not in {field.name for field in fields(self)}:
             raise ValueError(
@@ -236,6 +235,8 @@ def require_context(selection: Selection, chosen: Tensor, layout: Layout, *dtype
 class Nothing(Selection):
     """Recomputes no token: naive reuse."""
 
+    whole_layers = True
+
     def spends(self, num_layers: int) -> float:
         return 0.0
 
@@ -246,6 +247,8 @@ class Nothing(Selection):
 @SELECTORS.register("everything")
 class Everything(Selection):
     """Recomputes every context token: equal to full prefill, the upper bound."""
+
+    whole_layers = True
 
     def spends(self, num_layers: int) -> float:
         return 1.0

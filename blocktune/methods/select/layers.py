@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, LayerKV, Selection, selectable
-from blocktune.methods.select.budget import share_count, top_by_chunk, top_count, top_share
+from blocktune.methods.select.budget import top_by_chunk, top_count, top_share
 from blocktune.registry import require_count, require_one_of, require_share
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class _Deviating(Selection):
     """All tokens up to ``check_layer``, then those whose states (``by``) deviate most."""
 
     by: ClassVar[str] = "keys"
+    squared: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,9 +64,21 @@ class _Deviating(Selection):
     def checks(self, num_layers: int) -> tuple[int, ...]:
         return (self.check_layer,)
 
-    def _distances(self, check: LayerCheck, squared: bool = False) -> list[Tensor]:
+    def _share(self, layer: int, num_layers: int) -> float:
+        """Share of the context tokens that ``layer`` recomputes, at most 1."""
+        return 1.0 if layer < self.check_layer else self.ratio
+
+    def spends(self, num_layers: int) -> float | None:
+        shares = (self._share(layer, num_layers) for layer in range(num_layers))
+        return sum(shares) / num_layers if self.ratio else 0.0
+
+    def refine(self, check: LayerCheck) -> Tensor:
+        share = self._share(check.layer, check.num_layers)
+        return top_share(sum(self._distances(check)), check.eligible, check.context_tokens, share)
+
+    def _distances(self, check: LayerCheck) -> list[Tensor]:
         pairs = ((getattr(check.fresh, n), getattr(check.cached, n)) for n in STATES[self.by])
-        return [distance(*pair, squared) for pair in pairs]
+        return [distance(*pair, self.squared) for pair in pairs]
 
 
 @SELECTORS.register("deviation")
@@ -95,17 +108,14 @@ class Deviation(_Deviating):
         require_one_of("of", self.of, ("context", "cached"))
 
     def spends(self, num_layers: int) -> float | None:
-        if not self.ratio:
-            return 0.0
-        if self.of == "cached" and self.ratio < 1:
-            return None
-        return (self.check_layer + self.ratio * (num_layers - self.check_layer)) / num_layers
+        depends = self.of == "cached" and 0 < self.ratio < 1
+        return None if depends else super().spends(num_layers)
 
     def refine(self, check: LayerCheck) -> Tensor:
-        count = share_count(check.context_tokens, self.ratio)
-        if self.of == "cached":
-            count = (check.cached_tokens.double() * self.ratio + 1e-9).floor().long()
-        return top_count(sum(self._distances(check, self.squared)), check.eligible, count)
+        if self.of == "context":
+            return super().refine(check)
+        count = (check.cached_tokens.double() * self.ratio + 1e-9).floor().long()
+        return top_count(sum(self._distances(check)), check.eligible, count)
 
 
 @SELECTORS.register("chunk-probes")
@@ -114,11 +124,10 @@ class ChunkProbes(_Deviating):
 
     With ``by=both``, ``ratio`` of each chunk's tokens, rounded up, are taken by keys and again by
     values, and the union is recomputed: up to twice the ratio. Distances are over all heads.
-
-    Source: AgentKVShift arXiv:2607.21604, algorithm 1.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"
+    source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"  # AgentKVShift, algorithm 1
+    squared: ClassVar[bool] = True
     ratio: float = 0.1
     check_layer: int = 1
     by: str = "both"
@@ -128,7 +137,7 @@ class ChunkProbes(_Deviating):
 
     def refine(self, check: LayerCheck) -> Tensor:
         rows = check.eligible, check.chunk, check.eligible
-        by_name = [top_by_chunk(d, *rows, self.ratio) for d in self._distances(check, True)]
+        by_name = [top_by_chunk(d, *rows, self.ratio) for d in self._distances(check)]
         return by_name[0] | by_name[-1]
 
 
@@ -139,11 +148,9 @@ class GradualDeviation(_Deviating):
     The share falls linearly from ``ratio * (1 + spread)`` after the check layer to
     ``ratio * (1 - spread)`` in the last one, so its mean is ``ratio``. The paper only says that
     the shares fall from slightly above the mean to slightly below; the straight line is ours.
-
-    Source: CacheBlend arXiv:2405.16444, gradual filtering.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"  # CacheBlend, gradual filtering
     keeps_keys: ClassVar[bool] = True  # a layer's states serve that layer and choose for the next
     ratio: float = 0.15  # mean share of the context tokens from the check layer on
     spread: float = 0.2  # relative distance of the first and last share from the mean, in [0, 1]
@@ -155,37 +162,32 @@ class GradualDeviation(_Deviating):
         require_share("spread", self.spread)
 
     def share_at(self, layer: int, num_layers: int) -> float:
-        """Share of the context tokens that is recomputed from ``layer`` on, at most 1."""
+        """Share of the context tokens that ``layer`` recomputes, at most 1."""
+        if layer < self.check_layer or self.ratio == 1:
+            return 1.0
         last = num_layers - 1 - self.check_layer
         at = 2 * (layer - self.check_layer) / last - 1 if last else 0.0
-        return min(1.0, self.ratio * (1 - self.spread * at * (self.ratio < 1)))
+        return min(1.0, self.ratio * (1 - self.spread * at))
 
-    def spends(self, num_layers: int) -> float:
-        if not self.ratio:
-            return 0.0
-        kept = sum(self.share_at(layer, num_layers) for layer in self.checks(num_layers))
-        return (self.check_layer + kept) / num_layers
+    _share = share_at
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
         return tuple(range(self.check_layer, num_layers))
-
-    def refine(self, check: LayerCheck) -> Tensor:
-        share = self.share_at(check.layer, check.num_layers)
-        scores = sum(self._distances(check))
-        return top_share(scores, check.eligible, check.context_tokens, share)
 
 
 @SELECTORS.register("layer-range")
 class LayerRange(Selection):
     """Every token in a contiguous range of layers, none in the others.
 
-    The first of these layers starts from the stored hidden states of the chunks.
+    The first of these layers starts from the stored hidden states of the chunks, so its keys and
+    values stay as they are, and a range of one layer changes nothing.
 
     Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
     with `blocktune profile-layers`; the default starts where keys first depend on the context.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
+    whole_layers = True
     first_layer: int = 1  # first layer (0-based) of the range
     ratio: float = 0.11  # share of the model's layers in the range, rounded up
 
@@ -229,11 +231,9 @@ class Reselect(_Deviating):
     At ``restart_layer`` the dropped tokens come back with the hidden states stored for their
     chunks; that layer is computed for all tokens, and the keys of the next one decide. (Keys of the
     restart layer itself cannot: computed from stored states, they equal the cached ones.)
-
-    Source: DroidSpeak (arXiv:2411.02820) as arXiv:2603.20218, section 4.1, adapts it to chunks.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"  # DroidSpeak for chunks, section 4.1
     ratio: float = 0.15  # share of the context tokens recomputed after each choice, in [0, 1]
     check_layer: int = 1  # layer (0-based) of the first choice
     restart_layer: int = 5  # layer that is computed for all tokens again
@@ -247,18 +247,11 @@ class Reselect(_Deviating):
     def min_layers(self) -> int:
         return self.restart_layer + 2  # keys are compared one layer after the restart
 
-    def spends(self, num_layers: int) -> float:
-        if not self.ratio:
-            return 0.0
-        full = self.check_layer + 1
-        return (full + self.ratio * (num_layers - full)) / num_layers
+    def _share(self, layer: int, num_layers: int) -> float:
+        return 1.0 if layer == self.restart_layer else super()._share(layer, num_layers)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
         return (self.check_layer, self.restart_layer + 1)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
         return (self.restart_layer,) if self.ratio else ()
-
-    def refine(self, check: LayerCheck) -> Tensor:
-        scores = sum(self._distances(check))
-        return top_share(scores, check.eligible, check.context_tokens, self.ratio)

@@ -17,12 +17,9 @@ if TYPE_CHECKING:
 
 @SELECTORS.register("first-k")
 class FirstK(Selection):
-    """The first ``k`` and the last ``last`` tokens of every chunk, or a share of each chunk.
+    """The first ``k`` and the last ``last`` tokens of every chunk, or a share of each chunk."""
 
-    Source: EPIC / LegoLink, arXiv:2410.15332; with both ends: its code, ``kvlink-a-b``.
-    """
-
-    source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
+    source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"  # both ends: its code, kvlink-a-b
     k: int = 16  # first tokens of each chunk; ignored if ``share`` is given
     share: float | None = None  # share of each chunk's tokens, rounded up, or None
     last: int = 0  # last tokens of each chunk; ignored if ``share`` is given
@@ -52,12 +49,9 @@ class FirstK(Selection):
 
 @SELECTORS.register("recency")
 class Recency(Selection):
-    """The tokens closest to the question.
+    """The tokens closest to the question."""
 
-    Source: the position heuristic of "selective reconstruction".
-    """
-
-    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"  # "selective reconstruction"
     ratio: float = 0.15
 
     def start(self, layout: Layout) -> Tensor:

@@ -37,13 +37,11 @@ class QueryAttention(Scored):
     Layers (or only the ``last_layers``) are combined by ``fuse``: ``mean``, ``max``, or only the
     ``first`` or the ``last``. With ``each``, every layer chooses the share by its own scores, and a
     token is recomputed up to the last layer that chose it, since that layer needs its input.
-    `Selection` explains ``sees``, `QueryScores` the other fields.
-
-    Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set); ``each`` and
-    ``sees``: RelaxKV arXiv:2609.33503.
+    `Selection` explains ``sees``, `QueryScores` the other fields; ``each`` and ``sees`` are from
+    RelaxKV, arXiv:2609.33503.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
+    source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"  # ProphetKV
     needs_question: ClassVar[bool] = True
     ratio: float = 0.15
     fuse: str = "mean"
@@ -90,13 +88,10 @@ class AuxiliaryAttention(Scored):
 
     Windows are consecutive tokens of one chunk, taken by their mean score; the last one taken may
     exceed the ratio. ``model`` is a folder or repository name of a model with the same tokenizer;
-    ``self`` is the served model: an upper bound, at the cost of a full prefill. The paper does not
-    state its window.
-
-    Source: CacheClip arXiv:2510.10129.
+    ``self`` is the served model: an upper bound, at the cost of a full prefill.
     """
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2510.10129"
+    source: ClassVar[str] = "https://arxiv.org/abs/2510.10129"  # CacheClip
     needs_question: ClassVar[bool] = True
     ratio: float = 0.15
     model: str = "self"
@@ -125,8 +120,8 @@ class AuxiliaryAttention(Scored):
 class AttentionDeviation(Scored):
     """The tokens whose first-layer attention changes most when they see the other chunks.
 
-    Source: "selective reconstruction", which gives no formula; ours is the total variation between
-    a token's attention alone and in context.
+    The source ("selective reconstruction") gives no formula; ours is the total variation between a
+    token's attention alone and in context.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
