@@ -32,8 +32,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path with the same suffix. The file written there replaces ``path``.
 
     An existing file keeps its permissions. If the block fails, ``path`` does not change and nothing
-    is left behind. If several processes write the same path at once, the last rename wins. Missing
-    folders are created. For a link, its target is replaced. Devices and pipes are written directly.
+    is left behind. Of several processes, the last wins. Missing folders are created. For a link,
+    its target is replaced. Devices and pipes are written directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # opening a folder will raise in the block
@@ -74,10 +74,7 @@ def replace_json(path: str | Path, record: Any) -> None:
 
 
 def move_folder(source: str | Path, target: str | Path) -> None:
-    """Renames a finished folder to ``target``, which never holds a mix of old and new files.
-
-    An existing folder of that name is moved aside first, and removed at the end.
-    """
+    """Renames a finished folder to ``target``; an existing one is moved aside, then removed."""
     source, target = Path(source), Path(target)
     old = target.with_name(f".{target.name}-{os.getpid()}.old")
     if target.exists():
@@ -148,7 +145,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def resumed(path: str | Path) -> Iterator[list[str]]:
-    """Locks a JSON Lines log as `locked` does, and yields its whole lines. The rest is cut off.
+    """Locks a log of JSON lines as `locked` does, yields its whole lines, and cuts the rest off.
 
     Raises ValueError if the rest cannot be an interrupted line of JSON: a foreign file.
     """

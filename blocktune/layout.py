@@ -1,8 +1,8 @@
 """The rows of a forward pass, and the rule that decides which rows each one may see.
 
-All masks, in training, caching and serving, are made by the rule in this module.
-A forward pass has one *row* for each token that is computed. A recomputed token has two rows: the
-original, which its own chunk saw, and the fresh one, which supersedes it for later rows.
+All masks, in training, caching and serving, are made by it. A forward pass has one *row* for each
+token that is computed. A recomputed token has two: the original, which its own chunk saw, and the
+fresh one, which supersedes it for later rows.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-GLOBAL = -1
-"""``group`` of a row that sees everything before it (prefix, links, query, answer, fresh rows)."""
-NO_CHUNK = -1
-"""``chunk`` of a row that belongs to no chunk."""
-NO_ROW = -1
-"""``supersedes`` of a row that replaces no other row."""
-FOREVER = 1 << 30
-"""``until`` of a row that exists in every layer."""
+GLOBAL = -1  # ``group`` of rows that see all before them: prefix, links, query, answer, fresh
+NO_CHUNK = -1  # ``chunk`` of a row that belongs to no chunk
+NO_ROW = -1  # ``supersedes`` of a row that replaces no other row
+FOREVER = 1 << 30  # ``until`` of a row that exists in every layer
 
 
 class Kind(IntEnum):
@@ -32,10 +28,8 @@ class Kind(IntEnum):
     LINK = 3
     QUERY = 4
     ANSWER = 5
-    BLANK = 6
-    """A row that is encoded with a chunk and then hidden: only its own chunk sees it."""
-    WRAP = 7
-    """A learned token that opens or closes its chunk, encoded and cached with it."""
+    BLANK = 6  # encoded with a chunk and then hidden: only its own chunk sees it
+    WRAP = 7  # a learned token that opens or closes its chunk, encoded and cached with it
 
 
 # Plain ints, because in a compiled mask a comparison with an enum member is silently wrong.
@@ -48,8 +42,8 @@ class Rows:
 
     The shape is ``(B, S)`` in a `Layout`; masks are built from two views that broadcast,
     ``(..., R, 1)`` against ``(..., 1, N)``. The original and the fresh row of a token have the same
-    order. A group is one chunk, or several chunks with block dropout. Rows that end early let
-    CacheBlend recompute all tokens in its first layers and few in the others.
+    order. A group is one chunk, or several with block dropout. Rows that end early let CacheBlend
+    recompute all tokens in its first layers and few in the others.
     """
 
     kind: Tensor  # a `Kind`
@@ -68,16 +62,13 @@ class Rows:
 
     def concat(self, other: Rows) -> Rows:
         """Concatenates these rows and ``other`` along the last axis."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return type(self)(**{name: torch.cat((a, b), dim=-1) for name, a, b in pairs})
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return type(self)(*(torch.cat(pair, dim=-1) for pair in pairs))
 
 
 @dataclass(frozen=True)
 class Layout(Rows):
-    """The rows of one batch, each field ``(B, S)``.
-
-    Raises ValueError if the fields are not int64 tensors of one two-dimensional shape.
-    """
+    """The rows of one batch; ValueError if not all fields are int64 tensors ``(B, S)``."""
 
     def __post_init__(self):
         shape = self.kind.shape
@@ -126,10 +117,7 @@ class Layout(Rows):
 
     @property
     def written(self) -> Tensor | None:
-        """Rows that encode chunks, including blanks, ``(B, S)`` bool.
-
-        None if there are no such rows, as in full attention.
-        """
+        """Rows that encode chunks, with blanks, ``(B, S)`` bool; None if there are none."""
         rows = (self.group != GLOBAL) & ~self.is_pad
         return rows if bool(rows.any()) else None
 
@@ -140,10 +128,7 @@ class Layout(Rows):
 
     @property
     def superseded_until(self) -> Tensor:
-        """First layer in which no fresh row supersedes the row (any more), ``(B, S)``.
-
-        0 if no row supersedes it; `FOREVER` if a fresh row does so in all layers.
-        """
+        """First layer in which no fresh row supersedes the row: 0 to `FOREVER`, ``(B, S)``."""
         result = torch.zeros_like(self.supersedes)
         target = torch.where(self.is_fresh, self.supersedes, 0)
         life = torch.where(self.is_fresh, self.until, 0)
@@ -182,15 +167,11 @@ class LayerRule:
     window: int | None = None  # a row sees itself and ``window - 1`` before it, by ``order``
 
     def first_alike(self, endings: tuple[int, ...]) -> LayerRule:
-        """The rule of the first layer with the same rows, so that layers can share a mask.
-
-        ``endings`` is `Layout.endings`.
-        """
+        """The rule of the first layer with the same rows, to share a mask; see `Layout.endings`."""
         return replace(self, layer=max((end for end in endings if end <= self.layer), default=0))
 
 
-FIRST_LAYER = LayerRule()
-"""Layer 0 without a window. It applies to all layers if no row ends and there is no window."""
+FIRST_LAYER = LayerRule()  # it applies to all layers if no row ends and there is no window
 
 
 def visible(

@@ -1,8 +1,8 @@
 """Learned tokens: links next to a chunk, which see all earlier chunks, headers and trailers.
 
-By default they have a separate table. Their ids are *virtual*, ``vocab_size + slot``, and two hooks
-on the input embedding look them up, so the vocabulary, the tokenizer and the tied output head do
-not change. `add_link_tokens` makes them real tokens instead.
+By default they have a table of their own. Their ids are *virtual*, ``vocab_size + slot``, and two
+hooks on the input embedding look them up, so vocabulary, tokenizer and tied output head do not
+change. `add_link_tokens` makes them real tokens instead.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from blocktune.models.gate import unwrapped
 from blocktune.models.sharded import gathered, whole_shape
 
 LINKS_FILE = "links.safetensors"
-LINKS_MODULE = "blocktune_links"
-"""Name of the table as a submodule of the model, so that it is trained, moved and synchronised."""
-NOISE = 0.1
-"""Noise of new rows around the mean embedding, in standard deviations of the embeddings."""
+LINKS_MODULE = "blocktune_links"  # the table is a submodule, so it is trained, moved and synced
+NOISE = 0.1  # of new rows around the mean embedding, in standard deviations of the embeddings
 
 
 class LinkTable(nn.Embedding):
     """Embeddings of learned tokens; ``weight`` is ``(num_links, hidden)``.
 
-    The rows are in the order of `LayoutSpec`: links, headers, trailers. There is at least one.
-    If a model scales embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it
-    scales them after the lookup (Gemma 2, Granite), it scales these rows, too.
+    At least one, in the order of `LayoutSpec`: links, headers, trailers. If a model scales
+    embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it scales them after
+    the lookup (Gemma 2, Granite), it scales these rows, too.
     """
 
     @classmethod
@@ -49,8 +47,7 @@ def link_base(model: PreTrainedModel) -> int:
 
 def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
     """Makes a float32 table on the model's device, with rows near the mean embedding."""
-    embedding = model.get_input_embeddings()
-    mean, std = _moments(embedding, link_base(model))
+    mean, std = _moments(model.get_input_embeddings(), link_base(model))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_links, mean.numel(), generator=generator).to(mean.device)
     return LinkTable.of(mean + NOISE * std * noise)
@@ -83,10 +80,20 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     Raises ValueError if links are installed already, the width differs, or the model has a second
     embedding table for the same ids (Gemma 3n), which cannot look up virtual ids.
     """
-    base = unwrapped(model)
-    _check_model(base, table)
-    first = link_base(model)
-    embedding = model.get_input_embeddings()
+    base, embedding, first = unwrapped(model), model.get_input_embeddings(), link_base(model)
+    if hasattr(base, LINKS_MODULE):
+        raise ValueError("this model has link tokens installed already; load the base again")
+    rows, width = table.weight.shape[1], whole_shape(embedding.weight)[1]
+    if rows != width:
+        raise ValueError(
+            f"link rows are {rows} wide, this model's embeddings {width}; the links were trained "
+            "for another base"
+        )
+    if any(other.num_embeddings >= first for other in _other_tables(base)):
+        raise ValueError(
+            f"{type(base).__name__} looks token ids up in more than one table, so link ids outside "
+            "the vocabulary cannot work; use link_mode 'added_tokens'"
+        )
     table.to(embedding.weight.device)
     base.add_module(LINKS_MODULE, table)
     thread = threading.local()  # engines answer in several threads at once
@@ -142,10 +149,9 @@ def add_link_tokens(
 ) -> range:
     """Adds real tokens ``<|link_0|>`` ... instead of a table. Call it before PEFT wraps the base.
 
-    It is deterministic, so that a loader makes the same rows that training started from: those of
-    `new_links` for ``seed``, or the ``rows`` ``(num_links, hidden)`` of a trained table. The base
-    is resized if its embedding has no room. Train the rows with PEFT's ``trainable_token_indices``
-    and save with ``save_embedding_layers=False``.
+    A loader makes the rows that training started from: those of `new_links` for ``seed``, or the
+    ``rows`` ``(num_links, hidden)`` of a trained table. The base is resized if its embedding has no
+    room. Train with PEFT's ``trainable_token_indices``; save with ``save_embedding_layers=False``.
 
     Returns the ids; the first is the prompt's ``link_base``. ValueError: they are not contiguous.
     """
@@ -181,23 +187,6 @@ def _moments(embedding: nn.Module, vocab_size: int) -> tuple[Tensor, float]:
             total, square = total + rows.sum(0), square + rows.square().mean(1).sum()
     mean = total / vocab_size
     return mean, float((square / vocab_size - mean.square().mean()).clamp(min=0).sqrt())
-
-
-def _check_model(base: PreTrainedModel, table: LinkTable) -> None:
-    if hasattr(base, LINKS_MODULE):
-        raise ValueError("this model has link tokens installed already; load the base again")
-    embedding = base.get_input_embeddings()
-    width = whole_shape(embedding.weight)[1]
-    if table.weight.shape[1] != width:
-        raise ValueError(
-            f"link rows are {table.weight.shape[1]} wide, this model's embeddings {width}; the "
-            "links were trained for another base"
-        )
-    if any(other.num_embeddings >= link_base(base) for other in _other_tables(base)):
-        raise ValueError(
-            f"{type(base).__name__} looks token ids up in more than one table, so link ids outside "
-            f"the vocabulary cannot work; use link_mode 'added_tokens'"
-        )
 
 
 def _other_tables(base: PreTrainedModel) -> list[nn.Embedding]:

@@ -78,10 +78,10 @@ _reported: set[str] = set()
 
 
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
-    """Replaces keys of earlier versions by their current names; see `RENAMED`.
+    """Replaces keys of earlier versions, unless ``known``, by their names in `RENAMED`.
 
-    A key among the ``known`` ones is kept. The first use of each old key in a process is logged,
-    after ``where``. Raises ValueError if the record has both an old key and its current name.
+    The first use of each in a process is logged. Raises ValueError, starting with ``where``, if the
+    record also has the current name.
     """
     current: dict[str, Any] = {}
     for key, value in record.items():
@@ -193,8 +193,8 @@ def build_config(
 ) -> Spec:
     """Builds ``spec`` from option strings, each parsed by the type of its field.
 
-    ``names`` maps options to fields with other names; ``given`` are values of fields that are not
-    options. Raises ValueError, starting with ``where``, if one is unknown or cannot be parsed.
+    ``names`` maps options to fields with other names; fields that are ``given`` are no options.
+    Raises ValueError, starting with ``where``, if one is unknown or cannot be parsed.
     """
     option_of = {field: option for option, field in (names or {}).items()}
     known = {option_of.get(f.name, f.name): f for f in fields(spec) if f.name not in given}
@@ -261,6 +261,12 @@ def entries(record: Any, where: str) -> list:
     if not isinstance(record, list) or not record:
         raise ValueError(f"{where}: must be a list with at least one entry, got {record!r:.60}")
     return record
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Splits ``NAME=PATH``; the name is "" for a path alone. If it exists, it may have ``=``."""
+    name, _, path = text.partition("=")
+    return (name, path) if name and path and not Path(text).exists() else ("", text)
 
 
 def refuse_doubles(what: str, names: list[str], fix: str) -> None:

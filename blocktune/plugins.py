@@ -21,8 +21,7 @@ from pathlib import Path
 GROUP = "blocktune.plugins"
 EXTRAS = "blocktune.extras"
 VARIABLE = "BLOCKTUNE_PLUGINS"
-FILE = "blocktune_plugin_"
-"""Begins the name of a module that is a plug-in's file."""
+FILE = "blocktune_plugin_"  # begins the name of a module that is a plug-in's file
 
 _loaded: set[str] = set()
 
@@ -45,10 +44,7 @@ def _named() -> list[str]:
 
 
 def load_all() -> None:
-    """Imports all plug-ins once: those of the package, of entry points and of `VARIABLE`.
-
-    Raises ValueError, with its name and the reason, if one cannot be imported.
-    """
+    """Imports all plug-ins once. Raises ValueError, with the reason, if one cannot be imported."""
     for plugin in [*_installed(tuple(sys.path)), *_named()]:
         if plugin not in _loaded:
             _loaded.add(plugin)  # before the import, because the plug-in may use a registry

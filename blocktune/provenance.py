@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from typing import Any
 import torch
 
 PACKAGES = "torch transformers tokenizers numpy peft trl accelerate datasets deepspeed bitsandbytes"
-MASK = "HIDDEN"
-"""Placeholder for a secret."""
-_TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTALL)
+MASK = "HIDDEN"  # in place of a secret
+_TOKEN_OPTION = re.compile(r"--?[\w-]*token", re.IGNORECASE)
 # Options may be abbreviated (--hub_tok), so tokens of the Hub are also recognised by their form;
 # likewise the user and password of a store's URL.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}|(?<=://)[^\s/@]+(?=@)")
@@ -29,11 +29,11 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
 
     ``command`` is the command line, by default ``sys.argv`` with the bare program name.
     """
-    program = Path(sys.argv[0]).name
-    program = "blocktune" if program == "cli.py" else program
-    words = [program, *sys.argv[1:]] if command is None else command
+    if command is None:
+        program = Path(sys.argv[0]).name
+        command = ["blocktune" if program == "cli.py" else program, *sys.argv[1:]]
     return {
-        "command": shlex.join(without_secrets(words)),
+        "command": shlex.join(without_secrets(command)),
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(),
@@ -44,12 +44,12 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
 def without_secrets(words: list[str]) -> list[str]:
     """Replaces values of options named ``...token``, and what `without_tokens` does, by `MASK`."""
     masked: list[str] = []
-    for word in words:
-        option = _TOKEN_OPTION.fullmatch(masked[-1]) if masked else None
-        if option and "=" not in masked[-1] and not word.startswith("--"):
+    for before, word in zip(["", *words], words, strict=False):
+        name, equals, _ = word.partition("=")
+        if _TOKEN_OPTION.fullmatch(before) and not word.startswith("--"):
             masked.append(MASK)
-        elif (own := _TOKEN_OPTION.fullmatch(word)) and "=" in word:
-            masked.append(f"{own[1]}={MASK}")
+        elif equals and _TOKEN_OPTION.fullmatch(name):
+            masked.append(f"{name}={MASK}")
         else:
             masked.append(without_tokens(word))
     return masked
@@ -99,36 +99,27 @@ def versions() -> dict[str, str]:
 
     result = {"python": platform.python_version(), "blocktune": blocktune.__version__}
     for name in PACKAGES.split():
-        try:
+        with suppress(metadata.PackageNotFoundError):
             result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return result
 
 
 def hardware() -> dict[str, Any]:
     """Processor, cores available to this process, torch's threads, and GPUs."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"(?m)^model name\s*: (.*\S)", info.read_text() if info.exists() else "")
     return {
-        "processor": _processor(),
+        "processor": name[1] if name else platform.processor() or platform.machine(),
         "cores": len(cores),
         "torch_threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip()

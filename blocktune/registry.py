@@ -39,9 +39,8 @@ class Registry:
         """
 
         def enter(cls: Entry) -> Entry:
-            new = f"{cls.__module__}.{cls.__qualname__}"
-            other = self._entries.get(name, cls)
-            old = f"{other.__module__}.{other.__qualname__}"
+            both = (cls, self._entries.get(name, cls))
+            new, old = (f"{own.__module__}.{own.__qualname__}" for own in both)
             if old != new:  # a module that is reloaded may replace its own entry
                 raise ValueError(
                     f"{self.what} '{name}' of {new} is already taken by {old}; choose another name"
@@ -73,7 +72,7 @@ class Registry:
     def find(self, name: str) -> type:
         """The class with a name. The ValueError for an unknown name lists all names."""
         if name not in self.table():
-            close = difflib.get_close_matches(name, self.table(), n=1)
+            close = difflib.get_close_matches(name, self._entries, n=1)
             meant = f"did you mean '{close[0]}'? " if close else ""
             names = ", ".join(self.available())
             raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}")
@@ -114,9 +113,9 @@ def require_share(name: str, value: float) -> None:
 
 
 def require_like(what: str, given: Any, like: Any, *dtypes: Any) -> None:
-    """Raises a `ValueError` unless a tensor of a plug-in has the shape of ``like`` and its dtype.
+    """Raises a `ValueError` unless ``what`` returned a tensor of the shape and dtype of ``like``.
 
-    ``what`` made it; ``dtypes`` are those that it may have instead.
+    ``dtypes`` are those that it may have instead.
     """
     dtypes = dtypes or (like.dtype,)
     if not isinstance(given, type(like)) or given.shape != like.shape or given.dtype not in dtypes:

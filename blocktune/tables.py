@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 ABSENT = "-"
-WORDS = 18
-"""Smallest width to which a column of words is folded."""
-FORMS: dict[str, Callable[[float], str]] = {
+WORDS = 18  # smallest width to which a column of words is folded
+FORMS: dict[str, Callable[[float], str]] = {  # formats of numbers, by the kind of quantity
     "score": lambda value: f"{100 * value:.1f}",
     "points": lambda value: f"{100 * value:+.1f}",
     "share": lambda value: f"{100 * value:.0f} %",
@@ -27,7 +26,6 @@ FORMS: dict[str, Callable[[float], str]] = {
         f"{value / 2**20:.0f} MiB" if value < 2**30 else f"{value / 2**30:.1f} GiB"
     ),
 }
-"""Formats of numbers, by the kind of quantity."""
 
 
 def written(form: str, value: float | None) -> str:

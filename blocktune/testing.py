@@ -17,13 +17,12 @@ WORDS = PromptFormat(instruction="Answer.")
 BARE = PromptFormat(
     instruction="", titled="{title} {text} ", untitled="{text} ", question="{question}"
 )
-TRAINED = {
+TRAINED = {  # layout of the simulated adapter of `small_engine`, by weights
     Weights.ANY: None,
     Weights.BLOCK: LayoutSpec(),
     Weights.LINKS: LayoutSpec(num_links=2),
     Weights.WRAPS: LayoutSpec(num_headers=2, num_trailers=1),
 }
-"""Layout of the simulated adapter of `small_engine`, by weights."""
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -44,9 +43,8 @@ def small_engine(weights: Weights = Weights.ANY, *, bare: bool = False, seed: in
     model = random_llama(len(tokenizer), seed=seed, initializer_range=0.2, **TINY)
     words, info = (BARE if bare else WORDS), None
     if (trained := TRAINED[weights]) is not None:
-        info = AdapterInfo(
-            "random", base_fingerprint(model), tokenizer_hash(tokenizer), trained, words
-        )
+        digests = base_fingerprint(model), tokenizer_hash(tokenizer)
+        info = AdapterInfo("random", *digests, trained, words)
         if trained.num_learned:
             install_links(model, new_links(model, trained.num_learned, seed))
     return Engine(model, tokenizer, format=words, adapter=info)

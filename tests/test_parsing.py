@@ -8,7 +8,7 @@ import pytest
 from blocktune import parsing
 from blocktune.methods import build
 from blocktune.methods.method_parser import build_entry
-from blocktune.parsing import build_config, first_line, load_spec, parse_yaml, read
+from blocktune.parsing import build_config, first_line, load_spec, parse_yaml, read, split_name
 from blocktune.prompt import LayoutSpec
 
 
@@ -136,3 +136,13 @@ def test_a_parameter_named_as_an_argument_of_the_registry_is_unknown_as_any_othe
 )
 def test_an_error_without_text_is_named_by_its_type(text, line):
     assert first_line(OSError(text)) == line
+
+
+def test_a_path_that_exists_is_no_name_whatever_it_contains(tmp_path):
+    path = str(tmp_path / "lr=0.1")
+    assert split_name(path) == (str(tmp_path / "lr"), "0.1")
+    (tmp_path / "lr=0.1").mkdir()
+    assert split_name(path) == ("", path)
+    assert split_name(f"legal={path}") == ("legal", path)
+    for alone in ("USER/NAME@main", "name=", "=path"):
+        assert split_name(alone) == ("", alone)

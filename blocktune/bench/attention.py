@@ -18,17 +18,17 @@ from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.provenance import provenance
 
 HEADS, KV_HEADS, HEAD_DIM, THREADS, SEED = 8, 8, 64, 2, 0
+# FLOPs per visible cell and dimension: two products forward, five backward, two FLOPs each.
 OPERATIONS = 14
-"""FLOPs per visible cell and dimension: two products forward, five backward, two FLOPs each."""
 
 
 def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> dict[str, Any]:
     """Times one layer of attention, forward and backward, in float32 on the CPU.
 
     Split attention, full causal SDPA (``full``) and SDPA with the block mask as a dense tensor
-    (``dense``) run in turn. Masks and plans are built beforehand, as a batch builds them once for
-    all layers. The last ``chunk`` tokens are the query, which sees everything. ``bound`` holds the
-    ratios by visible cells alone; ``share_of_matmul`` is the share of the measured matmul rate.
+    (``dense``) run in turn. Masks and plans, made once per batch, are not timed. The last ``chunk``
+    tokens are the query, which sees everything. ``bound`` holds the ratios by visible cells alone;
+    ``share_of_matmul`` is the share of the measured matmul rate.
     """
     if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
         raise ValueError(

@@ -1,9 +1,9 @@
 """Simulation of a store on a trace: hit rate and time saved by size and policy; break-even point.
 
-Nothing is encoded. A trace is a sequence of requests with the chunks that each asks for. It may be
-recorded by a store (JSON lines of ``--store ...,trace=FILE``), published (Mooncake: ``hash_ids`` of
-blocks of 512 tokens; Azure: CSV with ``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts
-are filled with random chunks, since it names none), or random. Files may be gzipped (``.gz``).
+A trace lists the chunks of each request. It is recorded by a store (JSON lines of ``--store
+...,trace=FILE``), published (Mooncake: ``hash_ids`` of blocks of 512 tokens; Azure: CSV with
+``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts are filled with random chunks, since it
+names none), or random. Files may be gzipped (``.gz``).
 """
 
 from __future__ import annotations
@@ -98,18 +98,16 @@ def replay(
             for use in map(costs.priced, request):
                 encode_s += use.seconds
                 window.append(use.key in stored)
-                if window[-1]:
+                if use.key in stored:
                     saved_s += use.seconds - use.num_bytes / costs.load_bytes_s
                     ledger.use(use.key)
-                    continue
-                evicted = ledger.leaving(use.num_bytes, use.tenant, use.key)
-                if evicted is None:
-                    continue
-                ledger.remove(evicted)
-                held += use.num_bytes - sum(stored.pop(key) for key in evicted)
-                peak = max(peak, held)
-                ledger.add(use.key, use.num_bytes, About(seconds=use.seconds, tenant=use.tenant))
-                stored[use.key] = use.num_bytes
+                elif (evicted := ledger.leaving(use.num_bytes, use.tenant, use.key)) is not None:
+                    ledger.remove(evicted)
+                    held += use.num_bytes - sum(map(stored.pop, evicted))
+                    peak = max(peak, held)
+                    about = About(seconds=use.seconds, tenant=use.tenant)
+                    ledger.add(use.key, use.num_bytes, about)
+                    stored[use.key] = use.num_bytes
     every = list(chain.from_iterable(windows))
     total, *rates = (sum(hits) / max(len(hits), 1) for hits in (every, *windows))
     return Outcome(policy, budget, total, saved_s, saved_s / encode_s, peak, rates)
@@ -127,11 +125,11 @@ class BreakEven(NamedTuple):
 def break_even(
     recompute: float = 0.0, requests: int = 2000, costs: Costs = Costs()
 ) -> list[BreakEven]:
-    """Compares chunk reuse with prefix caching, by share of repeated chunks.
+    """Compares chunk reuse with prefix caching, by share of repeated chunks; both unbounded.
 
     Retrieved chunks come in any order, so prompts share a prefix only if they start with the same
-    chunks in the same order. Both caches are unbounded. ``recompute`` is the share of tokens that
-    the method recomputes. A point is simulated with ``requests`` of `CHUNKS` of `BLOCK` tokens.
+    chunks in the same order. ``recompute`` is the share of tokens that the method recomputes. A
+    point is simulated with ``requests`` of `CHUNKS` of `BLOCK` tokens.
     """
     points, full_s = [], costs.encode_s(CHUNKS * BLOCK)
     for step in range(11):
@@ -158,7 +156,6 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
     from blocktune.evaluation.report import style
 
     colours = {"gdsf": 2, "lru": 3, "lfu": 4, "fifo": 1}  # indices in the palette
-    largest = max(outcome.budget for outcome in outcomes)
     ticks = sorted({outcome.budget / 1e9 for outcome in outcomes})
 
     def draw(figure, ground) -> None:
@@ -171,7 +168,7 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
             axes[1].plot(budgets, [o.saved for o in line], **look)
             axes[2].plot(range(1, WINDOWS + 1), line[-1].windows, **look)
             ends[policy] = line[-1].windows[-1], colour
-        titles = ("Hits", "Encoding time saved", f"Hits at {largest / 1e9:.3g} GB")
+        titles = ("Hits", "Encoding time saved", f"Hits at {ticks[-1]:.3g} GB")
         for axis, title in zip(axes, titles, strict=True):
             axis.set(title=title, ylim=(0, None), xlabel="budget, GB", xscale="log")
             axis.set_xticks(ticks, [f"{tick:.{1 if tick < 10 else 0}f}" for tick in ticks])
@@ -192,14 +189,13 @@ def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) 
 
     def draw(figure, ground) -> None:
         axis, ends = figure.subplots(), {}
-        lines = [("no cache", 1, ":", [p.none_s for p in first])]
-        lines.append(("prefix caching", 0, "-", [p.prefix_s for p in first]))
-        for number, (recompute, points) in enumerate(by_recompute.items()):
-            name = f"chunk reuse\n{recompute:.0%} recomputed"
-            lines.append((name, 2 + number, "-", [p.reuse_s for p in points]))
-        for name, colour, line, seconds in lines:
-            colour = ground.series[colour]
-            axis.plot([p.repeated for p in first], seconds, line, color=colour)
+        lines = {"prefix caching": [p.prefix_s for p in first]}
+        lines["no cache"] = [p.none_s for p in first]
+        for recompute, points in by_recompute.items():
+            lines[f"chunk reuse\n{recompute:.0%} recomputed"] = [p.reuse_s for p in points]
+        for (name, seconds), colour in zip(lines.items(), ground.series, strict=False):
+            style_of = ":" if name == "no cache" else "-"
+            axis.plot([p.repeated for p in first], seconds, style_of, color=colour)
             ends[name] = seconds[-1], colour
         axis.set(xlabel="chunks seen before", ylabel="to the first token, s", ylim=(0, None))
         axis.set_xlim(0, first[-1].repeated)
@@ -299,11 +295,9 @@ def _azure(lines: Iterator[str]) -> Iterator[Request]:
     for row in csv.DictReader(lines):
         uses = {}
         for left in range(int(row["ContextTokens"]), 0, -BLOCK):
-            if not seen or draw.random() < 0.5:
-                seen += 1
-                rank = seen
-            else:
-                rank = _rank(draw, seen)
+            is_new = not seen or draw.random() < 0.5
+            seen += is_new
+            rank = seen if is_new else _rank(draw, seen)
             uses[rank] = Use(f"drawn {rank}", min(BLOCK, left))
         yield tuple(uses.values())
 

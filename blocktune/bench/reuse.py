@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM
 
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import ChunkStore
@@ -25,10 +26,9 @@ from blocktune.provenance import provenance
 from blocktune.testing import byte_tokenizer, random_llama
 
 RATIOS = ("cacheblend_over_full", "epic_over_full", "naive_over_query_only")
-WARM_S = 3.0
-"""Work that takes longer than this many seconds needs no warm-up round."""
-PRODUCT, COPIED = 2048, 1 << 28
-"""Rows of the square matrices, and bytes copied, in measurements of the machine's rates."""
+WARM_S = 3.0  # work that takes longer needs no warm-up round
+PRODUCT = 2048  # rows of the square matrices whose product is timed
+COPIED = 1 << 28  # bytes whose copying is timed
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,32 @@ class ReuseBench:
 
     def engine(self, store: ChunkStore | None = None) -> Engine:
         """Builds an engine over the model, with empty caches, or with ``store``."""
-        tokenizer = byte_tokenizer()
-        model = random_llama(
-            len(tokenizer),
-            seed=self.seed,
-            hidden_size=self.width,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=self.tokens + 1,
-        )
-        return Engine(model, tokenizer, store=store)
+        return Engine(*random_model(self, self.intermediate, self.tokens + 1), store=store)
 
     def pieces(self, vocab_size: int) -> Pieces:
         """The random prompt of this setting."""
         return random_pieces(vocab_size, self.tokens, self.chunk, self.question, self.seed)
 
 
-TINY = ReuseBench(
+def random_model(setting: Any, intermediate: int, length: int) -> tuple[LlamaForCausalLM, Any]:
+    """The random model of a setting, with room for ``length`` tokens, and its tokenizer."""
+    tokenizer = byte_tokenizer()
+    model = random_llama(
+        len(tokenizer),
+        seed=setting.seed,
+        hidden_size=setting.width,
+        intermediate_size=intermediate,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=setting.kv_heads,
+        max_position_embeddings=length,
+    )
+    return model, tokenizer
+
+
+TINY = ReuseBench(  # for tests; its ratios are meaningless
     256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, threads=1, repeats=1
 )
-"""Small setting for tests; its ratios are meaningless."""
 
 
 def random_pieces(vocab_size: int, tokens: int, chunk: int, question: int, seed: int) -> Pieces:
@@ -99,9 +103,9 @@ def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Times functions in turn, so that other load on the machine affects all alike.
 
-    Returns seconds per round, by name, with the work that a function leaves to an accelerator. The
-    first round is a warm-up and does not count, except for work that takes longer than `WARM_S`. A
-    function may return its own seconds as a float.
+    Returns seconds per round, by name, with what a function leaves to an accelerator. The first
+    round does not count, unless it takes longer than `WARM_S`. A function may return its own
+    seconds as a float.
     """
 
     def now() -> float:
@@ -142,10 +146,7 @@ def matmul_rate(repeats: int = 5) -> float:
 
 
 def copy_rate(repeats: int = 5) -> float:
-    """Bytes per second of copying a tensor into another, the best of several runs.
-
-    A copied byte counts once, although it is read and written.
-    """
+    """Bytes copied per second between tensors, the best of several runs; each counts once."""
     source = torch.ones(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
     return COPIED / min(take_turns({"": lambda: target.copy_(source)}, repeats)[""])
@@ -165,10 +166,9 @@ def threads(count: int) -> Iterator[None]:
 def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
     """Times prefills by several methods in turn, over chunks that are already in memory.
 
-    A method's time covers everything from token ids to the logits after the question: looking up
-    chunks, relocating their keys, joining caches, selecting tokens, computing. For ``full`` see
+    A method's time covers all from token ids to the logits after the question. For ``full`` see
     `time_methods`; ``query_only`` computes the question over an assembled cache. Ratios are medians
-    of the ratios in each round. ``cost`` holds each method's `_cost`.
+    of the ratios in each round. ``cost`` is of each method, also at the machine's rates.
     """
     with threads(bench.threads), torch.no_grad():
         engine = bench.engine()
@@ -190,7 +190,17 @@ def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
         "seconds": {name: spread(values) for name, values in times.items()},
         "bytes_per_s_copied": copy,
         "flops_per_s_matmul": matmul,
-        "cost": {name: _cost(usage, copy, matmul) for name, usage in usages.items()},
+        "cost": {
+            name: {
+                "recompute_ratio": usage.recompute_ratio,
+                "bytes_read": usage.bytes_read,
+                "bytes_moved": usage.bytes_moved,
+                "bytes_over_copy_rate_s": usage.bytes_moved / 2 / copy,  # read and written
+                "flops": usage.flops,
+                "flops_over_matmul_rate_s": usage.flops / matmul,
+            }
+            for name, usage in usages.items()
+        },
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
     }
@@ -234,14 +244,3 @@ def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:
         )
 
     return work
-
-
-def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
-    return {
-        "recompute_ratio": usage.recompute_ratio,
-        "bytes_read": usage.bytes_read,
-        "bytes_moved": usage.bytes_moved,
-        "bytes_over_copy_rate_s": usage.bytes_moved / 2 / copy,  # read and written, see copy_rate
-        "flops": usage.flops,
-        "flops_over_matmul_rate_s": usage.flops / matmul,
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import random
 import tempfile
@@ -39,10 +38,9 @@ def bench_store(
 ) -> dict[str, object]:
     """Times loading and joining a prompt's chunks, and look-ups among ``keys``; measures codecs.
 
-    The baseline reads the same files, or copies the same tensors. Both it and loading write to
-    memory that the process has used before. All files are in the page cache and already verified by
-    this process. ``ratios`` compare bandwidths in wall time, ``cpu_ratios`` in the process's CPU
-    time. Chunks are written into ``folder``, by default the system's folder for temporary files.
+    The baseline reads the same files, or copies the same tensors, also to memory that was used
+    before. All files are in the page cache and verified. ``ratios`` compare bandwidths in wall
+    time, ``cpu_ratios`` in CPU time. Chunks are written into ``folder``, by default a new one.
     """
     _keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
@@ -91,13 +89,13 @@ def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> Cod
     """Measures size and error of a codec on one chunk."""
     tensors, decoded = encoded(entry, codec, rope)[1], round_trip(entry, codec, rope)
 
-    def error(states: Callable[[ChunkKV], tuple[Tensor, ...]]) -> float:
-        pairs = list(zip(states(entry), states(decoded), strict=True))
-        squares = sum(float((old.double() - new.double()).square().sum()) for old, new in pairs)
-        return math.sqrt(squares / sum(float(old.double().square().sum()) for old, _ in pairs))
+    def error(states: tuple[Tensor, ...], lossy: tuple[Tensor, ...]) -> float:
+        old, new = (torch.cat([t.flatten() for t in ts]).double() for ts in (states, lossy))
+        return float((old - new).norm() / old.norm())
 
     num_bytes = sum(tensor.nbytes for tensor in tensors.values()) / entry.num_tokens
-    return CodecError(num_bytes, error(lambda kv: kv.keys), error(lambda kv: kv.values))
+    errors = error(entry.keys, decoded.keys), error(entry.values, decoded.values)
+    return CodecError(num_bytes, *errors)
 
 
 def _keep_freed_memory() -> None:
@@ -171,9 +169,8 @@ def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, flo
         shared = draw.choice(prompts)[: draw.randrange(length)]
         return shared + tuple(draw.randrange(32_000) for _ in range(length - len(shared)))
 
-    held = 0
-    while held < tokens:
-        held += tree.insert(cut_exact(cache, 0, prompts[-1], model))
+    while tokens > 0:
+        tokens -= tree.insert(cut_exact(cache, 0, prompts[-1], model))
         prompts.append(prompt())
     times: dict[str, list[float]] = {"match": [], "match_cpu": []}
     for token_ids in [prompt() for _ in range(timed)]:

@@ -40,15 +40,14 @@ def bench_ttft(
     its question and one answer token. ``repeats`` rounds are timed, after an untimed one.
 
     Returns:
-        ``lengths`` holds for each length: ``cached_over_full`` (median of the rounds) and its
+        Method, setting, provenance, and by length: ``cached_over_full`` (median) and its
         ``spread``; ``seconds`` of ``cached`` and ``full``, see `time_methods`; and ``parts`` of a
         cached prompt, with ``seconds`` and, on a CPU in float32, the machine's ``limit``:
         ``lookup``; ``join`` into one cache (copy rate); ``rotate``, the added time of relocating
-        keys (another pass over them); and the ``question``'s forward pass (FLOPs at the matmul
-        rate, or weights and cache at the copy rate). Also the method, setting and provenance.
+        keys (another pass); the ``question`` (FLOPs at the matmul rate, or weights and cache at
+        the copy rate).
 
-    Raises ValueError if a prompt has no room for a chunk and the question, or the engine's store
-    for the chunks of a prompt.
+    Raises ValueError if a prompt or the engine's store has no room.
     """
     if min(lengths) - question < 3 or question < 1 or chunk < 1:
         raise ValueError(
@@ -91,15 +90,12 @@ def _timed(
         cached, weights = (sum(t.nbytes for t in ts) for ts in (states, engine.model.parameters()))
         question = max(usage.flops / matmul, (weights + cached) / copy)
         limits = {"join": cached / copy, "rotate": cached / 2 / copy, "question": question}
-    parts = {
-        name: {"seconds": reuse.spread(times[name])["median"], "limit": limits.get(name)}
-        for name in PARTS
-    }
+    medians = {name: reuse.spread(values)["median"] for name, values in times.items()}
     return {
         "cached_over_full": over["median"],
         "spread": over,
-        "seconds": {name: reuse.spread(times[name])["median"] for name in ("cached", "full")},
-        "parts": parts,
+        "seconds": {name: medians[name] for name in ("cached", "full")},
+        "parts": {n: {"seconds": medians[n], "limit": limits.get(n)} for n in PARTS},
     }
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from blocktune.bench.reuse import random_model
 from blocktune.methods import build
 from blocktune.prompt import Pieces
 from blocktune.provenance import provenance
-from blocktune.testing import byte_tokenizer, random_llama
 from blocktune.vllm import ChunkLLM, Rendered
 
 GOAL_AT = 4096
@@ -27,11 +27,7 @@ FULL_ROUNDS = 3  # timed rounds of the full prefill, which takes longest
 
 @dataclass(frozen=True)
 class VllmBench:
-    """Setting: prompts of random tokens, whose chunks are in the store and in memory.
-
-    The trace has ``trace`` questions over ``most`` chunks each, in random order from a ``corpus``
-    of chunks, so few prompts share a prefix.
-    """
+    """Setting: prompts of random tokens, whose chunks are in the store and in memory."""
 
     tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)  # prompt lengths
     chunk: int = 128  # tokens per chunk
@@ -41,9 +37,9 @@ class VllmBench:
     heads: int = 8
     kv_heads: int = 8
     repeats: int = 7  # timed rounds, after an untimed one
-    corpus: int = 24
-    most: int = 12
-    trace: int = 16
+    corpus: int = 24  # chunks of the trace
+    most: int = 12  # chunks of a prompt of the trace, drawn from them in random order
+    trace: int = 16  # prompts of the trace
     seed: int = 0
 
 
@@ -53,23 +49,24 @@ TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, 
 def bench_vllm(setting: VllmBench) -> dict[str, Any]:
     """Times first tokens by prompt length, and a trace.
 
-    For each length, there are CPU seconds (``cpu_s``, all threads) and wall-clock seconds of a full
-    prefill, of chunks in memory (``cached``) and on disk, and of another question over chunks that
-    are still in vLLM's pages (``paged``). ``copy_s`` and ``write_s`` are CPU seconds of copying the
-    keys and values, and of writing them into vLLM's pages with its kernel. Ratios are of CPU time,
-    without waiting if ``OMP_WAIT_POLICY=passive`` is set before torch is imported.
-    ``load_over_write`` and ``load_over_copy`` divide the growth of ``cached`` minus ``paged`` from
-    the shortest to the longest prompt by that of ``write_s`` and ``copy_s``.
+    By length: CPU seconds (``cpu_s``, all threads) and wall-clock seconds of a full prefill, of
+    chunks in memory (``cached``) and on disk, and of another question over chunks still in vLLM's
+    pages (``paged``); ``copy_s`` and ``write_s``, CPU seconds of copying the keys and values, and
+    of writing them into the pages. Ratios are of CPU time, without waiting if
+    ``OMP_WAIT_POLICY=passive`` is set before torch is imported. ``load_over_...`` divide the growth
+    of ``cached`` minus ``paged``, from shortest to longest prompt, by that of the denominator.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # to measure its CPU time
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes to stdout, like the JSON
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; default: most of the memory
     draw = random.Random(setting.seed)
     with TemporaryDirectory() as folder:
-        model = _save_model(Path(folder) / "model", setting)
+        longest = max(setting.tokens) + 64
+        for part in random_model(setting, setting.width * 3, longest):
+            part.save_pretrained(Path(folder) / "model")
         options = {"enforce_eager": True, "disable_log_stats": True, "max_num_seqs": 4}
-        options |= {"max_model_len": max(setting.tokens) + 64, "dtype": "float32"}
-        llm = ChunkLLM(model, store=Path(folder) / "store", host_gb=4, **options)
+        options |= {"max_model_len": longest, "dtype": "float32", "host_gb": 4}
+        llm = ChunkLLM(f"{folder}/model", store=Path(folder) / "store", **options)
         llm.encode(())  # writes the model's manifest to the store
         lengths = {str(n): _time_length(llm, setting, n, draw) for n in setting.tokens}
         trace = _time_trace(llm, setting, draw)
@@ -78,23 +75,6 @@ def bench_vllm(setting: VllmBench) -> dict[str, Any]:
     ratios["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
     record = {"setting": asdict(setting), "found": ratios}
     return record | {"lengths": lengths, "trace": trace, "provenance": provenance()}
-
-
-def _save_model(folder: Path, setting: VllmBench) -> str:
-    tokenizer = byte_tokenizer()
-    model = random_llama(
-        len(tokenizer),
-        seed=setting.seed,
-        hidden_size=setting.width,
-        intermediate_size=setting.width * 3,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=setting.heads,
-        num_key_value_heads=setting.kv_heads,
-        max_position_embeddings=max(setting.tokens) + 64,
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def _ids(draw: random.Random, count: int) -> tuple[int, ...]:
@@ -115,24 +95,17 @@ def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[s
     times: dict[str, list[tuple[float, float]]] = {}
     for round in range(setting.repeats + 1):  # the first round is a warm-up
         cached, other = (_prompt(llm, chunks, _ids(draw, setting.question)) for _ in range(2))
-        for name, prompt in (
-            ("full", cached._replace(plan=None)),
-            ("disk", cached),
-            ("cached", cached),
-            ("paged", other),
-        ):
+        prompts = {"full": cached._replace(plan=None), "disk": cached}
+        for name, prompt in (prompts | {"cached": cached, "paged": other}).items():
             if name == "full" and round > FULL_ROUNDS:
                 continue
             if name != "paged":
                 llm.llm.reset_prefix_cache(reset_connector=name == "disk")
             times.setdefault(name, []).append(_timed(llm, prompt))
-    result: dict[str, Any] = {
-        name: {
-            "cpu_s": statistics.median(cpu for cpu, _ in values[1:]),
-            "wall_s": statistics.median(wall for _, wall in values[1:]),
-        }
-        for name, values in times.items()
-    }
+    result: dict[str, Any] = {}
+    for name, (_, *values) in times.items():
+        cpu_s, wall_s = map(statistics.median, zip(*values, strict=True))
+        result[name] = {"cpu_s": cpu_s, "wall_s": wall_s}
     result["cached_over_full"] = result["cached"]["cpu_s"] / result["full"]["cpu_s"]
     size = setting.width // setting.heads * setting.kv_heads * setting.layers * 2
     result["bytes"] = size * count * setting.chunk * 4

@@ -5,57 +5,31 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import typer
-from typer import Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command
+from blocktune.commands.options import option
 
 FOLLOW_S = 0.1  # seconds to wait after the queue of missed chunks was empty
 
-Question = Annotated[str | None, opt.of_prompt("--question", "-q", help="One question.")]
-Passages = Annotated[
-    list[str] | None, opt.of_prompt("--chunk", "-c", help="A passage for --question; repeatable.")
-]
-Questions = Annotated[
+Passages = option(
+    list[str] | None, "A passage for --question; repeatable.", "--chunk -c", panel=opt.PROMPT
+)
+Questions = option(
+    str | None, "Questions: JSONL or `blocktune data` source.", "--input -i", panel=opt.PROMPT
+)
+ShowPrompt = option(bool, "Print the prompt, row by row, first.", "--show-prompt", panel=opt.PROMPT)
+Output = option(
+    Path | None, "JSONL file; answers already in it are skipped.", "--output -o", **opt.IN_FILE
+)
+TopK = option(int, "Sample from the K most likely tokens; 0: from all.", panel=opt.DECODING)
+DecodeCache = option(
     str | None,
-    opt.of_prompt("--input", "-i", help="Questions with their chunks: JSONL or any data source."),
-]
-ShowPrompt = Annotated[
-    bool, opt.of_prompt("--show-prompt", help="Print the prompt, row by row, first.")
-]
-MethodName = Annotated[
-    str | None,
-    Option(
-        help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes two. Default: the "
-        "method that the adapter was trained for, else naive."
-    ),
-]
-Parameters = Annotated[
-    list[str] | None, Option(help="Parameter of the method: name=value; repeatable.")
-]
-Output = Annotated[
-    Path | None,
-    opt.in_file(
-        "--output",
-        "-o",
-        help="JSONL file that each answer is appended to. Questions already answered in it are "
-        "skipped.",
-    ),
-]
-Stream = Annotated[bool, Option("--stream", help="Print one answer while it is generated.")]
-TopK = Annotated[int, opt.of_decoding(help="Sample from the K most likely tokens; 0: from all.")]
-OwnSeed = Annotated[int | None, opt.of_decoding(help="Random seed for sampling. Default: 0.")]
-DecodeCache = Annotated[
-    str | None,
-    opt.of_decoding(
-        metavar="KIND",
-        help="KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (needs a "
-        "GPU). Default: as the prefill leaves it.",
-    ),
-]
+    "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (from a GPU).",
+    panel=opt.DECODING,
+)
 
 
 @command(
@@ -69,7 +43,7 @@ DecodeCache = Annotated[
     "A stopped command that writes to a file continues where it stopped: repeat it.",
 )
 def answer(
-    question: Question = None,
+    question: option(str | None, "One question.", "--question -q", panel=opt.PROMPT) = None,
     chunk: Passages = None,
     source: Questions = None,
     limit: opt.Limit = None,
@@ -82,18 +56,18 @@ def answer(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    method: MethodName = None,
-    param: Parameters = None,
+    method: opt.MethodName = None,
+    param: option(list[str] | None, "Parameter of the method: name=value; repeatable.") = None,
     store: opt.Store = None,
     batch_size: opt.BatchSize = 8,
     output: Output = None,
-    stream: Stream = False,
+    stream: option(bool, "Print one answer while it is generated.", "--stream") = False,
     as_json: opt.AsJson = False,
     max_new_tokens: opt.MaxNewTokens = 32,
     temperature: opt.Temperature = 0.0,
     top_k: TopK = 0,
     top_p: opt.TopP = 1.0,
-    seed: OwnSeed = None,
+    seed: option(int | None, "Random seed for sampling. Default: 0.", panel=opt.DECODING) = None,
     response_cache: opt.Responses = None,
     decode_cache: DecodeCache = None,
 ) -> None:
@@ -101,30 +75,29 @@ def answer(
     from blocktune.cache.decode_cache import DecodeCache
     from blocktune.cache.responses import ResponseCache, read_settings
     from blocktune.commands import answering
+    from blocktune.engine import Sampling
     from blocktune.methods import default_method
 
     examples = answering.read_examples(source, limit, question, chunk or [])
     if stream and (len(examples) > 1 or output or as_json):
         raise ValueError("--stream prints one answer; leave out --output and --json")
     chosen = answering.build_method(method, param or [])
-    sampling = answering.Sampling(temperature, top_k, top_p, seed)
-    had_chunks = store is not None and answering.holds_chunks(store)
-    loading = (store, dtype, device, quantize)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    had_chunks = answering.holds_chunks(store)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
     if response_cache is not None:
         read_settings(response_cache)
     words = opt.wording(instruction, system, wording)
-    engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
+    engine = opt.load_engine(model, adapter, store, dtype, device, quantize, chosen, words)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
     if response_cache is not None and (seed is not None or not sampling.temperature):
         engine.responses = ResponseCache.parse(response_cache, engine.store)
     used = chosen or default_method(engine.prompts.trained)
-    run = answering.Run(engine, used, max_new_tokens, sampling, batch_size)
-    run.require_room(examples)
-    if show_prompt:
-        run.print_prompts(examples)
+    decoding = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    run = answering.Run(engine, used, decoding, batch_size)
+    run.lay_out(examples, shown=show_prompt)  # all, before the first answer
     if stream:
         run.print_stream(examples[0])
     elif output is not None:
@@ -140,29 +113,22 @@ def answer(
     "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
     "blocktune encode --follow --store cache/ -m M   # encode what others miss",
     'Lines of docs.jsonl are {"text": "...", "title": "..."}, or questions with "chunks".',
+    "Name the --method that will read the chunks: some, such as link0, need other ones.",
     "A stopped command continues where it stopped: repeat it. Several processes or machines "
     "share the work:",
     "    accelerate launch --num_processes 4 --module blocktune.cli encode ...",
 )
 def encode(
-    store: Annotated[
-        str,
-        Option(
-            metavar="PLACE[,NAME=VALUE...]",
-            help="Folder or URL for the encoded chunks, with settings as in `answer --store`.",
-        ),
-    ],
-    documents: Annotated[
+    store: option(
+        str, "Folder or URL, with settings as in `answer`.", metavar="PLACE[,NAME=VALUE...]"
+    ),
+    documents: option(
         Path | None,
-        opt.of_prompt(
-            "--input",
-            "-i",
-            help="File of passages or of questions; FILE?chunker=sentence cuts passages.",
-        ),
-    ] = None,
-    follow: Annotated[
-        bool, Option("--follow", help="Then encode chunks that readers miss, until stopped.")
-    ] = False,
+        "File of passages or questions; FILE?chunker=sentence cuts passages.",
+        "--input -i",
+        panel=opt.PROMPT,
+    ) = None,
+    follow: option(bool, "Then encode what readers miss, until stopped.", "--follow") = False,
     instruction: opt.Instruction = None,
     system: opt.System = None,
     wording: opt.Format = None,
@@ -171,13 +137,7 @@ def encode(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    method: Annotated[
-        str | None,
-        Option(
-            help="Method that will read the chunks. Default: the one that the adapter was trained "
-            "for, else naive. Some, such as link0, need other chunks."
-        ),
-    ] = None,
+    method: opt.MethodName = None,
 ) -> None:
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
@@ -196,7 +156,6 @@ def encode(
     words = opt.wording(instruction, system, wording)
     if model is not None and not (Path(model) / INFO_FILE).is_file():
         examine(read_config(model))  # before anything is written
-    # Opened before a model is loaded.
     chosen = answering.build_method(method, [])
     if chosen is not None and (chosen.history is not None or not chosen.reuses_chunks):
         raise ValueError(NOT_AHEAD.format(chosen.name))
@@ -204,10 +163,10 @@ def encode(
     if config.place is None:
         raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
     config, processes = replace(config, memory=0, cpu=0), launched()  # no chunk is read back
-    chunk_store = ChunkStore(config=config, must_write=True)
-    loading = (chunk_store, dtype, device or processes.device, quantize)
-    engine = opt.load_engine(model, adapter, *loading, method=chosen, words=words)
-    answering.encode(engine, chunks, processes, store, chosen)
+    chunk_store, device = ChunkStore(config=config, must_write=True), device or processes.device
+    engine = opt.load_engine(model, adapter, chunk_store, dtype, device, quantize, chosen, words)
+    if documents is not None:
+        answering.encode(engine, chunks, processes, store, chosen)
     while follow:
         if count := engine.encode_wanted():
             typer.echo(f"encoded {count:,} chunks that readers missed")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -22,11 +23,11 @@ from blocktune.cache.store.folder import ChunkFolder
 from blocktune.commands.application import resumable
 from blocktune.commands.options import tracked
 from blocktune.data import RagExample, load_examples
-from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
+from blocktune.engine import Answer, EncodeReport, Engine
 from blocktune.files import append_lines, resumed, truncate_lines
 from blocktune.methods import Method, parse_method
 from blocktune.models.identity import digest_of
-from blocktune.parsing import parse_yaml, refuse_doubles
+from blocktune.parsing import parse_yaml
 from blocktune.prompt import Chunk, show
 
 if TYPE_CHECKING:
@@ -61,14 +62,15 @@ def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
     """
     if name is None and parameters:
         raise ValueError("--param sets a parameter of a method; add --method")
-    if name is None:
-        return None
-    pairs = [[part.strip() for part in text.partition("=")] for text in parameters]
-    for text, (key, _, value) in zip(parameters, pairs, strict=True):
+    values: dict[str, Any] = {}
+    for text in parameters:
+        key, _, value = (part.strip() for part in text.partition("="))
         if not (key and value):
             raise ValueError(f"--param must be name=value, got '{text}'")
-    refuse_doubles("--param", [key for key, *_ in pairs], "give it once")
-    return parse_method(name, {key: parse_yaml(text, f"--param {key}") for key, _, text in pairs})
+        if key in values:
+            raise ValueError(f"--param '{key}' is given 2 times; give it once")
+        values[key] = parse_yaml(value, f"--param {key}")
+    return None if name is None else parse_method(name, values)
 
 
 @dataclass(frozen=True)
@@ -77,33 +79,25 @@ class Run:
 
     engine: Engine
     method: Method
-    max_new_tokens: int
-    sampling: Sampling
+    decoding: Mapping[str, Any]  # ``max_new_tokens`` and ``sampling``
     batch_size: int
 
-    def require_room(self, examples: Sequence[RagExample]) -> None:
-        """Raises ValueError if a prompt is too long, before the first answer is generated."""
-        prompts = self.engine.prompts
+    def lay_out(self, examples: Sequence[RagExample], shown: bool) -> None:
+        """Raises ValueError if a prompt is too long; prints them row by row if ``shown``."""
+        prompts, room = self.engine.prompts, self.decoding["max_new_tokens"]
         for number, example in enumerate(examples, start=1):
             try:
                 pieces = prompts.pieces(example, self.method)
-                prompts.prompt(pieces, prompts.spec(self.method), self.max_new_tokens)
+                prompt = prompts.prompt(pieces, prompts.spec(self.method), room)
             except ValueError as error:
                 place = f"question {number} ('{example.question:.40}'): " * (len(examples) > 1)
                 raise ValueError(f"{place}{error}") from None
-
-    def print_prompts(self, examples: Sequence[RagExample]) -> None:
-        """Prints the prompts row by row, as the model sees them."""
-        prompts = self.engine.prompts
-        for example in examples:
-            pieces = prompts.pieces(example, self.method)
-            prompt = prompts.prompt(pieces, prompts.spec(self.method))
-            typer.echo(show(self.engine.tokenizer, prompt) + "\n")
+            if shown:
+                typer.echo(show(self.engine.tokenizer, prompt) + "\n")
 
     def print_stream(self, example: RagExample) -> None:
         """Prints one answer piece by piece while it is generated."""
-        decoding = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
-        for piece in self.engine.stream(example, self.method, **decoding):
+        for piece in self.engine.stream(example, self.method, **self.decoding):
             typer.echo(piece, nl=False)
         typer.echo()
 
@@ -140,9 +134,10 @@ class Run:
         for start in tracked(starts, "answering", shown=not quiet and len(starts) > 1):
             batch = examples[start : start + self.batch_size]
             # Batches with the same seed would draw the same numbers.
-            sampling = replace(self.sampling, seed=(self.sampling.seed or 0) + start)
-            decoding = {"max_new_tokens": self.max_new_tokens, "sampling": sampling}
-            answers = self.engine.answer(batch, self.method, batch_size=len(batch), **decoding)
+            sampling = self.decoding["sampling"]
+            sampling = replace(sampling, seed=(sampling.seed or 0) + start)
+            options = {**self.decoding, "sampling": sampling, "batch_size": len(batch)}
+            answers = self.engine.answer(batch, self.method, **options)
             yield from zip(batch, answers, strict=True)
 
     def _record(self, example: RagExample, answer: Answer) -> dict[str, Any]:
@@ -156,12 +151,12 @@ class Run:
 
     def _key(self, example: RagExample, method: Sequence[str]) -> str:
         engine, responses = self.engine, self.engine.responses
-        sampled = [asdict(self.sampling), self.batch_size] if self.sampling.temperature else []
+        length, sampling = self.decoding["max_new_tokens"], self.decoding["sampling"]
+        sampled = [asdict(sampling), self.batch_size] if sampling.temperature else []
         similar = responses and responses.threshold and [responses.threshold, responses.model]
         caches = [engine.store.config.codec, str(engine.state.decode_cache), similar]
         weights = [engine.fingerprint, engine.format.to_dict()]
-        asked = [method, self.max_new_tokens, sampled, example.to_json()]
-        return digest_of([weights, caches, *asked])
+        return digest_of([weights, caches, method, length, sampled, example.to_json()])
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -171,15 +166,13 @@ def _line(record: dict[str, Any]) -> str:
 def _count_answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> int:
     """Number of answers in a file. Raises ValueError if one does not belong to its question."""
     for number, line in enumerate(lines):
-        try:
-            key = json.loads(line)["key"]
-        except (ValueError, KeyError, TypeError):
-            key = None
-        if number >= len(keys) or key != keys[number]:
-            raise ValueError(
-                f"'{output}', line {number + 1}: not an answer of this command; another command, "
-                "other questions or other settings wrote it; choose another --output or remove it"
-            )
+        with suppress(ValueError, KeyError, TypeError, IndexError):
+            if json.loads(line)["key"] == keys[number]:
+                continue
+        raise ValueError(
+            f"'{output}', line {number + 1}: not an answer of this command; another command, other "
+            "questions or other settings wrote it; choose another --output or remove it"
+        )
     return len(lines)
 
 
@@ -194,17 +187,15 @@ def encode(
 
     ``place`` is the value of ``--store``. Raises ValueError if some chunks were not stored.
     """
+    from blocktune.evaluation.runner import progress_bars
+
     own, store = set(processes.share(list(dict.fromkeys(chunks)))), engine.store
     mine = [chunk for chunk in chunks if chunk in own]
-    columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Console(stderr=True)
-    shown = processes.is_main and console.is_terminal
-    with (
-        resumable(f"the chunks so far are in {store.place}"),
-        Progress(*columns, console=console, disable=not shown, transient=True) as bar,
-    ):
-        task, report = bar.add_task("encoding", total=None), EncodeReport(0, 0, 0, 0.0)
+    on_stop = resumable(f"the chunks so far are in {store.place}")
+    with on_stop, progress_bars(shown=processes.is_main and sys.stderr.isatty()) as bars:
+        task, report = bars.add_task("encoding", total=None), EncodeReport(0, 0, 0, 0.0)
         if mine:
-            show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+            show = lambda done, total: bars.update(task, completed=done, total=total)  # noqa: E731
             report = engine.encode(mine, show, method)
     who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
     stats, old = store.stats(), len(own) - report.num_encoded
@@ -226,10 +217,10 @@ def encode(
         )
 
 
-def holds_chunks(store: str) -> bool:
-    """Whether the folder of a store holds chunks already."""
-    folder = StoreConfig.parse(store).folder
-    return folder is not None and next(ChunkFolder(folder).keys(), None) is not None
+def holds_chunks(store: str | None) -> bool:
+    """Whether a store is a folder that holds chunks already."""
+    folder = StoreConfig.parse(store or "").folder
+    return folder is not None and any(ChunkFolder(folder).keys())
 
 
 def report_store(store: ChunkStore, had_chunks: bool) -> None:
@@ -262,26 +253,15 @@ def _report_rejected(stats: StoreStats, place: str) -> None:
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:
-    text = Text(answer.text or "(no text)", style="bold")
-    return Panel(
-        Group(Text(example.question, style="dim"), text, "", _usage_table(answer.usage)),
-        title=Text(method),
-        title_align="left",
-        width=min(100, Console().width),
-    )
-
-
-def _usage_table(usage: Usage) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table, usage = Table(box=None, show_header=False, pad_edge=False), answer.usage
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     per_layer = ", ".join(map(str, usage.layer_tokens))
-    times = {
-        name.removesuffix("_s").replace("_", " "): f"{1000 * seconds:.1f}"
+    split = ", ".join(
+        f"{name.removesuffix('_s').replace('_', ' ')} {1000 * seconds:.1f}"
         for name, seconds in asdict(usage.ttft).items()
         if seconds
-    }
-    split = ", ".join(f"{name} {value}" for name, value in times.items())
+    )
     table.add_row("context", f"{usage.context_tokens:,} of {usage.prompt_tokens:,} tokens")
     table.add_row("recomputed", f"{usage.recompute_ratio:.1%} (tokens per layer: {per_layer})")
     if usage.prefix_tokens:
@@ -290,4 +270,6 @@ def _usage_table(usage: Usage) -> Table:
     table.add_row("chunks", f"{usage.chunk_hits} cached, {usage.chunk_misses} encoded now")
     table.add_row("read", f"{usage.bytes_read / 1e6:,.2f} MB")
     table.add_row("first token", f"{1000 * usage.ttft_s:.1f} ms ({split})")
-    return table
+    text = Text(answer.text or "(no text)", style="bold")
+    shown = Group(Text(example.question, style="dim"), text, "", table)
+    return Panel(shown, title=Text(method), title_align="left", width=min(100, Console().width))

@@ -24,7 +24,7 @@ import blocktune
 from blocktune import plugins
 from blocktune.parsing import first_line
 
-EXTRAS = {
+EXTRAS = {  # the packages that each extra of blocktune installs
     "train": ("trl", "peft", "accelerate"),
     "eval": ("matplotlib", "rouge_score", "lm_eval"),
     "data": ("bm25s", "datasets", "sentencex", "pyarrow", "wonderwords"),
@@ -32,10 +32,8 @@ EXTRAS = {
     "remote": ("fsspec", "s3fs", "valkey"),
     "gguf": ("gguf",),
 }
-"""The packages that each extra of blocktune installs."""
+# Environment variable for launched processes: a folder for their error (``RANK.txt``).
 FAILURES = "BLOCKTUNE_FAILURES"
-"""Environment variable for launched processes: the folder where they write their error
-(``RANK.txt``) instead of printing it."""
 PLUGIN = "--plugin"
 USAGE_ERROR = typer.BadParameter.__base__  # wrong options or arguments; typer does not export it
 
@@ -84,10 +82,11 @@ def _one_line(debug: bool) -> Iterator[None]:
 
 def _write_failure(line: str | None, error: Exception) -> None:
     """Writes the error for the launching process to read; for a bug, the traceback follows."""
-    text = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
-    trace = "" if line else "".join(traceback.format_exception(error))
-    path = Path(os.environ[FAILURES]) / os.environ.get("RANK", "0")
-    path.with_suffix(".txt").write_text(f"{text}\n{trace}", errors="backslashreplace")
+    if not line:
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        line += "\n" + "".join(traceback.format_exception(error))
+    path = Path(os.environ[FAILURES]) / f"{os.environ.get('RANK', 0)}.txt"
+    path.write_text(line, errors="backslashreplace")
 
 
 @contextmanager
@@ -118,9 +117,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, USAGE_ERROR):
         path = error.ctx.command_path if error.ctx else "blocktune"
         return f"{error.format_message().rstrip('.')}; see `{path} --help`"
-    if isinstance(error, RuntimeError):
-        # Only out-of-memory errors can be fixed. Compared by name, since torch is not imported.
-        return _out_of_memory(error) if type(error).__name__ == "OutOfMemoryError" else None
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return (
+            f"{' '.join(str(error).split()).partition('. ')[0]}; use smaller batches "
+            "(per_device_train_batch_size, --batch-size), shorter rows (pack_length, max_length), "
+            "gradient_checkpointing: true, or a 4-bit base (load_in_4bit, --quantize nf4)"
+        )
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package == "vllm":
@@ -144,15 +146,6 @@ def _print_error(line: str) -> None:
     # If several processes fail alike, only one prints it: the launching one, or rank 0.
     if os.environ.get("RANK", "0") == "0" and FAILURES not in os.environ:
         print(line, file=sys.stderr)
-
-
-def _out_of_memory(error: Exception) -> str:
-    reason = " ".join(str(error).split()).partition(". ")[0]
-    return (
-        f"{reason}; use smaller batches (per_device_train_batch_size, --batch-size), shorter rows "
-        "(pack_length, max_length), gradient_checkpointing: true, or a 4-bit base "
-        "(load_in_4bit, --quantize nf4)"
-    )
 
 
 def teach(*lines: str) -> str:
@@ -188,13 +181,8 @@ def command(name: str, *examples: str, of: typer.Typer = app, **settings: Any) -
 
 def new_group(name: str, text: str, *examples: str) -> typer.Typer:
     """Adds a group of commands to the application and returns it."""
-    group = typer.Typer(
-        no_args_is_help=True,
-        help=text,
-        rich_markup_mode="rich",
-        epilog=teach(*examples) if examples else None,
-    )
-    app.add_typer(group, name=name)
+    shown = {"help": text, "epilog": teach(*examples), "rich_markup_mode": "rich"}
+    app.add_typer(group := typer.Typer(no_args_is_help=True, **shown), name=name)
     return group
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer import Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
+from blocktune.commands.options import option
 
 if TYPE_CHECKING:
     from blocktune.tables import Table
@@ -30,21 +29,16 @@ def replay(
     trace: Annotated[
         str, typer.Argument(help="Trace of a store, Mooncake or Azure (JSONL, CSV, .gz); or zipf.")
     ],
-    budget: Annotated[
-        list[str] | None,
-        Option(
-            help="Size of the store, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
-        ),
-    ] = None,
-    policy: Annotated[
-        list[str] | None, Option(help="lru, lfu, fifo or gdsf; repeatable. Default: all.")
-    ] = None,
-    limit: Annotated[int | None, Option(min=1, help="Use only the first N requests.")] = None,
-    token_bytes: Annotated[int, Option(min=1, help="Bytes per token, if not traced.")] = 131_072,
-    token_us: Annotated[float, Option(min=0, help="Microseconds to encode a token.")] = 100.0,
-    output: Annotated[
-        Path | None, opt.in_folder(help="Folder for replay.json, replay.png and break_even.png.")
-    ] = None,
+    budget: option(
+        list[str] | None, "Store size, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
+    ) = None,
+    policy: option(list[str] | None, "lru, lfu, fifo or gdsf; repeatable. Default: all.") = None,
+    limit: option(int | None, "Use only the first N requests.", min=1) = None,
+    token_bytes: option(int, "Bytes per token, if not traced.", min=1) = 131_072,
+    token_us: option(float, "Microseconds to encode a token.", min=0) = 100.0,
+    output: option(
+        Path | None, "Folder for replay.json and two plots (PNG).", "--output -o", **opt.IN_FOLDER
+    ) = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Simulate a trace on stores of several sizes and policies: hits and seconds saved."""
@@ -60,14 +54,13 @@ def replay(
     costs = simulation.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
     requests = simulation.read_requests(trace, limit)
     requested = simulation.touched_bytes(requests, costs)
-    shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    budgets = [parse_bytes(b) for b in budget or ()] or [int(requested * s) for s in shares]
+    budgets = [parse_bytes(text) for text in budget or ()]
+    budgets = budgets or [int(requested * share) for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)]
     pairs = itertools.product(policy or POLICIES, budgets)
     outcomes = [simulation.replay(requests, size, name, costs) for name, size in pairs]
-    result = {"trace": str(trace), "requests": len(requests), "touched_bytes": requested}
+    result = {"trace": trace, "requests": len(requests), "touched_bytes": requested}
     result["outcomes"] = [outcome._asdict() for outcome in outcomes]
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         points = {share: simulation.break_even(share, costs=costs) for share in (0.0, 0.15)}
         result["provenance"] = provenance()
         result["break_even"] = {s: [p._asdict() for p in line] for s, line in points.items()}
@@ -83,14 +76,12 @@ def replay(
     opt.tell(as_json, result, line, table)
 
 
-Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
-ChunkTokens = Annotated[int, Option(min=1, help="Tokens per chunk.")]
-Repeats = Annotated[int, Option(min=1, help="Number of runs; medians are shown.")]
-Folder = Annotated[
-    Path | None, opt.in_folder(help="Folder for the chunks. Default: the temporary folder.")
-]
-Output = Annotated[Path | None, opt.in_file(help="Also write the results to this JSON file.")]
-Tiny = Annotated[bool, Option("--tiny", help="Use a toy model and prompt, for a quick try.")]
+Tokens = option(int, "Length of the prompt, in tokens.", min=2)
+ChunkTokens = option(int, "Tokens per chunk.", min=1)
+Repeats = option(int, "Number of runs; medians are shown.", min=1)
+Folder = option(Path | None, "For the chunks. Default: the temporary folder.", **opt.IN_FOLDER)
+Output = option(Path | None, "Also write the results to a JSON file.", "--output -o", **opt.IN_FILE)
+Tiny = option(bool, "A toy model and prompt instead, for a quick try.", "--tiny")
 
 group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
 
@@ -139,17 +130,13 @@ def reuse(
 def ttft(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
-    tokens: Annotated[
-        str, Option(metavar="N,N,...", help="Lengths of the prompt, question included.")
-    ] = "512,1024,2048,4096,8192",
+    tokens: option(str, "Lengths of the prompt.", metavar="N,N,...") = "512,1024,2048,4096,8192",
     chunk: ChunkTokens = 128,
     repeats: Repeats = 3,
-    threads: Annotated[int, Option(min=1, help="Threads that PyTorch may use.")] = 2,
+    threads: option(int, "Threads that PyTorch may use.", min=1) = 2,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
-    picture: Annotated[
-        Path | None, opt.in_file(help="PNG file for a plot: seconds against length.")
-    ] = None,
+    picture: option(Path | None, "PNG of seconds against length.", **opt.IN_FILE) = None,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -163,7 +150,7 @@ def ttft(
     lengths = [int(part) for part in tokens.split(",")]
     engine = opt.load_engine(model, adapter, "memory=1TB", dtype, device)  # all chunks fit
     result = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
-    _show(result, as_json, output, table)
+    _show(result, as_json, output, table(result))
     if picture is not None:
         draw_ttft(result, picture)
 
@@ -178,7 +165,7 @@ def store(
     tokens: Tokens = 8192,
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
-    keys: Annotated[int, Option(min=1, help="Number of keys in the index.")] = 1_000_000,
+    keys: option(int, "Number of keys in the index.", min=1) = 1_000_000,
     folder: Folder = None,
     tiny: Tiny = False,
     output: Output = None,
@@ -205,14 +192,12 @@ def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False)
     _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
 
 
-def _show(
-    result: dict, as_json: bool, output: Path | None, table: Callable[[dict], Table] | None = None
-) -> None:
+def _show(result: dict, as_json: bool, output: Path | None, table: Table | None = None) -> None:
     from blocktune.files import replace_json
 
     if output is not None:
         replace_json(output, result)
-    opt.tell(as_json, result, *([table(result)] if table else _lines(result)))
+    opt.tell(as_json, result, *(_lines(result) if table is None else [table]))
 
 
 def _lines(result: dict, indent: str = "") -> list[str]:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 import typer
-from typer import Option
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command
+from blocktune.commands.options import option
 
 
 @command(
@@ -24,28 +24,21 @@ from blocktune.commands.application import command
 )
 def methods(as_json: opt.AsJson = False) -> None:
     """List methods, selectors, repairs, reshapes and layouts, with requirements and parameters."""
-    from blocktune.methods.describe import describe_all
-
-    descriptions = describe_all()
-    if as_json:
-        opt.tell(True, [entry._asdict() for entry in descriptions])
-    else:
-        _print_methods(descriptions)
-
-
-def _print_methods(descriptions: list) -> None:
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
 
-    from blocktune.methods.describe import GROUPS
+    from blocktune.methods.describe import GROUPS, describe_all
 
+    descriptions = describe_all()
+    if as_json:
+        opt.tell(True, [entry._asdict() for entry in descriptions])
+        return
     console = Console(highlight=False)
     for group, heading in GROUPS.items():
         entries = [entry for entry in descriptions if entry.group == group]
-        if not entries:
-            continue
-        console.print(Text(f"\n{heading}", style="bold"))
+        if entries:
+            console.print(Text(f"\n{heading}", style="bold"))
         for entry in entries:
             parts = [(entry.name, "cyan")]
             if entry.weights != "any":
@@ -69,21 +62,14 @@ def _print_methods(descriptions: list) -> None:
 def check(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
-    method: Annotated[
-        str | None,
-        Option(
-            help="Check the contract of this method instead; without --model on a tiny random one."
-        ),
-    ] = None,
+    method: option(
+        str | None, "Check this method's contract instead, by default on a tiny model."
+    ) = None,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    families: Annotated[
-        bool, Option("--families", help="Check a tiny model of every causal LM class instead.")
-    ] = False,
-    only: Annotated[
-        list[str] | None, Option(help="With --families: only this model type; repeatable.")
-    ] = None,
+    families: option(bool, "Check tiny models of all causal LM classes.", "--families") = False,
+    only: option(list[str] | None, "With --families: only this model type; repeatable.") = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check on your model that masks, relocation and caches match dense attention."""
@@ -107,13 +93,13 @@ def check(
             engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
             limit = engine.prompts.exact_tokens
         checks = check_model(engine) if chosen is None else check_method(chosen, engine)
-    sound, rows = all(result.passed for result in checks), []
+    rows = []
     for result in checks:
         diff, bound = result.max_abs_diff, result.tolerance
         is_least = diff > bound if result.passed else diff < bound  # a NaN passes no check
         accepted = f"{'at least ' * is_least}{bound:.1e}"
-        verdict = "ok" if result.passed else "FAILED"
-        rows.append((verdict, result.name, f"{diff:.1e}", accepted))
+        rows.append(("ok" if result.passed else "FAILED", result.name, f"{diff:.1e}", accepted))
+    sound = all(result.passed for result in checks)
     where = "on this model" if chosen is None else f"by '{chosen.name}'"
     extent = "" if limit is None else f" up to {limit:,} tokens"
     line = f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
@@ -140,15 +126,11 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
     "blocktune answer -m M -i q.jsonl --method 'droidspeak first_layer=9 ratio=0.125'",
 )
 def profile_layers(
-    source: Annotated[
-        str, Option("--input", "-i", help="Held-out questions: JSONL or any data source.")
-    ],
+    source: option(str, "Held-out questions: JSONL or `blocktune data` source.", "--input -i"),
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     limit: opt.Limit = None,
-    most_layers: Annotated[
-        int | None, Option(min=1, help="Most layers in a range to try. Default: all.")
-    ] = None,
+    most_layers: option(int | None, "Most layers in a range to try. Default: all.", min=1) = None,
     batch_size: opt.BatchSize = 8,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
@@ -162,14 +144,9 @@ def profile_layers(
 
     examples = read_examples(source, limit, None, [])
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
-    profile = profile_layers(
-        engine,
-        examples,
-        most_layers=most_layers,
-        batch_size=batch_size,
-        progress=partial(opt.tracked, label="profiling"),
-    )
-    rows = []
+    how = {"most_layers": most_layers, "batch_size": batch_size}
+    bar = partial(opt.tracked, label="profiling")
+    profile, rows = profile_layers(engine, examples, **how, progress=bar), []
     for point in (point for point in profile if point.efficient):
         layers = f"{point.first_layer}-{point.first_layer + point.num_layers - 1}"
         quality = f"{point.divergence:.4f}", f"{point.agreement:.0%}"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
+from blocktune.commands.options import option
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
@@ -25,24 +26,14 @@ CSV, Parquet or Arrow, recognized by its fields), the short name of a data set
 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
 """
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters, which a terminal may obey, except tab and line feed."""
-
-Source = Annotated[str, Argument(help="Source of the examples; see `blocktune data list`.")]
-Output = Annotated[Path, opt.in_file("--output", "-o", help="JSONL file to write.")]
-Limit = Annotated[int | None, Option(min=1, help="Use only the first N examples.")]
-Split = Annotated[
-    str | None, Option(help="Split of a data set on the Hub. Default: validation if it has one.")
-]
-Fields = Annotated[
-    str | None, Option(metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=docs.")
-]
-Counter = Annotated[
-    str | None,
-    Option(
-        "--tokenizer", help="Tokenizer used to measure lengths: a folder or a name on the HF Hub."
-    ),
-]
+Source = Annotated[str, Argument(help="File, data set or generator; see `blocktune data --help`.")]
+Output = option(Path, "JSONL file to write.", "--output -o", **opt.IN_FILE)
+Limit = option(int | None, "Use only the first N examples.", min=1)
+Split = option(str | None, "Split of a data set. Default: validation, or train if it has none.")
+Fields = option(str | None, "Rename fields: question=input,chunks=docs.", metavar="NEW=OLD,...")
+Counter = option(
+    str | None, "Tokenizer to measure lengths: a folder or a name on the HF Hub.", "--tokenizer"
+)
 
 group = new_group(
     "data",
@@ -65,8 +56,6 @@ group = new_group(
 )
 def show_list(as_json: opt.AsJson = False) -> None:
     """List data sets with their licences, generators, record shapes and chunkers."""
-    from dataclasses import asdict
-
     from blocktune.data.chunking import CHUNKERS
     from blocktune.data.sources.catalog import CATALOG
     from blocktune.data.sources.options import generators
@@ -74,10 +63,8 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from blocktune.registry import summary_of
     from blocktune.tables import Table
 
-    sources = generators()
-    classes = sorted(CHUNKERS.table().items())
+    sources, classes = generators(), sorted(CHUNKERS.table().items())
     chunkers = {name: summary_of(cls).replace("``", "") for name, cls in classes}
-    fields = {s.key: " or ".join(map(", ".join, s.keys)) or "(name it)" for s in SHAPES}
     facts = {
         "data_sets": {name: asdict(entry) for name, entry in CATALOG.items()},
         "generators": {n: {"example": e.example, "becomes": e.becomes} for n, e in sources.items()},
@@ -86,7 +73,10 @@ def show_list(as_json: opt.AsJson = False) -> None:
     }
     data_sets = [(name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()]
     examples = [(e.example, e.becomes) for e in sources.values()]
-    shapes = [(s.key, fields[s.key], s.chunker or "(has chunks)") for s in SHAPES]
+    shapes = [
+        (s.key, " or ".join(map(", ".join, s.keys)) or "(name it)", s.chunker or "(has chunks)")
+        for s in SHAPES
+    ]
     tables = (
         Table(("name", "on the Hub", "licence", "a record becomes"), data_sets, "data sets"),
         Table(("source", "an example contains"), examples, "generators"),
@@ -105,19 +95,12 @@ def show_list(as_json: opt.AsJson = False) -> None:
 )
 def show(
     source: Source,
-    index: Annotated[int, Option(min=0, help="Which example, from 0.")] = 0,
+    index: option(int, "Which example, from 0.", min=0) = 0,
     split: Split = None,
     fields: Fields = None,
-    model: Annotated[
-        str | None, Option("--model", "-m", help="Show the input rows of this model.")
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        Option(help="Use the prompt format and layout of this adapter: a folder or USER/NAME."),
-    ] = None,
-    mode: Annotated[
-        Literal["block", "full"], Option(help="Lay out the example for this kind of attention.")
-    ] = "block",
+    model: option(str | None, "Show the input rows of this model.", "--model -m") = None,
+    adapter: option(str | None, "Use the prompt format and layout of this adapter.") = None,
+    mode: option(Literal["block", "full"], "Kind of attention to lay it out for.") = "block",
 ) -> None:
     """Show one example: as text, or with --model row by row as the model sees it."""
     if adapter is not None and model is None:
@@ -133,7 +116,9 @@ def show(
 
 
 def _echo(text: str) -> None:
-    typer.echo(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
+    """Prints a text, with control characters as escapes, since a terminal may obey them."""
+    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # tab and line feed are printed
+    typer.echo(re.sub(control, lambda found: f"\\x{ord(found[0]):02x}", text))
 
 
 def _show_text(example: RagExample) -> None:
@@ -143,8 +128,8 @@ def _show_text(example: RagExample) -> None:
         mark = ", evidence" if number in example.supporting else ""
         title = f"{chunk.title}\n" if chunk.title else ""
         _echo(f"[chunk {number}{mark}]\n{title}{chunk.text}")
-    _echo(f"[question]\n{example.question}")
-    _echo(f"[accepted answers]\n{' | '.join(example.answers) or '(unknown)'}")
+    answers = " | ".join(example.answers) or "(unknown)"
+    _echo(f"[question]\n{example.question}\n[accepted answers]\n{answers}")
     if example.response is not None:
         _echo(f"[response to train on]\n{example.response}")
     for question, response in example.followups:
@@ -162,16 +147,9 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool)
     format = info.format if info else PromptFormat()
     spec = info.layout if info and block else LayoutSpec(block=block)
     spec = replace(spec, num_blanks=0)  # serving adds these rows; training examples have none
-    has_answer = example.response is not None or example.answers
-    pieces = make_pieces(
-        tokenizer,
-        own_wording(example, format) or format,
-        example.chunks,
-        example.question,
-        example.target if has_answer else None,
-        block=block,
-        followups=example.followups,
-    )
+    target = example.target if example.response is not None or example.answers else None
+    fields = example.chunks, example.question, target, block, example.followups
+    pieces = make_pieces(tokenizer, own_wording(example, format) or format, *fields)
     prompt = lay_out(pieces, spec, link_base=len(tokenizer), bos_id=tokenizer.bos_token_id)
     _echo(rows_of(tokenizer, prompt))
     counts = f"{pieces.num_tokens:,} tokens in {len(pieces.chunks)} chunks"
@@ -194,8 +172,10 @@ def write(
     tokenizer: Counter = None,
 ) -> None:
     """Write any source as JSON lines: one example with its chunks per line."""
+    from blocktune.data import write_jsonl
+
     options = {"limit": limit, "split": split, "tokenizer": tokenizer_of(tokenizer)}
-    count = write_lines(output, load_from(source, fields, **options))
+    count = write_jsonl(output, load_from(source, fields, **options))
     typer.echo(f"wrote {count:,} examples to {output}")
 
 
@@ -214,12 +194,3 @@ def load_from(source: str, fields: str | None = None, **options: Any) -> list[Ra
     from blocktune.data.sources.options import with_fields
 
     return list(with_data_sets(load_examples(with_fields(source, fields), **options), source))
-
-
-def write_lines(output: Path, examples) -> int:
-    """Writes examples to a file atomically, and returns their number."""
-    from blocktune.data import write_jsonl
-    from blocktune.files import replacing
-
-    with replacing(output) as temporary:
-        return write_jsonl(temporary, examples)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import app, command, resumable, teach
+from blocktune.commands.options import option
 
 EXAMPLES = teach(
     "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
@@ -31,26 +32,19 @@ app.add_typer(group, name="eval")
 @group.callback(invoke_without_command=True, epilog=EXAMPLES)
 def evaluate(
     context: typer.Context,
-    suite: Annotated[
-        Path | None, Option(help="YAML file of methods and tasks; see eval/suites/.")
-    ] = None,
-    output: Annotated[
-        Path | None, opt.in_folder(help="Folder for rows, results.json and the plot.")
-    ] = None,
-    limit: opt.Limit = None,
-    model: Annotated[str | None, Option(help="Overrides the suite's model.")] = None,
-    device: Annotated[str | None, Option(help="Overrides the suite's device.")] = None,
-    quantize: Annotated[
-        str | None, Option(help="nf4 or int8; overrides the suite's quantization.")
-    ] = None,
-    store: opt.Store = None,
-    budget: Annotated[
-        float | None,
-        Option(min=0, max=1, help="Share of context tokens that every selector may recompute."),
-    ] = None,
-    layer_budget: Annotated[
-        float | None, Option(min=0, max=1, help="The same, as a share of layers times tokens.")
-    ] = None,
+    suite: option(Path | None, "YAML file of methods and tasks; see eval/suites/.") = None,
+    output: option(
+        Path | None, "Folder for rows, results.json and plot.", "--output -o", **opt.IN_FOLDER
+    ) = None,
+    limit: option(int | None, "Only the first N questions of each task.", min=1) = None,
+    model: option(str | None, "Overrides the suite's.", "--model -m") = None,
+    device: option(str | None, "Overrides the suite's.") = None,
+    quantize: option(str | None, "nf4 or int8; overrides the suite's.") = None,
+    store: option(str | None, "Store of chunks, as in `answer`; overrides the suite's.") = None,
+    budget: option(
+        float | None, "Share of the context that every selector may recompute.", min=0, max=1
+    ) = None,
+    layer_budget: option(float | None, "The same, of layers times tokens.", min=0, max=1) = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
     if context.invoked_subcommand is not None:
@@ -76,7 +70,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     if budget is None and layer_budget is None:
         return suite
     share = f"{100 * (budget or layer_budget or 0):g} %"
-    share += " of the layer-tokens" if budget is None else ""
+    share += " of the layer-tokens" * (budget is None)
 
     def named(label):  # it may state another budget, as in ``naive + epic 15 %``
         return f"{label} at {share}" if {"%", "="} & set(label) else label
@@ -97,7 +91,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
 def compare(
     before: Run,
     after: Run,
-    seed: Annotated[int, Option(help="Random seed of the significance test.")] = 0,
+    seed: option(int, "Random seed of the significance test.") = 0,
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""
@@ -117,29 +111,23 @@ def compare(
     of=group,
 )
 def arena(
-    questions: Annotated[Path, Option(help="Clone of the KVShareArena repository.")],
-    output: Annotated[Path, opt.in_folder("--output", "-o", help="Folder for the result files.")],
-    method: Annotated[str, Option(help="A method, as in `blocktune answer`.")] = "naive",
+    questions: option(Path, "Clone of the KVShareArena repository."),
+    output: option(Path, "Folder for the result files.", "--output -o", **opt.IN_FOLDER),
+    method: option(str, "A method, as in `blocktune answer`.") = "naive",
     model: opt.Model = None,
     adapter: opt.Adapter = None,
-    subset: Annotated[
-        list[str] | None, Option(help="qasper, multifieldqa_en or hotpotqa. Default: all.")
-    ] = None,
-    port: Annotated[
-        str, Option("--provenance", help="Origin of the method: official, port or reference.")
-    ] = "port",
+    subset: option(list[str] | None, "qasper, multifieldqa_en or hotpotqa. Default: all.") = None,
+    port: option(str, "Origin: official, port or reference.", "--provenance") = "port",
     limit: opt.Limit = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
     quantize: opt.Quantize = None,
 ) -> None:
     """Answer the frozen questions of KVShareArena and write files for its leaderboard."""
+    from blocktune.evaluation.arena import SUBSETS, load_exam, run_exam
     from blocktune.methods import parse_method
 
     chosen = parse_method(method)
-    from blocktune.evaluation.arena import SUBSETS, load_exam, run_exam
-
-    # Loaded before the model, so that missing files are reported at once.
     exams = [load_exam(questions, name) for name in subset or SUBSETS]
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize, method=chosen)
     for exam in exams:
@@ -153,9 +141,7 @@ def arena(
 @command("report", "blocktune eval report out/quick", of=group)
 def report(
     run: Run,
-    title: Annotated[
-        str | None, Option(help="Title of the page. Default: the name of the folder.")
-    ] = None,
+    title: option(str | None, "Title of the page. Default: the name of the folder.") = None,
 ) -> None:
     """Write the report of a run: one HTML file that works offline, and its plots as PNGs."""
     from blocktune.evaluation.report import write_report
@@ -170,33 +156,29 @@ def report(
     "A stopped command continues where it stopped: repeat it.",
 )
 def tune(
-    config: Annotated[Path, Option(help="YAML file of the run; see eval/tuning/.")],
-    output: Annotated[Path, opt.in_folder("--output", "-o", help="Folder for rows, tuned.json.")],
+    config: option(Path, "YAML file of the run; see eval/tuning/."),
+    output: option(Path, "Folder for rows and tuned.json.", "--output -o", **opt.IN_FOLDER),
     limit: opt.Limit = None,
-    model: Annotated[str | None, Option(help="Overrides the model of the YAML file.")] = None,
+    model: option(str | None, "Overrides the YAML's.", "--model -m") = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; test splits are refused."""
     from blocktune.evaluation import sweep
+    from blocktune.tables import Table, with_interval
 
     spec = sweep.load_tuning(config)
-    spec = replace(spec, model=model or spec.model)
-    if limit:
-        spec = replace(spec, task=replace(spec.task, limit=limit))
+    task = replace(spec.task, limit=limit or spec.task.limit)
+    spec = replace(spec, model=model or spec.model, task=task)
     opt.quiet_libraries()
-    from blocktune.tables import Table
-
     with resumable(f"the rows so far are in {output}"):
         result = sweep.tune(spec, output)
     if result is None:  # of several processes the main one reports
         return
-    names = list(result["best"]["values"])
-    rows = []
+    names, rows = list(result["best"]["values"]), []
     for point in result["points"]:
-        low, high = (100 * bound for bound in point["score_ci95"])
-        numbers = (f"{100 * point['score']:.1f}", f"{low:.1f} to {high:.1f}")
+        score = with_interval("score", point["score"], point["score_ci95"])
         values = map(str, point["values"].values())
-        rows.append((*values, *numbers, f"{point['recompute_ratio']:.0%}"))
-    headings = (*names, result["task"]["metric"], "95 %", "recomputed")
+        rows.append((*values, score, f"{point['recompute_ratio']:.0%}"))
+    headings = (*names, f"{result['task']['metric']} (95 %)", "recomputed")
     line = f"best: {result['best']['label']}; all points in {output / sweep.TUNED}"
     opt.tell(as_json, result, Table(headings, rows, left=names), line)

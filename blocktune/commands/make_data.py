@@ -8,12 +8,13 @@ from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option, echo
+from typer import Argument, echo
 
 from blocktune.commands import data
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, resumable
 from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, group
+from blocktune.commands.options import option
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
@@ -32,30 +33,19 @@ if TYPE_CHECKING:
 def passages(
     source: Source,
     output: Output,
-    corpus: Annotated[
-        Path | None, Option(help="File of passages to search by BM25; may name a chunker.")
-    ] = None,
-    retrieved: Annotated[
-        Path | None, Option(help="File with the passages that your retriever found.")
-    ] = None,
-    own: Annotated[
-        bool, Option("--own", help="Keep the best of each question's own passages, by BM25.")
-    ] = False,
-    embedder: Annotated[
-        str | None,
-        Option(
-            metavar="MODEL",
-            help="Search --corpus by embeddings of this sentence-transformers model, not by BM25.",
-        ),
-    ] = None,
-    store: Annotated[
-        str | None,
-        Option(metavar="PLACE[,NAME=VALUE...]", help="Store of the embeddings; see `answer`."),
-    ] = None,
-    k: Annotated[int, Option(min=1, help="Passages per question.")] = 10,
-    answerable: Annotated[
-        bool, Option("--answerable", help="Skip questions whose passages contain no answer.")
-    ] = False,
+    corpus: option(Path | None, "Passages to search: FILE, or FILE?chunker=sentence.") = None,
+    retrieved: option(Path | None, "File with the passages that your retriever found.") = None,
+    own: option(bool, "Keep the best of each question's own passages, by BM25.", "--own") = False,
+    embedder: option(
+        str | None, "Sentence-transformers model to search by, not BM25.", metavar="MODEL"
+    ) = None,
+    store: option(
+        str | None, "Store of the embeddings; see `answer`.", metavar="PLACE[,NAME=VALUE...]"
+    ) = None,
+    k: option(int, "Passages per question.", min=1) = 10,
+    answerable: option(
+        bool, "Skip questions whose passages contain no answer.", "--answerable"
+    ) = False,
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
@@ -96,13 +86,14 @@ def _write_examples(
     answerable: bool,
 ) -> None:
     """Writes questions with their passages. ``originals``: the same with all own passages."""
+    from blocktune.data import write_jsonl
     from blocktune.data.answers import holds_answer, is_verdict
 
     answered = list(map(holds_answer, examples, originals or repeat(None)))
     kept = [e for e, found in zip(examples, answered, strict=True) if found or not answerable]
     if not kept:
         raise ValueError(f"{source}: none of {len(examples)} questions is left; nothing is written")
-    data.write_lines(output, kept)
+    write_jsonl(output, kept)
     yes_no = sum(map(is_verdict, examples)) if originals is None else 0
     echo(
         f"wrote {len(kept):,} questions to {output}; the passages contain an answer for "
@@ -132,25 +123,21 @@ def answer(
     top_p: opt.TopP = 1.0,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 16,
-    only_correct: Annotated[
-        bool, Option("--only-correct", help="Skip answers that contain no accepted answer.")
-    ] = False,
+    only_correct: option(
+        bool, "Skip answers that contain no accepted answer.", "--only-correct"
+    ) = False,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
 ) -> None:
     """Let a model write its own training answers, with full attention over all chunks."""
-    from blocktune.methods import build
-
-    full = build("full-prefill")
-    engine = opt.load_engine(model, adapter, None, dtype, device, method=full)
-    from rich.console import Console
-    from rich.progress import Progress
-
     from blocktune.data.answers import regenerate
     from blocktune.engine import Sampling
+    from blocktune.evaluation.runner import progress_bars
+    from blocktune.methods import build
 
+    full, sampling = build("full-prefill"), Sampling(temperature, top_p=top_p, seed=seed)
+    engine = opt.load_engine(model, adapter, None, dtype, device, method=full)
     examples = data.load_from(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     settings = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
     settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"top_p": top_p, "seed": seed}
@@ -158,13 +145,13 @@ def answer(
 
     def ask(batch: Sequence[RagExample], number: int) -> list[str | None]:
         """Answers a batch. Its number is added to the seed, so that batches differ."""
-        seeded = replace(sampling, seed=sampling.seed + number)
+        seeded = replace(sampling, seed=seed + number)
         sizes = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
         answers = engine.answer(batch, full, sampling=seeded, **sizes)
         return [a.text if a.token_ids[-1] in stop_ids else None for a in answers]
 
     on_stop = resumable(f"the answers so far are in {output}.part")
-    with on_stop, Progress(console=Console(stderr=True)) as progress:
+    with on_stop, progress_bars() as progress:
         bar = progress.add_task("answering", total=len(examples))
         result = regenerate(
             examples,
@@ -197,12 +184,13 @@ def answer(
 )
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
-    output: Annotated[
-        Path | None, opt.in_file("--output", "-o", help="Also write the examples as JSON lines.")
-    ] = None,
+    output: option(
+        Path | None, "JSONL file to write the examples to.", "--output -o", **opt.IN_FILE
+    ) = None,
     tokenizer: Counter = None,
 ) -> None:
     """Draw a mixture of sources; show how many block and full examples each part gives."""
+    from blocktune.data import write_jsonl
     from blocktune.data.mixture import load_mixture
     from blocktune.data.mixture import mix as draw
     from blocktune.data.sources.catalog import with_data_sets
@@ -226,5 +214,5 @@ def mix(
             [example] = with_data_sets([item.example], mixture_spec.parts[item.part].source)
             yield replace(example, meta=example.meta | {"mode": item.mode})
 
-    count = data.write_lines(output, with_modes())
+    count = write_jsonl(output, with_modes())
     echo(f'wrote {count:,} examples to {output}, each with its mode in "meta"')

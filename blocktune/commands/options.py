@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,81 +16,70 @@ if TYPE_CHECKING:
     from blocktune.methods import Method
     from blocktune.tables import Table
 
-MODEL, PROMPT = "Model", "Prompt"  # panels of the help
-of_model = partial(Option, rich_help_panel=MODEL)
-of_prompt = partial(Option, rich_help_panel=PROMPT)
+MODEL, PROMPT, DECODING = "Model", "Prompt", "Decoding"  # panels of the help
 
-Model = Annotated[
+
+def option(kind: Any, help: str, names: str = "", panel: str | None = None, **more: Any) -> Any:
+    """The annotation of an option. ``names``, with spaces between, default to the parameter's."""
+    return Annotated[kind, Option(*names.split(), help=help, rich_help_panel=panel, **more)]
+
+
+Model = option(
     str | None,
-    of_model(
-        "--model",
-        "-m",
-        help="Base model: a folder or a name on the HF Hub. Default: the adapter's own base.",
-    ),
-]
-Adapter = Annotated[
+    "Base model: a folder or a name on the HF Hub. Default: the adapter's own base.",
+    "--model -m",
+    panel=MODEL,
+)
+Adapter = option(
     str | None,
-    of_model(
-        help="Adapter from `blocktune train`: a folder, or USER/NAME\\[@REVISION] on the HF Hub; "
-        "or release:NAME (such as release:kvlink-1b) for published models. Default: none."
-    ),
-]
-Store = Annotated[
+    "Adapter from `blocktune train`: a folder, or USER/NAME\\[@REVISION] on the HF Hub; "
+    "or release:NAME (such as release:kvlink-1b) for published models. Default: none.",
+    panel=MODEL,
+)
+MethodName = option(
     str | None,
-    Option(
-        metavar="PLACE[,NAME=VALUE...]",
-        help="Store of encoded chunks to read and add to: a folder or a URL (s3://, valkey://), "
-        "such as chunks/,disk=50GB. Settings: memory, cpu, disk, remote, remote_bytes, "
-        "wait, policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
-        "(NAME:RATIO of kvpress), trace. Default: memory only.",
-    ),
-]
-Responses = Annotated[
+    "Reuse method, see `blocktune methods`; 'A + B 15 %' composes two. Default: the "
+    "method that the adapter was trained for, else naive.",
+    "--method",
+)
+Store = option(
     str | None,
-    Option(
-        metavar="KIND",
-        help="Reuse whole answers from the store: for the same prompt (exact), or for similar "
-        "questions over the same chunks (semantic:0.95 or semantic:0.95:MODEL). Default: none.",
-    ),
-]
-Dtype = Annotated[
-    str, of_model(help="float32, bfloat16, float16, or auto (the dtype of the saved model).")
-]
-Quantize = Annotated[
+    "Store of encoded chunks to read and add to: a folder or a URL (s3://, valkey://), "
+    "such as chunks/,disk=50GB. Settings: memory, cpu, disk, remote, remote_bytes, "
+    "wait, policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
+    "(NAME:RATIO of kvpress), trace; see docs/store.md. Default: memory only.",
+    metavar="PLACE[,NAME=VALUE...]",
+)
+Responses = option(
     str | None,
-    of_model(help="Quantize the base while it loads: nf4 (4 bits, as in QLoRA) or int8."),
-]
-Device = Annotated[
-    str | None, of_model(help="Device, such as cuda:0 or cpu. Default: a GPU if there is one.")
-]
-Instruction = Annotated[
-    str | None,
-    of_prompt(help="Instruction before the chunks. Default: the adapter's, or the built-in one."),
-]
-System = Annotated[str | None, of_prompt(help="System message. Default: the chat template's own.")]
-Format = Annotated[
+    "Reuse whole answers from the store: for the same prompt (exact), or for similar "
+    "questions over the same chunks (semantic:0.95 or semantic:0.95:MODEL). Default: none.",
+    metavar="KIND",
+)
+Dtype = option(str, "float32, bfloat16, float16, or auto: as the model was saved.", panel=MODEL)
+Quantize = option(str | None, "Quantize the base: nf4 (4 bits, as in QLoRA) or int8.", panel=MODEL)
+Device = option(str | None, "Such as cuda:0 or cpu. Default: a GPU if there is one.", panel=MODEL)
+Instruction = option(
+    str | None, "Instruction before the chunks. Default: the adapter's, or our own.", panel=PROMPT
+)
+System = option(str | None, "System message. Default: the chat template's own.", panel=PROMPT)
+Format = option(
     Path | None,
-    of_prompt(
-        "--format",
-        help="YAML with the wording of the prompt: instruction, system, titled, untitled, "
-        "question. --instruction and --system override it.",
-    ),
-]
-of_decoding = partial(Option, rich_help_panel="Decoding")
-MaxNewTokens = Annotated[int, of_decoding(min=1, help="Maximum length of an answer, in tokens.")]
-Temperature = Annotated[
-    float, of_decoding(help="0: greedy decoding. Higher values sample more evenly.")
-]
-TopP = Annotated[
-    float, of_decoding(help="Nucleus sampling: keep tokens up to this cumulative probability.")
-]
-Seed = Annotated[int, of_decoding(help="Random seed for sampling.")]
-BatchSize = Annotated[int, Option(min=1, help="Questions per batch.")]
-Limit = Annotated[int | None, Option(min=1, help="Use only the first N questions.")]
-AsJson = Annotated[bool, Option("--json", help="Print JSON for programs.")]
-# For outputs: a folder in place of a file, or the reverse, is refused before any work is done.
-in_file = partial(Option, dir_okay=False, readable=False, writable=True)
-in_folder = partial(Option, file_okay=False, readable=False, writable=True)
+    "YAML with the wording of the prompt: instruction, system, titled, untitled, "
+    "question. --instruction and --system override it.",
+    "--format",
+    panel=PROMPT,
+)
+MaxNewTokens = option(int, "Maximum length of an answer, in tokens.", panel=DECODING, min=1)
+Temperature = option(float, "0: greedy decoding. Higher values sample more evenly.", panel=DECODING)
+TopP = option(float, "Nucleus sampling: keep tokens up to this total probability.", panel=DECODING)
+Seed = option(int, "Random seed for sampling.", panel=DECODING)
+BatchSize = option(int, "Questions per batch.", min=1)
+Limit = option(int | None, "Use only the first N questions.", min=1)
+AsJson = option(bool, "Print JSON for programs.", "--json")
+# Of outputs: a folder in place of a file, or the reverse, is refused before any work.
+IN_FILE = {"dir_okay": False, "readable": False, "writable": True}
+IN_FOLDER = {"file_okay": False, "readable": False, "writable": True}
 
 
 def tell(as_json: bool, record: Any, *shown: str | Table) -> None:
@@ -177,7 +165,7 @@ def wording(instruction: str | None, system: str | None, path: Path | None) -> d
     words = {}
     if path is not None:
         hint = "give a YAML file with keys such as instruction"
-        words = dict(mapping(load_yaml(path, "prompt format", hint), str(path)))
+        words |= mapping(load_yaml(path, "prompt format", hint), str(path))
     given = {"instruction": instruction, "system": system}
     words |= {name: text for name, text in given.items() if text is not None}
     PromptFormat.from_dict(words)

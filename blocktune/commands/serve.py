@@ -8,82 +8,50 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
-from blocktune.parsing import refuse_doubles
+from blocktune.commands.options import option
+from blocktune.parsing import refuse_doubles, split_name
 
-SAFETY, LIMITS = {"rich_help_panel": "Safety"}, {"rich_help_panel": "Limits"}
+SAFETY, LIMITS = "Safety", "Limits"  # panels of the help
 KEY_VARIABLE = "BLOCKTUNE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 OURS = ("--model", "--revision", "--tokenizer", "--chat-template")
 OUR_KINDS = ("--kv-transfer", "--kv-offloading", "--default-chat-template")
 """Options of vLLM, and how others begin, that requests with documents would not follow."""
 
-Adapters = Annotated[
+Adapters = option(
     list[str] | None,
-    Option(
-        help="Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
-        "name that requests use. Repeatable; adapters share the weights of their base."
-    ),
-]
-Name = Annotated[
-    str | None,
-    Option(
-        help="Name that requests use for --model. Default: its own name. With adapters, the base "
-        "is served only if this is given."
-    ),
-]
-Method = Annotated[
-    str | None,
-    Option(
-        help="Reuse method for requests that name none. Default: the method that the adapter was "
-        "trained for, else naive."
-    ),
-]
-StoreGb = Annotated[
-    float, Option(min=0.0, help="GiB for encoded chunks, and as much for exact prefixes.", **LIMITS)
-]
-Host = Annotated[str, Option(help="Address to listen on.")]
-Port = Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
-ApiKey = Annotated[
-    str | None,
-    Option(
-        envvar=KEY_VARIABLE,
-        help="Key that requests must send as a bearer token. Default: none.",
-        **SAFETY,
-    ),
-]
-Tenants = Annotated[
+    "Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
+    "name that requests use. Repeatable; adapters share the weights of their base.",
+)
+Name = option(
+    str | None, "Name of --model in requests. With adapters, it is served only if this is given."
+)
+StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
+ApiKey = option(
+    str | None, "Requests must send it as a bearer token.", panel=SAFETY, envvar=KEY_VARIABLE
+)
+Tenants = option(
     Path | None,
-    Option(
-        help="YAML file of tenants, which share no chunks: {acme: {key: ..., max_requests: 4, "
-        "tokens_per_minute: 100000}}.",
-        **SAFETY,
-    ),
-]
-AllowedHosts = Annotated[
+    "YAML file of tenants, which share no chunks: {acme: {key: ..., max_requests: 4, "
+    "tokens_per_minute: 100000}}.",
+    panel=SAFETY,
+)
+AllowedHosts = option(
     list[str] | None,
-    Option(
-        help="Host header to accept; repeatable. Default: localhost if --host is local, else any.",
-        **SAFETY,
-    ),
-]
-LogTexts = Annotated[bool, Option("--log-texts", help="Log the text of answers.", **SAFETY)]
-SkipCheck = Annotated[
-    bool, Option("--skip-check", help="Start without checking that reuse is exact.")
-]
-LimitPairs = Annotated[
+    "Host header to accept; repeatable. Default: localhost if --host is local, else any.",
+    panel=SAFETY,
+)
+LimitPairs = option(
     list[str] | None,
-    Option(
-        help="Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
-        "new_tokens, default_new_tokens, choices, request_s, queue, running, kv_bytes, "
-        "pinned_bytes, prefill_tokens.",
-        **LIMITS,
-    ),
-]
-DrainS = Annotated[int, Option(min=0, help="Seconds to finish requests after SIGTERM.", **LIMITS)]
+    "Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
+    "new_tokens, default_new_tokens, choices, request_s, queue, running, kv_bytes, "
+    "pinned_bytes, prefill_tokens.",
+    panel=LIMITS,
+)
 
 
 @command(
@@ -99,22 +67,22 @@ def serve(
     model: opt.Model = None,
     adapter: Adapters = None,
     name: Name = None,
-    method: Method = None,
+    method: opt.MethodName = None,
     store: opt.Store = None,
     response_cache: opt.Responses = None,
     store_gb: StoreGb = 4.0,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
+    host: option(str, "Address to listen on.") = "127.0.0.1",
+    port: option(int, "Port to listen on; 0 picks a free one.", min=0, max=65535) = 8000,
     api_key: ApiKey = None,
     tenants: Tenants = None,
     allowed_host: AllowedHosts = None,
-    log_texts: LogTexts = False,
-    skip_check: SkipCheck = False,
+    log_texts: option(bool, "Log the text of answers.", "--log-texts", panel=SAFETY) = False,
+    skip_check: option(bool, "Start without checking that reuse is exact.", "--skip-check") = False,
     limit: LimitPairs = None,
-    drain_s: DrainS = 120,
+    drain_s: option(int, "Seconds to finish requests after SIGTERM.", panel=LIMITS, min=0) = 120,
 ) -> None:
     """Serve an OpenAI-compatible API with cached chunks, and a web page to try it."""
     import fastapi  # noqa: F401  # reports a missing extra before a model is loaded
@@ -129,10 +97,10 @@ def serve(
         raise ValueError("give --api-key or --tenants, not both")
     if api_key is None and tenants is None and os.environ.get(KEY_VARIABLE) == "":
         raise ValueError(f"{KEY_VARIABLE} is set but empty: unset it to serve without a key")
-    key_tenants = () if api_key is None else (OnlyTenant(key=api_key),)
+    by_key = () if api_key is None else (OnlyTenant(key=api_key),)
     config = ServerConfig(
         limits=launch.read_limits(limit or []),
-        tenants=key_tenants if tenants is None else load_tenants(tenants),
+        tenants=by_key if tenants is None else load_tenants(tenants),
         hosts=tuple(allowed_host or (LOCAL if host in LOCAL else ("*",))),
         log_texts=log_texts,
     )
@@ -148,20 +116,22 @@ def serve(
     if response_cache is not None:
         read_settings(response_cache)
     opt.quiet_libraries()
-    engines = launch.load_engines(
-        *(model, adapter or [], name, store, int(store_gb * 2**30)),
-        **{"dtype": dtype, "device": device, "quantize": quantize},
-    )
+    loading = {"dtype": dtype, "device": device, "quantize": quantize}
+    size = int(store_gb * 2**30)
+    engines = launch.load_engines(model, adapter or [], name, store, size, **loading)
     responses = None
     if response_cache is not None:
         responses = ResponseCache.parse(response_cache, next(iter(engines.values())).store)
     service = Service(engines, config, method, not skip_check, responses)
-    uvicorn.run(
-        create_app(service), host=host, port=port, **launch.uvicorn_options(config, drain_s)
-    )
+    served = create_app(service)
+    uvicorn.run(served, host=host, port=port, **launch.uvicorn_options(config, drain_s))
 
 
-group = new_group("vllm", "Serve cached chunks from vLLM.", "blocktune vllm serve M --store S")
+group = new_group(
+    "vllm",
+    "Serve cached chunks from vLLM, in an environment of its own (docs/vllm.md).",
+    "blocktune vllm serve M --store S",
+)
 
 
 @group.callback()
@@ -182,30 +152,23 @@ def _root() -> None:
 def serve_vllm(
     context: typer.Context,
     model: Annotated[str, Argument(help="Base model, as in `vllm serve`, or NAME@REVISION.")],
-    store: Annotated[str, Option(help="Store of encoded chunks: a folder or URL, see `answer`.")],
-    adapter: Annotated[
+    store: option(str, "Store of encoded chunks: a folder or URL, see `answer`."),
+    adapter: option(
         list[str] | None,
-        Option(
-            help="Adapter used to encode the chunks: a folder or a name on the HF Hub; "
-            "NAME=ADAPTER sets the name that requests use. Repeatable."
-        ),
-    ] = None,
-    encode_wait: Annotated[
-        float, Option(min=0, help="Seconds a request may wait for `blocktune encode --follow`.")
-    ] = 30.0,
-    host_gb: Annotated[float, Option(min=0, help="GiB of memory for chunks, in each rank.")] = 1.0,
-    fingerprint: Annotated[
-        str | None, Option(help="Fingerprint of the chunks to use, if several fit the base.")
-    ] = None,
+        "Adapter used to encode the chunks: a folder or a name on the HF Hub; "
+        "NAME=ADAPTER sets the name that requests use. Repeatable.",
+    ) = None,
+    encode_wait: option(float, "Seconds to wait for `encode --follow`.", min=0) = 30.0,
+    host_gb: option(float, "GiB of memory for chunks, in each rank.", min=0) = 1.0,
+    fingerprint: option(str | None, "Which chunks to use, if several fit the base.") = None,
 ) -> None:
     """Start vLLM's server with cached chunks for chat completions with `documents`."""
     from blocktune.vllm import launch
 
-    for option in (text.replace("_", "-").partition("=")[0] for text in context.args):
-        if option in OURS or option.startswith(OUR_KINDS):
-            raise ValueError(f"leave out {option}: blocktune sets model, wording and KV connector")
-    parts = [text.partition("=") for text in adapter or ()]
-    named = [(name if path else Path(name).name, path or name) for name, _, path in parts]
+    for name in (text.replace("_", "-").partition("=")[0] for text in context.args):
+        if name in OURS or name.startswith(OUR_KINDS):
+            raise ValueError(f"leave out {name}: blocktune sets model, wording and KV connector")
+    named = [(name or Path(path).name, path) for name, path in map(split_name, adapter or ())]
     refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
     launch.serve(model, dict(named), store, context.args, **extra)

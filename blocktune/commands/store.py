@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -11,13 +12,13 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.cache.store.blobs import Blobs, states_key
 from blocktune.cache.store.config import Row, parse_bytes
 from blocktune.cache.store.shelf import NO_MANIFEST, Shelf, found_rows
 from blocktune.commands.application import command, new_group
-from blocktune.commands.options import AsJson, tell
+from blocktune.commands.options import AsJson, option, tell
 
 SHORT = 12  # number of digits of a key or fingerprint that are shown
 MOST_LAYERS = 512  # of a model, whose hidden states `rm` looks for
@@ -25,13 +26,13 @@ MOST_UNNAMED = 20  # up to this many models, those without a manifest are shown
 LEAST_DIGITS = 6  # that identify a key or fingerprint on the command line
 
 Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
-Model = Annotated[str, Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
-Document = Annotated[str, Option(help="Only chunks of this document, by its id or title.")]
+Model = option(str, "Only of this model: its first digits, as in `stat`.", metavar="FINGERPRINT")
+Document = option(str, "Only chunks of this document, by its id or title.")
 Key = Annotated[str, Argument(help="Key of the chunk; its first digits are enough.")]
 Keys = Annotated[list[str], Argument(help="Keys, or their first digits.")]
-Undo = Annotated[bool, Option("--undo", help="Unpin the chunks.")]
+Undo = option(bool, "Unpin the chunks.", "--undo")
 Other = Annotated[str, Argument(help="Folder or URL of the other store.")]
-DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be removed.")]
+DryRun = option(bool, "Only show what would be removed.", "--dry-run")
 
 group = new_group(
     "store",
@@ -73,7 +74,8 @@ def stat(store: Place, as_json: AsJson = False) -> None:
 @command("ls", "blocktune store ls cache/ --document handbook.pdf", of=group)
 def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson = False) -> None:
     """List chunks, one per line: key, kind, tokens, bytes, last use, model, document."""
-    for row in Shelf.open(store).rows(model=model, document=document):
+    shelf = Shelf.open(store)
+    for row in shelf.rows(model=_model(shelf, model), document=document):
         record = _record(row)
         name = "  pinned" * bool(row.pinned) + "  " + " ".join(row.document.split())
         line = (
@@ -122,11 +124,9 @@ def verify(store: Place, as_json: AsJson = False) -> None:
 @command("gc", "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged", of=group)
 def gc(
     store: Place,
-    max_size: Annotated[str, Option(help="Such as 50GB: remove the least recently used.")] = "",
-    unused_days: Annotated[
-        float | None, Option(min=0, help="Remove chunks not used for this many days.")
-    ] = None,
-    damaged: Annotated[bool, Option("--damaged", help="Remove chunks that fail `verify`.")] = False,
+    max_size: option(str, "Such as 50GB: remove the least recently used.") = "",
+    unused_days: option(float | None, "Remove chunks not used for this many days.", min=0) = None,
+    damaged: option(bool, "Remove chunks that fail `verify`.", "--damaged") = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -134,9 +134,11 @@ def gc(
 
     The index of a folder is repaired first. Pinned chunks stay, unless they are expired or damaged.
     """
-    limit, shelf = parse_bytes(max_size) if max_size else None, Shelf.open(store)
+    limit = parse_bytes(max_size) if max_size else math.inf
+    now, shelf = time.time(), Shelf.open(store)
+    cutoff = 0.0 if unused_days is None else now - unused_days * 86400
     unfinished, index = (0, {}) if dry_run else (shelf.blobs.clean(), shelf.mend())
-    now, total, kept, to_remove = time.time(), 0, [], {}
+    total, kept, to_remove = 0, [], {}
     for row in shelf.rows():
         expired = row.expires is not None and row.expires <= now
         if expired or (damaged and _checked(shelf.blobs, row.key)[0]):
@@ -145,9 +147,8 @@ def gc(
         total += row.size
         if row.fingerprint and not row.pinned:
             kept.append((row.used, row.key, row.size))
-    cutoff = None if unused_days is None else now - unused_days * 86400
     for used, key, size in sorted(kept):
-        if (cutoff is not None and used < cutoff) or (limit is not None and total > limit):
+        if used < cutoff or total > limit:
             to_remove[key] = size
             total -= size
     if not as_json:
@@ -173,7 +174,7 @@ def rm(
     keys: Annotated[list[str] | None, Argument(help="Keys, or their first digits.")] = None,
     model: Model = "",
     document: Document = "",
-    adapter: Annotated[str, Option(help="Only chunks of this adapter, as in `stat`.")] = "",
+    adapter: option(str, "Only chunks of this adapter, as in `stat`.") = "",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -245,10 +246,8 @@ def _checked(blobs: Blobs, key: str) -> tuple[str | None, Any]:
 
 
 def _describe_repairs(index: dict[str, int]) -> list[str]:
-    counts = ", ".join(
-        f"{count:,} {name.replace('_', ' ')}" for name, count in index.items() if count
-    )
-    return [f"index repaired: {counts}"] if counts else []
+    counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in index.items() if count]
+    return [f"index repaired: {', '.join(counts)}"] if counts else []
 
 
 def _remove(shelf: Shelf, sizes: dict[str, int], dry_run: bool, as_json: bool, **more: Any) -> None:
@@ -302,8 +301,10 @@ def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:
 
 
 def _model(shelf: Shelf, start: str) -> str:
-    matches = (name for name in shelf.ledger.counts("fingerprint") if name.startswith(start))
-    return start and _find_one(start, matches, "model")
+    if not start:
+        return ""
+    models = shelf.ledger.counts("fingerprint")
+    return _find_one(start, (name for name in models if name.startswith(start)), "model")
 
 
 def _find_one(start: str, matches: Iterable, kind: str) -> Any:

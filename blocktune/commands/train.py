@@ -1,7 +1,4 @@
-"""`blocktune train`, `merge` and `push`: train, merge and publish adapters.
-
-Training runs in this process or in several launched ones. A failure is reported on one line.
-"""
+"""`blocktune train`, in this process or several, `merge` and `push`."""
 
 from __future__ import annotations
 
@@ -13,10 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import FAILURES, command
+from blocktune.commands.options import option
 from blocktune.parsing import load_yaml, mapping
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML as options
@@ -37,19 +35,12 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of 
 )
 def train(
     ctx: typer.Context,
-    config: Annotated[str | None, Option(help="YAML file with the settings of the run.")] = None,
-    processes: Annotated[
-        int | None, Option(min=1, help="Number of processes to start on this machine.")
-    ] = None,
-    launcher: Annotated[
-        str | None, Option(help="YAML of `accelerate config`, for DeepSpeed or several machines.")
-    ] = None,
-    help_all: Annotated[
-        bool, Option("--help-all", help="List every key of the YAML, and exit.")
-    ] = False,
+    config: option(str | None, "YAML file with the settings of the run.") = None,
+    processes: option(int | None, "Processes to start here. Default: only this one.", min=1) = None,
+    launcher: option(str | None, "YAML of `accelerate config`: DeepSpeed, many machines.") = None,
+    help_all: option(bool, "List every key of the YAML, and exit.", "--help-all") = False,
 ) -> None:
     """Fine-tune a model to answer from separately cached chunks, with or without link tokens."""
-    arguments = [*(["--config", config] if config else []), *ctx.args]
     opt.quiet_libraries()
     if help_all:
         from blocktune.training.plan import print_options
@@ -59,6 +50,7 @@ def train(
     from blocktune.training.resume import stoppable
     from blocktune.training.run import earlier_run, finished, leave, parse, train
 
+    arguments = [*(["--config", config] if config else []), *ctx.args]
     if processes is None and launcher is None:
         from blocktune.hub import Publisher
 
@@ -77,10 +69,8 @@ def train(
 def launch(processes: int | None, launcher: str | None, program: list[str]) -> None:
     """Runs a program in several processes, by torchrun or by accelerate with the given YAML.
 
-    Raises:
-        ValueError: A process reported a user's mistake, or was ended by a signal.
-        typer.Exit: The program ended. After a crash one line is printed and the code is not 0.
-        KeyboardInterrupt: After Ctrl-C.
+    Raises typer.Exit with its code when it ended, after one line if it crashed; ValueError if a
+    process reported a user's mistake, or was ended by a signal; KeyboardInterrupt after Ctrl-C.
     """
     if launcher is not None:
         mapping(load_yaml(launcher, "launcher configuration", "see recipes/accelerate"), launcher)
@@ -153,15 +143,11 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 )
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
-    output: Annotated[Path, opt.in_folder("--output", "-o", help="New folder for the model.")],
+    output: option(Path, "New folder for the model.", "--output -o", **opt.IN_FOLDER),
     model: opt.Model = None,
-    links: Annotated[
-        str | None,
-        Option(
-            help="Where link tokens go: table (a file beside the model) or added_tokens (in its "
-            "vocabulary). Default: as trained."
-        ),
-    ] = None,
+    links: option(
+        str | None, "table (links in a file) or added_tokens. Default: as trained."
+    ) = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
     as_json: opt.AsJson = False,
@@ -171,18 +157,17 @@ def merge(
     from blocktune.adapter.merge import merge_adapter
 
     report = merge_adapter(adapter, output, model=model, dtype=dtype, device=device, links=links)
-    lines = [
+    text = (
         f"merged into {report.output}: logits within {report.max_abs_diff:.1e} of base and "
         f"adapter (largest logit {report.max_abs_logit:.1f}, same top token in "
         f"{report.same_top1:.1%} of the probe)"
-    ]
+    )
     if report.requantised_max_abs_diff is not None:
-        lines.append(
-            f"the adapter was trained on a {report.quantization} base and the merged weights are "
-            f"not quantized; quantized to {report.quantization} again, logits differ by "
-            f"{report.requantised_max_abs_diff:.1e}"
+        text += (
+            f"\nthe merged weights are not quantized, as the {report.quantization} base of the "
+            f"training was; quantized again, logits differ by {report.requantised_max_abs_diff:.1e}"
         )
-    opt.tell(as_json, asdict(report), *lines)
+    opt.tell(as_json, asdict(report), text)
 
 
 @command(
@@ -195,25 +180,13 @@ def merge(
 )
 def push(
     adapter: Annotated[Path, Argument(help="Folder from `blocktune train` or `merge`.")],
-    repo: Annotated[str, Option(help="USER/NAME on the HF Hub; created if missing.")],
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Check and show all files and the card; upload nothing.")
-    ] = False,
-    private: Annotated[
-        bool, Option("--private", help="Make the repository private if it is new.")
-    ] = False,
-    base_model: Annotated[
-        str | None, Option(help="Name of the base on the Hub, if the run used a local copy.")
-    ] = None,
-    license: Annotated[
-        str | None, Option(help="Licence, such as apache-2.0. Default: the base's on the Hub.")
-    ] = None,
-    dataset: Annotated[
-        list[str] | None, Option(help="Training data set on the Hub; repeatable.")
-    ] = None,
-    results: Annotated[
-        Path | None, Option(help="results.json of `blocktune eval`, for the table in the card.")
-    ] = None,
+    repo: option(str, "USER/NAME on the HF Hub; created if missing."),
+    dry_run: option(bool, "Check and show files and card; upload nothing.", "--dry-run") = False,
+    private: option(bool, "Make the repository private if it is new.", "--private") = False,
+    base_model: option(str | None, "Name of the base on the Hub, if the run had a copy.") = None,
+    license: option(str | None, "Such as apache-2.0. Default: the base's on the Hub.") = None,
+    dataset: option(list[str] | None, "Training data set on the Hub; repeatable.") = None,
+    results: option(Path | None, "results.json of `blocktune eval`, for the card.") = None,
     model: opt.Model = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,

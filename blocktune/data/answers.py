@@ -16,7 +16,7 @@ from typing import Any
 from unicodedata import normalize
 
 from blocktune.data.example import RagExample, write_jsonl
-from blocktune.files import append_lines, replacing, resumed
+from blocktune.files import append_lines, resumed
 from blocktune.prompt.format import Chunk
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
@@ -165,8 +165,7 @@ def regenerate(
         counts = ", ".join(f"{count} are {name}" for name, count in dropped.items())
         counts += "; allow more new tokens" if dropped["cut"] else ""
         raise ValueError(f"nothing to write to {output.name}: of {len(answers)} answers, {counts}")
-    with replacing(output) as temporary:
-        write_jsonl(temporary, written)
+    write_jsonl(output, written)
     part.unlink()
     return Regenerated(len(written), num_resumed, **dropped)
 

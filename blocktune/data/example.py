@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from blocktune.files import replacing
 from blocktune.prompt.format import Chunk, PromptFormat, require_unicode
 
 TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
@@ -131,9 +132,9 @@ def unknown_fields(record: Mapping[str, Any]) -> list[str]:
 
 
 def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
-    """Writes one example per line. Returns the number of examples."""
+    """Writes one example per line, atomically. Returns the number of examples."""
     count = 0
-    with open(path, "w", encoding="utf-8") as out:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for example in examples:
             count += 1
             out.write(json.dumps(plain(example.to_json()), ensure_ascii=False, default=str) + "\n")

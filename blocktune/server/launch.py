@@ -11,7 +11,7 @@ from blocktune.adapter.load import load_models
 from blocktune.cache import ChunkStore, PrefixTree
 from blocktune.cache.store.config import StoreConfig
 from blocktune.engine import Engine
-from blocktune.parsing import build_config, refuse_doubles
+from blocktune.parsing import build_config, refuse_doubles, split_name
 from blocktune.server.config import Limits, ServerConfig
 from blocktune.server.middleware import with_timeout
 
@@ -40,8 +40,7 @@ def load_engines(
 
     Raises ValueError if two have the same name, or a model cannot reuse chunks.
     """
-    split = [text.partition("=") for text in adapters]
-    wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]
+    wanted = [(label or _short(path), path) for label, path in map(split_name, adapters)]
     if name or not adapters:
         wanted.append((name or _short(model or ""), None))
     labels, names = map(list, zip(*wanted, strict=True))

@@ -53,7 +53,8 @@ def serve(
     if loras := {name: client.lora for name, client in clients.items() if client.lora}:
         rank = max(lora_rank(folder) for folder in loras.values())
         line += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
-        line += [f"{name}={folder}" for name, folder in loras.items()]
+        # JSON, since a folder may have "=" in its name
+        line += [json.dumps({"name": name, "path": str(loras[name])}) for name in loras]
     print(
         f"chunks of {model} ({first[:12]}) in '{store}'; vLLM starts in about a minute (its log "
         'follows), and is ready at "Application startup complete"',

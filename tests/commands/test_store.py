@@ -114,6 +114,7 @@ def test_ls_and_show_name_every_chunk(blocktune, folder, asked):
     assert records[KEYS[2]]["fingerprint"] == OTHER_MODEL
     assert {r["kind"] for r in records.values()} == {CHUNKS[0].kind, "states"}
     assert len(blocktune("store", "ls", folder, "--model", "cdcdcd").stdout.splitlines()) == 1
+    assert "named by 6 to 64 hex" in blocktune("store", "ls", folder, "--model", "data/t").stderr
     assert blocktune("store", "ls", folder).stdout.count("\n") == 4  # one each
     shown = asked("show", KEYS[1][:10])
     assert shown["token_ids"] == CHUNKS[1].token_ids.tolist()

@@ -107,6 +107,12 @@ def test_a_chunk_of_one_is_not_used_under_another(serve, engines):
     assert tiers == [{"none"}] * 4 + [{"memory"}] * 4
 
 
+def test_a_folder_with_an_equals_sign_has_its_own_name(tmp_path):
+    (folder := tmp_path / "lr=0.1").mkdir()
+    with pytest.raises(ValueError, match=r"'lr=0\.1' is given 2 times"):
+        load_engines(str(TINY), [str(folder)] * 2, None, None, 1)
+
+
 def test_two_of_one_name_are_refused(adapters):
     with pytest.raises(ValueError, match="'a' is given 2 times"):
         load_engines(str(TINY), [f"a={adapters['lora']}", f"a={adapters['links']}"], None, None, 1)

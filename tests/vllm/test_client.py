@@ -2,6 +2,7 @@
 
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from blocktune.commands.serve import serve_vllm
 from blocktune.engine import Engine
 from blocktune.models.load import read_config, read_tokenizer
 from blocktune.prompt import LayoutSpec
-from blocktune.vllm import ChunkClient, client
+from blocktune.vllm import ChunkClient, client, launch
 from blocktune.vllm.client import lora_rank, open_clients
 
 TINY = "data/tiny"
@@ -66,6 +67,13 @@ def test_options_that_replace_the_connector_the_model_or_its_wording_are_refused
 def test_names_of_models_are_given_once(tmp_path, adapters):
     with pytest.raises(ValueError, match="is given 2 times; name it: NAME=ADAPTER"):
         serve_vllm(SimpleNamespace(args=[]), TINY, str(tmp_path), adapters)
+
+
+def test_a_folder_with_an_equals_sign_is_no_name_of_an_adapter(tmp_path, monkeypatch):
+    (folder := tmp_path / "lr=0.1").mkdir()
+    monkeypatch.setattr(launch, "serve", Mock())
+    serve_vllm(SimpleNamespace(args=[]), TINY, "store", [str(folder), f"b={folder}"])
+    assert launch.serve.call_args.args[1] == {"lr=0.1": str(folder), "b": str(folder)}
 
 
 def test_a_store_out_of_reach_is_named(tmp_path):
