@@ -52,6 +52,8 @@ RECIPES = {
     "kv_packet": "kv-packet",
     "writer": "block-attention",
     "writer_packet": "kv-packet",
+    "writer_answers": "block-attention",
+    "writer_links": "kvlink",
     "full_control": "full-prefill",
     "full_control_wide": "full-prefill",
 }
@@ -67,6 +69,8 @@ VARIANTS = {
     "turborag_wide": ("turborag", WIDE),
     "full_control_wide": ("full_control", WIDE),
     "writer_packet": ("writer", WIDE | {"num_headers": 8, "num_trailers": 8}),
+    "writer_answers": ("writer", WIDE | {"distill_weight": 0.0}),
+    "writer_links": ("writer", WIDE | {"distill_weight": 0.0, "num_links": 5}),
 }
 """Recipes that use the file of another recipe, with other options."""
 BLENDED = ("block_attention", "block_distill")
