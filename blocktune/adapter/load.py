@@ -68,10 +68,12 @@ def _with_peft(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedM
     try:
         require_kind(PeftConfig.from_pretrained(folder))
         hook = model.register_load_state_dict_post_hook(_refuse_unused)
-        with warnings.catch_warnings():  # missing weights would be random
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            wrapped = PeftModel.from_pretrained(model, folder)
-        hook.remove()
+        try:
+            with warnings.catch_warnings():  # missing weights would be random
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                wrapped = PeftModel.from_pretrained(model, folder)
+        finally:
+            hook.remove()
         if merge and (part := unmergeable(wrapped)):
             logger.warning("'%s' is served without merging it: %s", folder, part)
         return _merged(wrapped) if merge and not part else wrapped

@@ -58,8 +58,9 @@ def from_chunks(
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, moved to their positions.
 
-    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found``, ``loader``
-    and ``lazy`` are as in `Encoder.find`; a damaged file then raises `DamagedChunk`.
+    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found`` are the
+    chunks, if they were looked up already; ``loader`` and ``lazy`` are as in `Encoder.find`; a
+    damaged file then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout

@@ -51,10 +51,12 @@ def prefill_warm(
     pieces: Sequence[Pieces],
     method: Method,
     max_new_tokens: int = 0,
+    laid_out: Sequence[Prompt] | None = None,
 ) -> Generation:
     """Serves `Method.warm_up` earlier prompts in full, untimed, then prefills a batch.
 
     The earlier ones have the same chunks in rotated order, never in their own if there are several.
+    Prompts are laid out after that, unless they are ``laid_out``.
     """
     for turn in range(method.warm_up):
         starts = [(p.chunks, 1 + turn % max(1, len(p.chunks) - 1)) for p in pieces]
@@ -63,7 +65,8 @@ def prefill_warm(
         layouts = [prompts.prompt(prompt, LayoutSpec(block=False), 1) for prompt in earlier]
         next(prefill_batch(state, layouts, earlier, method).tokens(Sampling(), 1))
     started = time.perf_counter()
-    laid_out = [prompts.lay_out(p, method, state.encoder, max_new_tokens) for p in pieces]
+    if laid_out is None:
+        laid_out = [prompts.lay_out(p, method, state.encoder, max_new_tokens) for p in pieces]
     laid_out_s = time.perf_counter() - started
     generation = prefill_batch(state, laid_out, pieces, method)
     generation.watch.add("prompt_s", laid_out_s)

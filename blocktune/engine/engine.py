@@ -25,7 +25,7 @@ from blocktune.engine.context_cache import CachedContext, make_context
 from blocktune.engine.encode import NOT_AHEAD, Encoder, EncodeReport
 from blocktune.engine.generation import Answer, Generation, Sampling, TextStream
 from blocktune.engine.layer_schedule import hook
-from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, batches, built
+from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, built
 from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState, unfollowed
 from blocktune.links import link_base
@@ -251,30 +251,36 @@ class Engine:
         require_count("batch_size", batch_size, least=1)
         require_count("max_new_tokens", max_new_tokens, least=1)
         method, sampling = built(method, self.prompts.trained), Sampling.of(sampling)
+        started = time.perf_counter()
         examples = as_requests(examples)
+        pieces, spec = [self.prompts.pieces(x, method) for x in examples], self.prompts.spec(method)
+        # Laid out as without a history, which only the served prompt may look up.
+        prompts = [self.prompts.prompt(piece, spec, max_new_tokens) for piece in pieces]
+        read_s = (time.perf_counter() - started) / max(1, len(examples))
         how = self.responses, self.state, method, sampling, max_new_tokens
-        answers: dict[int, Answer] = {}
-        if self.state.decode_cache is not None and self.state.decode_cache.window:
-            batch_size = 1
-        for batch in batches(examples, batch_size, in_order=method.history is not None):
-            started = time.perf_counter()
-            pieces = {index: self.prompts.pieces(examples[index], method) for index in batch}
-            read_s = (time.perf_counter() - started) / len(batch)
-            recalls = {i: Recall.of(*how, pieces[i], examples[i].question, i) for i in batch}
-            found = {i: recall and recall.answer() for i, recall in recalls.items()}
-            answers |= found
-            if not (new := [index for index in batch if found[index] is None]):
-                continue
-            own = [pieces[index] for index in new]
-            generation = prefill_warm(self.state, self.prompts, own, method, max_new_tokens)
-            generation.watch.add("prompt_s", read_s * len(new))
-            made = generation.answers(sampling, max_new_tokens, streams=new)
-            for index, answer in zip(new, made, strict=True):
+        asked = enumerate(zip(pieces, examples, strict=True))
+        recalls = [Recall.of(*how, ids, example.question, i) for i, (ids, example) in asked]
+        answers = [recall and recall.answer() for recall in recalls]
+        order = [index for index, cached in enumerate(answers) if cached is None]
+        if method.history is None:  # with a history, each prompt affects the next: keep the order
+            order.sort(key=lambda index: len(prompts[index].input_ids))
+        decode_cache = self.state.decode_cache
+        batch_size = 1 if decode_cache is not None and decode_cache.window else batch_size
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ready = None if method.history is not None else [prompts[i] for i in batch]
+            own = [pieces[i] for i in batch]
+            generation = prefill_warm(self.state, self.prompts, own, method, max_new_tokens, ready)
+            generation.watch.add("prompt_s", read_s * len(batch))
+            batch_answers = generation.answers(sampling, max_new_tokens, streams=batch)
+            for index, answer in zip(batch, batch_answers, strict=True):
                 answers[index] = answer
                 if (recall := recalls[index]) is not None:
                     recall.keep(answer.text, answer.token_ids, answer.usage.ttft_s)
-        chunks = [tuple(example.chunks) for example in examples]
-        return [dataclasses.replace(answers[i], chunks=own) for i, own in enumerate(chunks)]
+        return [
+            dataclasses.replace(answer, chunks=tuple(example.chunks))
+            for answer, example in zip(answers, examples, strict=True)
+        ]
 
     def stream(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,16 +55,6 @@ def as_requests(examples: Iterable[Request | Mapping[str, Any]]) -> list[Request
         given = type(examples).__name__
         raise ValueError(f"answer takes a list of questions, got {given}; pass [question]")
     return [as_request(example) for example in examples]
-
-
-def batches(examples: Sequence[Request], size: int, in_order: bool) -> Iterator[list[int]]:
-    """Yields indices ``in_order``, or of similar length, the longest (it may not fit) first."""
-    order, starts = list(range(len(examples))), range(0, len(examples), size)
-    if not in_order:
-        sizes = [len(x.question) + sum(len(chunk.text) for chunk in x.chunks) for x in examples]
-        order.sort(key=sizes.__getitem__)
-        starts = reversed(starts)
-    return (order[start : start + size] for start in starts)
 
 
 def built(method: str | Method | None, trained: LayoutSpec | None = None) -> Method:

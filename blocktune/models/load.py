@@ -253,7 +253,8 @@ def _explained(name: str, what: str) -> Iterator[None]:
                 f"cannot load {what} from '{name}': there is no such folder, and no repository of "
                 "that name in the Hub's cache or, unless this process is offline, on the Hub"
             ) from None
-        if not Path(name, "config.json").exists() and Path(name, "blocktune.json").exists():
+        is_model = any(Path(name).glob("model*.safetensors")) or Path(name, "config.json").exists()
+        if what != "a tokenizer" and not is_model and Path(name, "blocktune.json").exists():
             reason = "it is an adapter; name its base, or merge it first (blocktune merge)"
         if "contains custom code" in reason:  # its text asks for an option that nobody can give
             reason = "it needs code from its own repository, which blocktune never runs"

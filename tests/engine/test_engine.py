@@ -20,7 +20,6 @@ from blocktune.cache.store.shelf import Shelf
 from blocktune.data import RagExample
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.encode import wanted_pieces
-from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.state import Auxiliaries
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind
@@ -227,18 +226,15 @@ def test_batches_answer_in_the_order_of_the_requests(engine):
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
 
 
-def test_the_longest_prompts_are_laid_out_first_and_a_batch_at_a_time(engine, monkeypatch):
-    events, prompt = [], PromptMaker.prompt
-
-    def noted(maker, pieces, *args):
-        events.append(len(pieces.chunks))
-        return prompt(maker, pieces, *args)
-
-    engine.encode(ASK.chunks + SHORT.chunks)
-    monkeypatch.setattr(PromptMaker, "prompt", noted)
-    engine.model.register_forward_hook(lambda *_: events.append("forward"))
-    engine.answer([SHORT, ASK, SHORT, ASK], "naive", max_new_tokens=1, batch_size=2)
-    assert events == [3, 3, "forward", 2, 2, "forward"]
+def test_nothing_is_served_if_one_prompt_does_not_fit(engine):
+    served = []
+    engine.encode(ASK.chunks)
+    hook = engine.model.register_forward_hook(lambda *_: served.append(True))
+    too_long = Ask("word " * engine.prompts.max_tokens, ASK.chunks)
+    with pytest.raises(ValueError, match=f"{engine.prompts.max_tokens}"):
+        engine.answer([ASK, too_long], "naive", max_new_tokens=1, batch_size=1)
+    hook.remove()
+    assert not served
 
 
 def test_streamed_pieces_join_to_the_answer(engine):
