@@ -28,7 +28,9 @@ Adapters = option(
     "name that requests use. Repeatable; adapters share the weights of their base.",
 )
 Name = option(
-    str | None, "Name of --model in requests. With adapters, it is served only if this is given."
+    str | None,
+    "Name of --model in requests; default: its own. With adapters, the base is served only if this "
+    "is given.",
 )
 StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
 ApiKey = option(
@@ -67,7 +69,9 @@ def serve(
     model: opt.Model = None,
     adapter: Adapters = None,
     name: Name = None,
-    method: opt.MethodName = None,
+    method: option(
+        str | None, "Reuse method for requests that name none. Default: the adapter's, else naive."
+    ) = None,
     store: opt.Store = None,
     response_cache: opt.Responses = None,
     store_gb: StoreGb = 4.0,
@@ -158,7 +162,9 @@ def serve_vllm(
         "Adapter used to encode the chunks: a folder or a name on the HF Hub; "
         "NAME=ADAPTER sets the name that requests use. Repeatable.",
     ) = None,
-    encode_wait: option(float, "Seconds to wait for `encode --follow`.", min=0) = 30.0,
+    encode_wait: option(
+        float, "Seconds that a request may wait for `encode --follow`.", min=0
+    ) = 30.0,
     host_gb: option(float, "GiB of memory for chunks, in each rank.", min=0) = 1.0,
     fingerprint: option(str | None, "Which chunks to use, if several fit the base.") = None,
 ) -> None:

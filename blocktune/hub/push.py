@@ -171,8 +171,9 @@ def on_the_hub(name: str) -> str:
 
 def verify_base(base: str, info: AdapterInfo, token: str | None = None) -> None:
     """Raises ValueError if the Hub, if in reach, has no such base or one of other architecture."""
+    revision = info.base_revision if base == info.base_model else None
     try:
-        file = HfApi(token=token).hf_hub_download(base, "config.json")
+        file = HfApi(token=token).hf_hub_download(base, "config.json", revision=revision)
         found = architecture_of(read_config(str(Path(file).parent)))
     except (httpx.HTTPError, OSError, ValueError) as error:
         missing = isinstance(error, RepositoryNotFoundError)

@@ -121,7 +121,7 @@ def remembered(*names: str) -> Callable[[Fact], Fact]:
     def wrapped(read: Fact) -> Fact:
         @functools.wraps(read)
         def recall(tokenizer: PreTrainedTokenizerBase) -> Any:
-            key = read, len(tokenizer), *(getattr(tokenizer, name) for name in names)
+            key = read, len(tokenizer), *(str(getattr(tokenizer, name)) for name in names)
             with _LOCK:
                 facts = _RECENT.setdefault(tokenizer, _Recent()).facts
             if key not in facts:

@@ -158,8 +158,12 @@ class SaveLayoutCallback(TrainerCallback):
         """Raises ValueError if the model would ignore the layout, or began with another one."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
-        # A checkpoint keeps the state, so a run that continues brings what it began with.
-        before = state.stateful_callbacks.setdefault("blocktune", self._served)
+        # A checkpoint keeps the state, so a run that continues brings what it began with. Older
+        # checkpoints have it in their folder.
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        old = AdapterInfo.load(folder).to_dict() if (folder / INFO_FILE).is_file() else self._served
+        first = {name: old[name] for name in self._served}
+        before = state.stateful_callbacks.setdefault("blocktune", first)
         for name, new in self._served.items():
             if (old := before[name]) != new:
                 raise ValueError(

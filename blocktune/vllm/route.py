@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from inspect import unwrap
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -20,7 +21,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.api_utils import (
+    load_aware_call,
+    validate_json_request,
+    with_cancellation,
+)
 
 from blocktune.server.front import chat_pieces, read_documents, read_messages, read_method
 from blocktune.server.schemas import (
@@ -36,6 +41,7 @@ from blocktune.vllm.client import ChunkClient, Rendered, open_clients
 from blocktune.vllm.plan import PARAMS, Segment
 
 POLL_S = 0.05
+ASK_S = 1.0  # seconds after which chunks are asked for again
 ROUTE = "/v1/chat/completions"
 OWN = ("documents", "blocktune")
 """Fields that vLLM does not know."""
@@ -104,10 +110,14 @@ class Renderer:
         is_queued = client.store.queue.folder is not None  # by remotes alone, nothing is encoded
         deadline = time.monotonic() + (self.wait_s if is_queued else 0)
         missing: list[Segment] = []
+        asked = float("-inf")
         try:
             while missing := await asyncio.to_thread(client.missing, rendered.plan):
-                await asyncio.to_thread(client.ask_for, missing)
-                if time.monotonic() >= deadline:
+                now = time.monotonic()
+                if now - asked >= ASK_S:
+                    asked = now
+                    await asyncio.to_thread(client.ask_for, missing)
+                if now >= deadline:
                     raise HTTPException(
                         503,
                         f"chunks not encoded yet: {len(missing)}; run `blocktune encode` (--follow "
@@ -172,8 +182,11 @@ class DocumentsRoute:
         """Replaces vLLM's route, and the check of its others."""
         app.dependency_overrides[validate_json_request] = require_read
 
+        answer = unwrap(create_chat_completion)  # its own cancellation would not work within ours
+
         @app.post(ROUTE, dependencies=[Depends(require_read)])
         @with_cancellation
+        @load_aware_call
         async def chat(raw_request: Request) -> Any:
             """OpenAI's chat completions, with documents."""
             body = await raw_request.json()
@@ -185,7 +198,7 @@ class DocumentsRoute:
                 raise RequestValidationError(error.errors(), body=body) from None
             except ValueError as error:
                 raise HTTPException(400, " ".join(str(error).split())) from None
-            return await create_chat_completion(request, raw_request)
+            return await answer(request, raw_request)
 
     async def init_state(self, engine_client, state, args) -> None:
         """Opens the store. Raises ValueError if an adapter cannot be served."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,15 +237,38 @@ def test_missing_chunks_are_encoded_by_a_follower(server, serving):
 
 
 def test_a_client_that_leaves_takes_its_chunks_out_of_the_queue(server, serving):
-    example = questions(33, 1)[0]
     queue, fingerprint = MissQueue(serving.store), serving.engines[TINY].fingerprint
-    address = httpx.URL(server)
-    sent = httpx.Request("POST", f"{server}/v1/chat/completions", json=body(example))
-    head = "".join(f"{name}: {value}\r\n" for name, value in sent.headers.items())
-    with socket.create_connection((address.host, address.port)) as left:
-        left.sendall(f"POST {sent.url.path} HTTP/1.1\r\n{head}\r\n".encode() + sent.content)
+    with sent(server, body(questions(33, 1)[0])):
         until(lambda: queue.take(fingerprint))
     until(lambda: not queue.take(fingerprint))
+
+
+def test_an_answer_whose_client_has_left_ends(server, engines):
+    example = questions(1, 1)[0]
+    engines[TINY].encode(example.chunks)
+    length = 800
+    before = metric(server, "generation_tokens_total")
+    with sent(server, body(example, max_tokens=length, ignore_eos=True)):
+        until(lambda: metric(server, "num_requests_running"))
+    until(lambda: not metric(server, "num_requests_running"))
+    assert metric(server, "generation_tokens_total") - before < length
+
+
+def metric(server, name) -> float:
+    lines = httpx.get(f"{server}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}{{"))
+
+
+@contextmanager
+def sent(server, body):
+    """A connection that has sent a request; it is closed at the end, without having read."""
+    address = httpx.URL(server)
+    request = httpx.Request("POST", f"{server}/v1/chat/completions", json=body)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with socket.create_connection((address.host, address.port)) as connection:
+        text = f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n"
+        connection.sendall(text.encode() + request.content)
+        yield connection
 
 
 def until(condition) -> None:

@@ -102,7 +102,7 @@ class ChunkStore:
         """Looks up an entry. Returns it with the tier where it was found and the time taken.
 
         ``read`` reads its file, with the errors of `ChunkFile.read`; ``keep`` keeps it in memory.
-        Without ``in_memory``, only files are looked up, which other processes may have replaced.
+        Without ``in_memory``, only the folder is looked up, whose files others may have replaced.
         """
         started = time.perf_counter()
         rejected: set[str] = set()
@@ -119,7 +119,7 @@ class ChunkStore:
                 tier.stats.misses += 1
         searched = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
-        for tier in self._blobs:
+        for tier in self._blobs if in_memory else self._blobs[: self.folder is not None]:
             loaded = None
             try:
                 loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
@@ -137,10 +137,11 @@ class ChunkStore:
                 if keep:
                     self._remember(key, kv, row)
                 return self._hit(key, kv, tier, started, searched)
+        seconds = time.perf_counter() - started
         with self._lock:
-            self._stats.misses += 1
-            seconds = time.perf_counter() - started
-            self._tracer.looked_up(key, len(token_ids), "none", 0, seconds)
+            if in_memory:  # else it is the second look-up of the same
+                self._stats.misses += 1
+                self._tracer.looked_up(key, len(token_ids), "none", 0, seconds)
         return Lookup(None, "none", 0, seconds, 0.0, "; ".join(sorted(rejected)))
 
     def stored(

@@ -83,10 +83,11 @@ class Nearest:
         """Adds a record as the latest, and removes an older listing of the same key."""
         row = torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)[None]
         new = vector[None], torch.tensor([num_tokens]), row
+        own = self._lists()  # may ask a remote, for which other processes must not wait
 
         def merge() -> None:
             # The own list is in memory; additions of other processes are in the file alone.
-            found = [self._lists(), self._lists(in_memory=False), new]
+            found = [own, self._lists(in_memory=False), new]
             lists = [torch.cat(parts) for parts in zip(*filter(None, found), strict=True)]
             last = {bytes(one): index for index, one in enumerate(lists[2].tolist())}
             chosen = sorted(last.values())[-self.most :]

@@ -86,7 +86,8 @@ class Shelf:
         config = StoreConfig.parse(place)
         if config.place is None:
             raise ValueError(f"'{place}' names no folder and no URL")
-        plain = StoreConfig(folder=config.folder, remote=None if config.folder else config.remote)
+        remote = None if config.folder else config.remote
+        plain = StoreConfig(folder=config.folder, remote=remote, wait=config.wait)
         if make and config != plain:
             raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
         if config.folder is not None and config.remote is not None:

@@ -102,8 +102,10 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
     context = record.get("context")
     if not (any(context.values()) if isinstance(context, Mapping) else context):
         raise LeftOut("no context")
-    facts = passages_in(record.get("supporting_facts") or (), "supporting_facts")
+    facts = record.get("supporting_facts") or ()
     try:
+        if isinstance(facts, Mapping):
+            facts = [{"title": title} for title in facts["title"]]
         titles = [fact["title"] if isinstance(fact, Mapping) else fact[0] for fact in facts]
     except (KeyError, TypeError, IndexError):
         wanted = 'a list of [title, sentence] or {"title"}'
