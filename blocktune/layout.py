@@ -171,7 +171,7 @@ class LayerRule:
         return replace(self, layer=max((end for end in endings if end <= self.layer), default=0))
 
 
-FIRST_LAYER = LayerRule()  # it applies to all layers if no row ends and there is no window
+FIRST_LAYER = LayerRule()  # of all layers, if no row ends early and there is no window
 
 
 def visible(

@@ -33,8 +33,8 @@ class Agreement(NamedTuple):
 def agreement(full: Tensor, own: Tensor) -> Agreement:
     """Compares next-token distributions at the same positions, given as logits ``(T, V)``.
 
-    Tokens that full prefill excludes (a logit of -inf) count nothing. Raises ValueError if any
-    logit is NaN, or the divergence is no finite number.
+    Tokens that full prefill excludes (a logit of -inf) contribute nothing. Raises ValueError if
+    a logit is NaN or the divergence is not finite.
     """
     require_numbers(full)
     require_numbers(own)
@@ -124,7 +124,7 @@ def profile_layers(
 
     Ranges have up to ``most_layers`` layers; ``progress`` wraps the list of ``(first, length)``.
     The results are ordered by length, then by first layer; efficient ranges are marked. Raises
-    ValueError if there is no example, ``most_layers`` is out of range, or logits are NaN.
+    ValueError if there is no example, ``most_layers`` is out of range, or a logit is NaN.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
     divergence of the first answer token from full prefill's is used, which needs fewer examples.

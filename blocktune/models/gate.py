@@ -117,7 +117,8 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
 
 def exact_length(config: PreTrainedConfig) -> int | None:
     """Prompt length up to which moving chunks by rotation is exact; None: no limit."""
-    lengths = [getattr(config, "index_topk", None)]  # attends to so many tokens (DeepSeek V3.2)
+    # index_topk: the maximum number of attended tokens (DeepSeek V3.2)
+    lengths = [getattr(config, "index_topk", None)]
     for part in _ropes(config):
         original = part.get("original_max_position_embeddings")
         if part.get("rope_type") == "dynamic":

@@ -213,7 +213,7 @@ def print_into_a_closed_pipe() -> None:
 
 
 def test_a_closed_pipe_ends_no_run():
-    """`blocktune train ... | head`: the run goes on."""
+    """Training continues when the reader of its output is gone (`blocktune train ... | head`)."""
     process = multiprocessing.get_context("fork").Process(target=print_into_a_closed_pipe)
     process.start()
     process.join(60)

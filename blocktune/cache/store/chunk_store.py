@@ -173,8 +173,9 @@ class ChunkStore:
 
         It took ``seconds`` to encode, which the policy ``gdsf`` weighs, and counts against the
         quota of its ``tenant``. ``document`` names what it comes from (or several, one a line).
-        Raises ValueError if it exceeds the memory and there is no folder, or writing fails and
-        ``must_write`` is set. Returns it as later lookups will: quantised, if there is a codec.
+        Raises ValueError if the entry is larger than the memory limit and there is no folder, or
+        if ``must_write`` is set and writing fails. Returns it as later lookups will: quantised, if
+        there is a codec.
         """
         most = max(tier.ledger.max_bytes for tier in self._memories)
         if not self._blobs and kv.num_bytes > most:

@@ -55,7 +55,7 @@ def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExa
 def _require_answerable(record: Mapping[str, Any]) -> None:
     """Raises `LeftOut` for a question that its data set marks as unanswerable.
 
-    An empty list is no mark: test sets hide their answers so.
+    An empty list does not count as such a mark: test sets use it to hide their answers.
     """
     answers = plain(record.get("answers"))
     marks = (
