@@ -15,6 +15,8 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.prompt.special_tokens import remembered
+
 SENTINEL = "BlocktuneChunksStandHere"
 REPLY = "BlocktuneReplyStandsHere"
 PLAIN_REPLY_CUE = "\nAnswer:"
@@ -46,7 +48,7 @@ def render_frame(
     if tokenizer.chat_template is None:
         parts = [part for part in (system, head) if part]
         return Frame("\n\n".join(parts), tail + PLAIN_REPLY_CUE)
-    for text in _rendered(tokenizer, system, [("user", head + SENTINEL + tail)]):
+    for text in _opened(tokenizer, system, [("user", head + SENTINEL + tail)]):
         if text.count(SENTINEL) == 1 and (not system or system.strip() in text):
             return Frame(*text.split(SENTINEL))
     raise ValueError(
@@ -71,7 +73,7 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """
     if tokenizer.chat_template is None:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
-    for text in _rendered(tokenizer, None, [*_REPLIED, ("user", question)]):
+    for text in _opened(tokenizer, None, [*_REPLIED, ("user", question)]):
         if text.count(REPLY) == 1 and question.strip() in text:
             return text.split(REPLY)[1]
     raise ValueError(
@@ -88,7 +90,7 @@ def render_conversation(
     Raises ValueError if there is no template, or it drops some text.
     """
     required = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
-    for text in _rendered(tokenizer, system, turns) if tokenizer.chat_template else ():
+    for text in _opened(tokenizer, system, turns) if tokenizer.chat_template else ():
         if all(part in text for part in required):
             return text
     raise ValueError(
@@ -100,6 +102,25 @@ def render_conversation(
 _REPLIED = [("user", "Hello."), ("assistant", REPLY)]
 _IN_PARTS = ("", "system user assistant", "system user", "assistant")
 """Roles whose content is a list of parts, as multimodal templates want it, by preference."""
+
+
+def _opened(
+    tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[tuple[str, str]]
+) -> Iterator[str]:
+    """As `_rendered`, up to where the assistant's reply begins."""
+    return (text + _reply_cue(tokenizer) for text in _rendered(tokenizer, system, turns))
+
+
+@remembered("chat_template")
+def _reply_cue(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a template writes between the start of the turn and a reply (GPT-OSS: its channel)."""
+    for text in _rendered(tokenizer, None, _REPLIED, add_generation_prompt=False):
+        if text.count(REPLY) == 1:
+            cue = text.partition(REPLY)[0]
+            starts = _rendered(tokenizer, None, _REPLIED[:1])
+            extra = next((cue.removeprefix(x) for x in starts if cue.startswith(x)), "")
+            return extra if extra.strip() else ""
+    return ""
 
 
 def _rendered(
