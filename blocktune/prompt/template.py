@@ -24,7 +24,9 @@ PLAIN_REPLY_CUE = "\nAnswer:"
 DATE = "26 Jul 2024"
 """Fixed date for templates (Llama 3.1's default), so that cached prefixes stay valid."""
 _DATE = datetime.strptime(DATE, "%d %b %Y")
-_CODES = "".join(f"|replace('%{code}', '{_DATE:%{code}}')" for code in "YmdBbyAaHMSj")
+_CODES = "|replace('%-', '%')" + "".join(
+    f"|replace('%{code}', '{_DATE:%{code}}')" for code in "YmdBbyAaHMSjeIp"
+)
 _TELL_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- endmacro -%}}"
 """Replaces the function from which Granite's and Mistral's templates get the date."""
 

@@ -202,7 +202,7 @@ def test_a_question_that_is_asked_twice_is_text_both_times():
 
 
 DATED = (
-    "{{ bos_token }}{{ strftime_now('%B %d, %Y') }}"
+    "{{ bos_token }}{{ strftime_now('%B %-d, %Y') }}"
     "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 )
 
