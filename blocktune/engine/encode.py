@@ -127,19 +127,26 @@ class Encoder:
         self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
         self._parameters = list(model.parameters())
-        self._adapted = [m for m in model.modules() if hasattr(m, "disable_adapters")]
+        parts = (m for m in model.modules() if hasattr(m, "scaling"))
+        self._adapted = [part for part in parts if hasattr(part, "active_adapters")]
         self._made_with = self._weights()
 
     def _weights(self) -> tuple:
         """Facts that tell cheaply whether the weights are still those of the fingerprint."""
         first = self._parameters[0]
         changes = sum(0 if p.is_inference() else p._version for p in self._parameters)
-        names = ("active_adapters", "disable_adapters", "scaling")
-        adapted = str([[getattr(m, name, None) for name in names] for m in self._adapted])
-        return first.dtype, first.device, changes, adapted
+        adapted = [
+            (
+                part.disable_adapters,
+                [(name, part.scaling.get(name)) for name in part.active_adapters],
+            )
+            for part in self._adapted
+        ]
+        active = getattr(self.model, "active_adapter", None)
+        return first.dtype, first.device, changes, active, adapted
 
     def require_model(self, caches: bool = True) -> None:
-        """Raises ValueError if the model trains, was detached or, if a pass ``caches``, changed."""
+        """Raises ValueError if the model trains, is detached or, for ``caches``, changed."""
         if self.model.training:
             raise ValueError(
                 "the engine's model is in training mode, with dropout; call its eval()"
@@ -148,9 +155,9 @@ class Encoder:
             raise ValueError("the engine's model was detached; call blocktune.attach(engine.model)")
         if caches and self._weights() != self._made_with:
             raise ValueError(
-                "the model's weights, dtype, device or adapter changed after its engine was made (a "
-                "disabled or rescaled adapter, too), so cached chunks do not belong to it; undo "
-                "that, or make a new Engine(model, tokenizer)"
+                "the model's weights, dtype, device or adapter (or its state) changed after its "
+                "engine was made, so cached chunks do not belong to it; undo that, or make a new "
+                "Engine(model, tokenizer)"
             )
 
     def find(
