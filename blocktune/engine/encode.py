@@ -127,23 +127,16 @@ class Encoder:
         self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
         self._parameters = list(model.parameters())
-        parts = (m for m in model.modules() if hasattr(m, "scaling"))
-        self._adapted = [part for part in parts if hasattr(part, "active_adapters")]
+        self._lora = [part for part in model.modules() if hasattr(part, "scale_layer")]
         self._made_with = self._weights()
 
     def _weights(self) -> tuple:
         """Facts that tell cheaply whether the weights are still those of the fingerprint."""
         first = self._parameters[0]
         changes = sum(0 if p.is_inference() else p._version for p in self._parameters)
-        adapted = [
-            (
-                part.disable_adapters,
-                [(name, part.scaling.get(name)) for name in part.active_adapters],
-            )
-            for part in self._adapted
-        ]
+        state = [(m.disable_adapters, [*map(m.scaling.get, m.active_adapters)]) for m in self._lora]
         active = getattr(self.model, "active_adapter", None)
-        return first.dtype, first.device, changes, active, adapted
+        return first.dtype, first.device, changes, active, state
 
     def require_model(self, caches: bool = True) -> None:
         """Raises ValueError if the model trains, is detached or, for ``caches``, changed."""

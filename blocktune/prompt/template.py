@@ -50,9 +50,10 @@ def render_frame(
     if tokenizer.chat_template is None:
         parts = [part for part in (system, head) if part]
         return Frame("\n\n".join(parts), tail + PLAIN_REPLY_CUE)
-    for text in _opened(tokenizer, system, [("user", head + SENTINEL + tail)]):
+    for text in _rendered(tokenizer, system, [("user", head + SENTINEL + tail)]):
         if text.count(SENTINEL) == 1 and (not system or system.strip() in text):
-            return Frame(*text.split(SENTINEL))
+            before, after = text.split(SENTINEL)
+            return Frame(before, after + _reply_cue(tokenizer))
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a user turn with "
         f"text in it exactly once; set tokenizer.chat_template to one that does"
@@ -75,9 +76,9 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """
     if tokenizer.chat_template is None:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
-    for text in _opened(tokenizer, None, [*_REPLIED, ("user", question)]):
+    for text in _rendered(tokenizer, None, [*_REPLIED, ("user", question)]):
         if text.count(REPLY) == 1 and question.strip() in text:
-            return text.split(REPLY)[1]
+            return text.split(REPLY)[1] + _reply_cue(tokenizer)
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a second user turn; "
         "leave followups out, or set tokenizer.chat_template to one that does"
@@ -92,9 +93,9 @@ def render_conversation(
     Raises ValueError if there is no template, or it drops some text.
     """
     required = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
-    for text in _opened(tokenizer, system, turns) if tokenizer.chat_template else ():
+    for text in _rendered(tokenizer, system, turns) if tokenizer.chat_template else ():
         if all(part in text for part in required):
-            return text
+            return text + _reply_cue(tokenizer)
     raise ValueError(
         f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
         "turns out, or set tokenizer.chat_template to one that does"
@@ -104,13 +105,6 @@ def render_conversation(
 _REPLIED = [("user", "Hello."), ("assistant", REPLY)]
 _IN_PARTS = ("", "system user assistant", "system user", "assistant")
 """Roles whose content is a list of parts, as multimodal templates want it, by preference."""
-
-
-def _opened(
-    tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[tuple[str, str]]
-) -> Iterator[str]:
-    """As `_rendered`, up to where the assistant's reply begins."""
-    return (text + _reply_cue(tokenizer) for text in _rendered(tokenizer, system, turns))
 
 
 @remembered("chat_template")
