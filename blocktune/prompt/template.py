@@ -53,20 +53,27 @@ def render_frame(
     for text in _rendered(tokenizer, system, [("user", head + SENTINEL + tail)]):
         if text.count(SENTINEL) == 1 and (not system or system.strip() in text):
             before, after = text.split(SENTINEL)
-            return Frame(before, after + _reply_cue(tokenizer))
+            return Frame(before, after + around_reply(tokenizer).before)
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a user turn with "
         f"text in it exactly once; set tokenizer.chat_template to one that does"
     )
 
 
-def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the template adds after the assistant's; empty if it cannot be determined."""
-    if tokenizer.chat_template is not None:
-        for text in _rendered(tokenizer, None, _REPLIED, add_generation_prompt=False):
-            if text.count(REPLY) == 1:
-                return text.split(REPLY)[1]
-    return ""
+@remembered("chat_template")
+def around_reply(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """The text between the start of the assistant's turn and a reply (a channel), and after it.
+
+    Both are empty if they cannot be determined.
+    """
+    replied = {"turns": _REPLIED, "add_generation_prompt": False}
+    for text in _rendered(tokenizer, None, **replied) if tokenizer.chat_template else ():
+        if text.count(REPLY) == 1:
+            before, after = text.split(REPLY)
+            starts = [x for x in _rendered(tokenizer, None, _REPLIED[:1]) if before.startswith(x)]
+            opening = before.removeprefix(starts[0]) if starts else ""
+            return Frame(opening if opening.strip() else "", after)
+    return Frame("", "")
 
 
 def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
@@ -78,7 +85,7 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
     for text in _rendered(tokenizer, None, [*_REPLIED, ("user", question)]):
         if text.count(REPLY) == 1 and question.strip() in text:
-            return text.split(REPLY)[1] + _reply_cue(tokenizer)
+            return text.split(REPLY)[1] + around_reply(tokenizer).before
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a second user turn; "
         "leave followups out, or set tokenizer.chat_template to one that does"
@@ -95,7 +102,7 @@ def render_conversation(
     required = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
     for text in _rendered(tokenizer, system, turns) if tokenizer.chat_template else ():
         if all(part in text for part in required):
-            return text + _reply_cue(tokenizer)
+            return text + around_reply(tokenizer).before
     raise ValueError(
         f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
         "turns out, or set tokenizer.chat_template to one that does"
@@ -105,18 +112,6 @@ def render_conversation(
 _REPLIED = [("user", "Hello."), ("assistant", REPLY)]
 _IN_PARTS = ("", "system user assistant", "system user", "assistant")
 """Roles whose content is a list of parts, as multimodal templates want it, by preference."""
-
-
-@remembered("chat_template")
-def _reply_cue(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a template writes between the start of the turn and a reply (GPT-OSS: its channel)."""
-    for text in _rendered(tokenizer, None, _REPLIED, add_generation_prompt=False):
-        if text.count(REPLY) == 1:
-            cue = text.partition(REPLY)[0]
-            starts = _rendered(tokenizer, None, _REPLIED[:1])
-            extra = next((cue.removeprefix(x) for x in starts if cue.startswith(x)), "")
-            return extra if extra.strip() else ""
-    return ""
 
 
 def _rendered(
