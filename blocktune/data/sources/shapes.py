@@ -44,6 +44,7 @@ class Shape(NamedTuple):
         return partial(self.parse, cutter=cutter)
 
 
+_CHATS = (("messages",), ("conversations",), ("prompt", "completion"))
 SHAPES = (
     Shape("blocktune", (("question", "chunks"),), schemas.parse_own, may_cut=True),
     Shape("musique", (("question", "paragraphs"),), schemas.parse_musique),
@@ -55,7 +56,7 @@ SHAPES = (
     Shape("mt-rag", (("contexts", "input", "targets"),), texts.parse_session),
     Shape("longbench", (("input", "context"),), schemas.parse_longbench, "delimiter"),
     Shape("grounded", (("messages", "documents"), ("prompt", "documents")), texts.parse_grounded),
-    Shape("chat", (("messages",), ("conversations",)), texts.parse_chat, "message"),
+    Shape("chat", _CHATS, texts.parse_chat, "message"),
     Shape("summary", (("document", "summary"),), texts.parse_summary, "delimiter"),
     Shape("few-shot", (("dialogue", "summary"),), texts.parse_pair, in_shots=True),
     Shape("document", (), texts.parse_document, "delimiter"),
@@ -88,8 +89,8 @@ def rename(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, An
 
 
 _QUESTION_KEYS = ("question", "query", "user_input", "instruction", "prompt", "input", "q", "key")
-_ANSWER_KEYS = ("answers", "ground_truth", "reference", "answer", "outputs", "output", "target")
-_ANSWER_KEYS += ("response", "label", "value")
+_ANSWER_KEYS = ("answers", "golden_answers", "ground_truth", "reference", "answer", "outputs")
+_ANSWER_KEYS += ("output", "target", "response", "label", "value")
 _PASSAGE_KEYS = ("chunks", "context", "passage", "article", "document", "story", "input")
 
 
