@@ -301,8 +301,7 @@ def read_hub(
     try:
         if any((Path(source.hub) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             saved = load_from_disk(source.hub)
-            if not isinstance(saved, Mapping):
-                saved = {str(saved.split or split or "train"): saved}
+            saved = saved if isinstance(saved, Mapping) else {str(saved.split or "train"): saved}
         if not split:
             names = saved or get_dataset_split_names(**where, config_name=source.config)
             split = "validation" if "validation" in names else "train"
@@ -318,7 +317,10 @@ def read_hub(
         for number, row in numbered:  # number within the data set, except in a shuffled stream
             yield Record(f"{name} ({split}), record {number}", row)
     except Exception as error:  # damaged or unexpected files raise errors of any type
+        error = (type(error).__name__ == "DatasetGenerationError" and error.__cause__) or error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if "scripts are no longer supported" in reason:
+            reason += f"; try the Hub's own copy: hf:{source.hub}@refs/convert/parquet"
         raise ValueError(f"cannot load 'hf:{name}' (split '{split}'): {reason}") from None
 
 
