@@ -259,7 +259,7 @@ def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
     In records of RAGAS, ``answer`` is what a system answered, beside the right ``ground_truth``.
     """
-    names = ("answers", "ground_truth", "ground_truths", "answer")
+    names = ("answers", "golden_answers", "ground_truth", "ground_truths", "answer")
     name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         return ()
