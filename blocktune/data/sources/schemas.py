@@ -104,8 +104,7 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
         raise LeftOut("no context")
     facts = record.get("supporting_facts") or ()
     try:
-        if isinstance(facts, Mapping):
-            facts = [{"title": title} for title in facts["title"]]
+        facts = passages_in(facts, "supporting_facts")
         titles = [fact["title"] if isinstance(fact, Mapping) else fact[0] for fact in facts]
     except (KeyError, TypeError, IndexError):
         wanted = 'a list of [title, sentence] or {"title"}'
