@@ -238,6 +238,10 @@ NESTED = {"query": "Who?", "docs": [{"text": "one"}], "gold": {"text": "Ann"}, "
             {"query": "Who?", "evidence": "one " * 200},
             RagExample("Who?", "one " * 200),
         ),
+        (
+            {"document": {"text": "one"}, "question": {"text": "Who?"}, "answers": ["Ann"]},
+            RagExample("Who?", ["one"], "Ann"),  # as NarrativeQA
+        ),
     ],
 )
 def test_an_unknown_shape_says_the_mapping_that_reads_it(tmp_path, record, wanted):

@@ -106,7 +106,8 @@ def unknown_shape(first: Any, source: str) -> str:
     nested = (k for k in candidates if isinstance(first[k], Mapping) and "text" in first[k])
     question = question or next((f"{key}.text" for key in nested), None)  # Natural Questions
     answers = next((keys[key] for key in _ANSWER_KEYS if key in keys), None)
-    others = {k: v for k, v in first.items() if k not in (question, answers, "answer_aliases")}
+    asked = (question or "").partition(".")[0]
+    others = {k: v for k, v in first.items() if k not in (asked, answers, "answer_aliases")}
     usual = (keys[key] for key in _PASSAGE_KEYS if keys.get(key) in others)
     passages = next((key for key in usual if isinstance(first[key], str)), None)
     passages = passages or next((k for k, v in others.items() if _holds_passages(v)), None)
@@ -129,9 +130,9 @@ def unknown_shape(first: Any, source: str) -> str:
 
 
 def _holds_passages(value: Any) -> bool:
-    """Whether a value may hold passages: a list of texts or objects, columns, or a long text."""
+    """Whether a value may hold passages: a list, columns, an object with a text, a long text."""
     if isinstance(value, str):
         return len(value) > 400
     if isinstance(value, Mapping):
-        return any(isinstance(column, list) for column in value.values())
+        return "text" in value or any(isinstance(column, list) for column in value.values())
     return isinstance(value, list) and bool(value) and isinstance(value[0], str | list | Mapping)

@@ -19,8 +19,7 @@ from blocktune.prompt.format import Chunk
 CONTINUE = "Continue the text above."
 POOL = 1000  # shots are drawn from the first 1,000 instances of a source, whatever its limit
 _ROLES = {role: role for role in SPEAKERS}
-_ROLES |= {"human": "user", "developer": "system"}
-_ROLES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
+_ROLES |= {"human": "user", "developer": "system", "function": "tool", "observation": "tool"}
 _ROLES |= dict.fromkeys(("gpt", "bot", "agent", "model"), "assistant")
 _CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")  # a Markdown code fence or an indented line
 _PAIRS = (
