@@ -31,7 +31,7 @@ _TABLES = {b"PAR1": "parquet file", b"ARROW1": "arrow file", b"\xff\xff\xff\xff"
 _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Office file",
     b"\x28\xb5\x2f\xfd": "zstd (unzstd unpacks it)",
-    b"version ": "a pointer of Git LFS (git lfs pull fetches the file)",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
     b"%PDF": "a PDF",
     b"GGUF": "a GGUF model",
     b"SQLite": "an SQLite data base",
@@ -71,7 +71,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     if not path.is_file():
         raise ValueError(f"'{path}' is not a file; give {WANTED}")
     with path.open("rb") as file:
-        head = file.read(8)
+        head = file.read(32)
     if kind := _by_magic(head, _TABLES):
         yield from _from_table(path, kind)
         return
