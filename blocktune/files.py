@@ -9,11 +9,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EACCES)
 
 
 @contextmanager
@@ -50,10 +51,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         with _naming(path):
             yield Path(name)
-            if path.exists():
-                shutil.copymode(path, name)
-            else:
-                Path(name).chmod(0o666 & ~_umask())
+            with suppress(PermissionError):  # FUSE and SMB may not let permissions be set
+                os.chmod(name, path.stat().st_mode if path.exists() else 0o666 & ~_umask())
             sync(name)
             os.replace(name, path)
             sync(path.parent)
@@ -128,19 +127,28 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """Locks ``path`` (created if missing) in the block. ValueError if another process holds it."""
-    import fcntl  # POSIX only, unlike the rest of this module
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_char_device() or path.is_fifo():  # several processes may write to it
         yield
         return
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing '{path}'; wait for it to end") from None
+        if lock(file.fileno()) is False:
+            raise ValueError(f"another process is writing '{path}'; wait for it to end")
         yield
+
+
+def lock(descriptor: int, wait: bool = False) -> bool | None:
+    """Whether a file could be locked; None if its file system has no locks, as some of Lustre."""
+    import fcntl  # POSIX only, unlike the rest of this module
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 @contextmanager
@@ -167,12 +175,16 @@ def _is_torn(end: bytes) -> bool:
 
 
 def sync(path: str | Path) -> None:
-    """Waits until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the entries of a folder, are on disk, if the file system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 @functools.cache  # reading the umask changes it for a moment, for all threads

@@ -7,7 +7,6 @@ other file is read, replaced or removed. No torch is imported.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import stat
@@ -18,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, relative_path
-from blocktune.files import sync
+from blocktune.files import lock, sync
 
 WRITING = ".writing"  # folder for unfinished files, on the same file system: renames are atomic
 _UNFINISHED = r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part"
@@ -32,9 +31,9 @@ def chunk_path(folder: Path, key: str) -> Path:
     return folder / relative_path(key)
 
 
-def is_taken(error: OSError) -> bool:
-    """Whether a foreign file occupies the path, while the disk itself is writable."""
-    return error.errno in _TAKEN
+def is_of_one_file(error: OSError, reading: bool) -> bool:
+    """Whether a foreign, unreadable or just removed file is in the way, while the disk works."""
+    return error.errno in _TAKEN or (reading and error.errno in (errno.EACCES, errno.ESTALE))
 
 
 class OpenFile(Blob):
@@ -94,7 +93,7 @@ class ChunkFolder(Blobs):
                 age = time.time() - entry.stat(follow_symlinks=False).st_mtime
                 descriptor = _plain(Path(entry.path), os.O_RDWR)
                 try:
-                    acquired = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    acquired = lock(descriptor)
                     if age > _ABANDONED_S if acquired is None else acquired:
                         os.unlink(entry.path)
                         removed += 1
@@ -102,17 +101,21 @@ class ChunkFolder(Blobs):
                     os.close(descriptor)
         return removed
 
-    def _open(self, name: str, most: int | None) -> OpenFile:
+    def _open(self, name: str, most: int | None) -> Blob:
         try:
-            return OpenFile(_plain(self._path(name)))
+            path = self._path(name)
         except FileExistsError as error:
             raise ValueError(error.strerror) from None
+        if most == 0:  # only asks whether it is there
+            _require_plain(path)
+            return Blob(b"")
+        return OpenFile(_plain(path))
 
     def _write(self, name: str, data: bytes) -> None:
         path, unfinished = self._path(name, make=True), self._unfinished(Path(name).stem)
         try:
             with suppress(FileNotFoundError):
-                os.close(_plain(path))
+                _require_plain(path)
         except ValueError as error:
             raise FileExistsError(errno.EEXIST, str(error), str(path)) from None
         try:
@@ -176,6 +179,12 @@ class ChunkFolder(Blobs):
             return []
 
 
+def _require_plain(path: Path) -> None:
+    """Raises as `_plain` does, but for a file that only another user may read."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise ValueError("a link, folder or device is at its path")
+
+
 def _plain(path: Path, how: int = os.O_RDONLY) -> int:
     """Opens a plain file and returns its descriptor. Raises ValueError for anything else."""
     try:
@@ -194,18 +203,7 @@ def _locked_new(path: Path):
     """Creates a file that is locked while its writer lives, so `ChunkFolder.clean` keeps it."""
     while True:
         file = path.open("xb")
-        _lock(file.fileno(), fcntl.LOCK_EX)
+        lock(file.fileno(), wait=True)
         if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # `clean` removed it between the two calls: try again
-
-
-def _lock(descriptor: int, how: int) -> bool | None:
-    """Whether the lock was acquired; None if the file system does not support locks."""
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True

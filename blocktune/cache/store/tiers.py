@@ -21,7 +21,7 @@ from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.store.blobs import Blobs
 from blocktune.cache.store.chunk_file import ChunkFile, Expired
 from blocktune.cache.store.config import StoreConfig, TierStats
-from blocktune.cache.store.folder import ChunkFolder, is_taken
+from blocktune.cache.store.folder import ChunkFolder, is_of_one_file
 from blocktune.cache.store.ledger import INDEX, About, Ledger, Row
 from blocktune.cache.store.shelf import open_index
 
@@ -207,16 +207,19 @@ class BlobTier:
         verb = "write to" if what == "write" else "read"
         reason = f"cannot {verb} the store '{self.blobs.place}': {error.strerror or error}"
         if self.must_write and what == "write":
-            raise ValueError(f"{reason}; free space there or choose another store") from None
+            hint = "free space there" if self._is_folder else "check address and credentials"
+            raise ValueError(f"{reason}; {hint} or choose another store") from None
+        alone = is_of_one_file(error, reading=self._is_folder and what == "read")
         with self._lock:
             self.stats.failures += 1
-            if not is_taken(error):
+            if not alone:
                 self._retry_at[what] = time.monotonic() + RETRY_S
             warned, self._warned = self._warned, True
         if not warned:
-            lost = "a chunk is" if is_taken(error) else "new chunks are"
-            then = f"its chunks are still used, but {lost} not stored there"
-            then = then if what == "write" else "its chunks are encoded instead"
+            then = f"{'a chunk is' if alone else 'its chunks are'} encoded instead"
+            if what == "write":
+                lost = "a chunk is" if alone else "new chunks are"
+                then = f"its chunks are still used, but {lost} not stored there"
             _LOG.warning("%s; %s", reason.replace("\n", " "), then)
 
     def _make_room(self, size: int, key: str, about: About) -> bool:
