@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,21 +42,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
         return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem[:32]}-{uuid.uuid4().hex}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(path.suffix, f".{path.stem[:32]}-", path.parent)
+        mode = path.stat().st_mode & 0o777 | 0o600 if path.exists() else 0o666
+        temporary.touch(mode, exist_ok=False)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    os.close(handle)
+    usual = temporary.stat().st_mode
     try:
         with _naming(path):
-            yield Path(name)
+            yield temporary
             with suppress(PermissionError):  # FUSE and SMB may not let permissions be set
-                os.chmod(name, path.stat().st_mode if path.exists() else 0o666 & ~_umask())
-            sync(name)
-            os.replace(name, path)
+                temporary.chmod(path.stat().st_mode if path.exists() else usual)
+            sync(temporary)
+            os.replace(temporary, path)
             sync(path.parent)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def replace_text(path: str | Path, text: str) -> None:
@@ -68,8 +69,7 @@ def replace_text(path: str | Path, text: str) -> None:
 
 def replace_json(path: str | Path, record: Any) -> None:
     """Writes indented JSON atomically. Raises ValueError for NaN, which JSON does not have."""
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    replace_text(path, text + "\n")
+    replace_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def move_folder(source: str | Path, target: str | Path) -> None:
@@ -121,7 +121,7 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
         out.writelines(line + "\n" for line in lines)
         out.flush()
         if Path(path).is_file():
-            os.fsync(out.fileno())
+            sync(path)
 
 
 @contextmanager
@@ -185,10 +185,3 @@ def sync(path: str | Path) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
-
-
-@functools.cache  # reading the umask changes it for a moment, for all threads
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -12,7 +12,7 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,18 +22,14 @@ from blocktune.files import lock, sync
 WRITING = ".writing"  # folder for unfinished files, on the same file system: renames are atomic
 _UNFINISHED = r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part"
 _ABANDONED_S = 3600
-_MOST_BUFFERS = 1024  # that one ``preadv`` call accepts
-_TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # by a foreign file
+UNREADABLE = (errno.EACCES, errno.ESTALE)  # one file, of another user or just replaced
+_FOREIGN = "a link, a device, or a file of another kind is at its path"
 
 
 def chunk_path(folder: Path, key: str) -> Path:
     """Path of the file of ``key`` in ``folder``."""
     return folder / relative_path(key)
-
-
-def is_of_one_file(error: OSError, reading: bool) -> bool:
-    """Whether a foreign, unreadable or just removed file is in the way, while the disk works."""
-    return error.errno in _TAKEN or (reading and error.errno in (errno.EACCES, errno.ESTALE))
 
 
 class OpenFile(Blob):
@@ -42,7 +38,6 @@ class OpenFile(Blob):
     data = None
 
     def __init__(self, descriptor: int):
-        """Takes over the descriptor, and closes it in the end."""
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self.size = status.st_size
@@ -50,16 +45,10 @@ class OpenFile(Blob):
         self.changed, self.used = status.st_ctime, status.st_mtime
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
-        done, remaining = 0, [buffer for buffer in buffers if len(buffer)]
-        while remaining:
-            count = os.preadv(self._descriptor, remaining[:_MOST_BUFFERS], start + done)
-            if not count:
-                break
-            done += count
-            while remaining and count >= len(remaining[0]):
-                count -= len(remaining.pop(0))
-            if count:
-                remaining[0] = remaining[0][count:]
+        done = 0
+        for buffer in buffers:
+            while len(buffer) and (count := os.preadv(self._descriptor, [buffer], start + done)):
+                buffer, done = buffer[count:], done + count
         return done
 
     def __del__(self):
@@ -104,20 +93,17 @@ class ChunkFolder(Blobs):
     def _open(self, name: str, most: int | None) -> Blob:
         try:
             path = self._path(name)
+            if most == 0:  # asks whether it is there, though perhaps only others may read it
+                _require(stat.S_ISREG, path)
+                return Blob(b"")
         except FileExistsError as error:
             raise ValueError(error.strerror) from None
-        if most == 0:  # only asks whether it is there
-            _require_plain(path)
-            return Blob(b"")
         return OpenFile(_plain(path))
 
     def _write(self, name: str, data: bytes) -> None:
         path, unfinished = self._path(name, make=True), self._unfinished(Path(name).stem)
-        try:
-            with suppress(FileNotFoundError):
-                _require_plain(path)
-        except ValueError as error:
-            raise FileExistsError(errno.EEXIST, str(error), str(path)) from None
+        with suppress(FileNotFoundError):
+            _require(stat.S_ISREG, path)
         try:
             with _locked_new(unfinished) as file:
                 file.write(data)
@@ -163,9 +149,7 @@ class ChunkFolder(Blobs):
             if make:
                 with suppress(FileExistsError):
                     path.mkdir(exist_ok=True)
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                reason = f"'{path}' is not a folder of the store"
-                raise FileExistsError(errno.EEXIST, reason, str(path))
+            _require(stat.S_ISDIR, path)
         return path / last
 
     def _entries(self, path: Path, names: str) -> list[os.DirEntry]:
@@ -179,10 +163,9 @@ class ChunkFolder(Blobs):
             return []
 
 
-def _require_plain(path: Path) -> None:
-    """Raises as `_plain` does, but for a file that only another user may read."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        raise ValueError("a link, folder or device is at its path")
+def _require(is_kind: Callable[[int], bool], path: Path) -> None:
+    if not is_kind(os.lstat(path).st_mode):
+        raise FileExistsError(errno.EEXIST, _FOREIGN, str(path))
 
 
 def _plain(path: Path, how: int = os.O_RDONLY) -> int:
@@ -196,7 +179,7 @@ def _plain(path: Path, how: int = os.O_RDONLY) -> int:
     except OSError as error:  # ENXIO: a socket, or a pipe without a reader
         if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
             raise
-    raise ValueError("a link, folder or device is at its path")
+    raise ValueError(_FOREIGN)
 
 
 def _locked_new(path: Path):

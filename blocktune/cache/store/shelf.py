@@ -43,6 +43,8 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
                 _LOG.warning("'%s' is not the index of the store; it is not used", path)
                 return None
             try:
+                if not path.exists():
+                    path.touch()  # SQLite would not let a group write, whatever the umask
                 ledger = Ledger(path, **budget)
                 if not ledger.size():  # new, lost or emptied
                     ledger.fill(found_rows(folder))
@@ -86,14 +88,13 @@ class Shelf:
         config = StoreConfig.parse(place)
         if config.place is None:
             raise ValueError(f"'{place}' names no folder and no URL")
-        remote = None if config.folder else config.remote
-        plain = StoreConfig(folder=config.folder, remote=remote, wait=config.wait)
-        if make and config != plain:
-            raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
         if config.folder is not None and config.remote is not None:
             raise ValueError(
                 f"'{place}' names two places; run this for '{config.folder}' and for the remote"
             )
+        plain = StoreConfig(folder=config.folder, remote=config.remote, wait=config.wait)
+        if make and config != plain:
+            raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
         blobs = open_places(config)[0]
         blobs.timeout_s = PATIENCE_S
         if config.folder is None:
