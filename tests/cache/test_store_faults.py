@@ -358,7 +358,7 @@ def test_the_key_comes_from_the_environment_or_a_file(tmp_path, monkeypatch):
     file.write_bytes(SECRET_A + b"\n")
     open_store(tmp_path, secret=SECRET_A).put(KEY, CHUNK)
     for name, value, hit in [
-        (SECRET, SECRET_A.decode(), True),
+        (SECRET, SECRET_A.decode() + "\n", True),
         (SECRET, SECRET_B.decode(), False),
         (SECRET_FILE, str(file), True),
     ]:
