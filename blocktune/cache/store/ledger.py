@@ -93,8 +93,6 @@ class Ledger:
         self._held: list[sqlite3.Connection] = []  # one, or none while the process forks
         self._connect()
         weakref.finalize(self, _close, self._held, self._uses)
-        if path is not None:
-            _INDEXES.add(self)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -255,6 +253,7 @@ class Ledger:
         where = ":memory:" if self.path is None else str(self.path)
         database = sqlite3.connect(where, 1.0, isolation_level=None, check_same_thread=False)
         if self.path is not None:
+            _INDEXES.add(self)
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = OFF")  # it can be rebuilt from the files
         database.executescript(_SCHEMA)

@@ -88,13 +88,14 @@ class Shelf:
         config = StoreConfig.parse(place)
         if config.place is None:
             raise ValueError(f"'{place}' names no folder and no URL")
+        remote = None if config.folder else config.remote
+        plain = StoreConfig(folder=config.folder, remote=remote, wait=config.wait)
+        if make and config != plain:
+            raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
         if config.folder is not None and config.remote is not None:
             raise ValueError(
                 f"'{place}' names two places; run this for '{config.folder}' and for the remote"
             )
-        plain = StoreConfig(folder=config.folder, remote=config.remote, wait=config.wait)
-        if make and config != plain:
-            raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
         blobs = open_places(config)[0]
         blobs.timeout_s = PATIENCE_S
         if config.folder is None:
