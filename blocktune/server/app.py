@@ -150,7 +150,7 @@ async def complete(request: Request) -> Response:
 async def encode(request: Request) -> Response:
     """Encodes documents ahead of time, and pins them if requested."""
     exchange, _ = await begin(request, ChunksRequest, Service.encoding)
-    [report] = [event async for event in exchange.events()]
+    *_, report = [event async for event in exchange.events()]
     return JSONResponse(chunk_list(exchange.job, report).model_dump())
 
 

@@ -39,7 +39,7 @@ def text_of(response) -> str:
 def events(response) -> list[dict]:
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line[0] != ":"]
 
 
 def forget(engine) -> None:
