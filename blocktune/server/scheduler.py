@@ -55,13 +55,19 @@ class Scheduler:
         self._before = before
         self._queues: dict[str, deque[Job]] = {}
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping, self._lost = False, ""
         self._thread = threading.Thread(target=self._loop, name="blocktune-engine", daemon=True)
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return sum(map(len, self._queues.values()))
+
+    @property
+    def fault(self) -> str:
+        """Why no request can be answered before a restart; empty: none."""
+        has_ended = self._thread.ident and not (self._thread.is_alive() or self._stopping)
+        return "the engine's thread has ended" if has_ended else self._lost
 
     def start(self) -> None:
         """Starts the thread."""
@@ -77,8 +83,8 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Queues a request. Raises `Busy` if too many wait, or the server stops."""
         with self._wake:
-            if self._stopping:
-                raise Busy(5.0, "the server is shutting down")
+            if self._stopping or self.fault:
+                raise Busy(5.0, self.fault or "the server is shutting down")
             if self.waiting >= self.limits.queue:
                 raise Busy(1.0 + 0.1 * self.waiting, f"the queue is full ({self.waiting} waiting)")
             self._queues.setdefault(job.tenant.name, deque()).append(job)
@@ -134,6 +140,11 @@ class Scheduler:
             del self._queues[job.tenant.name]
 
     def _fail(self, job: Job, failure: Failure) -> None:
+        if failure.status == 500:  # some faults of a GPU make all later calls fail
+            try:
+                job.engine.model.get_input_embeddings().weight[0, 0].item()
+            except Exception as error:
+                self._lost = f"the device is lost: {' '.join(str(error).split()):.200}"
         if not job.begun:
             self._leave_queue(job)
         else:
