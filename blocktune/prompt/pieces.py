@@ -30,7 +30,7 @@ class Pieces(NamedTuple):
 
     @property
     def shareable(self) -> Ids:
-        """What later prompts may begin with: the context; without chunks, all but the last token."""
+        """What later prompts may begin with: the context, or without chunks all but one token."""
         return self.context if self.chunks else (self.prefix + self.query)[:-1]
 
     @property
