@@ -22,8 +22,7 @@ from blocktune.server.schemas import Decoding, T, WrongField, read_body
 from blocktune.server.service import Service
 
 _LOG = logging.getLogger("blocktune.server")
-STREAMED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-"""Headers of streams: nginx would otherwise collect their events before it sends any."""
+STREAMED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx must not collect events
 BEAT_S = 15.0
 """Seconds between the comments in a stream: proxies often end one that is silent for 60 seconds."""
 
