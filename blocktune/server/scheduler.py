@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 
@@ -27,6 +28,8 @@ from blocktune.server.config import Limits
 from blocktune.server.decoding import Choice, decode_step
 from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, failure_of, report_of
 
+PASS_S = 5.0
+"""Seconds that `Scheduler.stop` waits for a pass, such as the check at the start."""
 IDLE_S = 1.0
 """Seconds without a request after which freed memory is returned to the system."""
 
@@ -74,11 +77,12 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finishes what was accepted, then ends the thread."""
+        """Finishes what was accepted. Does not wait long for a pass whose answer nobody awaits."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+            is_awaited = not all(job.cancelled for job in self._jobs())
+        self._thread.join(None if is_awaited else PASS_S)
 
     def submit(self, job: Job) -> None:
         """Queues a request. Raises `Busy` if too many wait, or the server stops."""
@@ -105,6 +109,11 @@ class Scheduler:
             self._prepare_one()
             self._decode_all()
 
+    def _jobs(self) -> dict[Job, None]:
+        return dict.fromkeys(
+            (*chain(*self._queues.values()), *self.preparing, *self.running.values())
+        )
+
     def _has_work(self) -> bool:
         return bool(self.waiting or self.preparing or self.running)
 
@@ -113,8 +122,7 @@ class Scheduler:
 
     def _end_expired(self) -> None:
         """Ends requests, also waiting ones, whose client left, or that took too long."""
-        waiting = (job for queue in self._queues.values() for job in queue)
-        for job in dict.fromkeys((*waiting, *self.preparing, *self.running.values())):
+        for job in self._jobs():
             if job.cancelled or time.perf_counter() - job.created > job.timeout_s:
                 self._fail(job, Failure(408, f"not answered within {job.timeout_s:g} s"))
 
