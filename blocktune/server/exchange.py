@@ -129,10 +129,10 @@ class Exchange:
             self.close(refund=job.unused_tokens(written))
 
     async def _watch(self) -> None:
-        while True:
+        kind = ""
+        while kind != "http.disconnect":
             try:
-                await asyncio.wait_for(self.request.receive(), BEAT_S)
-                break  # the body was read before, so it has left
+                kind = (await asyncio.wait_for(self.request.receive(), BEAT_S))["type"]
             except TimeoutError:
                 self._queue.put_nowait(None)
         self.job.cancelled = True

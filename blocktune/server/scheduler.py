@@ -150,7 +150,7 @@ class Scheduler:
     def _fail(self, job: Job, failure: Failure) -> None:
         if failure.status == 500:  # some faults of a GPU make all later calls fail
             try:
-                job.engine.model.get_input_embeddings().weight[0, 0].item()
+                Stopwatch(job.engine.model.device).start()  # waits for the device
             except Exception as error:
                 self._lost = f"the device is lost: {' '.join(str(error).split()):.200}"
         if not job.begun:

@@ -346,7 +346,7 @@ def test_ready_means_that_the_check_passed(serve, monkeypatch):
     refused(response, 503, "split = dense mask")
 
 
-def test_health_ends_with_the_device_or_the_thread(serve, engine, monkeypatch):
+def test_health_ends_with_the_device_or_the_thread(serve, monkeypatch):
     from blocktune.server import scheduler
 
     def fails(*args, **options):
@@ -356,7 +356,7 @@ def test_health_ends_with_the_device_or_the_thread(serve, engine, monkeypatch):
     monkeypatch.setattr(scheduler, "decode_step", fails)
     assert client.post(CHAT, json=chat()).status_code == 500
     assert client.get("/health").status_code == 200  # a fault of one request
-    monkeypatch.setattr(engine.model, "get_input_embeddings", fails)
+    monkeypatch.setattr(scheduler.Stopwatch, "start", fails)
     assert client.post(CHAT, json=chat()).status_code == 500
     for route in ("/health", "/ready"):
         refused(client.get(route), 503, "the device is lost: device-side assert")
