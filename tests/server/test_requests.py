@@ -346,6 +346,7 @@ def test_ready_means_that_the_check_passed(serve, monkeypatch):
     refused(response, 503, "split = dense mask")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_health_ends_with_the_device_or_the_thread(serve, monkeypatch):
     from blocktune.server import scheduler
 

@@ -248,7 +248,7 @@ def test_the_server_ends_though_the_model_is_busy_for_nobody(monkeypatch):
     busy.start()
     busy.stop()
     assert busy._thread.is_alive()
-    job = Mock(cancelled=False, tenant=Tenant(), begun=0)
+    job = Mock(cancelled=False, tenant=Tenant(), begun=0, timeout_s=1.0)
     busy._queues["default"] = deque([job])
     stopping = threading.Thread(target=busy.stop)
     stopping.start()
