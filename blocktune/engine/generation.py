@@ -186,7 +186,7 @@ class Generation(ServedBatch):
         encoder, history = self.state.encoder, self.method.history
         if self.cache.exact and self.method.cached is Cached.EXACT_PREFIX:
             for index, prompt in enumerate(self.pieces):
-                ids, start = prompt.context, self.assembled.prefix_tokens[index]
+                ids, start = prompt.shareable, self.assembled.prefix_tokens[index]
                 if start < len(ids):
                     exact = cut_exact(self.cache, index, ids, encoder.fingerprint, start=start)
                     self.state.prefixes(self.method).insert(exact)

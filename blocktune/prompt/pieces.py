@@ -25,8 +25,13 @@ class Pieces(NamedTuple):
 
     @property
     def context(self) -> Ids:
-        """Prefix and chunks, which later prompts may share."""
+        """Prefix and chunks."""
         return tuple(chain(self.prefix, *self.chunks))
+
+    @property
+    def shareable(self) -> Ids:
+        """What later prompts may begin with: the context, or without chunks all but one token."""
+        return self.context if self.chunks else (self.prefix + self.query)[:-1]
 
     @property
     def all(self) -> tuple[Ids, ...]:
