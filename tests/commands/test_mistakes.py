@@ -10,7 +10,9 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -340,6 +342,14 @@ def test_a_terminal_without_size_or_utf8(monkeypatch, capsys):
     assert "PYTHONUTF8=1" in explain(UnicodeEncodeError("ascii", "ü", 0, 1, "no"))
     assert "PYTHONUTF8" not in explain(ValueError("no"))
     assert "vLLM is not installed here" in explain(ModuleNotFoundError("no", name="vllm.config"))
+
+
+def test_a_full_disk_is_named_whatever_writes_to_it():
+    with pytest.raises(RuntimeError) as full:
+        torch.save(torch.zeros(100_000), "/dev/full")
+    assert "make space on the disk" in explain(full.value)
+    full = SafetensorError("Error while serializing: I/O error: No space left on device")
+    assert "make space on the disk" in explain(full)
 
 
 def test_a_reader_that_stops_early_is_no_error():
