@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from blocktune.links import (
     link_base,
     links_to_train,
 )
+from blocktune.models.identity import base_fingerprint, same_base, saved_fingerprint
 from blocktune.models.load import read_config
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
@@ -126,16 +129,27 @@ def require_reproducible(model: nn.Module) -> None:
             )
 
 
-def require_named_base(model: PreTrainedModel) -> None:
-    """Raises ValueError if a model was resized after loading: its adapter would fit no base."""
-    name, rows, named = model.config._name_or_path, link_base(model), None
-    with suppress(ValueError):  # a base without files
-        named = read_config(name, getattr(model.config, "_commit_hash", None)).get_text_config()
-    if named is not None and named.vocab_size != rows:
-        raise ValueError(
-            f"the model embeds {rows:,} tokens, but '{name}' {named.vocab_size:,}, so its adapter "
-            "could not be loaded; save the resized model and tokenizer, and train on that folder"
-        )
+def require_named_base(model: PreTrainedModel) -> str:
+    """The fingerprint of the base by which an adapter of this model will be loaded.
+
+    Raises ValueError if the base was resized or changed after loading: its adapter would fit none.
+    """
+    name, rows, found, saved = model.config._name_or_path, link_base(model), None, None
+    with suppress(ValueError, OSError):  # a base without files
+        revision = getattr(model.config, "_commit_hash", None)
+        found = read_config(name, revision)
+        cached = {"revision": revision, "local_files_only": True}
+        folder = name if Path(name).is_dir() else snapshot_download(name, **cached)
+        saved = saved_fingerprint(folder, found)
+    fix = "so its adapter could not be loaded; save model and tokenizer, and train on that folder"
+    if found is not None and (count := found.get_text_config().vocab_size) != rows:
+        raise ValueError(f"the model embeds {rows:,} tokens, but '{name}' {count:,}, {fix}")
+    own = base_fingerprint(model)
+    if saved is None or same_base(saved, own):
+        return own
+    if not hasattr(model, "peft_config") or keeps_base(model):
+        raise ValueError(f"the model has other weights than '{name}' (such as a merge), {fix}")
+    return saved  # PEFT changed the base, as it will when the adapter is loaded
 
 
 def trained_adapters(model: nn.Module) -> list[str]:

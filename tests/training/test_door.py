@@ -294,6 +294,35 @@ def test_any_trainers_adapter_is_served(base, tmp_path, full):
         other.train(resume_from_checkpoint=str(moved))
 
 
+def test_an_adapter_is_trained_on_the_base_that_it_names(base, tmp_path):
+    """PiSSA changes the base, as it does on loading; a merge in memory is lost."""
+    asked = toy_examples(2)
+
+    def trainer(model):
+        attach(model)
+        collator = BlockDataCollator(toy_tokenizer())
+        args = TrainingArguments(str(tmp_path), remove_unused_columns=False, **options())
+        return Trainer(model, args, collator, asked, callbacks=[SaveLayoutCallback(collator)])
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, started("pissa"))
+    trainer(model).save_model(tmp_path / "pissa")
+    engine = Engine.from_pretrained(str(tmp_path / "pissa"), device="cpu")
+    batch = BlockDataCollator(toy_tokenizer())([EXAMPLE])
+    before = int((batch["labels"][0] != -100).nonzero()[0]) - 1
+    served = engine.next_logits([EXAMPLE], "block-attention")[0]
+    torch.testing.assert_close(served, model.eval()(**batch).logits[0, before], rtol=0, atol=1e-5)
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.get_output_embeddings().weight.data += 0.1
+    given = {"train_dataset": asked, "processing_class": toy_tokenizer()}
+    args = BlockSFTConfig(str(tmp_path), **options())
+    with pytest.raises(ValueError, match=r"other weights than .*base"):
+        BlockSFTTrainer(model, args, peft_config=LoraConfig(**LORA), **given)
+    with pytest.raises(ValueError, match=r"other weights than .*base"):
+        trainer(get_peft_model(model, LoraConfig(**LORA)))
+
+
 def test_predictions_come_in_the_order_of_the_rows(tmp_path):
     args = BlockSFTConfig(str(tmp_path), **options(train_sampling_strategy="group_by_length"))
     model, rows, asked = toy_model(), toy_examples(4), toy_examples(9)
