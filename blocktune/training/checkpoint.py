@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy
 
 from blocktune import links
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo, scope_of
 from blocktune.attention.interface import decoder_of, is_attached
-from blocktune.files import move_entries, move_folder
+from blocktune.files import locked, move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import read_tokenizer
 from blocktune.models.quantize import quantization_of
@@ -140,12 +142,12 @@ class SaveLayoutCallback(TrainerCallback):
         collator.num_tokens = links.link_base(model)
         fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
         info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
-        self._served = {name: info.to_dict()[name] for name in fields}
-        files = AdapterFiles(info, {"training": settings(args)})
         save, selected = model.save_pretrained, {}
         if names := trained_adapters(model):
-            require_named_base(model)
+            info = replace(info, base_fingerprint=require_named_base(model))
             selected = {"selected_adapters": names}
+        self._served = {name: info.to_dict()[name] for name in fields}
+        files = AdapterFiles(info, {"training": settings(args)})
 
         def save_pretrained(folder, *rest, **options):
             save(folder, *rest, **(selected | options))
@@ -194,6 +196,7 @@ class StagedSaving(Trainer):
     files: AdapterFiles
     _staging: bool = False
     _replaces: bool = False  # whether the first save removes an earlier run
+    _earlier_best: str | None = None  # best checkpoint of the run that this one continues
     _best: bool = False  # whether the weights are those of the best checkpoint, not the last step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -201,20 +204,33 @@ class StagedSaving(Trainer):
 
         Raises ValueError if the checkpoint is damaged or of another run, or the data makes no step.
         """
-        self._best = False
-        self._replaces = self.args.overwrite and not resume_from_checkpoint
-        if resume_from_checkpoint:
-            self._continue_from(resume_from_checkpoint)
-        if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        result = super().train(resume_from_checkpoint, **kwargs)
+        with self._alone():
+            self._best, self._earlier_best = False, None
+            self._replaces = self.args.overwrite and not resume_from_checkpoint
+            if resume_from_checkpoint:
+                self._continue_from(resume_from_checkpoint)
+            if self.args.should_save:
+                shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            result = super().train(resume_from_checkpoint, **kwargs)
         if not self.state.global_step:
             raise ValueError(
                 f"nothing was trained: {len(self.train_dataset)} rows are less than one batch, "
                 "which dataloader_drop_last drops; leave it out"
             )
         return result
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Locks the run's folder: a second run would remove what this one saves."""
+        if not self.is_world_process_zero():
+            yield
+            return
+        with locked(lock := Path(self.args.output_dir) / ".lock"):
+            try:
+                yield
+            finally:
+                lock.unlink()
 
     def _continue_from(self, named: str | bool) -> None:
         """Checks a checkpoint (True: the last one), and adopts its provenance."""
@@ -237,6 +253,25 @@ class StagedSaving(Trainer):
                 f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
             )
         self.files = self.files.described(**resume.history(checkpoint))
+        self._earlier_best = resume.best_checkpoint(checkpoint, Path(folder))
+        if self.args.load_best_model_at_end and not Path(self._earlier_best or ".").is_dir():
+            raise ValueError(
+                f"there is no '{self._earlier_best}', the best checkpoint; restore it, or set "
+                "load_best_model_at_end: false"
+            )
+
+    def _init_training_state(self, *args: Any) -> Any:
+        done = super()._init_training_state(*args)
+        # transformers forgets the best checkpoint of a run that was moved, and then deletes it.
+        self.state.best_model_checkpoint = self._earlier_best
+        return done
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compares only the steps that are saved, since only they can be loaded at the end."""
+        is_saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        if self.args.load_best_model_at_end and not is_saved:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
