@@ -10,7 +10,6 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -345,9 +344,8 @@ def test_a_terminal_without_size_or_utf8(monkeypatch, capsys):
 
 
 def test_a_full_disk_is_named_whatever_writes_to_it():
-    with pytest.raises(RuntimeError) as full:
-        torch.save(torch.zeros(100_000), "/dev/full")
-    assert "make space on the disk" in explain(full.value)
+    torchs = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert "make space on the disk" in explain(torchs)
     full = SafetensorError("Error while serializing: I/O error: No space left on device")
     assert "make space on the disk" in explain(full)
 

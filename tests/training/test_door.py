@@ -24,6 +24,7 @@ from blocktune import (
     attach,
 )
 from blocktune.data import load_examples
+from blocktune.data.sources.records import LeftOut
 from blocktune.layout import Kind, Layout
 from blocktune.training.collator import _warn_unattached
 from blocktune.training.dataset import to_sample
@@ -44,6 +45,13 @@ ROWS = {
     "documents as Cohere has them": {
         "messages": [ASKED, SAID],
         "documents": [{"id": str(i), "data": {"text": text}} for i, text in enumerate(TEXTS)],
+    },
+    "ShareGPT": {
+        "conversations": [
+            {"from": "human", "value": EXAMPLE.question},
+            {"from": "gpt", "value": EXAMPLE.answers[0], "weight": 1},
+        ],
+        "documents": TEXTS,
     },
     "prompt": {
         "prompt": EXAMPLE.question, "completion": EXAMPLE.answers[0], "documents": TEXTS
@@ -90,6 +98,16 @@ def test_a_row_that_pandas_read_from_a_table(tmp_path):
     (row,) = pandas.read_parquet(path).to_dict("records")
     sample = to_sample(row, toy_tokenizer(), PromptFormat())
     assert sample == to_sample(ROWS["HotpotQA"], toy_tokenizer(), PromptFormat())
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_reply_that_is_not_to_be_learned_is_left_out(mark):
+    """As OpenAI and Axolotl mark it; the marks of questions mean nothing."""
+    turns = [{**ASKED, "train": False}, SAID, ASKED, {**SAID, **mark}]
+    assert to_sample({"messages": turns[:2], "documents": TEXTS}, toy_tokenizer(), PromptFormat())
+    for more in ({"documents": TEXTS}, {}):
+        with pytest.raises(LeftOut, match="not to be learned"):
+            to_sample({"messages": turns, **more}, toy_tokenizer(), PromptFormat())
 
 
 def test_a_system_turn_and_later_turns_are_kept(tmp_path):

@@ -30,6 +30,7 @@ _PAIRS = (
     ("input", "output", "Input", "Output"),
 )
 """Input and output field of few-shot tasks, and the labels of both in a shot."""
+GROUNDED = ("messages", "conversations", "prompt")  # fields of a conversation over documents
 
 
 def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -47,6 +48,7 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     if len(messages) < 2 or messages[-2].role != "user":
         raise LeftOut("no user message with a reply")
     *history, last, reply = messages
+    _require_learned([reply])
     question = last.text
     chunks = chunks_of(cutter.messages(history))
     if all(message.role == "system" for message in history):
@@ -66,10 +68,12 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
 
     A system message is kept in ``meta["system"]``, for the prompt in training.
     """
-    if record.get("messages") is not None:
-        messages = _messages(record, "messages")
-    else:
+    name = next((name for name in GROUNDED if record.get(name) is not None), "prompt")
+    if name == "prompt":
         messages = [*_trl_messages(record, "prompt"), *_trl_messages(record, "completion")]
+    else:
+        messages = _messages(record, name)
+    _require_learned(messages)
     meta = {"system": messages.pop(0).text} if messages and messages[0].role == "system" else {}
     roles = [message.role for message in messages]
     if roles != ["user"] and (not roles or roles != ["user", "assistant"] * (len(roles) // 2)):
@@ -79,6 +83,11 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
     followups = tuple(zip(more[::2], more[1::2], strict=False))
     given = {"id": id_of(record), "meta": meta, "followups": followups}
     return RagExample(question, chunks, answers_of(record), response, **given)
+
+
+def _require_learned(replies: list[Message]) -> None:
+    if not all(message.is_learned for message in replies if message.role == "assistant"):
+        raise LeftOut("a reply that is marked as not to be learned")
 
 
 def _trl_messages(record: Mapping[str, Any], name: str) -> list[Message]:
@@ -185,7 +194,8 @@ def _message(name: str, entry: Mapping[str, Any]) -> Message:
         raise LeftOut("a message that calls tools")
     if role not in _ROLES or not isinstance(text, str | None):
         raise field_error(name, f"messages of the roles {', '.join(_ROLES)}, with text", entry)
-    return Message(_ROLES[role], text or "")
+    is_learned = 0 not in map(entry.get, ("weight", "train", "training"))  # OpenAI, Axolotl
+    return Message(_ROLES[role], text or "", is_learned)
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:
