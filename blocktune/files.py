@@ -146,6 +146,19 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def alone_in(folder: str | Path, is_main: bool = True) -> Iterator[None]:
+    """Locks a folder, as `locked` does, in the block of the main process of a run."""
+    if not is_main:
+        yield
+        return
+    with locked(lock := Path(folder) / ".lock"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
 def resumed(path: str | Path) -> Iterator[list[str]]:
     """Locks a log of JSON lines as `locked` does, yields its whole lines, and cuts the rest off.
 

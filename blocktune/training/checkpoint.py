@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 from blocktune import links
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo, scope_of
 from blocktune.attention.interface import decoder_of, is_attached
-from blocktune.files import locked, move_entries, move_folder
+from blocktune.files import alone_in, move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import read_tokenizer
 from blocktune.models.quantize import quantization_of
@@ -204,7 +204,7 @@ class StagedSaving(Trainer):
 
         Raises ValueError if the checkpoint is damaged or of another run, or the data makes no step.
         """
-        with self._alone():
+        with alone_in(self.args.output_dir, self.is_world_process_zero()):
             self._best, self._earlier_best = False, None
             self._replaces = self.args.overwrite and not resume_from_checkpoint
             if resume_from_checkpoint:
@@ -219,18 +219,6 @@ class StagedSaving(Trainer):
                 "which dataloader_drop_last drops; leave it out"
             )
         return result
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Locks the run's folder: a second run would remove what this one saves."""
-        if not self.is_world_process_zero():
-            yield
-            return
-        with locked(lock := Path(self.args.output_dir) / ".lock"):
-            try:
-                yield
-            finally:
-                lock.unlink()
 
     def _continue_from(self, named: str | bool) -> None:
         """Checks a checkpoint (True: the last one), and adopts its provenance."""
@@ -253,10 +241,12 @@ class StagedSaving(Trainer):
                 f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
             )
         self.files = self.files.described(**resume.history(checkpoint))
-        self._earlier_best = resume.best_checkpoint(checkpoint, Path(folder))
-        if self.args.load_best_model_at_end and not Path(self._earlier_best or ".").is_dir():
+        best = resume.best_checkpoint(checkpoint, Path(folder))
+        if best is not None and best.is_dir():
+            self._earlier_best = str(best)
+        elif best is not None and self.args.load_best_model_at_end:
             raise ValueError(
-                f"there is no '{self._earlier_best}', the best checkpoint; restore it, or set "
+                f"the best checkpoint, '{best}', is not there; restore it, or set "
                 "load_best_model_at_end: false"
             )
 
@@ -294,6 +284,9 @@ class StagedSaving(Trainer):
                 self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
             self._remove_earlier(run_dir)
             move_folder(run_dir / STAGING / name, run_dir / name)
+            # It is the newest one, whatever clock older ones were saved by.
+            newest = max(path.stat().st_mtime for path in run_dir.glob("checkpoint-*"))
+            os.utime(run_dir / name, (newest + 1, newest + 1))
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,

@@ -167,14 +167,11 @@ def require_loadable(checkpoint: Path) -> None:
         raise ValueError(f"'{checkpoint}' is damaged or incomplete: {error}; {_FIX}") from None
 
 
-def best_checkpoint(checkpoint: Path, run: Path) -> str | None:
-    """The best checkpoint so far of the run that wrote ``checkpoint``, which may have been moved.
-
-    It is beside ``checkpoint``, in the output folder ``run`` or another one.
-    """
+def best_checkpoint(checkpoint: Path, run: Path) -> Path | None:
+    """The best one so far, which is beside ``checkpoint``: in the folder ``run``, or elsewhere."""
     best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text()).get("best_model_checkpoint")
     folder = run if run.is_dir() and run.samefile(checkpoint.parent) else checkpoint.parent
-    return best and str(folder / Path(best).name)
+    return best and folder / Path(best).name
 
 
 def history(checkpoint: Path) -> dict[str, Any]:

@@ -343,9 +343,10 @@ def test_a_terminal_without_size_or_utf8(monkeypatch, capsys):
     assert "vLLM is not installed here" in explain(ModuleNotFoundError("no", name="vllm.config"))
 
 
-def test_a_full_disk_is_named_whatever_writes_to_it():
+def test_errors_of_libraries_that_a_user_can_mend():
     torchs = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
     assert "make space on the disk" in explain(torchs)
+    assert explain(ImportError("You need to install `galore`")) == "You need to install `galore`"
     full = SafetensorError("Error while serializing: I/O error: No space left on device")
     assert "make space on the disk" in explain(full)
 

@@ -1,6 +1,7 @@
 """Checkpoints: a resumed run is the run that was never stopped, and a kill loses no older one."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -96,7 +97,7 @@ def test_the_best_checkpoint_of_a_moved_run(tmp_path):
     assert torch.equal(best.weight, final.weight)
     assert AdapterInfo.load(moved).training["steps"] == 1
     shutil.rmtree(moved / "checkpoint-1")
-    with pytest.raises(ValueError, match=r"there is no '.*checkpoint-1', the best checkpoint"):
+    with pytest.raises(ValueError, match=r"best checkpoint, '.*moved/checkpoint-1', is not there"):
         scored(tmp_path, (), **options).train(resume_from_checkpoint=True)
 
 
@@ -107,6 +108,16 @@ def test_the_best_step_is_one_that_is_saved(tmp_path):
     last, final = load_links(tmp_path / "out/checkpoint-4"), load_links(tmp_path / "out")
     assert torch.equal(last.weight, final.weight)
     assert AdapterInfo.load(tmp_path / "out").training["steps"] == 4
+
+
+def test_a_clock_that_was_ahead_removes_no_new_checkpoint(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    make_trainer(tmp_path, max_steps=2, **options).train()
+    for path in (tmp_path / "out").glob("checkpoint-*"):
+        os.utime(path, (4e9, 4e9))
+    make_trainer(tmp_path, max_steps=4, **options).train(resume_from_checkpoint=True)
+    left = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert left == {"checkpoint-3", "checkpoint-4"}
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):

@@ -337,6 +337,10 @@ def test_an_adapter_is_trained_on_the_base_that_it_names(base, tmp_path):
     args = BlockSFTConfig(str(tmp_path), **options())
     with pytest.raises(ValueError, match=r"other weights than .*base"):
         BlockSFTTrainer(model, args, peft_config=LoraConfig(**LORA), **given)
+    added = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    added.add_adapter(LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=r"after model\.add_adapter"):
+        trainer(added)
     with pytest.raises(ValueError, match=r"other weights than .*base"):
         trainer(get_peft_model(model, LoraConfig(**LORA)))
 
