@@ -37,6 +37,8 @@ from blocktune.training.lora import require_named_base, require_reproducible, tr
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
+METRICS = ("loss", "mean_token_accuracy", "cross_entropy", "divergence", "states")
+"""What an evaluation measures without `compute_metrics`; the last three with a teacher."""
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
@@ -204,6 +206,9 @@ class StagedSaving(Trainer):
 
         Raises ValueError if the checkpoint is damaged or of another run, or the data makes no step.
         """
+        metric = self.args.metric_for_best_model or "loss"
+        if self.compute_metrics is None and not metric.endswith(METRICS):
+            raise ValueError(f"metric_for_best_model must be one of {METRICS}, got '{metric}'")
         with alone_in(self.args.output_dir, self.is_world_process_zero()):
             self._best, self._earlier_best = False, None
             self._replaces = self.args.overwrite and not resume_from_checkpoint

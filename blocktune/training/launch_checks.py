@@ -19,9 +19,6 @@ from trl import ModelConfig, SFTConfig
 
 from blocktune.data.sources.catalog import is_test_split
 
-METRICS = ("loss", "mean_token_accuracy", "cross_entropy", "divergence", "states")
-"""What an evaluation of `blocktune train` measures; the last three with a teacher."""
-
 
 def say(line: str) -> None:
     """Prints a line, once for all processes; if the pipe is closed (``| head``), no more."""
@@ -43,7 +40,7 @@ def launch_name(accelerator: Accelerator) -> str:
 
 
 def refuse_late_failures(args: SFTConfig) -> None:
-    """Raises ValueError for trackers, a schedule or a metric that would fail in the run."""
+    """Raises ValueError for trackers and a schedule that would fail once the model is loaded."""
     names = args.report_to
     for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=True):
         try:
@@ -53,9 +50,6 @@ def refuse_late_failures(args: SFTConfig) -> None:
                 f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
                 "report_to: none"
             ) from None
-    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric not in METRICS:
-        raise ValueError(f"metric_for_best_model must be one of {METRICS}, got '{metric}'")
     kind, given = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {})
     optimizer = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
     try:
