@@ -152,6 +152,19 @@ def lock(descriptor: int, wait: bool = False) -> bool | None:
 
 
 @contextmanager
+def alone_in(folder: str | Path, is_main: bool = True) -> Iterator[None]:
+    """Locks a folder, as `locked` does, in the block of the main process of a run."""
+    if not is_main:
+        yield
+        return
+    with locked(path := Path(folder) / ".lock"):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
 def resumed(path: str | Path) -> Iterator[list[str]]:
     """Locks a log of JSON lines as `locked` does, yields its whole lines, and cuts the rest off.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -254,6 +255,11 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         own = torch.stack([value.detach().double() for value in result])
         sums = Sums(*self.accelerator.gather(own).view(-1, len(own)).sum(0).tolist())
         self._sums[mode] = Sums(*map(sum, zip(self._sums[mode], sums, strict=True)))
+        if not math.isfinite(sums.total) and not self.args.fp16:  # fp16 skips such steps
+            raise ValueError(
+                f"the {mode} loss after step {self.state.global_step} is {sums.total}; start again "
+                "(--overwrite) with a lower learning_rate, or another dtype if it began so"
+            )
         if mode == "train":
             self._total_train_tokens += int(sums.rows)
             self.state.num_input_tokens_seen = self._total_train_tokens  # saved in checkpoints

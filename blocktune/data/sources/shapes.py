@@ -55,7 +55,7 @@ SHAPES = (
     Shape("triviaqa", (("question", "entity_pages"),), schemas.parse_trivia, "delimiter"),
     Shape("mt-rag", (("contexts", "input", "targets"),), texts.parse_session),
     Shape("longbench", (("input", "context"),), schemas.parse_longbench, "delimiter"),
-    Shape("grounded", (("messages", "documents"), ("prompt", "documents")), texts.parse_grounded),
+    Shape("grounded", tuple((n, "documents") for n in texts.GROUNDED), texts.parse_grounded),
     Shape("chat", _CHATS, texts.parse_chat, "message"),
     Shape("summary", (("document", "summary"),), texts.parse_summary, "delimiter"),
     Shape("few-shot", (("dialogue", "summary"),), texts.parse_pair, in_shots=True),

@@ -30,6 +30,7 @@ _PAIRS = (
     ("input", "output", "Input", "Output"),
 )
 """Input and output field of few-shot tasks, and the labels of both in a shot."""
+GROUNDED = ("messages", "conversations", "prompt")  # fields of a conversation over documents
 
 
 def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -46,6 +47,7 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     if len(messages) < 2 or messages[-2].role != "user":
         raise LeftOut("no user message with a reply")
     *history, last, reply = messages
+    _require_learned([reply])
     question = last.text
     chunks = chunks_of(cutter.messages(history))
     if all(message.role == "system" for message in history):
@@ -66,6 +68,7 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
     A system message is kept in ``meta["system"]``, for the prompt in training.
     """
     messages = _dialogue(record)
+    _require_learned(messages)
     meta = {"system": messages.pop(0).text} if messages and messages[0].role == "system" else {}
     roles = [message.role for message in messages]
     if roles != ["user"] and (not roles or roles != ["user", "assistant"] * (len(roles) // 2)):
@@ -77,10 +80,14 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
     return RagExample(question, chunks, answers_of(record), response, **given)
 
 
+def _require_learned(replies: list[Message]) -> None:
+    if not all(message.is_learned for message in replies if message.role == "assistant"):
+        raise LeftOut("a reply that is marked as not to be learned")
+
+
 def _dialogue(record: Mapping[str, Any]) -> list[Message]:
     """The messages of a record in any of its fields, after its system prompt."""
-    names = ("messages", "conversations", "prompt")
-    name = next((name for name in names if record.get(name) is not None), names[0])
+    name = next((name for name in GROUNDED if record.get(name) is not None), GROUNDED[0])
     messages = _messages(record, name)
     messages += _messages(record, "completion") if name == "prompt" else []
     has_system = messages and messages[0].role == "system"
@@ -193,7 +200,8 @@ def _message(name: str, entry: Mapping[str, Any]) -> Message:
         text = "".join(parts)
     if role not in _ROLES or not isinstance(text, str | None):
         raise field_error(name, f"messages of the roles {', '.join(_ROLES)}, with text", entry)
-    return Message(_ROLES[role], text or "")
+    is_learned = 0 not in map(entry.get, ("weight", "train", "training"))  # OpenAI, Axolotl
+    return Message(_ROLES[role], text or "", is_learned)
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:
