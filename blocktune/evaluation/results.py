@@ -77,7 +77,8 @@ def build_results(
         "tasks": tasks,
         "budget": {"pareto": pareto(methods), "matched": matched(methods)},
         "sweeps": sweeps(rows),
-        "provenance": {**provenance, "ci95_of": "em"},  # ``ci95`` is the interval of ``em``
+        # ``ci95`` is the interval of ``em``
+        "provenance": {"model": suite.model, **provenance, "ci95_of": "em"},
     }
 
 
