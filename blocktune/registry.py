@@ -75,7 +75,8 @@ class Registry:
             close = difflib.get_close_matches(name, self._entries, n=1)
             meant = f"did you mean '{close[0]}'? " if close else ""
             names = ", ".join(self.available())
-            raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}")
+            own = "or load the plug-in that has it (--plugin FILE)"
+            raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}; {own}")
         return self._entries[name]
 
     def build(self, name: str, /, **parameters: Any) -> Any:

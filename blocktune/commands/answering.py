@@ -230,7 +230,8 @@ def report_store(store: ChunkStore, had_chunks: bool) -> None:
     store.flush()
     stats = store.stats()
     files = stats.files
-    line = f"{files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
+    counts = f"{files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
+    line = f"counting the prompts' starts, {counts}"
     if had_chunks and stats.misses > stats.rejected and not files.hits:
         line += (
             "; the store's chunks are other passages, or of another model, adapter, dtype, "
