@@ -51,7 +51,7 @@ LimitPairs = option(
     list[str] | None,
     "Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
     "new_tokens, default_new_tokens, choices, request_s, queue, running, kv_bytes, "
-    "pinned_bytes, prefill_tokens.",
+    "pinned_bytes, prefill_tokens; see docs/serving.md.",
     panel=LIMITS,
 )
 
