@@ -74,9 +74,8 @@ class Registry:
         if name not in self.table():
             close = difflib.get_close_matches(name, self._entries, n=1)
             meant = f"did you mean '{close[0]}'? " if close else ""
-            names = ", ".join(self.available())
-            own = "or load the plug-in that has it (--plugin FILE)"
-            raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}; {own}")
+            names = ", ".join([*self.available(), "or a plug-in's (--plugin FILE)"])
+            raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}")
         return self._entries[name]
 
     def build(self, name: str, /, **parameters: Any) -> Any:

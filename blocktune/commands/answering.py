@@ -56,10 +56,7 @@ def read_examples(
 
 
 def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
-    """Builds a method from its name and ``name=value`` pairs (values are YAML); None without name.
-
-    Raises ValueError if there are parameters but no method.
-    """
+    """Builds a method from its name and pairs (YAML values); ValueError for pairs without name."""
     if name is None and parameters:
         raise ValueError("--param sets a parameter of a method; add --method")
     values: dict[str, Any] = {}

@@ -126,8 +126,7 @@ def serve(
     responses = None
     if response_cache is not None:
         responses = ResponseCache.parse(response_cache, next(iter(engines.values())).store)
-    service = Service(engines, config, method, not skip_check, responses)
-    served = create_app(service)
+    served = create_app(Service(engines, config, method, not skip_check, responses))
     uvicorn.run(served, host=host, port=port, **launch.uvicorn_options(config, drain_s))
 
 
