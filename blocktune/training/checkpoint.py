@@ -133,12 +133,12 @@ class SaveLayoutCallback(TrainerCallback):
         self.collator = collator
         self._has_layout = False  # whether a forward pass of the run had one
 
-    def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_init_end(self, args, state, control, model=None, **kwargs):
         """Makes `save_pretrained` of the trainer's model write the files, too."""
         require_reproducible(model)
         collator, tokenizer = self.collator, self.collator.tokenizer
-        if processing_class is not None:  # the trainer saves it last; TRL loads the base's
-            processing_class.save_pretrained = tokenizer.save_pretrained
+        if (last := kwargs.get("processing_class")) is not None:  # TRL's is the base's
+            last.save_pretrained = tokenizer.save_pretrained
         collator.num_tokens = links.link_base(model)
         fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
         info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
