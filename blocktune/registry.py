@@ -74,7 +74,7 @@ class Registry:
         if name not in self.table():
             close = difflib.get_close_matches(name, self._entries, n=1)
             meant = f"did you mean '{close[0]}'? " if close else ""
-            names = ", ".join(self.available())
+            names = ", ".join([*self.available(), "or a plug-in's (--plugin FILE)"])
             raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}")
         return self._entries[name]
 

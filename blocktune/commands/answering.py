@@ -56,10 +56,7 @@ def read_examples(
 
 
 def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
-    """Builds a method from its name and ``name=value`` pairs (values are YAML); None without name.
-
-    Raises ValueError if there are parameters but no method.
-    """
+    """Builds a method from its name and pairs (YAML values); ValueError for pairs without name."""
     if name is None and parameters:
         raise ValueError("--param sets a parameter of a method; add --method")
     values: dict[str, Any] = {}
@@ -230,7 +227,8 @@ def report_store(store: ChunkStore, had_chunks: bool) -> None:
     store.flush()
     stats = store.stats()
     files = stats.files
-    line = f"{files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
+    counts = f"{files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
+    line = f"counting the prompts' starts, {counts}"
     if had_chunks and stats.misses > stats.rejected and not files.hits:
         line += (
             "; the store's chunks are other passages, or of another model, adapter, dtype, "

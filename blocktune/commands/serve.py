@@ -51,7 +51,7 @@ LimitPairs = option(
     list[str] | None,
     "Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
     "new_tokens, default_new_tokens, choices, request_s, queue, running, kv_bytes, "
-    "pinned_bytes, prefill_tokens.",
+    "pinned_bytes, prefill_tokens; see docs/serving.md.",
     panel=LIMITS,
 )
 
@@ -126,8 +126,7 @@ def serve(
     responses = None
     if response_cache is not None:
         responses = ResponseCache.parse(response_cache, next(iter(engines.values())).store)
-    service = Service(engines, config, method, not skip_check, responses)
-    served = create_app(service)
+    served = create_app(Service(engines, config, method, not skip_check, responses))
     uvicorn.run(served, host=host, port=port, **launch.uvicorn_options(config, drain_s))
 
 

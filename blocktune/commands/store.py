@@ -29,8 +29,8 @@ LEAST_DIGITS = 6  # that identify a key or fingerprint on the command line
 Place = Annotated[str, Argument(metavar="STORE", help="Folder or URL of the store.")]
 Model = option(str, "Only of this model: its first digits, as in `stat`.", metavar="FINGERPRINT")
 Document = option(str, "Only chunks of this document, by its id or title.")
-Key = Annotated[str, Argument(help="Key of the chunk; its first digits are enough.")]
-Keys = Annotated[list[str], Argument(help="Keys, or their first digits.")]
+Key = Annotated[str, Argument(help="Key of the chunk; its first 6 digits are enough.")]
+Keys = Annotated[list[str], Argument(help="Keys, or their first 6 digits.")]
 Undo = option(bool, "Unpin the chunks.", "--undo")
 Other = Annotated[str, Argument(help="Folder or URL of the other store.")]
 DryRun = option(bool, "Only show what would be removed.", "--dry-run")
@@ -170,7 +170,7 @@ def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -
 @command("rm", "blocktune store rm cache/ --document handbook.pdf", of=group)
 def rm(
     store: Place,
-    keys: Annotated[list[str] | None, Argument(help="Keys, or their first digits.")] = None,
+    keys: Annotated[list[str] | None, Argument(help="Keys, or their first 6 digits.")] = None,
     model: Model = "",
     document: Document = "",
     adapter: option(str, "Only chunks of this adapter, as in `stat`.") = "",

@@ -77,7 +77,7 @@ def build_results(
         "tasks": tasks,
         "budget": {"pareto": pareto(methods), "matched": matched(methods)},
         "sweeps": sweeps(rows),
-        "provenance": {**provenance, "ci95_of": "em"},  # ``ci95`` is the interval of ``em``
+        "provenance": {"model": suite.model, **provenance, "ci95_of": "em"},  # of which ci95 is
     }
 
 
@@ -92,10 +92,7 @@ def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
 
 
 def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Groups row indices by kind of question, or by task if it has no kinds or is not split.
-
-    The kinds of `blocktune.data.worlds` go from easy to hard; others follow in row order.
-    """
+    """Row indices by kind of question (worlds' from easy to hard), or by task if not split."""
     ranks = {kind: rank for rank, kind in enumerate(QUESTION_KINDS)}
     order = {task.name: rank for rank, task in enumerate(suite.tasks)}
     groups: dict[tuple[int, int, str], list[int]] = {}

@@ -96,10 +96,7 @@ def _classes_of(value: Any) -> Iterator[type]:
 
 
 def _sources_of(made: type | Callable) -> set[Path]:
-    """Files of the package or module of a plug-in's class or function, and of what it imports.
-
-    Without this package and installed libraries.
-    """
+    """Files of a plug-in's class or function and of what it imports, but ours and libraries."""
     first = made.__module__.partition(".")[0]
     left, files, seen = [first], set(), {blocktune.__name__, *sys.stdlib_module_names}
     while left:

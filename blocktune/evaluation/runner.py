@@ -144,10 +144,7 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
 def _answer_all(
     ready: Ready, files: Mapping[str, RowFile], processes: Processes, progress: Progress
 ) -> None:
-    """Lets all methods answer a batch before the next one, so that they share encoded chunks.
-
-    Methods that use the same adapter follow each other.
-    """
+    """Lets all methods, by adapter, answer a batch before the next: they share encoded chunks."""
     specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
     asked = ((b, [spec for spec in specs if files[spec.label].lacks(b)]) for b in _batches(ready))
     work, caches = processes.share([(batch, left) for batch, left in asked if left]), CleanCaches()

@@ -29,10 +29,7 @@ def chunk_list(job: Job, report: Report) -> ChunkList:
 
 
 def _chunks(job: Job, report: Report, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-    """Each document's id and, if it was looked up, size, key and tier.
-
-    The last ``pieces`` are the documents, unless there are fewer.
-    """
+    """Id of each document (the last ``pieces``) and, if it was looked up, size, key and tier."""
     encoder, chunks, count = job.engine.state.encoder, [], len(job.documents)
     for index, document in enumerate(job.documents):
         own = document.metadata.get("id")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from blocktune.adapter.load import load_models
 from blocktune.cache import ChunkStore, PrefixTree
-from blocktune.cache.store.config import StoreConfig
+from blocktune.cache.store.config import StoreConfig, parse_bytes
 from blocktune.engine import Engine
 from blocktune.parsing import build_config, refuse_doubles, split_name
 from blocktune.server.config import Limits, ServerConfig
@@ -61,7 +62,11 @@ def _short(source: str) -> str:
 
 def read_limits(pairs: list[str]) -> Limits:
     """Limits from ``name=value`` pairs; raises ValueError if a name or a value is wrong."""
-    return build_config(Limits, dict(pair.partition("=")[::2] for pair in pairs), "--limit")
+    values = dict(pair.partition("=")[::2] for pair in pairs)
+    for name in (name for name in values if name.endswith("_bytes")):
+        with suppress(ValueError):  # what is no size is refused below, with its name
+            values[name] = str(parse_bytes(values[name]))
+    return build_config(Limits, values, "--limit")
 
 
 def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:

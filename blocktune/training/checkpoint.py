@@ -141,6 +141,8 @@ class SaveLayoutCallback(TrainerCallback):
         """Makes `save_pretrained` of the trainer's model write the files, too."""
         require_reproducible(model)
         collator, tokenizer = self.collator, self.collator.tokenizer
+        if (last := kwargs.get("processing_class")) is not None:  # TRL's is the base's
+            last.save_pretrained = tokenizer.save_pretrained
         collator.num_tokens = links.link_base(model)
         fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
         info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))

@@ -23,6 +23,12 @@ def option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
+def choices(options: type) -> dict[str, tuple[str, ...]]:
+    """The values that each field with a fixed set of them may have."""
+    kinds = get_type_hints(options) | {"train_sampling_strategy": _STRATEGIES}
+    return {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
+
+
 def _built(spec: type[Spec], options: Any, **given: Any) -> Spec:
     names = [f.name for f in fields(spec) if hasattr(options, f.name)]
     return spec(**{name: getattr(options, name) for name in names} | given)
@@ -190,10 +196,8 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
     def _check_own(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir is empty; name a folder for the adapter")
-        kinds = get_type_hints(type(self)) | {"train_sampling_strategy": _STRATEGIES}
-        for name, kind in kinds.items():
-            if get_origin(kind) is Literal:
-                require_one_of(name, getattr(self, name), get_args(kind))
+        for name, values in choices(type(self)).items():
+            require_one_of(name, getattr(self, name), values)
         for name in _AT_LEAST_1:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

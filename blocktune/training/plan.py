@@ -288,6 +288,7 @@ def print_options(console: Console | None = None) -> None:
     holders = (config.DataArgs, config.BlockSFTConfig, ModelConfig)
     headings = ("key", "default", "meaning")
     remaining = {key.name: key for holder in holders for key in fields(holder) if key.init}
+    choices = config.choices(config.DataArgs) | config.choices(config.BlockSFTConfig)
     for title, names in groups.items():
         rows = []
         for key in [remaining.pop(name) for name in names if name in remaining]:
@@ -296,7 +297,8 @@ def print_options(console: Console | None = None) -> None:
             # Only the first sentence, since descriptions of transformers have several paragraphs.
             text = " ".join(str(key.metadata.get("help", "")).split())
             meaning = re.split(r"(?<=\w\w\w)\.\s", text, maxsplit=1)[0].removesuffix(".")
-            rows.append((key.name, shown, meaning))
+            values = f" ({', '.join(choices[key.name])})" if key.name in choices else ""
+            rows.append((key.name, shown, meaning + values))
         Table(headings, rows, title, left=headings).show(console)
 
 

@@ -150,7 +150,9 @@ def test_an_adapter_made_for_another_base(refused, model, tmp_path):
 
 def test_an_unknown_method_or_parameter(refused, model, suite, tmp_path):
     ask = ("answer", "--model", model, *QUESTION, *CHUNK)
-    assert "unknown reuse method 'magic'; available: " in refused(*ask, "--method", "magic")
+    said = refused(*ask, "--method", "magic")
+    assert "unknown reuse method 'magic'; available: " in said
+    assert "--plugin" in said
     assert "got unknown kk" in refused(*ask, "--method", "epic", "--param", "kk=3")
     for text in ("k", "=3", "k="):
         assert "must be name=value" in refused(*ask, "--method", "epic", "--param", text)

@@ -131,6 +131,25 @@ def test_one_table_compares_the_methods_on_everything(run):
         assert pointer("methods", label, "recompute_ratio") in paths
 
 
+def test_the_page_names_its_model_and_shows_each_score_once(tmp_path):
+    results = json.loads(json.dumps(fake_results()))
+    for summary in results["methods"].values():
+        for cell in summary["tasks"].values():
+            cell["scores"] = {"substring_em": cell["substring_em"], "qa_f1": 0.25}
+    replace_json(tmp_path / "results.json", results)
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert f"model: {results['provenance']['model']}" in text
+    assert "qa_f1</th>" in text
+    assert "substring_em</th>" not in text
+    assert "within chance. n:" in text
+
+
+def test_published_methods_that_choose_by_the_question_share_a_colour():
+    assert len({LOOKS[name][0] for name in ("prophetkv", "a3", "query-attention")}) == 1
+    assert mark(LIGHT, "prophetkv")["color"] != mark(LIGHT, "cacheblend")["color"]
+
+
 def test_each_method_has_one_look_of_its_own():
     assert len(set(LOOKS.values())) == len(LOOKS)
     assert {colour for colour, _ in LOOKS.values()} == set(COLOURS)

@@ -33,7 +33,9 @@ SCHEMA = {
 def test_results_hold_the_promised_schema():
     results = json.loads(json.dumps(fake_results(), allow_nan=False))
     assert list(results["methods"]) == list(METHODS)
-    assert results["provenance"] == {"command": "test", "seed": 0, "ci95_of": "em"}
+    assert results["provenance"] == {
+        **{"model": "data/tiny", "command": "test", "seed": 0, "ci95_of": "em"}
+    }
     for summary in results["methods"].values():
         assert summary.keys() >= SCHEMA | {"ttft_s", "tasks"}
         assert list(summary["tasks"]) == list(KINDS)

@@ -3,7 +3,9 @@
 import asyncio
 import difflib
 import json
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +208,22 @@ def test_null_is_as_if_left_out(client):
     method = {"method": None, "params": None, "strip": None}
     more = {"blocktune": method, "stream": True, "stream_options": {"include_usage": None}}
     assert client.post(CHAT, json=chat() | more).status_code == 200
+
+
+def test_limits_have_units_and_are_in_the_documentation():
+    from blocktune.server.launch import read_limits
+
+    limits = read_limits(["kv_bytes=8GB", "body_bytes=1000", "running=4"])
+    assert (limits.kv_bytes, limits.body_bytes, limits.running) == (8 * 10**9, 1000, 4)
+    with pytest.raises(ValueError, match="'kv_bytes' must be a whole number, got 'much'"):
+        read_limits(["kv_bytes=much"])
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)`(?:, `body_s`)? \| ([^|]*) \|", page, re.M))
+    for name, value in vars(Limits()).items():
+        if name.endswith("_bytes"):
+            value = f"{value >> 30} GiB" if value >= 1 << 30 else f"{value >> 20} MiB"
+        value = f"{value:g}" if isinstance(value, float) else str(value)
+        assert value in rows["body_bytes" if name == "body_s" else name].split(", "), name
 
 
 def test_bodies_that_are_coming_share_a_limit():

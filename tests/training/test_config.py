@@ -74,6 +74,8 @@ def test_every_key_is_listed_once_with_what_it_means():
     known = {f.name for c in (DataArgs, BlockSFTConfig, ModelConfig) for f in fields(c) if f.init}
     assert sorted(key for key in keys if key != "key") == sorted(known)
     assert "Link tokens per chunk (KVLink)" in text
+    for values in ("refuse, drop", "split, flex, dense", "random, group_by_length, sequential"):
+        assert f"({values})" in text
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def base(tmp_path_factory):
 LORA = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear")
 
 
-def stock_trainer(base, folder, collator, saved, grown=0, config=LORA) -> Trainer:
+def stock_trainer(base, folder, collator, saved, grown=0, config=LORA, **more) -> Trainer:
     """Transformers' own trainer on an attached model; ``saved`` is the collator of the files."""
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(model.config.vocab_size + grown)
@@ -80,7 +80,7 @@ def stock_trainer(base, folder, collator, saved, grown=0, config=LORA) -> Traine
     args = {name: DEFAULTS[name] for name in names}
     args = TrainingArguments(str(folder), max_steps=1, remove_unused_columns=False, **args)
     callbacks = [SaveLayoutCallback(saved)]
-    return Trainer(model, args, collator, toy_examples(8), callbacks=callbacks)
+    return Trainer(model, args, collator, toy_examples(8), callbacks=callbacks, **more)
 
 
 def test_a_layout_that_was_not_trained_is_not_saved(base, tmp_path):
@@ -105,13 +105,14 @@ def test_an_adapter_other_than_lora_names_its_base(base, tmp_path):
     assert base_fingerprint(trainer.model) == base_fingerprint(model)
 
 
-def test_an_adapter_is_served_with_its_own_tokenizer(base, tmp_path):
+@pytest.mark.parametrize("own", [None, toy_tokenizer()])  # of the trainer, which saves it; TRL does
+def test_an_adapter_is_served_with_its_own_tokenizer(base, tmp_path, own):
     """Such as after ``tokenizer.pad_token = tokenizer.eos_token``."""
     tokenizer = toy_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "!<|end|>")
     collator = BlockDataCollator(tokenizer)
-    trainer = stock_trainer(base, tmp_path / "out", collator, collator)
+    trainer = stock_trainer(base, tmp_path / "out", collator, collator, processing_class=own)
     trainer.train()
     trainer.save_model()
     engine = Engine.from_pretrained(adapter=str(tmp_path / "out"), device="cpu")

@@ -44,7 +44,8 @@ _LOOKS = {
     "red": {"naive": "v", "prompt-cache-schema": "<"},
     "blue": {"block-attention": "o", "block-distill": "p", "turborag": ">", "kv-packet": "h"},
     "green": {"kvlink": "D", "query-attention": "^", "cacheclip": "P"}
-    | {"selective-reconstruction": "s"},
+    | {"selective-reconstruction": "s", "prophetkv": "v", "a3": "<"}
+    | {"infoflow": ">", "relaxkv": "*"},
     "pink": {"cacheblend": "^", "cacheblend-lmcache": "<", "cacheblend-paper": ">"}
     | {"cacheblend-lmcache-flash": "8", "cacheblend-repo": "D"}
     | {"droidspeak": "p", "droidspeak-clc": "h"},

@@ -20,7 +20,7 @@ NOTE = (
     "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomp.: "
     "share of the context's tokens recomputed, over all layers. Of full: time to first token "
     "(TTFT) divided by full prefill's. Gap: share of the gap from naive reuse to full prefill that "
-    "is closed; below 0: worse than naive reuse."
+    "is closed; below 0: worse than naive reuse; -: the gap is within chance."
 )
 _COSTS = {
     "adj.\nF1": ("score", "adjusted_f1"),
