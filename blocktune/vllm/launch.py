@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from blocktune.parsing import refuse_doubles
+
 GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 
@@ -24,8 +26,8 @@ def serve(
         options: vLLM's own options.
         extra: More keys of ``kv_connector_extra_config``.
 
-    Raises ValueError if vLLM would not find blocktune, an adapter cannot be served, or the store
-    has no chunks of the default model.
+    Raises ValueError if vLLM would not find blocktune, an adapter cannot be served, two models have
+    one name, or the store has no chunks of the default model.
     """
     import_module("vllm.config")  # before torch, since it sets environment variables
     plugins = {point.name for group in GROUPS for point in entry_points(group=group)}
@@ -52,14 +54,30 @@ def serve(
     line += ["--kv-transfer-config", json.dumps(transfer)]
     if loras := {name: client.lora for name, client in clients.items() if client.lora}:
         rank = max(lora_rank(folder) for folder in loras.values())
-        line += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
-        # JSON, since a folder may have "=" in its name
-        line += [json.dumps({"name": name, "path": str(loras[name])}) for name in loras]
+        line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(loras))]
+    cli = import_module("vllm.entrypoints.cli.serve")
+    args = cli.make_arg_parser(cli.FlexibleArgumentParser()).parse_args([*line, *options])
+    if args.model_tag is not None:
+        raise ValueError(f"'{args.model_tag}' belongs to no option; the model, '{model}', is first")
+    if args.grpc or cli.envs.VLLM_USE_RUST_FRONTEND:
+        raise ValueError(
+            "only vLLM's server in Python reads documents; drop --grpc and VLLM_USE_RUST_FRONTEND"
+        )
+    # These are added to the user's own. An adapter that only encodes is the base to vLLM.
+    encoders = [name for name in clients if name not in loras]
+    args.served_model_name = [*(args.served_model_name or [bare]), *encoders]
+    module = import_module("vllm.entrypoints.openai.models.protocol").LoRAModulePath
+    modules = [module(name, str(folder)) for name, folder in loras.items()]
+    args.lora_modules = [*(args.lora_modules or ()), *modules]
+    served = [*args.served_model_name, *(one.name for one in args.lora_modules)]
+    refuse_doubles("model or adapter", served, "name it: NAME=ADAPTER")
     print(
         f"chunks of {model} ({first[:12]}) in '{store}'; vLLM starts in about a minute (its log "
         'follows), and is ready at "Application startup complete"',
         file=sys.stderr,
         flush=True,
     )
-    sys.argv[1:] = [*line, *options]
-    import_module("vllm.entrypoints.launchers.api_server.entry").main()
+    import_module("vllm.entrypoints.serve.utils.api_utils").cli_env_setup()
+    command = cli.ServeSubcommand()
+    command.validate(args)
+    command.cmd(args)

@@ -69,9 +69,15 @@ class DocumentRequest(BaseModel):
 class Renderer:
     """Turns requests with documents into requests of vLLM."""
 
-    def __init__(self, clients: Mapping[str, ChunkClient], base: str, wait_s: float):
-        """``clients`` are models and adapters by name; ``base`` is the name of vLLM's model."""
+    def __init__(
+        self, clients: Mapping[str, ChunkClient], base: str, loras: Mapping[str, Any], wait_s: float
+    ):
+        """``clients`` are models and adapters by name; ``base`` is the name of vLLM's model.
+
+        ``loras`` are vLLM's adapters, which may be replaced while it runs.
+        """
         self.clients, self.base, self.wait_s = clients, base, wait_s
+        self.loras, self._first = loras, dict(loras)
 
     async def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
         """Returns the body for vLLM.
@@ -95,6 +101,11 @@ class Renderer:
             raise ValueError(f"{refused} is not supported with documents; leave it out")
         if client is None:
             raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
+        if client.lora and self.loras.get(name) is not self._first.get(name):
+            raise ValueError(
+                f"adapter '{name}' was replaced or unloaded since vLLM started, and its chunks are "
+                "the earlier one's; start `blocktune vllm serve` again"
+            )
         rendered, question = await asyncio.to_thread(_render, client, request)
         await self._encoded(client, rendered)
         kept = {key: value for key, value in body.items() if key not in OWN}
@@ -207,8 +218,9 @@ class DocumentsRoute:
         own = extra["store"], extra.get("fingerprint")
         model = f"{args.model}@{args.revision}" if args.revision else args.model
         plain, clients = open_clients(model, extra.get("adapters") or {}, *own)
-        clients |= dict.fromkeys(names, plain)
+        clients |= {name: plain for name in names if name not in clients}
         for client in clients.values():
             room = min(client.prompts.max_tokens, engine_client.model_config.max_model_len)
             client.prompts = replace(client.prompts, max_tokens=room)
-        state.blocktune = Renderer(clients, names[0], float(extra.get("encode_wait_s", 30)))
+        loras, wait_s = state.openai_serving_models.lora_requests, extra.get("encode_wait_s", 30)
+        state.blocktune = Renderer(clients, names[0], loras, float(wait_s))
