@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -172,21 +171,15 @@ def serve_vllm(
     """Start vLLM's server with cached chunks for chat completions with `documents`."""
     from blocktune.vllm import launch
 
-    for name in _options_of(context.args):
-        # vLLM takes cut names, too
+    names = [text.partition("=")[0] for text in context.args if text.startswith("--")]
+    if "--config" in context.args[:-1]:  # its file has more options
+        path = context.args[context.args.index("--config") + 1]
+        names += [f"--{key}" for key in mapping(load_yaml(path, "--config", "create it"), path)]
+    for name in (name.replace("_", "-") for name in names):
+        # vLLM also takes the start of a name
         if name.startswith(OUR_KINDS) or any(one.startswith(name) for one in OURS + OUR_KINDS):
             raise ValueError(f"leave out {name}: blocktune sets model, wording and KV connector")
     named = [(name or Path(path).name, path) for name, path in map(split_name, adapter or ())]
     refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
     launch.serve(model, dict(named), store, context.args, **extra)
-
-
-def _options_of(args: Sequence[str]) -> list[str]:
-    """Names of options, also those in the file of vLLM's ``--config``."""
-    names = [text.replace("_", "-").partition("=")[0] for text in args]
-    if "--config" in names[:-1]:
-        path = args[names.index("--config") + 1]
-        values = mapping(load_yaml(path, "--config", "see vLLM's documentation"), path)
-        names += [f"--{key}".replace("_", "-") for key in values]
-    return [name for name in names if name[:2] == "--" and len(name) > 2]

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -27,8 +27,6 @@ PLAIN_CACHE = ("auto", "float32", "float16", "bfloat16")
 LEAST = {"host_gb": 0, "threads": 1, "encode_wait_s": 0}
 OPTIONS = "store, adapters, fingerprint, host_gb (0 or more), threads (1), encode_wait_s (0)"
 """Keys of ``kv_connector_extra_config``; the least of numbers is in `LEAST`."""
-UNREAD = {"architectures", "max_position_embeddings"}
-"""Keys of a model's configuration that change no keys and values."""
 
 guard.install()
 
@@ -136,6 +134,7 @@ def require_served_config(config: VllmConfig) -> None:
     transfer, parallel = config.kv_transfer_config, config.parallel_config
     extra, cache = transfer.kv_connector_extra_config, config.cache_config.cache_dtype
     policy, store = transfer.kv_load_failure_policy, extra.get("store")
+    changed = config.model_config.hf_overrides or config.model_config.hf_config_path
     odd = [f"{name}={extra[name]!r}" for name in sorted(extra) if not _is_option(name, extra[name])]
     ranks = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
     reasons = {
@@ -149,16 +148,10 @@ def require_served_config(config: VllmConfig) -> None:
         "cannot move latent keys (MLA); use a RoPE model": config.model_config.use_mla,
         "writes whole chunks in each rank; drop context parallelism": max(ranks) > 1,
         "reads chunks that were encoded by the model's config.json; change it there, not by "
-        "hf_overrides or hf_config_path, and encode again": _is_changed(config.model_config),
+        "hf_overrides or hf_config_path, and encode again": changed,
     }
     if reason := next((text for text, applies in reasons.items() if applies), None):
         raise ValueError(f"BlocktuneConnector {reason}")
-
-
-def _is_changed(model: ModelConfig) -> bool:
-    """Whether vLLM computes by another configuration than in the model's folder."""
-    changes = model.hf_overrides
-    return bool(model.hf_config_path) or callable(changes) or not changes.keys() <= UNREAD
 
 
 def _is_option(name: str, value: Any) -> bool:

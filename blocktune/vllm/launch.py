@@ -49,28 +49,21 @@ def serve(
     folders = {name: str(client.adapter) for name, client in clients.items()}
     transfer = transfer_config(store, adapters=folders, **extra)
     bare, revision = base.source
-    line = ["--model", bare, "--enable-prompt-tokens-details"]
+    line = [bare, "--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(transfer)]
     line += ["--revision", revision] if revision else []
-    line += ["--kv-transfer-config", json.dumps(transfer)]
     if loras := {name: client.lora for name, client in clients.items() if client.lora}:
         rank = max(lora_rank(folder) for folder in loras.values())
         line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(loras))]
-    cli = import_module("vllm.entrypoints.cli.serve")
-    args = cli.make_arg_parser(cli.FlexibleArgumentParser()).parse_args([*line, *options])
-    if args.model_tag is not None:
-        raise ValueError(f"'{args.model_tag}' belongs to no option; the model, '{model}', is first")
-    if args.grpc or cli.envs.VLLM_USE_RUST_FRONTEND:
-        raise ValueError(
-            "only vLLM's server in Python reads documents; drop --grpc and VLLM_USE_RUST_FRONTEND"
-        )
-    # These are added to the user's own. An adapter that only encodes is the base to vLLM.
+    os.environ["VLLM_USE_RUST_FRONTEND"] = "0"  # it has no plug-ins, so it would ignore documents
+    command = import_module("vllm.entrypoints.cli.serve")
+    args = command.make_arg_parser(command.FlexibleArgumentParser()).parse_args([*line, *options])
+    module = import_module("vllm.entrypoints.openai.models.protocol").LoRAModulePath
+    own = [module(name, str(folder)) for name, folder in loras.items()]
+    args.lora_modules = [*(args.lora_modules or ()), *own]
+    # To vLLM an adapter that only encodes is another name of the base.
     encoders = [name for name in clients if name not in loras]
     args.served_model_name = [*(args.served_model_name or [bare]), *encoders]
-    module = import_module("vllm.entrypoints.openai.models.protocol").LoRAModulePath
-    modules = [module(name, str(folder)) for name, folder in loras.items()]
-    args.lora_modules = [*(args.lora_modules or ()), *modules]
-    served = [*args.served_model_name, *(one.name for one in args.lora_modules)]
-    refuse_doubles("model or adapter", served, "name it: NAME=ADAPTER")
+    refuse_doubles("model or adapter", args.served_model_name, "name it: NAME=ADAPTER")
     print(
         f"chunks of {model} ({first[:12]}) in '{store}'; vLLM starts in about a minute (its log "
         'follows), and is ready at "Application startup complete"',
@@ -78,6 +71,6 @@ def serve(
         flush=True,
     )
     import_module("vllm.entrypoints.serve.utils.api_utils").cli_env_setup()
-    command = cli.ServeSubcommand()
-    command.validate(args)
-    command.cmd(args)
+    import_module("vllm.logger").configure_logging_from_args(args)
+    command.ServeSubcommand().validate(args)
+    command.ServeSubcommand.cmd(args)

@@ -77,6 +77,11 @@ def test_an_adapter_that_only_encodes_answers_without_documents(server):
     assert text_of(made[0]) == text_of(made[1])
 
 
+def test_all_names_are_listed(server):
+    listed = httpx.get(f"{server}/v1/models").json()["data"]
+    assert {one["id"] for one in listed} == {TINY, "alias", "tuned", "packet"}
+
+
 def test_without_a_model_the_first_adapter_answers(server):
     bare = {key: value for key, value in body(questions(31)[0]).items() if key != "documents"}
     for more in ({}, {"model": None}):
