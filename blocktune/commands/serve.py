@@ -18,9 +18,9 @@ from blocktune.parsing import load_yaml, mapping, refuse_doubles, split_name
 SAFETY, LIMITS = "Safety", "Limits"  # panels of the help
 KEY_VARIABLE = "BLOCKTUNE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
-OURS = ("--model", "--revision", "--tokenizer", "--chat-template")
-OUR_KINDS = ("--kv-transfer", "--kv-offloading", "--default-chat-template")
-"""Options of vLLM, and how others begin, that requests with documents would not follow."""
+OURS = ("--model", "--revision", "--tokenizer", "--chat-template", "--kv-transfer-config")
+OURS += ("--kv-offloading-size", "--default-chat-template-kwargs")
+"""Options of vLLM that requests with documents would not follow."""
 
 Adapters = option(
     list[str] | None,
@@ -176,8 +176,8 @@ def serve_vllm(
         path = context.args[context.args.index("--config") + 1]
         names += [f"--{key}" for key in mapping(load_yaml(path, "--config", "create it"), path)]
     for name in (name.replace("_", "-") for name in names):
-        # vLLM also takes the start of a name
-        if name.startswith(OUR_KINDS) or any(one.startswith(name) for one in OURS + OUR_KINDS):
+        # vLLM also takes the start of a name, and NAME.KEY
+        if any(one.startswith(name.partition(".")[0]) for one in OURS):
             raise ValueError(f"leave out {name}: blocktune sets model, wording and KV connector")
     named = [(name or Path(path).name, path) for name, path in map(split_name, adapter or ())]
     refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")

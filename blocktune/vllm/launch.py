@@ -9,10 +9,6 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from blocktune.parsing import refuse_doubles
-
-GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
-
 
 def serve(
     model: str, adapters: dict[str, str], store: str, options: list[str], **extra: Any
@@ -26,11 +22,12 @@ def serve(
         options: vLLM's own options.
         extra: More keys of ``kv_connector_extra_config``.
 
-    Raises ValueError if vLLM would not find blocktune, an adapter cannot be served, two models have
-    one name, or the store has no chunks of the default model.
+    Raises ValueError if vLLM would not find blocktune, an adapter cannot be served, or the store
+    has no chunks of the default model.
     """
     import_module("vllm.config")  # before torch, since it sets environment variables
-    plugins = {point.name for group in GROUPS for point in entry_points(group=group)}
+    groups = ("vllm.general_plugins", "vllm.endpoint_plugins")
+    plugins = {point.name for group in groups for point in entry_points(group=group)}
     if "blocktune" not in plugins:
         raise ValueError(
             "vLLM looks for plug-ins among installed packages, and blocktune is not installed "
@@ -60,10 +57,6 @@ def serve(
     module = import_module("vllm.entrypoints.openai.models.protocol").LoRAModulePath
     own = [module(name, str(folder)) for name, folder in loras.items()]
     args.lora_modules = [*(args.lora_modules or ()), *own]
-    # To vLLM an adapter that only encodes is another name of the base.
-    encoders = [name for name in clients if name not in loras]
-    args.served_model_name = [*(args.served_model_name or [bare]), *encoders]
-    refuse_doubles("model or adapter", args.served_model_name, "name it: NAME=ADAPTER")
     print(
         f"chunks of {model} ({first[:12]}) in '{store}'; vLLM starts in about a minute (its log "
         'follows), and is ready at "Application startup complete"',

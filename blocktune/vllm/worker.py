@@ -55,8 +55,7 @@ class _Rope(NamedTuple):
 class _Part(NamedTuple):
     """Segments that are written together.
 
-    On a CPU a part is one segment, whose keys stay in the processor's cache between rotation and
-    write. On other devices it is all segments, for fewer kernel launches.
+    On a CPU one, whose keys stay in the processor's cache; else all, for fewer kernel launches.
     """
 
     chunks: list[ChunkKV]  # their stored keys and values, of this rank's heads

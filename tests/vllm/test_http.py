@@ -290,7 +290,7 @@ def test_a_remote_alone_is_not_waited_for():
     store = SimpleNamespace(queue=SimpleNamespace(folder=None))
     client = SimpleNamespace(store=store, missing=lambda _: ["x"], ask_for=lambda _: None)
     with pytest.raises(HTTPException, match="not encoded yet: 1") as error:
-        asyncio.run(Renderer({}, "", {}, 1e9)._encoded(client, SimpleNamespace(plan=None)))
+        asyncio.run(Renderer({}, {}, 1e9)._encoded(client, SimpleNamespace(plan=None)))
     assert error.value.status_code == 503
 
 
@@ -300,7 +300,7 @@ def test_an_adapter_that_was_replaced_has_no_chunks(live):
     from blocktune.vllm.route import Renderer
 
     loras = {"tuned": "the first"}
-    renderer = Renderer({"tuned": SimpleNamespace(lora="folder")}, "base", loras, 1)
+    renderer = Renderer({"tuned": SimpleNamespace(lora="folder")}, loras, 1)
     loras.clear()
     loras |= live
     asked = body(questions(31)[0], "tuned")

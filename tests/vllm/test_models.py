@@ -96,7 +96,7 @@ def prompt_logprobs_poison_nothing(llm, examples, wanted, greedy, monkeypatch):
     assert all(one.cached_tokens for one in again)
 
 
-def test_options_for_adapters_and_names_are_added_to_ours(tmp_path, monkeypatch):
+def test_the_users_adapters_and_servers_are_kept(tmp_path, monkeypatch):
     """vLLM takes the last one only, and `serve` its command, for several API servers."""
     store, folders = tmp_path / "store", {n: tmp_path / n for n in ("tuned", "packet")}
     make_adapter(folders["tuned"], LayoutSpec(), True)
@@ -110,13 +110,8 @@ def test_options_for_adapters_and_names_are_added_to_ours(tmp_path, monkeypatch)
     monkeypatch.setattr(ServeSubcommand, "cmd", made.append)
     options = ["--lora-modules", "plain=x", "--api-server-count", "2"]
     launch.serve(TINY, folders, str(store), options)
-    names = ["--served-model-name", "alias"]
-    launch.serve(TINY, folders, str(store), [*options, *names])
-    assert [one.served_model_name for one in made] == [[TINY, "packet"], ["alias", "packet"]]
     assert [one.name for one in made[0].lora_modules] == ["plain", "tuned"]
     assert (made[0].model_tag, made[0].api_server_count) == (TINY, 2)
-    with pytest.raises(ValueError, match="'packet' is given 2 times"):
-        launch.serve(TINY, folders, str(store), [*names, "packet"])
 
 
 def test_a_merged_adapter_is_a_model_of_its_own(tmp_path):
