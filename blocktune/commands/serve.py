@@ -20,7 +20,7 @@ KEY_VARIABLE = "BLOCKTUNE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 OURS = ("--model", "--revision", "--tokenizer", "--chat-template", "--kv-transfer-config")
 OURS += ("--kv-offloading-size", "--default-chat-template-kwargs")
-"""Options of vLLM that requests with documents would not follow."""
+"""Options that requests with documents would not follow; vLLM takes their starts, and NAME.KEY."""
 
 Adapters = option(
     list[str] | None,
@@ -176,7 +176,6 @@ def serve_vllm(
         path = context.args[context.args.index("--config") + 1]
         names += [f"--{key}" for key in mapping(load_yaml(path, "--config", "create it"), path)]
     for name in (name.replace("_", "-") for name in names):
-        # vLLM also takes the start of a name, and NAME.KEY
         if any(one.startswith(name.partition(".")[0]) for one in OURS):
             raise ValueError(f"leave out {name}: blocktune sets model, wording and KV connector")
     named = [(name or Path(path).name, path) for name, path in map(split_name, adapter or ())]

@@ -42,8 +42,7 @@ from blocktune.server.schemas import (
 from blocktune.vllm.client import ChunkClient, Rendered, open_clients
 from blocktune.vllm.plan import PARAMS, Segment
 
-POLL_S = 0.05
-ASK_S = 1.0  # seconds after which chunks are asked for again
+POLL_S, ASK_S = 0.05, 1.0  # seconds after which chunks are looked for, and asked for, again
 ROUTE = "/v1/chat/completions"
 OWN = ("documents", "blocktune")
 """Fields that vLLM does not know."""
@@ -95,8 +94,7 @@ class Renderer:
             raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
         if client.lora and self.loras.get(name) is not self._first.get(name):
             raise ValueError(
-                f"adapter '{name}' was replaced or unloaded since vLLM started, and its chunks are "
-                "the earlier one's; start `blocktune vllm serve` again"
+                f"adapter '{name}' was replaced or unloaded, but not its chunks; restart the server"
             )
         rendered, question = await asyncio.to_thread(_render, client, request)
         await self._encoded(client, rendered)
