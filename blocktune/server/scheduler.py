@@ -8,7 +8,6 @@ the whole prompt), and so is encoding for methods with a loader of their own.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from blocktune.engine import Engine
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.encode import Found, Piece, grouped, wanted_pieces
 from blocktune.engine.usage import Stopwatch
+from blocktune.memory import trim_memory
 from blocktune.methods import Cached, build
 from blocktune.prompt import Pieces
 from blocktune.server.config import Limits
@@ -29,11 +29,6 @@ from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, failu
 
 IDLE_S = 1.0
 """Seconds without a request after which freed memory is returned to the system."""
-
-
-def trim_memory() -> None:
-    """Makes the C library return freed memory, which it may keep after a large prompt."""
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # only glibc has it
 
 
 class Scheduler:

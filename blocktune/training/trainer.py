@@ -40,7 +40,7 @@ from blocktune.training.launch_checks import (
 )
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
-from blocktune.training.order import EpochOrder
+from blocktune.training.order import EpochCallback, EpochOrder
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed
 
@@ -175,7 +175,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             row_flops(self.size, self.objective.teacher is not None),
             matmul_rate(args.device, state_dtype) * self.accelerator.num_processes,
         )
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(EpochCallback(self))
         self.files = AdapterFiles(info, {"training": settings(args)}, args.freeze_base).described(
             world_size=self.accelerator.num_processes, launch=launch_name(self.accelerator)
         )
@@ -339,21 +339,3 @@ def _checked_collator(
     if args.attention_execution == "flex":
         own |= {"row_multiple": BLOCK}
     return replace(collator, num_tokens=num_tokens, **own)
-
-
-class _EpochCallback(TrainerCallback):
-    """Starts the clock, and sets the epoch of collator and order before its first batch."""
-
-    def __init__(self, trainer: BlockSFTTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._total_train_tokens = state.num_input_tokens_seen
-        self.trainer.speed.start(self.trainer._total_train_tokens, state.global_step)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # After a resume the epoch is a fraction; rounding must not give the previous epoch.
-        epoch = int((state.epoch or 0) + 1e-6)
-        self.trainer.collator.epoch = epoch
-        if self.trainer.order is not None:
-            self.trainer.order.epoch = epoch
