@@ -127,7 +127,7 @@ def _write_s(count: int, setting: VllmBench) -> float:
 
     keys = torch.rand(setting.chunk, setting.kv_heads, setting.width // setting.heads)
     slots = torch.arange(setting.chunk)
-    modules = [place.module for place in get_kv_transfer_group().worker.places.values()]
+    modules = [module for module, *_ in get_kv_transfer_group().worker.places.values()]
 
     def write() -> None:
         for module in modules:

@@ -13,14 +13,14 @@ from typer import Argument
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
 from blocktune.commands.options import option
-from blocktune.parsing import refuse_doubles, split_name
+from blocktune.parsing import load_yaml, mapping, refuse_doubles, split_name
 
 SAFETY, LIMITS = "Safety", "Limits"  # panels of the help
 KEY_VARIABLE = "BLOCKTUNE_API_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
-OURS = ("--model", "--revision", "--tokenizer", "--chat-template")
-OUR_KINDS = ("--kv-transfer", "--kv-offloading", "--default-chat-template")
-"""Options of vLLM, and how others begin, that requests with documents would not follow."""
+OURS = ("--model", "--revision", "--tokenizer", "--chat-template", "--kv-transfer-config")
+OURS += ("--kv-offloading-size", "--default-chat-template-kwargs")
+"""Options that requests with documents would not follow; vLLM takes their starts, and NAME.KEY."""
 
 Adapters = option(
     list[str] | None,
@@ -170,8 +170,12 @@ def serve_vllm(
     """Start vLLM's server with cached chunks for chat completions with `documents`."""
     from blocktune.vllm import launch
 
-    for name in (text.replace("_", "-").partition("=")[0] for text in context.args):
-        if name in OURS or name.startswith(OUR_KINDS):
+    names = [text.partition("=")[0] for text in context.args if text.startswith("--")]
+    if "--config" in context.args[:-1]:  # its file has more options
+        path = context.args[context.args.index("--config") + 1]
+        names += [f"--{key}" for key in mapping(load_yaml(path, "--config", "create it"), path)]
+    for name in (name.replace("_", "-") for name in names):
+        if any(one.startswith(name.partition(".")[0]) for one in OURS):
             raise ValueError(f"leave out {name}: blocktune sets model, wording and KV connector")
     named = [(name or Path(path).name, path) for name, path in map(split_name, adapter or ())]
     refuse_doubles("model or adapter", [model, *(n for n, _ in named)], "name it: NAME=ADAPTER")

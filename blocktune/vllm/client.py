@@ -167,10 +167,7 @@ class ChunkClient:
         ]
 
     def _is_of(self, name: str, fingerprint: str, revision: str | None = None, **_: Any) -> bool:
-        """Whether chunks may be of this base, by its name; folders that are both here must be one.
-
-        If a revision was named, the chunks must be of it. Weights in a folder must be theirs.
-        """
+        """Whether chunks may be of this base: by its name or folder, revision, saved weights."""
         own, other = Path(self.name), Path(name)
         same = own.samefile(other) if own.exists() and other.exists() else own.name == other.name
         if not same or self._commit not in (None, revision):

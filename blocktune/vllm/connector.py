@@ -134,6 +134,7 @@ def require_served_config(config: VllmConfig) -> None:
     transfer, parallel = config.kv_transfer_config, config.parallel_config
     extra, cache = transfer.kv_connector_extra_config, config.cache_config.cache_dtype
     policy, store = transfer.kv_load_failure_policy, extra.get("store")
+    changed = config.model_config.hf_overrides or config.model_config.hf_config_path
     odd = [f"{name}={extra[name]!r}" for name in sorted(extra) if not _is_option(name, extra[name])]
     ranks = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
     reasons = {
@@ -146,8 +147,8 @@ def require_served_config(config: VllmConfig) -> None:
         "loads no routing; drop --enable-return-routed-experts": config.aux_output_config.enabled,
         "cannot move latent keys (MLA); use a RoPE model": config.model_config.use_mla,
         "writes whole chunks in each rank; drop context parallelism": max(ranks) > 1,
-        "reads chunks that were encoded with the RoPE of the model's config.json; change it there, "
-        "not by hf_overrides, and encode again": "rope" in str(config.model_config.hf_overrides),
+        "reads chunks that were encoded by the model's config.json; change it there, not by "
+        "hf_overrides or hf_config_path, and encode again": changed,
     }
     if reason := next((text for text, applies in reasons.items() if applies), None):
         raise ValueError(f"BlocktuneConnector {reason}")

@@ -13,11 +13,10 @@ from blocktune.vllm.plan import PARAMS, LoadPlan
 
 
 def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
-    """Checks a request that has a plan; raises VLLMValidationError (HTTP 400) if it is invalid.
+    """Raises VLLMValidationError (HTTP 400) if a request has a plan that cannot be loaded.
 
-    ``store`` is the connector's; None: vLLM runs without it, and would ignore the plan. Chunks that
-    a folder lacks are queued for encoding. A remote is not asked, since that takes too long: its
-    requests fail while they load.
+    ``store`` is the connector's; None: there is none. Chunks that a folder lacks are queued. A
+    remote is not asked, since that takes too long: its requests fail while they load.
     """
     if (request.cache_salt or "").startswith(f"{PARAMS}:"):
         raise VLLMValidationError(
@@ -25,7 +24,11 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
         )
     params = request.sampling_params
     transfer = params and (params.extra_args or {}).get("kv_transfer_params")
-    if not isinstance(transfer, dict) or transfer.get(PARAMS) is None:
+    try:
+        plan = LoadPlan.read(transfer, request.prompt_token_ids)
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from None
+    if plan is None:
         return
     # vLLM would compute the prompt in full attention, and cache that in the plan's namespace.
     if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
@@ -35,10 +38,6 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
         )
     if params.skip_reading_prefix_cache:
         raise VLLMValidationError("skip_reading_prefix_cache excludes cached chunks; leave it out")
-    try:
-        plan = LoadPlan.read(transfer, request.prompt_token_ids)
-    except ValueError as error:
-        raise VLLMValidationError(str(error)) from None
     if store is None:
         raise VLLMValidationError(
             "this vLLM runs without BlocktuneConnector, and would compute the chunks in full"

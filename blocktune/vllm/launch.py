@@ -9,8 +9,6 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
-
 
 def serve(
     model: str, adapters: dict[str, str], store: str, options: list[str], **extra: Any
@@ -28,7 +26,8 @@ def serve(
     has no chunks of the default model.
     """
     import_module("vllm.config")  # before torch, since it sets environment variables
-    plugins = {point.name for group in GROUPS for point in entry_points(group=group)}
+    groups = ("vllm.general_plugins", "vllm.endpoint_plugins")
+    plugins = {point.name for group in groups for point in entry_points(group=group)}
     if "blocktune" not in plugins:
         raise ValueError(
             "vLLM looks for plug-ins among installed packages, and blocktune is not installed "
@@ -47,19 +46,24 @@ def serve(
     folders = {name: str(client.adapter) for name, client in clients.items()}
     transfer = transfer_config(store, adapters=folders, **extra)
     bare, revision = base.source
-    line = ["--model", bare, "--enable-prompt-tokens-details"]
+    line = [bare, "--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(transfer)]
     line += ["--revision", revision] if revision else []
-    line += ["--kv-transfer-config", json.dumps(transfer)]
     if loras := {name: client.lora for name, client in clients.items() if client.lora}:
         rank = max(lora_rank(folder) for folder in loras.values())
-        line += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
-        # JSON, since a folder may have "=" in its name
-        line += [json.dumps({"name": name, "path": str(loras[name])}) for name in loras]
+        line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(loras))]
+    os.environ["VLLM_USE_RUST_FRONTEND"] = "0"  # it has no plug-ins, so it would ignore documents
+    command = import_module("vllm.entrypoints.cli.serve")
+    args = command.make_arg_parser(command.FlexibleArgumentParser()).parse_args([*line, *options])
+    module = import_module("vllm.entrypoints.openai.models.protocol").LoRAModulePath
+    own = [module(name, str(folder)) for name, folder in loras.items()]
+    args.lora_modules = [*(args.lora_modules or ()), *own]
     print(
         f"chunks of {model} ({first[:12]}) in '{store}'; vLLM starts in about a minute (its log "
         'follows), and is ready at "Application startup complete"',
         file=sys.stderr,
         flush=True,
     )
-    sys.argv[1:] = [*line, *options]
-    import_module("vllm.entrypoints.launchers.api_server.entry").main()
+    import_module("vllm.entrypoints.serve.utils.api_utils").cli_env_setup()
+    import_module("vllm.logger").configure_logging_from_args(args)
+    command.ServeSubcommand().validate(args)
+    command.ServeSubcommand.cmd(args)

@@ -46,16 +46,11 @@ class LoadMetrics(KVConnectorPromMetrics):
 
     def __init__(self, config, metric_types, labelnames, values):
         super().__init__(config, metric_types, labelnames, values)
-        counters = {
-            name: self._counter_cls(
-                name=f"vllm:blocktune_{name}", documentation=text, labelnames=labelnames
-            )
-            for name, text in COUNTS.items()
-        }
-        self._counters = {
-            engine: {name: counter.labels(*labels) for name, counter in counters.items()}
-            for engine, labels in values.items()
-        }
+        self._counters = {engine: {} for engine in values}
+        for name, text in COUNTS.items():
+            counter = self._counter_cls(f"vllm:blocktune_{name}", text, labelnames)
+            for engine, labels in values.items():
+                self._counters[engine][name] = counter.labels(*labels)
 
     def observe(self, transfer_stats_data, engine_idx=0) -> None:
         for name, count in transfer_stats_data.items():

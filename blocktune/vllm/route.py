@@ -21,12 +21,14 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.serve.utils.api_utils import (
     load_aware_call,
     validate_json_request,
     with_cancellation,
 )
 
+from blocktune.parsing import refuse_doubles
 from blocktune.server.front import chat_pieces, read_documents, read_messages, read_method
 from blocktune.server.schemas import (
     OWN_PLACE,
@@ -40,8 +42,7 @@ from blocktune.server.schemas import (
 from blocktune.vllm.client import ChunkClient, Rendered, open_clients
 from blocktune.vllm.plan import PARAMS, Segment
 
-POLL_S = 0.05
-ASK_S = 1.0  # seconds after which chunks are asked for again
+POLL_S, ASK_S = 0.05, 1.0  # seconds after which chunks are looked for, and asked for, again
 ROUTE = "/v1/chat/completions"
 OWN = ("documents", "blocktune")
 """Fields that vLLM does not know."""
@@ -69,22 +70,18 @@ class DocumentRequest(BaseModel):
 class Renderer:
     """Turns requests with documents into requests of vLLM."""
 
-    def __init__(self, clients: Mapping[str, ChunkClient], base: str, wait_s: float):
-        """``clients`` are models and adapters by name; ``base`` is the name of vLLM's model."""
-        self.clients, self.base, self.wait_s = clients, base, wait_s
+    def __init__(self, clients: Mapping[str, ChunkClient], loras: Mapping[str, Any], wait_s: float):
+        """By name: ``clients`` of models and adapters; vLLM's ``loras``, which may be replaced."""
+        self.clients, self.wait_s = clients, wait_s
+        self.loras, self._first = loras, dict(loras)
 
     async def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Returns the body for vLLM.
-
-        Raises ValueError, in one line, if the request cannot be answered, and HTTPException if its
-        model is not served or its chunks are not encoded in time.
-        """
+        """Returns the body for vLLM. Raises ValueError in one line, or HTTPException (404, 503)."""
         refuse_fields(body, OWN_PLACE)
         refuse_misspelt(body, list(OWN), ChatCompletionRequest.model_fields)
         name = next(iter(self.clients)) if body.get("model") is None else body["model"]
         client = self.clients.get(name) if isinstance(name, str) else None
-        # vLLM does not know an adapter that only encodes.
-        body = body | {"model": self.base if client and client.lora is None else name}
+        body = body | {"model": name}
         if not _has_documents(body):
             return body
         request = validated(DocumentRequest.model_validate, body)
@@ -95,6 +92,10 @@ class Renderer:
             raise ValueError(f"{refused} is not supported with documents; leave it out")
         if client is None:
             raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
+        if client.lora and self.loras.get(name) is not self._first.get(name):
+            raise ValueError(
+                f"adapter '{name}' was replaced or unloaded, but not its chunks; restart the server"
+            )
         rendered, question = await asyncio.to_thread(_render, client, request)
         await self._encoded(client, rendered)
         kept = {key: value for key, value in body.items() if key not in OWN}
@@ -159,10 +160,8 @@ async def require_read(raw_request: Request) -> None:
     await validate_json_request(raw_request)
     try:
         body = await raw_request.json()
-    except RecursionError:
-        raise HTTPException(400, "the request is nested too deeply") from None
-    except ValueError as error:
-        raise HTTPException(400, f"the request is not JSON: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise HTTPException(400, f"the request is not JSON that can be read: {error}") from None
     body = body if isinstance(body, dict) else {}
     unread = next((name for name in OWN if body.get(name)), None)
     if unread and not raw_request.url.path.endswith(ROUTE):
@@ -207,8 +206,14 @@ class DocumentsRoute:
         own = extra["store"], extra.get("fingerprint")
         model = f"{args.model}@{args.revision}" if args.revision else args.model
         plain, clients = open_clients(model, extra.get("adapters") or {}, *own)
+        refuse_doubles("model or adapter", [*names, *clients], "name it: NAME=ADAPTER")
+        served = state.openai_serving_models
+        for name in (name for name, client in clients.items() if client.lora is None):
+            # It only encodes: to vLLM it is the base.
+            served.base_model_paths.append(BaseModelPath(name=name, model_path=args.model))
         clients |= dict.fromkeys(names, plain)
         for client in clients.values():
             room = min(client.prompts.max_tokens, engine_client.model_config.max_model_len)
             client.prompts = replace(client.prompts, max_tokens=room)
-        state.blocktune = Renderer(clients, names[0], float(extra.get("encode_wait_s", 30)))
+        wait_s = extra.get("encode_wait_s", 30)
+        state.blocktune = Renderer(clients, served.lora_requests, float(wait_s))

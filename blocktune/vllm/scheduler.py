@@ -67,10 +67,7 @@ class SchedulerSide:
         request.update_block_hashes()
 
     def matched(self, request: Request, computed: int) -> tuple[int, bool]:
-        """Tokens to load after the first ``computed``, and whether the request waits for them.
-
-        A request that loads nothing has 0 tokens.
-        """
+        """How many tokens to load after the first ``computed``; whether the request waits."""
         plan, self._layered = self._plans.get(request.request_id), None
         if isinstance(plan, str):
             return 1, True  # any number, since the request fails while it waits for them

@@ -1,9 +1,8 @@
 """The connector's half in a worker: loads from the store into this rank's paged cache, in threads.
 
-Chunks are read and verified once; recently used ones stay in memory. A load copies them to the
-device layer by layer, moves the keys to their positions, and writes them by vLLM's kernel, which
-knows the cache's layout. Most loads run between steps, while other requests are decoded. A layered
-load runs during the forward pass, which waits for each layer when it reaches it.
+A load reads and verifies chunks (recent ones stay in memory), copies them layer by layer, moves
+keys to their positions, and writes by vLLM's kernel, which knows the cache's layout. Most run
+between steps; a layered one runs during the forward pass, which waits for each layer.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ class _Rope(NamedTuple):
 class _Part(NamedTuple):
     """Segments that are written together.
 
-    On a CPU a part is one segment, whose keys stay in the processor's cache between rotation and
-    write. On other devices it is all segments, for fewer kernel launches.
+    On a CPU one, whose keys stay in the processor's cache; else all, for fewer kernel launches.
     """
 
     chunks: list[ChunkKV]  # their stored keys and values, of this rank's heads

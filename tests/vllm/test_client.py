@@ -54,13 +54,27 @@ def test_a_store_that_vllm_cannot_read_is_refused(store):
     "option",
     [
         *("--kv-offloading-size", "--kv_transfer_config={}", "--model", "--tokenizer=x"),
-        *("--revision", "--chat-template", "--default_chat_template_kwargs={}"),
+        *("--revision", "--chat-template", "--default_chat_template_kwargs={}", "--kv-tr"),
     ],
 )
-def test_options_that_replace_the_connector_the_model_or_its_wording_are_refused(tmp_path, option):
-    named = option.replace("_", "-").partition("=")[0]
+@pytest.mark.parametrize("in_file", [False, True])
+def test_options_that_replace_the_connector_the_model_or_its_wording_are_refused(
+    tmp_path, option, in_file
+):
+    args, named = [option, "1"], option.replace("_", "-").partition("=")[0]
+    if in_file:
+        (file := tmp_path / "vllm.yaml").write_text(f"port: 1\n{option[2:].partition('=')[0]}: x\n")
+        args = ["--port", "2", "--config", str(file)]
     with pytest.raises(ValueError, match=f"leave out {named}: "):
-        serve_vllm(SimpleNamespace(args=[option, "1"]), TINY, str(tmp_path))
+        serve_vllm(SimpleNamespace(args=args), TINY, str(tmp_path))
+
+
+def test_other_options_are_vllms(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "serve", Mock())
+    (file := tmp_path / "vllm.yaml").write_text("tokenizer_mode: auto\n")
+    args = ["--config", str(file), "--chat-template-content-format", "string", "--ssl-keyfile", ""]
+    serve_vllm(SimpleNamespace(args=args), TINY, "store")
+    assert launch.serve.call_args.args[3] == args
 
 
 @pytest.mark.parametrize("adapters", [["a=x", "a=y"], [f"{TINY}=x"]])

@@ -15,6 +15,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm_cases import SMALL, TINY, close, first_logprobs, forget, make_adapter, questions, worst
 
 from blocktune import Engine
+from blocktune.bench import vllm as bench
+from blocktune.bench.vllm import VllmBench
 from blocktune.cache.store.shelf import MissQueue, StoreView
 from blocktune.prompt import LayoutSpec
 from blocktune.vllm import ChunkLLM, guard
@@ -399,6 +401,13 @@ def test_the_documented_python_runs(llm, monkeypatch, capsys):
     monkeypatch.setattr("blocktune.vllm.ChunkLLM", lambda *args, **options: llm, raising=False)
     exec(compile(text, "vllm.md", "exec"), {})
     assert " of " in capsys.readouterr().out
+
+
+def test_the_bench_writes_through_the_connectors_layers(llm):
+    setting = VllmBench(chunk=8, width=128, heads=2, kv_heads=4)  # of data/tiny
+    llm.answer(questions(10, 1))
+    assert bench._write_s(2, setting) > 0
+    forget(llm)
 
 
 def counter(llm, name: str) -> float:

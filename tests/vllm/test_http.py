@@ -77,6 +77,11 @@ def test_an_adapter_that_only_encodes_answers_without_documents(server):
     assert text_of(made[0]) == text_of(made[1])
 
 
+def test_all_names_are_listed(server):
+    listed = httpx.get(f"{server}/v1/models").json()["data"]
+    assert {one["id"] for one in listed} == {TINY, "alias", "tuned", "packet"}
+
+
 def test_without_a_model_the_first_adapter_answers(server):
     bare = {key: value for key, value in body(questions(31)[0]).items() if key != "documents"}
     for more in ({}, {"model": None}):
@@ -281,8 +286,22 @@ def test_a_remote_alone_is_not_waited_for():
     store = SimpleNamespace(queue=SimpleNamespace(folder=None))
     client = SimpleNamespace(store=store, missing=lambda _: ["x"], ask_for=lambda _: None)
     with pytest.raises(HTTPException, match="not encoded yet: 1") as error:
-        asyncio.run(Renderer({}, "", 1e9)._encoded(client, SimpleNamespace(plan=None)))
+        asyncio.run(Renderer({}, {}, 1e9)._encoded(client, SimpleNamespace(plan=None)))
     assert error.value.status_code == 503
+
+
+@pytest.mark.parametrize("live", [{}, {"tuned": "another"}])
+def test_an_adapter_that_was_replaced_has_no_chunks(live):
+    """vLLM loads adapters at run time (VLLM_ALLOW_RUNTIME_LORA_UPDATING); the chunks stay."""
+    from blocktune.vllm.route import Renderer
+
+    loras = {"tuned": "the first"}
+    renderer = Renderer({"tuned": SimpleNamespace(lora="folder")}, loras, 1)
+    loras.clear()
+    loras |= live
+    asked = body(questions(31)[0], "tuned")
+    with pytest.raises(ValueError, match="adapter 'tuned' was replaced or unloaded"):
+        asyncio.run(renderer.prepare(asked))
 
 
 def test_metrics_count_what_was_loaded(server):

@@ -16,12 +16,13 @@ from transformers import (
 from vllm import EngineArgs, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm_cases import SMALL, TINY, close, first_logprobs, make_adapter, questions, worst
 
 from blocktune import Engine
 from blocktune.adapter.merge import merge_adapter
 from blocktune.prompt import LayoutSpec
-from blocktune.vllm import ChunkLLM, guard
+from blocktune.vllm import ChunkLLM, guard, launch
 from blocktune.vllm.client import transfer_config
 from blocktune.vllm.connector import BlocktuneConnector
 
@@ -95,6 +96,24 @@ def prompt_logprobs_poison_nothing(llm, examples, wanted, greedy, monkeypatch):
     assert all(one.cached_tokens for one in again)
 
 
+def test_the_users_adapters_and_servers_are_kept(tmp_path, monkeypatch):
+    """vLLM takes the last one only, and `serve` its command, for several API servers."""
+    store, folders = tmp_path / "store", {n: tmp_path / n for n in ("tuned", "packet")}
+    make_adapter(folders["tuned"], LayoutSpec(), True)
+    make_adapter(folders["packet"], LayoutSpec(num_headers=1), False)
+    tuned = Engine.from_pretrained(TINY, folders["tuned"], store=store, device="cpu")
+    tuned.encode(["A chunk."])
+    monkeypatch.setattr(launch, "entry_points", lambda group: [SimpleNamespace(name="blocktune")])
+    for name in ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND", "VLLM_WORKER_MULTIPROC_METHOD"):
+        monkeypatch.setenv(name, "")
+    made = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", made.append)
+    options = ["--lora-modules", "plain=x", "--api-server-count", "2"]
+    launch.serve(TINY, folders, str(store), options)
+    assert [one.name for one in made[0].lora_modules] == ["plain", "tuned"]
+    assert (made[0].model_tag, made[0].api_server_count) == (TINY, 2)
+
+
 def test_a_merged_adapter_is_a_model_of_its_own(tmp_path):
     adapter = make_adapter(tmp_path / "lora", LayoutSpec(), True)
     merged, store, examples = str(tmp_path / "merged"), tmp_path / "store", questions(22, 2)
@@ -121,6 +140,8 @@ def test_a_merged_adapter_is_a_model_of_its_own(tmp_path):
         ({"kv_connector_extra_config": {"store": "x", "host_gb": "a"}}, {}, "got host_gb='a'"),
         ({"kv_connector_extra_config": {"store": 5}}, {}, "got store=5"),
         ({}, {"hf_overrides": {"rope_parameters": YARN}}, "not by hf_overrides"),
+        ({}, {"hf_overrides": {"sliding_window": 8}}, "not by hf_overrides"),
+        ({}, {"hf_config_path": TINY}, "not by hf_overrides or hf_config_path"),
         ({}, {"context_parallel": 2}, "drop context parallelism"),
         ({}, {"routed_experts": True}, "drop --enable-return-routed-experts"),
         ({}, {"kv_cache_dtype": "fp8"}, "caches, not fp8"),
