@@ -104,9 +104,13 @@ class TaskSpec:
         return f"{source.name}?{urlencode(source.options | dict(self.chunking), safe='/:,')}"
 
     def cut(self, text: str) -> str:
-        """The part of an output that is scored: before a stop text, after the answer marker."""
+        """The part of an output that is scored: before a stop text, after the answer marker.
+
+        A stop text in the white space before an output's first word does not end it.
+        """
+        start = len(text) - len(text.lstrip())
         for stop in self.stop:
-            text = text.partition(stop)[0]
+            text = text[:start] + text[start:].partition(stop)[0]
         return text.rpartition(self.answer_marker)[2] if self.answer_marker else text
 
     def decides(self) -> dict[str, Any]:
