@@ -1,7 +1,4 @@
-"""Strict parsing of YAML, JSON or option strings into frozen dataclasses.
-
-Errors are reported in one line: where the value is, what was wanted and what was found.
-"""
+"""Strict parsing of YAML, JSON or option strings into frozen dataclasses, with one-line errors."""
 
 from __future__ import annotations
 
@@ -115,11 +112,10 @@ _Loader.yaml_implicit_resolvers = {
     first: [own for own in resolvers if own[0] not in (_INT, _FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _tag, _pattern in (
-    (_INT, r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
-    (_FLOAT, r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$"),
-    (_FLOAT, r"[-+]?([0-9][0-9_]*[eE][-+]?[0-9]+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"),
-):
+for _tag, _pattern in {
+    _INT: r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$",
+    _FLOAT: r"(?=.*[.eE])[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\.(?i:inf|nan)$",
+}.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
