@@ -203,7 +203,7 @@ class RowFile:
         self._rows, self._opened = self._wanted_rows(), False
 
     def refuse_loss(self, asked: Iterable[tuple[str, str]]) -> None:
-        """Raises ValueError if `merge` would delete answers to questions (task, id) not ``asked``."""
+        """Raises ValueError if `merge` would delete answers to other questions (task, id)."""
         answered, *parts = (
             [(row.task, row.id) for row in read_rows(path)] for path in self._paths()
         )
