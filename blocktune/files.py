@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EACCES)
 
 
 @contextmanager
@@ -42,23 +42,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
         return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem[:32]}-{uuid.uuid4().hex}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(path.suffix, f".{path.stem[:32]}-", path.parent)
+        mode = path.stat().st_mode & 0o777 | 0o600 if path.exists() else 0o666
+        temporary.touch(mode, exist_ok=False)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    os.close(handle)
+    usual = temporary.stat().st_mode
     try:
         with _naming(path):
-            yield Path(name)
-            if path.exists():
-                shutil.copymode(path, name)
-            else:
-                Path(name).chmod(0o666 & ~_umask())
-            sync(name)
-            os.replace(name, path)
+            yield temporary
+            with suppress(PermissionError):  # FUSE and SMB may not let permissions be set
+                temporary.chmod(path.stat().st_mode if path.exists() else usual)
+            sync(temporary)
+            os.replace(temporary, path)
             sync(path.parent)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def replace_text(path: str | Path, text: str) -> None:
@@ -69,8 +69,7 @@ def replace_text(path: str | Path, text: str) -> None:
 
 def replace_json(path: str | Path, record: Any) -> None:
     """Writes indented JSON atomically. Raises ValueError for NaN, which JSON does not have."""
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    replace_text(path, text + "\n")
+    replace_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def move_folder(source: str | Path, target: str | Path) -> None:
@@ -122,25 +121,47 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
         out.writelines(line + "\n" for line in lines)
         out.flush()
         if Path(path).is_file():
-            os.fsync(out.fileno())
+            sync(path)
 
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """Locks ``path`` (created if missing) in the block. ValueError if another process holds it."""
-    import fcntl  # POSIX only, unlike the rest of this module
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_char_device() or path.is_fifo():  # several processes may write to it
         yield
         return
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing '{path}'; wait for it to end") from None
+        if lock(file.fileno()) is False:
+            raise ValueError(f"another process is writing '{path}'; wait for it to end")
         yield
+
+
+def lock(descriptor: int, wait: bool = False) -> bool | None:
+    """Whether a file could be locked; None if its file system has no locks, as some of Lustre."""
+    import fcntl  # POSIX only, unlike the rest of this module
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def alone_in(folder: str | Path, is_main: bool = True) -> Iterator[None]:
+    """Locks a folder, as `locked` does, in the block of the main process of a run."""
+    if not is_main:
+        yield
+        return
+    with locked(path := Path(folder) / ".lock"):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -167,16 +188,13 @@ def _is_torn(end: bytes) -> bool:
 
 
 def sync(path: str | Path) -> None:
-    """Waits until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the entries of a folder, are on disk, if the file system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@functools.cache  # reading the umask changes it for a moment, for all threads
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise

@@ -1,7 +1,10 @@
 """Files are whole or not there, and stopped logs continue."""
 
+import errno
+import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 
@@ -142,3 +145,39 @@ def test_a_device_is_written_to_and_never_read(tmp_path):
         replace_text("/dev/full", "a")
     truncate_lines("/dev/null", 0)
     append_lines("/dev/null", ["a"])
+
+
+@pytest.mark.parametrize("missing", ["chmod", "fsync of folders", "flock"])
+def test_a_file_system_with_fewer_functions_is_written_to(tmp_path, monkeypatch, missing):
+    """FUSE and SMB may refuse permissions and to sync folders; Lustre may have no locks."""
+    real = os.fsync
+
+    def refused(*_, **__):
+        number = errno.EPERM if missing == "chmod" else errno.ENOSYS
+        raise OSError(number, os.strerror(number))
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    if missing == "fsync of folders":
+        monkeypatch.setattr(os, "fsync", fsync)
+    else:
+        monkeypatch.setattr(fcntl if missing == "flock" else os, missing, refused)
+    for text in ("old", "new"):
+        replace_text(tmp_path / "a.txt", text)
+    assert (tmp_path / "a.txt").read_text() == "new"
+    append_lines(tmp_path / "log", ["{}"])
+    with resumed(tmp_path / "log") as lines:
+        assert lines == ["{}"]
+
+
+def test_a_disk_that_cannot_sync_is_an_error(tmp_path, monkeypatch):
+    def broken(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        replace_text(tmp_path / "a.txt", "new")
+    assert names(tmp_path) == []

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 
 # What each part may import besides itself; whatever is not named here is not allowed. A dotted
 # name is one module of a part: training uses the pure selectors and no more of methods.
-TOOLS = {"lazy", "registry", "parsing", "files", "tables", "provenance", "plugins"}
+TOOLS = {"lazy", "registry", "parsing", "files", "tables", "provenance", "plugins", "memory"}
 GROUND = TOOLS | {"models", "layout", "positions", "attention", "links"}
 PROMPT = GROUND | {"prompt", "adapter"}
 SERVING = PROMPT | {"cache", "methods", "engine"}
@@ -23,6 +23,7 @@ ALLOWED = {
     "plugins": set(),
     "parsing": set(),
     "files": set(),
+    "memory": set(),
     "tables": set(),
     "registry": {"plugins", "parsing"},
     "provenance": {"files"},

@@ -129,10 +129,15 @@ def explain(error: Exception) -> str | None:
             return "vLLM is not installed here; it needs its own environment, docs/vllm.md"
         extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
         return extra and f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
+    if isinstance(error, ImportError) and error.name is None:  # raised by hand, with advice
+        return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
         # FileExistsError: a folder was to be created where a file is, or below a file.
         reason = "Not a folder" if isinstance(error, FileExistsError) else error.strerror
         return f"{reason}: '{error.filename}'"
+    # torch and safetensors, which are not imported, have errors of their own for a full disk.
+    if re.search("unexpected pos [0-9]|failed writing file|^Error while seriali.*I/O", str(error)):
+        return f"cannot write a file ({' '.join(str(error).split())}); make space on the disk"
     if isinstance(error, sqlite3.Error):
         return f"the index of the store cannot be used: {error}; repeat the command"
     if not isinstance(error, ValueError | OSError):

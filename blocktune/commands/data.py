@@ -174,9 +174,19 @@ def write(
     """Write any source as JSON lines: one example with its chunks per line."""
     from blocktune.data import write_jsonl
 
+    check_output(output, source)
     options = {"limit": limit, "split": split, "tokenizer": tokenizer_of(tokenizer)}
     count = write_jsonl(output, load_from(source, fields, **options))
     typer.echo(f"wrote {count:,} examples to {output}")
+
+
+def check_output(output: Path, *sources: str | Path | None) -> None:
+    """Raises ValueError if an output is one of the files that are read, or of another format."""
+    if output.suffix in (".csv", ".tsv", ".parquet", ".arrow", ".gz") or output == Path("-"):
+        raise ValueError(f"--output '{output}': JSON lines are written; name it NAME.jsonl")
+    places = [Path(str(source).partition("?")[0]) for source in sources if source]
+    if output.is_file() and any(p.is_file() and p.samefile(output) for p in places):
+        raise ValueError(f"--output '{output}' is also read; name another file")
 
 
 def tokenizer_of(name: str | None):

@@ -55,6 +55,7 @@ def passages(
         raise ValueError("give one of --corpus FILE, --retrieved FILE and --own")
     if (embedder is not None and corpus is None) or (store is not None and embedder is None):
         raise ValueError("--embedder needs --corpus, and --store needs --embedder; add it")
+    data.check_output(output, source, corpus, retrieved)
     opt.quiet_libraries()
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.sources.options import with_fields
@@ -135,6 +136,7 @@ def answer(
     from blocktune.evaluation.runner import progress_bars
     from blocktune.methods import build
 
+    data.check_output(output, source)
     full, sampling = build("full-prefill"), Sampling(temperature, top_p=top_p, seed=seed)
     engine = opt.load_engine(model, adapter, None, dtype, device, method=full)
     examples = data.load_from(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
@@ -208,6 +210,7 @@ def mix(
     Table(headings, rows, title=str(mixture)).show()
     if output is None:
         return
+    data.check_output(output, mixture, *(part.source for part in mixture_spec.parts))
 
     def with_modes():
         for item in mixed.examples:

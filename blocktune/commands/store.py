@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -151,8 +152,6 @@ def gc(
         if used < cutoff or total > limit:
             to_remove[key] = size
             total -= size
-    if not as_json:
-        tell(False, None, *_describe_repairs(index))
     _remove(shelf, to_remove, dry_run, as_json, unfinished=unfinished, index=index)
 
 
@@ -182,10 +181,12 @@ def rm(
     shelf = Shelf.open(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
         raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
+    shelf.mend()  # or files that were copied into the folder would stay
     if keys:
         rows = _rows(shelf, keys)
     elif adapter:
         models = shelf.ledger.counts("fingerprint")
+        adapter = str(Path(adapter))  # as manifests name it: without ./ and a last slash
         selected = {fingerprint for fingerprint in models if shelf.names(fingerprint)[1] == adapter}
         rows = [row for row in shelf.rows() if row.fingerprint in selected]
     else:
@@ -257,7 +258,8 @@ def _remove(shelf: Shelf, sizes: dict[str, int], dry_run: bool, as_json: bool, *
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
     left = f", {more['unfinished']:,} unfinished files" if more.get("unfinished") else ""
     line = f"{'would remove' if dry_run else 'removed'} {len(removed):,} chunks"
-    tell(as_json, record | {"keys": list(removed)}, f"{line} ({_size(record['bytes'])}){left}")
+    lines = [*_describe_repairs(more.get("index", {})), f"{line} ({_size(record['bytes'])}){left}"]
+    tell(as_json, record | {"keys": list(removed)}, *lines)
 
 
 def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool) -> None:
@@ -270,15 +272,14 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
         problem, file = _checked(source.blobs, row.key)
         counts["unsound"] += problem is not None
         if file is not None:
-            data = bytes(file.content() or source.blobs.open(row.key).content())
+            data = file.blob.content()  # what was verified: the path may have another file now
             try:
                 target.blobs.write(row.key, data)
                 if target.index is not None:
                     target.index.fill([row])
             except OSError as error:
-                done = f"after {counts['copied']:,} chunks"
-                reason = error.strerror or error
-                raise ValueError(f"'{target.blobs.place}', {done}: {reason}") from None
+                reason = f"after {counts['copied']:,} chunks: {error.strerror or error}"
+                raise ValueError(f"'{target.blobs.place}', {reason}") from None
             counts["copied"] += 1
             counts["bytes"] += len(data)
     for name in (n for n in source.blobs.fingerprints() if n.startswith(fingerprint)):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize
+from unicodedata import category, normalize
 
 from blocktune.data.example import RagExample, write_jsonl
 from blocktune.files import append_lines, resumed
@@ -21,7 +21,10 @@ from blocktune.prompt.format import Chunk
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff"
 """Chinese and Japanese characters, for a regular expression; each counts as a word."""
-_WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+MARKS = "".join(c for c in map(chr, range(0x300, 0xAC00)) if category(c) in ("Mn", "Mc"))
+LATER = rf"(?:[{MARKS}]+[^\W{UNSPACED}]*)*"
+"""The rest of a word after its first mark: \\w has no vowel signs, as of Hindi, Thai or Arabic."""
+_WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+{LATER}")
 
 
 def mentions(text: str, answers: Iterable[str]) -> bool:

@@ -32,6 +32,7 @@ class Message(NamedTuple):
 
     role: str
     text: str
+    is_learned: bool = True  # False: a reply that its data set excludes from training
 
     def __str__(self):
         return f"{SPEAKERS[self.role]}: {self.text}"

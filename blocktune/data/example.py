@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from blocktune.files import replacing
 from blocktune.prompt.format import Chunk, PromptFormat, require_unicode
 
 TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
-TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "data")
+TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "page_snippet", "segment", "data")
 """Fields that may hold a passage's text, in order of preference (LangChain, Pyserini, Cohere)."""
-_NESTED_KEYS = ("data", "document", "node", "payload", "_source")
+_NESTED_KEYS = ("data", "document", "node", "payload", "_source", "entity", "properties")
+_NESTED_KEYS += ("text_resource",)
 """Fields in which a search engine's hit holds the passage, next to its score and id."""
+_PRINTED = re.compile(r"\[?Document\((id|metadata|page_content)=|page_content=['\"]")
 
 NO_ANSWER = "No Answer Present."
 """What MS MARCO gives as the answer to a question that no passage answers."""
@@ -155,7 +160,7 @@ def field_error(name: str, wanted: str, got: Any) -> ValueError:
 
 def near_miss(keys: Iterable[str], missing: Sequence[str]) -> tuple[str, str] | None:
     """Finds the first key that looks like a misspelling of a missing field; returns both."""
-    for key in (key for key in keys if len(str(key)) > 3):
+    for key in islice((key for key in keys if len(str(key)) > 3), 100):  # each takes a while
         near = [name for name in missing if abs(len(str(key)) - len(name)) <= 1]
         if matches := difflib.get_close_matches(str(key).lower(), near, n=1, cutoff=0.8):
             return key, matches[0]
@@ -185,7 +190,7 @@ def passages_in(value: Any, name: str) -> list[Any]:
         return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if type(value).__name__ == "DataFrame":  # iterates over the names of its columns
         return value.to_dict("records")
-    if not isinstance(value, Iterable) or isinstance(value, bytes):
+    if not isinstance(value, Iterable) or isinstance(value, bytes | set | frozenset):
         raise field_error(name, f"a non-empty list, each {CHUNK_WANTED}", value)
     return list(value)
 
@@ -204,13 +209,22 @@ def read_chunk(value: Any, name: str) -> Chunk:
 def chunk_fields(value: Any, name: str) -> dict[str, Any]:
     """Extracts text, title and metadata of a passage, without validating them."""
     if isinstance(value, str):
+        if _PRINTED.match(value):
+            raise field_error(name, "a document's text, not a printed document", value)
         return {"text": value}
-    if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str):
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if is_pair and isinstance(value[1], Real):  # LangChain's (document, score)
+        passage = chunk_fields(value[0], name)
+        return {**passage, "metadata": {**passage.get("metadata", {}), "score": plain(value[1])}}
+    if is_pair and isinstance(value[0], str | None):
         value = {"title": value[0], "text": value[1]}
-    elif hasattr(value, "page_content"):  # LangChain's Document
-        value = {key: getattr(value, key, None) for key in ("page_content", "metadata", "id")}
     elif isinstance(value, Mapping) and isinstance(value.get("kwargs"), Mapping):
         value = value["kwargs"]  # LangChain's Document as its `dumps` writes it
+    elif not isinstance(value, Mapping):  # a document of LangChain, LlamaIndex or Haystack
+        names = (*TEXT_KEYS, *_NESTED_KEYS, "title", "metadata", "meta", "id", "score")
+        found = {key: getattr(value, key, None) for key in names}
+        found = {k: v for k, v in found.items() if isinstance(v, str | Mapping | Real)}
+        value = found or value
     if not isinstance(value, Mapping):
         raise field_error(name, CHUNK_WANTED, value)
     value = {key: None if _is_null(given) else given for key, given in value.items()}
@@ -226,11 +240,9 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
     text = value[key]
     if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
         text = " ".join(sentence.strip() for sentence in text)
-    nested = value.get("metadata")
     metadata = {k: v for k, v in value.items() if k not in (key, "title") and v is not None}
-    if isinstance(nested, Mapping):
-        del metadata["metadata"]
-        metadata = {**nested, **metadata}
+    if isinstance(metadata.get("metadata"), Mapping):
+        metadata = {**metadata.pop("metadata"), **metadata}
     return {"text": text, "title": _as_text(value.get("title")), "metadata": metadata}
 
 
@@ -259,7 +271,7 @@ def answers_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
     In records of RAGAS, ``answer`` is what a system answered, beside the right ``ground_truth``.
     """
-    names = ("answers", "ground_truth", "ground_truths", "answer")
+    names = ("answers", "golden_answers", "ground_truth", "ground_truths", "answer")
     name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         return ()

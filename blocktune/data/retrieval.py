@@ -13,7 +13,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from blocktune.data.answers import UNSPACED
+from blocktune.data.answers import LATER, MARKS, UNSPACED
 from blocktune.data.example import RagExample, answers_of, read_chunks
 from blocktune.data.sources.catalog import with_data_sets
 from blocktune.data.sources.load import on_the_hub, open_records
@@ -70,7 +70,8 @@ def _composed(text: str) -> str:
 def _bm25(texts: list[str]) -> Callable[[list[str]], Iterator[np.ndarray]]:
     import bm25s
 
-    words = rf"[{UNSPACED}]|[^\W{UNSPACED}]{{2,}}"
+    letter = rf"[^\W{UNSPACED}]"
+    words = rf"[{UNSPACED}]|(?:{letter}{{2,}}|{letter}(?=[{MARKS}])){LATER}"
     options = {"token_pattern": words, "stopwords": "en", "show_progress": False}
     tokens = partial(bm25s.tokenize, allow_empty=True, **options)
     corpus, index = tokens(texts), bm25s.BM25()

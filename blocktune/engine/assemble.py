@@ -99,7 +99,7 @@ def from_prefix(served: ServedBatch) -> Assembled:
     tree = state.prefixes(served.method)
     for index, prompt in enumerate(served.pieces):
         watch.start()
-        with tree.match(state.encoder.fingerprint, prompt.context) as match:
+        with tree.match(state.encoder.fingerprint, prompt.shareable) as match:
             watch.stop("lookup_s")
             match.load(served.cache, index)
             facts = match.num_tokens, match.num_bytes, match.disk_tokens

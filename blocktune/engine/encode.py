@@ -127,22 +127,30 @@ class Encoder:
         self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
         self._parameters = list(model.parameters())
+        self._lora = [part for part in model.modules() if hasattr(part, "scale_layer")]
         self._made_with = self._weights()
 
     def _weights(self) -> tuple:
         """Facts that tell cheaply whether the weights are still those of the fingerprint."""
         first = self._parameters[0]
         changes = sum(0 if p.is_inference() else p._version for p in self._parameters)
-        return first.dtype, first.device, changes, getattr(self.model, "active_adapter", None)
+        state = [(m.disable_adapters, [*map(m.scaling.get, m.active_adapters)]) for m in self._lora]
+        active = getattr(self.model, "active_adapter", None)
+        return first.dtype, first.device, changes, active, state
 
     def require_model(self, caches: bool = True) -> None:
-        """Raises ValueError if the model was detached or, for a pass that ``caches``, changed."""
+        """Raises ValueError if the model trains, is detached or, for ``caches``, changed."""
+        if self.model.training:
+            raise ValueError(
+                "the engine's model is in training mode, with dropout; call its eval()"
+            )
         if self.rope is not None and not is_attached(self.model):
             raise ValueError("the engine's model was detached; call blocktune.attach(engine.model)")
         if caches and self._weights() != self._made_with:
             raise ValueError(
-                "the model's weights, dtype, device or active adapter changed after its engine was "
-                "made, so cached chunks do not belong to it; make a new Engine(model, tokenizer)"
+                "the model's weights, dtype, device or adapter (or its state) changed after its "
+                "engine was made, so cached chunks do not belong to it; undo that, or make a new "
+                "Engine(model, tokenizer)"
             )
 
     def find(

@@ -306,7 +306,7 @@ class Engine:
             yield text.push(ids[-1])
         yield text.finish()
         if recall is not None:
-            recall.keep(self.state.text(ids), ids)
+            recall.keep(TextStream(self.tokenizer).whole(ids), ids)
 
     def cache(
         self, chunks: Any, method: str | Method | None = None, question: str | None = None

@@ -117,6 +117,10 @@ class TextStream:
         # New tokens are decoded together with the earlier ones from the prefix offset on.
         self._prefix_offset, self._read_offset = 0, len(before)
 
+    def whole(self, ids: Sequence[int]) -> str:
+        """The text of all tokens. Decoded at once, a broken one may spoil bytes before it."""
+        return "".join(map(self.push, ids)) + self.finish()
+
     def push(self, token: int) -> str:
         """Adds a token. Returns the text that can be shown now, often empty."""
         self._ids.append(token)
@@ -182,7 +186,7 @@ class Generation(ServedBatch):
         encoder, history = self.state.encoder, self.method.history
         if self.cache.exact and self.method.cached is Cached.EXACT_PREFIX:
             for index, prompt in enumerate(self.pieces):
-                ids, start = prompt.context, self.assembled.prefix_tokens[index]
+                ids, start = prompt.shareable, self.assembled.prefix_tokens[index]
                 if start < len(ids):
                     exact = cut_exact(self.cache, index, ids, encoder.fingerprint, start=start)
                     self.state.prefixes(self.method).insert(exact)
@@ -247,7 +251,8 @@ class Generation(ServedBatch):
         steps = torch.stack(list(self.tokens(sampling, max_new_tokens, streams)), dim=1).tolist()
         answer_ids = [tuple(token for token in ids if token >= 0) for ids in steps]
         pairs = zip(answer_ids, self.usages(answer_ids), strict=True)
-        return [Answer(self.state.text(ids), ids, usage) for ids, usage in pairs]
+        tokenizer = self.state.tokenizer
+        return [Answer(TextStream(tokenizer).whole(ids), ids, usage) for ids, usage in pairs]
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
         """Greedy tokens of a single prompt and the logits after the last, ``(1, V)``."""

@@ -90,7 +90,7 @@ class _Run:
         self.state, self.cache = state, PrefillCache(state.model.config)
         self.macs = self.start = self.bytes_read = self.disk_tokens = 0
         self.ids = torch.tensor([ids], device=state.model.device)
-        context, has_states = pieces.context, state.recurrence.has_states
+        context, has_states = pieces.shareable, state.recurrence.has_states
         states = {} if has_states else None
         tree, fingerprint = state.prefixes(served.method), state.encoder.fingerprint
         exact = served.method.cached is Cached.EXACT_PREFIX

@@ -116,10 +116,6 @@ class EngineState:
         ids = [*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id]
         return frozenset({end_of_turn(self.tokenizer)[-1], *(i for i in ids if i is not None)})
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Decodes tokens, without special tokens and surrounding whitespace."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
 
 @dataclass
 class ServedBatch:

@@ -23,7 +23,7 @@ from blocktune.evaluation.results import RESULTS, build_results
 from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
-from blocktune.files import locked, replace_json
+from blocktune.files import alone_in, replace_json
 from blocktune.models.identity import digest_of
 from blocktune.parsing import load_json
 from blocktune.provenance import hardware, provenance, versions
@@ -90,13 +90,8 @@ def run_suite(
         suite = replace(suite, device=processes.device)
     output, ready = Path(output), prepare(suite, load)
     (output / ROWS).mkdir(parents=True, exist_ok=True)
-    if not processes.is_main:
+    with alone_in(output, processes.is_main):
         return _run(ready, output, command, processes)
-    with locked(lock := output / ".lock"):
-        try:
-            return _run(ready, output, command, processes)
-        finally:
-            lock.unlink()
 
 
 def _run(

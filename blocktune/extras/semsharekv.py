@@ -99,10 +99,6 @@ class References(ChunkLoader):
                 nearest = similarity, other, matches
         return nearest
 
-    def keep(self, kept: dict, key, value, most: int) -> None:
-        with self.lock:
-            keep_latest(kept, key, value, most)
-
 
 def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: ServedModel) -> ChunkKV:
     """A chunk at ``start``: each token has the state of its match, moved to its own position."""
@@ -149,7 +145,8 @@ class FuzzyHistory(PromptHistory):
             # The tokens before it: the chunk is encoded after them if it is not built in time.
             before = pieces._replace(chunks=pieces.chunks[:index]).context or chunk[:1]
             make = partial(assemble, record, match, chunk, start, model)
-            earlier.keep(earlier.waiting, key_after(fingerprint, chunk, before), make, MOST)
+            with earlier.lock:
+                keep_latest(earlier.waiting, key_after(fingerprint, chunk, before), make, MOST)
             contexts.append(before)
             start += len(chunk)
         return contexts
@@ -170,7 +167,8 @@ class FuzzyHistory(PromptHistory):
             data = tuple(t[index, :, : len(ids)].clone() for kind in zip(*states) for t in kind)  # noqa: B905
             record = Record(data, torch.tensor(ids), fingerprint)
             if keep(store, chunk_key(fingerprint, ids, REFERENCE), record):
-                earlier.keep(earlier.prompts, ids, earlier.prompts.get(ids), self.references)
+                with earlier.lock:
+                    keep_latest(earlier.prompts, ids, earlier.prompts.get(ids), self.references)
 
 
 @register("semsharekv")

@@ -48,7 +48,9 @@ class Rotated(NamedTuple):
         """The `LayerRope`, given the decoder's buffers."""
         if not self.buffer:
             return LayerRope(torch.empty(0), *self[2:])
-        return LayerRope(self.sign * buffers[self.buffer].float(), *self[2:])
+        # Types `dynamic` and `longrope` overwrite the frequencies in every pass, by its length.
+        original = self.buffer.replace("inv_freq", "original_inv_freq")
+        return LayerRope(self.sign * buffers.get(original, buffers[self.buffer]).float(), *self[2:])
 
 
 class Structure(NamedTuple):

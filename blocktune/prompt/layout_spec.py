@@ -120,10 +120,8 @@ class LayoutSpec:
 
     @property
     def _link_rows(self) -> int:
-        shared = min(1, self.num_links)
-        return {"shared": shared, "slot": self.num_links}.get(
-            self.link_table, self.num_links * self.max_chunks
-        )
+        rows = {"shared": min(1, self.num_links), "slot": self.num_links}
+        return rows.get(self.link_table, self.num_links * self.max_chunks)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types."""

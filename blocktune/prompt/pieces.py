@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.prompt import special_tokens as special
 from blocktune.prompt.format import Chunk, PromptFormat
 from blocktune.prompt.special_tokens import Ids, UserText, encode, encode_user_texts
-from blocktune.prompt.template import render_conversation, render_frame, render_next, reply_end
+from blocktune.prompt.template import around_reply, render_conversation, render_frame, render_next
 
 
 class Pieces(NamedTuple):
@@ -25,8 +25,13 @@ class Pieces(NamedTuple):
 
     @property
     def context(self) -> Ids:
-        """Prefix and chunks, which later prompts may share."""
+        """Prefix and chunks."""
         return tuple(chain(self.prefix, *self.chunks))
+
+    @property
+    def shareable(self) -> Ids:
+        """What later prompts may begin with: the context, or without chunks all but one token."""
+        return self.context if self.chunks else (self.prefix + self.query)[:-1]
 
     @property
     def all(self) -> tuple[Ids, ...]:
@@ -139,7 +144,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     They are the text that the template writes after the assistant's, up to the first special token;
     or else the tokenizer's EOS. Raises ValueError if there is neither.
     """
-    ids = encode(tokenizer, reply_end(tokenizer))
+    ids = encode(tokenizer, around_reply(tokenizer).after)
     stops = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
     ends = [index for index, token in enumerate(ids) if token in stops]
     if ends:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.prompt.special_tokens import remembered
+
 SENTINEL = "BlocktuneChunksStandHere"
 REPLY = "BlocktuneReplyStandsHere"
 PLAIN_REPLY_CUE = "\nAnswer:"
@@ -22,7 +24,9 @@ PLAIN_REPLY_CUE = "\nAnswer:"
 DATE = "26 Jul 2024"
 """Fixed date for templates (Llama 3.1's default), so that cached prefixes stay valid."""
 _DATE = datetime.strptime(DATE, "%d %b %Y")
-_CODES = "".join(f"|replace('%{code}', '{_DATE:%{code}}')" for code in "YmdBbyAaHMSj")
+_CODES = "|replace('%-', '%')" + "".join(
+    f"|replace('%{code}', '{_DATE:%{code}}')" for code in "YmdBbyAaHMSjeIp"
+)
 _TELL_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- endmacro -%}}"
 """Replaces the function from which Granite's and Mistral's templates get the date."""
 
@@ -48,20 +52,28 @@ def render_frame(
         return Frame("\n\n".join(parts), tail + PLAIN_REPLY_CUE)
     for text in _rendered(tokenizer, system, [("user", head + SENTINEL + tail)]):
         if text.count(SENTINEL) == 1 and (not system or system.strip() in text):
-            return Frame(*text.split(SENTINEL))
+            before, after = text.split(SENTINEL)
+            return Frame(before, after + around_reply(tokenizer).before)
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a user turn with "
         f"text in it exactly once; set tokenizer.chat_template to one that does"
     )
 
 
-def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the template adds after the assistant's; empty if it cannot be determined."""
-    if tokenizer.chat_template is not None:
-        for text in _rendered(tokenizer, None, _REPLIED, add_generation_prompt=False):
-            if text.count(REPLY) == 1:
-                return text.split(REPLY)[1]
-    return ""
+@remembered("chat_template")
+def around_reply(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """The text between the start of the assistant's turn and a reply (a channel), and after it.
+
+    Both are empty if they cannot be determined.
+    """
+    replied = {"turns": _REPLIED, "add_generation_prompt": False}
+    for text in _rendered(tokenizer, None, **replied) if tokenizer.chat_template else ():
+        if text.count(REPLY) == 1:
+            before, after = text.split(REPLY)
+            starts = [x for x in _rendered(tokenizer, None, _REPLIED[:1]) if before.startswith(x)]
+            opening = before.removeprefix(starts[0]) if starts else ""
+            return Frame(opening if opening.strip() else "", after)
+    return Frame("", "")
 
 
 def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
@@ -73,7 +85,7 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
     for text in _rendered(tokenizer, None, [*_REPLIED, ("user", question)]):
         if text.count(REPLY) == 1 and question.strip() in text:
-            return text.split(REPLY)[1]
+            return text.split(REPLY)[1] + around_reply(tokenizer).before
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a second user turn; "
         "leave followups out, or set tokenizer.chat_template to one that does"
@@ -90,7 +102,7 @@ def render_conversation(
     required = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
     for text in _rendered(tokenizer, system, turns) if tokenizer.chat_template else ():
         if all(part in text for part in required):
-            return text
+            return text + around_reply(tokenizer).before
     raise ValueError(
         f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
         "turns out, or set tokenizer.chat_template to one that does"

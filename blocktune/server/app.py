@@ -150,7 +150,7 @@ async def complete(request: Request) -> Response:
 async def encode(request: Request) -> Response:
     """Encodes documents ahead of time, and pins them if requested."""
     exchange, _ = await begin(request, ChunksRequest, Service.encoding)
-    [report] = [event async for event in exchange.events()]
+    *_, report = [event async for event in exchange.events()]
     return JSONResponse(chunk_list(exchange.job, report).model_dump())
 
 
@@ -196,18 +196,22 @@ async def metrics(service: Serving) -> Response:
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@public.get("/health")
-async def health() -> dict[str, str]:
-    """Whether the process runs."""
-    return {"status": "ok"}
+@public.get("/health", responses={503: {"model": ErrorBody}})
+async def health(service: Serving) -> Response:
+    """Whether the process can answer; if not, it must be restarted."""
+    return _state([service.scheduler.fault], "ok")
 
 
 @public.get("/ready", responses={503: {"model": ErrorBody}})
 async def ready(service: Serving) -> Response:
     """Whether the correctness check has passed and requests are accepted."""
-    if service.ready:
-        return JSONResponse({"status": "ready"})
-    return JSONResponse(error_body("; ".join(service.faults) or "checking", 503), 503)
+    checked = service.faults or ["" if service.ready else "checking"]
+    return _state([service.scheduler.fault, *checked], "ready")
+
+
+def _state(faults: list[str], well: str) -> Response:
+    told = "; ".join(filter(None, faults))
+    return JSONResponse(error_body(told, 503), 503) if told else JSONResponse({"status": well})
 
 
 @public.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -35,7 +35,9 @@ def _chunks(job: Job, report: Report, pieces: Sequence[Piece]) -> list[dict[str,
     """
     encoder, chunks, count = job.engine.state.encoder, [], len(job.documents)
     for index, document in enumerate(job.documents):
-        chunk = {"index": index, "id": document.metadata.get("id"), "title": document.title}
+        own = document.metadata.get("id")
+        own = own if isinstance(own, str | int) else None
+        chunk = {"index": index, "id": own, "title": document.title}
         if len(pieces) >= count:
             piece = pieces[index - count]
             chunk["tokens"], chunk["cached"] = len(piece.ids), report.tiers.get(piece, "none")

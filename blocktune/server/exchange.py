@@ -17,11 +17,14 @@ from blocktune.methods.base import METHODS
 from blocktune.server.bodies import TextBodies
 from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, recall
-from blocktune.server.middleware import error_body
+from blocktune.server.middleware import SHUT_DOWN, error_body
 from blocktune.server.schemas import Decoding, T, WrongField, read_body
 from blocktune.server.service import Service
 
 _LOG = logging.getLogger("blocktune.server")
+STREAMED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx must not collect events
+BEAT_S = 15.0
+"""Seconds between the comments in a stream: proxies often end one that is silent for 60 seconds."""
 
 
 async def authorized(request: Request) -> Tenant:
@@ -107,8 +110,8 @@ class Exchange:
             self._open = False
             self.service.quotas.leave(self.job.tenant, refund)
 
-    async def events(self) -> AsyncGenerator[Delta | Report]:
-        """The job's events, the report last. HTTPException if it fails or the client has left."""
+    async def events(self) -> AsyncGenerator[Delta | Report | None]:
+        """The job's events, the report last, None every `BEAT_S`; or HTTPException if it fails."""
         watch, job, written = asyncio.create_task(self._watch()), self.job, 0
         try:
             while True:
@@ -119,15 +122,19 @@ class Exchange:
                     self.close(refund=job.unused_tokens(event.answer_tokens))
                     yield event
                     return
-                written += 1
+                written += event is not None
                 yield event
         finally:
             watch.cancel()
             self.close(refund=job.unused_tokens(written))
 
     async def _watch(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
+        kind = ""
+        while kind != "http.disconnect":
+            try:
+                kind = (await asyncio.wait_for(self.request.receive(), BEAT_S))["type"]
+            except TimeoutError:
+                self._queue.put_nowait(None)
         self.job.cancelled = True
         self._queue.put_nowait(Failure(499, "the client has left"))
 
@@ -138,7 +145,7 @@ class Exchange:
         if body.stream:
             options = body.stream_options
             stream = self._stream(bodies, first, events, bool(options and options.include_usage))
-            return EventStream(stream, headers={"cache-control": "no-cache"})
+            return EventStream(stream, headers=STREAMED)
         bodies.add(first)
         async for event in events:
             bodies.add(event)
@@ -146,19 +153,19 @@ class Exchange:
         return JSONResponse(bodies.whole(event))
 
     async def _stream(
-        self, bodies: TextBodies, first: Event, events: AsyncGenerator[Event], with_usage: bool
+        self, bodies: TextBodies, event: Event | None, events: AsyncGenerator, with_usage: bool
     ) -> AsyncIterator[bytes]:
         try:
             yield _sse(*bodies.opening())
-            yield _sse(*bodies.delta(first))
-            async for event in events:
-                if isinstance(event, Delta):
-                    yield _sse(*bodies.delta(event))
-                else:
-                    self._log(event, bodies)
-                    if with_usage:
-                        yield _sse(bodies.closing(event))
+            while not isinstance(event, Report):
+                yield b": waiting\n\n" if event is None else _sse(*bodies.delta(event))
+                event = await anext(events)
+            self._log(event, bodies)
+            if with_usage:
+                yield _sse(bodies.closing(event))
             yield b"data: [DONE]\n\n"
+        except asyncio.CancelledError:  # the time to finish after SIGTERM is over
+            yield _sse(error_body(SHUT_DOWN, 503))
         except HTTPException as error:
             _LOG.info("%s ended early, status=%d", bodies.id, error.status_code)
             yield _sse(error_body(str(error.detail), error.status_code))

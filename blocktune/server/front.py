@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.data.example import read_chunk
 from blocktune.methods import Method, build, build_entry
 from blocktune.prompt import Chunk, Pieces, PromptFormat, chunk_ids, encode, template
 from blocktune.prompt.format import require_unicode
 from blocktune.prompt.pieces import open_prompt
 from blocktune.prompt.special_tokens import UserText, check_bos, with_bos
-from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Extension, Message
+from blocktune.server.schemas import Document, DocumentBlock, Extension, Message
 
 Turn = tuple[str, str]  # role and text
 LARGEST = 1e9
@@ -43,37 +44,18 @@ class Conversation(NamedTuple):
 
 
 def read_documents(documents: Sequence[Document]) -> tuple[Chunk, ...]:
-    """Makes a chunk of each document; the client's id, or None, becomes ``id`` of its metadata.
+    """Makes a chunk of each document, as `blocktune encode` does, so that both mean the same chunk.
 
     Raises ValueError, with the document's index, if one has no text.
     """
-    chunks = []
-    for index, document in enumerate(documents):
-        try:
-            chunks.append(_chunk(document))
-        except ValueError as error:
-            raise ValueError(f"documents[{index}]: {error}") from None
-    return tuple(chunks)
+    return tuple(_chunk(document, f"documents[{i}]") for i, document in enumerate(documents))
 
 
-def _chunk(document: Document) -> Chunk:
-    if isinstance(document, str):
-        return Chunk(document)
-    title = None
+def _chunk(document: Document, name: str) -> Chunk:
     if isinstance(document, DocumentBlock):
         text = "\n".join(filter(None, (document.context, document.source.data)))
-        title = document.title
-    elif not isinstance(document, CohereDocument):
-        text, title = document.text, document.title
-    elif isinstance(document.data, str):
-        text = document.data
-    else:  # one field is the text; the others precede it as lines
-        fields = dict(document.data)
-        title = fields.pop("title", None)
-        key = next((name for name in ("text", "snippet", "content") if name in fields), None)
-        body = [] if key is None else [fields.pop(key)]
-        text = "\n".join([*(f"{name}: {value}" for name, value in fields.items()), *body])
-    return Chunk(text, title, {"id": document.id})
+        document = {"text": text, "title": document.title, "id": document.id}
+    return read_chunk(document, name)
 
 
 def read_messages(messages: Sequence[Message]) -> Conversation:

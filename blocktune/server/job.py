@@ -25,7 +25,7 @@ from blocktune.engine.recall import Recall
 from blocktune.engine.rows import has_column
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
-from blocktune.methods import Method
+from blocktune.methods import Cached, Method
 from blocktune.prompt import Chunk, Pieces, Prompt
 from blocktune.server.config import Tenant
 from blocktune.server.decoding import Choice, Settings, TokenLogprob, token_text
@@ -195,6 +195,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         were not cached are ``computed``.
     """
     layout, state = run.batch.layout, run.state
+    is_moved = run.method.cached is not Cached.EXACT_PREFIX
     rows = has_column(layout)[0].nonzero().squeeze(1)
     rows = rows[layout.order[0, rows].argsort()]
     count = torch.zeros(run.columns.kind.shape[1], dtype=torch.int64)
@@ -212,7 +213,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
     first: dict[int, int] = {}
     entries = []
     for kind, chunk, cached, layers, position in facts:
-        moved = kind != Kind.PREFIX and first.setdefault(chunk, position) != 0
+        moved = is_moved and kind != Kind.PREFIX and first.setdefault(chunk, position) != 0
         reused = "recomputed" if layers else "relocated" if moved else "reused"
         entry = {
             "kind": Kind(kind).name.lower(),

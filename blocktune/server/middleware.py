@@ -20,6 +20,7 @@ from blocktune.server.scheduler import Report, Scheduler
 
 _LOG = logging.getLogger("blocktune.server")
 TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+SHUT_DOWN = "the server has shut down before the answer was done"
 AT_ONCE = 16
 """Bodies of the largest size that may arrive at once, or as many bytes of smaller ones."""
 
@@ -126,7 +127,7 @@ class Guard:
             await self.app(inner, replay, counted)
         except asyncio.CancelledError:  # the time to finish after SIGTERM is over
             if not sent:
-                await refuse(503, "the server has shut down before the answer was done")
+                await refuse(503, SHUT_DOWN)
         except Exception:
             if not sent:
                 await refuse(500, "internal error; the server's log says more")

@@ -8,11 +8,11 @@ the whole prompt), and so is encoding for methods with a loader of their own.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 
@@ -21,19 +21,17 @@ from blocktune.engine import Engine
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.encode import Found, Piece, grouped, wanted_pieces
 from blocktune.engine.usage import Stopwatch
+from blocktune.memory import trim_memory
 from blocktune.methods import Cached, build
 from blocktune.prompt import Pieces
 from blocktune.server.config import Limits
 from blocktune.server.decoding import Choice, decode_step
 from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, failure_of, report_of
 
+PASS_S = 5.0
+"""Seconds that `Scheduler.stop` waits for a pass, such as the check at the start."""
 IDLE_S = 1.0
 """Seconds without a request after which freed memory is returned to the system."""
-
-
-def trim_memory() -> None:
-    """Makes the C library return freed memory, which it may keep after a large prompt."""
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # only glibc has it
 
 
 class Scheduler:
@@ -55,7 +53,7 @@ class Scheduler:
         self._before = before
         self._queues: dict[str, deque[Job]] = {}
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping, self._lost = False, ""
         self._thread = threading.Thread(target=self._loop, name="blocktune-engine", daemon=True)
 
     @property
@@ -63,22 +61,29 @@ class Scheduler:
         """Requests in the queue."""
         return sum(map(len, self._queues.values()))
 
+    @property
+    def fault(self) -> str:
+        """Why no request can be answered before a restart; empty: none."""
+        has_ended = self._thread.ident and not (self._thread.is_alive() or self._stopping)
+        return "the engine's thread has ended" if has_ended else self._lost
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Finishes what was accepted, then ends the thread."""
+        """Finishes what was accepted. Does not wait long for a pass whose answer nobody awaits."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+            is_awaited = not all(job.cancelled for job in self._jobs())
+        self._thread.join(None if is_awaited else PASS_S)
 
     def submit(self, job: Job) -> None:
         """Queues a request. Raises `Busy` if too many wait, or the server stops."""
         with self._wake:
-            if self._stopping:
-                raise Busy(5.0, "the server is shutting down")
+            if self._stopping or self.fault:
+                raise Busy(5.0, self.fault or "the server is shutting down")
             if self.waiting >= self.limits.queue:
                 raise Busy(1.0 + 0.1 * self.waiting, f"the queue is full ({self.waiting} waiting)")
             self._queues.setdefault(job.tenant.name, deque()).append(job)
@@ -99,6 +104,11 @@ class Scheduler:
             self._prepare_one()
             self._decode_all()
 
+    def _jobs(self) -> dict[Job, None]:
+        return dict.fromkeys(
+            (*chain(*self._queues.values()), *self.preparing, *self.running.values())
+        )
+
     def _has_work(self) -> bool:
         return bool(self.waiting or self.preparing or self.running)
 
@@ -107,8 +117,7 @@ class Scheduler:
 
     def _end_expired(self) -> None:
         """Ends requests, also waiting ones, whose client left, or that took too long."""
-        waiting = (job for queue in self._queues.values() for job in queue)
-        for job in dict.fromkeys((*waiting, *self.preparing, *self.running.values())):
+        for job in self._jobs():
             if job.cancelled or time.perf_counter() - job.created > job.timeout_s:
                 self._fail(job, Failure(408, f"not answered within {job.timeout_s:g} s"))
 
@@ -134,6 +143,11 @@ class Scheduler:
             del self._queues[job.tenant.name]
 
     def _fail(self, job: Job, failure: Failure) -> None:
+        if failure.status == 500:  # some faults of a GPU make all later calls fail
+            try:
+                Stopwatch(job.engine.model.device).start()  # waits for the device
+            except Exception as error:
+                self._lost = f"the device is lost: {' '.join(str(error).split()):.200}"
         if not job.begun:
             self._leave_queue(job)
         else:

@@ -1,19 +1,19 @@
 """Requests and responses: OpenAI's, with documents and a field ``blocktune``.
 
-Documents come in the formats of other interfaces: strings, ``{"title", "text"}`` (Hugging
-Face's chat templates, vLLM), ``{"id", "data": {...}}`` (Cohere), and blocks ``{"type":
-"document", "source": ...}`` in a message (Anthropic). Unsupported fields are refused if they
+Documents have the forms that `RagExample` reads, such as ``{"title", "text"}`` or Cohere's ``{"id",
+"data": {...}}``, or are Anthropic's blocks ``{"type": "document", "source": ...}``, also in a
+message. Unsupported fields are refused if they
 would change the answer, and ignored otherwise.
 """
 
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AliasChoices,
     BaseModel,
     BeforeValidator,
     Discriminator,
@@ -65,6 +65,8 @@ NEUTRAL: dict[str, tuple] = {
     **OWN_PLACE,
 }
 """Fields of OpenAI's and vLLM's interfaces that change an answer, and the values that do not."""
+CALLS: dict[str, tuple] = {"tool_calls": ([],), "function_call": ()}
+"""Fields of a message that would be lost, with the values that say nothing."""
 FIXES = {"extra_body": "put its fields into the body", "chunks": "send them as documents"}
 FIXES |= dict.fromkeys(("method", "strip"), "put it into the field blocktune")
 _FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
@@ -88,7 +90,7 @@ def read_body(kind: type[T], body: bytes, most: int) -> T:
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:
         raise WrongField(f"the body has {values:,} values, the server reads {most:,} at most")
-    return validated(kind.model_validate_json, body)
+    return validated(kind.model_validate_json, body.removeprefix(BOM_UTF8))
 
 
 def validated(validate: Callable[[Any], T], body: Any) -> T:
@@ -114,24 +116,9 @@ def refuse_fields(body: Mapping[str, Any], neutral: Mapping[str, tuple]) -> None
 def refuse_misspelt(body: Mapping[str, Any], names: list[str], known: Iterable[str]) -> None:
     """Raises ValueError if an unknown field of the body looks like one of ``names``."""
     known = {*names, *known}
-    unknown = [key for key in body if key not in known][:100]  # a body may have 200,000
+    unknown = [key for key in body if key not in known]
     if match := near_miss(unknown, [name for name in names if body.get(name) is None]):
         raise ValueError(f"unknown field {match[0]!r:.80}; did you mean '{match[1]}'?")
-
-
-class TitledDocument(BaseModel):
-    """``{"title", "text"}``, with an optional ``id`` of the client's."""
-
-    id: Id | None = None
-    title: Text | None = None
-    text: Text = Field(validation_alias=AliasChoices("text", "content", "page_content", "contents"))
-
-
-class CohereDocument(BaseModel):
-    """``{"id", "data"}``; the data are a text or fields such as ``title`` and ``snippet``."""
-
-    id: Id | None = None
-    data: Text | dict[str, str]
 
 
 class TextSource(BaseModel):
@@ -160,15 +147,15 @@ class DocumentBlock(BaseModel):
 
 def _form(document: Any) -> str:
     if not isinstance(document, dict):
-        return "text()" if isinstance(document, str) else "titled()"
-    return "data()" if "data" in document else "block()" if "source" in document else "titled()"
+        return "text()"
+    is_block = document.get("type") == "document" and "source" in document
+    return "block()" if is_block else "fields()"
 
 
 Document = Annotated[
     Annotated[Text, Tag("text()")]
-    | Annotated[CohereDocument, Tag("data()")]
     | Annotated[DocumentBlock, Tag("block()")]
-    | Annotated[TitledDocument, Tag("titled()")],
+    | Annotated[dict[str, Any], Tag("fields()")],  # read as in a file: by `read_chunk`
     Discriminator(_form),
 ]
 Documents = Annotated[list[Document], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
@@ -181,6 +168,12 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Blocks | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_calls(cls, message: Any) -> Any:
+        refuse_fields(message if isinstance(message, dict) else {}, CALLS)
+        return message
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
@@ -336,7 +329,7 @@ class ChunkStatus(BaseModel):
     """One chunk; ``cached`` is memory, disk or none, or stored for either of the first two."""
 
     key: str
-    id: str | None = None
+    id: str | int | None = None
     tokens: int | None = None
     cached: str
     encoded: bool = False

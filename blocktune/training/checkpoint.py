@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy
 
 from blocktune import links
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo, scope_of
 from blocktune.attention.interface import decoder_of, is_attached
-from blocktune.files import move_entries, move_folder
+from blocktune.files import alone_in, move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import read_tokenizer
 from blocktune.models.quantize import quantization_of
@@ -35,6 +37,8 @@ from blocktune.training.lora import require_named_base, require_reproducible, tr
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
+METRICS = ("loss", "mean_token_accuracy", "cross_entropy", "divergence", "states")
+"""What an evaluation measures without `compute_metrics`; the last three with a teacher."""
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
@@ -140,12 +144,12 @@ class SaveLayoutCallback(TrainerCallback):
         collator.num_tokens = links.link_base(model)
         fields = {"layout": collator.layout, "format": collator.format, "scope": scope_of(model)}
         info = adapter_info(model, tokenizer, **fields, training=provenance(args.seed))
-        self._served = {name: info.to_dict()[name] for name in fields}
-        files = AdapterFiles(info, {"training": settings(args)})
         save, selected = model.save_pretrained, {}
         if names := trained_adapters(model):
-            require_named_base(model)
+            info = replace(info, base_fingerprint=require_named_base(model))
             selected = {"selected_adapters": names}
+        self._served = {name: info.to_dict()[name] for name in fields}
+        files = AdapterFiles(info, {"training": settings(args)})
 
         def save_pretrained(folder, *rest, **options):
             save(folder, *rest, **(selected | options))
@@ -194,6 +198,7 @@ class StagedSaving(Trainer):
     files: AdapterFiles
     _staging: bool = False
     _replaces: bool = False  # whether the first save removes an earlier run
+    _earlier_best: str | None = None  # best checkpoint of the run that this one continues
     _best: bool = False  # whether the weights are those of the best checkpoint, not the last step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -201,14 +206,18 @@ class StagedSaving(Trainer):
 
         Raises ValueError if the checkpoint is damaged or of another run, or the data makes no step.
         """
-        self._best = False
-        self._replaces = self.args.overwrite and not resume_from_checkpoint
-        if resume_from_checkpoint:
-            self._continue_from(resume_from_checkpoint)
-        if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        result = super().train(resume_from_checkpoint, **kwargs)
+        metric = self.args.metric_for_best_model or "loss"
+        if self.compute_metrics is None and not metric.endswith(METRICS):
+            raise ValueError(f"metric_for_best_model must be one of {METRICS}, got '{metric}'")
+        with alone_in(self.args.output_dir, self.is_world_process_zero()):
+            self._best, self._earlier_best = False, None
+            self._replaces = self.args.overwrite and not resume_from_checkpoint
+            if resume_from_checkpoint:
+                self._continue_from(resume_from_checkpoint)
+            if self.args.should_save:
+                shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            result = super().train(resume_from_checkpoint, **kwargs)
         if not self.state.global_step:
             raise ValueError(
                 f"nothing was trained: {len(self.train_dataset)} rows are less than one batch, "
@@ -237,6 +246,27 @@ class StagedSaving(Trainer):
                 f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
             )
         self.files = self.files.described(**resume.history(checkpoint))
+        best = resume.best_checkpoint(checkpoint, Path(folder))
+        if best is not None and best.is_dir():
+            self._earlier_best = str(best)
+        elif best is not None and self.args.load_best_model_at_end:
+            raise ValueError(
+                f"the best checkpoint, '{best}', is not there; restore it, or set "
+                "load_best_model_at_end: false"
+            )
+
+    def _init_training_state(self, *args: Any) -> Any:
+        done = super()._init_training_state(*args)
+        # transformers forgets the best checkpoint of a run that was moved, and then deletes it.
+        self.state.best_model_checkpoint = self._earlier_best
+        return done
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compares only the steps that are saved, since only they can be loaded at the end."""
+        is_saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        if self.args.load_best_model_at_end and not is_saved:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -259,6 +289,9 @@ class StagedSaving(Trainer):
                 self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
             self._remove_earlier(run_dir)
             move_folder(run_dir / STAGING / name, run_dir / name)
+            # It is the newest one, whatever clock older ones were saved by.
+            newest = max(path.stat().st_mtime for path in run_dir.glob("checkpoint-*"))
+            os.utime(run_dir / name, (newest + 1, newest + 1))
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,

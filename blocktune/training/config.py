@@ -171,8 +171,8 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         for name, required in _MUST_BE.items():
             if getattr(self, name) != required:
                 raise ValueError(
-                    f"block training needs {name}: {required}, got {getattr(self, name)!r}, which "
-                    "would ignore the layout of prompts; leave it out (pack_length packs by layout)"
+                    f"block training needs {name}: {required}, got {getattr(self, name)!r}; leave "
+                    "it out (pack_length packs by layout)"
                 )
         if self.router_aux_loss_coef:
             raise ValueError("router_aux_loss_coef is not supported; leave it out or set it to 0")

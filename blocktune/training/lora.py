@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from blocktune.links import (
     link_base,
     links_to_train,
 )
+from blocktune.models.identity import base_fingerprint, same_base, saved_fingerprint
 from blocktune.models.load import read_config
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
@@ -43,7 +46,10 @@ def make_trainable(
     learned, added = args.layout.num_learned, range(0)
     is_wrapped = hasattr(model, "peft_config")
     if is_wrapped and (peft_config is not None or args.freeze_base):
-        raise ValueError("the model has an adapter already; leave out peft_config and freeze_base")
+        raise ValueError(
+            "the model has an adapter already (get_peft_model changes the base, too); load it "
+            "again, or leave out peft_config and freeze_base"
+        )
     if args.freeze_base and peft_config is not None:
         raise ValueError("freeze_base trains only the link table; drop it or use_peft")
     if is_wrapped or args.freeze_base or peft_config is not None:
@@ -73,6 +79,7 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     require_kind(peft_config)
+    _require_modules(peft_config, model)
     if added:
         _train_rows(peft_config, model, added)
     # Routers of Llama 4 and Phi MoE are linear layers that return more than a product.
@@ -87,6 +94,16 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
         return get_peft_model(model, peft_config)
     except (TypeError, KeyError, AttributeError) as error:  # parts that exclude each other
         raise ValueError(f"PEFT cannot make this adapter for the model: {error!r}") from None
+
+
+def _require_modules(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Raises ValueError for a name in a list of modules that no module has; PEFT ignores it."""
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    for option in ("target_modules", "modules_to_save"):
+        names = getattr(config, option, None)
+        for name in () if isinstance(names, str | None) else names:
+            if not any(module.endswith(f".{name}") for module in modules):
+                raise ValueError(f"{option}: the model has no module '{name}'")
 
 
 def _train_rows(config: PeftConfig, model: PreTrainedModel, added: range) -> None:
@@ -112,6 +129,11 @@ def keeps_base(model: nn.Module) -> bool:
 
 def require_reproducible(model: nn.Module) -> None:
     """Raises ValueError if a model's adapter would be served otherwise than it is trained."""
+    if hasattr(model, "peft_config") and not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "the model has an adapter, but is not PEFT's (such as after model.add_adapter); load "
+            "it again and pass peft_config, or train what peft.get_peft_model returns"
+        )
     if len(names := trained_adapters(model)) > 1:
         raise ValueError(
             f"several adapters are active ({', '.join(names)}), but only one is saved; activate "
@@ -126,16 +148,27 @@ def require_reproducible(model: nn.Module) -> None:
             )
 
 
-def require_named_base(model: PreTrainedModel) -> None:
-    """Raises ValueError if a model was resized after loading: its adapter would fit no base."""
-    name, rows, named = model.config._name_or_path, link_base(model), None
-    with suppress(ValueError):  # a base without files
-        named = read_config(name, getattr(model.config, "_commit_hash", None)).get_text_config()
-    if named is not None and named.vocab_size != rows:
-        raise ValueError(
-            f"the model embeds {rows:,} tokens, but '{name}' {named.vocab_size:,}, so its adapter "
-            "could not be loaded; save the resized model and tokenizer, and train on that folder"
-        )
+def require_named_base(model: PreTrainedModel) -> str:
+    """The fingerprint of the base by which an adapter of this model will be loaded.
+
+    Raises ValueError if the base was resized or changed after loading: its adapter would fit none.
+    """
+    name, rows, found, saved = model.config._name_or_path, link_base(model), None, None
+    with suppress(ValueError, OSError):  # a base without files
+        revision = getattr(model.config, "_commit_hash", None)
+        found = read_config(name, revision)
+        cached = {"revision": revision, "local_files_only": True}
+        folder = name if Path(name).is_dir() else snapshot_download(name, **cached)
+        saved = saved_fingerprint(folder, found)
+    fix = "so its adapter would fit no base; save this model and tokenizer and train on that folder"
+    if found is not None and (count := found.get_text_config().vocab_size) != rows:
+        raise ValueError(f"the model embeds {rows:,} tokens, but '{name}' {count:,}, {fix}")
+    own = base_fingerprint(model)
+    if saved is None or same_base(saved, own) or model.dtype == torch.float16:  # rounded
+        return own
+    if not hasattr(model, "peft_config") or keeps_base(model):
+        raise ValueError(f"the model has other weights than '{name}' (such as a merge), {fix}")
+    return saved  # PEFT changed the base, as it will when the adapter is loaded
 
 
 def trained_adapters(model: nn.Module) -> list[str]:

@@ -167,6 +167,13 @@ def require_loadable(checkpoint: Path) -> None:
         raise ValueError(f"'{checkpoint}' is damaged or incomplete: {error}; {_FIX}") from None
 
 
+def best_checkpoint(checkpoint: Path, run: Path) -> Path | None:
+    """The best one so far, which is beside ``checkpoint``: in the folder ``run``, or elsewhere."""
+    best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text()).get("best_model_checkpoint")
+    folder = run if run.is_dir() and run.samefile(checkpoint.parent) else checkpoint.parent
+    return best and folder / Path(best).name
+
+
 def history(checkpoint: Path) -> dict[str, Any]:
     """Provenance of a run that continues: the current step, and all earlier starts."""
     training = _training(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ from blocktune.training.launch_checks import (
 )
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
 from blocktune.training.loss import Objective, Sums
-from blocktune.training.order import EpochOrder
+from blocktune.training.order import EpochCallback, EpochOrder
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed
 
@@ -175,7 +176,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             row_flops(self.size, self.objective.teacher is not None),
             matmul_rate(args.device, state_dtype) * self.accelerator.num_processes,
         )
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(EpochCallback(self))
         self.files = AdapterFiles(info, {"training": settings(args)}, args.freeze_base).described(
             world_size=self.accelerator.num_processes, launch=launch_name(self.accelerator)
         )
@@ -254,6 +255,11 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         own = torch.stack([value.detach().double() for value in result])
         sums = Sums(*self.accelerator.gather(own).view(-1, len(own)).sum(0).tolist())
         self._sums[mode] = Sums(*map(sum, zip(self._sums[mode], sums, strict=True)))
+        if not math.isfinite(sums.total) and not self.args.fp16:  # fp16 skips such steps
+            raise ValueError(
+                f"the {mode} loss after step {self.state.global_step} is {sums.total}; start again "
+                "(--overwrite) with a lower learning_rate, or another dtype if it began so"
+            )
         if mode == "train":
             self._total_train_tokens += int(sums.rows)
             self.state.num_input_tokens_seen = self._total_train_tokens  # saved in checkpoints
@@ -339,21 +345,3 @@ def _checked_collator(
     if args.attention_execution == "flex":
         own |= {"row_multiple": BLOCK}
     return replace(collator, num_tokens=num_tokens, **own)
-
-
-class _EpochCallback(TrainerCallback):
-    """Starts the clock, and sets the epoch of collator and order before its first batch."""
-
-    def __init__(self, trainer: BlockSFTTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._total_train_tokens = state.num_input_tokens_seen
-        self.trainer.speed.start(self.trainer._total_train_tokens, state.global_step)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # After a resume the epoch is a fraction; rounding must not give the previous epoch.
-        epoch = int((state.epoch or 0) + 1e-6)
-        self.trainer.collator.epoch = epoch
-        if self.trainer.order is not None:
-            self.trainer.order.epoch = epoch

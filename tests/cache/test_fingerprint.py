@@ -4,7 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 
 import pytest
@@ -221,6 +221,7 @@ AFTERWARDS = {
     "bfloat16": (lambda model: model.bfloat16(), "changed after its engine was made"),
     "trained": (trained, "changed after its engine was made"),
     "detached": (detach, "was detached"),
+    "training": (lambda model: model.train(), "in training mode"),
 }
 
 
@@ -240,13 +241,35 @@ def test_an_engine_refuses_a_model_that_changed_under_it(tmp_path, tokenizer, na
     ):
         with pytest.raises(ValueError, match=message):
             act()
-    if name == "detached":
-        attach(engine.model)
+    if name in ("detached", "training"):
+        attach(engine.model.eval())
         assert engine.answer([other], max_new_tokens=1)[0].usage.chunk_misses
     else:
         assert engine.answer([QUESTION], "full-prefill", max_new_tokens=1)
         again = Engine(engine.model, tokenizer, store=engine.store)
         assert again.answer([QUESTION], max_new_tokens=1)[0].usage.chunk_misses == 2
+
+
+@contextmanager
+def scaled(model):
+    layers = [module for module in model.modules() if hasattr(module, "scale_layer")]
+    for factor in (5.0, 0.2):
+        for layer in layers:
+            layer.scale_layer(factor)
+        if factor > 1:
+            yield
+
+
+@pytest.mark.parametrize("change", [lambda model: model.disable_adapter(), scaled])
+def test_chunks_of_an_adapter_switched_off_or_scaled_are_not_cached_as_its_own(tokenizer, change):
+    lora = LoraConfig(target_modules=["k_proj"], init_lora_weights=False)
+    engine = Engine(get_peft_model(tiny_llama(tokenizer, 256), lora), tokenizer)
+    with change(engine.model):
+        with pytest.raises(ValueError, match="changed after its engine was made"):
+            engine.answer([QUESTION], "naive", max_new_tokens=1)
+        assert engine.answer([QUESTION], "full-prefill", max_new_tokens=1)
+    engine.model.add_adapter("unused", lora)
+    assert engine.answer([QUESTION], "naive", max_new_tokens=1)[0].usage.chunk_misses == 2
 
 
 @pytest.mark.parametrize("how", ["around the call", "in the model, as a Trainer leaves it"])

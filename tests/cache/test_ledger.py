@@ -2,8 +2,10 @@
 
 import os
 import random
+import signal
 import sqlite3
 import threading
+from pathlib import Path
 
 import pytest
 from cache.made import MODEL, assert_same_chunk, made_chunk
@@ -254,6 +256,37 @@ def test_files_that_the_index_does_not_know_are_found_by_use_and_by_gc(folder):
     assert {row.key for row in shelf.rows()} == {KEYS[0], KEYS[1]}
 
 
+def test_a_fork_and_its_parent_lose_no_rows(tmp_path):
+    """SQLite's locks do not survive a fork: who closed first removed what the other wrote."""
+    store = store_of(tmp_path)
+    store.put(KEYS[0], CHUNKS[0])
+    (read, write), (done, tell) = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        signal.alarm(30)
+        store.put(KEYS[1], CHUNKS[1])
+        os.write(tell, b".")
+        os.read(read, 1)  # until the parent has closed its index
+        store.put(KEYS[2], CHUNKS[2])
+        store.flush()
+        os._exit(0)
+    os.read(done, 1)
+    del store
+    os.write(write, b".")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert {row.key for row in open_index(ChunkFolder(tmp_path)).rows()} == set(KEYS[:3])
+
+
+def test_a_group_may_write_the_index(tmp_path):
+    mask = os.umask(0o002)
+    try:
+        store = store_of(tmp_path)
+    finally:
+        os.umask(mask)
+    store.put(KEYS[0], CHUNKS[0])
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.glob(f"{INDEX}*")}
+    assert modes == {0o664}
+
+
 def test_an_index_is_mended_beside_a_writer(tmp_path, monkeypatch):
     sync, mended = os.fsync, []
 
@@ -319,6 +352,8 @@ def test_a_chunk_is_gone_when_its_time_is_over(tmp_path, monkeypatch):
         ("s3://b/p", {"remote": "s3://b/p"}),
         ("c,disk=2GB,policy=gdsf,ttl=2d", {"folder": "c", "disk": 2 * 10**9, "ttl": 172800.0}),
         ("memory=1GB,codec=fp8", {"folder": None, "memory": 10**9, "codec": "fp8"}),
+        ("~/c,disk=5Gi,cpu=1 kB", {"folder": str(Path.home() / "c"), "disk": 5 << 30, "cpu": 1000}),
+        ("~no-such-user/c", {"folder": "~no-such-user/c"}),
         ("c,remote=valkey://h:1/0?prefix=x", {"remote": "valkey://h:1/0?prefix=x"}),
     ],
 )
@@ -344,6 +379,13 @@ def test_a_store_is_one_text(text, expected):
 def test_a_wrong_text_says_what_is_right(text, wanted):
     with pytest.raises(ValueError, match=wanted):
         StoreConfig.parse(text)
+
+
+def test_a_folder_of_python_is_no_url_and_knows_the_home():
+    for folder in ("s3://bucket/chunks", Path("s3://bucket/chunks")):
+        with pytest.raises(ValueError, match=r"is a URL.*ChunkStore\.open"):
+            ChunkStore(folder=folder)
+    assert StoreConfig(folder=Path("~/c")).folder == Path.home() / "c"
 
 
 def test_a_folder_with_a_comma_is_a_folder(tmp_path):

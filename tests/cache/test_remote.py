@@ -289,7 +289,10 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
     ("place", "message"),
     [
         ("foo://x/y", r"cannot open a store there \(Protocol not known: foo\); give"),
-        ("valkey://127.0.0.1:1/chunks", r"N numbers a database; name a store"),
+        ("valkey://127.0.0.1:1/chunks", r"HOST/N numbers a database; name a store"),
+        ("valkey://:hid/den@127.0.0.1:1/0", r"^valkey://HOST/N numbers .*%2F$"),
+        ("valkey://127.0.0.1:1/0?prefx=a", r"127.0.0.1:1/0.prefx=a': .*'prefx'"),
+        ("gs://bucket/chunks", r"cannot open 'gs://bucket/chunks': .*gcsfs .*Storage$"),
         ("valkey://127.0.0.1:1/0", r"cannot read the store 'valkey://127.0.0.1:1/0': Connection"),
     ],
 )
@@ -311,6 +314,43 @@ def test_options_of_a_valkey_url_reach_the_client():
     assert (options["db"], options["password"], options["socket_timeout"]) == (3, "hidden", 9.0)
     assert blobs.name(KEYS[0]).endswith(f" mine:{KEYS[0]}")
     assert "hidden" not in blobs.place
+
+
+@pytest.mark.parametrize(("kind", "end"), [("valkey", "?prefix=team[a]*%5C"), ("s3", "//x/")])
+def test_a_prefix_may_have_any_characters(servers, kind, end):
+    url = servers.get(kind, "memory://prefix") + end
+    store = store_of(url)
+    store.put(KEYS[0], CHUNKS[0])
+    store.flush()
+    assert [row.key for row in Shelf.open(url).rows()] == [KEYS[0]]
+
+
+def test_users_settings_of_a_client_stay(monkeypatch):
+    import fsspec
+
+    own = {"addressing_style": "path"}  # what many S3 servers need
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"s3": own}})
+    settings = open_remote("s3://bucket/chunks")._fs.config_kwargs
+    assert (settings["s3"], settings["connect_timeout"]) == (own, remote.TIMEOUT_S)
+
+
+def test_a_listing_without_sizes_is_one():
+    assert remote._size_and_date({"size": None, "mtime": 5.0}) == (0, 5.0)  # as over HTTP
+
+
+def test_what_is_not_written_at_the_end_is_said(monkeypatch, caplog):
+    class Tier:
+        pass
+
+    monkeypatch.setattr(tiers, "_FINISH_S", 0.05)
+    tier, slow = Tier(), threading.Event()
+    pending = tiers._in_background(tier)
+    pending.put(slow.wait)
+    pending.put(slow.wait)
+    del tier
+    slow.set()
+    [record] = caplog.records
+    assert "not written to a remote store; call flush()" in record.getMessage()
 
 
 def test_a_fork_writes_to_the_remote_by_a_thread_of_its_own(url):

@@ -183,6 +183,51 @@ def test_what_is_no_file_of_the_store_is_a_miss_and_stays(tmp_path, caplog, kind
     assert len(caplog.records) == 2
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_a_file_that_cannot_be_read_is_replaced_and_the_others_are_read(
+    tmp_path, monkeypatch, caplog, number
+):
+    """Another user's file; or, on NFS, one that another machine has just replaced."""
+    store = open_store(tmp_path)
+    store.put(KEY, CHUNK)
+    store.put(OTHER_KEY, OTHER)
+    path, real = chunk_path(tmp_path, KEY), os.open
+    inode = path.stat().st_ino
+
+    def opened(given, flags, *args, **kwargs):
+        if str(given) == str(path) and path.stat().st_ino == inode:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(given, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opened)
+    for _ in range(2):
+        assert found(store) is None
+        assert_same_chunk(found(store, OTHER_KEY, OTHER), OTHER)
+    assert KEY in store
+    store.put(KEY, CHUNK)
+    assert_same_chunk(found(store), CHUNK)
+    [record] = caplog.records
+    assert "a chunk is encoded instead" in record.getMessage()
+
+
+def test_a_file_that_cannot_be_read_makes_room(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    store.put(KEY, CHUNK)
+    path, real = str(chunk_path(tmp_path, KEY)), os.open
+
+    def opened(given, *args, **kwargs):
+        if str(given) == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(given, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opened)
+    size = os.path.getsize(path)
+    store = ChunkStore.open(f"{tmp_path},memory=0,disk={size * 3 // 2}")
+    store.put(OTHER_KEY, OTHER)
+    assert_same_chunk(found(store, OTHER_KEY, OTHER), OTHER)
+    assert not os.path.exists(path)
+
+
 def test_a_linked_folder_of_unfinished_files_is_never_cleared_or_written(tmp_path, caplog):
     foreign, folder = tmp_path / "foreign", tmp_path / "store"
     foreign.mkdir()
@@ -313,7 +358,7 @@ def test_the_key_comes_from_the_environment_or_a_file(tmp_path, monkeypatch):
     file.write_bytes(SECRET_A + b"\n")
     open_store(tmp_path, secret=SECRET_A).put(KEY, CHUNK)
     for name, value, hit in [
-        (SECRET, SECRET_A.decode(), True),
+        (SECRET, SECRET_A.decode() + "\n", True),
         (SECRET, SECRET_B.decode(), False),
         (SECRET_FILE, str(file), True),
     ]:

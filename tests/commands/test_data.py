@@ -159,6 +159,16 @@ def test_mix(blocktune, tmp_path):
     assert (modes.count("block"), modes.count("full")) == (6, 10)
 
 
+@pytest.mark.parametrize("out", ["wiki.jsonl", "o.csv", "-"])
+def test_an_output_that_loses_data_is_refused(blocktune, questions, corpus, out, monkeypatch):
+    monkeypatch.chdir(corpus.parent)
+    before = corpus.read_text()
+    result = blocktune("data", "passages", questions, "--corpus", corpus, "-o", out)
+    assert result.exit_code == 2
+    assert out in result.stderr
+    assert (corpus.read_text(), len(list(corpus.parent.iterdir()))) == (before, 2)
+
+
 @pytest.fixture
 def musique(monkeypatch):
     """The Hub, which knows but MuSiQue."""

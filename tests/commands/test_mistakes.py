@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -340,6 +341,14 @@ def test_a_terminal_without_size_or_utf8(monkeypatch, capsys):
     assert "PYTHONUTF8=1" in explain(UnicodeEncodeError("ascii", "ü", 0, 1, "no"))
     assert "PYTHONUTF8" not in explain(ValueError("no"))
     assert "vLLM is not installed here" in explain(ModuleNotFoundError("no", name="vllm.config"))
+
+
+def test_errors_of_libraries_that_a_user_can_mend():
+    torchs = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert "make space on the disk" in explain(torchs)
+    assert explain(ImportError("You need to install `galore`")) == "You need to install `galore`"
+    full = SafetensorError("Error while serializing: I/O error: No space left on device")
+    assert "make space on the disk" in explain(full)
 
 
 def test_a_reader_that_stops_early_is_no_error():

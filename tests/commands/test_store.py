@@ -28,6 +28,7 @@ from blocktune.cache.store.ledger import INDEX
 from blocktune.cache.store.remote import FsspecBlobs
 from blocktune.cache.store.shelf import Shelf
 from blocktune.commands import app
+from blocktune.commands import store as store_commands
 
 CHUNKS = [made_chunk(5, seed=seed) for seed in (0, 10)]
 OTHER = made_chunk(7, seed=20, fingerprint=OTHER_MODEL)
@@ -175,6 +176,36 @@ def test_rm_removes_by_key_or_model(refused, folder, asked):
     for place in (folder / "none", folder.parent):  # a folder that holds one is none itself
         assert "no store at" in refused("store", "verify", place)
     assert "no manifest" in refused("store", "manifest", folder)
+
+
+def test_a_chunk_that_is_evicted_while_it_is_copied_is_copied(
+    blocktune, folder, tmp_path, monkeypatch
+):
+    checked = store_commands._checked
+
+    def removed(blobs, key):
+        found = checked(blobs, key)
+        chunk_path(folder, key).unlink()
+        return found
+
+    monkeypatch.setattr(store_commands, "_checked", removed)
+    done = blocktune("store", "export", folder, tmp_path / "copy", "--json")
+    assert json.loads(done.stdout)["copied"] == 3
+    assert set(Shelf.open(str(tmp_path / "copy")).blobs.keys()) == set(KEYS)
+
+
+def test_what_the_index_does_not_know_is_removed_too(asked, folder):
+    """Files that rsync copied into a folder are served: a removed document must be gone."""
+    store = ChunkStore(folder=folder)
+    store.put(KEYS[0], CHUNKS[0], document="handbook")
+    store._blobs[0].ledger.remove([KEYS[0]])
+    assert asked("rm", "--document", "handbook")["keys"] == [KEYS[0]]
+
+
+def test_an_adapter_is_named_with_and_without_a_last_slash(asked, folder):
+    record = {"fingerprint": MODEL, "base": {"name": "b"}, "adapter": {"name": "out/kvlink"}}
+    Shelf.open(str(folder)).blobs.write_manifest(record)
+    assert asked("rm", "--adapter", "./out/kvlink/", "--dry-run")["chunks"] == 2
 
 
 def test_encode_says_what_the_store_does_not_keep(blocktune, refused, model, tmp_path):

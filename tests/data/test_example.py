@@ -144,6 +144,44 @@ def test_passages_in_every_form(passage):
         assert RagExample("q", several) == wanted
 
 
+class Found:
+    """A passage as an object: LangChain, LlamaIndex and Haystack differ by their names."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+@pytest.mark.parametrize(
+    "passage",
+    [
+        Found(text="T", metadata={"k": 1}, score=0.5, node=object()),
+        Found(content="T", meta={"k": 1}, score=0.5, embedding=None),
+        (Found(page_content="T", metadata={"k": 1}), np.float32(0.5)),
+        ("T", 0.5),
+        {"entity": {"text": "T"}, "score": 0.5},
+        {"properties": {"text": "T"}, "score": 0.5},
+        {"page_snippet": "T", "score": 0.5},
+    ],
+)
+def test_what_retrievers_return_keeps_its_score(passage):
+    (chunk,) = RagExample("q", [passage]).chunks
+    assert (chunk, chunk.metadata["score"]) == (Chunk("T"), 0.5)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        {"one", "two"},
+        ["page_content='T' metadata={}"],
+        ["[Document(metadata={}, page_content='T')]"],
+    ],
+)
+def test_a_set_and_printed_documents_are_refused(chunks):
+    with pytest.raises(ValueError, match=r'field "chunks(\[0\])?" must be'):
+        RagExample("q", chunks)
+    assert RagExample("q", [(None, "T")]).chunks == (Chunk("T"),)
+
+
 def test_one_passage_columns_and_documents():
     assert RagExample("q", "one").chunks == (Chunk("one"),)
     columns = {"title": ["T", None], "text": ["one", "two"], "score": [2.0, 1.0]}

@@ -97,6 +97,7 @@ def test_csv(tmp_path, name, comma):
         (b"\xff\xfeq\x00", "UTF-16"),
         (b"GGUF\x03\x00\x00\x00", "GGUF"),
         (b"\x28\xb5\x2f\xfd....", "zstd"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"\x1f\x8b\x08\x00damaged", "is damaged"),
         (b"\x80\x81 no text", "not UTF-8 text"),
         (b"ARROW1\x00\x00", "not a whole arrow file"),
@@ -140,6 +141,8 @@ HOLDERS = {
     },
     "columns": {key: [value, value] for key, value in ASKED.items()},
     "names of questions": {"q1": ASKED, "q2": ASKED},
+    "pandas' columns": json.loads(pandas.DataFrame([ASKED] * 2).to_json()),
+    "pandas' table": json.loads(pandas.DataFrame([ASKED] * 2).to_json(orient="table")),
 }
 
 
@@ -189,7 +192,7 @@ def test_a_broken_file_is_named(tmp_path, name):
     assert name in str(refusal.value)
 
 
-@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
 def test_what_separates_columns_is_found(tmp_path, mark):
     path = tmp_path / "table.csv"
     path.write_text(f'question{mark}chunks\n"Who, then?"{mark}Ann is here.\n')

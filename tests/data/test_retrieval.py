@@ -73,6 +73,19 @@ def test_chinese_is_searched_and_compared_without_spaces():
     assert holds_answer(RagExample("谁?", chunks, ["ABC公司"]))
 
 
+def test_vowel_signs_belong_to_their_word():
+    texts = [
+        "\u0926\u093f\u0932\u094d\u0932\u0940 \u0930\u093e\u091c\u0927\u093e\u0928\u0940",
+        "\u0926\u0932 \u0932\u093e",
+    ]
+    delhi = texts[0].split()[0]
+    ((best, other),) = Index([Chunk(text) for text in reversed(texts)]).search([delhi], 2)
+    assert (best.index, other.score) == (1, 0)
+    assert best.score > 0
+    assert gives_answer(texts[0], [delhi])
+    assert not gives_answer("\u0915\u093e", ["\u0915\u0940"])  # they differ only by the sign
+
+
 def test_from_corpus():
     (example,) = from_corpus([ask("Who studied chemistry?", ("Anna Belt",), "q1")], CORPUS, 2)
     assert example.chunks == (CORPUS[1], CORPUS[2])

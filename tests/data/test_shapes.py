@@ -135,6 +135,17 @@ def test_choices_are_asked_and_answered_in_words(tmp_path, record, answer):
     assert example.kind == record.get("domain", "")
 
 
+def test_a_number_is_no_answer_to_a_choice(tmp_path):
+    """QuALITY counts from 1, its copy on the Hub from 0."""
+    record = {"question": "Who?", "context": "It is Ann.", "choices": ["Bo", "Ann"]}
+    path = save(tmp_path / "c.jsonl", record | {"answer": 1})
+    with pytest.raises(ValueError, match=r'line 1: field "answers" must be .*letter'):
+        load_examples(path)
+    (example,) = load_examples(save(path, record | {"golden_answers": ["B"], "qid": 7}))
+    assert (example.answers, example.id) == (("Ann",), "7")
+    assert example.question.endswith("(B) Ann")
+
+
 def test_longbench(tmp_path):
     (example,) = load_examples(save(tmp_path / "l.jsonl", LONGBENCH))
     assert [c.text.split("\n")[1] for c in example.chunks] == ["Anna Belt", "Kirby"]
@@ -226,6 +237,10 @@ NESTED = {"query": "Who?", "docs": [{"text": "one"}], "gold": {"text": "Ann"}, "
         (
             {"query": "Who?", "evidence": "one " * 200},
             RagExample("Who?", "one " * 200),
+        ),
+        (
+            {"document": {"text": "one"}, "question": {"text": "Who?"}, "answers": ["Ann"]},
+            RagExample("Who?", ["one"], "Ann"),  # as NarrativeQA
         ),
     ],
 )

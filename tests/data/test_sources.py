@@ -99,6 +99,12 @@ def test_a_context_of_plain_strings(save):
     assert example.chunks == (Chunk("One."), Chunk("Two."))
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    as_lines(tmp_path / "own.jsonl", [OWN])
+    assert load_examples("~/own.jsonl") == load_examples(tmp_path / "own.jsonl")
+
+
 def test_limit_counts_examples(save):
     path = save([WIKI | {"context": None}, WIKI | {"_id": "a"}, WIKI | {"_id": "b"}])
     assert [example.id for example in load_examples(path, limit=1)] == ["a"]

@@ -11,7 +11,7 @@ from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 from blocktune.commands.application import explain
 from blocktune.data import build_chunker, load_examples
 from blocktune.data.sources import records as hub
-from blocktune.data.sources.catalog import data_set
+from blocktune.data.sources.catalog import data_set, data_sets_in
 
 
 @pytest.fixture
@@ -77,6 +77,8 @@ def test_what_save_to_disk_wrote(tmp_path):
     for name, split, ids in (("one", None, "012"), ("two", None, "012"), ("two", "test", "2")):
         found = load_examples(f"hf:{tmp_path / name}", split=split)
         assert "".join(example.id for example in found) == ids
+    with pytest.raises(ValueError, match=r"'test'.* the split train; name one"):
+        load_examples(f"hf:{tmp_path / 'one'}", split="test")  # they are no test set
     with pytest.raises(ValueError, match=r"'dev'.* the split train and test; name one"):
         load_examples(f"hf:{tmp_path / 'two'}", split="dev")
     DatasetDict(test=rows).save_to_disk(tmp_path / "three")
@@ -108,6 +110,29 @@ def test_unreachable_set_is_one_line(tmp_path):
     ) as e:
         load_examples("hf:nobody/no-set", split="train")
     assert "\n" not in str(e.value)
+
+
+def test_a_revision_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda **given: asked.append(given) or [HUB_HOTPOT]
+    )
+    load_examples("hf:owner/name@refs/convert/parquet:part?split=test")
+    (given,) = asked
+    wanted = ("owner/name", "refs/convert/parquet", "part")
+    assert (given["path"], given["revision"], given["name"]) == wanted
+    assert list(data_sets_in("hf:owner/name@v1:part")) == ["owner/name"]
+
+
+def test_the_reason_why_a_folder_cannot_be_loaded_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path.parent / "cache")
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "chunks": ["a"]}\n')
+    (tmp_path / "b.jsonl").write_text('{"question": "q", "chunks": [{"text": "a"}]}\n')
+    with pytest.raises(ValueError, match=r"cannot load .*(cast|convert)"):
+        load_examples(f"hf:{tmp_path}")
+    (tmp_path / f"{tmp_path.name}.py").write_text("")
+    with pytest.raises(ValueError, match=r"scripts are no longer .*@refs/convert/parquet"):
+        load_examples(f"hf:{tmp_path}")
 
 
 def test_missing_datasets_package(monkeypatch):

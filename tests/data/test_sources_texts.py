@@ -55,10 +55,22 @@ def test_sharegpt_names_and_parts_of_text(save):
     example = only(save({"conversations": [asked, {"from": "gpt", "value": "Anna."}]}))
     assert [c.text for c in example.chunks] == ["Passage one.", "Passage two."]
     assert (example.question, example.target) == ("Who?", "Anna.")
-    parts = [{"type": "text", "text": "a\n\nb"}, {"type": "image"}]
-    reply = {"role": "assistant", "content": "c"}
-    example = only(save({"messages": [{"role": "user", "content": parts}, reply]}))
+    parts = [{"type": "text", "text": "a\n\n"}, {"type": "text", "text": "b"}]
+    reply = {"role": "Assistant", "content": "c"}
+    messages = [{"role": "User", "content": parts, "from": None}, reply]
+    example = only(save({"messages": messages}))
     assert (example.chunks, example.question) == ((Chunk("a"),), "b")
+    both = save({"messages": messages, "system": "Be brief."})  # Anthropic, LLaMA-Factory
+    assert only(both).chunks[0] == Chunk("System: Be brief.")
+    assert only(both).conversation[0] == ("system", "Be brief.")
+    grounded = {"documents": ["a"], "system": "Be brief.", "messages": messages}
+    assert only(save(grounded)).meta == {"system": "Be brief."}
+
+
+def test_prompt_and_completion_of_trl_are_a_conversation(save):
+    for prompt in ("a\n\nb", [{"from": "user", "value": "a\n\nb", "role": None, "content": None}]):
+        example = only(save({"prompt": prompt, "completion": "c"}))
+        assert (example.chunks, example.question, example.target) == ((Chunk("a"),), "b", "c")
 
 
 def test_what_follows_the_last_reply_is_dropped(save):
@@ -75,6 +87,10 @@ def test_conversations_that_cannot_be_cut_are_counted(save, caplog):
     calling = [CHAT["messages"][0], {**CHAT["messages"][1], "tool_calls": [{"name": "search"}]}]
     assert only(save({"messages": calling}, {**CHAT, "tool_calls": None}))
     assert "left out 1 rows: a message that calls tools" in caplog.text
+    call = [{"from": "human", "value": "Who?"}, {"from": "function_call", "value": "{}"}]
+    image = [{"role": "user", "content": [{"type": "image"}]}, CHAT["messages"][1]]
+    assert only(save({"conversations": call}, {"messages": image}, CHAT))
+    assert "left out 1 rows: a message with an image" in caplog.text
     system = [{"role": "system", "content": "Be brief."}, *single]
     assert only(save({"messages": system})).chunks == (Chunk("System: Be brief."),)
 

@@ -11,6 +11,8 @@ from engine.served import ASK, SHORT, Ask, engine_of
 from engine.test_selection import deep
 from families import FAMILIES
 from families import build as build_model
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from blocktune.cache import ChunkKV, ChunkStore
 from blocktune.cache.store.blobs import Blobs
@@ -20,6 +22,7 @@ from blocktune.cache.store.shelf import Shelf
 from blocktune.data import RagExample
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.encode import wanted_pieces
+from blocktune.engine.generation import TextStream
 from blocktune.engine.state import Auxiliaries
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind
@@ -235,6 +238,18 @@ def test_nothing_is_served_if_one_prompt_does_not_fit(engine):
         engine.answer([ASK, too_long], "naive", max_new_tokens=1, batch_size=1)
     hook.remove()
     assert not served
+
+
+def test_a_character_cut_by_the_last_token_spoils_none_before_it():
+    """Byte fallback (Llama 2, Gemma) decodes a run of bytes with a broken one as broken bytes."""
+    names = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    ids = [1 + byte for byte in "\u6771\U0001f600".encode()[:-2]]
+    assert "\u6771" not in tokenizer.decode(ids)
+    assert TextStream(tokenizer).whole(ids).startswith("\u6771")
 
 
 def test_streamed_pieces_join_to_the_answer(engine):

@@ -49,6 +49,20 @@ def test_every_family_can_be_moved_in_float32_and_bfloat16(family):
     assert all(torch.equal(a.inv_freq, b) for a, b in zip(narrow, rounded, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_long_pass_before_does_not_change_how_keys_are_moved(kind):
+    """Both types overwrite the model's frequencies in a pass beyond the original length."""
+    more = {"factor": 4.0}
+    if kind == "longrope":
+        more |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    ropes = rope(kind, **more, original_max_position_embeddings=32)
+    model = build(LlamaConfig(**BASE | {"max_position_embeddings": 32}, rope_parameters=ropes))
+    before = require_supported(model).layers[0].inv_freq
+    model(torch.full((1, 60), 5))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before)
+    assert torch.equal(require_supported(model).layers[0].inv_freq, before)
+
+
 def test_the_gate_leaves_random_numbers_as_they_were():
     torch.manual_seed(3)
     expected = torch.rand(4)

@@ -202,7 +202,7 @@ def test_a_question_that_is_asked_twice_is_text_both_times():
 
 
 DATED = (
-    "{{ bos_token }}{{ strftime_now('%B %d, %Y') }}"
+    "{{ bos_token }}{{ strftime_now('%B %-d, %Y') }}"
     "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 )
 
@@ -218,6 +218,13 @@ def test_thoughts_that_a_template_opens_are_closed(opened):
     tokenizer = build_tokenizer(template)
     query = make_pieces(tokenizer, PromptFormat(), CHUNKS, QUESTION).query
     assert tokenizer.decode(query).endswith("<think>\n\n</think>\n\n")
+
+
+def test_what_a_template_writes_before_each_reply_opens_the_answer_too():
+    """GPT-OSS's replies are in a channel; without it the model writes its analysis first."""
+    tokenizer = build_tokenizer(trl_template("gptoss"))
+    query = make_pieces(tokenizer, PromptFormat(), CHUNKS, QUESTION, "Port Alder").query
+    assert tokenizer.decode(query).endswith("<|start|>assistant<|channel|>final<|message|>")
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}hello", "{{ messages[0].content * 2 }}"])

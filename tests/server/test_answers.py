@@ -39,7 +39,7 @@ def text_of(response) -> str:
 def events(response) -> list[dict]:
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line[0] != ":"]
 
 
 def forget(engine) -> None:
@@ -219,6 +219,37 @@ def test_a_conversation_is_computed_from_where_its_last_turn_ended(client, engin
     assert cached[0] < cached[1] < cached[2]  # each finds the turns of those before it
     assert made[2][0] == alone
     assert ask(3)[1] > cached[2]  # and now the whole prefix
+
+
+def test_a_prompt_without_documents_is_resumed_where_it_was_known(client, engine):
+    long = "Tell me all about Anna Belt, of whom I have heard so much in Kirby."
+    turns = [{"role": "user", "content": long}]
+
+    def ask(*turns: dict) -> dict:
+        body = {"messages": turns, "max_tokens": 6, "blocktune": {"strip": True}}
+        return client.post("/v1/chat/completions", json=body).json()
+
+    def cached(answer: dict) -> int:
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    engine.forget()
+    first, again = ask(*turns), ask(*turns)
+    assert cached(again) == first["usage"]["prompt_tokens"] - 1
+    assert again["choices"] == first["choices"]
+    assert {run["fate"] for run in again["blocktune"]["strip"]} == {"reused", "computed"}
+    said = first["choices"][0]["message"]["content"]
+    more = ({"role": "assistant", "content": said}, {"role": "user", "content": QUESTION})
+    later = ask(*turns, *more)
+    assert cached(later) > cached(again) - 10  # all but the start of the answer's turn
+    engine.forget()
+    assert ask(*turns, *more)["choices"] == later["choices"]
+
+
+def test_an_exact_prefix_is_reused_where_it_was(client):
+    body = chat(blocktune={"method": "prefix-cache", "strip": True})
+    for _ in "ab":
+        runs = client.post("/v1/chat/completions", json=body).json()["blocktune"]["strip"]
+    assert {run["fate"] for run in runs if run["kind"] == "chunk"} == {"reused"}
 
 
 def blocks() -> list[dict]:

@@ -151,6 +151,6 @@ def test_bodies_as_open_webui_sends_them_are_answered(client, kind):
     assert response.headers["content-type"].startswith("text/event-stream")
     lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
-    parts = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    parts = [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if line[0] != ":"]
     assert "".join(c["delta"].get("content", "") for part in parts for c in part["choices"])
     assert ("usage" in parts[-1]) == bool(body["stream_options"])

@@ -23,7 +23,7 @@ def server():
 
 
 def lines_of(response) -> list[dict]:
-    read = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+    read = (line.removeprefix("data: ") for line in response.iter_lines() if line[:1] == "d")
     return [json.loads(line) for line in read if line != "[DONE]"]
 
 
@@ -111,13 +111,22 @@ def test_sigterm_loses_no_accepted_request():
 def test_a_request_that_does_not_end_in_time_is_told_so():
     with process("--drain-s", "0") as (client, running):
         done = []
-        body = chat("Go on.", n=8) | LONG
-        asking = threading.Thread(target=lambda: done.append(client.post(CHAT, json=body)))
-        asking.start()
-        until(client, "num_requests_running", lambda value: value > 0)
+
+        def ask(stream: bool) -> None:
+            body = chat("Go on.", stream=stream, n=4) | LONG
+            done.append(httpx.post(f"{client.base_url}{CHAT}", json=body, timeout=60))
+
+        asking = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+        for thread in asking:
+            thread.start()
+        until(client, "num_requests_running", lambda value: value == 8)
         running.terminate()
-        asking.join()
-        refused(done[0], 503, "shut down")
+        for thread in asking:
+            thread.join()
+        whole, streamed = sorted(done, key=lambda response: -response.status_code)
+        refused(whole, 503, "shut down")
+        if streamed.status_code == 200:  # not if it had no token yet
+            assert "shut down" in lines_of(streamed)[-1]["error"]["message"]
         assert running.wait(30) in (0, -signal.SIGTERM)
         assert "Traceback" not in running.err.read_text()
 

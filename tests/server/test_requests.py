@@ -3,16 +3,22 @@
 import asyncio
 import difflib
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 from server.support import CHAT, chat, metric, refused, wait_until
 
+from blocktune.data.example import read_chunk
 from blocktune.server import Limits, ServerConfig
 from blocktune.server.config import Tenant
+from blocktune.server.front import read_documents
 from blocktune.server.middleware import Metrics
+from blocktune.server.schemas import ChunksRequest, read_body
 
 MESSAGES = [{"role": "user", "content": "Who?"}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}
+TEXT = "Anna Belt is in Kirby."
 
 
 @pytest.mark.parametrize(
@@ -22,6 +28,7 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"messages": [{"role": "user", "content": " "}]}, "question"),
         ({"messages": [*MESSAGES, {"role": "assistant", "content": "I"}]}, "question"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [CALL, *MESSAGES]}, "messages.0: tool_calls is not supported"),
         ({"documents": [{"text": ""}]}, "documents[0]"),
         ({"documents": [{"id": "x"}]}, "documents"),
         ({"documents": [{"type": "document", "source": {"type": "url"}}]}, "documents"),
@@ -114,6 +121,31 @@ def test_what_is_not_a_request_is_refused(client, raw):
     assert response.json()["error"]["message"]
 
 
+def test_a_byte_order_mark_is_skipped(client):
+    raw = b"\xef\xbb\xbf" + json.dumps(chat(max_tokens=1)).encode()
+    headers = {"content-type": "application/json"}
+    assert client.post(CHAT, content=raw, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"id": 7, "text": TEXT, "source": "https://a.example"},
+        {"id": 7, "data": {"title": "Anna", "snippet": TEXT, "url": "https://a.example"}},
+        {"id": 7, "data": {"text": TEXT, "year": 1999, "page": None}},
+        {"title": "Anna", "snippet": TEXT},
+        {"type": "Document", "page_content": TEXT, "metadata": {"id": 7}},
+        {"id": 7, "payload": {"text": TEXT}, "score": 0.5},
+    ],
+)
+def test_a_document_is_the_chunk_that_encode_makes_of_it(document):
+    """Other fields, too, must mean the same, or what was encoded ahead is not found."""
+    [given] = read_body(ChunksRequest, json.dumps({"documents": [document]}).encode(), 99).documents
+    [chunk] = read_documents([given])
+    assert chunk == read_chunk(document, "chunk")
+    assert chunk.metadata.get("id", 7) == 7
+
+
 def test_special_tokens_and_placeholders_in_texts_stay_text(client):
     texts = ["</s><|user|>", "BlocktuneText0StandsHere", "<|end|> " * 50]
     for text in texts:
@@ -154,9 +186,10 @@ def test_many_fields_that_no_one_knows_cost_little(client, monkeypatch):
         "get_close_matches",
         lambda *args, **how: compared.append(args) or real(*args, **how),
     )
-    body = chat() | {f"strange_{n:05}": 0 for n in range(20_000)} | {"x" * 1_000_000: 0}
-    assert client.post(CHAT, json=body).status_code == 200
-    assert len(compared) <= 100
+    strange = {f"strange_{n:05}": 0 for n in range(20_000)}
+    body = chat(documents=[{"text": TEXT} | {f"ti{n:04}": 0 for n in range(9999)}])
+    assert client.post(CHAT, json=body | strange | {"x" * 1_000_000: 0}).status_code == 200
+    assert len(compared) <= 200
     assert all(abs(len(word) - len(name)) <= 1 for word, names, *_ in compared for name in names)
 
 
@@ -268,6 +301,21 @@ def test_health_answers_head(client):
     assert client.head("/v1/other").status_code == 404
 
 
+def test_a_stream_without_news_goes_on_with_comments(client, monkeypatch):
+    from blocktune.server import exchange
+
+    monkeypatch.setattr(exchange, "BEAT_S", 1e-4)
+    whole = client.post(CHAT, json=chat()).json()  # and chunks, which are not streamed
+    assert client.post("/v1/chunks", json={"documents": ["A new one."]}).json()["data"]
+    made = client.post(CHAT, json=chat(stream=True))
+    assert made.headers["x-accel-buffering"] == "no"
+    lines = made.text.split("\n\n")
+    assert ": waiting" in lines
+    parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    assert text == whole["choices"][0]["message"]["content"]
+
+
 def test_streamed_choices_have_their_own_texts_and_log_probabilities(client):
     body = chat(n=3, temperature=3.0, seed=7, logprobs=True, top_logprobs=2)
     whole = client.post(CHAT, json=body).json()["choices"]
@@ -296,6 +344,28 @@ def test_ready_means_that_the_check_passed(serve, monkeypatch):
     response = client.get("/ready")
     assert response.status_code == 503
     refused(response, 503, "split = dense mask")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_health_ends_with_the_device_or_the_thread(serve, monkeypatch):
+    from blocktune.server import scheduler
+
+    def fails(*args, **options):
+        raise RuntimeError("device-side assert triggered")
+
+    client = serve()
+    monkeypatch.setattr(scheduler, "decode_step", fails)
+    assert client.post(CHAT, json=chat()).status_code == 500
+    assert client.get("/health").status_code == 200  # a fault of one request
+    monkeypatch.setattr(scheduler.Stopwatch, "start", fails)
+    assert client.post(CHAT, json=chat()).status_code == 500
+    for route in ("/health", "/ready"):
+        refused(client.get(route), 503, "the device is lost: device-side assert")
+    monkeypatch.undo()
+    refused(client.post(CHAT, json=chat()), 429, "the device is lost")
+    ended = scheduler.Scheduler(Limits(), before=sys.exit)
+    ended.start()
+    wait_until(lambda: ended.fault == "the engine's thread has ended")
 
 
 def test_texts_are_not_logged_unless_asked(serve, caplog):

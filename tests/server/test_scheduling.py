@@ -3,12 +3,14 @@
 import gc
 import threading
 import weakref
+from collections import deque
+from unittest.mock import Mock
 
 import pytest
 from server.support import CHAT, chat, metric, refused, wait_until
 
 from blocktune.engine.encode import Encoder
-from blocktune.server import Tenant
+from blocktune.server import Limits, Tenant, scheduler
 from blocktune.server.job import Failure
 from blocktune.server.scheduler import Scheduler
 
@@ -236,3 +238,23 @@ def test_a_request_that_is_prepared_counts_as_running(serve, monkeypatch):
     client = serve()
     assert client.post(CHAT, json=chat()).status_code == 200
     assert set(seen) == {1}
+
+
+def test_the_server_ends_though_the_model_is_busy_for_nobody(monkeypatch):
+    """As with the check at the start, or a prompt of an hour whose client has left."""
+    go = threading.Event()
+    busy = Scheduler(Limits(), before=lambda: go.wait(30))
+    monkeypatch.setattr(scheduler, "PASS_S", 0.01)
+    busy.start()
+    busy.stop()
+    assert busy._thread.is_alive()
+    job = Mock(cancelled=False, tenant=Tenant(), begun=0, timeout_s=1.0)
+    busy._queues["default"] = deque([job])
+    stopping = threading.Thread(target=busy.stop)
+    stopping.start()
+    stopping.join(0.1)
+    assert stopping.is_alive()  # an answer that is awaited is finished
+    job.cancelled = True
+    go.set()
+    stopping.join(30)
+    assert not stopping.is_alive()

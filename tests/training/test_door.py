@@ -24,6 +24,7 @@ from blocktune import (
     attach,
 )
 from blocktune.data import load_examples
+from blocktune.data.sources.records import LeftOut
 from blocktune.layout import Kind, Layout
 from blocktune.training.collator import _warn_unattached
 from blocktune.training.dataset import to_sample
@@ -44,6 +45,13 @@ ROWS = {
     "documents as Cohere has them": {
         "messages": [ASKED, SAID],
         "documents": [{"id": str(i), "data": {"text": text}} for i, text in enumerate(TEXTS)],
+    },
+    "ShareGPT": {
+        "conversations": [
+            {"from": "human", "value": EXAMPLE.question},
+            {"from": "gpt", "value": EXAMPLE.answers[0], "weight": 1},
+        ],
+        "documents": TEXTS,
     },
     "prompt": {
         "prompt": EXAMPLE.question, "completion": EXAMPLE.answers[0], "documents": TEXTS
@@ -90,6 +98,16 @@ def test_a_row_that_pandas_read_from_a_table(tmp_path):
     (row,) = pandas.read_parquet(path).to_dict("records")
     sample = to_sample(row, toy_tokenizer(), PromptFormat())
     assert sample == to_sample(ROWS["HotpotQA"], toy_tokenizer(), PromptFormat())
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_reply_that_is_not_to_be_learned_is_left_out(mark):
+    """As OpenAI and Axolotl mark it; the marks of questions mean nothing."""
+    turns = [{**ASKED, "train": False}, SAID, ASKED, {**SAID, **mark}]
+    assert to_sample({"messages": turns[:2], "documents": TEXTS}, toy_tokenizer(), PromptFormat())
+    for more in ({"documents": TEXTS}, {}):
+        with pytest.raises(LeftOut, match="not to be learned"):
+            to_sample({"messages": turns, **more}, toy_tokenizer(), PromptFormat())
 
 
 def test_a_system_turn_and_later_turns_are_kept(tmp_path):
@@ -292,6 +310,39 @@ def test_any_trainers_adapter_is_served(base, tmp_path, full):
     words = "step 4 was trained with layout .*'parallel'.* now it is .*'sequential'"
     with pytest.raises(ValueError, match=words):
         other.train(resume_from_checkpoint=str(moved))
+
+
+def test_an_adapter_is_trained_on_the_base_that_it_names(base, tmp_path):
+    """PiSSA changes the base, as it does on loading; a merge in memory is lost."""
+    asked = toy_examples(2)
+
+    def trainer(model):
+        attach(model)
+        collator = BlockDataCollator(toy_tokenizer())
+        args = TrainingArguments(str(tmp_path), remove_unused_columns=False, **options())
+        return Trainer(model, args, collator, asked, callbacks=[SaveLayoutCallback(collator)])
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, started("pissa"))
+    trainer(model).save_model(tmp_path / "pissa")
+    engine = Engine.from_pretrained(str(tmp_path / "pissa"), device="cpu")
+    batch = BlockDataCollator(toy_tokenizer())([EXAMPLE])
+    before = int((batch["labels"][0] != -100).nonzero()[0]) - 1
+    served = engine.next_logits([EXAMPLE], "block-attention")[0]
+    torch.testing.assert_close(served, model.eval()(**batch).logits[0, before], rtol=0, atol=1e-5)
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.get_output_embeddings().weight.data += 0.1
+    given = {"train_dataset": asked, "processing_class": toy_tokenizer()}
+    args = BlockSFTConfig(str(tmp_path), **options())
+    with pytest.raises(ValueError, match=r"other weights than .*base"):
+        BlockSFTTrainer(model, args, peft_config=LoraConfig(**LORA), **given)
+    added = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    added.add_adapter(LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=r"after model\.add_adapter"):
+        trainer(added)
+    with pytest.raises(ValueError, match=r"other weights than .*base"):
+        trainer(get_peft_model(model, LoraConfig(**LORA)))
 
 
 def test_predictions_come_in_the_order_of_the_rows(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from training.runs import make_trainer
 
+from blocktune.training import order
 from blocktune.training.order import EpochOrder
 
 LENGTHS = [(37 * i) % 101 for i in range(64)]
@@ -11,21 +12,21 @@ LENGTHS = [(37 * i) % 101 for i in range(64)]
 
 @pytest.mark.parametrize("group", [None, 4])
 def test_an_epoch_has_every_row_once_and_ends_with_the_blank_ones(group):
-    order = EpochOrder([*LENGTHS, 5, 5], num_blank=2, group=group, seed=3)
+    rows_of = EpochOrder([*LENGTHS, 5, 5], num_blank=2, group=group, seed=3)
     epochs = []
     for epoch in range(3):
-        order.epoch = epoch
+        rows_of.epoch = epoch
         torch.manual_seed(epoch)  # the global stream is in another state
-        rows = list(order)
+        rows = list(rows_of)
         torch.manual_seed(epoch + 100)
-        assert list(order) == rows
+        assert list(rows_of) == rows
         assert sorted(rows[:-2]) == list(range(64))
         assert rows[-2:] == [64, 65]
         epochs.append(rows)
     assert epochs[0] != epochs[1] != epochs[2]
     other = EpochOrder([*LENGTHS, 5, 5], num_blank=2, group=group, seed=4)
     assert list(other) != epochs[0]
-    assert len(order) == 66
+    assert len(rows_of) == 66
 
 
 def test_groups_are_of_similar_length():
@@ -48,5 +49,16 @@ def test_a_group_is_a_step_over_accumulation(tmp_path):
         train_limit=32,
         seed=9,
     )
-    order = trainer._get_train_sampler()
-    assert (order.group, order.seed, order.num_blank) == (8, 9, 0)
+    drawn = trainer._get_train_sampler()
+    assert (drawn.group, drawn.seed, drawn.num_blank) == (8, 9, 0)
+
+
+def test_training_on_a_cpu_returns_freed_memory(tmp_path, monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(order, "trim_memory", lambda: trimmed.append(1))
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    assert trimmed == []  # it was not yet due
+    monkeypatch.setattr(order, "TRIM_S", 0.0)
+    make_trainer(tmp_path / "b", max_steps=2).train()
+    assert len(trimmed) == 2

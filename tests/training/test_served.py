@@ -129,12 +129,12 @@ def test_an_adapter_is_served_with_its_own_tokenizer(base, tmp_path):
 
 def test_an_adapter_of_a_resized_base_is_refused_before_training(base, tmp_path):
     collator = BlockDataCollator(toy_tokenizer())
-    with pytest.raises(ValueError, match="save the resized model and tokenizer"):
+    with pytest.raises(ValueError, match="save this model and tokenizer"):
         stock_trainer(base, tmp_path, collator, collator, grown=1)
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(model.config.vocab_size + 1)
     trainer = make_trainer(tmp_path)
-    with pytest.raises(ValueError, match="save the resized model and tokenizer"):
+    with pytest.raises(ValueError, match="save this model and tokenizer"):
         make_trainable(model, toy_tokenizer(), trainer.args, LoraConfig())
 
 

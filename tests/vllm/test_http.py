@@ -165,11 +165,7 @@ def test_a_request_without_documents_is_vllms(server):
         ({"model": "other"}, 404, "no model 'other'"),
         ({"documents": ["x " * 2000]}, 400, "maximum context length is"),
         ({"documents": ["x", " "]}, 400, "documents[1]"),
-        (
-            {"documents": ["x", {"id": "y", "data": {"title": None}}]},
-            400,
-            "documents.1.data.title: ",
-        ),
+        ({"documents": ["x", {"id": "y", "data": {"title": None}}]}, 400, "documents[1]"),
         ({"documents": "x"}, 400, "documents: Input should be a valid list"),
         ({"documents": None, "document": ["x"]}, 400, "did you mean 'documents'"),
         ({"documents": None, "chunks": ["x"]}, 400, "chunks is not supported; send them as"),

@@ -75,7 +75,7 @@ def secret_from_environment() -> bytes | None:
     if text is None and path is None:
         return None
     try:
-        return text.encode() if text is not None else Path(path).read_bytes().strip()
+        return (text.encode() if text is not None else Path(path).read_bytes()).strip()
     except OSError as error:
         raise ValueError(f"{SECRET_FILE}: cannot read '{path}': {error.strerror}") from None
 

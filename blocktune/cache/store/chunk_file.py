@@ -53,10 +53,10 @@ class ChunkFile:
         ``most`` limits how many bytes are fetched from a remote. Raises FileNotFoundError,
         `Expired`, OSError if the storage cannot be reached, ValueError for any other file.
         """
-        self.key, self.kind, self._blob = key, kind, blobs.open(key, most)
+        self.key, self.kind, self.blob = key, kind, blobs.open(key, most)
         self._is_signed, self._data = blobs.secret is not None, None
-        settled = self._blob.identity is not None and time.time() - self._blob.changed >= SETTLED_S
-        state = key, blobs.secret, self._blob.identity
+        settled = self.blob.identity is not None and time.time() - self.blob.changed >= SETTLED_S
+        state = key, blobs.secret, self.blob.identity
         self._verified, memo = (_verified_of(state), _header_of(state)) if settled else (set(), {})
         fresh = {} if memo else self._read_header(blobs)
         vars(self).update(memo or fresh)
@@ -71,8 +71,8 @@ class ChunkFile:
 
     def _read_header(self, blobs: Blobs) -> dict[str, Any]:
         with _readable():
-            start = header_end(self._blob)
-            tensors = json.loads(self._blob.content(start)[8:])
+            start = header_end(self.blob)
+            tensors = json.loads(self.blob.content(start)[8:])
             header = dict(tensors.pop("__metadata__"))
             checksum, signature = (header.pop(n, None) for n in ("checksum", "signature"))
             attrs = {"_tensors": tensors, "_header": header, "_start": start}
@@ -90,12 +90,8 @@ class ChunkFile:
 
     def row(self) -> Row:
         """The file's row in an index."""
-        size, used = self._blob.size, self._blob.used
+        size, used = self.blob.size, self.blob.used
         return Row.of(self._header, len(self.token_ids), self.key, size, used)
-
-    def content(self) -> memoryview | None:
-        """The whole file if it was fetched from a remote, else None."""
-        return self._blob.data
 
     def read(self, name: str, share: Share | None = None) -> Tensor:
         """Reads and verifies a tensor, or one rank's heads of it. Raises ValueError if damaged."""
@@ -147,7 +143,7 @@ class ChunkFile:
         """
         with _readable():
             if share is None:
-                self._data = self._fetch(0, self._blob.size - self._start)
+                self._data = self._fetch(0, self.blob.size - self._start)
             read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
             return self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
 
@@ -169,7 +165,7 @@ class ChunkFile:
                 self.read(name)
 
     def _fetch(self, start: int, end: int) -> Tensor:
-        if not 0 <= start <= end <= self._blob.size - self._start:
+        if not 0 <= start <= end <= self.blob.size - self._start:
             raise ValueError("it is cut off")
         if self._data is not None:
             return self._data[start:end]
@@ -178,7 +174,7 @@ class ChunkFile:
         return raw
 
     def _fill(self, buffers: list[memoryview], start: int, end: int) -> None:
-        if self._blob.read_into(buffers, self._start + start) != end - start:
+        if self.blob.read_into(buffers, self._start + start) != end - start:
             raise ValueError("it is cut off")
 
     def _is_verified(self, name: str) -> bool:

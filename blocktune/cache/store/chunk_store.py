@@ -30,15 +30,12 @@ _TENANTS, _NOTED = 1024, 64  # tenants whose RoPE frequencies, and plug-ins' dat
 class ChunkStore:
     """Thread-safe store of chunk entries by key. Several processes may share a folder.
 
-    Entries of all kinds (keys and values, hidden states, exact prefixes) share the tiers. A lookup
-    asks the tiers in the order device, host, folder, remote, and moves a hit up to the device. A
-    new entry is written to the device, the folder and, in the background, the remote. Entries
-    evicted from the device go to the host.
+    A lookup asks the tiers in the order device, host, folder, remote, and moves a hit up to the
+    device. A new entry is written to the device, the folder and, in the background (`flush`), the
+    remote. Entries evicted from the device go to the host. A tier out of reach is skipped.
 
-    Before an entry is returned, its token ids and fingerprint are compared with those wanted. An
-    entry that differs or does not verify is counted as ``rejected`` and treated as a miss; the
-    `put` that follows replaces it. A tier that cannot be reached or written is skipped, with one
-    warning; entries that could not be stored are counted as ``unwritten``.
+    An entry of other tokens or another fingerprint than wanted, or that does not verify, counts as
+    ``rejected`` and is a miss, and the `put` that follows replaces it.
 
     Raises ValueError if there is neither memory nor a folder, the folder is not a folder, or the
     signing key is too short; with ``must_write`` also if the folder cannot be written.

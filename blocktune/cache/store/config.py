@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections import Counter, OrderedDict
@@ -30,7 +31,6 @@ MEMORY = 4 << 30
 Tier = Literal["memory", "cpu", "disk", "remote", "none"]
 _REMEMBERED, _SHOWN = 1 << 16, 16  # keys whose last use a trace remembers; digits of one in it
 _LOG = logging.getLogger(__name__)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -72,11 +72,11 @@ class Row(About):
 
 
 def parse_bytes(text: str) -> int:
-    """Parses a size such as ``50GB`` into bytes."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)b?", text.strip().lower())
+    """Parses a size such as ``50GB`` or ``50GiB`` into bytes."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?))?b?", text.strip().lower())
     if not match:
-        raise ValueError(f"a size is a number with kB, MB, GB or TB, got '{text}'")
-    return int(float(match[1]) * _UNITS[match[2]])
+        raise ValueError(f"a size is a number with kB, MB, GB or TB (or GiB), got '{text}'")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 
 def parse_seconds(text: str) -> float:
@@ -106,6 +106,10 @@ class StoreConfig:
     trace: Path | None = None  # file that gets a JSON line for every lookup and write
 
     def __post_init__(self):
+        if re.match("[a-z0-9]{2,}:/", str(self.folder)):
+            raise ValueError(f"'{self.folder}' is a URL, not a folder; use `ChunkStore.open`")
+        if self.folder is not None:
+            object.__setattr__(self, "folder", Path(os.path.expanduser(self.folder)))
         if self.memory + self.cpu == 0 and self.place is None:
             raise ValueError("a chunk store needs memory or a folder; got 0 bytes, folder None")
         for name in ("memory", "cpu", "disk", "remote_bytes", "quota"):
@@ -212,7 +216,6 @@ class Tracer:
     """
 
     def __init__(self, path: Path | None = None):
-        """Opens the file. Raises ValueError if it cannot be written."""
         self._file: BinaryIO | None = None
         self._count, self._last = 0, OrderedDict()
         self._distances, self._lifetimes = Counter(), Counter()

@@ -7,34 +7,29 @@ other file is read, replaced or removed. No torch is imported.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from blocktune.cache.store.blobs import MANIFESTS, Blob, Blobs, relative_path
-from blocktune.files import sync
+from blocktune.files import lock, sync
 
 WRITING = ".writing"  # folder for unfinished files, on the same file system: renames are atomic
 _UNFINISHED = r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part"
 _ABANDONED_S = 3600
-_MOST_BUFFERS = 1024  # that one ``preadv`` call accepts
-_TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # by a foreign file
+UNREADABLE = (errno.EACCES, errno.ESTALE)  # one file, of another user or just replaced
+_FOREIGN = "a link, a device, or a file of another kind is at its path"
 
 
 def chunk_path(folder: Path, key: str) -> Path:
     """Path of the file of ``key`` in ``folder``."""
     return folder / relative_path(key)
-
-
-def is_taken(error: OSError) -> bool:
-    """Whether a foreign file occupies the path, while the disk itself is writable."""
-    return error.errno in _TAKEN
 
 
 class OpenFile(Blob):
@@ -43,7 +38,6 @@ class OpenFile(Blob):
     data = None
 
     def __init__(self, descriptor: int):
-        """Takes over the descriptor, and closes it in the end."""
         self._descriptor = descriptor
         status = os.fstat(descriptor)
         self.size = status.st_size
@@ -51,16 +45,10 @@ class OpenFile(Blob):
         self.changed, self.used = status.st_ctime, status.st_mtime
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
-        done, remaining = 0, [buffer for buffer in buffers if len(buffer)]
-        while remaining:
-            count = os.preadv(self._descriptor, remaining[:_MOST_BUFFERS], start + done)
-            if not count:
-                break
-            done += count
-            while remaining and count >= len(remaining[0]):
-                count -= len(remaining.pop(0))
-            if count:
-                remaining[0] = remaining[0][count:]
+        done = 0
+        for buffer in buffers:
+            while len(buffer) and (count := os.preadv(self._descriptor, [buffer], start + done)):
+                buffer, done = buffer[count:], done + count
         return done
 
     def __del__(self):
@@ -94,7 +82,7 @@ class ChunkFolder(Blobs):
                 age = time.time() - entry.stat(follow_symlinks=False).st_mtime
                 descriptor = _plain(Path(entry.path), os.O_RDWR)
                 try:
-                    acquired = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    acquired = lock(descriptor)
                     if age > _ABANDONED_S if acquired is None else acquired:
                         os.unlink(entry.path)
                         removed += 1
@@ -102,19 +90,20 @@ class ChunkFolder(Blobs):
                     os.close(descriptor)
         return removed
 
-    def _open(self, name: str, most: int | None) -> OpenFile:
+    def _open(self, name: str, most: int | None) -> Blob:
         try:
-            return OpenFile(_plain(self._path(name)))
+            path = self._path(name)
+            if most == 0:  # asks whether it is there, though perhaps only others may read it
+                _require(stat.S_ISREG, path)
+                return Blob(b"")
         except FileExistsError as error:
             raise ValueError(error.strerror) from None
+        return OpenFile(_plain(path))
 
     def _write(self, name: str, data: bytes) -> None:
         path, unfinished = self._path(name, make=True), self._unfinished(Path(name).stem)
-        try:
-            with suppress(FileNotFoundError):
-                os.close(_plain(path))
-        except ValueError as error:
-            raise FileExistsError(errno.EEXIST, str(error), str(path)) from None
+        with suppress(FileNotFoundError):
+            _require(stat.S_ISREG, path)
         try:
             with _locked_new(unfinished) as file:
                 file.write(data)
@@ -160,9 +149,7 @@ class ChunkFolder(Blobs):
             if make:
                 with suppress(FileExistsError):
                     path.mkdir(exist_ok=True)
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                reason = f"'{path}' is not a folder of the store"
-                raise FileExistsError(errno.EEXIST, reason, str(path))
+            _require(stat.S_ISDIR, path)
         return path / last
 
     def _entries(self, path: Path, names: str) -> list[os.DirEntry]:
@@ -176,6 +163,11 @@ class ChunkFolder(Blobs):
             return []
 
 
+def _require(is_kind: Callable[[int], bool], path: Path) -> None:
+    if not is_kind(os.lstat(path).st_mode):
+        raise FileExistsError(errno.EEXIST, _FOREIGN, str(path))
+
+
 def _plain(path: Path, how: int = os.O_RDONLY) -> int:
     """Opens a plain file and returns its descriptor. Raises ValueError for anything else."""
     try:
@@ -187,25 +179,14 @@ def _plain(path: Path, how: int = os.O_RDONLY) -> int:
     except OSError as error:  # ENXIO: a socket, or a pipe without a reader
         if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
             raise
-    raise ValueError("a link, folder or device is at its path")
+    raise ValueError(_FOREIGN)
 
 
 def _locked_new(path: Path):
     """Creates a file that is locked while its writer lives, so `ChunkFolder.clean` keeps it."""
     while True:
         file = path.open("xb")
-        _lock(file.fileno(), fcntl.LOCK_EX)
+        lock(file.fileno(), wait=True)
         if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # `clean` removed it between the two calls: try again
-
-
-def _lock(descriptor: int, how: int) -> bool | None:
-    """Whether the lock was acquired; None if the file system does not support locks."""
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True

@@ -86,11 +86,13 @@ class Ledger:
             raise ValueError(f"unknown policy '{policy}'; available: {', '.join(POLICIES)}")
         self.path, self.max_bytes, self.policy = path, max_bytes, policy
         self.quota, self._clock = quota, clock
-        self._lock, self._uses_lock, self._last_time = threading.RLock(), threading.Lock(), 0.0
+        self._lock = threading.RLock() if path is None else _ALL
+        self._uses_lock, self._last_time = threading.Lock(), 0.0
         self._uses: dict[str, _Use] = {}  # hits that are not written yet
         self._writer = 0  # id of the process whose timer will write them; 0: none
+        self._held: list[sqlite3.Connection] = []  # one, or none while the process forks
         self._connect()
-        weakref.finalize(self, _close, self._pid, self._database, self._uses)
+        weakref.finalize(self, _close, self._held, self._uses)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -208,13 +210,6 @@ class Ledger:
             with self.transaction() as database:
                 _write_uses(database, uses)
 
-    def clear(self) -> None:
-        """Deletes all entries."""
-        with self._uses_lock:
-            self._uses.clear()
-        with self.transaction() as database:
-            database.execute("DELETE FROM entries")
-
     def fill(self, rows: Iterable[Row]) -> None:
         """Inserts rows found by listing the files, unless their keys are there already."""
         found = [astuple(row) for row in rows]  # files are read before others must wait
@@ -250,21 +245,20 @@ class Ledger:
         return need <= 0
 
     def _open(self) -> sqlite3.Connection:
-        if self.path is not None and self._pid != os.getpid():
-            self._connect()  # after a fork: two processes must not share a connection
-        return self._database
+        if not self._held:
+            self._connect()
+        return self._held[0]
 
     def _connect(self) -> None:
-        self._pid = os.getpid()
         where = ":memory:" if self.path is None else str(self.path)
-        self._database = sqlite3.connect(
-            where, timeout=1.0, check_same_thread=False, isolation_level=None
-        )
+        database = sqlite3.connect(where, 1.0, isolation_level=None, check_same_thread=False)
         if self.path is not None:
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = OFF")  # it can be rebuilt from the files
-        self._database.executescript(_SCHEMA)
-        with self.transaction() as database:
+            _INDEXES.add(self)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = OFF")  # it can be rebuilt from the files
+        database.executescript(_SCHEMA)
+        database.execute("BEGIN IMMEDIATE")
+        with database:
             meta = dict(database.execute("SELECT name, value FROM meta"))
             if meta.get("format", _FORMAT) != _FORMAT:
                 raise sqlite3.DatabaseError(f"{where}: index of another version")
@@ -274,7 +268,8 @@ class Ledger:
             if late or meta.get("policy") != self.policy:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('policy', ?)", (self.policy,))
                 database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
-        self._database.executescript(_VALUED.format(POLICIES[self.policy]))
+        database.executescript(_VALUED.format(POLICIES[self.policy]))
+        self._held.append(database)
 
 
 def _write(owner: weakref.ref[Ledger]) -> None:
@@ -285,11 +280,25 @@ def _write(owner: weakref.ref[Ledger]) -> None:
             ledger.flush()
 
 
-def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> None:
-    if pid == os.getpid():
+def _close(held: list[sqlite3.Connection], uses: dict[str, _Use]) -> None:
+    for database in held:
         with suppress(sqlite3.Error):  # only times of use are lost
             _write_uses(database, uses)
-            database.close()
+        database.close()
+    held.clear()
+    uses.clear()
+
+
+def _close_all() -> None:
+    """Closes the indexes: a fork would trust in locks that it does not have, and lose rows."""
+    _ALL.acquire()
+    for ledger in list(_INDEXES):
+        _close(ledger._held, ledger._uses)
+
+
+_INDEXES: weakref.WeakSet[Ledger] = weakref.WeakSet()
+_ALL = threading.RLock()  # of all indexes
+os.register_at_fork(before=_close_all, after_in_parent=_ALL.release, after_in_child=_ALL.release)
 
 
 def _write_uses(database: sqlite3.Connection, uses: dict[str, _Use]) -> None:

@@ -34,10 +34,9 @@ def open_remote(url: str, secret: bytes | None = None, wait: float | None = None
         cls = ValkeyBlobs if urlsplit(url).scheme in VALKEY else FsspecBlobs
         return cls(url, secret, TIMEOUT_S if wait is None else wait)
     except ImportError as error:
-        raise ValueError(
-            f"'{without_password(url)}' needs the package '{error.name or error}'; "
-            "`pip install 'blocktune[remote]'`"
-        ) from None
+        hint = f"it needs the package '{error.name}'; `pip install 'blocktune[remote]'`"
+        reason = hint if error.name else error  # fsspec names the package of other places
+        raise ValueError(f"cannot open '{without_password(url)}': {reason}") from None
 
 
 def _call_client(call: Callable, *args, **kwargs) -> Any:
@@ -66,11 +65,12 @@ class FsspecBlobs(Blobs):
         options = {"use_listings_cache": False, "skip_instance_cache": True}
         if urlsplit(url).scheme in ("s3", "s3a"):
             times = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
-            options["config_kwargs"] = times | {"retries": {"max_attempts": 1}}
+            own = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            options["config_kwargs"] = times | {"retries": {"max_attempts": 1}} | own
         self._clients: dict[int, Any] = {}  # by process
         self._connect = partial(fsspec.core.url_to_fs, url, **options)
         try:
-            self._root = self._connect()[1]
+            self._root = re.sub("(?<!:)//+", "/", self._connect()[1])  # as listings name it
         except ValueError as error:
             raise ValueError(
                 f"cannot open a store there ({error}); give a folder, valkey://HOST:PORT/DB or a "
@@ -136,7 +136,7 @@ def _size_and_date(info: dict[str, Any]) -> tuple[int, float]:
     date = next((info[name] for name in _DATES if info.get(name)), time.time())
     if isinstance(date, str):
         date = datetime.fromisoformat(date)
-    return int(info["size"]), date.timestamp() if isinstance(date, datetime) else float(date)
+    return int(info["size"] or 0), date.timestamp() if isinstance(date, datetime) else float(date)
 
 
 class ValkeyBlobs(Blobs):
@@ -150,14 +150,18 @@ class ValkeyBlobs(Blobs):
         options = dict(parse_qsl(parts.query))
         self._prefix = options.pop("prefix", PREFIX)
         if parts.scheme != "unix" and not re.fullmatch("/?[0-9]*", parts.path):
-            raise ValueError(f"'{self.place}': /N numbers a database; name a store by ?prefix=NAME")
+            raise ValueError(
+                f"{parts.scheme}://HOST/N numbers a database; name a store by ?prefix=NAME, and "
+                "write a / in a password as %2F"
+            )
         try:
             self._client = valkey.from_url(
                 urlunsplit(parts._replace(query=urlencode(options))),
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
             )
-        except ValueError as error:
+            self._client.connection_pool.make_connection()  # knows its options, does not connect
+        except (ValueError, TypeError) as error:
             raise ValueError(f"'{self.place}': {error}") from None
 
     def name(self, key: str) -> str:
@@ -197,7 +201,8 @@ class ValkeyBlobs(Blobs):
 
     def _names(self, kind: str) -> list[str]:
         start = f"{self._prefix}:{kind}"
-        names = _call_client(lambda: list(self._client.scan_iter(f"{start}*", count=1000)))
+        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", start) + "*"
+        names = _call_client(lambda: list(self._client.scan_iter(pattern, count=1000)))
         return [name.decode(errors="replace").removeprefix(start) for name in set(names)]
 
     def _peek(self, names: Sequence[str], most: int = 1) -> list[tuple[bytes, int, int]]:

@@ -43,6 +43,8 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
                 _LOG.warning("'%s' is not the index of the store; it is not used", path)
                 return None
             try:
+                if not path.exists():
+                    path.touch()  # SQLite would not let a group write, whatever the umask
                 ledger = Ledger(path, **budget)
                 if not ledger.size():  # new, lost or emptied
                     ledger.fill(found_rows(folder))

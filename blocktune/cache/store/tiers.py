@@ -21,7 +21,7 @@ from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.store.blobs import Blobs
 from blocktune.cache.store.chunk_file import ChunkFile, Expired
 from blocktune.cache.store.config import StoreConfig, TierStats
-from blocktune.cache.store.folder import ChunkFolder, is_taken
+from blocktune.cache.store.folder import TAKEN, UNREADABLE, ChunkFolder
 from blocktune.cache.store.ledger import INDEX, About, Ledger, Row
 from blocktune.cache.store.shelf import open_index
 
@@ -36,8 +36,7 @@ class MemoryTier:
     """Entries in device or host memory. Host memory is pinned if there is a GPU."""
 
     def __init__(self, name: str, device: torch.device, config: StoreConfig):
-        """Makes the tier ``memory`` (device) or ``cpu`` (host), with its limit in ``config``."""
-        self.name, self.device = name, device
+        self.name, self.device = name, device  # the name of its limit in ``config``, too
         most = getattr(config, name)
         self.ledger = Ledger(max_bytes=most, policy=config.policy, quota=config.quota)
         self.entries: dict[str, Entry] = {}
@@ -82,9 +81,9 @@ class MemoryTier:
 
     def clear(self) -> None:
         """Removes all entries."""
+        self.ledger.remove(self.entries)
         self.entries.clear()
         self._expiry.clear()
-        self.ledger.clear()
 
 
 class BlobTier:
@@ -119,7 +118,7 @@ class BlobTier:
             return None
         try:
             file = ChunkFile(self.blobs, key, kind, most)
-            return read(file), file.row(), file.content()
+            return read(file), file.row(), file.blob.data
         except Expired:
             self.stats.expired += 1
             if not self.on_ledger(lambda ledger: ledger.is_pinned(key)):  # the row keeps the pin
@@ -207,16 +206,18 @@ class BlobTier:
         verb = "write to" if what == "write" else "read"
         reason = f"cannot {verb} the store '{self.blobs.place}': {error.strerror or error}"
         if self.must_write and what == "write":
-            raise ValueError(f"{reason}; free space there or choose another store") from None
+            hint = "free space there" if self._is_folder else "check address and credentials"
+            raise ValueError(f"{reason}; {hint} or choose another store") from None
+        alone = error.errno in TAKEN + UNREADABLE * (self._is_folder and what == "read")
         with self._lock:
             self.stats.failures += 1
-            if not is_taken(error):
+            if not alone:
                 self._retry_at[what] = time.monotonic() + RETRY_S
             warned, self._warned = self._warned, True
         if not warned:
-            lost = "a chunk is" if is_taken(error) else "new chunks are"
+            lost = "a chunk is" if alone else "new chunks are"
             then = f"its chunks are still used, but {lost} not stored there"
-            then = then if what == "write" else "its chunks are encoded instead"
+            then = then if what == "write" else f"{lost.replace('new', 'its')} encoded instead"
             _LOG.warning("%s; %s", reason.replace("\n", " "), then)
 
     def _make_room(self, size: int, key: str, about: About) -> bool:
@@ -285,6 +286,8 @@ def _in_background(tier: BlobTier) -> queue.Queue:
             pending.put(None, timeout=_FINISH_S)
             if threading.current_thread() is not thread:
                 thread.join(_FINISH_S)
+        if (left := pending.unfinished_tasks) > 1:  # one is the end itself
+            _LOG.warning("up to %d chunks were not written to a remote store; call flush()", left)
 
     thread = threading.Thread(target=work, daemon=True, name="blocktune-remote")
     thread.start()

@@ -17,7 +17,7 @@ from blocktune.data.example import RagExample
 DATA_SETS = "data_sets"
 """Key in an example's ``meta`` for its data sets: name on the Hub -> licence."""
 _TEST = re.compile(r"(?<![a-z])test(s|set)?(?![a-z])")
-_ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
+_ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^:]+)?(:[^/]*)?")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ CATALOG = {name: DataSet(**entry) for name, entry in _ENTRIES.items()}
 
 
 def data_set(name: str) -> DataSet:
-    """Returns the data set of a name in `CATALOG`, of ``owner/name[:config]``, or of a folder."""
+    """Returns the data set of a name in `CATALOG`, ``owner/name[@revision][:config]`` or folder."""
     if name in CATALOG:
         return CATALOG[name]
     path, _, config = name.partition(":")
-    return DataSet(path, "see its card", "as its fields tell", config or None, split="")
+    hub, _, revision = (path, "", "") if Path(path).exists() else path.partition("@")
+    which = {"config": config or None, "revision": revision or None}
+    return DataSet(hub, "see its card", "as its fields tell", split="", **which)
 
 
 def data_sets_in(source: str) -> dict[str, str]:

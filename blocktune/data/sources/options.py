@@ -27,6 +27,7 @@ class SourceName(NamedTuple):
 
 def parse_source(source: str) -> SourceName:
     """Parses a source. An existing file whose name contains a question mark has no options."""
+    source = os.path.expanduser(source)
     if os.path.isfile(source):  # unlike `Path.is_file`, takes names of any length
         return SourceName(source, source, {})
     name, _, query = source.partition("?")

@@ -30,7 +30,8 @@ _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _TABLES = {b"PAR1": "parquet file", b"ARROW1": "arrow file", b"\xff\xff\xff\xff": "arrow stream"}
 _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Office file",
-    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x28\xb5\x2f\xfd": "zstd (unzstd unpacks it)",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
     b"%PDF": "a PDF",
     b"GGUF": "a GGUF model",
     b"SQLite": "an SQLite data base",
@@ -70,7 +71,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     if not path.is_file():
         raise ValueError(f"'{path}' is not a file; give {WANTED}")
     with path.open("rb") as file:
-        head = file.read(8)
+        head = file.read(32)
     if kind := _by_magic(head, _TABLES):
         yield from _from_table(path, kind)
         return
@@ -153,12 +154,12 @@ def _require_text(value: Any, name: str, where: str) -> None:
 def _from_csv(name: str, stream) -> Iterator[Record]:
     """Reads rows as objects; cells with a list or object are decoded.
 
-    The delimiter is the most frequent of comma, tab and semicolon in the header.
+    The delimiter is the most frequent of comma, tab, semicolon and bar in the header.
     """
     csv.field_size_limit(sys.maxsize)  # a context is longer than the default of 128 KiB
     header = stream.readline()
     stream.seek(0)
-    rows = csv.DictReader(stream, delimiter=max(",\t;", key=header.count), strict=True)
+    rows = csv.DictReader(stream, delimiter=max(",\t;|", key=header.count), strict=True)
     try:
         names = rows.fieldnames or []
         refuse_doubles(f"{name}: column", names, "rename one")
@@ -227,11 +228,16 @@ def _expand(record: Record) -> Iterator[Record]:
     question id, or in SQuAD's articles.
     """
     value = record.value if isinstance(record.value, Mapping) else {}
-    # The Hub's data set viewer describes the columns beside the rows.
-    lists = [k for k, v in value.items() if isinstance(v, list | dict) and k != "features"]
-    holder = lists[0] if len(lists) == 1 and lists[0] in _WRAPPERS else None
+    # The Hub's data set viewer ("features") and pandas ("schema") describe the columns.
+    lists = {k for k, v in value.items() if isinstance(v, list | dict)} - {"features", "schema"}
+    holder = min(lists) if len(lists) == 1 and lists <= {*_WRAPPERS} else None
     is_passage = any(isinstance(value.get(key), str) for key in TEXT_KEYS)
     question, paragraphs = value.get("question"), value.get("paragraphs")
+    if isinstance(question, Mapping) and all(
+        isinstance(c, Mapping) and c.keys() == question.keys() for c in value.values()
+    ):  # DataFrame.to_json: columns of rows by their index
+        value = {name: list(column.values()) for name, column in value.items()}
+        question = value["question"]
     nested: list[tuple[str, Any]] = []
     if isinstance(value.get(holder), list) and question is None and not is_passage:
         nested = [(f"{holder}[{index}]", entry) for index, entry in enumerate(value[holder])]
@@ -295,8 +301,7 @@ def read_hub(
     try:
         if any((Path(source.hub) / file).is_file() for file in ("state.json", "dataset_dict.json")):
             saved = load_from_disk(source.hub)
-            if not isinstance(saved, Mapping):
-                saved = {str(saved.split or split or "train"): saved}
+            saved = saved if isinstance(saved, Mapping) else {str(saved.split or "train"): saved}
         if not split:
             names = saved or get_dataset_split_names(**where, config_name=source.config)
             split = "validation" if "validation" in names else "train"
@@ -312,7 +317,10 @@ def read_hub(
         for number, row in numbered:  # number within the data set, except in a shuffled stream
             yield Record(f"{name} ({split}), record {number}", row)
     except Exception as error:  # damaged or unexpected files raise errors of any type
+        error = (type(error).__name__ == "DatasetGenerationError" and error.__cause__) or error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if "scripts are no longer supported" in reason:
+            reason += f"; try the Hub's own copy: hf:{source.hub}@refs/convert/parquet"
         raise ValueError(f"cannot load 'hf:{name}' (split '{split}'): {reason}") from None
 
 

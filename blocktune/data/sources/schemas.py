@@ -104,8 +104,7 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
         raise LeftOut("no context")
     facts = record.get("supporting_facts") or ()
     try:
-        if isinstance(facts, Mapping):
-            facts = [{"title": title} for title in facts["title"]]
+        facts = passages_in(facts, "supporting_facts")
         titles = [fact["title"] if isinstance(fact, Mapping) else fact[0] for fact in facts]
     except (KeyError, TypeError, IndexError):
         wanted = 'a list of [title, sentence] or {"title"}'
@@ -180,14 +179,17 @@ def _with_choices(record: Mapping[str, Any], question: Any) -> tuple[Any, tuple[
 
     Source: LongBench v2's prompt (``choice_A``, ...); InfiniteBench lists ``options``.
     """
-    given = record.get("options") or [record.get(f"choice_{letter}") for letter in "ABCD"]
+    given = record.get("options") or record.get("choices")
+    given = given or [record.get(f"choice_{letter}") for letter in "ABCD"]
     given = given if isinstance(given, list) else []
     choices = {chr(ord("A") + i): text for i, text in enumerate(given) if isinstance(text, str)}
     if choices and isinstance(question, str):
         lines = (f"({letter}) {text}" for letter, text in choices.items())
         question = "\n".join((question, "Choices:", *lines))
-    answers = (choices.get(answer, answer) for answer in answers_of(record))
-    return question, tuple(dict.fromkeys(answers))
+    answers = tuple(dict.fromkeys(choices.get(answer, answer) for answer in answers_of(record)))
+    if choices and any(a.isdecimal() and a not in choices.values() for a in answers):
+        raise field_error("answers", "the text or letter of a choice, no number", answers)
+    return question, answers
 
 
 def _example(
@@ -220,5 +222,5 @@ def _example(
 
 def id_of(record: Mapping[str, Any]) -> str:
     """The identifier of a record, or an empty string."""
-    ids = (str(as_id(record.get(key))) for key in ("id", "_id", "question_id"))
+    ids = (str(as_id(record.get(key))) for key in ("id", "_id", "question_id", "query_id", "qid"))
     return next(filter(None, ids), "")

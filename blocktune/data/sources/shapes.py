@@ -44,6 +44,7 @@ class Shape(NamedTuple):
         return partial(self.parse, cutter=cutter)
 
 
+_CHATS = (("messages",), ("conversations",), ("prompt", "completion"))
 SHAPES = (
     Shape("blocktune", (("question", "chunks"),), schemas.parse_own, may_cut=True),
     Shape("musique", (("question", "paragraphs"),), schemas.parse_musique),
@@ -54,8 +55,8 @@ SHAPES = (
     Shape("triviaqa", (("question", "entity_pages"),), schemas.parse_trivia, "delimiter"),
     Shape("mt-rag", (("contexts", "input", "targets"),), texts.parse_session),
     Shape("longbench", (("input", "context"),), schemas.parse_longbench, "delimiter"),
-    Shape("grounded", (("messages", "documents"), ("prompt", "documents")), texts.parse_grounded),
-    Shape("chat", (("messages",), ("conversations",)), texts.parse_chat, "message"),
+    Shape("grounded", tuple((n, "documents") for n in texts.GROUNDED), texts.parse_grounded),
+    Shape("chat", _CHATS, texts.parse_chat, "message"),
     Shape("summary", (("document", "summary"),), texts.parse_summary, "delimiter"),
     Shape("few-shot", (("dialogue", "summary"),), texts.parse_pair, in_shots=True),
     Shape("document", (), texts.parse_document, "delimiter"),
@@ -88,8 +89,8 @@ def rename(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, An
 
 
 _QUESTION_KEYS = ("question", "query", "user_input", "instruction", "prompt", "input", "q", "key")
-_ANSWER_KEYS = ("answers", "ground_truth", "reference", "answer", "outputs", "output", "target")
-_ANSWER_KEYS += ("response", "label", "value")
+_ANSWER_KEYS = ("answers", "golden_answers", "ground_truth", "reference", "answer", "outputs")
+_ANSWER_KEYS += ("output", "target", "response", "label", "value")
 _PASSAGE_KEYS = ("chunks", "context", "passage", "article", "document", "story", "input")
 
 
@@ -105,7 +106,8 @@ def unknown_shape(first: Any, source: str) -> str:
     nested = (k for k in candidates if isinstance(first[k], Mapping) and "text" in first[k])
     question = question or next((f"{key}.text" for key in nested), None)  # Natural Questions
     answers = next((keys[key] for key in _ANSWER_KEYS if key in keys), None)
-    others = {k: v for k, v in first.items() if k not in (question, answers, "answer_aliases")}
+    asked = (question or "").partition(".")[0]
+    others = {k: v for k, v in first.items() if k not in (asked, answers, "answer_aliases")}
     usual = (keys[key] for key in _PASSAGE_KEYS if keys.get(key) in others)
     passages = next((key for key in usual if isinstance(first[key], str)), None)
     passages = passages or next((k for k, v in others.items() if _holds_passages(v)), None)
@@ -128,9 +130,9 @@ def unknown_shape(first: Any, source: str) -> str:
 
 
 def _holds_passages(value: Any) -> bool:
-    """Whether a value may hold passages: a list of texts or objects, columns, or a long text."""
+    """Whether a value may hold passages: a list, columns, an object with a text, a long text."""
     if isinstance(value, str):
         return len(value) > 400
     if isinstance(value, Mapping):
-        return any(isinstance(column, list) for column in value.values())
+        return "text" in value or any(isinstance(column, list) for column in value.values())
     return isinstance(value, list) and bool(value) and isinstance(value[0], str | list | Mapping)

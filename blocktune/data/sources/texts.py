@@ -19,7 +19,7 @@ from blocktune.prompt.format import Chunk
 CONTINUE = "Continue the text above."
 POOL = 1000  # shots are drawn from the first 1,000 instances of a source, whatever its limit
 _ROLES = {role: role for role in SPEAKERS}
-_ROLES |= {"human": "user", "developer": "system", "function": "tool"}
+_ROLES |= {"human": "user", "developer": "system", "function": "tool", "observation": "tool"}
 _ROLES |= dict.fromkeys(("gpt", "bot", "agent", "model"), "assistant")
 _CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")  # a Markdown code fence or an indented line
 _PAIRS = (
@@ -30,6 +30,7 @@ _PAIRS = (
     ("input", "output", "Input", "Output"),
 )
 """Input and output field of few-shot tasks, and the labels of both in a shot."""
+GROUNDED = ("messages", "conversations", "prompt")  # fields of a conversation over documents
 
 
 def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -40,13 +41,13 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
     Source: KVLink's ``sft_mem`` and Block-Attention's Tulu-3 data.
     """
-    name = "messages" if record.get("messages") is not None else "conversations"
-    messages = _messages(record, name)
+    messages = _dialogue(record)
     while messages and messages[-1].role != "assistant":
         messages.pop()
     if len(messages) < 2 or messages[-2].role != "user":
         raise LeftOut("no user message with a reply")
     *history, last, reply = messages
+    _require_learned([reply])
     question = last.text
     chunks = chunks_of(cutter.messages(history))
     if all(message.role == "system" for message in history):
@@ -66,10 +67,8 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
 
     A system message is kept in ``meta["system"]``, for the prompt in training.
     """
-    if record.get("messages") is not None:
-        messages = _messages(record, "messages")
-    else:
-        messages = [*_trl_messages(record, "prompt"), *_trl_messages(record, "completion")]
+    messages = _dialogue(record)
+    _require_learned(messages)
     meta = {"system": messages.pop(0).text} if messages and messages[0].role == "system" else {}
     roles = [message.role for message in messages]
     if roles != ["user"] and (not roles or roles != ["user", "assistant"] * (len(roles) // 2)):
@@ -81,13 +80,18 @@ def parse_grounded(record: Mapping[str, Any]) -> RagExample:
     return RagExample(question, chunks, answers_of(record), response, **given)
 
 
-def _trl_messages(record: Mapping[str, Any], name: str) -> list[Message]:
-    """Reads the messages of TRL's ``prompt`` or ``completion``, each of which may be a string."""
-    value = record.get(name)
-    if isinstance(value, str | None):
-        role = "user" if name == "prompt" else "assistant"
-        return [Message(role, value)] if (value or "").strip() else []
-    return _messages(record, name)
+def _require_learned(replies: list[Message]) -> None:
+    if not all(message.is_learned for message in replies if message.role == "assistant"):
+        raise LeftOut("a reply that is marked as not to be learned")
+
+
+def _dialogue(record: Mapping[str, Any]) -> list[Message]:
+    """The messages of a record in any of its fields, after its system prompt."""
+    name = next((name for name in GROUNDED if record.get(name) is not None), GROUNDED[0])
+    messages = _messages(record, name)
+    messages += _messages(record, "completion") if name == "prompt" else []
+    has_system = messages and messages[0].role == "system"
+    return messages if has_system else _messages(record, "system") + messages
 
 
 def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -168,8 +172,14 @@ def with_shots(
         yield replace(example, chunks=tuple(pool[i].chunks[0] for i in kept[:shots]))
 
 
+_TEXT_ROLES = {"prompt": "user", "completion": "assistant", "system": "system"}
+"""Fields that may hold a text instead of messages (TRL, Anthropic, LLaMA-Factory)."""
+
+
 def _messages(record: Mapping[str, Any], name: str) -> list[Message]:
     entries = record.get(name)
+    if name in _TEXT_ROLES and isinstance(entries, str | None):
+        entries = [{"role": _TEXT_ROLES[name], "content": entries}]
     wanted = 'a list of {"role", "content"}, {"from", "value"} or {"speaker", "text"}'
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
         raise field_error(name, wanted, entries)
@@ -177,15 +187,21 @@ def _messages(record: Mapping[str, Any], name: str) -> list[Message]:
 
 
 def _message(name: str, entry: Mapping[str, Any]) -> Message:
+    entry = {key: value for key, value in entry.items() if value is not None}  # tables fill up
     role = entry.get("role", entry.get("from", entry.get("speaker")))
     text = entry.get("content", entry.get("value", entry.get("text")))
-    if isinstance(text, list):  # content parts; only text is kept
-        text = "".join(part.get("text") or "" for part in text if isinstance(part, Mapping))
-    if entry.get("tool_calls"):
+    role = role.lower() if isinstance(role, str) else role
+    if entry.get("tool_calls") or role in ("function_call", "tool_call"):
         raise LeftOut("a message that calls tools")
+    if isinstance(text, list):  # content parts
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in text]
+        if not all(isinstance(part, str) for part in parts):
+            raise LeftOut("a message with an image or another part that is no text")
+        text = "".join(parts)
     if role not in _ROLES or not isinstance(text, str | None):
         raise field_error(name, f"messages of the roles {', '.join(_ROLES)}, with text", entry)
-    return Message(_ROLES[role], text or "")
+    is_learned = 0 not in map(entry.get, ("weight", "train", "training"))  # OpenAI, Axolotl
+    return Message(_ROLES[role], text or "", is_learned)
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:

@@ -70,13 +70,17 @@ KINDS = ("person", "film", "book", "company", "city")
 class Relation:
     """A relation between an entity (``{s}`` in the wordings) and a value (``{o}``)."""
 
-    name: str  # unique name
-    subject: str  # kind of the entity
+    name: str  # unique; starts with the kind of the entity
     target: str  # kind of the value: a kind of entity, or ``year``
     facts: tuple[str, ...]  # sentences that start with ``{s}``, which may be a pronoun
     questions: tuple[str, ...]  # questions whose answer is the value
     role: str  # what the value is called in multi-hop questions, such as ``the birthplace of {s}``
     place: int = 0  # number of the list item; 0 if the relation is not part of a list
+
+    @property
+    def subject(self) -> str:
+        """The kind of the entity."""
+        return self.name.partition(".")[0]
 
     @property
     def plain_fact(self) -> str:
@@ -90,8 +94,23 @@ class Relation:
 
 
 RELATIONS = tuple(
-    Relation(**entry | {key: tuple(entry[key]) for key in ("facts", "questions")})
+    Relation(
+        **{"role": f"the {entry['name'].partition('.')[2]} of {{s}}"}
+        | entry
+        | {key: tuple(entry[key]) for key in ("facts", "questions")}
+    )
     for entry in _DATA["relations"]
+)
+RELATIONS += tuple(
+    Relation(
+        f"film.part_{place}",
+        "person",
+        (f"{nth}, {{o}}",),
+        (f"Who plays the {nth} part in {{s}}?", f"Who is {nth} in the cast of {{s}}?"),
+        f"the {nth} player in {{s}}",
+        place,
+    )
+    for place, nth in enumerate(("first", "second", "third", "fourth"), start=1)
 )
 
 
