@@ -1,7 +1,8 @@
 """Loads plug-ins: modules that register methods or their parts when they are imported.
 
-They are named by entry points of the group ``blocktune.plugins``, ``--plugin FILE|MODULE``, or the
-variable ``BLOCKTUNE_PLUGINS`` (with path separators), which child processes inherit.
+A plug-in is named by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin
+FILE|MODULE``, or by the environment variable ``BLOCKTUNE_PLUGINS`` (a list with path separators),
+which child processes inherit. The plug-ins in `blocktune.extras` are part of the package.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Registries of methods, selectors, reshapes and chunkers, and checks of their parameters.
 
 An entry is a frozen dataclass, registered under its published name; its fields are its parameters.
+A registry imports the modules of its package, and plug-ins, to find entries.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Simulation of a store on a trace: hit rate and time saved by size and policy; break-even point.
 
-A trace lists the chunks of each request. It is recorded by a store (JSON lines), published
-(Mooncake: ``hash_ids`` of blocks of 512 tokens; Azure: CSV of lengths, whose contexts are filled
-with random chunks), or random. Files may be gzipped (``.gz``).
+A trace lists the chunks of each request. It is recorded by a store (JSON lines of ``--store
+...,trace=FILE``), published (Mooncake: ``hash_ids`` of blocks of 512 tokens; Azure: CSV with
+``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts are filled with random chunks, since it
+names none), or random. Files may be gzipped (``.gz``).
 """
 
 from __future__ import annotations
@@ -126,8 +127,9 @@ def break_even(
 ) -> list[BreakEven]:
     """Compares chunk reuse with prefix caching, by share of repeated chunks; both unbounded.
 
-    Retrieved chunks come in any order. ``recompute`` is the share of tokens that the method
-    recomputes. A point is simulated with ``requests`` of `CHUNKS` of `BLOCK` tokens.
+    Retrieved chunks come in any order, so prompts share a prefix only if they start with the same
+    chunks in the same order. ``recompute`` is the share of tokens that the method recomputes. A
+    point is simulated with ``requests`` of `CHUNKS` of `BLOCK` tokens.
     """
     points, full_s = [], costs.encode_s(CHUNKS * BLOCK)
     for step in range(11):
@@ -208,8 +210,9 @@ def zipf_requests(
 ) -> Iterator[Request]:
     """Generates random requests that mix new chunks with repeated ones.
 
-    A chunk is new with probability ``novel``, or else drawn from a ``catalogue``, the ``n``-th with
-    weight ``n ** -EXPONENT`` (Zipf). Lengths are powers of two from 64 to 2,048 tokens.
+    A chunk is new with probability ``novel``, and then never occurs again. Otherwise it is drawn
+    from a ``catalogue``, the ``n``-th chunk with weight ``n ** -EXPONENT`` (Zipf). Lengths are
+    powers of two from 64 to 2,048 tokens, so that chunks differ in time saved per byte.
     """
     draw = random.Random(seed)
     sizes = [2 ** draw.randrange(6, 12) for _ in range(catalogue)]

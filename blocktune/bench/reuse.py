@@ -103,8 +103,9 @@ def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Times functions in turn, so that other load on the machine affects all alike.
 
-    Returns seconds per round, by name, with what a function leaves to an accelerator; a function
-    may return its own as a float. A first round counts only if it takes longer than `WARM_S`.
+    Returns seconds per round, by name, with what a function leaves to an accelerator. The first
+    round does not count, unless it takes longer than `WARM_S`. A function may return its own
+    seconds as a float.
     """
 
     def now() -> float:
@@ -165,8 +166,9 @@ def threads(count: int) -> Iterator[None]:
 def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
     """Times prefills by several methods in turn, over chunks that are already in memory.
 
-    A method's time covers all from token ids to the logits after the question; ``query_only``
-    computes the question over an assembled cache. Ratios are medians of those in each round.
+    A method's time covers all from token ids to the logits after the question. For ``full`` see
+    `time_methods`; ``query_only`` computes the question over an assembled cache. Ratios are medians
+    of the ratios in each round. ``cost`` is of each method, also at the machine's rates.
     """
     with threads(bench.threads), torch.no_grad():
         engine = bench.engine()

@@ -38,8 +38,9 @@ def bench_store(
 ) -> dict[str, object]:
     """Times loading and joining a prompt's chunks, and look-ups among ``keys``; measures codecs.
 
-    The baseline reads the same files, or copies the same tensors, to memory that was used before.
-    ``ratios`` compare bandwidths in wall time, ``cpu_ratios`` in CPU time, from the page cache.
+    The baseline reads the same files, or copies the same tensors, also to memory that was used
+    before. All files are in the page cache and verified. ``ratios`` compare bandwidths in wall
+    time, ``cpu_ratios`` in CPU time. Chunks are written into ``folder``, by default a new one.
     """
     _keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):

@@ -177,7 +177,8 @@ def tune(
     names, rows = list(result["best"]["values"]), []
     for point in result["points"]:
         score = with_interval("score", point["score"], point["score_ci95"])
-        rows.append((*map(str, point["values"].values()), score, f"{point['recompute_ratio']:.0%}"))
+        values = map(str, point["values"].values())
+        rows.append((*values, score, f"{point['recompute_ratio']:.0%}"))
     headings = (*names, f"{result['task']['metric']} (95 %)", "recomputed")
     line = f"best: {result['best']['label']}; all points in {output / sweep.TUNED}"
     opt.tell(as_json, result, Table(headings, rows, left=names), line)

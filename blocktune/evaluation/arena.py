@@ -1,7 +1,8 @@
 """Answers the frozen questions of KVShareArena (arXiv:2609.10266) and writes its result files.
 
-Questions, prompts and checksums come from a clone of the arena's repository. Only the track of
-retrieved evidence is supported: the other replays token ids of reports that one model wrote.
+Questions, prompts and checksums come from a clone of the arena's repository. The result files pass
+its ``kva validate``, and its ``kva score`` scores them. Only the track of retrieved evidence is
+supported: the other track replays token ids of reports that one particular model wrote.
 """
 
 from __future__ import annotations
@@ -100,8 +101,10 @@ def run_exam(
 ) -> Path:
     """Answers an exam, writes its result file and returns the path. An interrupted run resumes.
 
-    With a ``limit``, ``kva validate`` rejects the file. ``port`` is the provenance of the method's
-    code, one of `PORTS`. Raises ValueError if the method takes chunks from earlier prompts, a
+    The engine's caches are emptied after every question. With a ``limit``, ``kva validate`` rejects
+    the file. ``port`` is the provenance of the method's code, one of `PORTS`.
+
+    Raises ValueError if the method takes chunks from earlier prompts, ``port`` is another text, a
     prompt is too long, or ``output`` has answers of other weights, methods, questions or code.
     """
     if method.history is not None:

@@ -14,7 +14,8 @@ from blocktune.methods import Cached, Method
 class CleanCaches:
     """Encodes the chunks of a batch once for all methods that reuse the same chunks.
 
-    Caches are emptied, unless they hold exactly the chunks that the method would encode.
+    No answer, time or fidelity may depend on what earlier questions or methods left in the caches.
+    So the caches are emptied, unless they hold exactly the chunks that the method would encode.
     """
 
     def __init__(self):

@@ -114,7 +114,7 @@ def _scores(*runs: Sequence[Row]) -> list[Mapping[Any, list[float]]]:
 
 
 def compare_table(changes: Sequence[Change], before: Path, after: Path) -> Table:
-    """The result of `compare` as a table."""
+    """The result of `compare` as a table. The runs are named by their folders, or else paths."""
     names = before.resolve().name, after.resolve().name
     names = names if names[0] != names[1] else (str(before), str(after))
     headings = ("method", *names, "difference", "+/-", "p", "n", "verdict")
@@ -150,8 +150,8 @@ def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Sentences about results: what naive reuse loses, and how much of it other methods recover.
 
-    Tuned methods are also compared with each other. Of more than `MOST`, those on the Pareto front
-    are named. Without a baseline there are no sentences.
+    Methods with an adapter are also compared with each other. Of more than `MOST` methods, only
+    those on the Pareto front are named. Without a baseline there are no sentences.
     """
     methods = results["methods"]
     full, naive = (plain_label(results, name) for name in (ORACLE, FLOOR))

@@ -73,8 +73,8 @@ def forced_logits(
 def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[str, float]]:
     """Compares every method with full prefill on the first questions of each task.
 
-    On the method's own weights, so the effect of tuning is not measured.
-    ``step`` follows every prompt. Returns the means of `Agreement` by label.
+    Full prefill uses the same weights as the method, so the effect of reuse is measured, not that
+    of tuning. ``step`` follows every prompt. Returns the means of `Agreement` by label.
     """
     suite, caches = ready.suite, CleanCaches()
     asked = [(task, e) for task in suite.tasks for e in ready.of(task, suite.fidelity.num)]
@@ -122,8 +122,9 @@ def profile_layers(
 ) -> list[ProfiledRange]:
     """Tries every contiguous range of layers on held-out examples, in O(layers squared) passes.
 
-    ``progress`` wraps the list of ``(first, length)``. The results are ordered by length, then by
-    first layer. Raises ValueError without examples, or if ``most_layers`` is out of range.
+    Ranges have up to ``most_layers`` layers; ``progress`` wraps the list of ``(first, length)``.
+    The results are ordered by length, then by first layer; efficient ranges are marked. Raises
+    ValueError if there is no example, ``most_layers`` is out of range, or a logit is NaN.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
     divergence of the first answer token from full prefill's is used, which needs fewer examples.

@@ -131,8 +131,8 @@ class BlocktuneLM(LM):
     def pieces(self, context: str, continuation: str = "") -> Pieces:
         """Chunks, query and continuation as tokens, the same in both modes.
 
-        White space between them belongs to the continuation, as in the harness, or without one to
-        the query, since chat templates may end with a separator.
+        White space between context and continuation belongs to the latter, as in the harness.
+        Without a continuation it belongs to the query: chat templates may end with a separator.
         """
         stripped = context.rstrip()
         space = context[len(stripped) :]

@@ -34,9 +34,10 @@ def build_results(
 ) -> dict[str, Any]:
     """Summarises a finished run as plain JSON.
 
-    The baselines are full prefill and naive reuse *on the base model*. ``adjusted_f1`` and
-    ``score_gap_recovered`` are None if a baseline is missing, the latter also if the gap may be 0.
-    ``score`` is the task's headline metric; ``em`` is always exact match.
+    The baselines are full prefill and naive reuse *on the base model*. Adjusted F1 keeps the
+    questions on which full prefill scores above 0; ``score_gap_recovered`` is the share of the gap
+    between the baselines that a method closes. Each is None if its baseline is missing, the gap
+    also if it may be 0. ``score`` is the task's headline metric; ``em`` is always exact match.
 
     Rows of all labels must be in the same order. ``ttft`` and ``fidelity`` may lack labels. A pool
     replaces its members: ``seeds`` has their scores, and its times are those of the first member.
@@ -91,7 +92,10 @@ def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
 
 
 def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Row indices by kind of question, or by task; kinds of worlds go from easy to hard."""
+    """Groups row indices by kind of question, or by task if it has no kinds or is not split.
+
+    The kinds of `blocktune.data.worlds` go from easy to hard; others follow in row order.
+    """
     ranks = {kind: rank for rank, kind in enumerate(QUESTION_KINDS)}
     order = {task.name: rank for rank, task in enumerate(suite.tasks)}
     groups: dict[tuple[int, int, str], list[int]] = {}
@@ -119,7 +123,8 @@ def with_pools(
 ) -> dict[str, Sequence[Row]]:
     """Replaces the members of each pool by their mean, question by question.
 
-    Three seeds are neither three times as many questions, nor three methods for Holm's correction.
+    Intervals are over questions, and three seeds are not three times as many questions. Neither do
+    they count as three methods: each further comparison makes Holm's correction stricter.
     """
     pool_of = {member: name for name, members in pools.items() for member in members}
     merged = {pool_of.get(label, label): own for label, own in rows.items()}
@@ -230,8 +235,9 @@ def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """Scores of every method by position of the evidence and by context length.
 
-    Each is a list of bins of equal size, ``{"from", "to", "n", "scores": {LABEL: {"score",
-    "ci95"}}}``, and empty if all questions have the same value. Rows are as in `summarize`.
+    Questions are sorted into bins of equal size by ``place`` (0: first chunk, 1: last chunk) and by
+    ``context_tokens``. Each is ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``, and
+    empty if all questions have the same value. Rows are as in `summarize`.
     """
     first, *_ = rows.values()
     questions = zip(*rows.values(), strict=True)

@@ -81,9 +81,12 @@ def run_suite(
 ) -> dict[str, Any] | None:
     """Answers, scores and times all questions of a suite. An interrupted run resumes.
 
-    Returns the content of ``results.json`` (see `build_results`), or None except in the main
-    process. ``command`` is recorded (default: ``sys.argv``). Raises ValueError, before the first
-    question, if something cannot be run, or ``output`` has answers that would be lost.
+    Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
+    content of ``results.json`` (see `build_results`), or None except in the main process.
+    ``command`` is recorded (default: ``sys.argv``); ``processes`` are by default the launcher's.
+
+    Raises ValueError, before the first question, if something cannot be run, or ``output`` has
+    answers to questions that this run does not ask and would delete.
     """
     processes = processes or launched()
     if processes.device is not None:
@@ -141,7 +144,10 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
 def _answer_all(
     ready: Ready, files: Mapping[str, RowFile], processes: Processes, progress: Progress
 ) -> None:
-    """Lets all methods answer a batch before the next one, so that they share encoded chunks."""
+    """Lets all methods answer a batch before the next one, so that they share encoded chunks.
+
+    Methods that use the same adapter follow each other.
+    """
     specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
     asked = ((b, [spec for spec in specs if files[spec.label].lacks(b)]) for b in _batches(ready))
     work, caches = processes.share([(batch, left) for batch, left in asked if left]), CleanCaches()

@@ -1,6 +1,7 @@
-"""Statistics of scores in [0, 1] of questions: confidence intervals, significance tests, power.
+"""Statistics of scores: confidence intervals in closed form, significance tests, power.
 
-No interval has zero width: a method that is right on all of a few questions may fail on the next.
+The sampling units are questions, with scores in [0, 1]. No interval has zero width: a method that
+is right on all of a few questions may be wrong on the next one, which a bootstrap would miss.
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ class Power(NamedTuple):
 def mean_interval(own: ArrayLike) -> Interval:
     """The mean of scores ``(n,)`` with Wilson's interval. Raises ValueError if there is none.
 
-    Scores in between, such as F1, vary less than 0 and 1: the interval is that of the larger number
-    of questions at which a proportion would have this variance. The ratio of the variances is
-    estimated with one more question of ratio 1, so that equal scores keep a width.
+    Scores in between, such as F1, vary less than 0 and 1 with the same mean: the interval is that
+    of the larger number of questions at which a proportion would have the variance of this mean.
+    The ratio of the variances is estimated with one more question of ratio 1, so that equal scores
+    keep a width.
 
     Source: Wilson, Probable Inference (1927); with an effective number: Korn and Graubard,
     Confidence Intervals for Proportions with Small Expected Number of Positive Counts (1998).
@@ -108,7 +110,8 @@ def p_value(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
 def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
     """Two-sided exact p-value of the hypothesis that two methods are right equally often.
 
-    Both arguments are ``(n,)``, 0 and 1 or booleans. Source: McNemar (1947), exact binomial form.
+    Only questions on which they disagree count. Both arguments are ``(n,)``, 0 and 1 or booleans.
+    Source: McNemar (1947), in the exact binomial form.
     """
     differences = paired(correct, baseline)
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
@@ -121,9 +124,10 @@ def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
 def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
     """Two-sided p-value of the hypothesis that two methods score equally, for any scores.
 
-    For up to `FEW` differences, signs are drawn at random by ``seed``; the observed signs count as
-    one draw, so p is never 0. For more, the sum is taken as normal, with the variance under random
-    signs. The number is ``sum(d^2)^2 / sum(d^4)``: small ones beside large ones hardly count.
+    Under the null hypothesis each question's difference is as likely with the other sign. For up to
+    `FEW` differences, signs are drawn at random by ``seed``; the observed signs count as one draw,
+    so p is never 0. For more, the sum is taken as normal, with the variance under random signs.
+    Small differences beside large ones hardly count: their number is ``sum(d^2)^2 / sum(d^4)``.
 
     Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), approximate
     randomisation; Fisher's paired test.
@@ -177,7 +181,8 @@ def comparisons(
 def power(own: ArrayLike, other: ArrayLike, alpha: float = ALPHA) -> Power | None:
     """What differences this many questions show at level ``alpha`` with probability `WANTED`.
 
-    None if there are fewer than two questions or all differences are equal.
+    By the normal approximation. Returns None if there are fewer than two questions or all
+    differences are equal, because their spread is then unknown.
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """

@@ -46,8 +46,8 @@ class TuneSpec:
     dtype: str = "auto"  # of weights and caches
     quantize: str | None = None  # as in `Suite`
     device: str | None = None  # as in `Suite`
-    seed: int = 0  # as in `Suite`
-    batch_size: int = 16  # as in `Suite`
+    seed: int = 0  # of the sign-flip test
+    batch_size: int = 16  # prompts answered at a time
 
     def __post_init__(self):
         refuse_test(self.task.source)
@@ -118,9 +118,10 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
 def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | None:
     """Evaluates every point of the grid. An interrupted run resumes.
 
-    ``how`` is passed on to `run_suite`. Returns the content of ``tuned.json``, with the ``best`` of
-    the ``points``; None except in the main process. The best score is biased upwards, since the
-    point was chosen by it: measure it again on other questions.
+    ``how`` is passed on to `run_suite`. Returns the content of ``tuned.json``: the ``best`` point
+    (values, entry, score with interval, cost), all ``points`` from best to worst, the task and the
+    provenance; None except in the main process. The best score is biased upwards, since the point
+    was chosen by it: measure it again on other questions.
     """
     results = run_suite(spec.suite(), output, **how)
     if results is None:

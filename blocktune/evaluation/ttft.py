@@ -33,7 +33,9 @@ def measure_ttft(
 
     A method gets an earlier prompt, which it answers untimed from clean caches, and the example.
     The earlier one has the same chunks in another order; if the first would stay the first, after
-    one more. So all chunks are cached, as is typical of reuse, but not the prompt as a whole.
+    one more. This is the typical case of reuse: all chunks are cached, but the prompt as a whole is
+    not, so an exact prefix cache only finds its usual prefix. The order of methods rotates.
+
     Methods return the engine's `Answer` to the example with one new token; ``step`` follows each.
     """
     usages: dict[str, list[Any]] = {label: [] for label in methods}

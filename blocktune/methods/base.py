@@ -1,7 +1,8 @@
 """A reuse method as a choice on four independent axes, and the registry of named methods.
 
-A published method is a preset: one class in ``presets/``, see `Method`. Importing torch is left to
-functions, here and in presets, selectors, repairs and reshapes, so that listing methods is fast.
+A published method is a preset: one class in ``presets/`` that chooses a layout, a selector, a
+repair and a reshape, see `Method`. Importing torch is left to functions, here and in presets,
+selectors, repairs and reshapes, so that listing the methods is fast.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 - `Method.history` takes chunks from earlier prompts (`PromptHistory`).
 - `Method.loader` looks chunks up, in the store and elsewhere (`ChunkLoader`).
 
-``blocktune/extras`` has an example of each. Both get the store of the engine's chunks and the
-fingerprint of its model. State that lasts between requests goes into the store as entries, or, for
-this process only, into `ChunkStore.memoized`.
+The engine calls them without knowing the method; ``blocktune/extras`` has an example of each. Both
+get the store of the engine's chunks and the fingerprint of its model. State that lasts between
+requests goes into the store as entries, or, for this process only, into `ChunkStore.memoized`.
 """
 
 from __future__ import annotations

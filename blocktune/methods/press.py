@@ -1,8 +1,8 @@
 """Drops some keys of each chunk before it is stored, by a press of kvpress.
 
-A press scores a chunk's keys from the inputs of each layer, head by head, and drops the lowest.
-The ``n`` that remain keep their positions, and are stored as the chunk's first ``n`` rows; the
-other rows are without a column, like blanks.
+While a chunk is encoded, a press scores its keys from the inputs of each layer, head by head, and
+drops the lowest. The ``n`` keys that remain keep their positions, and are stored and laid out as
+the chunk's first ``n`` rows; the other rows are without a column, like blanks.
 """
 
 from __future__ import annotations

@@ -54,8 +54,9 @@ class _Pass(NamedTuple):
 class ReshapedAttention:
     """Shared by all attention plans of a batch, from the prefill to the last decoded token.
 
-    It keeps a bitmap of reused tokens per layer: all of chunks but the rows that a plan attends
-    with, which have just overwritten their columns. ``multiply_adds`` ``(B,)`` counts surveys.
+    It keeps a bitmap of reused tokens per layer: all tokens of chunks, without the rows that a plan
+    attends with, which have just overwritten their columns. Decoded tokens read the same bitmap.
+    ``multiply_adds`` ``(B,)`` counts the extra scores that surveys compute.
     """
 
     def __init__(self, reshape: Reshape, columns: Rows):

@@ -33,9 +33,10 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
 
 
 def compared(states: LayerKV, rope: LayerRope) -> LayerKV:
-    """What a layer's cached states are compared by; a latent (DeepSeek) is cached as keys.
+    """What a layer's cached states are compared by.
 
-    Latent and rotated part, which is cached as values, stand for the keys, the latent for values.
+    A latent that makes keys and values (DeepSeek) is cached as keys, the rotated part of the keys
+    as values. Both stand for the keys, and the latent for the values.
     """
     import torch
 
@@ -85,8 +86,9 @@ class Deviation(_Deviating):
     """All tokens up to a check layer, then the share whose keys or values deviate most.
 
     Layers below the check layer are computed in full, and so are the keys and values that are
-    compared there, unless the ratio is 0. It is a share ``of`` the context tokens, rounded up, or
-    of all cached tokens with a cached prefix, rounded down. For latents see `compared`.
+    compared there. A ratio of 0 recomputes nothing in any layer. The ratio is a share ``of`` the
+    context tokens, rounded up, or of all cached tokens with a cached prefix, rounded down. Where
+    latents are cached (DeepSeek), values are compared by these, keys by these and the rotated part.
 
     Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218. Squares and
     ``of=cached``: the code of CacheBlend and LMCache.
