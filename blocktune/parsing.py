@@ -1,7 +1,4 @@
-"""Strict parsing of YAML, JSON or option strings into frozen dataclasses.
-
-Errors are reported in one line: where the value is, what was wanted and what was found.
-"""
+"""Strict parsing of YAML, JSON or option strings into frozen dataclasses, with one-line errors."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 Spec = TypeVar("Spec")
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class Wanted(NamedTuple):
@@ -97,7 +95,7 @@ def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys, instead of keeping the last value."""
+    """YAML loader that rejects duplicate keys; 1e-3 is a number, 010 and 1:30 are texts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         places: dict[str, yaml.Mark] = {}
@@ -107,6 +105,18 @@ class _Loader(yaml.SafeLoader):
                 problem = f"'{key.value}' is given twice, first in line {first.line + 1}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+# As in YAML 1.2. By 1.1, which PyYAML reads, 1e-3 is text, 010 the number 8 and 1:30 is 90.
+_Loader.yaml_implicit_resolvers = {
+    first: [own for own in resolvers if own[0] not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in {
+    _INT: r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$",
+    _FLOAT: r"(?=.*[.eE])[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\.(?i:inf|nan)$",
+}.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -229,7 +239,8 @@ def _value(field: Field, value: Any, where: str) -> Any:
         return value
     fits = _is(value, wanted.types)
     if not fits or (wanted.items and not all(_is(item, wanted.items) for item in value)):
-        raise ValueError(f"{where}: '{field.name}' must be {wanted.what}, got {value!r:.60}")
+        quote = "; put it in quotes" * (wanted.read is str and isinstance(value, int | float))
+        raise ValueError(f"{where}: '{field.name}' must be {wanted.what}, got {value!r:.60}{quote}")
     return tuple(value) if wanted.items else value
 
 

@@ -59,7 +59,8 @@ class Table(NamedTuple):
     def markdown(self, *, right: bool = False) -> str:
         """The table as Markdown. If ``right``, all columns but the first are right-aligned."""
         headings = [name.replace("-\n", "-").replace("\n", " ") for name in self.headings]
-        lines = [f"| {' | '.join(row)} |" for row in (headings, *self.rows)]
+        escaped = ([cell.replace("|", "\\|") for cell in row] for row in (headings, *self.rows))
+        lines = [f"| {' | '.join(row)} |" for row in escaped]
         lines.insert(1, "|---" + ("|---:" if right else "|---") * (len(self.headings) - 1) + "|")
         return "\n".join(lines)
 

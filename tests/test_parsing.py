@@ -41,6 +41,18 @@ def test_yaml_and_json_give_the_same(tmp_path):
         assert load_spec(tmp_path / "s.yaml", "spec", "", parse) == expected
 
 
+def test_numbers_are_read_as_in_yaml_1_2():
+    """PyYAML's 1.1 takes 1e-3 for text, 010 for 8 and 1:30 for 90."""
+    texts = ["1e-3", "2E5", "1.5e3", ".5", "-0x1f", "1_000", "010", "1:30", "1:30.5", ".inf"]
+    wanted = [1e-3, 2e5, 1500.0, 0.5, -31, 1000, "010", "1:30", "1:30.5", float("inf")]
+    assert parse_yaml(f"[{', '.join(texts)}]", "s.yaml") == wanted
+    assert read(Spec, parse_yaml("{name: 007, share: 1e-3}", "s.yaml"), "s") == Spec("007", 1, 1e-3)
+    with pytest.raises(ValueError, match="'count' must be a whole number, got '010'"):
+        read(Spec, parse_yaml("{name: a, count: 010}", "s.yaml"), "s")
+    with pytest.raises(ValueError, match="'name' must be text, got False; put it in quotes"):
+        read(Spec, parse_yaml("name: no", "s.yaml"), "s")
+
+
 def test_option_strings_are_read_by_the_type_of_their_field():
     options = {"name": "7", "count": "3", "share": "0.5", "on": "1", "words": "x,y"}
     assert build_config(Spec, options, "s") == Spec("7", 3, 0.5, True, ("x", "y"))

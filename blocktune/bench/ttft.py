@@ -53,6 +53,10 @@ def bench_ttft(
         raise ValueError(
             f"a prompt of {min(lengths)} tokens has no room for a question of {question}"
         )
+    if max(lengths) > (longest := engine.prompts.longest):
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens does not fit, this model's longest is {longest}"
+        )
     method = default_method(engine.prompts.trained)
     timed = {}
     with reuse.threads(num_threads), torch.no_grad():

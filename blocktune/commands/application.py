@@ -148,9 +148,10 @@ def explain(error: Exception) -> str | None:
 
 
 def _print_error(line: str) -> None:
-    # If several processes fail alike, only one prints it: the launching one, or rank 0.
-    if os.environ.get("RANK", "0") == "0" and FAILURES not in os.environ:
-        print(line, file=sys.stderr)
+    # Ranks above 0 name themselves: torchrun stops the others once one has failed.
+    if FAILURES not in os.environ:
+        rank = os.environ.get("RANK", "0")
+        print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr)
 
 
 def teach(*lines: str) -> str:

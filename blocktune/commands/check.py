@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,20 +17,27 @@ from blocktune.commands.options import option
 
 @command(
     "methods",
-    "blocktune methods",
+    "blocktune methods cacheblend deviation",
     "blocktune methods --plugin mine.py",
     "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
     "Methods can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
 )
-def methods(as_json: opt.AsJson = False) -> None:
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these.")] = None,
+    as_json: opt.AsJson = False,
+) -> None:
     """List methods, selectors, repairs, reshapes and layouts, with requirements and parameters."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
 
     from blocktune.methods.describe import GROUPS, describe_all
+    from blocktune.registry import require_one_of
 
     descriptions = describe_all()
+    for name in names or ():
+        require_one_of("a name", name, [entry.name for entry in descriptions])
+    descriptions = [entry for entry in descriptions if not names or entry.name in names]
     if as_json:
         opt.tell(True, [entry._asdict() for entry in descriptions])
         return
@@ -40,13 +47,12 @@ def methods(as_json: opt.AsJson = False) -> None:
         if entries:
             console.print(Text(f"\n{heading}", style="bold"))
         for entry in entries:
-            parts = [(entry.name, "cyan")]
-            if entry.weights != "any":
-                parts.append((f"  for {entry.weights}", "magenta"))
-            for name, value in entry.parameters.items():
-                parts.append((f"  {name}=" + json.dumps(value).strip('"'), ""))
+            needed = f"  for {entry.weights}" * (entry.weights != "any")
+            given = [f"  {n}=" + json.dumps(v).strip('"') for n, v in entry.parameters.items()]
+            parts = (entry.name, "cyan"), (needed, "magenta"), *given
             console.print(Padding(Text.assemble(*parts), (0, 0, 0, 2)))
-            console.print(Padding(Text(entry.summary, style="dim"), (0, 0, 0, 6)))
+            about = f"{entry.summary} {entry.source}" if names else entry.summary
+            console.print(Padding(Text(about, style="dim"), (0, 0, 0, 6)))
 
 
 @command(

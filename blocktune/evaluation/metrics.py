@@ -106,9 +106,8 @@ def token_f1(prediction: str, answers: Sequence[str], tokenizer: PreTrainedToken
     Only the first line of the prediction counts; if it begins with yes or no, only that word.
     Scores of different tokenizers cannot be compared.
 
-    Source: ``compute_f1`` and ``parse_generation`` of github.com/YaoJiayi/CacheBlend,
-    ``example/utils.py``. Departures: the source always drops the first token, which is a word if
-    the tokenizer adds no BOS (Qwen), and fails on a blank prediction, which is scored here.
+    Source: github.com/YaoJiayi/CacheBlend, ``example/utils.py``. Departures: the source always
+    drops the first token, a word if the tokenizer adds no BOS, and fails on a blank prediction.
     """
 
     def ids(text: str) -> list[int]:
@@ -139,7 +138,8 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
     if not re.search("[a-z0-9]", " ".join(_accepted(answers)).lower()):
-        raise ValueError(f"rouge_l reads a-z and 0-9 only, and {answers[0]!r:.60} has none; use f1")
+        text = f"{answers[0]!r:.60}"
+        raise ValueError(f"rouge_l reads a-z and 0-9 only, and {text} has none; use token_f1")
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return best(lambda answer: scorer.score(answer, prediction)["rougeL"].fmeasure, answers)
 
@@ -184,16 +184,15 @@ class AdjustedF1(NamedTuple):
 
     mean: float | None  # None if full prefill scores 0 on all examples
     num_kept: int | None  # number of examples on which full prefill scores above 0
-    # sum of the method's F1 on the dropped examples over ``num_kept``: per kept example, the
-    # adjusted gap to full prefill is wider than the raw gap by that much; None if none is kept
+    # the F1 dropped per kept example, by which the gap to full prefill widens; None if none is kept
     bias: float | None
 
 
 def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
     """What reuse loses on questions that the model can answer; F1 scores of the same examples.
 
-    The filter favours full prefill, because it also keeps the questions that full prefill got right
-    by luck; so report the raw F1 and the ``bias`` as well. Source: arXiv:2603.20218, evaluation.
+    The filter also keeps what full prefill got right by luck, so report the raw F1 and the ``bias``
+    as well. Source: arXiv:2603.20218, evaluation.
     """
     pairs = list(zip(f1, full_prefill_f1, strict=True))
     kept = [own for own, full in pairs if full > 0]

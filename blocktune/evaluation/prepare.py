@@ -126,15 +126,24 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
     questions = []
     for task in suite.tasks:
         source = task.full_source()
-        examples = load_examples(source, limit=task.limit, tokenizer=tokenizer)
+        examples, lost = load_examples(source, limit=task.limit, tokenizer=tokenizer), []
         for index, example in enumerate(examples):
+            texts = example.answers or ("",)
             try:
-                scores_of(task, "", example, tokenizer)
+                best = max(scores_of(task, t, example, tokenizer)[task.metric] for t in texts)
             except ValueError as error:
                 place = f"{source}: question {index + 1}"
                 raise ValueError(f"{place} cannot be scored: {error}") from None
+            if best == 0:
+                lost.append(f"{texts[0]!r:.60} of question {index + 1}")
             name = digest_of([example.question, example.answers])  # files may be cut or reordered
             questions.append(TaskQuestion(task, example, f"{task.name}/{name}"))
+        if lost:
+            logger.warning(
+                "task '%s': for %d of %d questions even the accepted answer scores 0 by %s, such "
+                "as %s; choose another metric or 'stop'",
+                *(task.name, len(lost), len(examples), task.metric, lost[0]),
+            )
     return tuple(questions)
 
 
@@ -165,10 +174,9 @@ def _check_fit(ready: Ready) -> None:
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     """Checks that all engines build the same, well-formed prompt for a question, mode tags aside.
 
-    A doubled BOS or a missing assistant turn lowers the scores of full prefill most, so reuse would
-    seem to lose nothing. Raises ValueError if the prompt does not begin with BOS, or repeats it,
-    where the tokenizer or its template adds one; if the assistant's turn is not open; or if prompts
-    differ.
+    Raises ValueError if the prompt does not begin with BOS, or repeats it, where the tokenizer or
+    its template adds one; if the assistant's turn is not open; or if prompts differ. The first two
+    lower the scores of full prefill most, so reuse would seem to lose nothing.
     """
 
     def ids(engine: Any, words: PromptFormat) -> tuple[int, ...]:

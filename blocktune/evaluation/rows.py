@@ -135,8 +135,8 @@ def row_key(
 ) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
-    The method's label and the adapter's path are left out. ``fingerprint`` is that of the `Engine`,
-    ``code`` the method's `code_digest`, ``codec`` that of the engine's store.
+    ``fingerprint`` and ``codec`` are those of the `Engine` and its store, ``code`` the method's
+    `code_digest`.
     """
     entry = method.entry()
     if "preset" in entry:  # then the name is only a label
@@ -173,7 +173,11 @@ def scores_of(task: TaskSpec, text: str, example: RagExample, tokenizer: Any) ->
     """Scores one output by the task's headline metric and its further metrics."""
     scored, scores = task.cut(text), {}
     for name in {task.metric, *task.metrics}:
-        scores[name] = float(METRICS[name].score(scored, example.answers, tokenizer))
+        try:
+            scores[name] = float(METRICS[name].score(scored, example.answers, tokenizer))
+        except (AttributeError, TypeError) as error:  # of a plug-in
+            how = "a `Metric`, whose score(output, answers, tokenizer) returns a number"
+            raise ValueError(f"metric '{name}' must be {how}: {error}") from error
         require_share(f"a score of metric '{name}'", scores[name])
     return scores
 
@@ -189,9 +193,8 @@ def place_of(example: RagExample) -> float | None:
 class RowFile:
     """The rows of one method in ``LABEL.jsonl``; during a run, one part file per process.
 
-    Opening only reads; all processes must do so before one appends. Rows of another run (other
-    weights, questions or code) and an incomplete last line are ignored. ``keys`` has the `row_key`
-    of every row of this run, in order.
+    Opening only reads; all processes must do so before one appends. Rows of another run and an
+    incomplete last line are ignored. ``keys`` has the `row_key` of every row, in order.
     """
 
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
@@ -200,10 +203,7 @@ class RowFile:
         self._rows, self._opened = self._wanted_rows(), False
 
     def refuse_loss(self, asked: Iterable[tuple[str, str]]) -> None:
-        """Raises ValueError if the file has answers to questions that are not in ``asked``.
-
-        `merge` would delete them. Questions are given as task and id, which may be repeated.
-        """
+        """Raises ValueError if `merge` would delete answers to other questions (task, id)."""
         answered, *parts = (
             [(row.task, row.id) for row in read_rows(path)] for path in self._paths()
         )

@@ -1,7 +1,4 @@
-"""Suites: the model, methods and questions of one comparison, read from strict YAML.
-
-Tasks, in versioned files, say how questions are worded, chunked, answered and scored.
-"""
+"""Suites and tasks, read from strict YAML: models, methods and questions; wording and metric."""
 
 from __future__ import annotations
 
@@ -66,8 +63,7 @@ class TaskSpec:
     source: str  # for `load_examples`: a path, ``musique``, ``worlds:test?n=300``
     version: int = 1  # of the task file; raised with every change that affects scores
     limit: int | None = None  # number of questions to use, from the first; None: all
-    # wording, as keys of `PromptFormat`; keys left out keep each model's own value, such as the
-    # mode tag that an adapter was trained with
+    # wording, as keys of `PromptFormat`; those left out keep the model's own, such as a mode tag
     prompt: Mapping[str, Any] | None = None
     # how documents are split: a chunker with parameters, ``{chunker: fixed, size: 512}``, or a
     # generator's ``{chunk: 128}``; empty: as the source does
@@ -104,9 +100,10 @@ class TaskSpec:
         return f"{source.name}?{urlencode(source.options | dict(self.chunking), safe='/:,')}"
 
     def cut(self, text: str) -> str:
-        """The part of an output that is scored: before a stop text, after the answer marker."""
+        """The part that is scored: before a stop text that follows a word, after the marker."""
+        start = len(text) - len(text.lstrip())
         for stop in self.stop:
-            text = text.partition(stop)[0]
+            text = text[:start] + text[start:].partition(stop)[0]
         return text.rpartition(self.answer_marker)[2] if self.answer_marker else text
 
     def decides(self) -> dict[str, Any]:
@@ -159,7 +156,8 @@ class Suite:
 
     def __post_init__(self):
         require_count("batch_size", self.batch_size, 1)
-        refuse_doubles("method label", [m.label for m in self.methods], "give one a 'label'")
+        # labels name files, and file systems may ignore case
+        refuse_doubles("method label", [m.label.casefold() for m in self.methods], "give a 'label'")
         check_pools(self.pool, [m.label for m in self.methods])
         refuse_doubles("task name", [t.name for t in self.tasks], "rename one")
 
@@ -194,9 +192,8 @@ def parse_suite(record: Any, where: str = "suite") -> Suite:
 def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict[str, list[str]]]:
     """Builds the methods of a suite, each a name or a mapping, and the pools of their seeds.
 
-    An entry with ``seeds`` is expanded to one method per seed: ``{name: kvlink, adapter:
-    "out/kvlink-{seed}", seeds: [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``.
-    Raises ValueError with messages that begin with ``where``.
+    With ``seeds``, an entry is one method per seed: ``{name: kvlink, adapter: "out/{seed}", seeds:
+    [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``. Errors begin with ``where``.
     """
     methods, pools = [], {}
     for index, entry in enumerate(entries(record, where)):
@@ -224,10 +221,7 @@ def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict
 
 
 def check_pools(pools: Any, labels: Sequence[str]) -> None:
-    """Raises ValueError unless pools are lists of two or more labels, each label in one pool only.
-
-    A pool replaces its members, so its name may not be a label.
-    """
+    """Raises ValueError unless pools, not named as a label, list two or more, each in one only."""
     for name, members in mapping(pools, "pool").items():
         if name in labels:
             raise ValueError(f"pool '{name}' has the label of a method; rename the pool")
@@ -243,8 +237,7 @@ def check_pools(pools: Any, labels: Sequence[str]) -> None:
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
     """Builds a task from an entry of a suite. Messages of a ValueError begin with ``where``.
 
-    The entry has the keys of `TaskSpec`, or ``task``, a task file whose keys they override, and
-    optionally ``variant``, one of the file's variants.
+    It has the keys of `TaskSpec`, which override those of ``task``, a file, and of its ``variant``.
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in ("task", "variant"))

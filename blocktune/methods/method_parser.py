@@ -151,9 +151,9 @@ def _parameters(term: re.Match, cls: type) -> dict[str, Any]:
 
 def _match(text: str) -> re.Match:
     match = TERM.fullmatch(text)
-    if match is None:
+    if match is None or ("+" in match["name"] and match["name"] not in METHODS.table()):
         raise ValueError(
             f"cannot read '{text}' as part of a method; a method is written "
-            "'preset + selector 15 % key=value'"
+            "'preset + selector 15 % key=value', with spaces around '+'"
         )
     return match

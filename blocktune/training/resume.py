@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from blocktune.adapter import INFO_FILE, AdapterInfo
 from blocktune.adapter.load import PEFT_FILE, require_whole
-from blocktune.parsing import load_json, load_yaml
+from blocktune.parsing import load_json, load_yaml, parse_yaml
 
 CONFIG_FILE = "resolved_config.yaml"
 """Has all settings of a run, by group. Part of the adapter and of every checkpoint."""
@@ -87,7 +87,7 @@ def require_same_run(
     as in `CONFIG_FILE`; only groups that both have are compared, since a `BlockSFTTrainer` knows
     no data source. ``world_size`` is the number of processes, or None if it is not known yet.
     """
-    old, new = _settings_of(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
+    old, new = _settings_of(folder), parse_yaml(yaml.safe_dump(dict(config)), CONFIG_FILE)
     changed = list(_differences(old, new))
     if world_size is not None:
         rows = _rows_per_step(old, _training(folder).get("world_size", 1))

@@ -43,6 +43,8 @@ def test_a_prompt_without_room_is_refused_before_any_is_timed(monkeypatch):
     monkeypatch.setattr("blocktune.bench.ttft._timed", None)
     with pytest.raises(ValueError, match="a prompt of 32 tokens has no room for a question of 32"):
         bench_ttft(small_engine(Weights.ANY), (64, 32))
+    with pytest.raises(ValueError, match="100000 tokens does not fit, this model's longest is "):
+        bench_ttft(small_engine(Weights.ANY), (64, 100_000))
 
 
 def test_a_store_without_room_is_refused():

@@ -52,6 +52,14 @@ def test_methods_are_listed_for_programs_and_people(blocktune):
     assert {entry["name"] for entry in listed} <= starts
 
 
+def test_methods_can_be_listed_by_name(blocktune, refused):
+    text = blocktune("methods", "epic", "first-k").stdout
+    assert "epic  k=16" in text
+    assert "https://arxiv.org/abs/2410.15332" in text
+    assert "cacheblend" not in text
+    assert "must be one of a3, " in refused("methods", "nonsense")
+
+
 def test_worlds_are_what_the_source_of_that_name_gives(questions):
     assert load_examples(questions) == load_examples(SOURCE)
 

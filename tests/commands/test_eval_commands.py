@@ -72,6 +72,12 @@ def test_what_is_not_there_is_said_in_one_line(refused, tmp_path):
     assert "needs --suite FILE and --output FOLDER" in refused("eval")
 
 
+def test_each_process_of_a_launcher_says_why_it_failed(blocktune, monkeypatch):
+    """It may be the only one, and the launcher stops the others before they can speak."""
+    monkeypatch.setenv("RANK", "1")
+    assert blocktune("eval").stderr.startswith("rank 1: error: `blocktune eval` needs --suite")
+
+
 def test_the_arena_is_asked_before_a_model_loads(refused, tmp_path):
     line = refused("eval", "arena", "--questions", tmp_path, "-m", "nobody/no", "-o", tmp_path)
     assert "--questions is a clone of" in line

@@ -1,6 +1,7 @@
 """Before the first question: wording, tags and prompts are sound, or nothing runs."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from tiny_tokenizer import build_tokenizer
 
 from blocktune.data import RagExample
 from blocktune.engine import Engine
-from blocktune.evaluation.prepare import check_prompts, prepare
-from blocktune.evaluation.suite import parse_suite
+from blocktune.evaluation.metrics import METRICS, Metric
+from blocktune.evaluation.prepare import _questions, check_prompts, prepare
+from blocktune.evaluation.suite import TaskSpec, parse_suite
 from blocktune.prompt import Chunk, PromptFormat, make_pieces
 
 ASKED = {"instruction": "Answer in a few words.", "question": "Q: {question}"}
@@ -45,6 +47,28 @@ def test_an_adapter_asked_as_it_was_trained_is_no_news(caplog):
     made = ready(ASKED, **ASKED, block_tag="[Block]")
     assert made.worded["out/tuned", "worlds"].format.block_tag == "[Block]"
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("answer", "lost"), [("A", True), ("Kirby", False)])
+def test_answers_that_no_output_can_match_are_told(caplog, tmp_path, answer, lost):
+    """Normalisation drops articles, and with them the answer "A" of a multiple choice."""
+    record = {"question": "Which?", "chunks": ["A is blue. B is red."], "answers": [answer]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(record))
+    task = {"name": "mine", "source": str(tmp_path / "q.jsonl"), "metric": "qa_f1"}
+    suite = parse_suite({"model": "random", "methods": ["naive"], "tasks": [task]})
+    _questions(suite, None)
+    told = "for 1 of 1 questions even the accepted answer scores 0 by qa_f1, such as 'A' of"
+    assert (told in caplog.text) == lost
+
+
+@pytest.mark.parametrize(
+    "metric", [Metric("two", lambda output, answers: 1.0), Metric("none", lambda *_: None), len]
+)
+def test_a_metric_of_a_plug_in_that_is_none_is_refused_in_one_line(monkeypatch, metric):
+    monkeypatch.setitem(METRICS, "mine", metric)
+    task = TaskSpec("t", "worlds:test?n=1&passages=2&kinds=self-contained", metric="mine")
+    with pytest.raises(ValueError, match="question 1 cannot be scored: metric 'mine' must be a"):
+        _questions(SimpleNamespace(tasks=[task]), None)
 
 
 @pytest.mark.parametrize("prompt", [None, ASKED])

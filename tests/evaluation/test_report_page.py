@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
@@ -115,6 +116,7 @@ def test_only_tables_scroll_sideways_and_words_stay_whole(run):
     assert re.search(r"\.scroll \{[^}]*overflow-x: auto", page.styles)
     assert re.search(r"th, td \{[^}]*white-space: nowrap", page.styles)
     assert text.count("<table") == text.count('<div class="scroll"') > 5
+    assert re.search(r"@media print \{.*\.scroll \{ overflow: visible", page.styles)
     assert not re.search(r"(?<!pre-wrap; )overflow-wrap: anywhere", page.styles)
     widths = [float(w) for w in re.findall(r"min-width:\s*([\d.]+)(?:px|rem)", page.styles)]
     assert not widths
@@ -205,7 +207,7 @@ def test_a_report_is_the_same_file_every_time(run):
 
 def test_labels_cannot_break_the_page(tmp_path):
     results = json.loads(json.dumps(fake_results()))
-    odd = "<b>k & 'v'</b>"
+    odd = "<b>k & 'v'</b>" + "x" * 200
     results["methods"] = {odd if k == "kvlink" else k: v for k, v in results["methods"].items()}
     for summary in results["methods"].values():
         if "kvlink" in (minus := summary["score_minus"]):
@@ -213,9 +215,22 @@ def test_labels_cannot_break_the_page(tmp_path):
     results["budget"]["pareto"] = {k: [] for k in results["budget"]["pareto"]}
     results["budget"]["matched"] = []
     replace_json(tmp_path / "results.json", results)
-    text = write_report(tmp_path).read_text()
+    with warnings.catch_warnings(action="error"):  # matplotlib warns if charts have no room
+        text = write_report(tmp_path).read_text()
     assert "<b>k" not in text
+    assert re.search(r"th bdi \{[^}]*max-width: ", text)  # numbers stay beside the fixed column
     assert odd in "".join(Page(text).text)
+
+
+def test_groups_of_like_names_have_pictures_of_their_own():
+    results = json.loads(json.dumps(fake_results()))
+    groups = ["a/b", "a-b", "A-B", "k" * 300, "k" * 301]
+    for summary in results["methods"].values():
+        summary["tasks"] = dict.fromkeys(groups, summary["tasks"]["2-hop"])
+    names = [chart.name for chart in charts_of(results)]
+    assert "task-a-b" in names
+    assert len({name.lower() for name in names}) == len(names)  # not all file systems tell case
+    assert max(map(len, names)) < 60
 
 
 def test_too_few_questions_are_said_to_be_too_few():

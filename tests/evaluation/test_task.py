@@ -77,6 +77,12 @@ def test_outputs_are_cut_before_they_are_scored():
     assert TaskSpec("x", "y").cut("all\nof it. ") == "all\nof it. "
 
 
+def test_a_line_break_before_the_answer_does_not_end_it():
+    task = TaskSpec("x", "y", stop=("\n",), metric="token_f1")
+    assert task.cut("\n\n Kirby\nQuestion: who") == "\n\n Kirby"
+    assert task.cut("\n") == "\n"
+
+
 def test_what_decides_a_row_is_all_but_where_questions_come_from():
     task = TaskSpec("x", "y", prompt={"instruction": "Be brief."})
     assert task.decides().keys() >= {"prompt", "metric", "version", "stop", "max_new_tokens"}

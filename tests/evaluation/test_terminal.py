@@ -134,6 +134,10 @@ def test_a_long_name_leaves_room_for_the_numbers():
     assert max(map(len, lines)) <= 80
 
 
+def test_a_bar_in_a_name_makes_no_column_of_markdown():
+    assert Table(("method", "score"), [("a|b", "1.0")]).markdown().endswith("| a\\|b | 1.0 |")
+
+
 def test_names_in_any_script_are_drawn_without_a_warning(tmp_path):
     results = json.loads(json.dumps(fake_results()))
     tasks = {"讨论": "2-hop"}

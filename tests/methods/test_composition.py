@@ -137,6 +137,7 @@ def test_null_is_plain_reuse_on_that_axis():
         ("naive + layout placement=up", "layout: 'placement' must be one of sequential, parallel"),
         ("naive 3", "'naive' takes no parameters, got 'naive 3'"),
         ("naive + ", "cannot read '' as part of a method"),
+        ("naive+epic", "cannot read 'naive.epic' as part .* with spaces around"),
         ("{preset: epic, budgt: 0.15}", "unknown key 'budgt'; known: name, preset, params"),
         ("{preset: epic, select: {deviation: 3}}", "is written as .* got .'deviation': 3}"),
         ("{preset: epic, select: 3}", "a selector is written as .* got 3"),

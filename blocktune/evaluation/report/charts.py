@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -43,7 +44,7 @@ class Chart(NamedTuple):
     def draw(self, figure: Figure, ground: Ground) -> None:
         """Draws the chart into an empty figure."""
         axes = figure.subplots()
-        axes.set_title(self.title)
+        axes.set_title(style.short(self.title))
         self.fill(axes, ground)
 
 
@@ -98,12 +99,15 @@ def _draw_costs(
         height = _draw_score(axes, mark(ground, name), summary, places[name], start)
         points.append((places[name], height, _named(name, summary["score"], start)))
     axes.set_xlabel(label)
+    points.sort(key=lambda point: point[2] not in front)  # these first, if there is little room
     style.label_points(axes, ground, points)
 
 
 def _group_chart(methods: Mapping[str, Cell], group: str, cells: Mapping[str, Cell]) -> Chart:
     fill = partial(_draw_rows, methods=methods, cells=cells)
     name = "".join(c if c.isalnum() else "-" for c in f"task-{group}")
+    if name != f"task-{group.lower()}" or len(name) > style.LONGEST:  # else others have the name
+        name = f"{name[: style.LONGEST]}-{crc32(group.encode()):08x}"
     about = f"Score of every method on {group} with its 95 % interval. Dotted line: full prefill."
     return Chart(name, group, about, fill, 0.9 + 0.25 * len(methods))
 
@@ -121,7 +125,7 @@ def _draw_rows(
         )  # fmt: skip
         if methods[label]["method"] == ORACLE and not methods[label]["adapter"]:
             axes.axvline(cell["score"], color=ground.ink, linestyle=":", linewidth=1, zorder=0)
-    axes.set_yticks(range(len(cells)), list(reversed(cells)))
+    axes.set_yticks(range(len(cells)), list(map(style.short, reversed(cells))))
     axes.set_ylim(-0.8, len(cells) - 0.4)
     axes.tick_params(axis="y", length=0, pad=7)
     axes.grid(axis="y", visible=False)
@@ -155,8 +159,8 @@ def _sweep_chart(results: Results, name: str) -> Chart:
 def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     """Draws the results of a run as one PNG, written atomically; returns its path.
 
-    Left: the headline score by kind, with 95 % intervals. Right: the score against time to first
-    token relative to full prefill or, if that was not measured, against the recomputed share.
+    Left: the headline score by kind. Right: the score against time to first token relative to full
+    prefill or, if that was not measured, against the recomputed share.
     """
     methods, groups = results["methods"], shown_groups(results["methods"])
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
@@ -170,14 +174,14 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
         *panels, last = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         for axes, (group, cells) in zip(panels, groups.items(), strict=True):
             _draw_rows(axes, ground, methods, cells)
-            axes.set_title(group)
+            axes.set_title(style.short(group))
         for axes in panels[1:]:
             axes.set_yticklabels([])
         figure.suptitle(f"{metric}: {title}", x=0.01, ha="left", fontsize=12, fontweight="bold")
         _draw_costs(last, ground, methods, cost)
         last.set_title("against cost: up and left is better")
 
-    width = 4.6 + 0.07 * max(map(len, methods)) + 2.2 * len(groups)
+    width = 4.6 + 0.07 * max(len(style.short(label)) for label in methods) + 2.2 * len(groups)
     return style.to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4), min(width, 15))
 
 

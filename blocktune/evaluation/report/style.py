@@ -58,14 +58,21 @@ COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
 PHONE_INCHES = 4.6  # width of a chart that is readable at 358 pixels, the width of a phone's page
 SMALL = 8.5  # font size of labels inside a chart, in points
 
+LONGEST = 36  # letters of a name in a chart; of longer ones the middle is left out
+
 Draw = Callable[[Figure, Ground], None]
+
+
+def short(name: str) -> str:
+    """A name as charts show it."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}…{name[-12:]}"
 
 
 def mark(ground: Ground, label: str) -> dict[str, Any]:
     """Colour and marker of a method, as keywords of ``Axes.plot``.
 
-    A label that begins with a method's name (``cacheblend 30 %``, ``kvlink + epic``) is a variant
-    and gets the method's colour with a hollow marker. Other labels get a look from their hash.
+    A label that begins with a method's name (``kvlink + epic``) has its colour and a hollow marker;
+    other labels get a look from their hash.
     """
     parts = re.split(r"(?=[ :,])|(?<=[a-z])(?=-\d)", label)
     starts = ["".join(parts[:stop]) for stop in range(len(parts), 0, -1)]
@@ -168,7 +175,7 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     figure, at = axes.figure, axes.transData - axes.transAxes
     texts = [
         axes.annotate(
-            name, (1, at.transform((1, y))[1]), xycoords="axes fraction", xytext=(8, 0),
+            short(name), (1, at.transform((1, y))[1]), xycoords="axes fraction", xytext=(8, 0),
             textcoords="offset points", va="center", fontsize=SMALL, color=color,
             annotation_clip=False,
         )
@@ -188,7 +195,7 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
 
 
 def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each point's name beside it, in the nearest place that does not overlap others."""
+    """Writes each point's name in the nearest free place beside it, if there is one."""
     figure = axes.figure
     figure.draw_without_rendering()
     inside, size = Bbox.from_extents(axes.bbox.p0, figure.bbox.p1), 8 * figure.dpi / 72
@@ -197,9 +204,9 @@ def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float
     turns = [(math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)) for k in (0, 8, *range(16))]
     for (x, y, name), (px, _) in zip(points, centres, strict=True):
         text = axes.annotate(
-            name, (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=SMALL,
-            color=mark(ground, name)["color"], in_layout=False, annotation_clip=False, zorder=6,
-            path_effects=[withStroke(linewidth=2, foreground=ground.paper)],
+            short(name), (x, y), xytext=(0, 0), textcoords="offset points", va="center", zorder=6,
+            color=mark(ground, name)["color"], in_layout=False, annotation_clip=False,
+            fontsize=SMALL, path_effects=[withStroke(linewidth=2, foreground=ground.paper)],
         )  # fmt: skip
         room = axes.get_window_extent()
         side = -1 if px > room.x0 + 0.75 * room.width else 1  # at the right, to the left first
@@ -210,6 +217,9 @@ def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float
             fits = inside.contains(*box.p0) and inside.contains(*box.p1)
             if fits and not any(map(box.overlaps, taken)):
                 break
+        else:  # there is no room for the name
+            text.remove()
+            continue
         if radius > 15:
             axes.annotate(
                 "", (x, y), xytext=(radius * c, radius * s), textcoords="offset points",
