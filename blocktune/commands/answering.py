@@ -228,7 +228,7 @@ def report_store(store: ChunkStore, had_chunks: bool) -> None:
     stats = store.stats()
     files = stats.files
     counts = f"{files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
-    line = f"counting the prompts' starts, {counts}"
+    line = f"{counts} (with the prompts' starts)"
     if had_chunks and stats.misses > stats.rejected and not files.hits:
         line += (
             "; the store's chunks are other passages, or of another model, adapter, dtype, "

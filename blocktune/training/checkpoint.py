@@ -291,9 +291,9 @@ class StagedSaving(Trainer):
                 self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
             self._remove_earlier(run_dir)
             move_folder(run_dir / STAGING / name, run_dir / name)
-            # It is the newest one, whatever clock older ones were saved by.
-            newest = max(path.stat().st_mtime for path in run_dir.glob("checkpoint-*"))
-            os.utime(run_dir / name, (newest + 1, newest + 1))
+            saved = {path.name: path.stat().st_mtime for path in run_dir.glob("checkpoint-*")}
+            if saved[name] < (newest := max(saved.values())):  # by a clock that was ahead
+                os.utime(run_dir / name, (newest + 1, newest + 1))
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ from blocktune.models.identity import base_fingerprint, same_base, saved_fingerp
 from blocktune.models.load import read_config
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
+
+logger = logging.getLogger("blocktune")
 
 
 def make_trainable(
@@ -79,7 +82,7 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     require_kind(peft_config)
-    _require_modules(peft_config, model)
+    _warn_of_names(peft_config, model)
     if added:
         _train_rows(peft_config, model, added)
     # Routers of Llama 4 and Phi MoE are linear layers that return more than a product.
@@ -96,14 +99,14 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
         raise ValueError(f"PEFT cannot make this adapter for the model: {error!r}") from None
 
 
-def _require_modules(config: PeftConfig, model: PreTrainedModel) -> None:
-    """Raises ValueError for a name in a list of modules that no module has; PEFT ignores it."""
+def _warn_of_names(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Warns of names in a list of modules that no module has, since PEFT ignores them."""
     modules = [f".{name}" for name, _ in model.named_modules()]
     for option in ("target_modules", "modules_to_save"):
         names = getattr(config, option, None)
         for name in () if isinstance(names, str | None) else names:
             if not any(module.endswith(f".{name}") for module in modules):
-                raise ValueError(f"{option}: the model has no module '{name}'")
+                logger.warning("%s: the model has no module '%s', so it is ignored", option, name)
 
 
 def _train_rows(config: PeftConfig, model: PreTrainedModel, added: range) -> None:

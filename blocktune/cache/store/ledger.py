@@ -251,7 +251,8 @@ class Ledger:
 
     def _connect(self) -> None:
         where = ":memory:" if self.path is None else str(self.path)
-        database = sqlite3.connect(where, 1.0, isolation_level=None, check_same_thread=False)
+        options = {"timeout": 1.0, "isolation_level": None, "check_same_thread": False}
+        database = sqlite3.connect(where, **options)
         if self.path is not None:
             _INDEXES.add(self)
             database.execute("PRAGMA journal_mode = WAL")
