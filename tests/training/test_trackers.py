@@ -30,7 +30,7 @@ def test_a_name_that_nothing_has_is_told_before_the_run(tmp_path, caplog):
     """A metric that no evaluation measures; a module, of which PEFT needs only one."""
     with pytest.raises(ValueError, match=r"one of .*'mean_token_accuracy'.* got 'eval_los'"):
         make_trainer(tmp_path, metric_for_best_model="eval_los").train()
-    for option in ("target_modules", "modules_to_save"):
-        names = {"lora_target_modules": ["q_proj", "v_proj"], f"lora_{option}": ["norm", "no_proj"]}
+    for option, known in {"target_modules": "q_proj", "modules_to_save": "norm"}.items():
+        names = {"lora_target_modules": ["q_proj", "v_proj"], f"lora_{option}": [known, "no_proj"]}
         make_trainer(tmp_path, **names)
         assert f"{option}: the model has no module 'no_proj'" in caplog.text
