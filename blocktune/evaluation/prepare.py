@@ -128,14 +128,17 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
         source = task.full_source()
         examples, lost = load_examples(source, limit=task.limit, tokenizer=tokenizer), []
         for index, example in enumerate(examples):
-            texts = example.answers or ("",)
             try:
-                best = max(scores_of(task, t, example, tokenizer)[task.metric] for t in texts)
+                scores_of(task, "", example, tokenizer)  # outputs may be blank
+                hits = (
+                    scores_of(task, a, example, tokenizer)[task.metric] for a in example.answers
+                )
+                is_lost = bool(example.answers) and not any(hits)
             except ValueError as error:
                 place = f"{source}: question {index + 1}"
                 raise ValueError(f"{place} cannot be scored: {error}") from None
-            if best == 0:
-                lost.append(f"{texts[0]!r:.60} of question {index + 1}")
+            if is_lost:
+                lost.append(f"{example.answers[0]!r:.60} of question {index + 1}")
             name = digest_of([example.question, example.answers])  # files may be cut or reordered
             questions.append(TaskQuestion(task, example, f"{task.name}/{name}"))
         if lost:

@@ -100,10 +100,11 @@ class TaskSpec:
         return f"{source.name}?{urlencode(source.options | dict(self.chunking), safe='/:,')}"
 
     def cut(self, text: str) -> str:
-        """The part that is scored: before a stop text that follows a word, after the marker."""
+        """The scored part: before a stop text (blank ones only after a word), after the marker."""
         start = len(text) - len(text.lstrip())
         for stop in self.stop:
-            text = text[:start] + text[start:].partition(stop)[0]
+            kept = 0 if stop.strip() else start
+            text = text[:kept] + text[kept:].partition(stop)[0]
         return text.rpartition(self.answer_marker)[2] if self.answer_marker else text
 
     def decides(self) -> dict[str, Any]:

@@ -209,7 +209,9 @@ class StagedSaving(Trainer):
         Raises ValueError if the checkpoint is damaged or of another run, or the data makes no step.
         """
         metric = self.args.metric_for_best_model or "loss"
-        if self.compute_metrics is None and not metric.endswith(METRICS):
+        own = not type(self).evaluate.__module__.startswith("blocktune.")
+        adds_others = own or self.compute_metrics is not None or self.args.eval_strategy == "no"
+        if not adds_others and not metric.endswith(METRICS):
             raise ValueError(f"metric_for_best_model must be one of {METRICS}, got '{metric}'")
         with alone_in(self.args.output_dir, self.is_world_process_zero()):
             self._best, self._earlier_best = False, None
@@ -291,9 +293,9 @@ class StagedSaving(Trainer):
                 self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
             self._remove_earlier(run_dir)
             move_folder(run_dir / STAGING / name, run_dir / name)
-            saved = {path.name: path.stat().st_mtime for path in run_dir.glob("checkpoint-*")}
-            if saved[name] < (newest := max(saved.values())):  # by a clock that was ahead
-                os.utime(run_dir / name, (newest + 1, newest + 1))
+            others = [p.stat().st_mtime for p in run_dir.glob("checkpoint-*") if p.name != name]
+            if (run_dir / name).stat().st_mtime <= (newest := max(others, default=0.0)):
+                os.utime(run_dir / name, (newest + 1, newest + 1))  # by a clock that was ahead
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,

@@ -82,7 +82,6 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     require_kind(peft_config)
-    _warn_of_names(peft_config, model)
     if added:
         _train_rows(peft_config, model, added)
     # Routers of Llama 4 and Phi MoE are linear layers that return more than a product.
@@ -94,9 +93,11 @@ def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) ->
         peft_config._register_custom_module({nn.Linear: AddedLora})
     set_seed(args.seed)  # for LoRA's random A matrices; the Trainer sets its seed later
     try:
-        return get_peft_model(model, peft_config)
+        wrapped = get_peft_model(model, peft_config)
     except (TypeError, KeyError, AttributeError) as error:  # parts that exclude each other
         raise ValueError(f"PEFT cannot make this adapter for the model: {error!r}") from None
+    _warn_of_names(peft_config, wrapped)  # PEFT has renamed those of fused experts
+    return wrapped
 
 
 def _warn_of_names(config: PeftConfig, model: PreTrainedModel) -> None:

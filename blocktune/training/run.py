@@ -83,6 +83,8 @@ class Parser(TrlParser):
             return [self._value(action, item) for item in value]
         if value is False and "no" in (action.choices or ()):
             return "no"  # YAML reads an unquoted no as false
+        if isinstance(value, float) and action.type is str:
+            raise ValueError(f"must be text, got {value}; put it in quotes")
         parsed = self._get_value(action, str(value))
         self._check_value(action, parsed)
         return parsed

@@ -81,6 +81,7 @@ def test_a_line_break_before_the_answer_does_not_end_it():
     task = TaskSpec("x", "y", stop=("\n",), metric="token_f1")
     assert task.cut("\n\n Kirby\nQuestion: who") == "\n\n Kirby"
     assert task.cut("\n") == "\n"
+    assert TaskSpec("x", "y", stop=("\nQuestion:",)).cut("\nQuestion: Who?\nAnswer: Bob") == ""
 
 
 def test_what_decides_a_row_is_all_but_where_questions_come_from():
