@@ -184,7 +184,7 @@ def check_output(output: Path, *sources: str | Path | None) -> None:
     """Raises ValueError if an output is one of the files that are read, or of another format."""
     if output.suffix in (".csv", ".tsv", ".parquet", ".arrow", ".gz") or output == Path("-"):
         raise ValueError(f"--output '{output}': JSON lines are written; name it NAME.jsonl")
-    places = [Path(str(source).partition("?")[0]) for source in sources if source]
+    places = [Path(str(source).partition("?")[0]).expanduser() for source in sources if source]
     if output.is_file() and any(p.is_file() and p.samefile(output) for p in places):
         raise ValueError(f"--output '{output}' is also read; name another file")
 

@@ -199,6 +199,8 @@ def mix(
     from blocktune.tables import Table
 
     mixture_spec = load_mixture(mixture)
+    if output is not None:
+        data.check_output(output, mixture, *(part.source for part in mixture_spec.parts))
     mixed = draw(mixture_spec, tokenizer=data.tokenizer_of(tokenizer))
     rows = []
     for source, loaded, block, full, epochs in mixed.parts:
@@ -210,7 +212,6 @@ def mix(
     Table(headings, rows, title=str(mixture)).show()
     if output is None:
         return
-    data.check_output(output, mixture, *(part.source for part in mixture_spec.parts))
 
     def with_modes():
         for item in mixed.examples:

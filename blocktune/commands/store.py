@@ -181,7 +181,8 @@ def rm(
     shelf = Shelf.open(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
         raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
-    shelf.mend()  # or files that were copied into the folder would stay
+    if not dry_run:
+        shelf.mend()  # or files that were copied into the folder would stay
     if keys:
         rows = _rows(shelf, keys)
     elif adapter:

@@ -16,12 +16,14 @@ from blocktune.files import replacing
 from blocktune.prompt.format import Chunk, PromptFormat, require_unicode
 
 TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
-TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "page_snippet", "segment", "data")
+TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "page_snippet", "data", "segment")
 """Fields that may hold a passage's text, in order of preference (LangChain, Pyserini, Cohere)."""
 _NESTED_KEYS = ("data", "document", "node", "payload", "_source", "entity", "properties")
 _NESTED_KEYS += ("text_resource",)
 """Fields in which a search engine's hit holds the passage, next to its score and id."""
-_PRINTED = re.compile(r"\[?Document\((id|metadata|page_content)=|page_content=['\"]")
+_PRINTED = re.compile(
+    r"(?s)\[?Document\((id|metadata|page_content)=.*\)\]?|page_content=['\"].* metadata=.*\}"
+)
 
 NO_ANSWER = "No Answer Present."
 """What MS MARCO gives as the answer to a question that no passage answers."""
@@ -209,7 +211,7 @@ def read_chunk(value: Any, name: str) -> Chunk:
 def chunk_fields(value: Any, name: str) -> dict[str, Any]:
     """Extracts text, title and metadata of a passage, without validating them."""
     if isinstance(value, str):
-        if _PRINTED.match(value):
+        if _PRINTED.fullmatch(value):
             raise field_error(name, "a document's text, not a printed document", value)
         return {"text": value}
     is_pair = isinstance(value, list | tuple) and len(value) == 2

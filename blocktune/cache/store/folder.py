@@ -22,6 +22,7 @@ from blocktune.files import lock, sync
 WRITING = ".writing"  # folder for unfinished files, on the same file system: renames are atomic
 _UNFINISHED = r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part"
 _ABANDONED_S = 3600
+_MOST_BUFFERS = 1024  # that one ``preadv`` call accepts
 TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # by a foreign file
 UNREADABLE = (errno.EACCES, errno.ESTALE)  # one file, of another user or just replaced
 _FOREIGN = "a link, a device, or a file of another kind is at its path"
@@ -45,10 +46,13 @@ class OpenFile(Blob):
         self.changed, self.used = status.st_ctime, status.st_mtime
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
-        done = 0
-        for buffer in buffers:
-            while len(buffer) and (count := os.preadv(self._descriptor, [buffer], start + done)):
-                buffer, done = buffer[count:], done + count
+        done, left = 0, [buffer for buffer in buffers if len(buffer)]
+        while left and (count := os.preadv(self._descriptor, left[:_MOST_BUFFERS], start + done)):
+            done += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
         return done
 
     def __del__(self):

@@ -160,8 +160,9 @@ class ValkeyBlobs(Blobs):
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
             )
-            self._client.connection_pool.make_connection()  # knows its options, does not connect
-        except (ValueError, TypeError) as error:
+            pool = self._client.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # knows its options, does not connect
+        except (ValueError, TypeError, valkey.ValkeyError) as error:
             raise ValueError(f"'{self.place}': {error}") from None
 
     def name(self, key: str) -> str:

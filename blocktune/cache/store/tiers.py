@@ -278,8 +278,8 @@ def _in_background(tier: BlobTier) -> queue.Queue:
                 act()
             except Exception:  # such as too little memory: others still wait
                 _LOG.exception("a chunk was not written")
-            del act  # queued calls keep the tier alive, this thread must not
             pending.task_done()
+            del act  # queued calls keep the tier alive, this thread must not
 
     def finish() -> None:
         with suppress(queue.Full):

@@ -116,7 +116,8 @@ def load_chunks(source: str | Path) -> list[Chunk]:
     records = chain(first, records)
     value = first[0].value if first else None
     has_text = isinstance(value, dict) and any(key in value for key in TEXT_KEYS)
-    is_passage = isinstance(value, str) or (has_text and "question" not in value)
+    is_asked = has_text and {"question", "messages", "conversations"} & value.keys()
+    is_passage = isinstance(value, str) or (has_text and not is_asked)
     if is_passage and reading.shape in (None, "document"):
         read = partial(parse_record, parse=partial(read_chunk, name="text"), types=dict | str)
         chunks = map(read, records)

@@ -231,10 +231,13 @@ def _expand(record: Record) -> Iterator[Record]:
     # The Hub's data set viewer ("features") and pandas ("schema") describe the columns.
     lists = {k for k, v in value.items() if isinstance(v, list | dict)} - {"features", "schema"}
     holder = min(lists) if len(lists) == 1 and lists <= {*_WRAPPERS} else None
-    is_passage = any(isinstance(value.get(key), str) for key in TEXT_KEYS)
+    is_passage = any(isinstance(value.get(key), str) for key in TEXT_KEYS if key != "segment")
     question, paragraphs = value.get("question"), value.get("paragraphs")
-    if isinstance(question, Mapping) and all(
-        isinstance(c, Mapping) and c.keys() == question.keys() for c in value.values()
+    if (
+        isinstance(question, Mapping)
+        and question
+        and "text" not in question
+        and all(isinstance(c, Mapping) and c.keys() == question.keys() for c in value.values())
     ):  # DataFrame.to_json: columns of rows by their index
         value = {name: list(column.values()) for name, column in value.items()}
         question = value["question"]

@@ -104,7 +104,8 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
         raise LeftOut("no context")
     facts = record.get("supporting_facts") or ()
     try:
-        facts = passages_in(facts, "supporting_facts")
+        if isinstance(facts, Mapping):
+            facts = [{"title": title} for title in facts["title"]]
         titles = [fact["title"] if isinstance(fact, Mapping) else fact[0] for fact in facts]
     except (KeyError, TypeError, IndexError):
         wanted = 'a list of [title, sentence] or {"title"}'
@@ -187,7 +188,10 @@ def _with_choices(record: Mapping[str, Any], question: Any) -> tuple[Any, tuple[
         lines = (f"({letter}) {text}" for letter, text in choices.items())
         question = "\n".join((question, "Choices:", *lines))
     answers = tuple(dict.fromkeys(choices.get(answer, answer) for answer in answers_of(record)))
-    if choices and any(a.isdecimal() and a not in choices.values() for a in answers):
+    numbers = [
+        a.isdecimal() and int(a) <= len(choices) and a not in choices.values() for a in answers
+    ]
+    if choices and answers and all(numbers):
         raise field_error("answers", "the text or letter of a choice, no number", answers)
     return question, answers
 

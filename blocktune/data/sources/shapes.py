@@ -44,7 +44,7 @@ class Shape(NamedTuple):
         return partial(self.parse, cutter=cutter)
 
 
-_CHATS = (("messages",), ("conversations",), ("prompt", "completion"))
+_CHATS = (("messages",), ("conversations",))
 SHAPES = (
     Shape("blocktune", (("question", "chunks"),), schemas.parse_own, may_cut=True),
     Shape("musique", (("question", "paragraphs"),), schemas.parse_musique),
@@ -59,6 +59,7 @@ SHAPES = (
     Shape("chat", _CHATS, texts.parse_chat, "message"),
     Shape("summary", (("document", "summary"),), texts.parse_summary, "delimiter"),
     Shape("few-shot", (("dialogue", "summary"),), texts.parse_pair, in_shots=True),
+    Shape("completion", (("prompt", "completion"),), texts.parse_chat, "message"),
     Shape("document", (), texts.parse_document, "delimiter"),
 )
 

@@ -91,7 +91,9 @@ def _dialogue(record: Mapping[str, Any]) -> list[Message]:
     messages = _messages(record, name)
     messages += _messages(record, "completion") if name == "prompt" else []
     has_system = messages and messages[0].role == "system"
-    return messages if has_system else _messages(record, "system") + messages
+    if has_system or not isinstance(record.get("system"), str | list):
+        return messages
+    return _messages(record, "system") + messages
 
 
 def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -194,7 +196,7 @@ def _message(name: str, entry: Mapping[str, Any]) -> Message:
     if entry.get("tool_calls") or role in ("function_call", "tool_call"):
         raise LeftOut("a message that calls tools")
     if isinstance(text, list):  # content parts
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in text]
+        parts = [_part_text(part) if isinstance(part, Mapping) else part for part in text]
         if not all(isinstance(part, str) for part in parts):
             raise LeftOut("a message with an image or another part that is no text")
         text = "".join(parts)
@@ -202,6 +204,10 @@ def _message(name: str, entry: Mapping[str, Any]) -> Message:
         raise field_error(name, f"messages of the roles {', '.join(_ROLES)}, with text", entry)
     is_learned = 0 not in map(entry.get, ("weight", "train", "training"))  # OpenAI, Axolotl
     return Message(_ROLES[role], text or "", is_learned)
+
+
+def _part_text(part: Mapping[str, Any]) -> str | None:
+    return part.get("text") or ("" if part.get("type") == "text" else None)
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:
