@@ -127,14 +127,18 @@ class Encoder:
         self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
         self._parameters = list(model.parameters())
-        self._lora = [part for part in model.modules() if hasattr(part, "scale_layer")]
+        parts = model.modules()  # a model has a method of the name
+        self._tuned = [p for p in parts if isinstance(getattr(p, "disable_adapters", 0), bool)]
         self._made_with = self._weights()
 
     def _weights(self) -> tuple:
         """Facts that tell cheaply whether the weights are still those of the fingerprint."""
         first = self._parameters[0]
         changes = sum(0 if p.is_inference() else p._version for p in self._parameters)
-        state = [(m.disable_adapters, [*map(m.scaling.get, m.active_adapters)]) for m in self._lora]
+        state = [
+            (part.disable_adapters, [*map(getattr(part, "scaling", {}).get, part.active_adapters)])
+            for part in self._tuned
+        ]
         active = getattr(self.model, "active_adapter", None)
         return first.dtype, first.device, changes, active, state
 

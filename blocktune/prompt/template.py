@@ -60,7 +60,7 @@ def render_frame(
     )
 
 
-@remembered("chat_template")
+@remembered("chat_template", "bos_token", "eos_token")
 def around_reply(tokenizer: PreTrainedTokenizerBase) -> Frame:
     """The text between the start of the assistant's turn and a reply (a channel), and after it.
 

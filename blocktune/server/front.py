@@ -55,7 +55,11 @@ def _chunk(document: Document, name: str) -> Chunk:
     if isinstance(document, DocumentBlock):
         text = "\n".join(filter(None, (document.context, document.source.data)))
         document = {"text": text, "title": document.title, "id": document.id}
-    return read_chunk(document, name)
+    chunk, own = read_chunk(document, name), isinstance(document, dict) and document.get("id")
+    if own in (None, False, chunk.metadata.get("id")):
+        return chunk
+    # An answer names documents as the client does, not as a nested hit is named.
+    return dataclasses.replace(chunk, metadata={**chunk.metadata, "id": own})
 
 
 def read_messages(messages: Sequence[Message]) -> Conversation:

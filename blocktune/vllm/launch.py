@@ -50,10 +50,12 @@ def serve(
     line += ["--revision", revision] if revision else []
     if loras := {name: client.lora for name, client in clients.items() if client.lora}:
         rank = max(lora_rank(folder) for folder in loras.values())
-        line += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(loras))]
+        line += ["--enable-lora", "--max-lora-rank", str(rank)]
     os.environ["VLLM_USE_RUST_FRONTEND"] = "0"  # it has no plug-ins, so it would ignore documents
     command = import_module("vllm.entrypoints.cli.serve")
-    args = command.make_arg_parser(command.FlexibleArgumentParser()).parse_args([*line, *options])
+    parser = command.make_arg_parser(command.FlexibleArgumentParser())
+    parser.set_defaults(max_loras=max(1, len(loras)))  # all of them in one batch
+    args = parser.parse_args([*line, *options])
     module = import_module("vllm.entrypoints.openai.models.protocol").LoRAModulePath
     own = [module(name, str(folder)) for name, folder in loras.items()]
     args.lora_modules = [*(args.lora_modules or ()), *own]

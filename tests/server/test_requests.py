@@ -134,6 +134,7 @@ def test_a_byte_order_mark_is_skipped(client):
     [
         {"id": 7, "text": TEXT, "source": "https://a.example"},
         {"id": 7, "data": {"title": "Anna", "snippet": TEXT, "url": "https://a.example"}},
+        {"id": 7, "data": {"id": "inner", "text": TEXT}},
         {"id": 7, "data": {"text": TEXT, "year": 1999, "page": None}},
         {"title": "Anna", "snippet": TEXT},
         {"type": "Document", "page_content": TEXT, "metadata": {"id": 7}},

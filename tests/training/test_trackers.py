@@ -28,9 +28,10 @@ def test_a_tracker_that_is_not_there_is_refused(tmp_path, name, message):
 
 def test_a_name_that_nothing_has_is_told_before_the_run(tmp_path, caplog):
     """A metric that no evaluation measures; a module, of which PEFT needs only one."""
+    evaluated = {"eval_strategy": "steps", "eval_data": str(tmp_path / "train.jsonl")}
+    trainer = make_trainer(tmp_path, metric_for_best_model="eval_los", **evaluated)
     with pytest.raises(ValueError, match=r"one of .*'mean_token_accuracy'.* got 'eval_los'"):
-        evaluated = {"eval_strategy": "steps", "eval_data": str(tmp_path / "train.jsonl")}
-        make_trainer(tmp_path, metric_for_best_model="eval_los", **evaluated).train()
+        trainer.train()
     for option, known in {"target_modules": "q_proj", "modules_to_save": "norm"}.items():
         names = {"lora_target_modules": ["q_proj", "v_proj"], f"lora_{option}": [known, "no_proj"]}
         make_trainer(tmp_path, **names)
