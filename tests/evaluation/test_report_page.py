@@ -142,8 +142,8 @@ def test_the_page_names_its_model_and_shows_each_score_once(tmp_path):
     write_report(tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert f"model: {results['provenance']['model']}" in text
-    assert "qa_f1</th>" in text
-    assert "substring_em</th>" not in text
+    assert "qa_f1</bdi>" in text
+    assert "substring_em</bdi>" not in text
     assert "within chance. n:" in text
 
 
