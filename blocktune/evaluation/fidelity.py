@@ -124,7 +124,7 @@ def profile_layers(
 
     Ranges have up to ``most_layers`` layers; ``progress`` wraps the list of ``(first, length)``.
     The results are ordered by length, then by first layer; efficient ranges are marked. Raises
-    ValueError if there is no example, ``most_layers`` is out of range, or a logit is NaN.
+    ValueError if there are no examples, ``most_layers`` is out of range, or a logit is NaN.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
     divergence of the first answer token from full prefill's is used, which needs fewer examples.

@@ -64,7 +64,7 @@ def read_limits(pairs: list[str]) -> Limits:
     """Limits from ``name=value`` pairs; raises ValueError if a name or a value is wrong."""
     values = dict(pair.partition("=")[::2] for pair in pairs)
     for name in (name for name in values if name.endswith("_bytes")):
-        with suppress(ValueError):  # what is no size is refused below, with its name
+        with suppress(ValueError):  # a value that is not a size is refused below, by name
             values[name] = str(parse_bytes(values[name]))
     return build_config(Limits, values, "--limit")
 

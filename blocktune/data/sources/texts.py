@@ -198,7 +198,7 @@ def _message(name: str, entry: Mapping[str, Any]) -> Message:
     if isinstance(text, list):  # content parts
         parts = [_part_text(part) if isinstance(part, Mapping) else part for part in text]
         if not all(isinstance(part, str) for part in parts):
-            raise LeftOut("a message with an image or another part that is no text")
+            raise LeftOut("a message with an image or another part that is not text")
         text = "".join(parts)
     if role not in _ROLES or not isinstance(text, str | None):
         raise field_error(name, f"messages of the roles {', '.join(_ROLES)}, with text", entry)
