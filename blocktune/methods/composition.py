@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.methods.repair.base import REPAIRS, Repair
-from blocktune.methods.reshape.base import RESHAPES, Reshape
+from blocktune.methods.repair import REPAIRS, Repair
+from blocktune.methods.reshape import RESHAPES, Reshape
 from blocktune.methods.select.base import SELECTORS, Nothing, Selection
 from blocktune.parsing import current_keys, mapping
 from blocktune.prompt.layout_spec import LayoutSpec

@@ -18,7 +18,7 @@ from blocktune.attention.kernels import (
 )
 from blocktune.attention.masks import Block, RowBand
 from blocktune.layout import Kind, LayerRule, Rows
-from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen, in_chunk
+from blocktune.methods.reshape import RESHAPES, Reshape, Seen, in_chunk
 from blocktune.registry import require_like
 
 CELLS = 1 << 25
