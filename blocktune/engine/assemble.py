@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -51,19 +51,17 @@ class Assembled:
 
 def from_chunks(
     served: ServedBatch,
-    layers: Sequence[int] = (),
     loader: ChunkLoader | None = None,
     found: Found | None = None,
     lazy: bool = True,
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, moved to their positions.
 
-    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found`` are the
-    chunks, if they were looked up already; ``loader`` and ``lazy`` are as in `Encoder.find`; a
-    damaged file then raises `DamagedChunk`.
+    ``found`` are the chunks, if they were looked up already; ``loader`` and ``lazy`` are as in
+    `Encoder.find`; a damaged file then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
-    layout = batch.layout
+    layout, layers = batch.layout, state.inputs_of(served.method)
     if found is None:
         pieces = [piece for prompt in served.wanted for piece in prompt]
         found = state.encoder.find(pieces, watch, layers, loader, lazy=lazy)

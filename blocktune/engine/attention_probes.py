@@ -24,7 +24,6 @@ from blocktune.models.gate import context_length
 from blocktune.positions import relocate_keys
 from blocktune.prompt import LayoutSpec, lay_out, stack
 
-DEFAULT_SCORES = QueryScores()
 OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": (Kind.CHUNK,)}
 """Kinds of keys that attention weights are normalised over, by `QueryScores.over`; (): all."""
 ROW_BLOCK = 64  # rows whose weights over all keys are in memory at once
@@ -53,7 +52,6 @@ class ScoreReader:
         """Yields blocks of (also unwanted) rows and their scores before softmax, ``(B, H, r, N)``.
 
         Rows ``(B, R)`` see all ``columns`` ``(B, N)`` before them, within the rule's window.
-        ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N, D)``.
         """
         window = LayerRule(window=rule.window)
         read = wanted.any(0).nonzero().squeeze(1).tolist() or [0, -1]
@@ -107,18 +105,12 @@ class QueryProbe(ScoreReader):
     """Attends by another plan, and reads the attention weights of the question's rows."""
 
     def __init__(
-        self,
-        plan: Plan,
-        query: Rows,
-        key: Rows,
-        layers: Container[int],
-        last: int,
-        how: QueryScores = DEFAULT_SCORES,
+        self, plan: Plan, query: Rows, key: Rows, layers: Container[int], how: QueryScores
     ):
-        """Reads ``layers`` of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``, up to ``last``."""
+        """Reads ``layers`` of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``."""
         super().__init__(len(query.kind))
         self.plan, self.query, self.key = plan, query, key
-        self.layers, self.last, self.pool = layers, last, how.pool
+        self.layers, self.depth, self.pool = layers, how.depth, how.pool
         self.by_layer: dict[int, Tensor] = {}  # of each key, pooled, mean over heads, (B, N)
         kinds = OVER[how.over]
         left_out = ~sum(key.kind == kind for kind in kinds).bool() if kinds else None
@@ -139,7 +131,7 @@ class QueryProbe(ScoreReader):
                 total += torch.where(asks[:, block, None], weights, 0.0).sum(1)
             mean = total / asks.sum(1).clamp(min=1)[:, None]
             self.by_layer[rule.layer] = total.sqrt() if self.pool == "norm" else mean
-        if rule.layer == self.last:
+        if rule.layer + 1 == self.depth:
             raise ProbeDone
         return self.plan.attend(query, key, value, rule, params)
 
@@ -170,8 +162,7 @@ class ScoringPasses:
     def __init__(self, served: ServedBatch, cached: Tensor):
         self.served, self.cached = served, cached  # rows whose states are in the cache, (B, S)
         self.batch, self.pieces, self.columns = served.batch, served.pieces, served.columns
-        self.model, self.cache = served.state.model, served.cache
-        encoder = served.state.encoder
+        self.model, self.cache, encoder = served.state.model, served.cache, served.state.encoder
         self.store, self.fingerprint = encoder.store, encoder.fingerprint
         self.executed: list[Executed] = []
 
@@ -189,7 +180,7 @@ class ScoringPasses:
     def full_prefill(self) -> Truth:
         """See `Passes.full_prefill`."""
         exact = RowCache(len(self.cache), *self.columns.kind.shape, exact=True)
-        attention = self._prefill(has_column(self.batch.layout), exact)
+        attention = self._prefill(has_column(self.batch.layout), exact, QueryScores())
         layers = zip(exact.layers, self.cache.layers, self.served.state.rope.layers, strict=True)
         pairs = [[compared(LayerKV(c.keys, c.values), rope) for c in two] for *two, rope in layers]
         keys = torch.stack([distance(a.keys, b.keys) for a, b in pairs])
@@ -219,11 +210,12 @@ class ScoringPasses:
         config, num_rows = other.config.get_text_config(), batch.layout.num_rows
         if num_rows > (longest := context_length(config)):
             raise ValueError(
-                f"a prompt of {num_rows} tokens does not fit into auxiliary model '{model}', whose "
-                f"context holds {longest}; take another model or retrieve fewer chunks"
+                f"a prompt of {num_rows} tokens does not fit into auxiliary model '{model}', which "
+                f"holds {longest}; take another model or retrieve fewer chunks"
             )
         rows, last = batch.layout.rows(), config.num_hidden_layers - 1
-        probe = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)
+        how = QueryScores(depth=last + 1)
+        probe = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), how)
         self._run(other, batch.input_ids, batch.layout.position, probe)
         # The cost of a causal pass over all rows that stops at the last layer's weights.
         cost, count = ModelCost.of(other), (rows.kind != Kind.PAD).sum(1).cpu()
@@ -250,28 +242,20 @@ class ScoringPasses:
         self.executed.append(Executed(self.model, [plan]))
 
     def _prefill(
-        self,
-        chosen: Tensor,
-        cache: RowCache,
-        how: QueryScores = DEFAULT_SCORES,
-        shift: Tensor | None = None,
+        self, chosen: Tensor, cache: RowCache, how: QueryScores, shift: Tensor | None = None
     ) -> Tensor:
-        """Computes rows into ``cache``, with ``shift`` ``(B, N)`` added to the columns' positions.
-
-        Returns the question's attention, ``(L, B, S)``.
-        """
+        """The question's attention, ``(L, B, S)``; ``shift`` ``(B, N)`` moves the positions."""
         computed = computed_rows(self.batch, chosen)
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(how.depth or len(cache))
-        last = len(cache) if how.depth is None else how.depth - 1
-        probe = QueryProbe(plan, computed.rows, self.columns, layers, last, how)
+        probe = QueryProbe(plan, computed.rows, self.columns, layers, how)
         position = computed.rows.position
         if shift is not None:
             position = position + shift.gather(1, computed.columns.clamp(min=0))
         self._run(self.model, computed.ids, position, probe, cache)
         # If the pass stops early, its last layer computed only the keys and queries.
-        heads, probes = (1, {}) if how.depth is None else (0, {last: plan})
+        heads, probes = (1, {}) if how.depth is None else (0, {layers[-1]: plan})
         self.executed.append(Executed(self.model, [plan], probes, heads, probe.multiply_adds))
         scores = torch.stack([probe.by_layer[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)

@@ -53,9 +53,8 @@ def prefill_warm(
     max_new_tokens: int = 0,
     laid_out: Sequence[Prompt] | None = None,
 ) -> Generation:
-    """Serves `Method.warm_up` earlier prompts in full, untimed, then prefills a batch.
+    """Serves `Method.warm_up` prompts with the chunks in other orders, then prefills a batch.
 
-    The earlier ones have the same chunks in rotated order, never in their own if there are several.
     Prompts are laid out after that, unless they are ``laid_out``.
     """
     for turn in range(method.warm_up):
@@ -79,7 +78,7 @@ def _prefill(
     state, watch = served.state, served.watch
     selection = served.method.select_for(state.num_layers)
     if served.method.cached is Cached.CHUNKS:
-        assembled = from_chunks(served, selection.widens(state.num_layers), loader, found, lazy)
+        assembled = from_chunks(served, loader, found, lazy)
     elif served.method.cached is Cached.EXACT_PREFIX:
         assembled = from_prefix(served)
     else:
@@ -121,7 +120,7 @@ def _choose(
         start = start | (selected > 0)
     if selection.sees == "chosen":
         hidden = to_columns(selectable(layout) & ~start, layout, served.columns)
-    layers = selection.widens(served.state.num_layers)
+    layers = served.state.inputs_of(served.method)
     widened = {layer: selection.widen(layer, layout) for layer in layers}
     for mask in widened.values():
         require_context(selection, mask, layout, torch.bool)

@@ -145,16 +145,13 @@ class Encoder:
     def require_model(self, caches: bool = True) -> None:
         """Raises ValueError if the model trains, is detached or, for ``caches``, changed."""
         if self.model.training:
-            raise ValueError(
-                "the engine's model is in training mode, with dropout; call its eval()"
-            )
+            raise ValueError("the engine's model is in training mode; call its eval()")
         if self.rope is not None and not is_attached(self.model):
             raise ValueError("the engine's model was detached; call blocktune.attach(engine.model)")
         if caches and self._weights() != self._made_with:
             raise ValueError(
-                "the model's weights, dtype, device or adapter (or its state) changed after its "
-                "engine was made, so cached chunks do not belong to it; undo that, or make a new "
-                "Engine(model, tokenizer)"
+                "the model's weights, dtype, device or adapter changed after its engine was made; "
+                "undo that, or make a new Engine(model, tokenizer)"
             )
 
     def find(
@@ -168,10 +165,9 @@ class Encoder:
     ) -> Found:
         """Looks every piece up (by the ``loader``, if given) and encodes the missing ones.
 
-        A piece that was encoded without the input states of ``layers`` (0-based) is missing.
-        ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. New entries are stored under the
-        names of their ``documents``. With ``lazy``, chunks that the store does not keep in memory
-        are returned as `FileKV`, which reads layers on access.
+        A piece that was encoded without the input states of ``layers`` (0-based) is missing. New
+        entries are stored under the names of their ``documents``. With ``lazy``, chunks that the
+        store does not keep in memory are returned as `FileKV`, which reads layers on access.
         """
         found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()
@@ -295,7 +291,7 @@ class Encoder:
         prompts = [alone(self._unpruned(piece)) for piece in pieces]
         batch = stack(prompts, self.pad_id).to(self.model.device)
         cache = DynamicCache()
-        plan = InputRecorder(SplitPlan(batch.layout), layers)
+        plan = _InputRecorder(SplitPlan(batch.layout), layers)
         positions = batch.layout.position
         with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
             planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
@@ -304,9 +300,8 @@ class Encoder:
 
     def _unpruned(self, piece: Piece) -> Piece:
         """The piece to encode: if a press prunes it, with the tokens that are dropped later."""
-        if self.press is None or piece.is_prefix:
-            return piece
-        return Piece(piece.ids + piece.blanks)
+        is_whole = self.press is None or piece.is_prefix
+        return piece if is_whole else Piece(piece.ids + piece.blanks)
 
     def extract(
         self,
@@ -332,7 +327,7 @@ class Encoder:
         return ChunkKV(keys, values, ids, self.fingerprint).compact(), states
 
 
-class InputRecorder:
+class _InputRecorder:
     """Attends by another plan, and records the hidden states at the input of some layers."""
 
     def __init__(self, plan: Plan, layers: Container[int]):
@@ -340,11 +335,9 @@ class InputRecorder:
         self.inputs: dict[int, Tensor] = {}  # by layer, ``(B, S, hidden)``
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`."""
         refuse_autocast(key)
         return self.plan.attend(query, key, value, rule, params)
 
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pre-hook that changes nothing."""
         if index in self.layers:
             self.inputs[index] = args[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -97,10 +97,10 @@ class Sampling:
 
 
 class TextStream:
-    """Incremental detokeniser. Its pieces join to the text of all tokens.
+    """Incremental detokeniser, whose pieces join to the text of all tokens.
 
-    Text is held back while its last character is incomplete, while it may be the start of a stop
-    text, and while it is whitespace that may have to be stripped. A stop text sets ``stopped``.
+    It holds back an incomplete character, what may be the start of a stop text, and whitespace that
+    may have to be stripped. A stop text sets ``stopped``.
     """
 
     def __init__(
@@ -151,10 +151,8 @@ class TextStream:
 
     def _held(self) -> int:
         """Number of characters at the end that may be the start of a stop text."""
-        return max(
-            (n for stop in self.stops for n in range(len(stop)) if self._text.endswith(stop[:n])),
-            default=0,
-        )
+        starts = ((stop[:n], n) for stop in self.stops for n in range(len(stop)))
+        return max((n for start, n in starts if self._text.endswith(start)), default=0)
 
     def _show(self, until: int) -> str:
         text = self._text[:until].strip() if self.strips else self._text[:until]
@@ -180,6 +178,7 @@ class Generation(ServedBatch):
     assembled: Assembled  # what was loaded from caches
     prefill: Prefill  # logits, and the passes that computed them
     executed: list[Executed]  # all passes, for counting operations
+    logits: Tensor = field(init=False)  # that the last token was picked from, ``(B, V)``
 
     def remember(self) -> None:
         """Caches exact prefixes and updates the method's history; once, after the first token."""
@@ -204,13 +203,6 @@ class Generation(ServedBatch):
         Ends when all prompts have produced a stop token (which is yielded) or after
         ``max_new_tokens``. For ``streams`` see `Sampling.picker`.
         """
-        for token, _ in self._steps(sampling, max_new_tokens, streams):
-            yield token
-
-    def _steps(
-        self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields tokens as `tokens` does, each with the logits ``(B, V)`` it was picked from."""
         logits = self.prefill.logits
         pick = sampling.picker(logits.device, streams)
         stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
@@ -227,7 +219,8 @@ class Generation(ServedBatch):
                 if self.state.decode_cache is not None:
                     how, reshapes = self.state.decode_cache, self.reshaping is not None
                     self.cache = DecodingCache(how, self.cache, reshapes)
-            yield token[:, 0].masked_fill(ended, -1), logits
+            self.logits = logits
+            yield token[:, 0].masked_fill(ended, -1)
             ended |= torch.isin(token[:, 0], stops)
             if step + 1 == max_new_tokens or bool(ended.all()):
                 return
@@ -256,8 +249,8 @@ class Generation(ServedBatch):
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
         """Greedy tokens of a single prompt and the logits after the last, ``(1, V)``."""
-        decoded = list(self._steps(Sampling(), num_tokens + 1, (0,)))
-        return tuple(int(token) for token, _ in decoded[:-1]), decoded[-1][1]
+        ids = [int(token) for token in self.tokens(Sampling(), num_tokens + 1)]
+        return tuple(ids[:-1]), self.logits
 
     def usages(self, answer_ids: list[tuple[int, ...]]) -> list[Usage]:
         """The cost of each prompt's answer, given the answers' tokens."""
