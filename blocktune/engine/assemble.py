@@ -14,7 +14,7 @@ from blocktune.cache.store.chunk_file import FileKV
 from blocktune.engine.encode import Found
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Layout
-from blocktune.methods.hooks import ChunkLoader, DamagedChunk
+from blocktune.methods.base import ChunkLoader, DamagedChunk
 from blocktune.positions import RopeSpec, Rotation, rotate_keys
 from blocktune.prompt import Batch, Pieces
 

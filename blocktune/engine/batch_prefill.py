@@ -20,7 +20,7 @@ from blocktune.engine.state import EngineState, ServedBatch
 from blocktune.engine.usage import Executed
 from blocktune.layout import FOREVER
 from blocktune.methods import Cached, Method, Selection
-from blocktune.methods.hooks import ChunkLoader, DamagedChunk
+from blocktune.methods.base import ChunkLoader, DamagedChunk
 from blocktune.methods.select.base import require_context, selectable
 from blocktune.prompt import LayoutSpec, Pieces, Prompt
 

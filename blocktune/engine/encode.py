@@ -22,7 +22,7 @@ from blocktune.cache.row_cache import refuse_autocast
 from blocktune.cache.store.chunk_file import FileKV
 from blocktune.cache.store.shelf import MissQueue
 from blocktune.engine.usage import Stopwatch
-from blocktune.methods.hooks import ChunkLoader
+from blocktune.methods.base import ChunkLoader
 from blocktune.methods.press import Press
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack

@@ -28,7 +28,7 @@ from blocktune.engine.state import ServedBatch
 from blocktune.engine.usage import Executed, Ttft, Usage
 from blocktune.layout import Kind, Rows
 from blocktune.methods import Cached
-from blocktune.methods.hooks import PrefilledBatch
+from blocktune.methods.base import PrefilledBatch
 from blocktune.parsing import check_types, read
 from blocktune.prompt import Chunk
 from blocktune.registry import require_count

@@ -20,15 +20,11 @@ EVERY_CHUNK = 1 << 30
 
 
 class Seen(NamedTuple):
-    """What a reshape knows about the scores that it gets.
-
-    ``reused`` are the columns whose keys come from a cached chunk in this layer, ``(B, N)`` bool:
-    not recomputed ones, nor prefix, links, question and answer.
-    """
+    """What a reshape knows about the scores that it gets."""
 
     query: Rows  # the attending rows, (B, R)
     key: Rows  # the columns, (B, N)
-    reused: Tensor
+    reused: Tensor  # columns whose keys come from a cached chunk in this layer, (B, N) bool
     num_chunks: int  # C, the most of any prompt
 
     @property
@@ -92,10 +88,8 @@ class Reshape(ABC):
 class ScaledContext(Reshape):
     """Gives reused keys a softmax of their own, with a temperature and a scale.
 
-    Let ``lse_c`` be the log-sum-exp of a row's scores over reused keys divided by ``temperature``,
-    and ``lse_o`` that over all other keys, recomputed ones included. The two outputs are averaged
-    by ``softmax([scale * temperature * lse_c, lse_o])``. This equals one softmax in which each
-    reused key's score is ``score / temperature + (scale * temperature - 1) * lse_c``.
+    Let ``lse`` be the log-sum-exp of a row's scores over reused keys divided by ``temperature``.
+    Each reused key's score becomes ``score / temperature + (scale * temperature - 1) * lse``.
 
     Source: APE arXiv:2502.05431 and its code; recomputed keys are treated as in arXiv:2603.20218,
     section 5. With soft-capping, the capped scores are divided.
@@ -149,14 +143,11 @@ def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) 
 class TopChunks(Reshape):
     """Hides all but the chunks that a row attends to most.
 
-    A chunk's score is the sum of its five largest attention probabilities. Prefix, links, question
-    and answer are never hidden, nor is the own chunk of a recomputed row. Recomputed tokens belong
-    to their chunk. ``aggregation`` is what scores are summed over: ``none`` (each row and head
-    decides alone), ``T`` the question's rows, ``HT`` also heads, ``LHT`` also layers, in a pass of
-    the question over the caches before the prefill. A decoded or recomputed row decides alone (with
-    ``LHT`` it follows the question).
-
-    The source does not define what decoded rows do.
+    A chunk's score is the sum of its five largest attention probabilities. Only chunks are hidden,
+    but not the own chunk of a recomputed row. ``aggregation`` is what scores are summed over:
+    ``none`` (each row and head decides alone), ``T`` the question's rows, ``HT`` also heads,
+    ``LHT`` also layers, in a pass of the question over the caches before the prefill. A decoded or
+    recomputed row decides alone (with ``LHT`` it follows the question); the source leaves it open.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"  # section 5.2

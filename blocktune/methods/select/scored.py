@@ -22,8 +22,8 @@ class Scored(Selection):
 
     def start(self, layout: Layout) -> Tensor:
         raise ValueError(
-            f"selector '{SELECTORS.name_of(self)}' needs a forward pass over a served prompt; "
-            "where there is none (in training), use 'first-k' or 'random'"
+            f"selector '{SELECTORS.name_of(self)}' needs a forward pass over a served prompt; in "
+            "training, use 'first-k' or 'random'"
         )
 
     @abstractmethod
@@ -36,9 +36,8 @@ class QueryAttention(Scored):
 
     Layers (or only the ``last_layers``) are combined by ``fuse``: ``mean``, ``max``, or only the
     ``first`` or the ``last``. With ``each``, every layer chooses the share by its own scores, and a
-    token is recomputed up to the last layer that chose it, since that layer needs its input.
-    `Selection` explains ``sees``, `QueryScores` the other fields; ``each`` and ``sees`` are from
-    RelaxKV, arXiv:2609.33503.
+    token is recomputed up to the last layer that chose it. `Selection` explains ``sees``,
+    `QueryScores` the other fields; ``each`` and ``sees`` are from RelaxKV, arXiv:2609.33503.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"  # ProphetKV
