@@ -279,7 +279,7 @@ def test_the_reader_sees_every_form_of_import():
             {"blocktune.adapter.releases.Release"},
         ),
         ("blocktune.training", "from ..adapter import scope", {"blocktune.adapter.scope"}),
-        ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.place.FirstK"}),
+        ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.tokens.FirstK"}),
         ("blocktune.methods.select", "from ... import engine", {"blocktune.engine"}),
         ("blocktune", "from .layout import Layout", {"blocktune.layout.Layout"}),
         ("blocktune", "import torch.nn as nn", {"torch.nn"}),

@@ -65,17 +65,16 @@ def from_chunks(
     if found is None:
         pieces = [piece for prompt in served.wanted for piece in prompt]
         found = state.encoder.find(pieces, watch, layers, loader, lazy=lazy)
-    hits = found.hits
-    result = Assembled.empty(batch)
+    result, misses = Assembled.empty(batch), found.misses
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
     for index, prompt in enumerate(served.wanted):
-        result.hits[index] = sum(piece in hits and not piece.is_prefix for piece in prompt)
+        result.hits[index] = sum(piece not in misses and not piece.is_prefix for piece in prompt)
         result.misses[index] = len(served.pieces[index].chunks) - result.hits[index]
         if not prompt:  # computed in full, and without a prefix
             continue
         kvs = [found.kvs[piece] for piece in prompt]
-        rows = (result.cached[index]).nonzero().squeeze(1)
+        rows = result.cached[index].nonzero().squeeze(1)
         columns, positions = layout.order[index, rows], layout.position[index, rows]
         relocate(cache, index, kvs, columns, positions, state.rope)
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)

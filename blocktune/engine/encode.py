@@ -100,34 +100,27 @@ class Found:
     tiers: dict[Piece, str] = field(default_factory=dict)
 
     @property
-    def hits(self) -> set[Piece]:
-        """Pieces found in the store."""
-        return {piece for piece, tier in self.tiers.items() if tier != "none"}
-
-    @property
     def misses(self) -> set[Piece]:
         """Pieces that had to be encoded."""
-        return self.tiers.keys() - self.hits
+        return {piece for piece, tier in self.tiers.items() if tier == "none"}
 
 
+@dataclass(eq=False)
 class Encoder:
     """Encodes pieces into keys and values, with the store as a cache."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        store: ChunkStore,
-        fingerprint: str,
-        pad_id: int,
-        rope: RopeSpec | None = None,
-        press: Press | None = None,
-    ):
-        """Encodes with an attached ``model`` into ``store``. ``press`` drops keys of the chunks."""
-        self.model, self.store, self.tenant = model, store, ""
-        self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
-        self._is_scoped = scope_of(model) != "both"
-        self._parameters = list(model.parameters())
-        parts = model.modules()  # a model has a method of the name
+    model: nn.Module  # attached
+    store: ChunkStore
+    fingerprint: str
+    pad_id: int
+    rope: RopeSpec | None
+    press: Press | None  # drops keys of the chunks
+    tenant: str = ""
+
+    def __post_init__(self):
+        self._is_scoped = scope_of(self.model) != "both"
+        self._parameters = list(self.model.parameters())
+        parts = self.model.modules()  # a model has a method of the name
         self._tuned = [p for p in parts if isinstance(getattr(p, "disable_adapters", 0), bool)]
         self._made_with = self._weights()
 
@@ -222,18 +215,17 @@ class Encoder:
     ) -> EncodeReport:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``, ``layers`` as in `find`."""
         watch = Stopwatch(self.model.device)
-        unique = dict.fromkeys([*([prefix] if prefix else []), *pieces])
-        documents: dict[Piece, list[str]] = {}
+        unique = dict.fromkeys(pieces if prefix is None else [prefix, *pieces])
+        names: dict[Piece, str] = {}
         for piece, chunk in zip(pieces, chunks, strict=True):
-            documents.setdefault(piece, []).append(chunk.document)
-        names = {piece: _joined(*own) for piece, own in documents.items()}
+            names[piece] = _joined(names.get(piece, ""), chunk.document)
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
             missing = [p for p in group if not self._is_stored(p, layers, names.get(p, ""))]
             found = self.find(missing, watch, layers=layers, documents=names)
             new |= found.misses
-            for piece in found.hits & names.keys():
+            for piece in (found.tiers.keys() - found.misses) & names.keys():
                 self._name(piece, found.kvs[piece], names[piece])
             done += sum(len(piece.ids) for piece in group)
             if progress is not None:
