@@ -118,7 +118,6 @@ class QueryProbe(ScoreReader):
         self._left_out = None if left_out is None else left_out & ~left_out.all(1, keepdim=True)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`."""
         if rule.layer in self.layers:
             asks = self.query.kind == Kind.QUERY
             total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
@@ -167,7 +166,6 @@ class ScoringPasses:
         self.executed: list[Executed] = []
 
     def query_attention(self, how: QueryScores | None = None) -> Tensor:
-        """See `Passes.query_attention`."""
         how, chosen = how or QueryScores(), has_column(self.batch.layout) & ~self.cached
         if how.positions == "prompt":
             return self._prefill(chosen, self.cache, how)
@@ -178,7 +176,6 @@ class ScoringPasses:
         return self._prefill(chosen, cache, how, shift)
 
     def full_prefill(self) -> Truth:
-        """See `Passes.full_prefill`."""
         exact = RowCache(len(self.cache), *self.columns.kind.shape, exact=True)
         attention = self._prefill(has_column(self.batch.layout), exact, QueryScores())
         layers = zip(exact.layers, self.cache.layers, self.served.state.rope.layers, strict=True)
@@ -189,7 +186,6 @@ class ScoringPasses:
         return Truth(of_columns(keys, layout), of_columns(values, layout), attention)
 
     def outside_attention(self) -> Tensor:
-        """See `Passes.outside_attention`."""
         computed = computed_rows(self.batch, has_column(self.batch.layout))
         probe = OutsideProbe(computed.rows)
         self._run(self.model, computed.ids, computed.rows.position, probe)
@@ -202,7 +198,6 @@ class ScoringPasses:
         )
 
     def auxiliary_attention(self, model: str) -> Tensor:
-        """See `Passes.auxiliary_attention`."""
         other = self.served.state.auxiliaries.get(model)
         spec, layout = LayoutSpec(block=False), self.batch.layout
         prompts = [lay_out(pieces, spec) for pieces in self.pieces]

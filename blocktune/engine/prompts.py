@@ -190,16 +190,12 @@ class PromptMaker:
         return chunk[:count], chunk[count:]
 
     def _require_room(self, tokens: int, what: str) -> None:
-        if self.exact_tokens is not None and self.exact_tokens < tokens <= self.max_tokens:
-            raise ValueError(
-                f"{what} has {tokens} tokens, reuse on this model is exact up to "
-                f"{self.exact_tokens} tokens; cut chunks smaller or retrieve fewer"
-            )
-        if tokens > self.max_tokens:
-            raise TooLong(
-                f"{what} has {tokens} tokens, this model's maximum context length is "
-                f"{self.max_tokens} tokens; cut chunks smaller or retrieve fewer"
-            )
+        if tokens > self.longest:
+            limit, error = "reuse on this model is exact up to", ValueError
+            if tokens > self.max_tokens:
+                limit, error = "this model's maximum context length is", TooLong
+            advice = "cut chunks smaller or retrieve fewer"
+            raise error(f"{what} has {tokens} tokens, {limit} {self.longest} tokens; {advice}")
 
     def _blank_id(self, spec: LayoutSpec) -> int | None:
         return encode(self.tokenizer, " ")[0] if spec.num_blanks else None

@@ -35,11 +35,9 @@ class RecurrentPrefill(Prefill):
     written: Tensor  # bytes of computed keys, values and states, ``(B,)``
 
     def layer_tokens(self, num_layers: int) -> Tensor:
-        """See `Prefill.layer_tokens`."""
         return self.context_tokens[:, None].expand(-1, num_layers)
 
     def bytes_written(self, cache: object) -> Tensor:
-        """See `Prefill.bytes_written`."""
         return self.written
 
 
