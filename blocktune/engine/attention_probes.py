@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.attention.cached import CachePlan
-from blocktune.attention.kernels import AttentionParams, attention_weights, plain_scores
+from blocktune.attention.kernels import attention_weights, plain_scores
 from blocktune.cache import RowCache
 from blocktune.engine.rows import computed_rows, has_column, of_columns
 from blocktune.engine.state import ServedBatch
@@ -36,24 +36,19 @@ class ProbeDone(Exception):
 class ScoreReader:
     """Recomputes the attention scores of some rows, and counts ``multiply_adds`` ``(B,)``."""
 
-    def __init__(self, batch_size: int):
-        self.multiply_adds = torch.zeros(batch_size, dtype=torch.int64)
+    def __init__(self, columns: Rows):
+        self.columns = columns
+        self.multiply_adds = torch.zeros(len(columns.kind), dtype=torch.int64)
 
     def scores(
-        self,
-        wanted: Tensor,
-        rows: Rows,
-        columns: Rows,
-        query: Tensor,
-        key: Tensor,
-        rule: LayerRule,
-        params: AttentionParams,
+        self, wanted: Tensor, rows: Rows, query, key, rule, params
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields blocks of (also unwanted) rows and their scores before softmax, ``(B, H, r, N)``.
 
-        Rows ``(B, R)`` see all ``columns`` ``(B, N)`` before them, within the rule's window.
+        Rows ``(B, R)`` see all columns ``(B, N)`` before them, within the rule's window. The other
+        arguments are as for `Plan.attend`.
         """
-        window = LayerRule(window=rule.window)
+        columns, window = self.columns, LayerRule(window=rule.window)
         read = wanted.any(0).nonzero().squeeze(1).tolist() or [0, -1]
         stop = read[-1] + 1
         for start in range(read[0], stop, ROW_BLOCK):
@@ -73,8 +68,7 @@ class ChunkAttention(ScoreReader):
     """Measures the attention to each chunk from the question and from chunks computed in full."""
 
     def __init__(self, columns: Rows):
-        super().__init__(len(columns.kind))
-        self.columns = columns
+        super().__init__(columns)
         chunks = torch.arange(int(columns.chunk.max()) + 1, device=columns.chunk.device)
         is_chunk = columns.kind == Kind.CHUNK
         self.member = (is_chunk[..., None] & (columns.chunk[..., None] == chunks)).float()
@@ -82,14 +76,12 @@ class ChunkAttention(ScoreReader):
         self.mass = torch.zeros_like(self.member)
         self.layers = 0  # number read
 
-    def read(
-        self, rows: Rows, query: Tensor, key: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> None:
+    def read(self, rows: Rows, query, key, rule, params) -> None:
         """Adds one layer's weights. Arguments as in `scores`; a row's order is its column."""
         column = rows.order.clamp(min=0)
         uncached = self.columns.group.gather(1, column) == GLOBAL
         wanted = (rows.kind == Kind.QUERY) | ((rows.kind == Kind.CHUNK) & uncached)
-        for block, scores in self.scores(wanted, rows, self.columns, query, key, rule, params):
+        for block, scores in self.scores(wanted, rows, query, key, rule, params):
             paid = attention_weights(scores, params).mean(1) @ self.member
             paid = torch.where(wanted[:, block, None], paid, 0.0)
             self.mass.scatter_add_(1, column[:, block, None].expand_as(paid), paid)
@@ -108,8 +100,8 @@ class QueryProbe(ScoreReader):
         self, plan: Plan, query: Rows, key: Rows, layers: Container[int], how: QueryScores
     ):
         """Reads ``layers`` of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``."""
-        super().__init__(len(query.kind))
-        self.plan, self.query, self.key = plan, query, key
+        super().__init__(key)
+        self.plan, self.query = plan, query
         self.layers, self.depth, self.pool = layers, how.depth, how.pool
         self.by_layer: dict[int, Tensor] = {}  # of each key, pooled, mean over heads, (B, N)
         kinds = OVER[how.over]
@@ -121,7 +113,7 @@ class QueryProbe(ScoreReader):
         if rule.layer in self.layers:
             asks = self.query.kind == Kind.QUERY
             total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
-            for block, scores in self.scores(asks, self.query, self.key, query, key, rule, params):
+            for block, scores in self.scores(asks, self.query, query, key, rule, params):
                 if self._left_out is not None:
                     scores = scores.masked_fill(self._left_out[:, None, None], float("-inf"))
                 # NaN: the row's window contains no key, so it adds no weight.
@@ -139,15 +131,14 @@ class OutsideProbe(ScoreReader):
     """Measures in the first layer how much attention leaves a row's own chunk; stops the pass."""
 
     def __init__(self, rows: Rows):
-        super().__init__(len(rows.kind))
-        self.rows = rows
+        super().__init__(rows)
         self.share = torch.zeros_like(rows.kind, dtype=torch.float32)  # mean over heads, (B, R)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`; always raises `ProbeDone`."""
-        rows, chunk = self.rows, self.rows.chunk
+        rows, chunk = self.columns, self.columns.chunk
         wanted = rows.kind == Kind.CHUNK
-        for block, scores in self.scores(wanted, rows, rows, query, key, rule, params):
+        for block, scores in self.scores(wanted, rows, query, key, rule, params):
             own = (chunk[:, block, None] == chunk[:, None]) & (rows.kind != Kind.LINK)[:, None]
             inside = scores.masked_fill(~own[:, None], float("-inf")).logsumexp(-1)
             outside = 1 - (inside - scores.logsumexp(-1)).exp().mean(1)

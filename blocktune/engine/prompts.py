@@ -191,11 +191,11 @@ class PromptMaker:
 
     def _require_room(self, tokens: int, what: str) -> None:
         if tokens > self.longest:
-            limit, error = "reuse on this model is exact up to", ValueError
+            error, limit = ValueError, f"reuse on this model is exact up to {self.exact_tokens}"
             if tokens > self.max_tokens:
-                limit, error = "this model's maximum context length is", TooLong
+                error, limit = TooLong, f"this model's maximum context length is {self.max_tokens}"
             advice = "cut chunks smaller or retrieve fewer"
-            raise error(f"{what} has {tokens} tokens, {limit} {self.longest} tokens; {advice}")
+            raise error(f"{what} has {tokens} tokens, {limit} tokens; {advice}")
 
     def _blank_id(self, spec: LayoutSpec) -> int | None:
         return encode(self.tokenizer, " ")[0] if spec.num_blanks else None
