@@ -216,9 +216,8 @@ class Generation(ServedBatch):
             if step == 0:
                 self.watch.stop("first_token_s")
                 self.remember()
-                if self.state.decode_cache is not None:
-                    how, reshapes = self.state.decode_cache, self.reshaping is not None
-                    self.cache = DecodingCache(how, self.cache, reshapes)
+                if (how := self.state.decode_cache) is not None:
+                    self.cache = DecodingCache(how, self.cache, self.reshaping is not None)
             self.logits = logits
             yield token[:, 0].masked_fill(ended, -1)
             ended |= torch.isin(token[:, 0], stops)
@@ -243,9 +242,8 @@ class Generation(ServedBatch):
         """Decodes the whole batch; see `tokens`."""
         steps = torch.stack(list(self.tokens(sampling, max_new_tokens, streams)), dim=1).tolist()
         answer_ids = [tuple(token for token in ids if token >= 0) for ids in steps]
-        pairs = zip(answer_ids, self.usages(answer_ids), strict=True)
-        tokenizer = self.state.tokenizer
-        return [Answer(TextStream(tokenizer).whole(ids), ids, usage) for ids, usage in pairs]
+        texts = [TextStream(self.state.tokenizer).whole(ids) for ids in answer_ids]
+        return list(map(Answer, texts, answer_ids, self.usages(answer_ids)))
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
         """Greedy tokens of a single prompt and the logits after the last, ``(1, V)``."""

@@ -68,8 +68,7 @@ class SchedulePlan:
         if index == 0 and not torch.equal(self.start, self._current.chosen):
             hidden = self._change(index, hidden, self.start)
         if index and index in self._ends:
-            continued = self._current.chosen & (self.depth > index)
-            hidden = self._change(index, hidden, continued)
+            hidden = self._change(index, hidden, self._current.chosen & (self.depth > index))
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
         if index in self.widen:
@@ -134,9 +133,8 @@ class SchedulePlan:
     def _change(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         """Replaces the current rows by those of ``mask`` ``(B, U)``. Returns their states."""
         all_hidden = hidden.new_zeros(*mask.shape, hidden.shape[-1])
-        if layer in self.states and layer in self.widen:
-            columns = self.candidates.columns.clamp(min=0)
-            states = self.states[layer]
+        if layer in self.states:
+            columns, states = self.candidates.columns.clamp(min=0), self.states[layer]
             all_hidden = states.gather(1, as_index(columns, states)).to(hidden.dtype)
         self._current.put(hidden, all_hidden)
         self._set_rows(layer, RowSubset(self.candidates, mask))
@@ -239,8 +237,7 @@ class Prefill:
         """Number of context tokens computed in each layer, ``(B, layers)``."""
         counts = torch.zeros(len(self.logits), num_layers, dtype=torch.int64)
         for plan in self.plans:
-            for layer in plan.executed:
-                counts[:, layer] += plan.context_rows.cpu()
+            counts[:, list(plan.executed)] += plan.context_rows.cpu()[:, None]
         return counts
 
     def probed(self) -> Tensor:
