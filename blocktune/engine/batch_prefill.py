@@ -91,8 +91,7 @@ def _prefill(
     watch.stop("select_s")
     result = prefill(plan)
     watch.stop("recompute_s")
-    read = None if result.chunk_probe is None else result.chunk_probe.multiply_adds
-    executed = [*passes.executed, Executed(state.model, result.plans, result.probes, extra=read)]
+    executed = [*passes.executed, result]
     if served.reshaping is not None:  # clone: decoding adds to the same tensor
         extra = served.reshaping.multiply_adds.clone()
         executed.append(Executed(state.model, heads=0, extra=extra))

@@ -71,8 +71,7 @@ class Engine:
 
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent layers
-                (Mamba-2, Qwen3-Next, ...) or absolute positions (GPT-2), which supports only
-                methods that reuse no chunk.
+                or absolute positions, which supports only methods that reuse no chunk.
             tokenizer: The model's tokenizer.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.

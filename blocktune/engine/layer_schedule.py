@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention, ProbeDone
 from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
+from blocktune.engine.usage import Executed
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.repair import REPAIRS, Repair, Residual
 from blocktune.methods.select import SELECTORS, LayerCheck, LayerKV, Selection
@@ -47,7 +48,7 @@ class SchedulePlan:
         self.columns, self.cache, self.reshaping = served.columns, served.cache, served.reshaping
         repair, history = served.method.repair(), served.method.history
         self.repair = repair and RepairedCache(repair, self.columns, self.cache)
-        self.plans: list[CachePlan] = []  # this and the probes are as in `Prefill`
+        self.plans: list[CachePlan] = []  # this and the probes are as in `Executed`
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(self.selection.checks(len(self.cache)))
         self._ends = frozenset(() if self.depth is None else self.depth.unique().tolist())
@@ -224,13 +225,11 @@ class RepairedCache:
         return padded.scatter(1, slots.expand_as(values), values)[:, :count]
 
 
-@dataclass
-class Prefill:
-    """The result of a prefill, and what was computed for it."""
+@dataclass(kw_only=True)
+class Prefill(Executed):
+    """The pass that computes a prompt's rows, and its result."""
 
     logits: Tensor  # after each prompt's last row, ``(B, V)``
-    plans: list[CachePlan] = field(default_factory=list)  # that ran, each with its layers
-    probes: dict[int, CachePlan] = field(default_factory=dict)  # by layer: for selection only
     chunk_probe: ChunkAttention | None = None  # attention to chunks, if it is read
 
     def layer_tokens(self, num_layers: int) -> Tensor:
@@ -260,12 +259,13 @@ def prefill(plan: SchedulePlan) -> Prefill:
     The cache must hold the states of all columns that are not candidates. The watch gets
     ``select_s`` for each selection, and ``recompute_s`` for the computation before it.
     """
-    (ids, rows, *_), cache = plan.candidates, plan.cache
-    model = plan.served.state.model
+    (ids, rows, *_), cache, read = plan.candidates, plan.cache, plan.chunk_probe
+    model, extra = plan.served.state.model, None if read is None else read.multiply_adds
     output = planned_forward(model, ids, rows.position, plan, cache, logits_to_keep=1)
     for layer in cache.layers if plan.repair is not None else ():
         layer.observer = None  # decoded tokens repair nothing
-    return Prefill(output.logits[:, -1], plan.plans, plan.probes, plan.chunk_probe)
+    passed = {"plans": plan.plans, "probes": plan.probes, "extra": extra, "chunk_probe": read}
+    return Prefill(model=model, logits=output.logits[:, -1], **passed)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from blocktune.engine.assemble import Assembled
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.state import EngineState, ServedBatch
-from blocktune.engine.usage import Executed, ModelCost
+from blocktune.engine.usage import ModelCost
 from blocktune.layout import Kind, Rows
 from blocktune.methods import Cached, Method
 from blocktune.prompt import Pieces, Prompt
@@ -67,13 +67,14 @@ def prefill_recurrent(
     logits = torch.cat([run.logits for run in runs])
     counts = torch.tensor([(run.context_tokens, run.written, run.macs) for run in runs])
     tokens, written, macs = counts.unbind(1)
-    prefill = RecurrentPrefill(logits=logits, context_tokens=tokens, written=written)
+    passed = {"model": state.model, "heads": 0, "extra": macs, "logits": logits}
+    prefill = RecurrentPrefill(**passed, context_tokens=tokens, written=written)
     return RecurrentGeneration(
         **vars(served) | {"cache": [run.cache for run in runs]},
         last=served.columns.map(lambda facts: facts[:, -1:]),
         assembled=assembled,
         prefill=prefill,
-        executed=[Executed(state.model, heads=0, extra=macs)],
+        executed=[prefill],
     )
 
 

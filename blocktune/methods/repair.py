@@ -16,10 +16,7 @@ REPAIRS = Registry("repair", "blocktune.methods.repair")
 
 
 class Residual(NamedTuple):
-    """What recomputing some tokens of the chunks changed in one layer, for its keys or its values.
-
-    N is the number of the prompt's columns.
-    """
+    """What recomputing some tokens of the chunks changed in one layer, for its keys or its values."""
 
     change: Tensor  # recomputed minus cached state, (B, K, N, D) float32; 0 if not recomputed
     recomputed: Tensor  # tokens that this layer recomputes, (B, N) bool
@@ -31,8 +28,7 @@ class Residual(NamedTuple):
 class Repair(ABC):
     """Corrects cached states by the recomputed ones; subclasses are frozen dataclasses.
 
-    It is called in every layer that recomputes some tokens of the chunks and reuses others, before
-    any row attends there.
+    It is called, before rows attend, in every layer that recomputes some tokens of the chunks.
     """
 
     source: ClassVar[str] = ""  # paper or code it follows
@@ -52,10 +48,8 @@ class MeanShift(Repair):
     The mean is over the recomputed tokens that deviate most, up to ``share`` of the chunk's tokens
     (rounded up), separately for keys and values. A token that deviates by less than 1 at the check
     layer gets that fraction of the mean. Without a check layer, the mean is over all recomputed
-    tokens, and every reused token gets all of it.
-
-    The paper does not say whether keys are averaged before or after rotation; here after, as they
-    are cached. It has no public code.
+    tokens, and every reused token gets all of it. Keys are averaged after rotation, as they are
+    cached (the paper does not say, and has no public code).
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"  # AgentKVShift, algorithm 1
