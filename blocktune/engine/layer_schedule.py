@@ -264,8 +264,8 @@ def prefill(plan: SchedulePlan) -> Prefill:
     output = planned_forward(model, ids, rows.position, plan, cache, logits_to_keep=1)
     for layer in cache.layers if plan.repair is not None else ():
         layer.observer = None  # decoded tokens repair nothing
-    passed = {"plans": plan.plans, "probes": plan.probes, "extra": extra, "chunk_probe": read}
-    return Prefill(model=model, logits=output.logits[:, -1], **passed)
+    passed = model, plan.plans, plan.probes
+    return Prefill(*passed, extra=extra, logits=output.logits[:, -1], chunk_probe=read)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ def prefill_recurrent(
     logits = torch.cat([run.logits for run in runs])
     counts = torch.tensor([(run.context_tokens, run.written, run.macs) for run in runs])
     tokens, written, macs = counts.unbind(1)
-    passed = {"model": state.model, "heads": 0, "extra": macs, "logits": logits}
-    prefill = RecurrentPrefill(**passed, context_tokens=tokens, written=written)
+    prefill = RecurrentPrefill(
+        state.model, heads=0, extra=macs, logits=logits, context_tokens=tokens, written=written
+    )
     return RecurrentGeneration(
         **vars(served) | {"cache": [run.cache for run in runs]},
         last=served.columns.map(lambda facts: facts[:, -1:]),

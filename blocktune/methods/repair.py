@@ -16,7 +16,7 @@ REPAIRS = Registry("repair", "blocktune.methods.repair")
 
 
 class Residual(NamedTuple):
-    """What recomputing some tokens of the chunks changed in one layer, for its keys or its values."""
+    """What recomputing some tokens of the chunks changed in a layer, for its keys or its values."""
 
     change: Tensor  # recomputed minus cached state, (B, K, N, D) float32; 0 if not recomputed
     recomputed: Tensor  # tokens that this layer recomputes, (B, N) bool
