@@ -189,7 +189,8 @@ class Method:
                 f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
                 f"{given}; train one with {recipe}, and give it: --adapter, `adapter:` in a suite"
             )
-        spec = self.layout(spec)
+        spec = self.layout(spec)  # a method in full attention has no learned tokens
+        links, wraps = spec.num_links, spec.num_headers + spec.num_trailers
         if links and wraps:
             raise ValueError(BOTH_LEARNED)
         in_full = self.history is not None and self.history.begins_in_full
