@@ -53,7 +53,7 @@ def prefill_warm(
     max_new_tokens: int = 0,
     laid_out: Sequence[Prompt] | None = None,
 ) -> Generation:
-    """Serves `Method.warm_up` prompts with the chunks in other orders, then prefills a batch.
+    """Serves `Method.warm_up` prompts of other orders of the chunks, untimed, then the batch.
 
     Prompts are laid out after that, unless they are ``laid_out``.
     """
