@@ -164,12 +164,8 @@ class SaveLayoutCallback(TrainerCallback):
         """Raises ValueError if the model would ignore the layout, or began with another one."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
-        # A checkpoint keeps the state, so a run that continues brings what it began with. Older
-        # checkpoints have it in their folder.
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        old = AdapterInfo.load(folder).to_dict() if (folder / INFO_FILE).is_file() else self._served
-        first = {name: old[name] for name in self._served}
-        before = state.stateful_callbacks.setdefault("blocktune", first)
+        # A checkpoint keeps the state, so a run that continues brings what it began with.
+        before = state.stateful_callbacks.setdefault("blocktune", self._served)
         for name, new in self._served.items():
             if (old := before[name]) != new:
                 raise ValueError(
@@ -186,8 +182,8 @@ class SaveLayoutCallback(TrainerCallback):
         self._watch.remove()
         if not self._has_layout:
             raise ValueError(
-                "no batch had a layout, so this run would train plain attention; pass "
-                "data_collator=collator, in a trainer that gives the model all its inputs"
+                "no batch had a layout; pass data_collator=collator, in a trainer that gives the "
+                "model all its inputs"
             )
 
 
@@ -223,10 +219,8 @@ class StagedSaving(Trainer):
             self.accelerator.wait_for_everyone()
             result = super().train(resume_from_checkpoint, **kwargs)
         if not self.state.global_step:
-            raise ValueError(
-                f"nothing was trained: {len(self.train_dataset)} rows are less than one batch, "
-                "which dataloader_drop_last drops; leave it out"
-            )
+            rows = f"{len(self.train_dataset)} rows are less than one batch"
+            raise ValueError(f"nothing was trained: {rows}; leave out dataloader_drop_last")
         return result
 
     def _continue_from(self, named: str | bool) -> None:
@@ -254,10 +248,7 @@ class StagedSaving(Trainer):
         if best is not None and best.is_dir():
             self._earlier_best = str(best)
         elif best is not None and self.args.load_best_model_at_end:
-            raise ValueError(
-                f"the best checkpoint, '{best}', is not there; restore it, or set "
-                "load_best_model_at_end: false"
-            )
+            raise ValueError(f"the best checkpoint, '{best}', is not there; restore it")
 
     def _init_training_state(self, *args: Any) -> Any:
         done = super()._init_training_state(*args)
@@ -285,17 +276,16 @@ class StagedSaving(Trainer):
         self.accelerator.wait_for_everyone()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        is_best = self.state.best_model_checkpoint == str(run_dir / STAGING / name)
-        if is_best:
-            self.state.best_model_checkpoint = str(run_dir / name)
+        staged, target = run_dir / STAGING / name, run_dir / name
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(target)
         if self.args.should_save:
-            if is_best:
-                self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             self._remove_earlier(run_dir)
-            move_folder(run_dir / STAGING / name, run_dir / name)
-            others = [p.stat().st_mtime for p in run_dir.glob("checkpoint-*") if p.name != name]
-            if (run_dir / name).stat().st_mtime <= (newest := max(others, default=0.0)):
-                os.utime(run_dir / name, (newest + 1, newest + 1))  # by a clock that was ahead
+            move_folder(staged, target)
+            others = [p.stat().st_mtime for p in run_dir.glob("checkpoint-*") if p != target]
+            if target.stat().st_mtime <= (newest := max(others, default=0.0)):
+                os.utime(target, (newest + 1, newest + 1))  # by a clock that was ahead
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -336,20 +326,19 @@ class StagedSaving(Trainer):
         files.complete(model, self.processing_class, folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        model = self.model if model is None else model
         if _has_model(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_links(resume_from_checkpoint, model)
+        self._load_links(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if _has_model(best):
             super()._load_best_model()
-        self._load_links(best, self.model)
+        self._load_links(best)
         self._best = True
 
-    def _load_links(self, folder: str, model: nn.Module) -> None:
-        table = links.installed_links(self.accelerator.unwrap_model(model))
+    def _load_links(self, folder: str) -> None:
+        table = links.installed_links(self.accelerator.unwrap_model(self.model))
         if table is not None:
             weight, saved = table.weight, links.load_links(folder).weight
             with torch.no_grad():

@@ -25,7 +25,6 @@ from blocktune.training.config import ObjectiveOptions
 
 EPSILON = 1e-9
 
-
 TeacherProbs = tuple[Tensor, Tensor | None]
 """Log-probabilities ``(T, k)`` float32 of token ids ``(T, k)``; None: of the whole vocabulary."""
 
@@ -99,8 +98,8 @@ def find_teacher(
     if not base_is_kept:
         raise ValueError(
             "distill_teacher 'self' is the model with its adapter off, which is not the base after "
-            "full fine-tuning, with a trained bias, or with LoRA that starts by changing the base "
-            "(PiSSA); set use_peft or freeze_base, leave those out, or name another model"
+            "full fine-tuning, with a trained bias or with PiSSA; name another model, or set "
+            "use_peft or freeze_base without those"
         )
     return as_teacher
 
@@ -120,8 +119,8 @@ def _load(options: ObjectiveOptions, student: nn.Module, tokenizer) -> nn.Module
     for part, value in expected.items() if options.matches_states else ():
         if actual[part] != value:
             raise ValueError(
-                f"distill_states: {states} compares layer by layer, but the {part} of "
-                f"'{name}' is {actual[part]}, the student's {value}; set distill_states: none"
+                f"distill_states: the {part} of '{name}' is {actual[part]}, the student's "
+                f"{value}; set distill_states: none"
             )
     attach(teacher)
     return teacher.eval().requires_grad_(False)
@@ -131,13 +130,10 @@ def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
     layers = {"number of layers": config.num_hidden_layers}
     if states == "hidden":
         return layers | {"width": config.hidden_size}
-    return layers | {
-        "number of key heads": config.num_key_value_heads,
-        "width of a head": getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
-        # Keys are moved to the teacher's positions with the student's RoPE.
-        "RoPE": config.rope_parameters,
-    }
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Keys are moved to the teacher's positions with the student's RoPE.
+    kv = {"width of a head": width, "RoPE": config.rope_parameters}
+    return layers | {"number of key heads": config.num_key_value_heads} | kv
 
 
 States = dict[int, tuple[Tensor, ...]]
@@ -190,7 +186,7 @@ def state_errors(student: States, teacher: States, shift: Tensor, rope: RopeSpec
     if torch.is_grad_enabled() and not any(own[0].requires_grad for own in student.values()):
         raise ValueError(
             "distill_states 'kv' gets no gradient under re-entrant activation checkpointing; set "
-            "gradient_checkpointing_kwargs: {use_reentrant: false}, or distill_states: hidden"
+            "gradient_checkpointing_kwargs: {use_reentrant: false}"
         )
     errors: list[Tensor] = []
     for layer, own in student.items():

@@ -46,26 +46,23 @@ def refuse_late_failures(args: SFTConfig) -> None:
         try:
             callback()
         except (RuntimeError, ImportError) as error:
-            raise ValueError(
-                f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
-                "report_to: none"
-            ) from None
+            reason = f"report_to: {name} cannot be used ({str(error).strip()})"
+            raise ValueError(f"{reason}; install it, or set report_to: none") from None
     kind, given = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {})
     optimizer = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
     try:
         get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=given)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"lr_scheduler_type '{kind.value}' does not fit lr_scheduler_kwargs {given}: {error}"
-        ) from None
+        what = f"lr_scheduler_type '{kind.value}' does not fit lr_scheduler_kwargs {given}"
+        raise ValueError(f"{what}: {error}") from None
 
 
 def refuse_test(source: str, split: str | None = None) -> None:
     """Raises ValueError for a test split, which is reserved for evaluation."""
     if is_test_split(source, split):
         raise ValueError(
-            f"'{source}' is a test split; train on another one, such as 'worlds:train' or "
-            "'?split=train' (if it is not a test split, rename the file)"
+            f"'{source}' is a test split; train on another one, such as '?split=train' (if it is "
+            "none, rename the file)"
         )
 
 
@@ -76,26 +73,24 @@ def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) ->
     evaluates = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
     if source and not evaluates:
         raise ValueError(
-            f"eval_data '{source}' would never be used, since eval_strategy is 'no'; set "
-            "eval_strategy: epoch, steps with eval_steps, or eval_on_start"
+            f"eval_data '{source}' would never be used, since eval_strategy is 'no'; set it to "
+            "epoch or steps"
         )
     if evaluates and not source:
         raise ValueError("evaluation needs questions; name their source in eval_data")
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if args.freeze_base and quantised:
         raise ValueError(
-            "freeze_base trains only learned tokens, but transformers cannot train a quantized "
-            "base without an adapter; set use_peft: true, or load the base unquantized"
+            "freeze_base: transformers cannot train a quantized base without an adapter; set "
+            "use_peft: true, or load the base unquantized"
         )
-    if choice.attn_implementation is not None:
+    if (kind := choice.attn_implementation) is not None:
         raise ValueError(
-            f"attn_implementation '{choice.attn_implementation}' does not support layouts; leave "
-            "it out and choose attention_execution: split, flex or dense"
+            f"attn_implementation '{kind}' does not support layouts; set attention_execution"
         )
     if quantised and choice.dtype in (None, "auto"):
         raise ValueError(
-            "a quantized base needs an explicit dtype to compute in; set dtype: bfloat16 "
-            "(on GPUs) or dtype: float32 (on CPUs)"
+            "a quantized base needs a dtype to compute in; set dtype: bfloat16 (GPU) or float32"
         )
 
 
@@ -104,23 +99,19 @@ def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
     limit = config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None
     if limit is not None and (args.pack_length or 0) > limit:
         raise ValueError(
-            f"pack_length must be at most {limit:,} for this model, got {args.pack_length:,}: it "
-            "scales queries by their index in a row, so later prompts would be trained otherwise"
+            f"pack_length must be at most {limit:,}, got {args.pack_length:,}: this model scales "
+            "queries by their index in a row"
         )
 
 
 def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
     """Raises ValueError for a launch that would train otherwise than it was asked to.
 
-    Context and sequence parallelism ignore the layout's mask. Processes that do not train together
-    would overwrite each other's files.
+    Context and sequence parallelism ignore the layout's mask.
     """
     for kind in ("cp", "sp"):
         if getattr(accelerator.parallelism_config, f"{kind}_enabled", False):
-            raise ValueError(
-                f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
-                f"set {kind}_size to 1"
-            )
+            raise ValueError(f"{kind}_size > 1 drops the layout's mask; set {kind}_size to 1")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
@@ -129,14 +120,14 @@ def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
         )
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
         raise ValueError(
-            "the launcher asked for DeepSpeed, but the Trainer runs without it; launch with "
-            "recipes/accelerate/zero2.yaml and set no deepspeed option in the recipe"
+            "the launcher asked for DeepSpeed, but the Trainer runs without it; use "
+            "recipes/accelerate/zero2.yaml, and no deepspeed option in the recipe"
         )
     uses_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not uses_fsdp:
         raise ValueError(
-            "the launcher asked for FSDP, which accelerate supports only on GPUs: on CPUs it would "
-            "train with plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
+            "the launcher asked for FSDP, which accelerate supports only on GPUs; use "
+            "recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
         )
 
 
@@ -165,9 +156,7 @@ def wait_for_builds() -> None:
         while _is_held(lock):
             time.sleep(1)
         if lock.exists():
-            raise ValueError(
-                f"a build of DeepSpeed's operators was stopped and left its lock: rm '{lock}'"
-            )
+            raise ValueError(f"a build of DeepSpeed was stopped and left its lock: rm '{lock}'")
 
 
 def _is_held(lock: Path) -> bool:

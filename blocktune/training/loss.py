@@ -77,8 +77,8 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
     output = planned_forward(model, ids, positions, plan, logits_to_keep=keep, **options)
     if output.logits.shape[1] != keep.numel():
         raise ValueError(
-            f"the model returned logits of {output.logits.shape[1]} rows, {keep.numel()} were "
-            "requested; its forward must support logits_to_keep, as transformers' decoders do"
+            f"the model returned logits of {output.logits.shape[1]} rows, not {keep.numel()}; its "
+            "forward must support logits_to_keep"
         )
     targets = targets[:, keep]
     is_answer = targets != IGNORED

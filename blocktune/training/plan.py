@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.attention.kernels import FEW_SCORES
@@ -24,15 +23,12 @@ from blocktune.tables import Table, written
 from blocktune.training.launch_checks import say
 
 ADAM_BYTES = 8  # two float32 moments per trainable parameter
+# Tensors that a layer keeps for backward, an estimate: of the model's width (norms, q, k, v,
+# output, residuals, their upcasts), and of the feed-forward width (gate, up, activation, product).
 HIDDEN_COPIES, FFN_COPIES = 12, 4
-"""Tensors that a layer keeps for backward: of the model's width (norms, q, k, v, output, residuals
-and their upcasts), and of the feed-forward width (gate, up, activation, product). An estimate."""
-NORMS = 2
-"""Norms of a layer, whose inputs are kept in float32, too, if the layer computes in less."""
-LOGIT_BYTES = 12
-"""Per answer row and vocabulary entry: logits, their log-softmax and its gradient, in float32."""
-SCORE_BYTES = 6
-"""Per attention score that is kept on a CPU: its weight in float32, and in bfloat16."""
+NORMS = 2  # of a layer; their inputs are kept in float32, too, if the layer computes in less
+LOGIT_BYTES = 12  # per answer row and vocabulary entry: logits, log-softmax, gradient in float32
+SCORE_BYTES = 6  # per attention score that is kept on a CPU: its weight in float32 and bfloat16
 EFFICIENCY = 0.4  # share of the measured matmul rate that a training step is expected to reach
 
 
@@ -149,8 +145,7 @@ class Speedometer:
         speed = (tokens - old_tokens) / elapsed
         left = (last_step - step) * elapsed / max(step - old_step, 1)
         mfu = speed * self.flops_per_token / self.rate
-        rates = {"tokens_per_second": speed, "mfu": mfu, "eta_s": left}
-        return rates if mfu <= 1 else {k: v for k, v in rates.items() if k != "mfu"}
+        return {"tokens_per_second": speed, "eta_s": left} | ({"mfu": mfu} if mfu <= 1 else {})
 
 
 def make_plan(trainer: Trainer) -> dict[str, str]:
@@ -162,11 +157,10 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     size, examples, limit = trainer.size, prepared.num_examples, trainer.exact_tokens
     rows = zip(prepared.dataset["length"], prepared.dataset["answer_length"], strict=True)
     lengths = [length for length, answer in rows if answer]
-    mean = sum(lengths) / len(lengths)
-    per_rank = math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
-    per_epoch = math.ceil(per_rank / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    mean, held_out = sum(lengths) / len(lengths), trainer.eval_dataset
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_epoch = math.ceil(len(lengths) / batch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     flops = trainer.speed.flops_per_token * mean * batch * steps * trainer.collator.row_growth
     packed = f"{len(lengths):,} packed rows, " if len(lengths) != examples else ""
     trained = f"{size.trainable:,} of {size.parameters:,} ({size.trainable / size.parameters:.2%})"
@@ -188,7 +182,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",
         "steps": f"{steps:,}",
-        "evaluation": _evaluation(trainer),
+        "evaluation": held_out and f"{sum(map(bool, held_out['answer_length'])):,} rows",
         "peak memory": f"about {peak} per process, unsharded",
         "time": f"about {time_s}; the log shows the measured time",
     }
@@ -200,18 +194,6 @@ def _dtype(trainer: Trainer) -> str:
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     stored = quantization_of(model) or str(model.dtype).removeprefix("torch.")
     return stored if computed in (None, stored) else f"{stored}, computed in {computed}"
-
-
-def _evaluation(trainer: Trainer) -> str | None:
-    args, rows = trainer.args, trainer.eval_dataset
-    if rows is None:
-        return None
-    when = {
-        IntervalStrategy.NO: "before the first step",
-        IntervalStrategy.EPOCH: "every epoch",
-        IntervalStrategy.STEPS: f"every {args.eval_steps or 0:g} steps",
-    }[args.eval_strategy]
-    return f"{sum(1 for count in rows['answer_length'] if count):,} rows, {when}"
 
 
 def expected_peak(trainer: Trainer) -> float:
@@ -328,14 +310,13 @@ def _line(state, logs) -> str:
     words = [
         f"step {state.global_step:>5}/{state.max_steps}",
         f"loss {float(logs['loss']):.4f}",
+        *([f"KL {float(logs['divergence']):.4f}"] if "divergence" in logs else []),
         f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}",
         f"lr {float(logs['learning_rate']):.2e}",
         f"{logs['tokens_per_second']:,.0f} tokens/s",
         *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
         f"{duration(logs['eta_s'])} left",
     ]
-    if "divergence" in logs:
-        words.insert(2, f"KL {float(logs['divergence']):.4f}")
     return "  ".join(words)
 
 

@@ -19,40 +19,32 @@ from blocktune.methods.select.layers import compared
 from blocktune.parsing import parse_yaml
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Prompt
+from blocktune.registry import require_one_of
 
+TRAINABLE = ("first-k", "random", "deviation")
+"""Selectors that choose once, before the first layer or at a check layer."""
 _BUDGETS = ("ratio", "share", "k", "last")
 """Parameters of selectors that a share of the tokens replaces."""
 
 
 @dataclass(frozen=True)
 class RecomputeSampler:
-    """Chooses the fresh tokens of a prompt by a selector of `blocktune.methods.select`.
-
-    Raises ValueError if the shares are out of range, or the selector needs more than one layer.
-    """
+    """Chooses the fresh tokens of a prompt by one of the selectors `TRAINABLE`."""
 
     selection: Selection  # the selector; its budget is set per prompt
     low: float = 0.15  # smallest share of context tokens
     high: float = 0.15  # largest share; each prompt's share is drawn between the two
 
-    def __post_init__(self):
-        if not 0.0 <= self.low <= self.high <= 1.0:
-            raise ValueError(
-                f"recompute_min and recompute_max must be shares with min <= max, got {self.low} "
-                f"and {self.high}"
-            )
-        self.selection.with_budget(self.low)  # raises ValueError if it has no share to set
-        runs_model = type(self.selection).begin is not Selection.begin
-        if runs_model or self.selection.watches_chunks:
-            raise ValueError(
-                f"recompute '{SELECTORS.name_of(self.selection)}' runs the model on a served "
-                "prompt; training supports first-k, random and deviation"
-            )
-
     @classmethod
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
         """Builds a sampler from text such as ``deviation check_layer=2 by=values``."""
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(
+                "recompute_min and recompute_max must be shares with min <= max, got "
+                f"{low} and {high}"
+            )
         name, *words = text.split() or [""]
+        require_one_of("recompute", name, TRAINABLE)
         parameters = {}
         for word in words:
             key, _, value = word.partition("=")
@@ -60,11 +52,13 @@ class RecomputeSampler:
                 raise ValueError(f"recompute must be a selector and KEY=VALUE pairs, got '{text}'")
             if key in _BUDGETS:
                 raise ValueError(
-                    f"recompute: '{word}' has no effect, since recompute_min and recompute_max set "
-                    "how many tokens are chosen; leave it out"
+                    f"recompute: '{word}' has no effect; set recompute_min and recompute_max"
                 )
             parameters[key] = parse_yaml(value, f"recompute {key}")
-        return cls(SELECTORS.build(name, **parameters), low, high)
+        selection = SELECTORS.build(name, **parameters)
+        if selection.keeps_keys or selection.sees_future:
+            raise ValueError("recompute: keeps_keys and sees_future are for serving only")
+        return cls(selection, low, high)
 
     def selector(self, share: float, draw: random.Random | None = None) -> Selection:
         """The selector for one prompt. A random selector gets its seed from ``draw``."""
@@ -76,23 +70,14 @@ class RecomputeSampler:
     def check_layer(self, num_layers: int) -> int | None:
         """The layer at which the selector chooses, or None if it chooses beforehand.
 
-        Raises ValueError if it chooses more than once, or the model has too few layers for it.
+        Raises ValueError if the model has too few layers for it.
         """
-        selection = self.selection
-        if selection.min_layers > num_layers:
+        if (needed := self.selection.min_layers) > num_layers:
             raise ValueError(
-                f"recompute '{SELECTORS.name_of(selection)}' needs a model of at least "
-                f"{selection.min_layers} layers, this one has {num_layers}; lower its check_layer"
+                f"recompute needs a model of at least {needed} layers, this one has {num_layers}; "
+                "lower its check_layer"
             )
-        checks = selection.checks(num_layers)
-        keeps_states = selection.keeps_keys or selection.sees_future
-        if len(checks) > 1 or selection.widens(num_layers) or keeps_states:
-            raise ValueError(
-                f"recompute '{SELECTORS.name_of(selection)}' chooses at several layers, or keeps "
-                "states of rows that it drops; training supports a choice before the first layer "
-                "(first-k, random) or at one layer (deviation)"
-            )
-        return checks[0] if checks else None
+        return next(iter(self.selection.checks(num_layers)), None)
 
 
 def with_fresh_rows(prompt: Prompt, chosen: Tensor, until: int = FOREVER) -> Prompt:

@@ -107,8 +107,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     finder.error = parser.error
     given, rest = finder.parse_known_args(list(argv))
     unknown = parser.set_defaults_from(given.config) if given.config is not None else []
-    unknown += parser.parse_known_args(rest)[1]
-    if unknown:
+    if unknown := unknown + parser.parse_known_args(rest)[1]:
         name = next((word for word in unknown if word.startswith("--")), unknown[0])
         names = [action.dest for action in parser._actions]
         close = difflib.get_close_matches(name.lstrip("-"), names, n=1)
@@ -137,10 +136,18 @@ def train(
     """
     data, args, choice = parse(argv)
     atexit.register(_close_process_group)
-    repo = checked_repo(args, choice.model_name_or_path, publisher)
+    pushes, repo, token = args.push_to_hub, args.hub_model_id, args.hub_token
+    if pushes:
+        if publisher is None or not repo:
+            raise ValueError(
+                "push_to_hub needs hub_model_id: USER/NAME, and a program that publishes: "
+                "`blocktune train` or recipes/train.py"
+            )
+        publisher.check(repo, choice.model_name_or_path, args.layout, token)
+        args.push_to_hub = False  # the Trainer would push without a check
     folder = _train(data, args, choice, callbacks)
-    if repo and folder and os.environ.get("RANK", "0") == "0":
-        publisher.publish(folder, repo, bool(args.hub_private_repo), args.hub_token)
+    if pushes and folder and os.environ.get("RANK", "0") == "0":
+        publisher.publish(folder, repo, bool(args.hub_private_repo), token)
     return folder
 
 
@@ -173,7 +180,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         launch_checks.wait_for_builds()
-    with resume.leaving_no_empty_folder(folder), resume.stoppable(folder, args.overwrite):
+    with resume.stoppable(folder, args.overwrite):
         trainer = build(data, args, choice, callbacks)
         if trainer.is_world_process_zero():
             print_plan(make_plan(trainer))
@@ -298,34 +305,3 @@ def samples_of(
         fix = "set block_share: 0" if args.has_block else "leave it out"
         raise ValueError(f"block_share contradicts the modes of the mixture; {fix}")
     return samples
-
-
-_PUSH_OPTIONS = {
-    "hub_strategy": ("every_save", "end"),  # the default of transformers, and the actual strategy
-    "hub_always_push": (False,),
-    "hub_revision": (None,),
-}
-"""Options of transformers' own push that a single push at the end would ignore."""
-
-
-def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Any) -> str | None:
-    """The repository to push a run to, or None. Resets ``push_to_hub``.
-
-    The Trainer would push without a check. Raises ValueError if the options cannot be followed.
-    """
-    if not args.push_to_hub:
-        return None
-    if publisher is None or not args.hub_model_id:
-        raise ValueError(
-            "push_to_hub needs hub_model_id: USER/NAME, and a program that publishes: "
-            "`blocktune train` or recipes/train.py"
-        )
-    for name, accepted in _PUSH_OPTIONS.items():
-        if (value := getattr(args, name)) not in accepted:
-            raise ValueError(
-                f"{name}: {getattr(value, 'value', value)} is not supported, since push_to_hub "
-                "pushes once, after the run, to the main branch; leave it out"
-            )
-    publisher.check(args.hub_model_id, base_model, args.layout, args.hub_token)
-    args.push_to_hub = False
-    return args.hub_model_id

@@ -97,10 +97,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         if not isinstance(args, BlockSFTConfig):
             raise ValueError(f"args must be a BlockSFTConfig, got {type(args).__name__}")
         if args.push_to_hub:
-            raise ValueError(
-                "push_to_hub: a trainer would push without blocktune.json; leave it out and run "
-                "`blocktune push`, or set it for `blocktune train`"
-            )
+            raise ValueError("push_to_hub is for `blocktune train`; here use `blocktune push`")
         if train_dataset is None:
             raise ValueError("train_dataset is missing; pass rows with question, chunks, answers")
         if isinstance(model, str):
@@ -148,8 +145,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         full = prepared.num_examples - prepared.num_block
         if args.scope == "encode" and full:
             raise ValueError(
-                f"scope 'encode' trains on rows of chunks, but {full:,} examples in full attention "
-                "have none; set block_share: 1.0 without both_modes, or another scope"
+                f"scope 'encode' trains on rows of chunks, which {full:,} examples in full "
+                "attention lack; set block_share: 1.0, or another scope"
             )
         origin = provenance(args.seed) | {
             "data_sets": dict(prepared.data_sets),
@@ -184,9 +181,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def _prepare(self, rows: Rows, batch: int, pack_length: int | None = None) -> Prepared:
         args = self.args
         if isinstance(rows, str | Mapping):
+            got = type(rows).__name__
             raise ValueError(
-                f"a dataset must be rows, got {type(rows).__name__}; pass one split "
-                "(dataset['train']), or load_examples(PATH)"
+                f"a dataset must be rows, got {got}; pass one split (dataset['train'])"
             )
         samples, left_out = [], Counter()
         for index, row in enumerate(rows):
@@ -201,9 +198,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
                 raise ValueError(f"row {index} of the dataset: {error}") from None
         for reason, count in left_out.items():
             logger.warning("%d rows are left out: %s", count, reason)
-        if left_out and not samples:
-            reason, total = left_out.most_common(1)[0][0], left_out.total()
-            raise ValueError(f"no example to train on: all {total} rows are left out: {reason}")
         if not (isinstance(rows, list) and rows and isinstance(rows[0], Sample)):
             samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
         return prepare(
@@ -323,25 +317,20 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 def _checked_collator(
     collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> BlockDataCollator:
-    collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
+    plain = BlockDataCollator(tokenizer)
+    collator = plain if collator is None else collator
     if not isinstance(collator, BlockDataCollator):
         name = type(collator).__name__
         raise ValueError(f"data_collator must be a BlockDataCollator, got {name}")
-    if collator.layout != args.layout:
-        raise ValueError(
-            f"data_collator has {collator.layout}, but the configuration has {args.layout}; "
-            "make the collator with layout=args.layout"
-        )
-    names = ("augmentation", "sampler", "has_teacher", "seed", "max_length")
+    names = ("layout", "augmentation", "sampler", "has_teacher", "seed", "max_length")
     own = {name: getattr(args, name) for name in names}
-    plain = BlockDataCollator(tokenizer)
     for name, value in own.items():
         if getattr(collator, name) not in (value, getattr(plain, name)):
             raise ValueError(
                 f"data_collator has {name} {getattr(collator, name)}, but the configuration has "
                 f"{value}; set it in the configuration"
             )
-    own |= {"max_length": None}  # the trainer drops or refuses longer rows before
+    own["max_length"] = None  # the trainer drops or refuses longer rows before
     if args.attention_execution == "flex":
-        own |= {"row_multiple": BLOCK}
+        own["row_multiple"] = BLOCK
     return replace(collator, num_tokens=num_tokens, **own)

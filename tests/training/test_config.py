@@ -103,7 +103,7 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"num_links": 1, "link_table": "chunk"}, "needs max_chunks"),
         ({"num_links": 1, "num_trailers": 1}, "no method serves an adapter with link tokens and"),
         ({"block_dropout": 0.1, "shared_prefix": True}, "drop it or shared_prefix"),
-        ({"position_jitter": 3, "placement": "parallel"}, "puts them at the same positions"),
+        ({"position_jitter": 3, "placement": "parallel"}, "does not fit placement 'parallel'"),
         ({"distill_states": "all"}, "distill_states: invalid choice: 'all'"),
         ({"mixture": "mix.yaml"}, "a mixture has its own sources"),
         ({"titled": "{title}"}, "format: 'titled' must hold {text} and {title}"),

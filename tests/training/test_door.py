@@ -252,7 +252,7 @@ def distilled() -> BlockSFTConfig:
         ({"train_dataset": dict}, r"rows, got dict; pass one split \(dataset\['train'\]\)"),
         (
             {"data_collator": lambda: BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=1))},
-            "num_links=1.*layout=args.layout",
+            "num_links=1.*set it in the configuration",
         ),
         ({"data_collator": lambda: BlockDataCollator(toy_tokenizer(), seed=5)}, "has seed 5"),
         (
