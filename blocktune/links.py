@@ -27,11 +27,10 @@ NOISE = 0.1  # of new rows around the mean embedding, in standard deviations of 
 
 
 class LinkTable(nn.Embedding):
-    """Embeddings of learned tokens; ``weight`` is ``(num_links, hidden)``.
+    """Embeddings of links, headers and trailers; ``weight`` is ``(num_links, hidden)``.
 
-    At least one, in the order of `LayoutSpec`: links, headers, trailers. If a model scales
-    embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it scales them after
-    the lookup (Gemma 2, Granite), it scales these rows, too.
+    If a model scales embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it
+    scales them after the lookup (Gemma 2, Granite), it scales these rows, too.
     """
 
     @classmethod
@@ -65,17 +64,15 @@ def links_to_train(model: PreTrainedModel, num_links: int, seed: int = 0) -> Lin
     if table.num_embeddings != num_links:
         raise ValueError(
             f"the model has {table.num_embeddings} trained link, header and trailer tokens, and "
-            f"this layout {num_links}; train on with the layout in its blocktune.json, or remove "
-            f"{LINKS_FILE} from its folder"
+            f"this layout {num_links}; use its layout, or remove its {LINKS_FILE}"
         )
     return table.float()
 
 
 def install_links(model: PreTrainedModel, table: LinkTable) -> None:
-    """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``.
+    """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``, a submodule of its base.
 
     Install links after PEFT has wrapped the model, because PEFT replaces embeddings that it trains.
-    The table becomes a submodule of the base, which DDP, ZeRO and ``.to()`` handle like others.
 
     Raises ValueError if links are installed already, the width differs, or the model has a second
     embedding table for the same ids (Gemma 3n), which cannot look up virtual ids.
@@ -85,14 +82,11 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
         raise ValueError("this model has link tokens installed already; load the base again")
     rows, width = table.weight.shape[1], whole_shape(embedding.weight)[1]
     if rows != width:
-        raise ValueError(
-            f"link rows are {rows} wide, this model's embeddings {width}; the links were trained "
-            "for another base"
-        )
+        raise ValueError(f"link rows are {rows} wide, this model's embeddings {width}")
     if any(other.num_embeddings >= first for other in _other_tables(base)):
         raise ValueError(
-            f"{type(base).__name__} looks token ids up in more than one table, so link ids outside "
-            "the vocabulary cannot work; use link_mode 'added_tokens'"
+            f"{type(base).__name__} looks token ids up in more than one table; use link_mode "
+            "'added_tokens'"
         )
     table.to(embedding.weight.device)
     base.add_module(LINKS_MODULE, table)
@@ -149,9 +143,8 @@ def add_link_tokens(
 ) -> range:
     """Adds real tokens ``<|link_0|>`` ... instead of a table. Call it before PEFT wraps the base.
 
-    A loader makes the rows that training started from: those of `new_links` for ``seed``, or the
-    ``rows`` ``(num_links, hidden)`` of a trained table. The base is resized if its embedding has no
-    room. Train with PEFT's ``trainable_token_indices``; save with ``save_embedding_layers=False``.
+    Their embeddings are those of `new_links` for ``seed``, or the ``rows`` ``(num_links, hidden)``
+    of a trained table. The base is resized if it has no room.
 
     Returns the ids; the first is the prompt's ``link_base``. ValueError: they are not contiguous.
     """

@@ -31,9 +31,7 @@ LINK_MODES = ("table", "added_tokens")
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """The contents of ``blocktune.json``, which serving needs.
-
-    Serving must use the layout and format of training.
+    """The contents of ``blocktune.json``: serving must use the layout and format of training.
 
     Raises ValueError if the link mode or the scope is unknown.
     """
@@ -97,7 +95,7 @@ class AdapterInfo:
         if self.scope != scope_of(model):
             raise ValueError(
                 f"the adapter has scope '{self.scope}' and the model '{scope_of(model)}'; call "
-                "blocktune.adapter.attach_links on PEFT's model (a merged model cannot be used)"
+                "blocktune.adapter.attach_links on PEFT's unmerged model"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,10 +124,8 @@ class AdapterInfo:
         values = dict(mapping(load_json(path), str(path)))
         version = values.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:  # first, since another version may have other keys
-            raise ValueError(
-                f"{path}: this blocktune reads adapter format {FORMAT_VERSION}, got {version}; "
-                "update blocktune or train the adapter again"
-            )
+            wanted = f"adapter format {FORMAT_VERSION}, got {version}"
+            raise ValueError(f"{path}: this blocktune reads {wanted}; update blocktune")
         for name, spec in (("layout", LayoutSpec), ("format", PromptFormat)):
             if name in values:
                 values[name] = spec.from_dict(values[name])

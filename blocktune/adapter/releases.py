@@ -43,14 +43,14 @@ class Release:
             if actual != expected:
                 raise ValueError(
                     f"'{self.repository}' was trained with {token} as id {expected}, this "
-                    f"tokenizer has {actual}; load the tokenizer that was released with the model"
+                    f"tokenizer has {actual}; load the released one"
                 )
         rows = model.get_input_embeddings().weight.shape[0]
         last = self.tokens[self.link_token] + self.layout.num_learned - 1 if self.link_token else 0
         if last >= rows:
             raise ValueError(
-                f"'{self.repository}' has link tokens up to id {last}, this model has embeddings "
-                f"of {rows} tokens; load the released weights"
+                f"'{self.repository}' has link tokens up to id {last}, this model embeds {rows} "
+                "tokens; load the released weights"
             )
         tokenizer.chat_template = self.chat_template
         if not self.begins_with_bos:

@@ -41,12 +41,11 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     for name in filter_repo_objects(names, allow_patterns=_OF_A_CHECKPOINT):
         raise ValueError(
             f"'{folder}' is a checkpoint to resume from (it contains '{name}'); push the "
-            f"finished adapter, '{folder.parent}', or a copy without *.pt and *.pth"
+            f"finished adapter, '{folder.parent}'"
         )
     for name in filter_repo_objects(names, allow_patterns=PICKLES, ignore_patterns=_OF_THE_RUN):
         raise ValueError(
-            f"'{folder}' contains '{name}', a pickle, which can run code when it is loaded; "
-            "save its weights as safetensors and remove it"
+            f"'{folder}' contains '{name}', a pickle, which can run code; save safetensors instead"
         )
     published = filter_repo_objects(names, allow_patterns=PUBLISHED)
     files: dict[str, Source] = {name: folder / name for name in published}
@@ -58,9 +57,9 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     public_info = replace(info, base_model=OWN_WEIGHTS if whole else base, training=training)
     changed = {INFO_FILE: public_info.to_dict()}
     if PEFT_FILE in files:
-        base_fields = {"base_model_name_or_path": base, "revision": info.base_revision}
         config = mapping(load_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
-        changed[PEFT_FILE] = {**config, **base_fields}
+        own = {"base_model_name_or_path": base, "revision": info.base_revision}
+        changed[PEFT_FILE] = {**config, **own}
     for name, values in changed.items():
         files[name] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
     return files
@@ -92,11 +91,10 @@ def prepare(
     device: str | None = None,
     token: str | None = None,
 ) -> Publication:
-    """Checks an adapter's folder and collects the files to publish, without sending them.
+    """Checks an adapter's folder on a base, and collects the files to publish.
 
-    The check runs on the base ``model`` (default: the adapter's own). Raises ValueError if it
-    fails, the base or its licence is unknown, the folder is not an adapter or has pickled weights,
-    or the results are of another adapter.
+    Raises ValueError if the check fails, the base or its licence is unknown, the folder is not an
+    adapter or has pickled weights, or the results are of another adapter.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
@@ -114,8 +112,7 @@ def prepare(
         first = failed[0]
         raise ValueError(
             f"'{folder}' is not pushed: {len(failed)} of {len(checks)} checks fail, first "
-            f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
-            "`blocktune check`"
+            f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e})"
         )
     text = card(repo, replace(info, quantization=quantize), base, facts, checks, *results)
     return Publication(repo, files | {CARD_FILE: text.encode()})
@@ -135,7 +132,7 @@ def send(publication: Publication, private: bool = False, token: str | None = No
     except (httpx.HTTPError, OSError) as error:
         raise ValueError(
             f"the Hub refused '{publication.repo}': {first_line(error)}; log in with `hf auth "
-            "login` or set HF_TOKEN to a token with write access"
+            "login`, or set HF_TOKEN"
         ) from None
 
 
@@ -165,27 +162,26 @@ def on_the_hub(name: str) -> str:
         if not Path(name).exists():
             return name
     raise ValueError(
-        f"the base is '{name}', which nobody else can load; name it: --base-model ORG/NAME"
+        f"the base is '{name}', which nobody else can load; run `blocktune push --base-model "
+        "ORG/NAME`"
     )
 
 
 def verify_base(base: str, info: AdapterInfo, token: str | None = None) -> None:
     """Raises ValueError if the Hub, if in reach, has no such base or one of other architecture."""
     revision = info.base_revision if base == info.base_model else None
+    fix = "name its base: --base-model ORG/NAME"
     try:
         file = HfApi(token=token).hf_hub_download(base, "config.json", revision=revision)
         found = architecture_of(read_config(str(Path(file).parent)))
     except (httpx.HTTPError, OSError, ValueError) as error:
-        missing = isinstance(error, RepositoryNotFoundError)
-        if not missing or isinstance(error, GatedRepoError):  # out of reach, or of another format
-            return
-        problem = f"the Hub has no model '{base}', or the token cannot read it"
-    else:
-        own = info.base_fingerprint.partition("-")[0]
-        if found == own or info.base_model == OWN_WEIGHTS:  # which has a vocabulary of its own
-            return
-        problem = f"'{base}' has another architecture than this adapter's base, {info.base_model}"
-    raise ValueError(f"{problem}; name its base: --base-model ORG/NAME")
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            reason = f"the Hub has no model '{base}', or the token cannot read it"
+            raise ValueError(f"{reason}; {fix}") from None
+        return  # out of reach, or of another format
+    is_whole = info.base_model == OWN_WEIGHTS  # with a vocabulary of its own
+    if found != info.base_fingerprint.partition("-")[0] and not is_whole:
+        raise ValueError(f"'{base}' has another architecture than '{info.base_model}'; {fix}")
 
 
 def license_of(base: str, token: str | None = None) -> str:
@@ -194,7 +190,8 @@ def license_of(base: str, token: str | None = None) -> str:
     with suppress(httpx.HTTPError, HFValidationError, OSError):
         data = HfApi(token=token).model_info(base).card_data
     if data is None or not data.license:
-        raise ValueError(f"the licence of '{base}' is not known; give one: --license apache-2.0")
+        fix = "run `blocktune push --license apache-2.0`, or whichever it has"
+        raise ValueError(f"the licence of '{base}' is not known; {fix}")
     return data.license
 
 
@@ -205,13 +202,7 @@ class Publisher:
         """Raises ValueError before a run if its adapter could not be published."""
         check_repo(repo, "hub_model_id")
         served_by(layout)
-        try:
-            license_of(on_the_hub(base_model), token)
-        except ValueError as error:
-            raise ValueError(
-                f"push_to_hub: {error} (an option of `blocktune push`: leave push_to_hub out and "
-                "push the finished adapter)"
-            ) from None
+        license_of(on_the_hub(base_model), token)
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
         """Checks and pushes in one process of a run; the others may have ended."""

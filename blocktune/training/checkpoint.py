@@ -49,10 +49,7 @@ def settings(args: TrainingArguments) -> dict[str, Any]:
 def adapter_info(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **fields: Any
 ) -> AdapterInfo:
-    """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
-
-    Call it before link tokens are added to model and tokenizer. ``fields`` are all others.
-    """
+    """The `AdapterInfo` of a model (bare or PEFT), before link tokens are added to it."""
     config = model.config.get_text_config()
     return AdapterInfo(
         base_model=model.config._name_or_path or model.config.model_type,
@@ -79,10 +76,7 @@ class AdapterFiles:
         return replace(self, info=info, config={**(config or {}), **self.config})
 
     def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
-        """Writes the trained weights of an unwrapped model, without links: adapter or full model.
-
-        ``state`` has the weights by name if those in ``model`` are sharded over processes.
-        """
+        """Writes the trained weights of an unwrapped model (by ``state`` if sharded), not links."""
         if hasattr(model, "peft_config"):
             # By default PEFT writes whole embeddings after a resize, not just the trained rows.
             options = {"save_embedding_layers": False, "selected_adapters": trained_adapters(model)}
@@ -99,10 +93,7 @@ class AdapterFiles:
         folder: Path,
         state: dict[str, Tensor] | None,
     ) -> None:
-        """Completes an adapter's folder: tokenizer, links, settings, and last ``blocktune.json``.
-
-        A fully trained model is its own base: its folder is both model and adapter.
-        """
+        """Adds tokenizer, links, settings, and last ``blocktune.json`` to an adapter's folder."""
         for name in trained_adapters(model):  # PEFT writes others than "default" one folder below
             if name != "default" and (folder / name).is_dir():
                 move_entries(folder / name, folder, last=PEFT_FILE)
@@ -188,10 +179,7 @@ class SaveLayoutCallback(TrainerCallback):
 
 
 class StagedSaving(Trainer):
-    """Saves adapters and checkpoints through a staging folder.
-
-    A checkpoint gets its name only after every rank has written its part.
-    """
+    """Saves through a staging folder: a checkpoint gets its name once every rank has written."""
 
     files: AdapterFiles
     _staging: bool = False

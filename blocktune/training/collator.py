@@ -105,11 +105,10 @@ class BlockDataCollator:
             records: Rows that `to_sample` can read, or rows of a prepared dataset (`prepare`).
 
         Returns:
-            ``input_ids``, ``labels`` and ``attention_mask`` (0 for padding; TRL counts tokens with
-            it) ``(B, S)``, and ``layout`` ``(B, S, fields)``. With a teacher also
-            ``teacher_input_ids``, ``teacher_labels`` and ``teacher_layout``. With a sampler that
-            chooses at a layer also ``shares`` ``(B, prompts)`` float64: the share of tokens of
-            each packed prompt that stays fresh above that layer, or `NO_SHARE`.
+            ``input_ids``, ``labels`` and ``attention_mask`` (0 for padding) ``(B, S)``, and
+            ``layout`` ``(B, S, fields)``. With a teacher the same as ``teacher_...``. With a
+            sampler that chooses at a layer also ``shares`` ``(B, prompts)`` float64: the share of
+            tokens of each packed prompt that stays fresh above that layer, or `NO_SHARE`.
 
         Raises ValueError if a row cannot be read, or is longer than ``max_length``.
         """
@@ -139,24 +138,24 @@ class BlockDataCollator:
             )
         text = json.dumps(record, sort_keys=True, default=repr)
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if key in self._parts:
-            return [self._parts[key]]
+        if (part := self._parts.get(key)) is None:
+            part = self._part_of(record, int.from_bytes(key[:4]))
+            if len(self._parts) < MAX_CACHED:
+                self._parts[key] = part
+        return [part]
+
+    def _part_of(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
             sample = to_sample(record, self.tokenizer, self.format)
         except LeftOut as reason:
             raise ValueError(
                 f"a row cannot be trained on ({reason}); drop it or give it 'documents'"
             ) from None
-        sample = sample._replace(block=self.layout.block)
         name = f"a row ('{sample.example.question:.40}')"
-        part = self._read(int.from_bytes(key[:4]), sample, name)
+        part = self._read(index, sample._replace(block=self.layout.block), name)
         if self.max_length is not None and part["length"] > self.max_length:
-            raise ValueError(
-                f"{name} has {part['length']} tokens, max_length is {self.max_length}; shorten it"
-            )
-        if len(self._parts) < MAX_CACHED:
-            self._parts[key] = part
-        return [part]
+            raise ValueError(f"{name} has {part['length']} tokens, max_length is {self.max_length}")
+        return part
 
     @property
     def reader(self) -> Callable[[int, Sample], dict[str, Any]]:
@@ -164,7 +163,6 @@ class BlockDataCollator:
         return self._read
 
     def _read(self, index: int, sample: Sample, name: str | None = None) -> dict[str, Any]:
-        """Random choices depend on ``index``; errors call the sample ``name``."""
         block, spec, fmt = sample.block, self.layout, sample.wording or self.format
         try:
             pieces = self._pieces(sample, fmt)
@@ -175,7 +173,7 @@ class BlockDataCollator:
                 spec.link_rows(len(pieces.chunks) - 1)  # raises if the last chunk has none
         except ValueError as error:
             raise ValueError(f"{name or name_of(index, sample)}: {error}") from None
-        num_added = spec.num_links + spec.num_headers + spec.num_trailers
+        added = spec.num_links + spec.num_headers + spec.num_trailers if block else 0
         turns = [{"query": _ids(query), "answer": _ids(reply)} for query, reply in pieces.followups]
         return {
             "prefix": _ids(pieces.prefix),
@@ -186,15 +184,14 @@ class BlockDataCollator:
             "teacher_prefix": _ids(plain),
             "block": block,
             "index": index,
-            "length": pieces.num_tokens + (num_added * len(pieces.chunks) if block else 0),
+            "length": pieces.num_tokens + added * len(pieces.chunks),
         }
 
     def _pieces(self, sample: Sample, fmt: PromptFormat) -> Pieces:
-        example, block = sample.example, sample.block
-        if sample.turns and not block and example.conversation:
-            messages = example.conversation
-            return conversation_pieces(self.tokenizer, fmt, messages, example.target)
-        fields = example.chunks, example.question, example.target, block, example.followups
+        own, block = sample.example, sample.block
+        if sample.turns and not block and own.conversation:
+            return conversation_pieces(self.tokenizer, fmt, own.conversation, own.target)
+        fields = own.chunks, own.question, own.target, block, own.followups
         return make_pieces(self.tokenizer, fmt, *fields)
 
     def _lay_out(self, part: Mapping[str, Any]) -> tuple[Prompt, Prompt | None, float]:

@@ -68,7 +68,7 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
         if (shape := next((shape for shape in SHAPES if shape.fits(row)), None)) is None:
             raise ValueError(
                 f"no known shape; the columns are {', '.join(map(str, row))}, wanted are question, "
-                "chunks and answers, or messages (or prompt and completion) with documents"
+                "chunks and answers, or messages with documents"
             )
         if shape.key == "blocktune":
             row = {key: value for key, value in row.items() if key in {*FIELDS, "answer"}}
@@ -148,13 +148,13 @@ def prepare(
             gap_note = f" less {gaps} for position_jitter" if gaps else ""
             raise ValueError(
                 f"{name_of(index, sample)} has {part['length']} tokens, the limit is {longest} "
-                f"(the smallest of pack_length, max_length and the model's own limit{gap_note}); "
-                "shorten it or set long_examples: drop"
+                f"(of pack_length, max_length and the model{gap_note}); shorten it or set "
+                "long_examples: drop"
             )
     if not parts:
         raise ValueError(
             f"no example to train on: of {len(samples)}, {num_dropped} had more than "
-            f"{min(limit, pack_length or limit)} tokens; check source, max_length and pack_length"
+            f"{min(limit, pack_length or limit)} tokens"
         )
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
     blank = _unanswered(min(parts, key=lambda part: part["length"]))

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
-from transformers import PreTrainedConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy
@@ -94,21 +93,8 @@ def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) ->
         )
 
 
-def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
-    """Raises ValueError if rows are packed beyond the length that Llama 4 treats alike."""
-    limit = config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None
-    if limit is not None and (args.pack_length or 0) > limit:
-        raise ValueError(
-            f"pack_length must be at most {limit:,}, got {args.pack_length:,}: this model scales "
-            "queries by their index in a row"
-        )
-
-
 def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
-    """Raises ValueError for a launch that would train otherwise than it was asked to.
-
-    Context and sequence parallelism ignore the layout's mask.
-    """
+    """Raises ValueError for a launch that would train otherwise than it was asked to."""
     for kind in ("cp", "sp"):
         if getattr(accelerator.parallelism_config, f"{kind}_enabled", False):
             raise ValueError(f"{kind}_size > 1 drops the layout's mask; set {kind}_size to 1")
@@ -142,10 +128,9 @@ def save_whole(accelerator: Accelerator) -> None:
 
 
 def wait_for_builds() -> None:
-    """Waits for builds of DeepSpeed's operators by other processes, and reports it.
+    """Waits for builds of DeepSpeed's operators by other processes.
 
-    A killed build leaves its lock behind. If no process of this machine holds the lock, DeepSpeed
-    would wait forever; a ValueError then names the file to remove.
+    Raises ValueError for a lock that no process holds: DeepSpeed would wait forever.
     """
     from torch.utils.cpp_extension import get_default_build_root  # seconds to import
 

@@ -36,9 +36,8 @@ def make_trainable(
 ) -> PreTrainedModel:
     """Adds learned tokens and an adapter to a base, and freezes the rest.
 
-    A PEFT model keeps its adapter, and a link table its rows. With ``link_mode: added_tokens`` the
-    learned tokens are added to the tokenizer too. Raises ValueError if nothing would be trained, or
-    settings are incompatible.
+    A PEFT model keeps its adapter, and a link table its rows. Raises ValueError if nothing would be
+    trained, or settings are incompatible.
     """
     learned, added = args.layout.num_learned, range(0)
     is_wrapped = hasattr(model, "peft_config")
@@ -174,9 +173,8 @@ def trained_adapters(model: nn.Module) -> list[str]:
 class AddedLora(Linear):
     """PEFT's LoRA layer with the same results and less memory traffic.
 
-    PEFT scales the product of A and B and adds it to the output: two more tensors as large as the
-    output, and their gradients. Here the product adds to the output, for one plain adapter with
-    unsharded weights in one precision. All else is left to PEFT.
+    PEFT scales and adds the product: two more tensors as large as the output, and their gradients.
+    Here a plain adapter adds to the output in place. All else is left to PEFT.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -212,7 +210,7 @@ def precision_kept(model: nn.Module) -> Iterator[None]:
     """Restores values and dtype of trainable weights after the block, on their current device.
 
     With a quantised base, TRL rounds them to bfloat16, which would lose updates below 1/256 of a
-    weight. QLoRA (arXiv:2305.14314) means bfloat16 products, which autocast makes from float32.
+    weight. QLoRA (arXiv:2305.14314) needs only the products in bfloat16.
     """
     kept = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import whole_shape
 from blocktune.models.small import config_value
+from blocktune.prompt import LayoutSpec
 from blocktune.tables import Table, written
 from blocktune.training.launch_checks import say
 
@@ -64,10 +65,9 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
 
 
 def row_flops(size: Size, has_teacher: bool) -> float:
-    """FLOPs per row of a step: forward, backward to the inputs, and weight gradients.
+    """FLOPs per row of a step (forward, inputs' and weights' gradients) in products with weights.
 
-    Counts only products with weights. Attention scores, the output head and activation
-    checkpointing are left out, so a utilisation computed from it is a lower bound.
+    Attention, output head and checkpointing are left out: utilisation from it is a lower bound.
     """
     return 4.0 * size.matmul + 2.0 * size.trained + (2.0 * size.matmul if has_teacher else 0.0)
 
@@ -82,9 +82,8 @@ def peak_bytes(
 ) -> float:
     """Expected peak memory of an unsharded process: weights, gradients, Adam, activations, masks.
 
-    ``rows`` is the size of the largest batch with padding, ``logits`` the bytes of the logits per
-    vocabulary entry, ``scores`` the attention scores that a layer keeps. With activation
-    ``checkpointing`` only the input of each layer is kept, and one layer in full.
+    ``rows`` are those of the largest batch with padding, ``logits`` bytes per vocabulary entry,
+    ``scores`` what a layer keeps. ``checkpointing`` keeps one layer, and the inputs of all.
     """
     config, layers = size.config, size.config.num_hidden_layers
     ffn = config_value(config, "moe_intermediate_size", "intermediate_size")
@@ -101,10 +100,7 @@ def peak_bytes(
 
 @torch.no_grad()
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.05) -> float:
-    """FLOPs per second of plain matrix products on this device, the best of several runs.
-
-    Utilisation is relative to this measured rate, since data sheets do not cover every machine.
-    """
+    """FLOPs per second of plain matrix products on this device, the best of several runs."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     wait, side = (torch.cuda.synchronize, 4096) if on_gpu else (torch.cpu.synchronize, 384)
@@ -128,16 +124,14 @@ class Speedometer:
     _last: tuple[float, float, int] = field(default=(0.0, 0.0, 0), init=False)
 
     def start(self, tokens: float, step: int) -> None:
-        """Starts the clock, also after a resume."""
+        """Starts the clock."""
         self._last = time.perf_counter(), tokens, step
 
     def read(self, tokens: float, step: int, last_step: int) -> dict[str, float]:
-        """Speeds since the last reading; ``tokens`` so far are of all processes, without padding.
+        """``tokens_per_second`` since the last reading, ``eta_s`` (time left) and ``mfu``.
 
-        Returns:
-            ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate spent on products
-            with weights) and ``eta_s`` (seconds left at this speed). ``mfu`` is omitted if it is
-            above 1, since the rate was then measured while the machine was busy.
+        ``tokens`` so far are of all processes, without padding. ``mfu``, the share of the matmul
+        rate, is omitted above 1: the rate was then measured while the machine was busy.
         """
         then, old_tokens, old_step = self._last
         self.start(tokens, step)
@@ -224,19 +218,14 @@ def _scores(part: dict[str, Any], heads: int) -> float:
 
 
 def describe_layout(args, block_share: float) -> str:
-    """A line with modes, placement and learned tokens. ``block_share`` is the actual one."""
-    spec = args.layout
-    if not spec.block:
+    """A line with the modes and what differs from plain blocks; ``block_share`` is the actual."""
+    if not args.layout.block:
         return "full attention"
-    share = f"block {block_share:.0%}"
-    words = ["block and full, each example in both" if args.both_modes else share, spec.placement]
-    if spec.num_links:
-        by_table = "" if spec.link_table == "slot" else f", by {spec.link_table}"
-        table = f"{args.link_mode}{by_table}"
-        words.append(f"{spec.num_links} links {spec.link_side} each chunk ({table})")
-    if spec.num_headers or spec.num_trailers:
-        words.append(f"{spec.num_headers} headers, {spec.num_trailers} trailers")
-    return ", ".join(words + (["shared prefix"] if spec.shared_prefix else []))
+    share = (
+        "block and full, each example in both" if args.both_modes else f"block {block_share:.0%}"
+    )
+    plain, own = asdict(LayoutSpec()), asdict(args.layout)
+    return ", ".join([share, *(f"{key} {own[key]}" for key in own if own[key] != plain[key])])
 
 
 def describe_objective(args) -> str:
@@ -295,7 +284,7 @@ class LogLines(TrainerCallback):
     """Prints a line per log: step, loss, accuracy, learning rate, speed, and time left."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Prints the logged values, on the main process."""
+        """Prints the line."""
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:

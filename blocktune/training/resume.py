@@ -22,8 +22,7 @@ from blocktune.adapter import INFO_FILE, AdapterInfo
 from blocktune.adapter.load import PEFT_FILE, require_whole
 from blocktune.parsing import load_json, load_yaml, parse_yaml
 
-CONFIG_FILE = "resolved_config.yaml"
-"""Has all settings of a run, by group. Part of the adapter and of every checkpoint."""
+CONFIG_FILE = "resolved_config.yaml"  # all settings of a run, by group
 _INERT = re.compile(
     "output_dir|overwrite|dry_run|use_cpu|run_name|project|prediction_loss_only|disable_tqdm|debug|"
     "skip_memory_metrics|do_|local_rank|ddp_|deepspeed|fsdp|accelerator_config|parallelism_config|"
@@ -33,13 +32,10 @@ _INERT = re.compile(
     "(bf16|fp16)_full_eval|inference_mode|base_model_name|revision|peft_version|"
     "gradient_checkpointing|activation_|(per_device_)?train_batch_size|gradient_accumulation_steps"
 )
-"""Settings that may change when a run continues, since they do not affect the trained weights.
-
-A step's rows may also be split among processes differently (see `_rows_per_step`)."""
+"""Settings that may change when a run continues, since they do not affect the trained weights."""
 _LENGTH = ("max_steps", "num_train_epochs")
 _ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_TRACES = ("command", "commit", "versions", "hardware", "world_size", "launch")
-"""Provenance that is kept for every start of a run."""
+_TRACES = ("command", "commit", "versions", "hardware", "world_size", "launch")  # of every start
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -49,10 +45,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the run in this folder has ended, and these settings do not make it longer.
-
-    Only a run with a constant learning rate can be made longer.
-    """
+    """Whether the run in this folder has ended, and these settings do not make it longer."""
     if not all((folder / name).is_file() for name in (INFO_FILE, TRAINER_STATE_NAME)):
         return False
     if last_checkpoint(folder) is None or config["training"]["lr_scheduler_type"] != "constant":
@@ -79,9 +72,8 @@ def require_same_run(
 ) -> None:
     """Raises ValueError if a run's settings differ from those in ``folder``, and names them all.
 
-    ``folder`` is a checkpoint, or the folder of a finished run. ``config`` has settings by group,
-    as in `CONFIG_FILE`; only groups that both have are compared, since a `BlockSFTTrainer` knows
-    no data source. ``world_size`` is the number of processes, or None if it is not known yet.
+    ``folder`` is a checkpoint, or that of a finished run. Only groups of settings that both have
+    are compared, since a `BlockSFTTrainer` knows no data source.
     """
     old, new = _settings_of(folder), parse_yaml(yaml.safe_dump(dict(config)), CONFIG_FILE)
     changed = list(_differences(old, new))

@@ -40,7 +40,6 @@ from blocktune.training.trainer import BlockSFTTrainer
 
 _OPTIONS = (DataArgs, BlockSFTConfig, ModelConfig)
 _TYPES = {name: str(t) for cls in _OPTIONS for name, t in get_type_hints(cls).items()}
-"""Annotations of all options as text."""
 
 
 class Parser(TrlParser):
@@ -53,8 +52,7 @@ class Parser(TrlParser):
     def set_defaults_from(self, path: str) -> list[str]:
         """Takes defaults from a YAML file; returns its unknown keys.
 
-        Every value is parsed like an option, so that a wrong type raises a ValueError that names
-        the file. The source of examples is ignored if ``argv`` has one.
+        Every value is parsed like an option. The source of examples is ignored if ``argv`` has one.
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
         single_source, mixture = {"train_data", "train_limit"}, {"mixture"}
@@ -154,8 +152,8 @@ def train(
 def leave() -> None:
     """Ends a launched process other than the first at once, after all its runs.
 
-    Threads of gloo and DeepSpeed may abort a process while it ends in the usual way. The launcher
-    would then end the first process, too, which may still be publishing.
+    Threads of gloo and DeepSpeed may abort it in the usual way, and the launcher would then end the
+    first process, too, which may still be publishing.
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout.flush()
@@ -207,15 +205,14 @@ def earlier_run(
 ) -> Path | None:
     """The checkpoint to continue from: None for a new run, ``output_dir`` for a finished one.
 
-    Without ``resume_from_checkpoint`` it is the last checkpoint in ``output_dir``, if there is one.
-    ``world_size`` is the number of processes, or None if it is not known yet. Raises ValueError if
-    the earlier run had other settings, or there is no such checkpoint.
+    Raises ValueError if the earlier run had other settings or, if known, another ``world_size``, or
+    there is no such checkpoint.
     """
     named, folder = str(args.resume_from_checkpoint or ""), Path(args.output_dir)
     resumes = named.lower() not in ("", "false")
-    if args.overwrite and resumes:
-        raise ValueError("overwrite starts again; leave out resume_from_checkpoint")
     if args.overwrite:
+        if resumes:
+            raise ValueError("overwrite starts again; leave out resume_from_checkpoint")
         return None
     config = resolved(data, args, choice)
     if resumes and named.lower() != "true":

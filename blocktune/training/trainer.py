@@ -32,15 +32,9 @@ from blocktune.training.checkpoint import AdapterFiles, StagedSaving, adapter_in
 from blocktune.training.collator import Augmentation, BlockDataCollator
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prepare, to_sample
-from blocktune.training.distillation import evaluating, find_teacher
-from blocktune.training.launch_checks import (
-    launch_name,
-    refuse_launch,
-    refuse_long_rows,
-    save_whole,
-)
+from blocktune.training.launch_checks import launch_name, refuse_launch, save_whole
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
-from blocktune.training.loss import Objective, Sums
+from blocktune.training.loss import Objective, Sums, evaluating, find_teacher
 from blocktune.training.order import EpochCallback, EpochOrder
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed
@@ -53,26 +47,24 @@ Rows = Dataset | Iterable[Mapping[str, Any] | RagExample | Sample]
 class BlockSFTTrainer(StagedSaving, SFTTrainer):
     """Trains a model to answer from chunks that do not see each other (or as the layout says).
 
-    It is used like TRL's `SFTTrainer`; `blocktune train` runs it. `BlockSFTConfig` sets the layout,
-    the objective and what is frozen. The loss is the mean over the answer tokens of the whole step,
-    the same for any split of a global batch over accumulation steps and processes.
+    It is used like TRL's `SFTTrainer`; `blocktune train` runs it. The loss is the mean over the
+    answer tokens of the whole step, for any split over accumulation steps and processes.
 
     Args:
         model: A folder or repository name (loaded in float32), or a model; bare or PEFT.
         args: The configuration; default: `BlockSFTConfig` with TRL's output folder.
         data_collator: A `BlockDataCollator`; its ``format`` is that of the prompts.
         train_dataset: A Hugging Face `Dataset`, dicts or examples, see `to_sample`.
-        eval_dataset: The same, or several by name; for the evaluation loss.
-        processing_class: The model's tokenizer; default: loaded from the model's folder.
-        compute_metrics: As in `SFTTrainer`, like the others below; needs a second forward pass.
+        eval_dataset: The same, or several by name.
+        compute_metrics: As in `SFTTrainer`, like the others; needs a second forward pass.
         peft_config: Adapter to train; None trains the whole model or the adapter it has.
 
     Attributes:
         prepared: The training set, with the number of dropped examples.
         files: Writes the files of adapters.
 
-    Raises ValueError if the model is not supported, a row cannot be read or is too long, options
-    are incompatible, or context or sequence parallelism would ignore the layout.
+    Raises ValueError if the model is not supported, a row cannot be read or is too long, or options
+    or the launch are incompatible.
     """
 
     _tag_names = ["blocktune", "trl", "sft"]  # noqa: RUF012 (TRL's own shape)
@@ -108,10 +100,13 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         rope = require_supported(model)
         self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
         config = model.config.get_text_config()
-        refuse_long_rows(args, config)
+        pack_length = args.pack_length
+        if pack_length and getattr(config, "attn_temperature_tuning", False):
+            # Llama 4 scales queries by their index in a row.
+            pack_length = min(pack_length, config.floor_scale - 1)
         self.exact_tokens, context = rope.max_tokens, context_length(config)
         self._longest = min(args.max_length or context, rope.max_tokens or context)
-        self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
+        self.prepared = self._prepare(train_dataset, args.train_batch_size, pack_length)
         info = self._describe(model)
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
@@ -244,7 +239,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             return loss, model(input_ids=inputs["input_ids"], layout=inputs["layout"])
 
     def _count(self, result: Sums) -> None:
-        """Adds sums over all ranks. Means of micro-batches would weight their tokens unequally."""
+        """Adds sums over all ranks; means of micro-batches would weight tokens unequally."""
         mode = "train" if self.model.training else "eval"
         own = torch.stack([value.detach().double() for value in result])
         sums = Sums(*self.accelerator.gather(own).view(-1, len(own)).sum(0).tolist())
@@ -252,7 +247,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         if not math.isfinite(sums.total) and not self.args.fp16:  # fp16 skips such steps
             raise ValueError(
                 f"the {mode} loss after step {self.state.global_step} is {sums.total}; start again "
-                "(--overwrite) with a lower learning_rate, or another dtype if it began so"
+                "(--overwrite) with a lower learning_rate or another dtype"
             )
         if mode == "train":
             self._total_train_tokens += int(sums.rows)

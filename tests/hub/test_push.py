@@ -170,10 +170,10 @@ def test_results_of_other_weights_are_refused(run, tmp_path, changes, line):
     [
         ({"methods": {"naive": {"em": 1.0}}}, r"not a results\.json of `blocktune eval`"),
         ({"methods": {"naive": 1}}, r"not a results\.json of `blocktune eval`"),
-        ({"methods": {}, "provenance": None}, "was written by an older blocktune"),
+        ({"methods": {}, "provenance": None}, "does not name the weights it measured"),
         (
             {"methods": {"a": {"n": 1, "em": 0, "ci95": [0, 0], "adapter": None}}},
-            "was written by an older blocktune and does not name the weights",
+            "does not name the weights it measured",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from training.toy import save_toy, toy_config, toy_model, toy_tokenizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from blocktune import BlockSFTConfig
-from blocktune.training.distillation import as_teacher, divergence, find_teacher, teacher_probs
+from blocktune.training.loss import as_teacher, divergence, find_teacher, teacher_probs
 
 SIZE, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
