@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
-from blocktune.adapter.releases import Release, find_release
+from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo, Release, find_release
 from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash

@@ -86,7 +86,7 @@ class _Rows:
     def forward(
         self, layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs
     ) -> Tensor:
-        """The forward of a LoRA layer; skips LoRA that acts on no row, but not in training (DDP)."""
+        """The forward of a LoRA layer; skips LoRA that acts on no row, except in training."""
         if self.scope == "encode" and self._written is None and not torch.is_grad_enabled():
             return layer.base_layer(x, *args, **kwargs)
         return forward(x, *args, **kwargs)

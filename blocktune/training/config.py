@@ -74,21 +74,15 @@ class LayoutOptions:
 class ObjectiveOptions:
     """The loss: cross-entropy, distillation and recomputed tokens."""
 
-    distill_weight: float = option(
-        0.0, "Weight of the KL divergence, in [0, 1]; the rest is cross-entropy"
-    )
+    distill_weight: float = option(0.0, "Share of the KL divergence; the rest is cross-entropy")
     distill_teacher: str = option("self", "'self' (the model without its adapter) or another model")
     distill_temperature: float = option(1.0, "Temperature of teacher and student")
-    distill_top_k: int | None = option(
-        None, "Teacher tokens kept per row, all others merged into one; default: all"
-    )
+    distill_top_k: int | None = option(None, "Teacher tokens kept per row; others count as one")
     distill_states: Literal["none", "hidden", "kv"] = option(
         "none", "States of the question's rows to match with the teacher's as well"
     )
     distill_states_weight: float = option(1.0, "Weight of the states' relative squared error")
-    recompute: str = option(
-        "none", "Selector of the tokens to recompute in training, e.g. 'deviation check_layer=2'"
-    )
+    recompute: str = option("none", "Selector of recomputed tokens: first-k, random, deviation")
     recompute_min: float = option(0.15, "Smallest share of recomputed tokens, drawn per prompt")
     recompute_max: float = option(0.15, "Largest share of recomputed tokens")
 
@@ -116,9 +110,7 @@ class BatchOptions:
 
     pack_length: int | None = option(None, "Pack examples into rows of at most this many tokens")
     max_length: int | None = option(None, "Longest example in tokens; default: the model's context")
-    long_examples: Literal["refuse", "drop"] = option(
-        "refuse", "What to do with longer examples; they are never truncated"
-    )
+    long_examples: Literal["refuse", "drop"] = option("refuse", "What to do with longer examples")
     block_dropout: float = option(0.0, "Probability that a chunk also sees the previous one")
     position_jitter: int = option(0, "Largest random gap in positions before a chunk")
 

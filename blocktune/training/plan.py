@@ -161,10 +161,11 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     if args.scope in SCOPED_ROWS:
         trained += f", on {SCOPED_ROWS[args.scope]} only"
     peak = written("bytes", expected_peak(trainer))
+    dtype = quantization_of(trainer.model) or str(trainer.model.dtype).removeprefix("torch.")
     has_gpu = torch.accelerator.is_available()
     time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
     plan = {
-        "base": f"{info.base_model} ({_dtype(trainer)})",
+        "base": f"{info.base_model} ({dtype}{', bf16' * args.bf16}{', fp16' * args.fp16})",
         "layout": describe_layout(args, prepared.num_block / examples),
         "objective": describe_objective(args),
         "attention": args.attention_execution,
@@ -181,13 +182,6 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "time": f"about {time_s}; the log shows the measured time",
     }
     return {name: text for name, text in plan.items() if text}
-
-
-def _dtype(trainer: Trainer) -> str:
-    model, args = trainer.model, trainer.args
-    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    stored = quantization_of(model) or str(model.dtype).removeprefix("torch.")
-    return stored if computed in (None, stored) else f"{stored}, computed in {computed}"
 
 
 def expected_peak(trainer: Trainer) -> float:
