@@ -44,9 +44,7 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
             f"finished adapter, '{folder.parent}'"
         )
     for name in filter_repo_objects(names, allow_patterns=PICKLES, ignore_patterns=_OF_THE_RUN):
-        raise ValueError(
-            f"'{folder}' contains '{name}', a pickle, which can run code; save safetensors instead"
-        )
+        raise ValueError(f"'{folder}' contains '{name}', a pickle; save safetensors instead")
     published = filter_repo_objects(names, allow_patterns=PUBLISHED)
     files: dict[str, Source] = {name: folder / name for name in published}
     if not any(name.endswith(".safetensors") for name in files):
@@ -161,10 +159,7 @@ def on_the_hub(name: str) -> str:
         validate_repo_id(name)
         if not Path(name).exists():
             return name
-    raise ValueError(
-        f"the base is '{name}', which nobody else can load; run `blocktune push --base-model "
-        "ORG/NAME`"
-    )
+    raise ValueError(f"the base is '{name}', which nobody else can load; use push --base-model")
 
 
 def verify_base(base: str, info: AdapterInfo, token: str | None = None) -> None:
@@ -190,8 +185,7 @@ def license_of(base: str, token: str | None = None) -> str:
     with suppress(httpx.HTTPError, HFValidationError, OSError):
         data = HfApi(token=token).model_info(base).card_data
     if data is None or not data.license:
-        fix = "run `blocktune push --license apache-2.0`, or whichever it has"
-        raise ValueError(f"the licence of '{base}' is not known; {fix}")
+        raise ValueError(f"the licence of '{base}' is not known; use push --license")
     return data.license
 
 

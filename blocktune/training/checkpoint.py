@@ -172,10 +172,7 @@ class SaveLayoutCallback(TrainerCallback):
         """Raises ValueError after the first step if none of its batches had a layout."""
         self._watch.remove()
         if not self._has_layout:
-            raise ValueError(
-                "no batch had a layout; pass data_collator=collator, in a trainer that gives the "
-                "model all its inputs"
-            )
+            raise ValueError("no batch had a layout; pass data_collator=collator to an SFT trainer")
 
 
 class StagedSaving(Trainer):
@@ -228,9 +225,7 @@ class StagedSaving(Trainer):
         same_name = before.base_model == now.base_model
         if other_rows or (same_name and before.base_fingerprint != now.base_fingerprint):
             name = "training examples" if other_rows else "base model"
-            raise ValueError(
-                f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
-            )
+            raise ValueError(f"the {name} changed since '{checkpoint}'; restore it, or --overwrite")
         self.files = self.files.described(**resume.history(checkpoint))
         best = resume.best_checkpoint(checkpoint, Path(folder))
         if best is not None and best.is_dir():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.attention.interface import ATTACHED
 from blocktune.data.example import RagExample
 from blocktune.data.sources.records import LeftOut
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
@@ -29,8 +25,6 @@ from blocktune.registry import require_count, require_share
 from blocktune.training.dataset import Sample, name_of, to_pieces, to_sample
 from blocktune.training.order import draw_of
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
-
-logger = logging.getLogger("blocktune")
 
 
 @dataclass(frozen=True)
@@ -112,8 +106,6 @@ class BlockDataCollator:
 
         Raises ValueError if a row cannot be read, or is longer than ``max_length``.
         """
-        if not ATTACHED and get_worker_info() is None:
-            _warn_unattached()
         rows = [[self._lay_out(part) for part in self._parts_of(record)] for record in records]
         batch = self._tensors([prompt for prompt, _, _ in row] for row in rows)
         batch["attention_mask"] = (batch["layout"][..., 0] != Kind.PAD).long()
@@ -148,9 +140,7 @@ class BlockDataCollator:
         try:
             sample = to_sample(record, self.tokenizer, self.format)
         except LeftOut as reason:
-            raise ValueError(
-                f"a row cannot be trained on ({reason}); drop it or give it 'documents'"
-            ) from None
+            raise ValueError(f"a row cannot be learned ({reason}); give it 'documents'") from None
         name = f"a row ('{sample.example.question:.40}')"
         part = self._read(index, sample._replace(block=self.layout.block), name)
         if self.max_length is not None and part["length"] > self.max_length:
@@ -223,10 +213,3 @@ class BlockDataCollator:
 def _ids(ids: Sequence[int]) -> np.ndarray:
     """An array of 4 bytes per token; Python ints take ten times as much."""
     return np.array(ids, dtype=np.int32)
-
-
-@functools.cache
-def _warn_unattached() -> None:
-    logger.warning(
-        "no model of this process is attached, so it ignores layouts; call blocktune.attach(model)"
-    )

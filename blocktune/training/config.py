@@ -213,10 +213,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             raise ValueError("attention_execution 'flex' has no backward on a CPU; use 'split'")
         spec, _ = self.layout, self.augmentation  # creating these objects checks their fields
         if (spec.num_learned or self.sampler is not None) and not spec.block:
-            raise ValueError(
-                "links, headers, trailers and recompute need block examples, but there are none; "
-                "raise block_share"
-            )
+            raise ValueError("learned tokens and recompute need block examples; raise block_share")
         if spec.num_links and (spec.num_headers or spec.num_trailers):
             raise ValueError(
                 "no method serves an adapter with link tokens and tokens around chunks; drop "
@@ -228,9 +225,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
                 "num_trailers, and link_mode: table"
             )
         if self.block_dropout and self.shared_prefix:
-            raise ValueError(
-                "block_dropout joins chunks with a prefix each; drop it or shared_prefix"
-            )
+            raise ValueError("block_dropout does not fit shared_prefix; drop it or shared_prefix")
         if self.position_jitter and self.placement != "sequential":
             raise ValueError(f"position_jitter does not fit placement '{self.placement}'; drop one")
 

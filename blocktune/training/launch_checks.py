@@ -59,10 +59,7 @@ def refuse_late_failures(args: SFTConfig) -> None:
 def refuse_test(source: str, split: str | None = None) -> None:
     """Raises ValueError for a test split, which is reserved for evaluation."""
     if is_test_split(source, split):
-        raise ValueError(
-            f"'{source}' is a test split; train on another one, such as '?split=train' (if it is "
-            "none, rename the file)"
-        )
+        raise ValueError(f"'{source}' is a test split; train on another, such as '?split=train'")
 
 
 def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) -> None:
@@ -71,26 +68,16 @@ def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) ->
         raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
     evaluates = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
     if source and not evaluates:
-        raise ValueError(
-            f"eval_data '{source}' would never be used, since eval_strategy is 'no'; set it to "
-            "epoch or steps"
-        )
+        raise ValueError(f"eval_data '{source}' would never be used, since eval_strategy is 'no'")
     if evaluates and not source:
         raise ValueError("evaluation needs questions; name their source in eval_data")
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if args.freeze_base and quantised:
-        raise ValueError(
-            "freeze_base: transformers cannot train a quantized base without an adapter; set "
-            "use_peft: true, or load the base unquantized"
-        )
+        raise ValueError("freeze_base cannot train a quantized base without an adapter; drop it")
     if (kind := choice.attn_implementation) is not None:
-        raise ValueError(
-            f"attn_implementation '{kind}' does not support layouts; set attention_execution"
-        )
+        raise ValueError(f"attn_implementation '{kind}' does not support layouts; leave it out")
     if quantised and choice.dtype in (None, "auto"):
-        raise ValueError(
-            "a quantized base needs a dtype to compute in; set dtype: bfloat16 (GPU) or float32"
-        )
+        raise ValueError("a quantized base needs a dtype to compute in, such as dtype: bfloat16")
 
 
 def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:

@@ -135,10 +135,7 @@ def require_reproducible(model: nn.Module) -> None:
     for config in (model.peft_config[name] for name in names):
         require_kind(config)
         if "niter" in str(init := getattr(config, "init_lora_weights", True)):
-            raise ValueError(
-                f"init_lora_weights '{init}' changes the base at random, so differently on "
-                "loading; set init_lora_weights to 'pissa'"
-            )
+            raise ValueError(f"init_lora_weights '{init}' changes the base at random; use 'pissa'")
 
 
 def require_named_base(model: PreTrainedModel) -> str:

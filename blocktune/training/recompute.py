@@ -39,10 +39,7 @@ class RecomputeSampler:
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
         """Builds a sampler from text such as ``deviation check_layer=2 by=values``."""
         if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(
-                "recompute_min and recompute_max must be shares with min <= max, got "
-                f"{low} and {high}"
-            )
+            raise ValueError(f"recompute_min <= recompute_max must be shares, got {low} and {high}")
         name, *words = text.split() or [""]
         require_one_of("recompute", name, TRAINABLE)
         parameters = {}
@@ -51,9 +48,7 @@ class RecomputeSampler:
             if not (key and value):
                 raise ValueError(f"recompute must be a selector and KEY=VALUE pairs, got '{text}'")
             if key in _BUDGETS:
-                raise ValueError(
-                    f"recompute: '{word}' has no effect; set recompute_min and recompute_max"
-                )
+                raise ValueError(f"'{word}' has no effect; set recompute_min and recompute_max")
             parameters[key] = parse_yaml(value, f"recompute {key}")
         selection = SELECTORS.build(name, **parameters)
         if selection.keeps_keys or selection.sees_future:

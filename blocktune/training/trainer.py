@@ -177,9 +177,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         args = self.args
         if isinstance(rows, str | Mapping):
             got = type(rows).__name__
-            raise ValueError(
-                f"a dataset must be rows, got {got}; pass one split (dataset['train'])"
-            )
+            raise ValueError(f"data must be rows, got {got}; pass one split (dataset['train'])")
         samples, left_out = [], Counter()
         for index, row in enumerate(rows):
             try:

@@ -99,7 +99,7 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"freeze_base": True}, "freeze_base trains only the learned tokens"),
         ({"packing": True}, "pack_length packs by layout"),
         ({"both_modes": True, "block_share": 0.5}, "leave block_share out"),
-        ({"num_links": 1, "block_share": 0.0}, "need block examples, but there are none"),
+        ({"num_links": 1, "block_share": 0.0}, "need block examples; raise block_share"),
         ({"num_links": 1, "link_table": "chunk"}, "needs max_chunks"),
         ({"num_links": 1, "num_trailers": 1}, "no method serves an adapter with link tokens and"),
         ({"block_dropout": 0.1, "shared_prefix": True}, "drop it or shared_prefix"),

@@ -191,7 +191,10 @@ def test_a_run_trains_however_its_batches_are_cut(tmp_path, name):
         ({"recompute": "best"}, "must be one of first-k, random, deviation, got 'best'"),
         ({"recompute": "deviation check_layer"}, "KEY=VALUE pairs, got 'deviation check_layer'"),
         ({"recompute": "deviation layer=2"}, "takes ratio, check_layer, .* got unknown layer"),
-        ({"recompute": "random", "recompute_min": 0.4, "recompute_max": 0.2}, "min <= max"),
+        (
+            {"recompute": "random", "recompute_min": 0.4, "recompute_max": 0.2},
+            "recompute_min <= recompute_max must be",
+        ),
         ({"recompute": "random", "block_share": 0.0}, "raise block_share"),
         ({"recompute": "gradual-deviation"}, "must be one of first-k, random, deviation"),
         ({"recompute": "deviation keeps_keys=true"}, "for serving only"),
