@@ -113,10 +113,7 @@ class AdapterInfo:
 
     @classmethod
     def load(cls, folder: str | Path) -> AdapterInfo:
-        """Reads ``blocktune.json``.
-
-        Raises ValueError if there is none, or its version, its keys or their types are others.
-        """
+        """Reads ``blocktune.json``; ValueError if there is none, or it is damaged or newer."""
         path = Path(folder) / INFO_FILE
         if not path.is_file():
             lack = f"it has no {INFO_FILE}" if path.parent.is_dir() else "there is no such folder"

@@ -73,36 +73,34 @@ def require_mergeable(scope: str) -> None:
         )
 
 
-class _Rows:
+class _Rows(threading.local):
     """The rows that a model's adapter acts on, in the current forward pass of each thread."""
 
+    written: Tensor | None = None
+
     def __init__(self, scope: str):
-        self.scope, self._thread = scope, threading.local()
+        self.scope = scope
 
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of modules that get the attention plan; remembers its rows."""
-        self._thread.written = written_rows(kwargs)
+        self.written = written_rows(kwargs)
 
     def forward(
         self, layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs
     ) -> Tensor:
         """The forward of a LoRA layer; skips LoRA that acts on no row, except in training."""
-        if self.scope == "encode" and self._written is None and not torch.is_grad_enabled():
+        if self.scope == "encode" and self.written is None and not torch.is_grad_enabled():
             return layer.base_layer(x, *args, **kwargs)
         return forward(x, *args, **kwargs)
 
     def mask(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """The forward hook of LoRA's first matrix, whose output is ``(..., r)``."""
-        written = self._written
+        written = self.written
         if written is None:
             everywhere = output.new_ones((), dtype=torch.bool)
             return output if self.scope == "read" else output.masked_fill(everywhere, 0)
         hidden = written if self.scope == "read" else ~written
         return output.masked_fill(hidden.reshape(*output.shape[:-1], 1), 0)
-
-    @property
-    def _written(self) -> Tensor | None:
-        return getattr(self._thread, "written", None)
 
 
 def _lora_layers(model: nn.Module, scope: str) -> Iterator[nn.Module]:

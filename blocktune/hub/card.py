@@ -166,12 +166,10 @@ def results_of(path: Path, folder: Path, info: AdapterInfo) -> str:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         record = load_json(path)
+        for result in record["methods"].values():
+            _ = [result[key] for key in ("n", "em", "ci95", "adapter")]
     except OSError:
         raise ValueError(f"no results at '{path}'; make them with `blocktune eval`") from None
-    methods = record.get("methods") if isinstance(record, dict) else None
-    required = {"n", "em", "ci95", "adapter"}
-    if not isinstance(methods, dict) or not all(
-        isinstance(result, dict) and required <= result.keys() for result in methods.values()
-    ):
-        raise ValueError(f"{path}: not a results.json of `blocktune eval`")
+    except (TypeError, LookupError, AttributeError):
+        raise ValueError(f"{path}: not a results.json of `blocktune eval`") from None
     return record

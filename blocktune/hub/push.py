@@ -145,12 +145,11 @@ def show(publication: Publication, console: Console) -> None:
 
 def check_repo(repo: str, option: str = "--repo") -> None:
     """Raises ValueError if a name, the value of an ``option``, is not USER/NAME."""
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"{option} must be USER/NAME: {first_line(error)}") from None
-    if "/" not in repo:
-        raise ValueError(f"{option} must be USER/NAME, got '{repo}'")
+        if "/" in repo:
+            return
+    raise ValueError(f"{option} must be USER/NAME, got '{repo}'")
 
 
 def on_the_hub(name: str) -> str:
@@ -181,12 +180,11 @@ def verify_base(base: str, info: AdapterInfo, token: str | None = None) -> None:
 
 def license_of(base: str, token: str | None = None) -> str:
     """The licence of a base, from its card on the Hub; ValueError if it has none."""
-    data = None
     with suppress(httpx.HTTPError, HFValidationError, OSError):
         data = HfApi(token=token).model_info(base).card_data
-    if data is None or not data.license:
-        raise ValueError(f"the licence of '{base}' is not known; use push --license")
-    return data.license
+        if data is not None and data.license:
+            return data.license
+    raise ValueError(f"the licence of '{base}' is not known; use push --license")
 
 
 class Publisher:

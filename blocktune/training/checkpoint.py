@@ -101,7 +101,7 @@ class AdapterFiles:
         if (table := links.installed_links(model)) is not None:
             own = {f"{links.LINKS_MODULE}.weight": table.weight} if state is None else state
             [weight] = [w for n, w in own.items() if n.endswith(f"{links.LINKS_MODULE}.weight")]
-            links.save_links(links.LinkTable.of(weight), folder)
+            links.save_links(links.table_of(weight), folder)
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
         info = self.info
         if not self.links_only and not hasattr(model, "peft_config"):
@@ -220,8 +220,7 @@ class StagedSaving(Trainer):
             config["adapter"] = resume.adapter_settings(model.peft_config[name].to_dict())
         resume.require_same_run(checkpoint, config, self.accelerator.num_processes)
         before, now = AdapterInfo.load(checkpoint), self.files.info
-        digest = before.training.get("data_digest")
-        other_rows = digest not in (None, now.training.get("data_digest"))
+        other_rows = before.training.get("data_digest") != now.training.get("data_digest")
         same_name = before.base_model == now.base_model
         if other_rows or (same_name and before.base_fingerprint != now.base_fingerprint):
             name = "training examples" if other_rows else "base model"

@@ -215,15 +215,9 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         if (spec.num_learned or self.sampler is not None) and not spec.block:
             raise ValueError("learned tokens and recompute need block examples; raise block_share")
         if spec.num_links and (spec.num_headers or spec.num_trailers):
-            raise ValueError(
-                "no method serves an adapter with link tokens and tokens around chunks; drop "
-                "num_links, or num_headers and num_trailers"
-            )
+            raise ValueError("no method serves an adapter with link tokens and headers or trailers")
         if self.freeze_base and (not spec.num_learned or self.link_mode != "table"):
-            raise ValueError(
-                "freeze_base trains only the learned tokens; set num_links, num_headers or "
-                "num_trailers, and link_mode: table"
-            )
+            raise ValueError("freeze_base trains only the learned tokens of a table; add some")
         if self.block_dropout and self.shared_prefix:
             raise ValueError("block_dropout does not fit shared_prefix; drop it or shared_prefix")
         if self.position_jitter and self.placement != "sequential":

@@ -91,17 +91,13 @@ def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
             f"the launcher started {started} processes, but each would train alone; launch them "
             "by `blocktune train --processes` or with a configuration of recipes/accelerate"
         )
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
-        raise ValueError(
-            "the launcher asked for DeepSpeed, but the Trainer runs without it; use "
-            "recipes/accelerate/zero2.yaml, and no deepspeed option in the recipe"
-        )
     uses_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not uses_fsdp:
-        raise ValueError(
-            "the launcher asked for FSDP, which accelerate supports only on GPUs; use "
-            "recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
-        )
+    for name, is_used in (("DEEPSPEED", uses_deepspeed), ("FSDP", uses_fsdp)):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}") and not is_used:
+            raise ValueError(
+                f"the launcher asked for {name}, but the Trainer runs without it (FSDP needs "
+                "GPUs); launch with a file of recipes/accelerate, and no deepspeed option"
+            )
 
 
 def save_whole(accelerator: Accelerator) -> None:

@@ -123,15 +123,9 @@ def keeps_base(model: nn.Module) -> bool:
 def require_reproducible(model: nn.Module) -> None:
     """Raises ValueError if a model's adapter would be served otherwise than it is trained."""
     if hasattr(model, "peft_config") and not hasattr(model, "disable_adapter"):
-        raise ValueError(
-            "the model has an adapter, but is not PEFT's (such as after model.add_adapter); train "
-            "what peft.get_peft_model returns"
-        )
+        raise ValueError("pass get_peft_model's result, not a model after model.add_adapter")
     if len(names := trained_adapters(model)) > 1:
-        raise ValueError(
-            f"several adapters are active ({', '.join(names)}), but only one is saved; choose one "
-            "by model.set_adapter"
-        )
+        raise ValueError(f"several adapters are active ({', '.join(names)}); set_adapter(one)")
     for config in (model.peft_config[name] for name in names):
         require_kind(config)
         if "niter" in str(init := getattr(config, "init_lora_weights", True)):

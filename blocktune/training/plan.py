@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from trl import ModelConfig
 
 from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.attention.kernels import FEW_SCORES
@@ -21,6 +22,7 @@ from blocktune.models.sharded import whole_shape
 from blocktune.models.small import config_value
 from blocktune.prompt import LayoutSpec
 from blocktune.tables import Table, written
+from blocktune.training import config as options
 from blocktune.training.launch_checks import say
 
 ADAM_BYTES = 8  # two float32 moments per trainable parameter
@@ -237,23 +239,19 @@ def describe_objective(args) -> str:
 
 def print_options(console: Console | None = None) -> None:
     """Prints a table for each group of keys, with defaults and descriptions."""
-    from trl import ModelConfig
-
-    from blocktune.training import config
-
     groups = {
-        "Data and wording": config.DataArgs.__annotations__,
-        "Layout": config.LayoutOptions.__annotations__,
-        "Objective": config.ObjectiveOptions.__annotations__,
-        "Batches": config.BatchOptions.__annotations__,
-        "The run": config.BlockSFTConfig.__annotations__,
+        "Data and wording": options.DataArgs.__annotations__,
+        "Layout": options.LayoutOptions.__annotations__,
+        "Objective": options.ObjectiveOptions.__annotations__,
+        "Batches": options.BatchOptions.__annotations__,
+        "The run": options.BlockSFTConfig.__annotations__,
         "Model, LoRA and quantization, by TRL": ModelConfig.__annotations__,
-        "Training, by TRL and transformers": [f.name for f in fields(config.BlockSFTConfig)],
+        "Training, by TRL and transformers": [f.name for f in fields(options.BlockSFTConfig)],
     }
-    holders = (config.DataArgs, config.BlockSFTConfig, ModelConfig)
+    holders = (options.DataArgs, options.BlockSFTConfig, ModelConfig)
     headings = ("key", "default", "meaning")
     remaining = {key.name: key for holder in holders for key in fields(holder) if key.init}
-    choices = config.choices(config.DataArgs) | config.choices(config.BlockSFTConfig)
+    choices = options.choices(options.DataArgs) | options.choices(options.BlockSFTConfig)
     for title, names in groups.items():
         rows = []
         for key in [remaining.pop(name) for name in names if name in remaining]:
@@ -282,25 +280,21 @@ class LogLines(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            say(_line(state, logs))
+            words = [
+                f"step {state.global_step:>5}/{state.max_steps}",
+                f"loss {float(logs['loss']):.4f}",
+                *([f"KL {float(logs['divergence']):.4f}"] if "divergence" in logs else []),
+                f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}",
+                f"lr {float(logs['learning_rate']):.2e}",
+                f"{logs['tokens_per_second']:,.0f} tokens/s",
+                *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
+                f"{duration(logs['eta_s'])} left",
+            ]
+            say("  ".join(words))
         elif "eval_loss" in logs:
             say(f"evaluation loss {logs['eval_loss']:.4f}")
         elif "train_runtime" in logs:
             say(f"trained in {logs['train_runtime']:.1f} s")
-
-
-def _line(state, logs) -> str:
-    words = [
-        f"step {state.global_step:>5}/{state.max_steps}",
-        f"loss {float(logs['loss']):.4f}",
-        *([f"KL {float(logs['divergence']):.4f}"] if "divergence" in logs else []),
-        f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}",
-        f"lr {float(logs['learning_rate']):.2e}",
-        f"{logs['tokens_per_second']:,.0f} tokens/s",
-        *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
-        f"{duration(logs['eta_s'])} left",
-    ]
-    return "  ".join(words)
 
 
 def print_plan(plan: dict[str, str]) -> None:

@@ -63,10 +63,7 @@ class RecomputeSampler:
         return selection
 
     def check_layer(self, num_layers: int) -> int | None:
-        """The layer at which the selector chooses, or None if it chooses beforehand.
-
-        Raises ValueError if the model has too few layers for it.
-        """
+        """The layer at which the selector chooses; None: beforehand. ValueError: too few layers."""
         if (needed := self.selection.min_layers) > num_layers:
             raise ValueError(
                 f"recompute needs a model of at least {needed} layers, this one has {num_layers}; "

@@ -1,7 +1,4 @@
-"""A training run, for both `blocktune train` and `recipes/train.py`.
-
-Reads the options, loads base and data, trains with `BlockSFTTrainer`, saves and publishes.
-"""
+"""A training run: reads the options, loads base and data, trains, saves and publishes."""
 
 from __future__ import annotations
 
@@ -136,10 +133,7 @@ def train(
     pushes, repo, token = args.push_to_hub, args.hub_model_id, args.hub_token
     if pushes:
         if publisher is None or not repo:
-            raise ValueError(
-                "push_to_hub needs hub_model_id: USER/NAME, and a program that publishes: "
-                "`blocktune train` or recipes/train.py"
-            )
+            raise ValueError("push_to_hub needs hub_model_id: USER/NAME, and `blocktune train`")
         publisher.check(repo, choice.model_name_or_path, args.layout, token)
         args.push_to_hub = False  # the Trainer would push without a check
     folder = _train(data, args, choice, callbacks)
@@ -151,8 +145,7 @@ def train(
 def leave() -> None:
     """Ends a launched process other than the first at once, after all its runs.
 
-    Threads of gloo and DeepSpeed may abort it in the usual way, and the launcher would then end the
-    first process, too, which may still be publishing.
+    Otherwise threads of gloo and DeepSpeed may abort it, and the launcher then ends the first one.
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout.flush()
@@ -262,10 +255,7 @@ def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[
 def samples_of(
     data: DataArgs, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[Sample]:
-    """The training examples and their modes, from ``train_data`` or a mixture.
-
-    Raises ValueError if the options of a run contradict its mixture.
-    """
+    """The training examples and their modes; ValueError if options contradict the mixture."""
     if data.mixture is None:
         launch_checks.refuse_test(data.train_data)
         source, split = data.train_data, training_split(data.train_data)

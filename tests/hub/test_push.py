@@ -109,7 +109,7 @@ def test_a_failing_check_stops_the_push(run, monkeypatch):
         (replace(FACTS, base_model=None), "me/mine", "which nobody else can load"),
         (replace(FACTS, base_model="org/ba se"), "me/mine", "which nobody else can load"),
         (FACTS, "mine", "--repo must be USER/NAME, got 'mine'"),
-        (FACTS, "me/mi ne", "--repo must be USER/NAME: "),
+        (FACTS, "me/mi ne", "--repo must be USER/NAME, got 'me/mi ne'"),
         (replace(FACTS, license=None), "me/mine", "the licence of 'org/base' is not known"),
         (replace(FACTS, results=Path("none.json")), "me/mine", "no results at 'none.json'"),
     ],

@@ -49,7 +49,7 @@ def test_a_dry_run_publishes_nothing(tmp_path):
         ({"hub_model_id": "mine"}, Publisher(), "hub_model_id must be USER/NAME"),
         ({"num_links": 1, "num_headers": 1}, Publisher(), "no method serves an adapter with link"),
         ({"hub_model_id": None}, Publisher(), "push_to_hub needs hub_model_id: USER/NAME"),
-        ({}, None, "and a program that publishes"),
+        ({}, None, "and `blocktune train`"),
         (
             {"hub_strategy": "checkpoint"},
             Recorder(),
