@@ -198,11 +198,11 @@ def push(
     from blocktune.hub import CardFacts, prepare, send, show
 
     facts = CardFacts(base_model, license, tuple(dataset or ()), results)
-    publication = prepare(adapter, repo, facts, model=model, dtype=dtype, device=device)
+    files = prepare(adapter, repo, facts, model=model, dtype=dtype, device=device)
     console = Console()
     if dry_run:
-        show(publication, console)
+        show(repo, files, console)
         return
-    sent = send(publication, private=private)
-    console.print(f"pushed {len(publication.files)} files to {sent.repo_url}", soft_wrap=True)
+    sent = send(repo, files, private=private)
+    console.print(f"pushed {len(files)} files to {sent.repo_url}", soft_wrap=True)
     console.print(f"load it with --adapter {repo}@{sent.oid}", soft_wrap=True)

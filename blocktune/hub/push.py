@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -29,6 +29,7 @@ PUBLISHED = [  # names of files; no checkpoints, logs and optimizer states
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 ]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
+CARD_FILE = "README.md"
 _OF_THE_RUN = "training_args.bin"
 _OF_A_CHECKPOINT = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth"]
 
@@ -63,22 +64,6 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     return files
 
 
-CARD_FILE = "README.md"
-
-
-@dataclass(frozen=True)
-class Publication:
-    """The contents of a repository ``USER/NAME``: names of files to their paths or contents."""
-
-    repo: str
-    files: dict[str, Source]
-
-    @property
-    def card(self) -> str:
-        """The model card."""
-        return self.files[CARD_FILE].decode()
-
-
 def prepare(
     adapter: str | Path,
     repo: str,
@@ -88,8 +73,8 @@ def prepare(
     dtype: str = "auto",
     device: str | None = None,
     token: str | None = None,
-) -> Publication:
-    """Checks an adapter's folder on a base, and collects the files to publish.
+) -> dict[str, Source]:
+    """Checks an adapter's folder on a base, and collects the files to publish, by name.
 
     Raises ValueError if the check fails, the base or its licence is unknown, the folder is not an
     adapter or has pickled weights, or the results are of another adapter.
@@ -113,34 +98,36 @@ def prepare(
             f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e})"
         )
     text = card(repo, replace(info, quantization=quantize), base, facts, checks, *results)
-    return Publication(repo, files | {CARD_FILE: text.encode()})
+    return files | {CARD_FILE: text.encode()}
 
 
-def send(publication: Publication, private: bool = False, token: str | None = None) -> CommitInfo:
+def send(
+    repo: str, files: dict[str, Source], private: bool = False, token: str | None = None
+) -> CommitInfo:
     """Commits all files, to a new (``private``) repository or over an earlier push."""
     api = HfApi(token=token)
     try:
-        api.create_repo(publication.repo, private=private or None, exist_ok=True)
-        operations = [CommitOperationAdd(n, source) for n, source in publication.files.items()]
-        present = api.list_repo_files(publication.repo)
-        for name in filter_repo_objects(present, allow_patterns=PUBLISHED):
-            if name not in publication.files:  # would be loaded, too
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        operations = [CommitOperationAdd(name, source) for name, source in files.items()]
+        for name in filter_repo_objects(api.list_repo_files(repo), allow_patterns=PUBLISHED):
+            if name not in files:  # would be loaded, too
                 operations.append(CommitOperationDelete(name))
-        return api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
+        return api.create_commit(repo, operations, commit_message="Push with blocktune")
     except (httpx.HTTPError, OSError) as error:
         raise ValueError(
-            f"the Hub refused '{publication.repo}': {first_line(error)}; log in with `hf auth "
+            f"the Hub refused '{repo}': {first_line(error)}; log in with `hf auth "
             "login`, or set HF_TOKEN"
         ) from None
 
 
-def show(publication: Publication, console: Console) -> None:
+def show(repo: str, files: dict[str, Source], console: Console) -> None:
     """Prints all files with their sizes, and the card."""
-    console.print(f"{publication.repo}: {len(publication.files)} files, nothing sent", style="bold")
-    for name, source in sorted(publication.files.items()):
+    console.print(f"{repo}: {len(files)} files, nothing sent", style="bold")
+    for name, source in sorted(files.items()):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         console.print(f"  {size:>13,} bytes  {name}", highlight=False)
-    console.print(f"\n{publication.card}", highlight=False, markup=False, soft_wrap=True)
+    card_text = files[CARD_FILE].decode()
+    console.print(f"\n{card_text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def check_repo(repo: str, option: str = "--repo") -> None:
@@ -199,6 +186,6 @@ class Publisher:
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
         """Checks and pushes in one process of a run; the others may have ended."""
         with loading_whole():
-            publication = prepare(folder, repo, CardFacts(), token=token)
-        sent = send(publication, private=private, token=token)
+            files = prepare(folder, repo, CardFacts(), token=token)
+        sent = send(repo, files, private=private, token=token)
         Console().print(f"pushed to {sent.repo_url}, commit {sent.oid}", soft_wrap=True)

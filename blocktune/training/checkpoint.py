@@ -12,13 +12,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_checkpoints
 from transformers.trainer_utils import SaveStrategy
 
@@ -37,11 +31,11 @@ from blocktune.training.lora import require_named_base, require_reproducible, tr
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
+# What an evaluation measures without `compute_metrics`; the last three with a teacher.
 METRICS = ("loss", "mean_token_accuracy", "cross_entropy", "divergence", "states")
-"""What an evaluation measures without `compute_metrics`; the last three with a teacher."""
 
 
-def settings(args: TrainingArguments) -> dict[str, Any]:
+def settings(args: Any) -> dict[str, Any]:
     """All settings of a trainer, without secrets."""
     return {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("token")}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -110,20 +109,13 @@ def save_whole(accelerator: Accelerator) -> None:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
-def wait_for_builds() -> None:
-    """Waits for builds of DeepSpeed's operators by other processes.
-
-    Raises ValueError for a lock that no process holds: DeepSpeed would wait forever.
-    """
+def refuse_stale_locks() -> None:
+    """Raises ValueError for the lock of a killed build, for which DeepSpeed would wait forever."""
     from torch.utils.cpp_extension import get_default_build_root  # seconds to import
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
-        if _is_held(lock):
-            say(f"waiting for another process to build an operator: {lock}")
-        while _is_held(lock):
-            time.sleep(1)
-        if lock.exists():
+        if not _is_held(lock) and lock.exists():
             raise ValueError(f"a build of DeepSpeed was stopped and left its lock: rm '{lock}'")
 
 

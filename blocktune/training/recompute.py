@@ -23,8 +23,7 @@ from blocktune.registry import require_one_of
 
 TRAINABLE = ("first-k", "random", "deviation")
 """Selectors that choose once, before the first layer or at a check layer."""
-_BUDGETS = ("ratio", "share", "k", "last")
-"""Parameters of selectors that a share of the tokens replaces."""
+_BUDGETS = ("ratio", "share", "k", "last")  # parameters that a share of the tokens replaces
 
 
 @dataclass(frozen=True)

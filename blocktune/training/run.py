@@ -169,7 +169,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
     if checkpoint not in (None, folder):
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        launch_checks.wait_for_builds()
+        launch_checks.refuse_stale_locks()
     with resume.stoppable(folder, args.overwrite):
         trainer = build(data, args, choice, callbacks)
         if trainer.is_world_process_zero():
