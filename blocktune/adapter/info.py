@@ -147,10 +147,7 @@ class Release:
     link_token: str | None = None  # the first link token, if the layout has links
 
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
-        """Sets the tokenizer's chat template and BOS; returns the description of the adapter.
-
-        Raises ValueError if the trained tokens have other ids here, or no embeddings.
-        """
+        """Sets the tokenizer's template and BOS; describes the adapter (ValueError: other ids)."""
         for token, expected in self.tokens.items():
             actual = tokenizer.convert_tokens_to_ids(token)
             if actual != expected:

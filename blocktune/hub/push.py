@@ -126,8 +126,7 @@ def show(repo: str, files: dict[str, Source], console: Console) -> None:
     for name, source in sorted(files.items()):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         console.print(f"  {size:>13,} bytes  {name}", highlight=False)
-    card_text = files[CARD_FILE].decode()
-    console.print(f"\n{card_text}", highlight=False, markup=False, soft_wrap=True)
+    console.print("\n" + files[CARD_FILE].decode(), highlight=False, markup=False, soft_wrap=True)
 
 
 def check_repo(repo: str, option: str = "--repo") -> None:

@@ -1,7 +1,4 @@
-"""Converts a user's rows to examples, and examples to a dataset of token pieces.
-
-`blocktune.training.collator` then lays them out batch by batch.
-"""
+"""Converts a user's rows to examples, and examples to a dataset of token pieces."""
 
 from __future__ import annotations
 

@@ -137,8 +137,8 @@ def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
     return layers | {"number of key heads": config.num_key_value_heads} | kv
 
 
+# By layer: hidden states ``(rows, hidden)``, or keys and values ``(rows, K, D)``.
 States = dict[int, tuple[Tensor, ...]]
-"""States to match, by layer: hidden ``(rows, hidden)``, or keys and values ``(rows, K, D)``."""
 
 
 class Recorder:

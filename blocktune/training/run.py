@@ -50,11 +50,10 @@ class Parser(TrlParser):
 
         Every value is parsed like an option. The source of examples is ignored if ``argv`` has one.
         """
-        values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
-        single_source, mixture = {"train_data", "train_limit"}, {"mixture"}
-        for typed, ignored in (("__mixture", single_source), ("__train_data", mixture)):
-            if typed in self._typed:
-                values = {key: value for key, value in values.items() if key not in ignored}
+        ignored = {"train_data", "train_limit"} if "__mixture" in self._typed else set()
+        ignored |= {"mixture"} if "__train_data" in self._typed else set()
+        found = mapping(load_yaml(path, "config", "see recipes/ for examples"), path)
+        values = {key: value for key, value in found.items() if key not in ignored}
         actions = {action.dest: action for action in reversed(self._actions)}  # X before no_X
         for key in values.keys() & actions.keys():
             try:

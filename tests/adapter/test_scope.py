@@ -331,11 +331,11 @@ def test_a_scope_is_given_once():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"use_peft": False}, "but the model has no LoRA; set use_peft"),
-        ({"use_peft": False, "freeze_base": True, "num_links": 1}, "but the model has no LoRA"),
-        ({"both_modes": True}, "64 examples in full attention have none; set block_share"),
+        ({"use_peft": False}, "but the model has none; set use_peft"),
+        ({"use_peft": False, "freeze_base": True, "num_links": 1}, "but the model has none"),
+        ({"both_modes": True}, "64 examples in full attention lack; set block_share"),
         ({"use_dora": True}, "a variant of LoRA"),
-        ({"num_links": 1, "link_mode": "added_tokens"}, "trained embeddings"),
+        ({"num_links": 1, "link_mode": "added_tokens"}, "trainable_token_indices acts"),
         ({"scope": "write"}, "invalid choice: 'write'"),
     ],
 )
