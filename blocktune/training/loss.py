@@ -24,6 +24,7 @@ from blocktune.models.sharded import loading_whole
 from blocktune.positions import RopeSpec, relocate_keys
 from blocktune.prompt import IGNORED, Batch
 from blocktune.training.config import ObjectiveOptions
+from blocktune.training.recompute import Watched
 
 EPSILON = 1e-9
 
@@ -117,12 +118,8 @@ def _load(options: ObjectiveOptions, student: nn.Module, tokenizer) -> nn.Module
             "student; use one of the same family (and link_mode 'table' for links)"
         )
     expected, actual = _shape(config, states), _shape(teacher_config, states)
-    for part, value in expected.items() if options.matches_states else ():
-        if actual[part] != value:
-            raise ValueError(
-                f"distill_states: the {part} of '{name}' is {actual[part]}, the student's "
-                f"{value}; set distill_states: none"
-            )
+    if options.matches_states and actual != expected:
+        raise ValueError(f"distill_states: '{name}' has {actual}, the student {expected}")
     attach(teacher)
     return teacher.eval().requires_grad_(False)
 
@@ -139,21 +136,6 @@ def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
 
 # By layer: hidden states ``(rows, hidden)``, or keys and values ``(rows, K, D)``.
 States = dict[int, tuple[Tensor, ...]]
-
-
-class Recorder:
-    """An attention plan that records the keys and values of some rows ``(B, S)`` bool."""
-
-    def __init__(self, plan: Plan, rows: Tensor):
-        self.plan, self.rows = plan, rows
-        self.states: States = {}
-
-    def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`."""
-        pair = (key.transpose(1, 2)[self.rows], value.transpose(1, 2)[self.rows])
-        # Activation checkpointing runs this twice; the second run must do the same operations.
-        self.states.setdefault(rule.layer, pair)
-        return self.plan.attend(query, key, value, rule, params)
 
 
 def row_weights(layout: Layout, labels: Tensor, rows: Tensor) -> Tensor:
@@ -294,8 +276,14 @@ class Objective:
         """A model's outputs, and the states of the question's rows that are to match."""
         plan, rows = make_plan(self.execution, batch.layout), batch.layout.kind == Kind.QUERY
         if self.options.distill_states == "kv":
-            plan = Recorder(plan, rows)
-            return answer_rows(model, batch, plan), plan.states
+            states: States = {}
+
+            def record(layer: int, key: Tensor, value: Tensor) -> None:
+                pair = (key.transpose(1, 2)[rows], value.transpose(1, 2)[rows])
+                # Activation checkpointing runs this twice, and must do the same operations.
+                states.setdefault(layer, pair)
+
+            return answer_rows(model, batch, Watched(plan, record)), states
         output = answer_rows(model, batch, plan, self.options.distill_states == "hidden")
         # The first are the embeddings.
         return output, {i: (h[rows],) for i, h in enumerate(output.hidden[1:])}

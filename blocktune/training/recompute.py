@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -85,15 +85,16 @@ class _ProbeDone(Exception):
     """Ends a forward pass after the probed layer."""
 
 
-class _Probe:
-    """An attention plan that ends a forward pass after the keys of a layer are cached."""
+@dataclass(frozen=True)
+class Watched:
+    """An attention plan that first shows the index of each layer, its keys and its values."""
 
-    def __init__(self, plan: Plan, layer: int):
-        self.plan, self.layer = plan, layer
+    plan: Plan
+    see: Callable[[int, Tensor, Tensor], None]
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        if rule.layer == self.layer:
-            raise _ProbeDone
+        """Implements `Plan.attend`."""
+        self.see(rule.layer, key, value)
         return self.plan.attend(query, key, value, rule, params)
 
 
@@ -116,8 +117,12 @@ def narrowed(
     layout = Layout.unpack(inputs["layout"])
     num_layers = model.config.get_text_config().num_hidden_layers
     layer = sampler.check_layer(num_layers)
-    plan, cache = make_plan(execution, layout), DynamicCache()
-    plan = _Probe(plan, layer) if stop else plan
+
+    def see(index: int, *_: Tensor) -> None:
+        if stop and index == layer:  # whose keys are cached
+            raise _ProbeDone
+
+    plan, cache = Watched(make_plan(execution, layout), see), DynamicCache()
     with suppress(_ProbeDone):
         ids = inputs["input_ids"]
         planned_forward(model, ids, layout.position, plan, cache, logits_to_keep=1)
