@@ -149,7 +149,7 @@ def prepare(
                 "long_examples: drop"
             )
     if not parts:
-        raise ValueError(f"no example to train on: of {len(samples)}, {num_dropped} were too long")
+        raise ValueError(f"no example to train on: {len(samples)} rows, {num_dropped} too long")
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
     blank = _unanswered(min(parts, key=lambda part: part["length"]))
     rows += [[blank]] * (-len(rows) % multiple_of)
