@@ -7,6 +7,7 @@ import atexit
 import difflib
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -169,6 +170,8 @@ def _train(data, args, choice, callbacks) -> Path | None:
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         launch_checks.refuse_stale_locks()
+    if args.dry_run:
+        args.output_dir = tempfile.gettempdir()  # the Trainer creates its folder
     with resume.stoppable(folder, args.overwrite):
         trainer = build(data, args, choice, callbacks)
         if trainer.is_world_process_zero():
