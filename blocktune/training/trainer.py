@@ -100,13 +100,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         rope = require_supported(model)
         self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
         config = model.config.get_text_config()
-        pack_length = args.pack_length
-        if pack_length and getattr(config, "attn_temperature_tuning", False):
-            # Llama 4 scales queries by their index in a row.
-            pack_length = min(pack_length, config.floor_scale - 1)
         self.exact_tokens, context = rope.max_tokens, context_length(config)
         self._longest = min(args.max_length or context, rope.max_tokens or context)
-        self.prepared = self._prepare(train_dataset, args.train_batch_size, pack_length)
+        packed = _pack_length(args.pack_length, config)
+        self.prepared = self._prepare(train_dataset, args.train_batch_size, packed)
         info = self._describe(model)
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
@@ -305,6 +302,12 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Sends nothing."""
+
+
+def _pack_length(length: int | None, config: Any) -> int | None:
+    """As asked for, but Llama 4 scales queries by their index in a row, beyond some length."""
+    scales = getattr(config, "attn_temperature_tuning", False)
+    return min(length, config.floor_scale - 1) if length and scales else length
 
 
 def _checked_collator(
