@@ -26,18 +26,13 @@ LINKS_MODULE = "blocktune_links"  # the table is a submodule, so it is trained, 
 NOISE = 0.1  # of new rows around the mean embedding, in standard deviations of the embeddings
 
 
-class LinkTable(nn.Embedding):
-    """Embeddings of learned tokens; ``weight`` is ``(num_links, hidden)``.
+def table_of(weight: Tensor) -> nn.Embedding:
+    """A table with a copy of ``weight``, ``(num_links, hidden)``.
 
-    At least one, in the order of `LayoutSpec`: links, headers, trailers. If a model scales
-    embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it scales them after
-    the lookup (Gemma 2, Granite), it scales these rows, too.
+    If a model scales embeddings inside its lookup (Gemma 3), these rows are stored scaled; if it
+    scales them after the lookup (Gemma 2, Granite), it scales these rows, too.
     """
-
-    @classmethod
-    def of(cls, weight: Tensor) -> LinkTable:
-        """Makes a table with a copy of ``weight``, ``(num_links, hidden)``."""
-        return cls.from_pretrained(weight.detach().clone(), freeze=False)
+    return nn.Embedding.from_pretrained(weight.detach().clone(), freeze=False)
 
 
 def link_base(model: PreTrainedModel) -> int:
@@ -45,19 +40,16 @@ def link_base(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
+def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> nn.Embedding:
     """Makes a float32 table on the model's device, with rows near the mean embedding."""
     mean, std = _moments(model.get_input_embeddings(), link_base(model))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_links, mean.numel(), generator=generator).to(mean.device)
-    return LinkTable.of(mean + NOISE * std * noise)
+    return table_of(mean + NOISE * std * noise)
 
 
-def links_to_train(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
-    """The table to start from, in float32: installed, in the model's own folder, or `new_links`.
-
-    Raises ValueError if the one that the model has is of another size.
-    """
+def links_to_train(model: PreTrainedModel, num_links: int, seed: int = 0) -> nn.Embedding:
+    """The table to start from, in float32: the model's (ValueError: of other size) or a new one."""
     table, name = installed_links(model), model.config._name_or_path
     if table is None and not (name and Path(name, LINKS_FILE).is_file()):
         return new_links(model, num_links, seed)
@@ -65,17 +57,15 @@ def links_to_train(model: PreTrainedModel, num_links: int, seed: int = 0) -> Lin
     if table.num_embeddings != num_links:
         raise ValueError(
             f"the model has {table.num_embeddings} trained link, header and trailer tokens, and "
-            f"this layout {num_links}; train on with the layout in its blocktune.json, or remove "
-            f"{LINKS_FILE} from its folder"
+            f"this layout {num_links}; use its layout, or remove its {LINKS_FILE}"
         )
     return table.float()
 
 
-def install_links(model: PreTrainedModel, table: LinkTable) -> None:
-    """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``.
+def install_links(model: PreTrainedModel, table: nn.Embedding) -> None:
+    """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``, a submodule of its base.
 
     Install links after PEFT has wrapped the model, because PEFT replaces embeddings that it trains.
-    The table becomes a submodule of the base, which DDP, ZeRO and ``.to()`` handle like others.
 
     Raises ValueError if links are installed already, the width differs, or the model has a second
     embedding table for the same ids (Gemma 3n), which cannot look up virtual ids.
@@ -85,15 +75,9 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
         raise ValueError("this model has link tokens installed already; load the base again")
     rows, width = table.weight.shape[1], whole_shape(embedding.weight)[1]
     if rows != width:
-        raise ValueError(
-            f"link rows are {rows} wide, this model's embeddings {width}; the links were trained "
-            "for another base"
-        )
+        raise ValueError(f"link rows are {rows} wide, this model's embeddings {width}")
     if any(other.num_embeddings >= first for other in _other_tables(base)):
-        raise ValueError(
-            f"{type(base).__name__} looks token ids up in more than one table, so link ids outside "
-            "the vocabulary cannot work; use link_mode 'added_tokens'"
-        )
+        raise ValueError("this model has several embedding tables; use link_mode 'added_tokens'")
     table.to(embedding.weight.device)
     base.add_module(LINKS_MODULE, table)
     thread = threading.local()  # engines answer in several threads at once
@@ -113,12 +97,12 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     embedding.register_forward_hook(look_up, prepend=True)
 
 
-def installed_links(model: nn.Module) -> LinkTable | None:
+def installed_links(model: nn.Module) -> nn.Embedding | None:
     """The table that was installed by `install_links`, or None."""
     return getattr(unwrapped(model), LINKS_MODULE, None)
 
 
-def save_links(table: LinkTable, folder: str | Path) -> Path:
+def save_links(table: nn.Embedding, folder: str | Path) -> Path:
     """Writes ``links.safetensors`` into ``folder`` atomically. Returns its path."""
     path = Path(folder) / LINKS_FILE
     with replacing(path) as temporary:
@@ -126,7 +110,7 @@ def save_links(table: LinkTable, folder: str | Path) -> Path:
     return path
 
 
-def load_links(folder: str | Path) -> LinkTable:
+def load_links(folder: str | Path) -> nn.Embedding:
     """Reads the file of `save_links`. Raises ValueError if it is missing, damaged or invalid."""
     path = Path(folder) / LINKS_FILE
     if not path.is_file():
@@ -137,7 +121,7 @@ def load_links(folder: str | Path) -> LinkTable:
         raise ValueError(f"'{path}' is damaged or incomplete ({error}); copy it again") from None
     if [*held] != ["weight"] or held["weight"].ndim != 2:
         raise ValueError(f"{path} must hold one (num_links, hidden) tensor 'weight', got {[*held]}")
-    return LinkTable.of(held["weight"])
+    return table_of(held["weight"])
 
 
 def add_link_tokens(
@@ -149,9 +133,8 @@ def add_link_tokens(
 ) -> range:
     """Adds real tokens ``<|link_0|>`` ... instead of a table. Call it before PEFT wraps the base.
 
-    A loader makes the rows that training started from: those of `new_links` for ``seed``, or the
-    ``rows`` ``(num_links, hidden)`` of a trained table. The base is resized if its embedding has no
-    room. Train with PEFT's ``trainable_token_indices``; save with ``save_embedding_layers=False``.
+    Their embeddings are those of `new_links` for ``seed``, or the ``rows`` ``(num_links, hidden)``
+    of a trained table. The base is resized if it has no room.
 
     Returns the ids; the first is the prompt's ``link_base``. ValueError: they are not contiguous.
     """

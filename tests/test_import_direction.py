@@ -276,7 +276,7 @@ def test_the_reader_sees_every_form_of_import():
         (
             "blocktune.training",
             "from blocktune.adapter import Release",
-            {"blocktune.adapter.releases.Release"},
+            {"blocktune.adapter.info.Release"},
         ),
         ("blocktune.training", "from ..adapter import scope", {"blocktune.adapter.scope"}),
         ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.tokens.FirstK"}),

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import Embedding
 from training.toy import toy_config, toy_model, toy_tokenizer
 from transformers import Gemma2Config, Gemma3TextConfig, Gemma4TextConfig, GraniteConfig
 
 from blocktune.links import (
-    LinkTable,
     add_link_tokens,
     install_links,
     link_base,
@@ -27,7 +27,7 @@ def family(name, **overrides):
 
 
 def test_link_rows_match_the_same_rows_in_the_vocabulary():
-    model, table = toy_model(), LinkTable(2, 32)
+    model, table = toy_model(), Embedding(2, 32)
     base = link_base(model)
     table.weight.data.copy_(model.get_input_embeddings().weight[[7, 9]])
     plain = torch.tensor([[3, 7, 9, 4], [9, 3, 3, 7]])
@@ -42,7 +42,7 @@ def test_link_rows_match_the_same_rows_in_the_vocabulary():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_link_rows_are_scaled_as_the_embeddings_are(name):
     model = toy_model(config=family(name))
-    table = LinkTable(1, 32)
+    table = Embedding(1, 32)
     embedding = model.get_input_embeddings()
     table.weight.data.copy_(embedding(torch.tensor([7])))
     ids = torch.tensor([[3, 7, 4]])
@@ -78,7 +78,7 @@ def test_links_get_gradients_and_the_vocabulary_does_not_through_them():
 
 
 def test_a_batch_without_links_gives_the_table_a_zero_gradient():
-    model, table = toy_model(), LinkTable(2, 32)
+    model, table = toy_model(), Embedding(2, 32)
     install_links(model, table)
     model(torch.tensor([[3, 4]])).logits.sum().backward()
     assert torch.equal(table.weight.grad, torch.zeros(2, 32))
@@ -97,7 +97,7 @@ def test_missing_links_are_named(tmp_path):
 
 
 def test_damaged_links_are_named(tmp_path):
-    whole = save_links(LinkTable(2, 8), tmp_path).read_bytes()
+    whole = save_links(Embedding(2, 8), tmp_path).read_bytes()
     for size in (0, 40, len(whole) - 1):
         (tmp_path / "links.safetensors").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"links\.safetensors' is damaged or incomplete"):
@@ -106,14 +106,14 @@ def test_damaged_links_are_named(tmp_path):
 
 def test_links_of_another_width_are_refused():
     with pytest.raises(ValueError, match="48 wide, this model's embeddings 32"):
-        install_links(toy_model(), LinkTable(1, 48))
+        install_links(toy_model(), Embedding(1, 48))
 
 
 def test_links_are_installed_once():
     model = toy_model()
-    install_links(model, LinkTable(1, 32))
+    install_links(model, Embedding(1, 32))
     with pytest.raises(ValueError, match="already"):
-        install_links(model, LinkTable(1, 32))
+        install_links(model, Embedding(1, 32))
 
 
 @pytest.mark.parametrize("tied", [True, False])

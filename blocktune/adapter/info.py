@@ -1,7 +1,8 @@
 """The description of an adapter: its base, and the layout and format of its prompts.
 
 An adapter is a folder: PEFT's files (unless only links were trained), ``links.safetensors`` (if it
-has a link table) and ``blocktune.json``, which is written last and required for loading.
+has a link table) and ``blocktune.json``, which is written last and required for loading. For models
+that other projects published, ``releases.yaml`` has what ``blocktune.json`` would have.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.scope import SCOPES, scope_of
 from blocktune.files import replace_json
 from blocktune.links import link_base
-from blocktune.models.identity import tokenizer_hash
+from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import read_tokenizer
 from blocktune.parsing import load_json, mapping, read
 from blocktune.prompt import LayoutSpec, PromptFormat
@@ -27,13 +29,12 @@ FORMAT_VERSION = 1
 OWN_WEIGHTS = "the model in its own folder"
 """``base_model`` of a fully trained or merged model, which needs no other base."""
 LINK_MODES = ("table", "added_tokens")
+PREFIX = "release:"  # marks the name of a release
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """The contents of ``blocktune.json``, which serving needs.
-
-    Serving must use the layout and format of training.
+    """The contents of ``blocktune.json``: serving must use the layout and format of training.
 
     Raises ValueError if the link mode or the scope is unknown.
     """
@@ -97,7 +98,7 @@ class AdapterInfo:
         if self.scope != scope_of(model):
             raise ValueError(
                 f"the adapter has scope '{self.scope}' and the model '{scope_of(model)}'; call "
-                "blocktune.adapter.attach_links on PEFT's model (a merged model cannot be used)"
+                "blocktune.adapter.attach_links on PEFT's unmerged model"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,10 +113,7 @@ class AdapterInfo:
 
     @classmethod
     def load(cls, folder: str | Path) -> AdapterInfo:
-        """Reads ``blocktune.json``.
-
-        Raises ValueError if there is none, or its version, its keys or their types are others.
-        """
+        """Reads ``blocktune.json``; ValueError if there is none, or it is damaged or newer."""
         path = Path(folder) / INFO_FILE
         if not path.is_file():
             lack = f"it has no {INFO_FILE}" if path.parent.is_dir() else "there is no such folder"
@@ -126,11 +124,79 @@ class AdapterInfo:
         values = dict(mapping(load_json(path), str(path)))
         version = values.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:  # first, since another version may have other keys
-            raise ValueError(
-                f"{path}: this blocktune reads adapter format {FORMAT_VERSION}, got {version}; "
-                "update blocktune or train the adapter again"
-            )
+            wanted = f"adapter format {FORMAT_VERSION}, got {version}"
+            raise ValueError(f"{path}: this blocktune reads {wanted}; update blocktune")
         for name, spec in (("layout", LayoutSpec), ("format", PromptFormat)):
             if name in values:
                 values[name] = spec.from_dict(values[name])
         return read(cls, values, str(path))
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published model."""
+
+    repository: str  # on the Hugging Face Hub
+    source: str  # code or paper that states layout and wording
+    layout: LayoutSpec  # layout of prompts in training
+    format: PromptFormat  # wording of prompts in training
+    chat_template: str  # renders the turns around the chunks
+    begins_with_bos: bool = True  # whether a prompt begins with BOS
+    # special tokens that the layout or the template uses, and their required ids
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    link_token: str | None = None  # the first link token, if the layout has links
+
+    def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
+        """Sets the tokenizer's template and BOS; describes the adapter (ValueError: other ids)."""
+        for token, expected in self.tokens.items():
+            actual = tokenizer.convert_tokens_to_ids(token)
+            if actual != expected:
+                raise ValueError(
+                    f"'{self.repository}' was trained with {token} as id {expected}, this "
+                    f"tokenizer has {actual}; load the released one"
+                )
+        rows = model.get_input_embeddings().weight.shape[0]
+        last = self.tokens[self.link_token] + self.layout.num_learned - 1 if self.link_token else 0
+        if last >= rows:
+            raise ValueError(
+                f"'{self.repository}' has link tokens up to id {last}, this model embeds {rows} "
+                "tokens; load the released weights"
+            )
+        tokenizer.chat_template = self.chat_template
+        if not self.begins_with_bos:
+            tokenizer.bos_token = None
+        return AdapterInfo(
+            base_model=OWN_WEIGHTS,
+            base_fingerprint=base_fingerprint(model),
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            layout=self.layout,
+            format=self.format,
+            link_mode="added_tokens",
+            link_token=self.link_token or "",
+            training={"released as": self.repository, "stated by": self.source},
+        )
+
+
+def _read(text: str) -> dict[str, Release]:
+    """Reads the releases. Fields that a model lacks are those of its family."""
+    releases = {}
+    for family in yaml.safe_load(text).values():
+        models = family.pop("models")
+        for name, own in models.items():
+            layout = LayoutSpec.from_dict(family.get("layout", {}) | own.get("layout", {}))
+            format = PromptFormat.from_dict(family["format"] | own.get("format", {}))
+            releases[name] = Release(**family | own | {"layout": layout, "format": format})
+    return releases
+
+
+RELEASES = _read(Path(__file__).with_name("releases.yaml").read_text(encoding="utf-8"))
+
+
+def find_release(adapter: str) -> Release | None:
+    """The release named ``release:NAME``, or None for other names; ValueError if it is unknown."""
+    if not adapter.startswith(PREFIX):
+        return None
+    name = adapter.removeprefix(PREFIX)
+    if name not in RELEASES:
+        raise ValueError(f"unknown release '{name}'; available: {', '.join(RELEASES)}")
+    return RELEASES[name]

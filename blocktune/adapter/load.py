@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,8 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
-from blocktune.adapter.releases import Release, find_release
+from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo, Release, find_release
 from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
@@ -43,7 +43,7 @@ def load_adapter(
     adapter's link tokens are added to the tokenizer, and its link table is installed (``links``).
 
     Raises ValueError if there is no such adapter, it is damaged, it was made for another base or
-    tokenizer, or its scope cannot be merged. The base is unchanged, unless PEFT fails.
+    tokenizer, or its scope cannot be merged.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -65,15 +65,12 @@ def load_adapter(
 def _with_peft(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedModel:
     from peft import PeftConfig, PeftModel  # imported here, since only adapters need PEFT
 
+    hook = model.register_load_state_dict_post_hook(_refuse_unused)
     try:
         require_kind(PeftConfig.from_pretrained(folder))
-        hook = model.register_load_state_dict_post_hook(_refuse_unused)
-        try:
-            with warnings.catch_warnings():  # missing weights would be random
-                warnings.filterwarnings("error", message="Found missing adapter keys")
-                wrapped = PeftModel.from_pretrained(model, folder)
-        finally:
-            hook.remove()
+        with warnings.catch_warnings():  # missing weights would be random
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, folder)
         if merge and (part := unmergeable(wrapped)):
             logger.warning("'%s' is served without merging it: %s", folder, part)
         return _merged(wrapped) if merge and not part else wrapped
@@ -82,6 +79,8 @@ def _with_peft(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedM
     except Exception as error:  # of any type, since the files may be arbitrary
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
+    finally:
+        hook.remove()
 
 
 def _refuse_unused(model: nn.Module, keys: Any) -> None:
@@ -91,15 +90,12 @@ def _refuse_unused(model: nn.Module, keys: Any) -> None:
 
 def require_kind(config: Any) -> None:
     """Raises `Refused` if an adapter of a PEFT configuration acts on a prompt as a whole."""
-    does = {
-        "alora_invocation_tokens": "starts an adapter in the middle of a prompt",
-        "layer_replication": "gives several layers one place in the cache",
-    }
-    wrong = [f"{name} {effect}" for name, effect in does.items() if getattr(config, name, None)]
+    options = ("alora_invocation_tokens", "layer_replication")
+    wrong = [name for name in options if getattr(config, name, None)]
     if config.is_prompt_learning or config.is_adaption_prompt:
-        wrong = [f"a {config.peft_type.value} adapter puts rows of its own before a prompt"]
+        wrong = [f"a {config.peft_type.value} adapter"]
     if wrong:
-        raise Refused(f"{wrong[0]}, so chunks cannot be cached alone; train LoRA without it")
+        raise Refused(f"{wrong[0]} acts on whole prompts, not on chunks; train LoRA without it")
 
 
 def unmergeable(model: nn.Module) -> str | None:
@@ -118,10 +114,7 @@ def unmergeable(model: nn.Module) -> str | None:
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:
-    """Merges the adapter into its base.
-
-    If it changes one of two tied embeddings, the head gets its own weights; PEFT changes both.
-    """
+    """Merges an adapter; if it changes one of two tied embeddings, the head gets own weights."""
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -143,8 +136,7 @@ def require_whole(folder: str | Path) -> None:
     """Raises ValueError if a weight file is missing or truncated; reads only headers."""
     folder, info = Path(folder), AdapterInfo.load(folder)
     has_peft = (folder / PEFT_FILE).is_file()
-    below = any(folder.glob(f"*/{PEFT_FILE}"))  # where older versions put an adapter with a name
-    bare = info.base_model == OWN_WEIGHTS or (info.has_table and not below)
+    bare = info.base_model == OWN_WEIGHTS or info.has_table
     if has_peft != any(folder.glob("adapter_model*")) or not (has_peft or bare):
         raise ValueError(f"'{folder}' lacks one of {PEFT_FILE} and adapter_model.safetensors")
     require_readable(folder)
@@ -161,8 +153,7 @@ def attach_links(
     engine = Engine(model, tokenizer, adapter=info, adapter_folder=folder)
     ```
 
-    PEFT loads the base by the name in its configuration, and resizes it if the adapter's tokenizer
-    has more tokens. The model may be merged only if the adapter's scope is ``both``.
+    The model may be merged only if the adapter's scope is ``both``.
 
     Raises ValueError if there is no such adapter, or its table or scope does not fit the model.
     """
@@ -177,8 +168,8 @@ def attach_links(
 
 
 def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
-    name = model.config._name_or_path or type(model).__name__
-    if not same_base(info.base_fingerprint, base_fingerprint(model)):
+    name, own = model.config._name_or_path or type(model).__name__, base_fingerprint(model)
+    if not same_base(info.base_fingerprint, own):
         fix = f"load '{info.base_model}', or train an adapter for '{name}'"
         if info.base_model == OWN_WEIGHTS:
             fix = "leave out the base"
@@ -186,13 +177,12 @@ def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
             fix = "its weights have changed, or are of another revision; train the adapter again"
         raise ValueError(
             f"adapter '{adapter}' was made for base '{info.base_model}' "
-            f"({info.base_fingerprint}), got '{name}' ({base_fingerprint(model)}); {fix}"
+            f"({info.base_fingerprint}), got '{name}' ({own}); {fix}"
         )
     if info.tokenizer_hash != tokenizer_hash(tokenizer):
         raise ValueError(
             f"adapter '{adapter}' was trained with the tokenizer and chat template of "
-            f"'{info.base_model}' ({info.tokenizer_hash}), got another one from "
-            f"'{tokenizer.name_or_path}' ({tokenizer_hash(tokenizer)}); use that of the base"
+            f"'{info.base_model}', got another one from '{tokenizer.name_or_path}'"
         )
 
 
@@ -226,11 +216,9 @@ def load_model(
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
-            own base, at the revision it was trained on. A folder that is an adapter is used as
-            ``adapter``.
-        adapter: Folder or repository of the Hub, optionally with ``@REVISION``, or
-            ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
-        merge: Whether to merge LoRA weights; False: PEFT applies them, as a reference.
+            own base and revision. A folder that is an adapter is used as ``adapter``.
+        adapter: The same, or ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
+        merge: Whether to merge LoRA weights; False: PEFT applies them.
         recurrent: Whether models with recurrent layers are allowed.
         options: dtype, device, revision and quantize, see `blocktune.models.load.load_base`.
 
@@ -251,18 +239,19 @@ def load_models(
     An adapter that has a base to itself is merged into it; PEFT applies those that share one.
     """
     sources = [_source(model, adapter, options.get("revision")) for adapter in adapters]
-    loaded: list[Loaded | None] = [None] * len(sources)
-    for (name, revision), what in {(s.base, s.revision): s.what for s in sources}.items():
-        how = options | {"revision": revision, "what": what}
-        base, tokenizer = load_base(name, **how, recurrent=recurrent)
-        users = [i for i, s in enumerate(sources) if (s.base, s.revision) == (name, revision)]
-        for index in users:
-            loaded[index] = _apply(sources[index], base, tokenizer, len(users) == 1, merge)
+    users = Counter((source.base, source.revision) for source in sources)
+    bases, loaded = {}, []
+    for source in sources:
+        place = source.base, source.revision
+        if place not in bases:
+            how = options | {"revision": source.revision, "what": source.what}
+            bases[place] = load_base(source.base, **how, recurrent=recurrent)
+        loaded.append(_apply(source, *bases[place], users[place] == 1, merge))
     return loaded
 
 
 class _Source(NamedTuple):
-    """The base of a model, and the release, or an adapter and its folder, to apply to it."""
+    """A base, and the release or adapter to apply to it."""
 
     base: str
     revision: str | None
@@ -291,9 +280,8 @@ def _source(model: str | None, adapter: str | Path | None, revision: str | None)
 
 def _apply(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded:
     if not alone:
-        own_embeddings = source.info is not None and source.info.adds_tokens
-        base = sharing(base, own_embeddings=own_embeddings)
-        tokenizer = copy.deepcopy(tokenizer)
+        adds_tokens = source.info is not None and source.info.adds_tokens
+        base, tokenizer = sharing(base, own_embeddings=adds_tokens), copy.deepcopy(tokenizer)
     if source.folder is None:
         info = None if source.release is None else source.release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)

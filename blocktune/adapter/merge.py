@@ -17,12 +17,11 @@ from blocktune.links import add_link_tokens, load_links, save_links
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, load_base
 
-PROBE = (
+PROBE = (  # texts to compare the models on, each followed by the learned tokens
     "Aldermere is a harbour city, founded in 1204 by fishermen from the coast.",
     "Norwick lies inland, two days from Aldermere; the town was founded in 1310.",
     "Which of the two cities was founded first, and by whom?",
 )
-"""Texts to compare the merged and the unmerged model on, each followed by the learned tokens."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,7 @@ def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> 
     if links not in (None, "table", "added_tokens"):
         raise ValueError(f"links must be 'table' or 'added_tokens', got '{links}'")
     if links == "table" and info.num_learned and info.link_mode == "added_tokens":
-        raise ValueError(
-            "this adapter's link tokens were trained in the vocabulary; leave out --links"
-        )
+        raise ValueError("its link tokens were trained in the vocabulary; leave out --links")
 
 
 @torch.no_grad()

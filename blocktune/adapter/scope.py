@@ -35,9 +35,10 @@ def scope_adapter(model: nn.Module, scope: str) -> None:
     """Restricts the LoRA of a PEFT model to some rows, in training and in serving.
 
     The layout of a forward pass has the kinds of rows, see `Layout.written`; without a layout,
-    attention is full. The adapter must be plain LoRA (or rsLoRA) on linear modules of the layers.
+    attention is full.
 
-    Raises ValueError if the model has no adapter or another scope, or a part acts on other rows.
+    Raises ValueError if the model has no adapter or another scope, or a part acts on other rows,
+    which only plain LoRA (or rsLoRA) on linear modules of the layers does not.
     """
     require_one_of("scope", scope, SCOPES)
     if scope == scope_of(model):
@@ -68,43 +69,38 @@ def require_mergeable(scope: str) -> None:
     if scope != "both":
         raise ValueError(
             f"an adapter of scope '{scope}' acts on {SCOPED_ROWS[scope]} only, but merged weights "
-            "act on all rows; serve it with --adapter instead, which is as fast as the base"
+            "act on all rows; serve it with --adapter"
         )
 
 
-class _Rows:
+class _Rows(threading.local):
     """The rows that a model's adapter acts on, in the current forward pass of each thread."""
 
+    written: Tensor | None = None
+
     def __init__(self, scope: str):
-        self.scope, self._thread = scope, threading.local()
+        self.scope = scope
 
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook of modules that get the attention plan; remembers its rows."""
-        self._thread.written = written_rows(kwargs)
+        self.written = written_rows(kwargs)
 
     def forward(
         self, layer: nn.Module, forward: Callable[..., Tensor], x: Tensor, *args, **kwargs
     ) -> Tensor:
-        """The forward of a LoRA layer; skips LoRA if it acts on no row.
-
-        In training LoRA is never skipped, since DDP would wait for its gradients.
-        """
-        if self.scope == "encode" and self._written is None and not torch.is_grad_enabled():
+        """The forward of a LoRA layer; skips LoRA that acts on no row, except in training."""
+        if self.scope == "encode" and self.written is None and not torch.is_grad_enabled():
             return layer.base_layer(x, *args, **kwargs)
         return forward(x, *args, **kwargs)
 
     def mask(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """The forward hook of LoRA's first matrix, whose output is ``(..., r)``."""
-        written = self._written
+        written = self.written
         if written is None:
             everywhere = output.new_ones((), dtype=torch.bool)
             return output if self.scope == "read" else output.masked_fill(everywhere, 0)
         hidden = written if self.scope == "read" else ~written
         return output.masked_fill(hidden.reshape(*output.shape[:-1], 1), 0)
-
-    @property
-    def _written(self) -> Tensor | None:
-        return getattr(self._thread, "written", None)
 
 
 def _lora_layers(model: nn.Module, scope: str) -> Iterator[nn.Module]:
@@ -112,10 +108,7 @@ def _lora_layers(model: nn.Module, scope: str) -> Iterator[nn.Module]:
 
     configs = getattr(model, "peft_config", {})
     if not configs:
-        raise ValueError(
-            f"scope '{scope}' restricts LoRA, but the model has no LoRA; set use_peft: "
-            "true, or scope: both"
-        )
+        raise ValueError(f"scope '{scope}' restricts LoRA, but the model has none; set use_peft")
     inside = {module for layer in decoder_layers(model) for module in layer.modules()}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -128,26 +121,18 @@ def _lora_layers(model: nn.Module, scope: str) -> Iterator[nn.Module]:
                 _refuse(scope, f"a variant of LoRA in '{name}' (such as DoRA)")
             yield module
     for config in configs.values():
-        for part, is_used in _acting_on_all(config).items():
-            if is_used:
-                _refuse(scope, part)
+        for part in _acting_on_all(config):
+            _refuse(scope, part)
 
 
-def _acting_on_all(config: Any) -> dict[str, bool]:
-    """Parts of a PEFT configuration that act on all rows, and whether they are used."""
-
-    def has(*names: str) -> bool:
-        return any(getattr(config, name, None) for name in names)
-
-    return {
-        f"{getattr(config, 'peft_type', 'an adapter')}": not hasattr(config, "lora_alpha"),
-        "modules_to_save": has("modules_to_save"),
-        "trained embeddings (added_tokens)": has("trainable_token_indices"),
-        "a trained bias": has("lora_bias") or getattr(config, "bias", "none") != "none",
-        "LoRA on parameters or repeated layers": has("target_parameters", "layer_replication"),
-        "init_lora_weights, which changes the base,": getattr(config, "init_lora_weights", True)
-        not in INITS,
-    }
+def _acting_on_all(config: Any) -> list[str]:
+    """Parts of a PEFT configuration that act on all rows."""
+    if not hasattr(config, "lora_alpha"):
+        return [config.peft_type.value]
+    options = ("modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters")
+    used = [name for name in (*options, "layer_replication") if getattr(config, name, None)]
+    used += ["bias"] if config.bias != "none" else []
+    return used + (["init_lora_weights"] if config.init_lora_weights not in INITS else [])
 
 
 def _refuse(scope: str, part: str) -> None:

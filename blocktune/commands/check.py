@@ -83,7 +83,7 @@ def check(
         raise ValueError("--only selects model types for --families; add --families")
     if families:
         _check_families(only or (), as_json)
-    from blocktune.adapter.releases import find_release
+    from blocktune.adapter import find_release
     from blocktune.check import check_adapter, check_method, check_model
     from blocktune.methods import parse_method
     from blocktune.tables import Table

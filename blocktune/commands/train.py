@@ -48,7 +48,7 @@ def train(
         print_options()
         return
     from blocktune.training.resume import stoppable
-    from blocktune.training.run import earlier_run, finished, leave, parse, train
+    from blocktune.training.run import FINISHED, earlier_run, leave, parse, train
 
     arguments = [*(["--config", config] if config else []), *ctx.args]
     if processes is None and launcher is None:
@@ -60,7 +60,7 @@ def train(
     data, args, choice = parse(arguments)  # here, so that an error is reported only once
     earlier = earlier_run(data, args, choice, None if launcher else processes)
     if earlier == Path(args.output_dir) and not args.dry_run:
-        typer.echo(finished(data, args.output_dir))
+        typer.echo(FINISHED)
         return
     with stoppable(args.output_dir, args.overwrite):
         launch(processes, launcher, ["-m", "blocktune.cli", "train", *arguments])
@@ -198,11 +198,11 @@ def push(
     from blocktune.hub import CardFacts, prepare, send, show
 
     facts = CardFacts(base_model, license, tuple(dataset or ()), results)
-    publication = prepare(adapter, repo, facts, model=model, dtype=dtype, device=device)
+    files = prepare(adapter, repo, facts, model=model, dtype=dtype, device=device)
     console = Console()
     if dry_run:
-        show(publication, console)
+        show(repo, files, console)
         return
-    sent = send(publication, private=private)
-    console.print(f"pushed {len(publication.files)} files to {sent.repo_url}", soft_wrap=True)
+    sent = send(repo, files, private=private)
+    console.print(f"pushed {len(files)} files to {sent.repo_url}", soft_wrap=True)
     console.print(f"load it with --adapter {repo}@{sent.oid}", soft_wrap=True)

@@ -47,11 +47,9 @@ def card(
 ) -> str:
     """The ``README.md`` of a repository; ``base`` is a name, ``results`` a section's text."""
     method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
-    summary = (
-        "to answer from passages that are encoded once, separately, and reused in any prompt"
-        if info.layout.block
-        else "on the same prompts in full attention, as a control"
-    )
+    summary = "to answer from passages that are encoded once, separately, and reused in any prompt"
+    if not info.layout.block:
+        summary = "on the same prompts in full attention, as a control"
     data = ModelCardData(
         base_model=base,
         datasets=sorted({*datasets_of(info.training), *facts.datasets}) or None,
@@ -125,10 +123,7 @@ def results_of(path: Path, folder: Path, info: AdapterInfo) -> str:
     record = _read(path)
     origin = record.get("provenance") or {}
     if "base_fingerprint" not in origin:
-        raise ValueError(
-            f"{path} was written by an older blocktune and does not name the weights it measured; "
-            "repeat its `blocktune eval`"
-        )
+        raise ValueError(f"{path} does not name the weights it measured; repeat `blocktune eval`")
     if not same_base(origin["base_fingerprint"], info.base_fingerprint):
         raise ValueError(
             f"{path} is of another base ({origin['base_fingerprint']}) than '{folder}' "
@@ -145,10 +140,8 @@ def results_of(path: Path, folder: Path, info: AdapterInfo) -> str:
             left_out.append(label)
     whole = info.base_model == OWN_WEIGHTS  # then this model is the "base" of the evaluation
     if not (methods if whole else any(result["adapter"] for result in methods.values())):
-        raise ValueError(
-            f"{path} measures no method with the adapter '{folder}' alone, but "
-            f"{', '.join(left_out) or 'the base'}; evaluate this adapter"
-        )
+        others = ", ".join(left_out) or "the base"
+        raise ValueError(f"{path} measures no method with the adapter '{folder}', but {others}")
     titles = {task.get("title") for task in record.get("tasks", {}).values()}
     title = (titles.pop() if len(titles) == 1 else None) or "score of the task"
     has_own = title not in SHOWN and all("score" in result for result in methods.values())
@@ -173,15 +166,10 @@ def results_of(path: Path, folder: Path, info: AdapterInfo) -> str:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         record = load_json(path)
+        for result in record["methods"].values():
+            _ = [result[key] for key in ("n", "em", "ci95", "adapter")]
     except OSError:
         raise ValueError(f"no results at '{path}'; make them with `blocktune eval`") from None
-    methods = record.get("methods") if isinstance(record, dict) else None
-    required = {"n", "em", "ci95", "adapter"}
-    if not isinstance(methods, dict) or not all(
-        isinstance(result, dict) and required <= result.keys() for result in methods.values()
-    ):
-        raise ValueError(
-            f"{path}: not a results.json of `blocktune eval`; it needs 'methods', each with "
-            "n, em, ci95 and adapter"
-        )
+    except (TypeError, LookupError, AttributeError):
+        raise ValueError(f"{path}: not a results.json of `blocktune eval`") from None
     return record

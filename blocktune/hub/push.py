@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -29,6 +29,7 @@ PUBLISHED = [  # names of files; no checkpoints, logs and optimizer states
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 ]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"]
+CARD_FILE = "README.md"
 _OF_THE_RUN = "training_args.bin"
 _OF_A_CHECKPOINT = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth"]
 
@@ -41,13 +42,10 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     for name in filter_repo_objects(names, allow_patterns=_OF_A_CHECKPOINT):
         raise ValueError(
             f"'{folder}' is a checkpoint to resume from (it contains '{name}'); push the "
-            f"finished adapter, '{folder.parent}', or a copy without *.pt and *.pth"
+            f"finished adapter, '{folder.parent}'"
         )
     for name in filter_repo_objects(names, allow_patterns=PICKLES, ignore_patterns=_OF_THE_RUN):
-        raise ValueError(
-            f"'{folder}' contains '{name}', a pickle, which can run code when it is loaded; "
-            "save its weights as safetensors and remove it"
-        )
+        raise ValueError(f"'{folder}' contains '{name}', a pickle; save safetensors instead")
     published = filter_repo_objects(names, allow_patterns=PUBLISHED)
     files: dict[str, Source] = {name: folder / name for name in published}
     if not any(name.endswith(".safetensors") for name in files):
@@ -58,28 +56,12 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     public_info = replace(info, base_model=OWN_WEIGHTS if whole else base, training=training)
     changed = {INFO_FILE: public_info.to_dict()}
     if PEFT_FILE in files:
-        base_fields = {"base_model_name_or_path": base, "revision": info.base_revision}
         config = mapping(load_json(folder / PEFT_FILE), str(folder / PEFT_FILE))
-        changed[PEFT_FILE] = {**config, **base_fields}
+        own = {"base_model_name_or_path": base, "revision": info.base_revision}
+        changed[PEFT_FILE] = {**config, **own}
     for name, values in changed.items():
         files[name] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
     return files
-
-
-CARD_FILE = "README.md"
-
-
-@dataclass(frozen=True)
-class Publication:
-    """The contents of a repository ``USER/NAME``: names of files to their paths or contents."""
-
-    repo: str
-    files: dict[str, Source]
-
-    @property
-    def card(self) -> str:
-        """The model card."""
-        return self.files[CARD_FILE].decode()
 
 
 def prepare(
@@ -91,12 +73,11 @@ def prepare(
     dtype: str = "auto",
     device: str | None = None,
     token: str | None = None,
-) -> Publication:
-    """Checks an adapter's folder and collects the files to publish, without sending them.
+) -> dict[str, Source]:
+    """Checks an adapter's folder on a base, and collects the files to publish, by name.
 
-    The check runs on the base ``model`` (default: the adapter's own). Raises ValueError if it
-    fails, the base or its licence is unknown, the folder is not an adapter or has pickled weights,
-    or the results are of another adapter.
+    Raises ValueError if the check fails, the base or its licence is unknown, the folder is not an
+    adapter or has pickled weights, or the results are of another adapter.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
@@ -114,48 +95,47 @@ def prepare(
         first = failed[0]
         raise ValueError(
             f"'{folder}' is not pushed: {len(failed)} of {len(checks)} checks fail, first "
-            f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
-            "`blocktune check`"
+            f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e})"
         )
     text = card(repo, replace(info, quantization=quantize), base, facts, checks, *results)
-    return Publication(repo, files | {CARD_FILE: text.encode()})
+    return files | {CARD_FILE: text.encode()}
 
 
-def send(publication: Publication, private: bool = False, token: str | None = None) -> CommitInfo:
+def send(
+    repo: str, files: dict[str, Source], private: bool = False, token: str | None = None
+) -> CommitInfo:
     """Commits all files, to a new (``private``) repository or over an earlier push."""
     api = HfApi(token=token)
     try:
-        api.create_repo(publication.repo, private=private or None, exist_ok=True)
-        operations = [CommitOperationAdd(n, source) for n, source in publication.files.items()]
-        present = api.list_repo_files(publication.repo)
-        for name in filter_repo_objects(present, allow_patterns=PUBLISHED):
-            if name not in publication.files:  # would be loaded, too
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        operations = [CommitOperationAdd(name, source) for name, source in files.items()]
+        for name in filter_repo_objects(api.list_repo_files(repo), allow_patterns=PUBLISHED):
+            if name not in files:  # would be loaded, too
                 operations.append(CommitOperationDelete(name))
-        return api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
+        return api.create_commit(repo, operations, commit_message="Push with blocktune")
     except (httpx.HTTPError, OSError) as error:
         raise ValueError(
-            f"the Hub refused '{publication.repo}': {first_line(error)}; log in with `hf auth "
-            "login` or set HF_TOKEN to a token with write access"
+            f"the Hub refused '{repo}': {first_line(error)}; log in with `hf auth "
+            "login`, or set HF_TOKEN"
         ) from None
 
 
-def show(publication: Publication, console: Console) -> None:
+def show(repo: str, files: dict[str, Source], console: Console) -> None:
     """Prints all files with their sizes, and the card."""
-    console.print(f"{publication.repo}: {len(publication.files)} files, nothing sent", style="bold")
-    for name, source in sorted(publication.files.items()):
+    console.print(f"{repo}: {len(files)} files, nothing sent", style="bold")
+    for name, source in sorted(files.items()):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         console.print(f"  {size:>13,} bytes  {name}", highlight=False)
-    console.print(f"\n{publication.card}", highlight=False, markup=False, soft_wrap=True)
+    console.print("\n" + files[CARD_FILE].decode(), highlight=False, markup=False, soft_wrap=True)
 
 
 def check_repo(repo: str, option: str = "--repo") -> None:
     """Raises ValueError if a name, the value of an ``option``, is not USER/NAME."""
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"{option} must be USER/NAME: {first_line(error)}") from None
-    if "/" not in repo:
-        raise ValueError(f"{option} must be USER/NAME, got '{repo}'")
+        if "/" in repo:
+            return
+    raise ValueError(f"{option} must be USER/NAME, got '{repo}'")
 
 
 def on_the_hub(name: str) -> str:
@@ -164,38 +144,33 @@ def on_the_hub(name: str) -> str:
         validate_repo_id(name)
         if not Path(name).exists():
             return name
-    raise ValueError(
-        f"the base is '{name}', which nobody else can load; name it: --base-model ORG/NAME"
-    )
+    raise ValueError(f"the base is '{name}', which nobody else can load; use push --base-model")
 
 
 def verify_base(base: str, info: AdapterInfo, token: str | None = None) -> None:
     """Raises ValueError if the Hub, if in reach, has no such base or one of other architecture."""
     revision = info.base_revision if base == info.base_model else None
+    fix = "name its base: --base-model ORG/NAME"
     try:
         file = HfApi(token=token).hf_hub_download(base, "config.json", revision=revision)
         found = architecture_of(read_config(str(Path(file).parent)))
     except (httpx.HTTPError, OSError, ValueError) as error:
-        missing = isinstance(error, RepositoryNotFoundError)
-        if not missing or isinstance(error, GatedRepoError):  # out of reach, or of another format
-            return
-        problem = f"the Hub has no model '{base}', or the token cannot read it"
-    else:
-        own = info.base_fingerprint.partition("-")[0]
-        if found == own or info.base_model == OWN_WEIGHTS:  # which has a vocabulary of its own
-            return
-        problem = f"'{base}' has another architecture than this adapter's base, {info.base_model}"
-    raise ValueError(f"{problem}; name its base: --base-model ORG/NAME")
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            reason = f"the Hub has no model '{base}', or the token cannot read it"
+            raise ValueError(f"{reason}; {fix}") from None
+        return  # out of reach, or of another format
+    is_whole = info.base_model == OWN_WEIGHTS  # with a vocabulary of its own
+    if found != info.base_fingerprint.partition("-")[0] and not is_whole:
+        raise ValueError(f"'{base}' has another architecture than '{info.base_model}'; {fix}")
 
 
 def license_of(base: str, token: str | None = None) -> str:
     """The licence of a base, from its card on the Hub; ValueError if it has none."""
-    data = None
     with suppress(httpx.HTTPError, HFValidationError, OSError):
         data = HfApi(token=token).model_info(base).card_data
-    if data is None or not data.license:
-        raise ValueError(f"the licence of '{base}' is not known; give one: --license apache-2.0")
-    return data.license
+        if data is not None and data.license:
+            return data.license
+    raise ValueError(f"the licence of '{base}' is not known; use push --license")
 
 
 class Publisher:
@@ -205,17 +180,11 @@ class Publisher:
         """Raises ValueError before a run if its adapter could not be published."""
         check_repo(repo, "hub_model_id")
         served_by(layout)
-        try:
-            license_of(on_the_hub(base_model), token)
-        except ValueError as error:
-            raise ValueError(
-                f"push_to_hub: {error} (an option of `blocktune push`: leave push_to_hub out and "
-                "push the finished adapter)"
-            ) from None
+        license_of(on_the_hub(base_model), token)
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
         """Checks and pushes in one process of a run; the others may have ended."""
         with loading_whole():
-            publication = prepare(folder, repo, CardFacts(), token=token)
-        sent = send(publication, private=private, token=token)
+            files = prepare(folder, repo, CardFacts(), token=token)
+        sent = send(repo, files, private=private, token=token)
         Console().print(f"pushed to {sent.repo_url}, commit {sent.oid}", soft_wrap=True)

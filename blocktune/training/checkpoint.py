@@ -12,13 +12,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_checkpoints
 from transformers.trainer_utils import SaveStrategy
 
@@ -37,11 +31,11 @@ from blocktune.training.lora import require_named_base, require_reproducible, tr
 from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
+# What an evaluation measures without `compute_metrics`; the last three with a teacher.
 METRICS = ("loss", "mean_token_accuracy", "cross_entropy", "divergence", "states")
-"""What an evaluation measures without `compute_metrics`; the last three with a teacher."""
 
 
-def settings(args: TrainingArguments) -> dict[str, Any]:
+def settings(args: Any) -> dict[str, Any]:
     """All settings of a trainer, without secrets."""
     return {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("token")}
 
@@ -49,10 +43,7 @@ def settings(args: TrainingArguments) -> dict[str, Any]:
 def adapter_info(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **fields: Any
 ) -> AdapterInfo:
-    """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
-
-    Call it before link tokens are added to model and tokenizer. ``fields`` are all others.
-    """
+    """The `AdapterInfo` of a model (bare or PEFT), before link tokens are added to it."""
     config = model.config.get_text_config()
     return AdapterInfo(
         base_model=model.config._name_or_path or model.config.model_type,
@@ -79,10 +70,7 @@ class AdapterFiles:
         return replace(self, info=info, config={**(config or {}), **self.config})
 
     def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
-        """Writes the trained weights of an unwrapped model, without links: adapter or full model.
-
-        ``state`` has the weights by name if those in ``model`` are sharded over processes.
-        """
+        """Writes the trained weights of an unwrapped model (by ``state`` if sharded), not links."""
         if hasattr(model, "peft_config"):
             # By default PEFT writes whole embeddings after a resize, not just the trained rows.
             options = {"save_embedding_layers": False, "selected_adapters": trained_adapters(model)}
@@ -99,10 +87,7 @@ class AdapterFiles:
         folder: Path,
         state: dict[str, Tensor] | None,
     ) -> None:
-        """Completes an adapter's folder: tokenizer, links, settings, and last ``blocktune.json``.
-
-        A fully trained model is its own base: its folder is both model and adapter.
-        """
+        """Adds tokenizer, links, settings, and last ``blocktune.json`` to an adapter's folder."""
         for name in trained_adapters(model):  # PEFT writes others than "default" one folder below
             if name != "default" and (folder / name).is_dir():
                 move_entries(folder / name, folder, last=PEFT_FILE)
@@ -110,7 +95,7 @@ class AdapterFiles:
         if (table := links.installed_links(model)) is not None:
             own = {f"{links.LINKS_MODULE}.weight": table.weight} if state is None else state
             [weight] = [w for n, w in own.items() if n.endswith(f"{links.LINKS_MODULE}.weight")]
-            links.save_links(links.LinkTable.of(weight), folder)
+            links.save_links(links.table_of(weight), folder)
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
         info = self.info
         if not self.links_only and not hasattr(model, "peft_config"):
@@ -164,12 +149,8 @@ class SaveLayoutCallback(TrainerCallback):
         """Raises ValueError if the model would ignore the layout, or began with another one."""
         if not is_attached(model):
             raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
-        # A checkpoint keeps the state, so a run that continues brings what it began with. Older
-        # checkpoints have it in their folder.
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        old = AdapterInfo.load(folder).to_dict() if (folder / INFO_FILE).is_file() else self._served
-        first = {name: old[name] for name in self._served}
-        before = state.stateful_callbacks.setdefault("blocktune", first)
+        # A checkpoint keeps the state, so a run that continues brings what it began with.
+        before = state.stateful_callbacks.setdefault("blocktune", self._served)
         for name, new in self._served.items():
             if (old := before[name]) != new:
                 raise ValueError(
@@ -185,17 +166,11 @@ class SaveLayoutCallback(TrainerCallback):
         """Raises ValueError after the first step if none of its batches had a layout."""
         self._watch.remove()
         if not self._has_layout:
-            raise ValueError(
-                "no batch had a layout, so this run would train plain attention; pass "
-                "data_collator=collator, in a trainer that gives the model all its inputs"
-            )
+            raise ValueError("no batch had a layout; pass data_collator=collator to an SFT trainer")
 
 
 class StagedSaving(Trainer):
-    """Saves adapters and checkpoints through a staging folder.
-
-    A checkpoint gets its name only after every rank has written its part.
-    """
+    """Saves through a staging folder: a checkpoint gets its name once every rank has written."""
 
     files: AdapterFiles
     _staging: bool = False
@@ -223,10 +198,8 @@ class StagedSaving(Trainer):
             self.accelerator.wait_for_everyone()
             result = super().train(resume_from_checkpoint, **kwargs)
         if not self.state.global_step:
-            raise ValueError(
-                f"nothing was trained: {len(self.train_dataset)} rows are less than one batch, "
-                "which dataloader_drop_last drops; leave it out"
-            )
+            rows = f"{len(self.train_dataset)} rows are less than one batch"
+            raise ValueError(f"nothing was trained: {rows}; leave out dataloader_drop_last")
         return result
 
     def _continue_from(self, named: str | bool) -> None:
@@ -241,23 +214,17 @@ class StagedSaving(Trainer):
             config["adapter"] = resume.adapter_settings(model.peft_config[name].to_dict())
         resume.require_same_run(checkpoint, config, self.accelerator.num_processes)
         before, now = AdapterInfo.load(checkpoint), self.files.info
-        digest = before.training.get("data_digest")
-        other_rows = digest not in (None, now.training.get("data_digest"))
+        other_rows = before.training.get("data_digest") != now.training.get("data_digest")
         same_name = before.base_model == now.base_model
         if other_rows or (same_name and before.base_fingerprint != now.base_fingerprint):
             name = "training examples" if other_rows else "base model"
-            raise ValueError(
-                f"the {name} changed since '{checkpoint}'; restore it, or start with --overwrite"
-            )
+            raise ValueError(f"the {name} changed since '{checkpoint}'; restore it, or --overwrite")
         self.files = self.files.described(**resume.history(checkpoint))
         best = resume.best_checkpoint(checkpoint, Path(folder))
         if best is not None and best.is_dir():
             self._earlier_best = str(best)
         elif best is not None and self.args.load_best_model_at_end:
-            raise ValueError(
-                f"the best checkpoint, '{best}', is not there; restore it, or set "
-                "load_best_model_at_end: false"
-            )
+            raise ValueError(f"the best checkpoint, '{best}', is not there; restore it")
 
     def _init_training_state(self, *args: Any) -> Any:
         done = super()._init_training_state(*args)
@@ -285,17 +252,16 @@ class StagedSaving(Trainer):
         self.accelerator.wait_for_everyone()
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        is_best = self.state.best_model_checkpoint == str(run_dir / STAGING / name)
-        if is_best:
-            self.state.best_model_checkpoint = str(run_dir / name)
+        staged, target = run_dir / STAGING / name, run_dir / name
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(target)
         if self.args.should_save:
-            if is_best:
-                self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             self._remove_earlier(run_dir)
-            move_folder(run_dir / STAGING / name, run_dir / name)
-            others = [p.stat().st_mtime for p in run_dir.glob("checkpoint-*") if p.name != name]
-            if (run_dir / name).stat().st_mtime <= (newest := max(others, default=0.0)):
-                os.utime(run_dir / name, (newest + 1, newest + 1))  # by a clock that was ahead
+            move_folder(staged, target)
+            others = [p.stat().st_mtime for p in run_dir.glob("checkpoint-*") if p != target]
+            if target.stat().st_mtime <= (newest := max(others, default=0.0)):
+                os.utime(target, (newest + 1, newest + 1))  # by a clock that was ahead
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -336,20 +302,19 @@ class StagedSaving(Trainer):
         files.complete(model, self.processing_class, folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        model = self.model if model is None else model
         if _has_model(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_links(resume_from_checkpoint, model)
+        self._load_links(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if _has_model(best):
             super()._load_best_model()
-        self._load_links(best, self.model)
+        self._load_links(best)
         self._best = True
 
-    def _load_links(self, folder: str, model: nn.Module) -> None:
-        table = links.installed_links(self.accelerator.unwrap_model(model))
+    def _load_links(self, folder: str) -> None:
+        table = links.installed_links(self.accelerator.unwrap_model(self.model))
         if table is not None:
             weight, saved = table.weight, links.load_links(folder).weight
             with torch.no_grad():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.attention.interface import ATTACHED
 from blocktune.data.example import RagExample
 from blocktune.data.sources.records import LeftOut
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
@@ -29,8 +25,6 @@ from blocktune.registry import require_count, require_share
 from blocktune.training.dataset import Sample, name_of, to_pieces, to_sample
 from blocktune.training.order import draw_of
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
-
-logger = logging.getLogger("blocktune")
 
 
 @dataclass(frozen=True)
@@ -105,16 +99,13 @@ class BlockDataCollator:
             records: Rows that `to_sample` can read, or rows of a prepared dataset (`prepare`).
 
         Returns:
-            ``input_ids``, ``labels`` and ``attention_mask`` (0 for padding; TRL counts tokens with
-            it) ``(B, S)``, and ``layout`` ``(B, S, fields)``. With a teacher also
-            ``teacher_input_ids``, ``teacher_labels`` and ``teacher_layout``. With a sampler that
-            chooses at a layer also ``shares`` ``(B, prompts)`` float64: the share of tokens of
-            each packed prompt that stays fresh above that layer, or `NO_SHARE`.
+            ``input_ids``, ``labels`` and ``attention_mask`` (0 for padding) ``(B, S)``, and
+            ``layout`` ``(B, S, fields)``. With a teacher the same as ``teacher_...``. With a
+            sampler that chooses at a layer also ``shares`` ``(B, prompts)`` float64: the share of
+            tokens of each packed prompt that stays fresh above that layer, or `NO_SHARE`.
 
         Raises ValueError if a row cannot be read, or is longer than ``max_length``.
         """
-        if not ATTACHED and get_worker_info() is None:
-            _warn_unattached()
         rows = [[self._lay_out(part) for part in self._parts_of(record)] for record in records]
         batch = self._tensors([prompt for prompt, _, _ in row] for row in rows)
         batch["attention_mask"] = (batch["layout"][..., 0] != Kind.PAD).long()
@@ -139,24 +130,22 @@ class BlockDataCollator:
             )
         text = json.dumps(record, sort_keys=True, default=repr)
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if key in self._parts:
-            return [self._parts[key]]
+        if (part := self._parts.get(key)) is None:
+            part = self._part_of(record, int.from_bytes(key[:4]))
+            if len(self._parts) < MAX_CACHED:
+                self._parts[key] = part
+        return [part]
+
+    def _part_of(self, record: Mapping[str, Any], index: int) -> dict[str, Any]:
         try:
             sample = to_sample(record, self.tokenizer, self.format)
         except LeftOut as reason:
-            raise ValueError(
-                f"a row cannot be trained on ({reason}); drop it or give it 'documents'"
-            ) from None
-        sample = sample._replace(block=self.layout.block)
+            raise ValueError(f"a row cannot be learned ({reason}); give it 'documents'") from None
         name = f"a row ('{sample.example.question:.40}')"
-        part = self._read(int.from_bytes(key[:4]), sample, name)
+        part = self._read(index, sample._replace(block=self.layout.block), name)
         if self.max_length is not None and part["length"] > self.max_length:
-            raise ValueError(
-                f"{name} has {part['length']} tokens, max_length is {self.max_length}; shorten it"
-            )
-        if len(self._parts) < MAX_CACHED:
-            self._parts[key] = part
-        return [part]
+            raise ValueError(f"{name} has {part['length']} tokens, max_length is {self.max_length}")
+        return part
 
     @property
     def reader(self) -> Callable[[int, Sample], dict[str, Any]]:
@@ -164,7 +153,6 @@ class BlockDataCollator:
         return self._read
 
     def _read(self, index: int, sample: Sample, name: str | None = None) -> dict[str, Any]:
-        """Random choices depend on ``index``; errors call the sample ``name``."""
         block, spec, fmt = sample.block, self.layout, sample.wording or self.format
         try:
             pieces = self._pieces(sample, fmt)
@@ -175,7 +163,7 @@ class BlockDataCollator:
                 spec.link_rows(len(pieces.chunks) - 1)  # raises if the last chunk has none
         except ValueError as error:
             raise ValueError(f"{name or name_of(index, sample)}: {error}") from None
-        num_added = spec.num_links + spec.num_headers + spec.num_trailers
+        added = spec.num_links + spec.num_headers + spec.num_trailers if block else 0
         turns = [{"query": _ids(query), "answer": _ids(reply)} for query, reply in pieces.followups]
         return {
             "prefix": _ids(pieces.prefix),
@@ -186,15 +174,14 @@ class BlockDataCollator:
             "teacher_prefix": _ids(plain),
             "block": block,
             "index": index,
-            "length": pieces.num_tokens + (num_added * len(pieces.chunks) if block else 0),
+            "length": pieces.num_tokens + added * len(pieces.chunks),
         }
 
     def _pieces(self, sample: Sample, fmt: PromptFormat) -> Pieces:
-        example, block = sample.example, sample.block
-        if sample.turns and not block and example.conversation:
-            messages = example.conversation
-            return conversation_pieces(self.tokenizer, fmt, messages, example.target)
-        fields = example.chunks, example.question, example.target, block, example.followups
+        own, block = sample.example, sample.block
+        if sample.turns and not block and own.conversation:
+            return conversation_pieces(self.tokenizer, fmt, own.conversation, own.target)
+        fields = own.chunks, own.question, own.target, block, own.followups
         return make_pieces(self.tokenizer, fmt, *fields)
 
     def _lay_out(self, part: Mapping[str, Any]) -> tuple[Prompt, Prompt | None, float]:
@@ -226,10 +213,3 @@ class BlockDataCollator:
 def _ids(ids: Sequence[int]) -> np.ndarray:
     """An array of 4 bytes per token; Python ints take ten times as much."""
     return np.array(ids, dtype=np.int32)
-
-
-@functools.cache
-def _warn_unattached() -> None:
-    logger.warning(
-        "no model of this process is attached, so it ignores layouts; call blocktune.attach(model)"
-    )

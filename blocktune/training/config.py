@@ -74,21 +74,15 @@ class LayoutOptions:
 class ObjectiveOptions:
     """The loss: cross-entropy, distillation and recomputed tokens."""
 
-    distill_weight: float = option(
-        0.0, "Weight of the KL divergence, in [0, 1]; the rest is cross-entropy"
-    )
+    distill_weight: float = option(0.0, "Share of the KL divergence; the rest is cross-entropy")
     distill_teacher: str = option("self", "'self' (the model without its adapter) or another model")
     distill_temperature: float = option(1.0, "Temperature of teacher and student")
-    distill_top_k: int | None = option(
-        None, "Teacher tokens kept per row, all others merged into one; default: all"
-    )
+    distill_top_k: int | None = option(None, "Teacher tokens kept per row; others count as one")
     distill_states: Literal["none", "hidden", "kv"] = option(
         "none", "States of the question's rows to match with the teacher's as well"
     )
     distill_states_weight: float = option(1.0, "Weight of the states' relative squared error")
-    recompute: str = option(
-        "none", "Selector of the tokens to recompute in training, e.g. 'deviation check_layer=2'"
-    )
+    recompute: str = option("none", "Selector of recomputed tokens: first-k, random, deviation")
     recompute_min: float = option(0.15, "Smallest share of recomputed tokens, drawn per prompt")
     recompute_max: float = option(0.15, "Largest share of recomputed tokens")
 
@@ -116,9 +110,7 @@ class BatchOptions:
 
     pack_length: int | None = option(None, "Pack examples into rows of at most this many tokens")
     max_length: int | None = option(None, "Longest example in tokens; default: the model's context")
-    long_examples: Literal["refuse", "drop"] = option(
-        "refuse", "What to do with longer examples; they are never truncated"
-    )
+    long_examples: Literal["refuse", "drop"] = option("refuse", "What to do with longer examples")
     block_dropout: float = option(0.0, "Probability that a chunk also sees the previous one")
     position_jitter: int = option(0, "Largest random gap in positions before a chunk")
 
@@ -144,6 +136,10 @@ _MUST_BE = {
     "average_tokens_across_devices": True,
     "dataloader_persistent_workers": False,
     "model_init_kwargs": None,
+    # Of transformers' own push; `blocktune train` pushes once, after the run.
+    "hub_strategy": "every_save",
+    "hub_always_push": False,
+    "hub_revision": None,
 }
 _STRATEGIES = Literal["random", "group_by_length", "sequential"]  # of ``train_sampling_strategy``
 _AT_LEAST_1 = (
@@ -176,10 +172,9 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         super().__post_init__()
         for name, required in _MUST_BE.items():
             if getattr(self, name) != required:
-                raise ValueError(
-                    f"block training needs {name}: {required}, got {getattr(self, name)!r}; leave "
-                    "it out (pack_length packs by layout)"
-                )
+                hint = " (pack_length packs by layout)" if "pack" in name else ""
+                got = f"{getattr(self, name)!r}; leave it out{hint}"
+                raise ValueError(f"block training needs {name}: {required}, got {got}")
         if self.router_aux_loss_coef:
             raise ValueError("router_aux_loss_coef is not supported; leave it out or set it to 0")
         self.router_aux_loss_coef = 0.0
@@ -207,9 +202,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         if self.trust_remote_code:
             raise ValueError("trust_remote_code: code of repositories is never run; leave it out")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise ValueError(
-                f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps"
-            )
+            raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
         for name in ("block_share", "distill_weight"):
             require_share(name, getattr(self, name))
         if self.distill_temperature <= 0:
@@ -217,36 +210,18 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         if self.both_modes and self.block_share != 1.0:
             raise ValueError("both_modes trains every example in both; leave block_share out")
         if self.attention_execution == "flex" and self.use_cpu:
-            raise ValueError(
-                "attention_execution 'flex' has no backward on a CPU; use 'split', or a GPU"
-            )
+            raise ValueError("attention_execution 'flex' has no backward on a CPU; use 'split'")
         spec, _ = self.layout, self.augmentation  # creating these objects checks their fields
-        if not spec.block and spec.num_learned:
-            raise ValueError(
-                "links, headers and trailers need block examples, but there are none; raise "
-                "block_share or leave them out"
-            )
+        if (spec.num_learned or self.sampler is not None) and not spec.block:
+            raise ValueError("learned tokens and recompute need block examples; raise block_share")
         if spec.num_links and (spec.num_headers or spec.num_trailers):
-            raise ValueError(
-                "no method serves an adapter with link tokens and learned tokens around chunks at "
-                "once; drop num_links, or num_headers and num_trailers"
-            )
+            raise ValueError("no method serves an adapter with link tokens and headers or trailers")
         if self.freeze_base and (not spec.num_learned or self.link_mode != "table"):
-            raise ValueError(
-                "freeze_base trains only the learned tokens: it needs num_links, num_headers or "
-                "num_trailers of at least 1, and link_mode 'table'"
-            )
-        if self.sampler is not None and not spec.block:
-            raise ValueError("recompute adds rows to block examples; raise block_share")
+            raise ValueError("freeze_base trains only the learned tokens of a table; add some")
         if self.block_dropout and self.shared_prefix:
-            raise ValueError(
-                "block_dropout would join chunks that each have a prefix; drop it or shared_prefix"
-            )
+            raise ValueError("block_dropout does not fit shared_prefix; drop it or shared_prefix")
         if self.position_jitter and self.placement != "sequential":
-            raise ValueError(
-                f"position_jitter moves chunks apart, but placement '{self.placement}' puts them "
-                "at the same positions; drop one"
-            )
+            raise ValueError(f"position_jitter does not fit placement '{self.placement}'; drop one")
 
 
 @dataclass
@@ -272,9 +247,7 @@ class DataArgs:
         if not self.train_data and not self.mixture:
             raise ValueError("train_data is missing; name a source, e.g. 'worlds:train?seed=1'")
         if self.mixture and (self.train_data or self.train_limit is not None):
-            raise ValueError(
-                "a mixture has its own sources and limits; leave out train_data and train_limit"
-            )
+            raise ValueError("a mixture has its own sources; leave out train_data and train_limit")
         _ = self.format  # checks the wording before anything is loaded
 
     @property

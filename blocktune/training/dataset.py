@@ -1,7 +1,4 @@
-"""Converts a user's rows to examples, and examples to a dataset of token pieces.
-
-`blocktune.training.collator` then lays them out batch by batch.
-"""
+"""Converts a user's rows to examples, and examples to a dataset of token pieces."""
 
 from __future__ import annotations
 
@@ -68,7 +65,7 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
         if (shape := next((shape for shape in SHAPES if shape.fits(row)), None)) is None:
             raise ValueError(
                 f"no known shape; the columns are {', '.join(map(str, row))}, wanted are question, "
-                "chunks and answers, or messages (or prompt and completion) with documents"
+                "chunks and answers, or messages with documents"
             )
         if shape.key == "blocktune":
             row = {key: value for key, value in row.items() if key in {*FIELDS, "answer"}}
@@ -148,14 +145,11 @@ def prepare(
             gap_note = f" less {gaps} for position_jitter" if gaps else ""
             raise ValueError(
                 f"{name_of(index, sample)} has {part['length']} tokens, the limit is {longest} "
-                f"(the smallest of pack_length, max_length and the model's own limit{gap_note}); "
-                "shorten it or set long_examples: drop"
+                f"(of pack_length, max_length and the model{gap_note}); shorten it or set "
+                "long_examples: drop"
             )
     if not parts:
-        raise ValueError(
-            f"no example to train on: of {len(samples)}, {num_dropped} had more than "
-            f"{min(limit, pack_length or limit)} tokens; check source, max_length and pack_length"
-        )
+        raise ValueError(f"no example to train on: {len(samples)} rows, {num_dropped} too long")
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
     blank = _unanswered(min(parts, key=lambda part: part["length"]))
     rows += [[blank]] * (-len(rows) % multiple_of)

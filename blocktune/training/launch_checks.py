@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
-from transformers import PreTrainedConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import IntervalStrategy
@@ -46,27 +44,21 @@ def refuse_late_failures(args: SFTConfig) -> None:
         try:
             callback()
         except (RuntimeError, ImportError) as error:
-            raise ValueError(
-                f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
-                "report_to: none"
-            ) from None
+            reason = f"report_to: {name} cannot be used ({str(error).strip()})"
+            raise ValueError(f"{reason}; install it, or set report_to: none") from None
     kind, given = args.lr_scheduler_type, dict(args.lr_scheduler_kwargs or {})
     optimizer = torch.optim.SGD([torch.zeros(1)], args.learning_rate)
     try:
         get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=given)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"lr_scheduler_type '{kind.value}' does not fit lr_scheduler_kwargs {given}: {error}"
-        ) from None
+        what = f"lr_scheduler_type '{kind.value}' does not fit lr_scheduler_kwargs {given}"
+        raise ValueError(f"{what}: {error}") from None
 
 
 def refuse_test(source: str, split: str | None = None) -> None:
     """Raises ValueError for a test split, which is reserved for evaluation."""
     if is_test_split(source, split):
-        raise ValueError(
-            f"'{source}' is a test split; train on another one, such as 'worlds:train' or "
-            "'?split=train' (if it is not a test split, rename the file)"
-        )
+        raise ValueError(f"'{source}' is a test split; train on another, such as '?split=train'")
 
 
 def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) -> None:
@@ -75,69 +67,36 @@ def refuse_settings(source: str | None, args: SFTConfig, choice: ModelConfig) ->
         raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
     evaluates = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
     if source and not evaluates:
-        raise ValueError(
-            f"eval_data '{source}' would never be used, since eval_strategy is 'no'; set "
-            "eval_strategy: epoch, steps with eval_steps, or eval_on_start"
-        )
+        raise ValueError(f"eval_data '{source}' would never be used, since eval_strategy is 'no'")
     if evaluates and not source:
         raise ValueError("evaluation needs questions; name their source in eval_data")
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if args.freeze_base and quantised:
-        raise ValueError(
-            "freeze_base trains only learned tokens, but transformers cannot train a quantized "
-            "base without an adapter; set use_peft: true, or load the base unquantized"
-        )
-    if choice.attn_implementation is not None:
-        raise ValueError(
-            f"attn_implementation '{choice.attn_implementation}' does not support layouts; leave "
-            "it out and choose attention_execution: split, flex or dense"
-        )
+        raise ValueError("freeze_base cannot train a quantized base without an adapter; drop it")
+    if (kind := choice.attn_implementation) is not None:
+        raise ValueError(f"attn_implementation '{kind}' does not support layouts; leave it out")
     if quantised and choice.dtype in (None, "auto"):
-        raise ValueError(
-            "a quantized base needs an explicit dtype to compute in; set dtype: bfloat16 "
-            "(on GPUs) or dtype: float32 (on CPUs)"
-        )
-
-
-def refuse_long_rows(args: SFTConfig, config: PreTrainedConfig) -> None:
-    """Raises ValueError if rows are packed beyond the length that Llama 4 treats alike."""
-    limit = config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None
-    if limit is not None and (args.pack_length or 0) > limit:
-        raise ValueError(
-            f"pack_length must be at most {limit:,} for this model, got {args.pack_length:,}: it "
-            "scales queries by their index in a row, so later prompts would be trained otherwise"
-        )
+        raise ValueError("a quantized base needs a dtype to compute in, such as dtype: bfloat16")
 
 
 def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
-    """Raises ValueError for a launch that would train otherwise than it was asked to.
-
-    Context and sequence parallelism ignore the layout's mask. Processes that do not train together
-    would overwrite each other's files.
-    """
+    """Raises ValueError for a launch that would train otherwise than it was asked to."""
     for kind in ("cp", "sp"):
         if getattr(accelerator.parallelism_config, f"{kind}_enabled", False):
-            raise ValueError(
-                f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
-                f"set {kind}_size to 1"
-            )
+            raise ValueError(f"{kind}_size > 1 drops the layout's mask; set {kind}_size to 1")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
             f"the launcher started {started} processes, but each would train alone; launch them "
             "by `blocktune train --processes` or with a configuration of recipes/accelerate"
         )
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
-        raise ValueError(
-            "the launcher asked for DeepSpeed, but the Trainer runs without it; launch with "
-            "recipes/accelerate/zero2.yaml and set no deepspeed option in the recipe"
-        )
     uses_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not uses_fsdp:
-        raise ValueError(
-            "the launcher asked for FSDP, which accelerate supports only on GPUs: on CPUs it would "
-            "train with plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
-        )
+    for name, is_used in (("DEEPSPEED", uses_deepspeed), ("FSDP", uses_fsdp)):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}") and not is_used:
+            raise ValueError(
+                f"the launcher asked for {name}, but the Trainer runs without it (FSDP needs "
+                "GPUs); launch with a file of recipes/accelerate, and no deepspeed option"
+            )
 
 
 def save_whole(accelerator: Accelerator) -> None:
@@ -150,24 +109,14 @@ def save_whole(accelerator: Accelerator) -> None:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
-def wait_for_builds() -> None:
-    """Waits for builds of DeepSpeed's operators by other processes, and reports it.
-
-    A killed build leaves its lock behind. If no process of this machine holds the lock, DeepSpeed
-    would wait forever; a ValueError then names the file to remove.
-    """
+def refuse_stale_locks() -> None:
+    """Raises ValueError for the lock of a killed build, for which DeepSpeed would wait forever."""
     from torch.utils.cpp_extension import get_default_build_root  # seconds to import
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
-        if _is_held(lock):
-            say(f"waiting for another process to build an operator: {lock}")
-        while _is_held(lock):
-            time.sleep(1)
-        if lock.exists():
-            raise ValueError(
-                f"a build of DeepSpeed's operators was stopped and left its lock: rm '{lock}'"
-            )
+        if not _is_held(lock) and lock.exists():
+            raise ValueError(f"a build of DeepSpeed was stopped and left its lock: rm '{lock}'")
 
 
 def _is_held(lock: Path) -> bool:

@@ -19,13 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from blocktune.adapter import scope_adapter
 from blocktune.adapter.load import require_kind
 from blocktune.adapter.scope import INITS
-from blocktune.links import (
-    add_link_tokens,
-    install_links,
-    installed_links,
-    link_base,
-    links_to_train,
-)
+from blocktune.links import add_link_tokens, install_links, installed_links, links_to_train
 from blocktune.models.identity import base_fingerprint, same_base, saved_fingerprint
 from blocktune.models.load import read_config
 from blocktune.models.quantize import quantization_of
@@ -42,19 +36,16 @@ def make_trainable(
 ) -> PreTrainedModel:
     """Adds learned tokens and an adapter to a base, and freezes the rest.
 
-    A PEFT model keeps its adapter, and a link table its rows. With ``link_mode: added_tokens`` the
-    learned tokens are added to the tokenizer too. Raises ValueError if nothing would be trained, or
-    settings are incompatible.
+    A PEFT model keeps its adapter, and a link table its rows. Raises ValueError if nothing would be
+    trained, or settings are incompatible.
     """
     learned, added = args.layout.num_learned, range(0)
     is_wrapped = hasattr(model, "peft_config")
-    if is_wrapped and (peft_config is not None or args.freeze_base):
+    if is_wrapped + args.freeze_base + (peft_config is not None) > 1:
         raise ValueError(
-            "the model has an adapter already (get_peft_model changes the base, too); load it "
-            "again, or leave out peft_config and freeze_base"
+            "only one of peft_config (use_peft), freeze_base and a model that has an adapter "
+            "already can be trained; load the model again, or leave the others out"
         )
-    if args.freeze_base and peft_config is not None:
-        raise ValueError("freeze_base trains only the link table; drop it or use_peft")
     if is_wrapped or args.freeze_base or peft_config is not None:
         require_named_base(model)
     if learned and args.link_mode == "added_tokens":
@@ -69,9 +60,9 @@ def make_trainable(
         model = _wrap(model, args, copy.deepcopy(peft_config), added)
     require_reproducible(model)
     scope_adapter(model, args.scope)
-    if table is not None and installed_links(model) is None:
-        install_links(model, table)
     if table is not None:
+        if installed_links(model) is None:
+            install_links(model, table)
         table.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing to train; set use_peft: true, or links with freeze_base")
@@ -124,32 +115,21 @@ def _train_rows(config: PeftConfig, model: PreTrainedModel, added: range) -> Non
 def keeps_base(model: nn.Module) -> bool:
     """Whether a model has an adapter, and is its base while the adapter is off."""
     configs = getattr(model, "peft_config", {}).values()
-    return bool(configs) and all(
-        getattr(config, "init_lora_weights", True) in INITS
-        and getattr(config, "bias", "none") == "none"
-        for config in configs
-    )
+    inits = [getattr(config, "init_lora_weights", True) for config in configs]
+    biases = {getattr(config, "bias", "none") for config in configs}
+    return biases == {"none"} and all(init in INITS for init in inits)
 
 
 def require_reproducible(model: nn.Module) -> None:
     """Raises ValueError if a model's adapter would be served otherwise than it is trained."""
     if hasattr(model, "peft_config") and not hasattr(model, "disable_adapter"):
-        raise ValueError(
-            "the model has an adapter, but is not PEFT's (such as after model.add_adapter); load "
-            "it again and pass peft_config, or train what peft.get_peft_model returns"
-        )
+        raise ValueError("pass get_peft_model's result, not a model after model.add_adapter")
     if len(names := trained_adapters(model)) > 1:
-        raise ValueError(
-            f"several adapters are active ({', '.join(names)}), but only one is saved; activate "
-            "one (model.set_adapter), or merge the others into the base and save that first"
-        )
+        raise ValueError(f"several adapters are active ({', '.join(names)}); set_adapter(one)")
     for config in (model.peft_config[name] for name in names):
         require_kind(config)
         if "niter" in str(init := getattr(config, "init_lora_weights", True)):
-            raise ValueError(
-                f"init_lora_weights '{init}' changes the base at random, and differently when the "
-                "adapter is loaded; set init_lora_weights to 'pissa'"
-            )
+            raise ValueError(f"init_lora_weights '{init}' changes the base at random; use 'pissa'")
 
 
 def require_named_base(model: PreTrainedModel) -> str:
@@ -157,15 +137,16 @@ def require_named_base(model: PreTrainedModel) -> str:
 
     Raises ValueError if the base was resized or changed after loading: its adapter would fit none.
     """
-    name, rows, found, saved = model.config._name_or_path, link_base(model), None, None
+    name, rows, saved = model.config._name_or_path, model.config.get_text_config().vocab_size, None
+    revision, count = getattr(model.config, "_commit_hash", None), rows
     with suppress(ValueError, OSError):  # a base without files
-        revision = getattr(model.config, "_commit_hash", None)
         found = read_config(name, revision)
+        count = found.get_text_config().vocab_size
         cached = {"revision": revision, "local_files_only": True}
         folder = name if Path(name).is_dir() else snapshot_download(name, **cached)
         saved = saved_fingerprint(folder, found)
     fix = "so its adapter would fit no base; save this model and tokenizer and train on that folder"
-    if found is not None and (count := found.get_text_config().vocab_size) != rows:
+    if count != rows:
         raise ValueError(f"the model embeds {rows:,} tokens, but '{name}' {count:,}, {fix}")
     own = base_fingerprint(model)
     if saved is None or same_base(saved, own) or model.dtype == torch.float16:  # rounded
@@ -183,15 +164,14 @@ def trained_adapters(model: nn.Module) -> list[str]:
 class AddedLora(Linear):
     """PEFT's LoRA layer with the same results and less memory traffic.
 
-    PEFT scales the product of A and B and adds it to the output: two more tensors as large as the
-    output, and their gradients. Here the product adds to the output, for one plain adapter with
-    unsharded weights in one precision. All else is left to PEFT.
+    PEFT scales and adds the product: two more tensors as large as the output, and their gradients.
+    Here a plain adapter adds to the output in place. All else is left to PEFT.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x W^T + scale (x A^T) B^T`` for ``x`` ``(..., in)``; returns ``(..., out)``."""
-        name = self._plain_adapter(x)
-        if name is None or args or kwargs:
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        if args or kwargs or not self._is_plain(name, x):
             return super().forward(x, *args, **kwargs)
         rows = x.flatten(0, -2)
         out = self.base_layer(rows)
@@ -199,22 +179,21 @@ class AddedLora(Linear):
         out.addmm_(self.lora_A[name](rows), weight.t(), alpha=self.scaling[name])
         return out.unflatten(0, x.shape[:-1])
 
-    def _plain_adapter(self, x: Tensor) -> str | None:
-        """The name of the only active adapter, if it is plain LoRA with unsharded weights."""
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+    def _is_plain(self, name: str | None, x: Tensor) -> bool:
+        """Whether an adapter is on, and is plain LoRA in one precision with unsharded weights."""
         off = self.disable_adapters or self.merged or x.ndim < 2
         if off or name not in self.lora_A or name in self.lora_variant:
-            return None
-        second, dtypes = self.lora_B[name], {x.dtype, self.base_layer.weight.dtype}
-        plain = (
+            return False
+        second = self.lora_B[name]
+        weight = second.weight  # if it is sharded, it cannot be read from outside its module
+        return (
             isinstance(self.lora_dropout[name], nn.Identity)
             and second.bias is None
-            and dtypes == {second.weight.dtype}
+            and x.dtype == self.base_layer.weight.dtype == weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
+            and tuple(weight.shape) == (second.out_features, second.in_features)
+            and not hasattr(weight, "placements")
         )
-        # A sharded weight cannot be read from outside its module.
-        whole = tuple(second.weight.shape) == (second.out_features, second.in_features)
-        return name if plain and whole and not hasattr(second.weight, "placements") else None
 
 
 @contextmanager
@@ -222,7 +201,7 @@ def precision_kept(model: nn.Module) -> Iterator[None]:
     """Restores values and dtype of trainable weights after the block, on their current device.
 
     With a quantised base, TRL rounds them to bfloat16, which would lose updates below 1/256 of a
-    weight. QLoRA (arXiv:2305.14314) means bfloat16 products, which autocast makes from float32.
+    weight. QLoRA (arXiv:2305.14314) needs only the products in bfloat16.
     """
     kept = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
     yield

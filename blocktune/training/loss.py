@@ -1,28 +1,184 @@
-"""The loss of a step: cross-entropy, and divergence from a teacher and its states."""
+"""The loss of a step: cross-entropy on answers, and distillation from full attention.
+
+The teacher is the model with its adapter off, or another model. The student can learn the teacher's
+next-token distributions, and its hidden states or keys and values on the question's rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from blocktune.attention import Plan, make_plan, planned_forward
+from blocktune.attention import Plan, attach, make_plan, planned_forward
 from blocktune.layout import Kind, Layout
-from blocktune.positions import RopeSpec
+from blocktune.models.identity import tokenizer_hash
+from blocktune.models.load import load_base
+from blocktune.models.sharded import loading_whole
+from blocktune.positions import RopeSpec, relocate_keys
 from blocktune.prompt import IGNORED, Batch
 from blocktune.training.config import ObjectiveOptions
-from blocktune.training.distillation import (
-    Recorder,
-    States,
-    Teacher,
-    divergence,
-    row_weights,
-    state_errors,
-    teacher_probs,
-)
+from blocktune.training.recompute import Watched
+
+EPSILON = 1e-9
+
+TeacherProbs = tuple[Tensor, Tensor | None]
+"""Log-probabilities ``(T, k)`` float32 of token ids ``(T, k)``; None: of the whole vocabulary."""
+
+
+def teacher_probs(logits: Tensor, temperature: float, top_k: int | None) -> TeacherProbs:
+    """Distributions of logits ``(T, V)``, reduced to the ``top_k`` most likely tokens if set."""
+    log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    if top_k is None or top_k >= log_probs.shape[-1]:
+        return log_probs, None
+    return log_probs.topk(top_k, dim=-1)
+
+
+def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Tensor:
+    """Forward KL(teacher || student) of logits ``(T, V)``, summed over rows, in nats.
+
+    With a top-k teacher all other tokens form one event. The result is scaled by the square of the
+    ``temperature`` (Hinton et al., 2015).
+    """
+    log_p, tokens = teacher
+    log_q = torch.log_softmax(student.float() / temperature, dim=-1)
+    if tokens is not None:
+        log_q, log_p = _with_rest(log_q.gather(-1, tokens)), _with_rest(log_p)
+    return (log_p.exp() * (log_p - log_q)).sum() * temperature**2
+
+
+def _with_rest(log_probs: Tensor) -> Tensor:
+    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=EPSILON)
+    return torch.cat((log_probs, rest.log()), dim=-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode (no dropout, no checkpointing), without gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def as_teacher(model: nn.Module) -> Iterator[nn.Module]:
+    """The unwrapped model as before training: adapter off, no dropout, no gradients."""
+    off = model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
+    with evaluating(model), off:
+        yield model
+
+
+Teacher = Callable[[nn.Module], AbstractContextManager[nn.Module]]
+"""Context manager that gives the teacher of a step, from the unwrapped student."""
+
+
+def find_teacher(
+    options: ObjectiveOptions,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    base_is_kept: bool,
+) -> Teacher | None:
+    """The teacher of a run, or None without distillation; ValueError if it does not fit.
+
+    ``base_is_kept``: the model without its adapter is the base, also after training.
+    """
+    if not options.has_teacher:
+        return None
+    if options.distill_teacher != "self":
+        teacher = _load(options, model, tokenizer)
+        return lambda student: nullcontext(teacher.to(next(student.parameters()).device))
+    if not base_is_kept:
+        raise ValueError(
+            "distill_teacher 'self' is the model with its adapter off, which is not the base after "
+            "full fine-tuning, with a trained bias or with PiSSA; name another model, or set "
+            "use_peft or freeze_base without those"
+        )
+    return as_teacher
+
+
+def _load(options: ObjectiveOptions, student: nn.Module, tokenizer) -> nn.Module:
+    name, states = options.distill_teacher, options.distill_states
+    with loading_whole():  # DeepSpeed gathers only the weights of the model that it trains
+        teacher, teacher_tokenizer = load_base(name, place=False, what="distill_teacher")
+    config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
+    same_tokens = tokenizer_hash(teacher_tokenizer) == tokenizer_hash(tokenizer)
+    if not same_tokens or config.vocab_size != teacher_config.vocab_size:
+        raise ValueError(
+            f"distill_teacher '{name}' has another tokenizer, chat template or vocabulary than the "
+            "student; use one of the same family (and link_mode 'table' for links)"
+        )
+    expected, actual = _shape(config, states), _shape(teacher_config, states)
+    if options.matches_states and actual != expected:
+        raise ValueError(f"distill_states: '{name}' has {actual}, the student {expected}")
+    attach(teacher)
+    return teacher.eval().requires_grad_(False)
+
+
+def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
+    layers = {"number of layers": config.num_hidden_layers}
+    if states == "hidden":
+        return layers | {"width": config.hidden_size}
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Keys are moved to the teacher's positions with the student's RoPE.
+    kv = {"width of a head": width, "RoPE": config.rope_parameters}
+    return layers | {"number of key heads": config.num_key_value_heads} | kv
+
+
+# By layer: hidden states ``(rows, hidden)``, or keys and values ``(rows, K, D)``.
+States = dict[int, tuple[Tensor, ...]]
+
+
+def row_weights(layout: Layout, labels: Tensor, rows: Tensor) -> Tensor:
+    """Weights of rows ``(rows,)`` float32 that sum to the number of answer tokens of a prompt.
+
+    So losses do not depend on how examples are split into batches.
+    """
+    entry = torch.arange(len(labels), device=labels.device)[:, None]
+    prompt = entry * (layout.sample.max() + 1) + layout.sample
+    count = int(prompt.max()) + 1
+    answers = torch.bincount(prompt[labels != IGNORED], minlength=count)
+    selected = torch.bincount(prompt[rows], minlength=count)
+    return (answers / selected.clamp(min=1))[prompt[rows]].float()
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance over the teacher's squared norm, of ``(rows, ...)``: ``(rows,)`` float32."""
+    student, teacher = student.float().flatten(1), teacher.float().flatten(1)
+    norm = teacher.square().sum(-1)
+    return (student - teacher).square().sum(-1) / norm.clamp(min=EPSILON)
+
+
+def state_errors(student: States, teacher: States, shift: Tensor, rope: RopeSpec | None) -> Tensor:
+    """Relative error of the student's states of some rows, mean over layers and kinds: ``(rows,)``.
+
+    With ``rope`` they are keys and values, and the student's keys are first moved by ``shift``
+    ``(rows,)``, the distance from a row's position to its position for the teacher. Raises
+    ValueError if no gradient can reach the student's states.
+    """
+    if torch.is_grad_enabled() and not any(own[0].requires_grad for own in student.values()):
+        raise ValueError(
+            "distill_states 'kv' gets no gradient under re-entrant activation checkpointing; set "
+            "gradient_checkpointing_kwargs: {use_reentrant: false}"
+        )
+    errors: list[Tensor] = []
+    for layer, own in student.items():
+        if rope is not None:
+            keys, values = own
+            form = rope.layers[layer].of_keys(keys.shape[-1])
+            keys = relocate_keys(keys.transpose(0, 1)[None], shift[None], form)[0].transpose(0, 1)
+            own = keys, values
+        errors += map(relative_error, own, teacher[layer])
+    return torch.stack(errors).mean(0)
 
 
 class Sums(NamedTuple):
@@ -67,7 +223,6 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
     """Runs a model and returns its outputs on the rows that predict answer tokens.
 
     The model has blocktune's attention attached, and may be wrapped by PEFT, DDP or DeepSpeed.
-    Raises ValueError if it ignores ``logits_to_keep``.
     """
     targets = batch.labels[:, 1:]
     # One index for the whole batch: the rows that predict an answer token of any prompt.
@@ -75,11 +230,6 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
     options = {"output_hidden_states": True} if hidden else {}
     ids, positions = batch.input_ids, batch.layout.position
     output = planned_forward(model, ids, positions, plan, logits_to_keep=keep, **options)
-    if output.logits.shape[1] != keep.numel():
-        raise ValueError(
-            f"the model returned logits of {output.logits.shape[1]} rows, {keep.numel()} were "
-            "requested; its forward must support logits_to_keep, as transformers' decoders do"
-        )
     targets = targets[:, keep]
     is_answer = targets != IGNORED
     states = output.hidden_states if hidden else ()
@@ -126,8 +276,14 @@ class Objective:
         """A model's outputs, and the states of the question's rows that are to match."""
         plan, rows = make_plan(self.execution, batch.layout), batch.layout.kind == Kind.QUERY
         if self.options.distill_states == "kv":
-            plan = Recorder(plan, rows)
-            return answer_rows(model, batch, plan), plan.states
+            states: States = {}
+
+            def record(layer: int, key: Tensor, value: Tensor) -> None:
+                pair = (key.transpose(1, 2)[rows], value.transpose(1, 2)[rows])
+                # Activation checkpointing runs this twice, and must do the same operations.
+                states.setdefault(layer, pair)
+
+            return answer_rows(model, batch, Watched(plan, record)), states
         output = answer_rows(model, batch, plan, self.options.distill_states == "hidden")
         # The first are the embeddings.
         return output, {i: (h[rows],) for i, h in enumerate(output.hidden[1:])}

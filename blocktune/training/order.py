@@ -13,26 +13,22 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from blocktune.memory import trim_memory
 
-TRIM_S = 60.0
-"""Seconds between two returns of freed memory. One takes about 0.5 s for 10 GB."""
+TRIM_S = 60.0  # between two returns of freed memory, each about 0.5 s for 10 GB
 
 
 def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
-    """A random generator for one example in one epoch.
-
-    So an example varies the same way in any batch, on any rank, and after a resume.
-    """
+    """A random generator for one example in one epoch, in any batch, on any rank, when resumed."""
     return random.Random("/".join(map(str, (seed, epoch, *keys))))
 
 
 class EpochOrder(Sampler[int]):
     """The order of an epoch's rows, which depends only on seed and epoch.
 
-    Transformers draws groups of similar length from the global random generator. Its state differs
-    after a resume, and dropout can make it differ between ranks: rows would come twice or never.
+    Transformers draws from the global random generator, whose state differs after a resume and
+    between ranks: rows would come twice or never.
 
     The last ``num_blank`` rows have no labels and stay last. The ``group`` rows of one optimizer
-    step, over accumulation and ranks, have similar length; None mixes all. Set ``epoch`` first.
+    step, over accumulation and ranks, have similar length; None mixes all.
     """
 
     def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):

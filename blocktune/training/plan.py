@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
+from trl import ModelConfig
 
 from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.attention.kernels import FEW_SCORES
@@ -20,19 +20,18 @@ from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import whole_shape
 from blocktune.models.small import config_value
+from blocktune.prompt import LayoutSpec
 from blocktune.tables import Table, written
+from blocktune.training import config as options
 from blocktune.training.launch_checks import say
 
 ADAM_BYTES = 8  # two float32 moments per trainable parameter
+# Tensors that a layer keeps for backward, an estimate: of the model's width (norms, q, k, v,
+# output, residuals, their upcasts), and of the feed-forward width (gate, up, activation, product).
 HIDDEN_COPIES, FFN_COPIES = 12, 4
-"""Tensors that a layer keeps for backward: of the model's width (norms, q, k, v, output, residuals
-and their upcasts), and of the feed-forward width (gate, up, activation, product). An estimate."""
-NORMS = 2
-"""Norms of a layer, whose inputs are kept in float32, too, if the layer computes in less."""
-LOGIT_BYTES = 12
-"""Per answer row and vocabulary entry: logits, their log-softmax and its gradient, in float32."""
-SCORE_BYTES = 6
-"""Per attention score that is kept on a CPU: its weight in float32, and in bfloat16."""
+NORMS = 2  # of a layer; their inputs are kept in float32, too, if the layer computes in less
+LOGIT_BYTES = 12  # per answer row and vocabulary entry: logits, log-softmax, gradient in float32
+SCORE_BYTES = 6  # per attention score that is kept on a CPU: its weight in float32 and bfloat16
 EFFICIENCY = 0.4  # share of the measured matmul rate that a training step is expected to reach
 
 
@@ -68,10 +67,9 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
 
 
 def row_flops(size: Size, has_teacher: bool) -> float:
-    """FLOPs per row of a step: forward, backward to the inputs, and weight gradients.
+    """FLOPs per row of a step (forward, inputs' and weights' gradients) in products with weights.
 
-    Counts only products with weights. Attention scores, the output head and activation
-    checkpointing are left out, so a utilisation computed from it is a lower bound.
+    Attention, output head and checkpointing are left out: utilisation from it is a lower bound.
     """
     return 4.0 * size.matmul + 2.0 * size.trained + (2.0 * size.matmul if has_teacher else 0.0)
 
@@ -86,9 +84,8 @@ def peak_bytes(
 ) -> float:
     """Expected peak memory of an unsharded process: weights, gradients, Adam, activations, masks.
 
-    ``rows`` is the size of the largest batch with padding, ``logits`` the bytes of the logits per
-    vocabulary entry, ``scores`` the attention scores that a layer keeps. With activation
-    ``checkpointing`` only the input of each layer is kept, and one layer in full.
+    ``rows`` are those of the largest batch with padding, ``logits`` bytes per vocabulary entry,
+    ``scores`` what a layer keeps. ``checkpointing`` keeps one layer, and the inputs of all.
     """
     config, layers = size.config, size.config.num_hidden_layers
     ffn = config_value(config, "moe_intermediate_size", "intermediate_size")
@@ -105,10 +102,7 @@ def peak_bytes(
 
 @torch.no_grad()
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.05) -> float:
-    """FLOPs per second of plain matrix products on this device, the best of several runs.
-
-    Utilisation is relative to this measured rate, since data sheets do not cover every machine.
-    """
+    """FLOPs per second of plain matrix products on this device, the best of several runs."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     wait, side = (torch.cuda.synchronize, 4096) if on_gpu else (torch.cpu.synchronize, 384)
@@ -132,16 +126,14 @@ class Speedometer:
     _last: tuple[float, float, int] = field(default=(0.0, 0.0, 0), init=False)
 
     def start(self, tokens: float, step: int) -> None:
-        """Starts the clock, also after a resume."""
+        """Starts the clock."""
         self._last = time.perf_counter(), tokens, step
 
     def read(self, tokens: float, step: int, last_step: int) -> dict[str, float]:
-        """Speeds since the last reading; ``tokens`` so far are of all processes, without padding.
+        """``tokens_per_second`` since the last reading, ``eta_s`` (time left) and ``mfu``.
 
-        Returns:
-            ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate spent on products
-            with weights) and ``eta_s`` (seconds left at this speed). ``mfu`` is omitted if it is
-            above 1, since the rate was then measured while the machine was busy.
+        ``tokens`` so far are of all processes, without padding. ``mfu``, the share of the matmul
+        rate, is omitted above 1: the rate was then measured while the machine was busy.
         """
         then, old_tokens, old_step = self._last
         self.start(tokens, step)
@@ -149,8 +141,7 @@ class Speedometer:
         speed = (tokens - old_tokens) / elapsed
         left = (last_step - step) * elapsed / max(step - old_step, 1)
         mfu = speed * self.flops_per_token / self.rate
-        rates = {"tokens_per_second": speed, "mfu": mfu, "eta_s": left}
-        return rates if mfu <= 1 else {k: v for k, v in rates.items() if k != "mfu"}
+        return {"tokens_per_second": speed, "eta_s": left} | ({"mfu": mfu} if mfu <= 1 else {})
 
 
 def make_plan(trainer: Trainer) -> dict[str, str]:
@@ -162,21 +153,21 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     size, examples, limit = trainer.size, prepared.num_examples, trainer.exact_tokens
     rows = zip(prepared.dataset["length"], prepared.dataset["answer_length"], strict=True)
     lengths = [length for length, answer in rows if answer]
-    mean = sum(lengths) / len(lengths)
-    per_rank = math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
-    per_epoch = math.ceil(per_rank / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    mean, held_out = sum(lengths) / len(lengths), trainer.eval_dataset
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_epoch = math.ceil(len(lengths) / batch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     flops = trainer.speed.flops_per_token * mean * batch * steps * trainer.collator.row_growth
     packed = f"{len(lengths):,} packed rows, " if len(lengths) != examples else ""
     trained = f"{size.trainable:,} of {size.parameters:,} ({size.trainable / size.parameters:.2%})"
     if args.scope in SCOPED_ROWS:
         trained += f", on {SCOPED_ROWS[args.scope]} only"
     peak = written("bytes", expected_peak(trainer))
+    dtype = quantization_of(trainer.model) or str(trainer.model.dtype).removeprefix("torch.")
     has_gpu = torch.accelerator.is_available()
     time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
     plan = {
-        "base": f"{info.base_model} ({_dtype(trainer)})",
+        "base": f"{info.base_model} ({dtype}{', bf16' * args.bf16}{', fp16' * args.fp16})",
         "layout": describe_layout(args, prepared.num_block / examples),
         "objective": describe_objective(args),
         "attention": args.attention_execution,
@@ -188,30 +179,11 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",
         "steps": f"{steps:,}",
-        "evaluation": _evaluation(trainer),
+        "evaluation": held_out and f"{sum(map(bool, held_out['answer_length'])):,} rows",
         "peak memory": f"about {peak} per process, unsharded",
         "time": f"about {time_s}; the log shows the measured time",
     }
     return {name: text for name, text in plan.items() if text}
-
-
-def _dtype(trainer: Trainer) -> str:
-    model, args = trainer.model, trainer.args
-    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    stored = quantization_of(model) or str(model.dtype).removeprefix("torch.")
-    return stored if computed in (None, stored) else f"{stored}, computed in {computed}"
-
-
-def _evaluation(trainer: Trainer) -> str | None:
-    args, rows = trainer.args, trainer.eval_dataset
-    if rows is None:
-        return None
-    when = {
-        IntervalStrategy.NO: "before the first step",
-        IntervalStrategy.EPOCH: "every epoch",
-        IntervalStrategy.STEPS: f"every {args.eval_steps or 0:g} steps",
-    }[args.eval_strategy]
-    return f"{sum(1 for count in rows['answer_length'] if count):,} rows, {when}"
 
 
 def expected_peak(trainer: Trainer) -> float:
@@ -242,19 +214,14 @@ def _scores(part: dict[str, Any], heads: int) -> float:
 
 
 def describe_layout(args, block_share: float) -> str:
-    """A line with modes, placement and learned tokens. ``block_share`` is the actual one."""
-    spec = args.layout
-    if not spec.block:
+    """A line with the modes and what differs from plain blocks; ``block_share`` is the actual."""
+    if not args.layout.block:
         return "full attention"
-    share = f"block {block_share:.0%}"
-    words = ["block and full, each example in both" if args.both_modes else share, spec.placement]
-    if spec.num_links:
-        by_table = "" if spec.link_table == "slot" else f", by {spec.link_table}"
-        table = f"{args.link_mode}{by_table}"
-        words.append(f"{spec.num_links} links {spec.link_side} each chunk ({table})")
-    if spec.num_headers or spec.num_trailers:
-        words.append(f"{spec.num_headers} headers, {spec.num_trailers} trailers")
-    return ", ".join(words + (["shared prefix"] if spec.shared_prefix else []))
+    share = (
+        "block and full, each example in both" if args.both_modes else f"block {block_share:.0%}"
+    )
+    plain, own = asdict(LayoutSpec()), asdict(args.layout)
+    return ", ".join([share, *(f"{key} {own[key]}" for key in own if own[key] != plain[key])])
 
 
 def describe_objective(args) -> str:
@@ -272,23 +239,19 @@ def describe_objective(args) -> str:
 
 def print_options(console: Console | None = None) -> None:
     """Prints a table for each group of keys, with defaults and descriptions."""
-    from trl import ModelConfig
-
-    from blocktune.training import config
-
     groups = {
-        "Data and wording": config.DataArgs.__annotations__,
-        "Layout": config.LayoutOptions.__annotations__,
-        "Objective": config.ObjectiveOptions.__annotations__,
-        "Batches": config.BatchOptions.__annotations__,
-        "The run": config.BlockSFTConfig.__annotations__,
+        "Data and wording": options.DataArgs.__annotations__,
+        "Layout": options.LayoutOptions.__annotations__,
+        "Objective": options.ObjectiveOptions.__annotations__,
+        "Batches": options.BatchOptions.__annotations__,
+        "The run": options.BlockSFTConfig.__annotations__,
         "Model, LoRA and quantization, by TRL": ModelConfig.__annotations__,
-        "Training, by TRL and transformers": [f.name for f in fields(config.BlockSFTConfig)],
+        "Training, by TRL and transformers": [f.name for f in fields(options.BlockSFTConfig)],
     }
-    holders = (config.DataArgs, config.BlockSFTConfig, ModelConfig)
+    holders = (options.DataArgs, options.BlockSFTConfig, ModelConfig)
     headings = ("key", "default", "meaning")
     remaining = {key.name: key for holder in holders for key in fields(holder) if key.init}
-    choices = config.choices(config.DataArgs) | config.choices(config.BlockSFTConfig)
+    choices = options.choices(options.DataArgs) | options.choices(options.BlockSFTConfig)
     for title, names in groups.items():
         rows = []
         for key in [remaining.pop(name) for name in names if name in remaining]:
@@ -313,30 +276,25 @@ class LogLines(TrainerCallback):
     """Prints a line per log: step, loss, accuracy, learning rate, speed, and time left."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Prints the logged values, on the main process."""
+        """Prints the line."""
         if not state.is_world_process_zero or not logs:
             return
         if "loss" in logs:
-            say(_line(state, logs))
+            words = [
+                f"step {state.global_step:>5}/{state.max_steps}",
+                f"loss {float(logs['loss']):.4f}",
+                *([f"KL {float(logs['divergence']):.4f}"] if "divergence" in logs else []),
+                f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}",
+                f"lr {float(logs['learning_rate']):.2e}",
+                f"{logs['tokens_per_second']:,.0f} tokens/s",
+                *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
+                f"{duration(logs['eta_s'])} left",
+            ]
+            say("  ".join(words))
         elif "eval_loss" in logs:
             say(f"evaluation loss {logs['eval_loss']:.4f}")
         elif "train_runtime" in logs:
             say(f"trained in {logs['train_runtime']:.1f} s")
-
-
-def _line(state, logs) -> str:
-    words = [
-        f"step {state.global_step:>5}/{state.max_steps}",
-        f"loss {float(logs['loss']):.4f}",
-        f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}",
-        f"lr {float(logs['learning_rate']):.2e}",
-        f"{logs['tokens_per_second']:,.0f} tokens/s",
-        *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
-        f"{duration(logs['eta_s'])} left",
-    ]
-    if "divergence" in logs:
-        words.insert(2, f"KL {float(logs['divergence']):.4f}")
-    return "  ".join(words)
 
 
 def print_plan(plan: dict[str, str]) -> None:

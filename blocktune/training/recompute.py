@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -19,52 +19,40 @@ from blocktune.methods.select.layers import compared
 from blocktune.parsing import parse_yaml
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Prompt
+from blocktune.registry import require_one_of
 
-_BUDGETS = ("ratio", "share", "k", "last")
-"""Parameters of selectors that a share of the tokens replaces."""
+TRAINABLE = ("first-k", "random", "deviation")
+"""Selectors that choose once, before the first layer or at a check layer."""
+_BUDGETS = ("ratio", "share", "k", "last")  # parameters that a share of the tokens replaces
 
 
 @dataclass(frozen=True)
 class RecomputeSampler:
-    """Chooses the fresh tokens of a prompt by a selector of `blocktune.methods.select`.
-
-    Raises ValueError if the shares are out of range, or the selector needs more than one layer.
-    """
+    """Chooses the fresh tokens of a prompt by one of the selectors `TRAINABLE`."""
 
     selection: Selection  # the selector; its budget is set per prompt
     low: float = 0.15  # smallest share of context tokens
     high: float = 0.15  # largest share; each prompt's share is drawn between the two
 
-    def __post_init__(self):
-        if not 0.0 <= self.low <= self.high <= 1.0:
-            raise ValueError(
-                f"recompute_min and recompute_max must be shares with min <= max, got {self.low} "
-                f"and {self.high}"
-            )
-        self.selection.with_budget(self.low)  # raises ValueError if it has no share to set
-        runs_model = type(self.selection).begin is not Selection.begin
-        if runs_model or self.selection.watches_chunks:
-            raise ValueError(
-                f"recompute '{SELECTORS.name_of(self.selection)}' runs the model on a served "
-                "prompt; training supports first-k, random and deviation"
-            )
-
     @classmethod
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
         """Builds a sampler from text such as ``deviation check_layer=2 by=values``."""
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"recompute_min <= recompute_max must be shares, got {low} and {high}")
         name, *words = text.split() or [""]
+        require_one_of("recompute", name, TRAINABLE)
         parameters = {}
         for word in words:
             key, _, value = word.partition("=")
             if not (key and value):
                 raise ValueError(f"recompute must be a selector and KEY=VALUE pairs, got '{text}'")
             if key in _BUDGETS:
-                raise ValueError(
-                    f"recompute: '{word}' has no effect, since recompute_min and recompute_max set "
-                    "how many tokens are chosen; leave it out"
-                )
+                raise ValueError(f"'{word}' has no effect; set recompute_min and recompute_max")
             parameters[key] = parse_yaml(value, f"recompute {key}")
-        return cls(SELECTORS.build(name, **parameters), low, high)
+        selection = SELECTORS.build(name, **parameters)
+        if selection.keeps_keys or selection.sees_future:
+            raise ValueError("recompute: keeps_keys and sees_future are for serving only")
+        return cls(selection, low, high)
 
     def selector(self, share: float, draw: random.Random | None = None) -> Selection:
         """The selector for one prompt. A random selector gets its seed from ``draw``."""
@@ -74,25 +62,13 @@ class RecomputeSampler:
         return selection
 
     def check_layer(self, num_layers: int) -> int | None:
-        """The layer at which the selector chooses, or None if it chooses beforehand.
-
-        Raises ValueError if it chooses more than once, or the model has too few layers for it.
-        """
-        selection = self.selection
-        if selection.min_layers > num_layers:
+        """The layer at which the selector chooses; None: beforehand. ValueError: too few layers."""
+        if (needed := self.selection.min_layers) > num_layers:
             raise ValueError(
-                f"recompute '{SELECTORS.name_of(selection)}' needs a model of at least "
-                f"{selection.min_layers} layers, this one has {num_layers}; lower its check_layer"
+                f"recompute needs a model of at least {needed} layers, this one has {num_layers}; "
+                "lower its check_layer"
             )
-        checks = selection.checks(num_layers)
-        keeps_states = selection.keeps_keys or selection.sees_future
-        if len(checks) > 1 or selection.widens(num_layers) or keeps_states:
-            raise ValueError(
-                f"recompute '{SELECTORS.name_of(selection)}' chooses at several layers, or keeps "
-                "states of rows that it drops; training supports a choice before the first layer "
-                "(first-k, random) or at one layer (deviation)"
-            )
-        return checks[0] if checks else None
+        return next(iter(self.selection.checks(num_layers)), None)
 
 
 def with_fresh_rows(prompt: Prompt, chosen: Tensor, until: int = FOREVER) -> Prompt:
@@ -109,15 +85,16 @@ class _ProbeDone(Exception):
     """Ends a forward pass after the probed layer."""
 
 
-class _Probe:
-    """An attention plan that ends a forward pass after the keys of a layer are cached."""
+@dataclass(frozen=True)
+class Watched:
+    """An attention plan that first shows the index of each layer, its keys and its values."""
 
-    def __init__(self, plan: Plan, layer: int):
-        self.plan, self.layer = plan, layer
+    plan: Plan
+    see: Callable[[int, Tensor, Tensor], None]
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        if rule.layer == self.layer:
-            raise _ProbeDone
+        """Implements `Plan.attend`."""
+        self.see(rule.layer, key, value)
         return self.plan.attend(query, key, value, rule, params)
 
 
@@ -140,8 +117,12 @@ def narrowed(
     layout = Layout.unpack(inputs["layout"])
     num_layers = model.config.get_text_config().num_hidden_layers
     layer = sampler.check_layer(num_layers)
-    plan, cache = make_plan(execution, layout), DynamicCache()
-    plan = _Probe(plan, layer) if stop else plan
+
+    def see(index: int, *_: Tensor) -> None:
+        if stop and index == layer:  # whose keys are cached
+            raise _ProbeDone
+
+    plan, cache = Watched(make_plan(execution, layout), see), DynamicCache()
     with suppress(_ProbeDone):
         ids = inputs["input_ids"]
         planned_forward(model, ids, layout.position, plan, cache, logits_to_keep=1)

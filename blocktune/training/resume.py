@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from blocktune.adapter import INFO_FILE, AdapterInfo
 from blocktune.adapter.load import PEFT_FILE, require_whole
 from blocktune.parsing import load_json, load_yaml, parse_yaml
 
-CONFIG_FILE = "resolved_config.yaml"
-"""Has all settings of a run, by group. Part of the adapter and of every checkpoint."""
+CONFIG_FILE = "resolved_config.yaml"  # all settings of a run, by group
 _INERT = re.compile(
     "output_dir|overwrite|dry_run|use_cpu|run_name|project|prediction_loss_only|disable_tqdm|debug|"
     "skip_memory_metrics|do_|local_rank|ddp_|deepspeed|fsdp|accelerator_config|parallelism_config|"
@@ -34,13 +32,10 @@ _INERT = re.compile(
     "(bf16|fp16)_full_eval|inference_mode|base_model_name|revision|peft_version|"
     "gradient_checkpointing|activation_|(per_device_)?train_batch_size|gradient_accumulation_steps"
 )
-"""Settings that may change when a run continues, since they do not affect the trained weights.
-
-A step's rows may also be split among processes differently (see `_rows_per_step`)."""
+"""Settings that may change when a run continues, since they do not affect the trained weights."""
 _LENGTH = ("max_steps", "num_train_epochs")
 _ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_TRACES = ("command", "commit", "versions", "hardware", "world_size", "launch")
-"""Provenance that is kept for every start of a run."""
+_TRACES = ("command", "commit", "versions", "hardware", "world_size", "launch")  # of every start
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -50,10 +45,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the run in this folder has ended, and these settings do not make it longer.
-
-    Only a run with a constant learning rate can be made longer.
-    """
+    """Whether the run in this folder has ended, and these settings do not make it longer."""
     if not all((folder / name).is_file() for name in (INFO_FILE, TRAINER_STATE_NAME)):
         return False
     if last_checkpoint(folder) is None or config["training"]["lr_scheduler_type"] != "constant":
@@ -65,17 +57,14 @@ def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
 @contextmanager
 def stoppable(output_dir: str | Path, overwrite: bool) -> Iterator[None]:
     """On Ctrl-C inside the block, reports the last checkpoint and how to continue."""
-    started = time.time() if overwrite else 0.0
+    started, how = (time.time(), " without --overwrite") if overwrite else (0.0, "")
     try:
         yield
     except KeyboardInterrupt:
-        last = last_checkpoint(output_dir)
-        how = " without --overwrite" if overwrite else ""
-        line = f"the last checkpoint is {last}; repeat the command{how} to continue"
-        kept = " (the earlier run is unchanged)" if overwrite else ""
-        no_checkpoint = f"no checkpoint is saved yet{kept}; repeat the command to start again"
-        is_saved = last is not None and last.stat().st_mtime > started
-        raise KeyboardInterrupt(line if is_saved else no_checkpoint) from None
+        line, last = "no checkpoint is saved yet", last_checkpoint(output_dir)
+        if last is not None and last.stat().st_mtime > started:
+            line = f"the last checkpoint is {last}; repeat the command{how} to continue"
+        raise KeyboardInterrupt(line) from None
 
 
 def require_same_run(
@@ -83,23 +72,19 @@ def require_same_run(
 ) -> None:
     """Raises ValueError if a run's settings differ from those in ``folder``, and names them all.
 
-    ``folder`` is a checkpoint, or the folder of a finished run. ``config`` has settings by group,
-    as in `CONFIG_FILE`; only groups that both have are compared, since a `BlockSFTTrainer` knows
-    no data source. ``world_size`` is the number of processes, or None if it is not known yet.
+    ``folder`` is a checkpoint, or that of a finished run. Only groups of settings that both have
+    are compared, since a `BlockSFTTrainer` knows no data source.
     """
     old, new = _settings_of(folder), parse_yaml(yaml.safe_dump(dict(config)), CONFIG_FILE)
     changed = list(_differences(old, new))
     if world_size is not None:
         rows = _rows_per_step(old, _training(folder).get("world_size", 1))
         if rows != (now := _rows_per_step(new, world_size)):
-            changed.append(
-                f"rows in a step {rows} -> {now} (per_device_train_batch_size x "
-                "gradient_accumulation_steps x processes)"
-            )
+            changed.append(f"rows in a step {rows} -> {now} ({' x '.join(_ROWS)} x processes)")
     if changed:
         raise ValueError(
             f"'{folder}' was trained with other settings: {'; '.join(changed)}. Repeat the old "
-            "settings to continue it, choose another output_dir, or start again with --overwrite"
+            "ones, choose another output_dir, or start again with --overwrite"
         )
 
 
@@ -110,11 +95,6 @@ def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"'{folder}' has no {CONFIG_FILE}, so the settings of its run are unknown; choose "
-            "another output_dir, or start again with --overwrite"
-        )
     found = load_yaml(folder / CONFIG_FILE, "settings", "start again with --overwrite")
     is_grouped = isinstance(found, dict) and all(isinstance(g, dict) for g in found.values())
     if not is_grouped or not {*_ROWS, *_LENGTH} <= found.get("training", {}).keys():
@@ -149,12 +129,9 @@ _STATES = {
 
 
 def require_loadable(checkpoint: Path) -> None:
-    """Checks the files of a checkpoint before anything is loaded.
-
-    Raises ValueError if a file is truncated or missing; names the file.
-    """
+    """Raises ValueError if a file of a checkpoint is truncated or missing; names the file."""
     for part, patterns in _STATES.items():
-        if not any(path for pattern in patterns for path in checkpoint.glob(pattern)):
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             raise ValueError(f"'{checkpoint}' lacks the {part} ({patterns[0]}); {_FIX}")
     for path in sorted(checkpoint.rglob("*")):
         is_archive = path.suffix in (".pt", ".pth", ".bin")  # torch.save writes zip files
@@ -192,27 +169,12 @@ def _training(folder: Path) -> Mapping[str, Any]:
 
 def remove_run(folder: Path) -> None:
     """Removes the adapter and the checkpoints of an earlier run, and no other files."""
-    is_run = (folder / INFO_FILE).is_file()
+    own = [PEFT_FILE, CONFIG_FILE, TRAINER_STATE_NAME]
+    if (folder / INFO_FILE).is_file():  # also what only a full model has
+        own += ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME]
     (folder / INFO_FILE).unlink(missing_ok=True)  # first: without it nothing loads
     for path in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    own = [folder / name for name in (PEFT_FILE, CONFIG_FILE, TRAINER_STATE_NAME)]
-    if is_run:  # also what only a full model has
-        own += folder.glob("*.safetensors")
-        own += folder.glob("*.safetensors.index.json")
-        own += [folder / CONFIG_NAME, folder / GENERATION_CONFIG_NAME]
-    for path in own:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def leaving_no_empty_folder(folder: Path) -> Iterator[None]:
-    """After the block, removes the folder and its parents if it made them and left them empty."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            for path in new:
-                os.rmdir(path)
+    for path in [path for pattern in own for path in folder.glob(pattern)]:
+        path.unlink()

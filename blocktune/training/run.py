@@ -1,7 +1,4 @@
-"""A training run, for both `blocktune train` and `recipes/train.py`.
-
-Reads the options, loads base and data, trains with `BlockSFTTrainer`, saves and publishes.
-"""
+"""A training run: reads the options, loads base and data, trains, saves and publishes."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import atexit
 import difflib
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,7 +16,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -26,7 +23,6 @@ from blocktune.data import load_examples
 from blocktune.data.example import own_wording
 from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources.load import training_split
-from blocktune.data.sources.options import parse_source
 from blocktune.models import load
 from blocktune.parsing import load_yaml, mapping
 from blocktune.prompt import PromptFormat
@@ -38,9 +34,9 @@ from blocktune.training.dataset import Sample, in_modes, to_sample
 from blocktune.training.plan import LogLines, make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
 
+FINISHED = "the run is finished; --overwrite starts again"
 _OPTIONS = (DataArgs, BlockSFTConfig, ModelConfig)
 _TYPES = {name: str(t) for cls in _OPTIONS for name, t in get_type_hints(cls).items()}
-"""Annotations of all options as text."""
 
 
 class Parser(TrlParser):
@@ -53,14 +49,12 @@ class Parser(TrlParser):
     def set_defaults_from(self, path: str) -> list[str]:
         """Takes defaults from a YAML file; returns its unknown keys.
 
-        Every value is parsed like an option, so that a wrong type raises a ValueError that names
-        the file. The source of examples is ignored if ``argv`` has one.
+        Every value is parsed like an option. The source of examples is ignored if ``argv`` has one.
         """
-        values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
-        single_source, mixture = {"train_data", "train_limit"}, {"mixture"}
-        for typed, ignored in (("__mixture", single_source), ("__train_data", mixture)):
-            if typed in self._typed:
-                values = {key: value for key, value in values.items() if key not in ignored}
+        ignored = {"train_data", "train_limit"} if "__mixture" in self._typed else set()
+        ignored |= {"mixture"} if "__train_data" in self._typed else set()
+        found = mapping(load_yaml(path, "config", "see recipes/ for examples"), path)
+        values = {key: value for key, value in found.items() if key not in ignored}
         actions = {action.dest: action for action in reversed(self._actions)}  # X before no_X
         for key in values.keys() & actions.keys():
             try:
@@ -107,8 +101,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     finder.error = parser.error
     given, rest = finder.parse_known_args(list(argv))
     unknown = parser.set_defaults_from(given.config) if given.config is not None else []
-    unknown += parser.parse_known_args(rest)[1]
-    if unknown:
+    if unknown := unknown + parser.parse_known_args(rest)[1]:
         name = next((word for word in unknown if word.startswith("--")), unknown[0])
         names = [action.dest for action in parser._actions]
         close = difflib.get_close_matches(name.lstrip("-"), names, n=1)
@@ -137,18 +130,22 @@ def train(
     """
     data, args, choice = parse(argv)
     atexit.register(_close_process_group)
-    repo = checked_repo(args, choice.model_name_or_path, publisher)
+    pushes, repo, token = args.push_to_hub, args.hub_model_id, args.hub_token
+    if pushes:
+        if publisher is None or not repo:
+            raise ValueError("push_to_hub needs hub_model_id: USER/NAME, and `blocktune train`")
+        publisher.check(repo, choice.model_name_or_path, args.layout, token)
+        args.push_to_hub = False  # the Trainer would push without a check
     folder = _train(data, args, choice, callbacks)
-    if repo and folder and os.environ.get("RANK", "0") == "0":
-        publisher.publish(folder, repo, bool(args.hub_private_repo), args.hub_token)
+    if pushes and folder and os.environ.get("RANK", "0") == "0":
+        publisher.publish(folder, repo, bool(args.hub_private_repo), token)
     return folder
 
 
 def leave() -> None:
     """Ends a launched process other than the first at once, after all its runs.
 
-    Threads of gloo and DeepSpeed may abort a process while it ends in the usual way. The launcher
-    would then end the first process, too, which may still be publishing.
+    Otherwise threads of gloo and DeepSpeed may abort it, and the launcher then ends the first one.
     """
     if os.environ.get("RANK", "0") != "0":
         sys.stdout.flush()
@@ -167,13 +164,15 @@ def _train(data, args, choice, callbacks) -> Path | None:
         raise ValueError(f"output_dir is the folder of the base model, '{folder}'; name another")
     checkpoint = earlier_run(data, args, choice, int(os.environ.get("WORLD_SIZE", "1")))
     if checkpoint == folder and not args.dry_run:
-        launch_checks.say(finished(data, folder))
+        launch_checks.say(FINISHED)
         return folder
     if checkpoint not in (None, folder):
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        launch_checks.wait_for_builds()
-    with resume.leaving_no_empty_folder(folder), resume.stoppable(folder, args.overwrite):
+        launch_checks.refuse_stale_locks()
+    if args.dry_run:
+        args.output_dir = tempfile.gettempdir()  # the Trainer creates its folder
+    with resume.stoppable(folder, args.overwrite):
         trainer = build(data, args, choice, callbacks)
         if trainer.is_world_process_zero():
             print_plan(make_plan(trainer))
@@ -186,37 +185,26 @@ def _train(data, args, choice, callbacks) -> Path | None:
     return folder
 
 
-def finished(data: DataArgs, folder: str | Path) -> str:
-    """The line about a run that has ended, which tells if its data file is newer than the run."""
-    source = Path(data.mixture or parse_source(data.train_data).name)
-    ended = (Path(folder) / TRAINER_STATE_NAME).stat().st_mtime
-    is_newer = source.is_file() and source.stat().st_mtime > ended
-    since = f", before {source} changed" if is_newer else ""
-    return f"the run is finished{since}; --overwrite starts again"
-
-
 def earlier_run(
     data: DataArgs, args: BlockSFTConfig, choice: ModelConfig, world_size: int | None = None
 ) -> Path | None:
     """The checkpoint to continue from: None for a new run, ``output_dir`` for a finished one.
 
-    Without ``resume_from_checkpoint`` it is the last checkpoint in ``output_dir``, if there is one.
-    ``world_size`` is the number of processes, or None if it is not known yet. Raises ValueError if
-    the earlier run had other settings, or there is no such checkpoint.
+    Raises ValueError if the earlier run had other settings or, if known, another ``world_size``, or
+    there is no such checkpoint.
     """
     named, folder = str(args.resume_from_checkpoint or ""), Path(args.output_dir)
     resumes = named.lower() not in ("", "false")
-    if args.overwrite and resumes:
-        raise ValueError("overwrite starts again; leave out resume_from_checkpoint")
     if args.overwrite:
+        if resumes:
+            raise ValueError("overwrite starts again; leave out resume_from_checkpoint")
         return None
     config = resolved(data, args, choice)
     if resumes and named.lower() != "true":
         checkpoint, where = (Path(named) if Path(named).is_dir() else None), f"'{named}'"
     else:
-        finished = resume.is_finished(folder, config)
+        finished, where = resume.is_finished(folder, config), f"in '{folder}'"
         checkpoint = folder if finished else resume.last_checkpoint(folder)
-        where = f"in '{folder}'"
     if checkpoint is None and resumes:
         raise ValueError(f"resume_from_checkpoint: there is no checkpoint {where}")
     if checkpoint is not None:
@@ -269,10 +257,7 @@ def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[
 def samples_of(
     data: DataArgs, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[Sample]:
-    """The training examples and their modes, from ``train_data`` or a mixture.
-
-    Raises ValueError if the options of a run contradict its mixture.
-    """
+    """The training examples and their modes; ValueError if options contradict the mixture."""
     if data.mixture is None:
         launch_checks.refuse_test(data.train_data)
         source, split = data.train_data, training_split(data.train_data)
@@ -298,34 +283,3 @@ def samples_of(
         fix = "set block_share: 0" if args.has_block else "leave it out"
         raise ValueError(f"block_share contradicts the modes of the mixture; {fix}")
     return samples
-
-
-_PUSH_OPTIONS = {
-    "hub_strategy": ("every_save", "end"),  # the default of transformers, and the actual strategy
-    "hub_always_push": (False,),
-    "hub_revision": (None,),
-}
-"""Options of transformers' own push that a single push at the end would ignore."""
-
-
-def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Any) -> str | None:
-    """The repository to push a run to, or None. Resets ``push_to_hub``.
-
-    The Trainer would push without a check. Raises ValueError if the options cannot be followed.
-    """
-    if not args.push_to_hub:
-        return None
-    if publisher is None or not args.hub_model_id:
-        raise ValueError(
-            "push_to_hub needs hub_model_id: USER/NAME, and a program that publishes: "
-            "`blocktune train` or recipes/train.py"
-        )
-    for name, accepted in _PUSH_OPTIONS.items():
-        if (value := getattr(args, name)) not in accepted:
-            raise ValueError(
-                f"{name}: {getattr(value, 'value', value)} is not supported, since push_to_hub "
-                "pushes once, after the run, to the main branch; leave it out"
-            )
-    publisher.check(args.hub_model_id, base_model, args.layout, args.hub_token)
-    args.push_to_hub = False
-    return args.hub_model_id

@@ -32,15 +32,9 @@ from blocktune.training.checkpoint import AdapterFiles, StagedSaving, adapter_in
 from blocktune.training.collator import Augmentation, BlockDataCollator
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prepare, to_sample
-from blocktune.training.distillation import evaluating, find_teacher
-from blocktune.training.launch_checks import (
-    launch_name,
-    refuse_launch,
-    refuse_long_rows,
-    save_whole,
-)
+from blocktune.training.launch_checks import launch_name, refuse_launch, save_whole
 from blocktune.training.lora import keeps_base, make_trainable, precision_kept
-from blocktune.training.loss import Objective, Sums
+from blocktune.training.loss import Objective, Sums, evaluating, find_teacher
 from blocktune.training.order import EpochCallback, EpochOrder
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed
@@ -53,26 +47,24 @@ Rows = Dataset | Iterable[Mapping[str, Any] | RagExample | Sample]
 class BlockSFTTrainer(StagedSaving, SFTTrainer):
     """Trains a model to answer from chunks that do not see each other (or as the layout says).
 
-    It is used like TRL's `SFTTrainer`; `blocktune train` runs it. `BlockSFTConfig` sets the layout,
-    the objective and what is frozen. The loss is the mean over the answer tokens of the whole step,
-    the same for any split of a global batch over accumulation steps and processes.
+    It is used like TRL's `SFTTrainer`; `blocktune train` runs it. The loss is the mean over the
+    answer tokens of the whole step, for any split over accumulation steps and processes.
 
     Args:
         model: A folder or repository name (loaded in float32), or a model; bare or PEFT.
         args: The configuration; default: `BlockSFTConfig` with TRL's output folder.
         data_collator: A `BlockDataCollator`; its ``format`` is that of the prompts.
         train_dataset: A Hugging Face `Dataset`, dicts or examples, see `to_sample`.
-        eval_dataset: The same, or several by name; for the evaluation loss.
-        processing_class: The model's tokenizer; default: loaded from the model's folder.
-        compute_metrics: As in `SFTTrainer`, like the others below; needs a second forward pass.
+        eval_dataset: The same, or several by name.
+        compute_metrics: As in `SFTTrainer`, like the others; needs a second forward pass.
         peft_config: Adapter to train; None trains the whole model or the adapter it has.
 
     Attributes:
         prepared: The training set, with the number of dropped examples.
         files: Writes the files of adapters.
 
-    Raises ValueError if the model is not supported, a row cannot be read or is too long, options
-    are incompatible, or context or sequence parallelism would ignore the layout.
+    Raises ValueError if the model is not supported, a row cannot be read or is too long, or options
+    or the launch are incompatible.
     """
 
     _tag_names = ["blocktune", "trl", "sft"]  # noqa: RUF012 (TRL's own shape)
@@ -97,10 +89,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         if not isinstance(args, BlockSFTConfig):
             raise ValueError(f"args must be a BlockSFTConfig, got {type(args).__name__}")
         if args.push_to_hub:
-            raise ValueError(
-                "push_to_hub: a trainer would push without blocktune.json; leave it out and run "
-                "`blocktune push`, or set it for `blocktune train`"
-            )
+            raise ValueError("push_to_hub is for `blocktune train`; here use `blocktune push`")
         if train_dataset is None:
             raise ValueError("train_dataset is missing; pass rows with question, chunks, answers")
         if isinstance(model, str):
@@ -111,10 +100,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         rope = require_supported(model)
         self.collator = _checked_collator(data_collator, args, tokenizer, link_base(model))
         config = model.config.get_text_config()
-        refuse_long_rows(args, config)
         self.exact_tokens, context = rope.max_tokens, context_length(config)
         self._longest = min(args.max_length or context, rope.max_tokens or context)
-        self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
+        packed = _pack_length(args.pack_length, config)
+        self.prepared = self._prepare(train_dataset, args.train_batch_size, packed)
         info = self._describe(model)
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
@@ -148,8 +137,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         full = prepared.num_examples - prepared.num_block
         if args.scope == "encode" and full:
             raise ValueError(
-                f"scope 'encode' trains on rows of chunks, but {full:,} examples in full attention "
-                "have none; set block_share: 1.0 without both_modes, or another scope"
+                f"scope 'encode' trains on rows of chunks, which {full:,} examples in full "
+                "attention lack; set block_share: 1.0, or another scope"
             )
         origin = provenance(args.seed) | {
             "data_sets": dict(prepared.data_sets),
@@ -184,10 +173,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def _prepare(self, rows: Rows, batch: int, pack_length: int | None = None) -> Prepared:
         args = self.args
         if isinstance(rows, str | Mapping):
-            raise ValueError(
-                f"a dataset must be rows, got {type(rows).__name__}; pass one split "
-                "(dataset['train']), or load_examples(PATH)"
-            )
+            got = type(rows).__name__
+            raise ValueError(f"data must be rows, got {got}; pass one split (dataset['train'])")
         samples, left_out = [], Counter()
         for index, row in enumerate(rows):
             try:
@@ -201,9 +188,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
                 raise ValueError(f"row {index} of the dataset: {error}") from None
         for reason, count in left_out.items():
             logger.warning("%d rows are left out: %s", count, reason)
-        if left_out and not samples:
-            reason, total = left_out.most_common(1)[0][0], left_out.total()
-            raise ValueError(f"no example to train on: all {total} rows are left out: {reason}")
         if not (isinstance(rows, list) and rows and isinstance(rows[0], Sample)):
             samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
         return prepare(
@@ -250,7 +234,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             return loss, model(input_ids=inputs["input_ids"], layout=inputs["layout"])
 
     def _count(self, result: Sums) -> None:
-        """Adds sums over all ranks. Means of micro-batches would weight their tokens unequally."""
+        """Adds sums over all ranks; means of micro-batches would weight tokens unequally."""
         mode = "train" if self.model.training else "eval"
         own = torch.stack([value.detach().double() for value in result])
         sums = Sums(*self.accelerator.gather(own).view(-1, len(own)).sum(0).tolist())
@@ -258,7 +242,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         if not math.isfinite(sums.total) and not self.args.fp16:  # fp16 skips such steps
             raise ValueError(
                 f"the {mode} loss after step {self.state.global_step} is {sums.total}; start again "
-                "(--overwrite) with a lower learning_rate, or another dtype if it began so"
+                "(--overwrite) with a lower learning_rate or another dtype"
             )
         if mode == "train":
             self._total_train_tokens += int(sums.rows)
@@ -320,28 +304,29 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         """Sends nothing."""
 
 
+def _pack_length(length: int | None, config: Any) -> int | None:
+    """As asked for, but Llama 4 scales queries by their index in a row, beyond some length."""
+    scales = getattr(config, "attn_temperature_tuning", False)
+    return min(length, config.floor_scale - 1) if length and scales else length
+
+
 def _checked_collator(
     collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int
 ) -> BlockDataCollator:
-    collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
+    plain = BlockDataCollator(tokenizer)
+    collator = plain if collator is None else collator
     if not isinstance(collator, BlockDataCollator):
         name = type(collator).__name__
         raise ValueError(f"data_collator must be a BlockDataCollator, got {name}")
-    if collator.layout != args.layout:
-        raise ValueError(
-            f"data_collator has {collator.layout}, but the configuration has {args.layout}; "
-            "make the collator with layout=args.layout"
-        )
-    names = ("augmentation", "sampler", "has_teacher", "seed", "max_length")
+    names = ("layout", "augmentation", "sampler", "has_teacher", "seed", "max_length")
     own = {name: getattr(args, name) for name in names}
-    plain = BlockDataCollator(tokenizer)
     for name, value in own.items():
         if getattr(collator, name) not in (value, getattr(plain, name)):
             raise ValueError(
                 f"data_collator has {name} {getattr(collator, name)}, but the configuration has "
                 f"{value}; set it in the configuration"
             )
-    own |= {"max_length": None}  # the trainer drops or refuses longer rows before
+    own["max_length"] = None  # the trainer drops or refuses longer rows before
     if args.attention_execution == "flex":
-        own |= {"row_multiple": BLOCK}
+        own["row_multiple"] = BLOCK
     return replace(collator, num_tokens=num_tokens, **own)

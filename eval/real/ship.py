@@ -214,11 +214,11 @@ def main() -> int:
         result |= logits_off(model, args.base, args.tuned, args.output)
         facts = CardFacts(args.base_model, args.license, tuple(args.dataset))
         repo = args.repo or f"USER/{args.output.name}"
-        publication = prepare(args.output, repo, facts, model=model, dtype="float32")
+        files = prepare(args.output, repo, facts, model=model, dtype="float32")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    (args.output / "README.md").write_text(publication.card, encoding="utf-8")
+    (args.output / "README.md").write_bytes(files["README.md"])
     print(json.dumps(result, indent=1))
     return 0
 

@@ -112,7 +112,8 @@ def test_a_base_that_is_saved_quantised_is_merged_and_published_too(tmp_path):
         part.save_pretrained(tmp_path / "base")
     train(["--config", str(path)])
     facts = CardFacts(base_model="org/base-bnb-4bit", license="mit")
-    assert "--quantize" not in prepare(tmp_path / "out", "me/mine", facts, device="cpu").card
+    files = prepare(tmp_path / "out", "me/mine", facts, device="cpu")
+    assert b"--quantize" not in files["README.md"]
     report = merge_adapter(tmp_path / "out", tmp_path / "merged", device="cpu")
     assert report.quantization == "nf4"
     assert report.max_abs_diff < 1e-4

@@ -181,5 +181,5 @@ def test_another_tokenizer_or_name_is_refused(folder):
 def test_weights_without_rows_for_the_links_are_refused(folder):
     model = LlamaForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(128_100)
-    with pytest.raises(ValueError, match="link tokens up to id 128210, this model has embeddings"):
+    with pytest.raises(ValueError, match="link tokens up to id 128210, this model embeds"):
         RELEASES["kvlink-1b"].fit(model, llama3_tokenizer())

@@ -295,10 +295,10 @@ def test_the_card_says_what_it_acts_on(run):
     [
         ({"use_dora": True}, "a variant of LoRA in"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save acts on others too"),
-        ({"lora_bias": True}, "a trained bias acts on others too"),
-        ({"bias": "all"}, "a trained bias acts on others too"),
-        ({"init_lora_weights": "pissa"}, "which changes the base, acts on others too"),
-        ({"trainable_token_indices": [3]}, "trained embeddings"),
+        ({"lora_bias": True}, "lora_bias acts on others too"),
+        ({"bias": "all"}, "but bias acts on others too"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights acts on others too"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices acts on others"),
         ({"target_modules": ["q_proj", "lm_head"]}, "whose rows are not in the prompt's order"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "whose rows are not in the prompt's"),
     ],
@@ -331,11 +331,11 @@ def test_a_scope_is_given_once():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"use_peft": False}, "but the model has no LoRA; set use_peft"),
-        ({"use_peft": False, "freeze_base": True, "num_links": 1}, "but the model has no LoRA"),
-        ({"both_modes": True}, "64 examples in full attention have none; set block_share"),
+        ({"use_peft": False}, "but the model has none; set use_peft"),
+        ({"use_peft": False, "freeze_base": True, "num_links": 1}, "but the model has none"),
+        ({"both_modes": True}, "64 examples in full attention lack; set block_share"),
         ({"use_dora": True}, "a variant of LoRA"),
-        ({"num_links": 1, "link_mode": "added_tokens"}, "trained embeddings"),
+        ({"num_links": 1, "link_mode": "added_tokens"}, "trainable_token_indices acts"),
         ({"scope": "write"}, "invalid choice: 'write'"),
     ],
 )

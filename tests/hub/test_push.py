@@ -15,15 +15,15 @@ from blocktune.check import Check
 from blocktune.data import load_examples, write_jsonl
 from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import parse_suite
-from blocktune.hub import Publication, prepare, send, show
+from blocktune.hub import prepare, send, show
 
 
 def test_a_dry_run_shows_every_file_and_the_card(run, results, tmp_path):
-    publication = prepare(run / "out", "me/mine", replace(FACTS, results=results))
+    files = prepare(run / "out", "me/mine", replace(FACTS, results=results))
     console = Console(record=True, width=200, file=(tmp_path / "shown").open("w"))
-    show(publication, console)
+    show("me/mine", files, console)
     shown = console.export_text()
-    assert set(publication.files) == {
+    assert set(files) == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -33,17 +33,15 @@ def test_a_dry_run_shows_every_file_and_the_card(run, results, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert all(name in shown for name in publication.files)
-    assert publication.card in re.sub(r" +\n", "\n", shown)
-    sent = b"".join(
-        s if isinstance(s, bytes) else s.read_bytes() for s in publication.files.values()
-    )
+    assert all(name in shown for name in files)
+    assert files["README.md"].decode() in re.sub(r" +\n", "\n", shown)
+    sent = b"".join(s if isinstance(s, bytes) else s.read_bytes() for s in files.values())
     assert str(run).encode() not in sent, "a path of this machine would be published"
 
 
 def test_the_card_says_what_it_must(run, results):
     facts = replace(FACTS, results=results, datasets=("org/data",))
-    card = prepare(run / "out", "me/mine", facts).card
+    card = prepare(run / "out", "me/mine", facts)["README.md"].decode()
     head = card.split("---\n")[1]
     for line in ("base_model: org/base", "license: apache-2.0", "- org/data", "- kvlink"):
         assert line in head
@@ -55,7 +53,7 @@ def test_the_card_says_what_it_must(run, results):
     assert 'Engine.from_pretrained(adapter="me/mine")' in card
     assert "  seed: 42\n" in card
     assert "| split = dense mask |" in card
-    assert "Not evaluated." in prepare(run / "out", "me/mine", FACTS).card
+    assert "Not evaluated." in prepare(run / "out", "me/mine", FACTS)["README.md"].decode()
 
 
 def test_the_card_names_the_data_set_that_a_local_file_was_made_of(tmp_path):
@@ -65,22 +63,22 @@ def test_the_card_names_the_data_set_that_a_local_file_was_made_of(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", examples)
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.save_model()
-    card = prepare(tmp_path / "out", "me/mine", FACTS).card
+    card = prepare(tmp_path / "out", "me/mine", FACTS)["README.md"].decode()
     assert "datasets:\n- mandarjoshi/trivia_qa\n" in card
     assert "    mandarjoshi/trivia_qa: as its authors say\n" in card
 
 
 def test_a_token_that_may_not_write_is_one_line(monkeypatch):
     card = b"---\nlicense: mit\nbase_model: org/base\n---\n"
-    publication = Publication("me/mine", {"README.md": card})
+    files = {"README.md": card}
     with running_hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_other")
         with pytest.raises(ValueError, match="the Hub refused 'me/mine': ") as caught:
-            send(publication)
+            send("me/mine", files)
         assert hub.repos == {}
-        send(publication, token=TOKEN)
+        send("me/mine", files, token=TOKEN)
         assert set(hub.files("me/mine")) == {"README.md"}
     assert "\n" not in str(caught.value)
     assert "set HF_TOKEN" in str(caught.value)
@@ -92,7 +90,7 @@ def test_a_connection_that_ends_without_words_is_one_line(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
     with pytest.raises(ValueError, match="the Hub refused 'me/mine': ConnectionError; log in"):
-        send(Publication("me/mine", {}))
+        send("me/mine", {})
 
 
 def test_a_failing_check_stops_the_push(run, monkeypatch):
@@ -109,7 +107,7 @@ def test_a_failing_check_stops_the_push(run, monkeypatch):
         (replace(FACTS, base_model=None), "me/mine", "which nobody else can load"),
         (replace(FACTS, base_model="org/ba se"), "me/mine", "which nobody else can load"),
         (FACTS, "mine", "--repo must be USER/NAME, got 'mine'"),
-        (FACTS, "me/mi ne", "--repo must be USER/NAME: "),
+        (FACTS, "me/mi ne", "--repo must be USER/NAME, got 'me/mi ne'"),
         (replace(FACTS, license=None), "me/mine", "the licence of 'org/base' is not known"),
         (replace(FACTS, results=Path("none.json")), "me/mine", "no results at 'none.json'"),
     ],
@@ -170,10 +168,10 @@ def test_results_of_other_weights_are_refused(run, tmp_path, changes, line):
     [
         ({"methods": {"naive": {"em": 1.0}}}, r"not a results\.json of `blocktune eval`"),
         ({"methods": {"naive": 1}}, r"not a results\.json of `blocktune eval`"),
-        ({"methods": {}, "provenance": None}, "was written by an older blocktune"),
+        ({"methods": {}, "provenance": None}, "does not name the weights it measured"),
         (
             {"methods": {"a": {"n": 1, "em": 0, "ci95": [0, 0], "adapter": None}}},
-            "was written by an older blocktune and does not name the weights",
+            "does not name the weights it measured",
         ),
     ],
 )
@@ -192,6 +190,6 @@ def test_what_eval_writes_is_taken(run, tmp_path):
     tasks[0]["metric"] = "rouge_l"
     run_suite(parse_suite(suite), tmp_path)
     facts = replace(FACTS, results=tmp_path / "results.json")
-    card = prepare(run / "out", "me/mine", facts).card
+    card = prepare(run / "out", "me/mine", facts)["README.md"].decode()
     assert "| method | n | ROUGE-L | EM | F1 |" in card
     assert re.search(r"\| kvlink \| 3 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", card)

@@ -49,10 +49,14 @@ def test_a_dry_run_publishes_nothing(tmp_path):
         ({"hub_model_id": "mine"}, Publisher(), "hub_model_id must be USER/NAME"),
         ({"num_links": 1, "num_headers": 1}, Publisher(), "no method serves an adapter with link"),
         ({"hub_model_id": None}, Publisher(), "push_to_hub needs hub_model_id: USER/NAME"),
-        ({}, None, "and a program that publishes"),
-        ({"hub_strategy": "checkpoint"}, Recorder(), "hub_strategy: checkpoint is not supported"),
-        ({"hub_revision": "dev"}, Recorder(), "hub_revision: dev is not supported"),
-        ({"hub_always_push": True}, Recorder(), "hub_always_push: True is not supported"),
+        ({}, None, "and `blocktune train`"),
+        (
+            {"hub_strategy": "checkpoint"},
+            Recorder(),
+            "needs hub_strategy: every_save, got .*checkpoint",
+        ),
+        ({"hub_revision": "dev"}, Recorder(), "needs hub_revision: None, got 'dev'"),
+        ({"hub_always_push": True}, Recorder(), "needs hub_always_push: False, got True"),
     ],
 )
 def test_what_cannot_be_published_is_refused_before_training(tmp_path, changes, publisher, line):

@@ -132,5 +132,5 @@ def test_evaluating_does_not_change_what_is_trained(tmp_path):
 
 def test_a_quantised_base_needs_a_dtype(tmp_path):
     path = write_run(tmp_path, load_in_4bit=True, dtype="auto")
-    with pytest.raises(ValueError, match="a quantized base needs an explicit dtype"):
+    with pytest.raises(ValueError, match="a quantized base needs a dtype"):
         train(["--config", str(path)])

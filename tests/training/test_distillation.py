@@ -10,7 +10,7 @@ from training.toy import save_toy, toy_config, toy_model, toy_tokenizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from blocktune import BlockSFTConfig
-from blocktune.training.distillation import as_teacher, divergence, find_teacher, teacher_probs
+from blocktune.training.loss import as_teacher, divergence, find_teacher, teacher_probs
 
 SIZE, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -198,13 +198,13 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("states", "config", "what"),
     [
-        ("hidden", {"num_hidden_layers": 3}, "number of layers of .* is 3, the student's 2"),
-        ("kv", {"num_key_value_heads": 4}, "number of key heads of .* is 4, the student's 2"),
-        ("kv", {"head_dim": 16}, "width of a head of .* is 16, the student's 8"),
+        ("hidden", {"num_hidden_layers": 3}, "layers': 3.*, the student .*layers': 2"),
+        ("kv", {"num_key_value_heads": 4}, "key heads': 4.*, the student .*key heads': 2"),
+        ("kv", {"head_dim": 16}, "width of a head': 16.*, the student .*width of a head': 8"),
         (
             "kv",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-            "RoPE of .* 500000.0",
+            "RoPE': .* 500000.0.*, the student",
         ),
     ],
 )

@@ -1,8 +1,6 @@
 """The training door: rows as users have them, a trainer as TRL's, a layout beside any adapter."""
 
 import json
-from unittest.mock import patch
-from weakref import WeakSet
 
 import pandas
 import pytest
@@ -26,7 +24,6 @@ from blocktune import (
 from blocktune.data import load_examples
 from blocktune.data.sources.records import LeftOut
 from blocktune.layout import Kind, Layout
-from blocktune.training.collator import _warn_unattached
 from blocktune.training.dataset import to_sample
 from blocktune.training.run import train
 
@@ -252,7 +249,7 @@ def distilled() -> BlockSFTConfig:
         ({"train_dataset": dict}, r"rows, got dict; pass one split \(dataset\['train'\]\)"),
         (
             {"data_collator": lambda: BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=1))},
-            "num_links=1.*layout=args.layout",
+            "num_links=1.*set it in the configuration",
         ),
         ({"data_collator": lambda: BlockDataCollator(toy_tokenizer(), seed=5)}, "has seed 5"),
         (
@@ -366,23 +363,8 @@ def test_rows_that_a_source_leaves_out_are_left_out(tmp_path, caplog):
     assert trainer.prepared.num_examples == 3
     assert "1 rows are left out" in caplog.text
     assert "2 rows are left out: no answer" in caplog.text
-    with pytest.raises(ValueError, match=r"cannot be trained on .*give it 'documents'"):
+    with pytest.raises(ValueError, match=r"cannot be learned .*give it 'documents'"):
         BlockDataCollator(toy_tokenizer())([useless])
-
-
-def test_a_model_that_ignores_layouts_is_told_about(caplog):
-    """Without `attach` transformers drops the layout, and trains full attention."""
-    collator = BlockDataCollator(toy_tokenizer())
-    with patch("blocktune.training.collator.ATTACHED", WeakSet()) as attached:
-        _warn_unattached.cache_clear()
-        collator(toy_examples(1))
-        assert "blocktune.attach(model)" in caplog.text
-        caplog.clear()
-        _warn_unattached.cache_clear()
-        model = toy_model()
-        attached.add(model)
-        collator(toy_examples(1))
-        assert not caplog.text
 
 
 def test_one_answer_is_an_answer():

@@ -176,7 +176,7 @@ def test_the_plan_says_what_is_trained_and_how(tmp_path, capsys):
     print_plan(make_plan(trainer))
     text = capsys.readouterr().out
     for words in (
-        "2 headers, 0 trailers",
+        "block 100%, num_headers 2",
         "cross-entropy, 50% KL to the teacher 'self', 15% to 30% of the tokens fresh (random)",
         "packed rows",
         "peak memory",

@@ -188,16 +188,18 @@ def test_a_run_trains_however_its_batches_are_cut(tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"recompute": "best"}, "unknown selector 'best'"),
+        ({"recompute": "best"}, "must be one of first-k, random, deviation, got 'best'"),
         ({"recompute": "deviation check_layer"}, "KEY=VALUE pairs, got 'deviation check_layer'"),
         ({"recompute": "deviation layer=2"}, "takes ratio, check_layer, .* got unknown layer"),
-        ({"recompute": "random", "recompute_min": 0.4, "recompute_max": 0.2}, "min <= max"),
+        (
+            {"recompute": "random", "recompute_min": 0.4, "recompute_max": 0.2},
+            "recompute_min <= recompute_max must be",
+        ),
         ({"recompute": "random", "block_share": 0.0}, "raise block_share"),
-        ({"recompute": "gradual-deviation"}, "chooses at several layers"),
-        ({"recompute": "query-attention"}, "runs the model on a served prompt"),
-        ({"recompute": "everything"}, "takes no budget"),
-        ({"recompute": "deviation ratio=0.3"}, "'ratio=0.3' has no effect, since recompute_min"),
-        ({"recompute": "first-k k=5"}, "'k=5' has no effect, since recompute_min"),
+        ({"recompute": "gradual-deviation"}, "must be one of first-k, random, deviation"),
+        ({"recompute": "deviation keeps_keys=true"}, "for serving only"),
+        ({"recompute": "deviation ratio=0.3"}, "'ratio=0.3' has no effect; set recompute_min"),
+        ({"recompute": "first-k k=5"}, "'k=5' has no effect; set recompute_min"),
         ({"recompute": "deviation check_layer=9"}, "at least 10 layers, this one has 2; lower"),
     ],
 )

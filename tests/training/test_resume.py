@@ -72,9 +72,6 @@ def test_the_same_command_continues_and_then_does_nothing(stopped, tmp_path, cap
     run(stopped, "--dry-run")
     assert "training plan" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    (tmp_path / "train.jsonl").touch()
-    run(stopped)
-    assert "finished, before " + str(tmp_path / "train.jsonl") in capsys.readouterr().out
 
 
 def test_provenance_says_what_each_start_did(stopped, tmp_path):
@@ -162,7 +159,7 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_has_a_checkpoint(tmp_
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StagedSaving, "_save_checkpoint", _interrupted)
-        with pytest.raises(KeyboardInterrupt, match=r"no checkpoint .*earlier run is unchanged\)"):
+        with pytest.raises(KeyboardInterrupt, match="no checkpoint is saved yet"):
             run(path, "--overwrite", "--seed", "7")
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
     stop(2)

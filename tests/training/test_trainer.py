@@ -215,7 +215,7 @@ def test_context_parallelism_is_refused(tmp_path):
         cp_enabled, sp_enabled = True, False
 
     trainer.accelerator.state.parallelism_config = Parallel()
-    with pytest.raises(ValueError, match="cp_size > 1 splits prompts over devices"):
+    with pytest.raises(ValueError, match="cp_size > 1 drops the layout's mask"):
         refuse_launch(trainer.accelerator, False)
 
 
@@ -227,7 +227,7 @@ def test_the_command_trains_saves_and_says_what_it_does(tmp_path, capsys):
     assert folder == Path(tmp_path / "out")
     assert (folder / "blocktune.json").is_file()
     printed = capsys.readouterr().out
-    words = ["trainable", "tokens per step", "steps", "2 links after each", "step     4/4"]
+    words = ["trainable", "tokens per step", "steps", "num_links 2", "step     4/4"]
     words += ["peak memory", "time", "cross-entropy", "tokens/s", "MFU", "0 s left"]
     for word in words:
         assert word in printed
