@@ -1,8 +1,7 @@
 """Exact states of prompts, which only a full prefill can produce.
 
-A chunk's relocated state is an approximation, which would silently spoil every later answer with
-that prefix. So exact states have a type of their own, `ExactKV`. Only `cut_exact`, from a cache
-marked as exact, and files of that kind produce it.
+A chunk's relocated state would silently spoil every later answer with that prefix. So exact states
+have their own type, `ExactKV`: only `cut_exact`, from a cache marked as exact, and files produce it.
 
 Keys and values can be cut at any token. A recurrent state cannot: a later prompt that shares ``d``
 tokens is recomputed from the deepest checkpoint at or before ``d``, see `place_checkpoints`.
@@ -11,7 +10,7 @@ tokens is recomputed from the deepest checkpoint at or before ``d``, see `place_
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -21,7 +20,6 @@ from torch import Tensor
 from blocktune.cache.chunk_kv import Entry, Read, State, compact, named, read_layers
 from blocktune.cache.row_cache import RowCache
 
-_FULL_PREFILL = object()
 NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
@@ -41,13 +39,6 @@ class ExactKV(Entry):
     values: tuple[Tensor, ...]
     fingerprint: str  # of the model that ran
     states: Mapping[int, State] | None = None
-    proof: InitVar[object] = None
-
-    def __post_init__(self, proof: object):
-        if proof is not _FULL_PREFILL:
-            raise ValueError(
-                "only a full prefill makes exact states; cut them from its cache with `cut_exact`"
-            )
 
     @property
     def end(self) -> int:
@@ -58,11 +49,11 @@ class ExactKV(Entry):
         """Copies the tokens ``start`` to ``stop`` of the run, without context and states."""
         pair = (tuple(compact(t[:, start:stop]) for t in kind) for kind in (self.keys, self.values))
         ids, states = compact(self.token_ids[start:stop]), None if self.states is None else {}
-        return ExactKV(ids, NO_IDS, *pair, self.fingerprint, states, proof=_FULL_PREFILL)
+        return ExactKV(ids, NO_IDS, *pair, self.fingerprint, states)
 
     def placed(self, context: Tensor, states: Mapping[int, State] | None) -> ExactKV:
         """The same run with another context and other recurrent states."""
-        return replace(self, context=context, states=states, proof=_FULL_PREFILL)
+        return replace(self, context=context, states=states)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "context", self.context
@@ -75,8 +66,8 @@ class ExactKV(Entry):
         """See `Entry.facts`. ``held`` has a bit for each state; -1: the model has no states."""
         last = (self.states or {}).get(self.end, ())
         bits = sum(1 << index for index, state in enumerate(last) if state is not None)
-        recurrent = {"num_states": len(last), "held": -1 if self.states is None else bits}
-        return {"num_layers": len(self.keys)} | recurrent
+        held = -1 if self.states is None else bits
+        return {"num_layers": len(self.keys), "num_states": len(last), "held": held}
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
@@ -84,8 +75,7 @@ class ExactKV(Entry):
         context, count = read("context"), int(facts["num_states"])
         last = tuple(read(f"state.{i}") if bits >> i & 1 else None for i in range(count))
         states = {len(context) + len(token_ids): last} if count else {}
-        states = None if bits < 0 else states
-        return cls(token_ids, context, *pair, fingerprint, states, proof=_FULL_PREFILL)
+        return cls(token_ids, context, *pair, fingerprint, None if bits < 0 else states)
 
 
 def state_bytes(state: State | None) -> int:
@@ -107,18 +97,14 @@ def cut_exact(
     Raises ValueError if the cache may hold approximate states or is shorter than the tokens.
     """
     if not cache.exact:
-        raise ValueError(
-            "this cache holds approximate states (reused chunks); "
-            "they must never enter the exact prefix cache"
-        )
+        raise ValueError("approximate states (reused chunks) never enter the exact prefix cache")
     if len(token_ids) > cache.num_columns:
         raise ValueError(f"{len(token_ids)} tokens, but the cache has {cache.num_columns} columns")
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     span, ids = slice(start, len(token_ids)), torch.tensor(token_ids, dtype=torch.int64)
     keys = tuple(layer.keys[prompt, :, span].clone() for layer in layers)
     values = tuple(layer.values[prompt, :, span].clone() for layer in layers)
-    run, context = ids[span].clone(), ids[:start].clone()
-    return ExactKV(run, context, keys, values, fingerprint, states, proof=_FULL_PREFILL)
+    return ExactKV(ids[span].clone(), ids[:start].clone(), keys, values, fingerprint, states)
 
 
 @dataclass(frozen=True)

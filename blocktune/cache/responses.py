@@ -20,13 +20,11 @@ def read_settings(text: str) -> tuple[float | None, str]:
     share, _, model = rest.partition(":")
     if text == "exact":
         return None, MODEL
-    valid = kind == "semantic" and share.replace(".", "", 1).isdigit()
-    if not valid or not 0 < float(share) <= 1:
-        raise ValueError(
-            "a response cache is 'exact' or 'semantic:THRESHOLD[:MODEL]' with a threshold in "
-            f"(0, 1], got '{text}'"
-        )
-    return float(share), model or MODEL
+    number = share.replace(".", "", 1).isdigit()
+    if kind == "semantic" and number and 0 < float(share) <= 1:
+        return float(share), model or MODEL
+    form = "'exact' or 'semantic:THRESHOLD[:MODEL]' with a threshold in (0, 1]"
+    raise ValueError(f"a response cache is {form}, got '{text}'")
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class ResponseCache:
         value, similarity = self._get(place, chunk_key(place, query), query), 1.0
         if value is None and self.threshold is not None and question:
             for key, _, similarity in self._list(place).find(self._embedder([question])[0]):
-                if similarity >= self.threshold:
-                    value = self._get(place, key, ())
+                value = self._get(place, key, ()) if similarity >= self.threshold else None
         return None if value is None else (value, min(similarity, 1.0))
 
     def keep(

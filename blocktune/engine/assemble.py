@@ -125,8 +125,7 @@ def relocate(
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
     rotations = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
     blocks = _blocks(kvs, columns)
-    like = kvs[0].like if isinstance(kvs[0], FileKV) else kvs[0]
-    for layer, pair in enumerate(zip(like.keys, like.values, strict=True)):
+    for layer, pair in enumerate(zip(kvs[0].keys, kvs[0].values, strict=True)):
         examples = [t.new_empty((), device=columns.device).expand_as(t) for t in pair]
         for runs in blocks:
             span = slice(runs[0].columns.start, runs[-1].columns.stop)

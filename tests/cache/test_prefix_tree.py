@@ -22,7 +22,7 @@ from cache.prompts import (
 )
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from blocktune.cache import ChunkStore, ExactKV, PrefixTree, RowCache, cut_exact, prefix_tree
+from blocktune.cache import ChunkStore, PrefixTree, RowCache, cut_exact, prefix_tree
 from blocktune.cache.exact import place_checkpoints
 from blocktune.cache.store.shelf import Shelf
 
@@ -214,12 +214,6 @@ def test_the_dynamic_programme_is_the_best_of_all_placements():
 def test_chunk_states_are_refused_by_type():
     with pytest.raises(ValueError, match=r"a ChunkKV, which may be approximate"):
         PrefixTree().insert(made_chunk())
-
-
-def test_exact_states_cannot_be_made_by_hand():
-    for proof in (None, True, object()):
-        with pytest.raises(ValueError, match="only a full prefill makes exact states"):
-            ExactKV(PREFIX, (), (), (), MODEL, proof=proof)
 
 
 def test_a_cache_that_reused_a_chunk_gives_no_exact_states():

@@ -65,7 +65,7 @@ def test_states_and_chunks_share_the_memory():
         ({"states": torch.zeros(4, 8)}, r"chunk of 5 tokens must be floating .*\(4, 8\)"),
         ({"states": torch.zeros(5, 8, 1)}, r"got \(5, 8, 1\)"),
         ({"states": torch.zeros(5, 8, dtype=torch.int64)}, "torch.int64"),
-        ({"layer": -1}, "a layer >= 0; got -1"),
+        ({"layer": -1}, "a layer >= 0; got .*, -1"),
         ({"token_ids": torch.zeros(5)}, "one int64 row"),
     ],
 )

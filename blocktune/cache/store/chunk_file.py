@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -147,16 +146,6 @@ class ChunkFile:
             read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
             return self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
 
-    def like(self) -> Entry:
-        """An uncompressed entry's shapes and dtypes, as tensors that hold no data."""
-
-        def empty(name: str) -> Tensor:
-            info = self._tensors[name]
-            return torch.empty((), dtype=DTYPES[info["dtype"]]).expand(info["shape"])
-
-        with _readable():
-            return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
-
     def verify(self, force: bool = True) -> None:
         """Reads every tensor; without ``force``, those not verified yet. Raises as `read` does."""
         self._verified = set() if force else self._verified
@@ -213,14 +202,12 @@ def heads_of(rank: int, size: int, num_heads: int) -> slice:
 
 
 class FileKV(ChunkKV):
-    """A chunk whose layers are read from its verified ``file`` at each access.
+    """A chunk in a verified ``file``, whose layers are read later by `ChunkFile.read_into`.
 
-    ``like`` holds no data. If the file is cut off later, an access raises `ValueError`.
+    Its own tensors have shapes and dtypes, but no data: they are on the device ``meta``.
     """
 
-    def __init__(self, file: ChunkFile):
-        vars(self).update(vars(like := file.like()), file=file, like=like, num_bytes=like.num_bytes)
-        vars(self).update(keys=_LayerTensors(self, "key"), values=_LayerTensors(self, "value"))
+    file: ChunkFile
 
     @classmethod
     def read(cls, file: ChunkFile) -> ChunkKV:
@@ -228,23 +215,18 @@ class FileKV(ChunkKV):
         if file.codec != "as-is":
             return file.entry()
         file.verify(force=False)
-        return cls(file)
+
+        def empty(name: str) -> Tensor:
+            info = file._tensors[name]
+            return torch.empty(info["shape"], dtype=DTYPES[info["dtype"]], device="meta")
+
+        kv = cls.restore(file._header, empty, file.token_ids, file.fingerprint)
+        vars(kv)["file"] = file
+        return kv
 
     def to(self, device: torch.device | str) -> FileKV:
         """Returns itself: layers are read into CPU memory."""
         return self
-
-
-@dataclass(frozen=True)
-class _LayerTensors(Sequence):
-    kv: FileKV
-    name: str
-
-    def __getitem__(self, layer: int) -> Tensor:
-        return self.kv.file.read(f"{self.name}.{layer}")
-
-    def __len__(self) -> int:
-        return len(self.kv.like.keys)
 
 
 def pack_chunk(

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
@@ -217,7 +217,7 @@ class Tracer:
 
     def __init__(self, path: Path | None = None):
         self._file: BinaryIO | None = None
-        self._count, self._last = 0, OrderedDict()
+        self._count, self._last = 0, {}
         self._distances, self._lifetimes = Counter(), Counter()
         if path is not None:
             try:
@@ -229,21 +229,18 @@ class Tracer:
     def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
         """Records a lookup that took ``seconds``; ``tier`` is ``"none"`` for a miss."""
         self._count += 1
-        now, last = time.monotonic(), self._last.pop(key, None)
+        now, last = time.monotonic(), self._last.get(key)
         if last is not None:
             self._distances[(self._count - last[0]).bit_length() - 1] += 1
             self._lifetimes[int(now - last[1]).bit_length()] += 1
-        self._last[key] = (self._count, last[1] if last else now)
-        if len(self._last) > _REMEMBERED:
-            self._last.popitem(last=False)
+        keep_latest(self._last, key, (self._count, last[1] if last else now), _REMEMBERED)
         if self._file is not None:  # only then build the record: lookups must stay short
-            facts = {"tokens": tokens, "bytes": num_bytes, "tier": tier, "load_s": seconds}
-            self._write(op="get", key=key, **facts)
+            self._write("get", key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds)
 
     def put(self, key: str, num_bytes: int, about: About) -> None:
         """Records a write."""
-        facts = {"tokens": about.num_tokens, "bytes": num_bytes}
-        self._write(op="put", key=key, **facts, seconds=about.seconds, tenant=about.tenant)
+        facts = {"tokens": about.num_tokens, "seconds": about.seconds, "tenant": about.tenant}
+        self._write("put", key, bytes=num_bytes, **facts)
 
     def histograms(self) -> dict[str, dict[int, int]]:
         """Histograms with power-of-two buckets: counts by upper end.
@@ -256,11 +253,11 @@ class Tracer:
             "lifetime_s": {2**n: c for n, c in sorted(self._lifetimes.items())},
         }
 
-    def _write(self, key: str, **record) -> None:
+    def _write(self, op: str, key: str, **facts) -> None:
         if self._file is not None:
-            line = json.dumps({"t": round(time.time(), 6), "key": key[:_SHOWN]} | record)
+            record = {"t": round(time.time(), 6), "key": key[:_SHOWN], "op": op} | facts
             try:
-                self._file.write(f"{line}\n".encode())
+                self._file.write(f"{json.dumps(record)}\n".encode())
             except OSError as error:  # such as a full disk, which must not stop answers
                 _LOG.warning("the trace '%s' ends here: %s", self._file.name, error.strerror)
                 self._file = None

@@ -149,14 +149,11 @@ class Ledger:
             expired = f"{_LEAVING} WHERE expires <= ? AND key != ? AND NOT pinned"
             found = database.execute(expired, (self._clock(), key))
             evicted = {old: (freed, whose) for old, freed, whose, _ in found}
-            old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
-            old_size, old_tenant = old.fetchone() or (0, tenant)
+            replaced = database.execute(f"{_LEAVING} WHERE key = ?", (key,)).fetchall()
             for limit, owner in ((self.quota, tenant), (self.max_bytes, None)):
-                if limit is None:
-                    continue
-                used = self.size(owner) - (old_size if owner in (None, old_tenant) else 0)
-                freed = sum(n for n, whose in evicted.values() if owner in (None, whose))
-                need = used + size - limit - freed
+                free = [*evicted.values(), *(row[1:3] for row in replaced)]
+                freed = sum(n for n, whose in free if owner in (None, whose))
+                need = 0 if limit is None else self.size(owner) + size - limit - freed
                 if need > 0 and not self._select(owner, need, key, evicted):
                     return None
             return list(evicted)

@@ -105,7 +105,7 @@ class Nearest:
 class Embedder:
     """A sentence-transformers model whose embeddings are cached. ValueError: it does not load."""
 
-    def __init__(self, model: str = MODEL, store: ChunkStore | None = None):
+    def __init__(self, model: str, store: ChunkStore):
         self.store, self.model = store, _load(model)
         self.fingerprint = weights_hash(self.model)
 
@@ -114,10 +114,8 @@ class Embedder:
         """The embedder that all users of a store share in this process; loads it at first use."""
         if (Embedder, model) not in store.notes:
             if not store.may_load and model != MODEL:
-                raise ValueError(
-                    f"no embedding model '{model:.80}' is served; start the server with a method "
-                    "or a response cache that uses it"
-                )
+                hint = "start the server with a method or a response cache that uses it"
+                raise ValueError(f"no embedding model '{model:.80}' is served; {hint}")
             store.notes[Embedder, model] = cls(model, store)
         return store.notes[Embedder, model]
 
@@ -125,7 +123,7 @@ class Embedder:
         """Embeds texts as unit vectors, ``(N, D)`` float32 on the CPU."""
         ids, vectors = {text: text_bytes(text) for text in texts}, {}
         keys = {text: chunk_key(self.fingerprint, text_ids) for text, text_ids in ids.items()}
-        for text in ids if self.store is not None else ():
+        for text in ids:
             record = self.store.get(keys[text], ids[text], self.fingerprint, Record)
             if record is not None:
                 vectors[text] = record.data[0].cpu()
@@ -134,9 +132,9 @@ class Embedder:
             options = {"normalize_embeddings": True, "show_progress_bar": False}
             embedded = self.model.encode(new, convert_to_tensor=True, **options).float().cpu()
             seconds = (time.perf_counter() - started) / len(new)
-            vectors |= zip(new, embedded, strict=True)
-            for text in new if self.store is not None else ():
-                record = Record((vectors[text],), ids[text], self.fingerprint)
+            for text, vector in zip(new, embedded, strict=True):
+                vectors[text] = vector
+                record = Record((vector,), ids[text], self.fingerprint)
                 keep(self.store, keys[text], record, seconds=seconds)
         return torch.stack([vectors[text] for text in texts])
 
@@ -169,8 +167,6 @@ class Recycler:
 
     def insert(self, exact: ExactKV) -> int:
         """Stores a prompt, joined to the one that it continues. Returns the tokens added."""
-        if not isinstance(exact, ExactKV):
-            raise ValueError(f"only an `ExactKV` can be recycled, got a {type(exact).__name__}")
         keys, values = exact.keys, exact.values
         context, added = (tuple(ids.tolist()) for ids in (exact.context, exact.token_ids))
         if context and added:
@@ -215,10 +211,7 @@ def _load(name: str) -> Any:
 
         return SentenceTransformer(name, device="cpu")
     except ImportError:
-        raise ValueError(
-            "sentence embeddings need the package sentence-transformers; run "
-            "pip install 'blocktune[recycle]'"
-        ) from None
+        raise ValueError("sentence embeddings need: pip install 'blocktune[recycle]'") from None
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise ValueError(f"cannot load an embedding model from '{name}': {reason}") from None

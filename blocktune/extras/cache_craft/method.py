@@ -52,12 +52,12 @@ class VariantHistory(PromptHistory):
         choices = [variants.best(c, chunks[:i], self.alpha) for i, c in enumerate(chunks)]
         if None in choices:
             return None
-        fresh = sum(best.overhead * len(c) for best, c in zip(choices, chunks, strict=True))
+        fresh = sum(share * len(c) for (share, _), c in zip(choices, chunks, strict=True))
         if fresh > self.refresh * sum(map(len, chunks)):
             return None
-        for chunk, best in zip(chunks, choices, strict=True):
-            variants.used(chunk, best.variant.blanks)
-        return [best.variant.blanks for best in choices]
+        for chunk, (_, variant) in zip(chunks, choices, strict=True):
+            variants.used(chunk, variant.blanks)
+        return [variant.blanks for _, variant in choices]
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
         import torch
@@ -117,8 +117,7 @@ class StoredContext(Scored):
         super().__post_init__()
         require_share("focus", self.focus)
         require_share("hold", self.hold)
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not 0 <= self.alpha < math.inf:
+        if not 0 <= self.alpha < math.inf:
             raise ValueError(f"alpha must be a number of at least 0, got {self.alpha!r}")
 
     def with_budget(self, ratio: float) -> StoredContext:

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
-from typing import ClassVar, NamedTuple, Self
+from operator import itemgetter
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -98,15 +99,6 @@ class ChunkVariants(Entry):
     token_ids: Tensor
     fingerprint: str
 
-    def __post_init__(self):
-        for variant in self.variants:
-            shapes = tuple(variant.tokens.shape), tuple(variant.inter.shape)
-            if shapes != ((self.num_tokens,), (len(variant.context),)):
-                raise ValueError(
-                    f"statistics of a chunk of {self.num_tokens} tokens after "
-                    f"{len(variant.context)} others must be one number each; got shapes {shapes}"
-                )
-
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for number, variant in enumerate(self.variants):
             lengths = [len(variant.prefix), *map(len, variant.context)]
@@ -132,13 +124,6 @@ class ChunkVariants(Entry):
         return cls(tuple(variants), token_ids, fingerprint)
 
 
-class BestVariant(NamedTuple):
-    """The variant that a chunk is served from, and the share of its tokens to recompute."""
-
-    variant: Variant
-    overhead: float
-
-
 class VariantStore:
     """Statistics of chunk variants, kept in the same store as the chunks.
 
@@ -156,11 +141,13 @@ class VariantStore:
         """The instance of a store and model in this process, so that use counts are shared."""
         return store.memoized((cls, fingerprint), lambda: cls(store, fingerprint))
 
-    def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
-        """The variant with the least to recompute after ``context``; the latest of equal ones."""
-        known = self._known(chunk)[::-1]  # the latest first
-        each = (BestVariant(v, cache_fix_overhead(v, len(chunk), context, alpha)) for v in known)
-        return min(each, key=lambda best: best.overhead, default=None)
+    def best(
+        self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0
+    ) -> tuple[float, Variant] | None:
+        """The share to recompute after ``context``, and the variant where it is least."""
+        known = self._known(chunk)[::-1]  # the latest of equal ones
+        each = ((cache_fix_overhead(v, len(chunk), context, alpha), v) for v in known)
+        return min(each, key=itemgetter(0), default=None)
 
     def find(self, chunk: Ids, blanks: Ids) -> Variant | None:
         """The variant that was encoded after exactly ``blanks``, or None."""
