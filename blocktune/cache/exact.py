@@ -1,7 +1,7 @@
 """Exact states of prompts, which only a full prefill can produce.
 
 A chunk's relocated state would silently spoil every later answer with that prefix. So exact states
-have their own type, `ExactKV`: only `cut_exact`, from a cache marked as exact, and files produce it.
+have their own type, `ExactKV`. Only `cut_exact`, from a cache marked as exact, and files make it.
 
 Keys and values can be cut at any token. A recurrent state cannot: a later prompt that shares ``d``
 tokens is recomputed from the deepest checkpoint at or before ``d``, see `place_checkpoints`.
@@ -92,10 +92,7 @@ def cut_exact(
     start: int = 0,  # number of first tokens to leave out, because the tree has them
     states: Mapping[int, State] | None = None,  # of recurrent layers, by depth
 ) -> ExactKV:
-    """Copies the cache of a full prefill for the exact prefix cache.
-
-    Raises ValueError if the cache may hold approximate states or is shorter than the tokens.
-    """
+    """Copies the cache of a full prefill. ValueError: it may be approximate, or is too short."""
     if not cache.exact:
         raise ValueError("approximate states (reused chunks) never enter the exact prefix cache")
     if len(token_ids) > cache.num_columns:
@@ -147,10 +144,10 @@ class PrefixMatch:
 
 
 def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...]:
-    """Chooses at most ``budget`` depths, in ascending order, that minimise recomputed tokens.
+    """Chooses at most ``budget`` depths, ascending, so that the fewest tokens are recomputed.
 
-    ``weights`` say how often prompts were shared up to each depth (in tokens). Only these depths
-    are candidates. Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme.
+    ``weights``: how often prompts were shared up to each depth (in tokens), the only candidates.
+    Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme.
     """
     kept = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
     if budget >= len(kept) or budget < 1:

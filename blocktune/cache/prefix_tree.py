@@ -1,10 +1,9 @@
 """Exact prefix caching, as other engines do it: the baseline that chunk reuse is compared with.
 
 A radix tree over tokens, as in SGLang's RadixAttention. A node holds the state of a run of tokens,
-computed after exactly the tokens on the path to it, and is split where a later prompt diverges.
-Paths are locked while a request reads them. Unlocked leaves are evicted, the least recently used
-first, to files of the chunk store if it has a folder. Recurrent layers have a state only at some
-depths, see `place_checkpoints`. Only exact states may enter, see `exact`.
+computed after exactly those on the path to it, and is split where a later prompt diverges. Paths
+are locked while a request reads them. Unlocked leaves are evicted, the least recently used first,
+to files of the chunk store if it has a folder.
 """
 
 from __future__ import annotations
@@ -129,8 +128,7 @@ class PrefixTree:
     ) -> tuple[int, ...]:
         """Depths at which to keep the recurrent states of a prompt of ``num_tokens`` tokens.
 
-        They suit later prompts that share as many tokens as the recent ones did, or all tokens up
-        to one of ``ends``, where pieces of the prompt end.
+        They suit prompts that share as many tokens as recent ones did, or end at one of ``ends``.
         """
         with self._mutex:
             root = self._roots.get(fingerprint, _Node())
@@ -138,10 +136,9 @@ class PrefixTree:
         return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
 
     def insert(self, exact: ExactKV) -> int:
-        """Adds a run from `cut_exact`. Tokens that are already in the tree stay unchanged.
+        """Adds a run from `cut_exact`; known tokens stay. Returns how many were added.
 
-        Returns the number of tokens added: none (`PrefixStats.declined`) if they do not fit, or the
-        tokens before them have been evicted.
+        None, if they do not fit or the tokens before them have been evicted.
         """
         if not isinstance(exact, ExactKV):
             given = f"a {type(exact).__name__}, which may be approximate"

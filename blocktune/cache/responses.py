@@ -29,10 +29,7 @@ def read_settings(text: str) -> tuple[float | None, str]:
 
 @dataclass(frozen=True)
 class ResponseCache:
-    """Answers of earlier requests, kept in a store within its limits.
-
-    An answer is found only under its ``place``: a hex digest of all inputs but the question.
-    """
+    """Answers of earlier requests, by ``place``: a hex digest of all inputs but the question."""
 
     store: ChunkStore
     threshold: float | None = None  # least similarity of another question; None: exact match only

@@ -139,10 +139,9 @@ class _RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """Keys and values of a batch of prompts. Every column is addressable, no layer is truncated.
 
-    A recomputed token overwrites the column of its original. Use: write cached states into
-    `room`, `select` the columns of the rows to compute, run the model with
-    ``past_key_values=cache`` and a mask over all columns (or blocktune's attention plan), then
-    `append` and run again for every decoded token.
+    Use: write cached states into `room`, `select` the columns of the rows to compute (a recomputed
+    token overwrites its original), run the model with ``past_key_values=cache`` and a mask over all
+    columns, then `append` and run again for every decoded token.
 
     A cache is ``exact`` if it holds a full prefill, which alone may feed the exact prefix cache.
     Writing reused states clears the flag.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.cache.store.config import keep_latest
@@ -54,10 +55,7 @@ def signatures(ids: Ids, model: ServedModel) -> Tensor:
 
 
 class References(ChunkLoader):
-    """Earlier prompts of one model, latest last, and chunks that will be built from them.
-
-    Other chunks come from the store.
-    """
+    """Earlier prompts of one model, latest last, and chunks built from them or from the store."""
 
     def __init__(self, store: ChunkStore):
         self.store = store
@@ -72,10 +70,9 @@ class References(ChunkLoader):
     def lookup(self, key: str, token_ids, fingerprint: str) -> Lookup:
         from blocktune.cache import Lookup
 
-        make = self.waiting.pop(key, None)
+        started, make = time.perf_counter(), self.waiting.pop(key, None)
         if make is None:
             return self.store.lookup(key, token_ids, fingerprint)
-        started = time.perf_counter()
         kv = make()
         return Lookup(kv, "memory", kv.num_bytes, 0.0, time.perf_counter() - started)
 
@@ -86,7 +83,7 @@ class References(ChunkLoader):
         """
         import torch
 
-        own, start, nearest = signatures(pieces.context, model), len(pieces.prefix), None
+        own, found = signatures(pieces.context, model), []
         with self.lock:
             prompts = list(self.prompts.items())
         for other, theirs in prompts:
@@ -94,10 +91,8 @@ class References(ChunkLoader):
                 self.prompts[other] = theirs = signatures(other, model)
             best = [(rows @ theirs.T).max(1) for rows in own.split(BITS)]  # never all by all
             values, matches = (torch.cat(kind) for kind in zip(*best, strict=True))
-            similarity = float(values[start:].mean() / BITS)
-            if nearest is None or similarity > nearest[0]:
-                nearest = similarity, other, matches
-        return nearest
+            found.append((float(values[len(pieces.prefix) :].mean() / BITS), other, matches))
+        return max(found, key=itemgetter(0), default=None)
 
 
 def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: ServedModel) -> ChunkKV:

@@ -49,8 +49,8 @@ class ChunkFile:
     ):
         """Opens the entry of ``key``. Without a ``kind`` only `verify` can be used.
 
-        ``most`` limits how many bytes are fetched from a remote. Raises FileNotFoundError,
-        `Expired`, OSError if the storage cannot be reached, ValueError for any other file.
+        ``most``: bytes to fetch from a remote. Raises OSError, FileNotFoundError, `Expired`, or
+        ValueError for any other file.
         """
         self.key, self.kind, self.blob = key, kind, blobs.open(key, most)
         self._is_signed, self._data = blobs.secret is not None, None
@@ -137,8 +137,8 @@ class ChunkFile:
     def entry(self, share: Share | None = None) -> Entry:
         """Reads and verifies the whole entry, on the CPU. Its tensors share one buffer.
 
-        With a ``share``, keys and values hold only that rank's heads, and only these are read from
-        a folder if the file has sums of them.
+        With a ``share``, only that rank's heads of keys and values, read from the file alone if it
+        has sums of them.
         """
         with _readable():
             if share is None:

@@ -32,10 +32,8 @@ class ChunkStore:
 
     A lookup asks device, host, folder and remote, in this order, and moves a hit up to the device.
     A new entry is written to the device, the folder and, in the background (`flush`), the remote.
-    Entries evicted from the device go to the host. A tier out of reach is skipped.
-
-    An entry of other tokens or another fingerprint than wanted, or that does not verify, counts as
-    ``rejected`` and is a miss, and the `put` that follows replaces it.
+    Entries evicted from the device go to the host. A tier out of reach is skipped. An entry that
+    does not verify, or of other tokens or another model, is a miss, counted as ``rejected``.
 
     Raises ValueError if there is neither memory nor a folder, the folder is not a folder, or the
     signing key is too short; with ``must_write`` also if the folder cannot be written.

@@ -1,8 +1,4 @@
-"""Codecs: how a file stores keys and values, unchanged or quantised.
-
-The store passes each new entry through `round_trip`, so that an answer does not depend on where a
-chunk was found.
-"""
+"""Codecs: how a file stores keys and values. `round_trip` makes new entries equal to read ones."""
 
 from __future__ import annotations
 
@@ -27,10 +23,7 @@ _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 def encoded(
     entry: Entry, codec: str, rope: RopeSpec | None = None
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header fields and tensors of an entry's file. Only a `ChunkKV` is quantised.
-
-    ``int8`` and ``int4`` need the model's ``rope``.
-    """
+    """Header fields and tensors of a file. Only a `ChunkKV` is quantised; int8, int4 need ``rope``."""
     require_one_of("codec", codec, CODECS)
     if codec == "as-is" or not isinstance(entry, ChunkKV):
         return {}, dict(entry.tensors())
@@ -103,8 +96,8 @@ def _scale(tensor: Tensor) -> dict[str, Tensor]:
 def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
     """Quantises to integers with a scale and an offset for each group along the last axis.
 
-    Source: KIVI, arXiv:2402.02750: keys per channel, values per token. Keys are quantised before
-    their rotation, as in KVQuant, arXiv:2401.18079.
+    Keys per channel, values per token (KIVI, arXiv:2402.02750), keys before their rotation
+    (KVQuant, arXiv:2401.18079).
     """
     length = tensor.shape[-1]
     group = -(-length // -(-length // GROUP[bits]))  # groups of equal size need little padding

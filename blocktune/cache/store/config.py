@@ -62,11 +62,8 @@ class Row(About):
     def of(
         cls, header: Mapping[str, str], num_tokens: int, key: str, size: int, used: float
     ) -> Self:
-        """The row of a file, from its header."""
-        try:
-            seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
-        except ValueError:
-            seconds = expires = 0.0
+        """The row of a file, from its header. ValueError: a damaged one."""
+        seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
         texts = (header.get(n, "") for n in ("kind", "fingerprint", "document", "tenant"))
         return cls(num_tokens, *texts, seconds, expires or None, key, size, used, used, 1)
 
@@ -134,8 +131,7 @@ class StoreConfig:
         """Reads ``PLACE,name=value,...``: a folder or a URL, then limits.
 
         Examples: ``chunks/,disk=50GB``, ``s3://bucket/chunks``, ``memory=2GB,codec=fp8``. The name
-        of an existing folder may contain commas and ``=``. Raises ValueError, which lists what is
-        valid, if a name or value is wrong.
+        of an existing folder may contain commas and ``=``. Raises ValueError for anything else.
         """
         known = {field.name for field in fields(cls)} - {"folder"}
         if isinstance(text, Path) or (text and Path(text).is_dir()):  # Path("") is the current one
@@ -212,7 +208,7 @@ class Tracer:
     """Counts lookups. With a path, it also appends lookups and writes to a JSON Lines file.
 
     Lines: ``{"t", "op": "get" or "put", "key", "tokens", "bytes", "tier" or "seconds", ...}``, with
-    ``t`` in seconds since the epoch. Several processes may append to the same file.
+    ``t`` in seconds since the epoch. Processes may share the file.
     """
 
     def __init__(self, path: Path | None = None):
@@ -243,10 +239,9 @@ class Tracer:
         self._write("put", key, bytes=num_bytes, **facts)
 
     def histograms(self) -> dict[str, dict[int, int]]:
-        """Histograms with power-of-two buckets: counts by upper end.
+        """Counts by the upper end of power-of-two buckets.
 
-        ``reuse_distance``: lookups between two of the same key; ``lifetime_s``: seconds from the
-        first lookup of a key to each later one.
+        ``reuse_distance``: lookups between two of a key; ``lifetime_s``: from its first to a later.
         """
         return {
             "reuse_distance": {2 ** (n + 1): c for n, c in sorted(self._distances.items())},

@@ -71,9 +71,8 @@ class ChunkFolder(Blobs):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(
-                f"cannot use '{self.path}' as a chunk store: {error.strerror}; give a folder"
-            ) from None
+            reason = f"cannot use '{self.path}' as a chunk store: {error.strerror}; give a folder"
+            raise ValueError(reason) from None
         probe = self._unfinished("0" * 64)
         probe.touch()
         probe.unlink(missing_ok=True)
@@ -84,14 +83,11 @@ class ChunkFolder(Blobs):
         for entry in self._entries(self.path / WRITING, _UNFINISHED):
             with suppress(OSError, ValueError):  # just removed, foreign, or of another user
                 age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                descriptor = _plain(Path(entry.path), os.O_RDWR)
-                try:
-                    acquired = lock(descriptor)
+                with open(_plain(Path(entry.path), os.O_RDWR), "r+b") as file:
+                    acquired = lock(file.fileno())
                     if age > _ABANDONED_S if acquired is None else acquired:
                         os.unlink(entry.path)
                         removed += 1
-                finally:
-                    os.close(descriptor)
         return removed
 
     def _open(self, name: str, most: int | None) -> Blob:
@@ -114,9 +110,8 @@ class ChunkFolder(Blobs):
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(unfinished, path)
-        except BaseException:
+        finally:
             unfinished.unlink(missing_ok=True)
-            raise
         sync(path.parent)
 
     def _remove(self, name: str) -> None:

@@ -1,7 +1,7 @@
 """The ledger of a tier: its entries, their worth, and which to evict when the tier is full.
 
-It is an SQLite table: in memory, or a file in a folder that several processes share, which can be
-rebuilt from the chunks. No torch is imported.
+An SQLite table in memory, or in a file of a folder that processes share, rebuilt from its chunks if
+lost. No torch is imported.
 """
 
 from __future__ import annotations
@@ -140,8 +140,7 @@ class Ledger:
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
         """Keys to evict so that ``size`` bytes fit, and expired keys; None if they cannot fit.
 
-        Pinned entries stay, even if expired; that of ``key`` counts as free space. Call `remove`
-        once they have been evicted.
+        Pinned entries stay, even expired ones; that of ``key`` counts as free. `remove` follows.
         """
         with self._lock:
             self.flush()

@@ -63,8 +63,8 @@ def text_bytes(text: str) -> Tensor:
 class Nearest:
     """Exhaustive nearest-neighbour search over the embeddings of the latest ``most`` records.
 
-    The list of embeddings is a record itself. A process finds new additions of others when it adds
-    one. ``scope`` is a hex digest of the model, tenant and purpose that share the list.
+    Their list is a record itself, of a hex digest ``scope``: model, tenant and purpose that share
+    it. A process finds new additions of others when it adds one.
     """
 
     def __init__(self, store: ChunkStore, scope: str, most: int = 1024):
@@ -81,7 +81,7 @@ class Nearest:
 
     def add(self, key: str, num_tokens: int, vector: Tensor) -> None:
         """Adds a record as the latest, and removes an older listing of the same key."""
-        row = torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)[None]
+        row = torch.tensor([list(bytes.fromhex(key))], dtype=torch.uint8)
         new = vector[None], torch.tensor([num_tokens]), row
         own = self._lists()  # may ask a remote, for which other processes must not wait
 
@@ -141,10 +141,9 @@ class Embedder:
 
 @dataclass(frozen=True)
 class Recycler:
-    """Exact cache of whole prompts, found by embedding. It can replace a `PrefixTree`.
+    """Exact cache of whole prompts, found by embedding, in place of a `PrefixTree`.
 
-    The tokens of the nearest earlier prompts decide whether one is an exact prefix.
-    Source: KV Cache Recycling, arXiv:2512.11851.
+    Tokens decide whether a near prompt is an exact prefix. Source: arXiv:2512.11851.
     """
 
     store: ChunkStore

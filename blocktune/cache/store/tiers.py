@@ -110,7 +110,7 @@ class BlobTier:
     def load(
         self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Any], most: int | None = None
     ) -> tuple[Any, Row, memoryview | None] | None:
-        """Loads an entry by ``read``. Returns it with its row and, of a remote, the file's content.
+        """Loads an entry by ``read``: its result, row and, of a remote, the file's content.
 
         None: there is none, or the tier is out of reach. ValueError: damaged. ``most``: of a file.
         """

@@ -40,10 +40,9 @@ class Variant:
 
 
 def cache_context_impact(variant: Variant, num_tokens: int) -> float:
-    """CCI in [0.5, 1]: how much the chunk attended to its context, compared with itself.
+    """CCI in [0.5, 1]: ``1 / (1 + exp(-a / b))``.
 
-    ``1 / (1 + exp(-a / b))``, where ``a`` is the attention per pair of tokens to the earlier chunks
-    and ``b`` that within the chunk.
+    ``a`` is the attention per pair of tokens to the earlier chunks, ``b`` that within the chunk.
     """
     pairs = zip(variant.inter.tolist(), variant.context, strict=True)
     outside = sum(mass / (num_tokens * len(chunk)) for mass, chunk in pairs)
@@ -54,10 +53,7 @@ def cache_context_impact(variant: Variant, num_tokens: int) -> float:
 
 
 def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
-    """Beta in [0, 1]: share of the attention to old chunks that goes to chunks still before it.
-
-    1 if the variant did not attend to any chunk, since then nothing is missing.
-    """
+    """Beta: share in [0, 1] of the attention to old chunks that goes to those before it; else 1."""
     total = sum(variant.inter.tolist())
     if total <= 0:
         return 1.0
@@ -69,8 +65,7 @@ def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
 def order_penalty(old: Sequence[Ids], new: Sequence[Ids]) -> float:
     """Gamma in [0, 1]: share of pairs of common chunks in reverse order (Kendall).
 
-    A chunk that occurs several times in the old context counts each time, at its first place in the
-    new one: of old ``1 0 1 1 1`` in new ``0 1``, one pair of ten is reversed.
+    A chunk counts each time it occurs in the old context, at its first place in the new one.
     """
     common = [new.index(chunk) for chunk in old if chunk in new]
     pairs = list(combinations(common, 2))
@@ -82,8 +77,7 @@ def cache_fix_overhead(
 ) -> float:
     """CFO in [0, 1]: share of the chunk's tokens to recompute after the chunks of ``context``.
 
-    ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 if ``context`` is the variant's own. The paper
-    chooses ``alpha`` on validation data.
+    ``alpha * CCI * (1 - beta * (1 - gamma))``, 0 in the variant's own; the paper tunes ``alpha``.
     """
     overlap = prefix_overlap(variant, context) * (1 - order_penalty(variant.context, context))
     impact = cache_context_impact(variant, num_tokens)
@@ -127,8 +121,7 @@ class ChunkVariants(Entry):
 class VariantStore:
     """Statistics of chunk variants, kept in the same store as the chunks.
 
-    Two processes over one folder see each other's variants; if both learn one of the same chunk at
-    once, one variant is lost. Use counts last as long as the process.
+    If two processes learn one of the same chunk at once, one is lost. Use counts are a process's.
     """
 
     def __init__(self, store: ChunkStore, fingerprint: str):
@@ -160,10 +153,9 @@ class VariantStore:
             keep_latest(self._uses, key, self._uses[key] + 1, MOST)
 
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
-        """Stores a variant, in place of one with the same context or of the least used one.
+        """Stores a variant, in place of one with the same context or of the least used of ``most``.
 
-        At most ``most`` are kept. The keys and values of a dropped variant are discarded too,
-        unless it had no context: other methods use those as well.
+        A dropped one's keys and values are discarded too, if it had a context: others use the rest.
         """
         with self._lock:
             known = [v for v in self._known(chunk) if v.blanks != variant.blanks]
