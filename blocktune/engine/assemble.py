@@ -164,14 +164,13 @@ class _Run:
 def _read_all(runs: Iterable[_Run]) -> None:
     buffers: dict[torch.Size, Tensor] = {}  # reused: allocating each would take longer than reading
     for run in runs:
-        file = run.kvs[0].file
-        file.read_into({name: out for name, out, rotation in run.reads if rotation is None})
-        for name, out, rotation in run.reads:
-            if rotation is not None:  # one by one: it is rotated while it is in the CPU cache
-                if out.shape not in buffers:
-                    buffers[out.shape] = out.new_empty(out.shape)
-                file.read_into({name: buffers[out.shape]})
-                rotate_keys(buffers[out.shape], rotation, out)
+        for name, out, rotation in run.reads:  # one by one: rotated while it is in the CPU cache
+            if rotation is not None and out.shape not in buffers:
+                buffers[out.shape] = out.new_empty(out.shape)
+            states = out if rotation is None else buffers[out.shape]
+            run.kvs[0].file.read_into(name, states)
+            if rotation is not None:
+                rotate_keys(states, rotation, out)
 
 
 def _blocks(kvs: list[ChunkKV], columns: Tensor) -> list[list[_Run]]:

@@ -154,13 +154,14 @@ def test_layers_are_read_from_a_file_as_they_are_in_memory(tmp_path, codec):
         ]
         room = torch.zeros(2, 5000, 32)
         parts = {name: torch.zeros(2, 4000, 32) for name in ("value.0", "key.1", "key.0")}
-        found.kv.file.read_into(parts | {"value.1": room[:, 500:4500]})
+        for name, out in (parts | {"value.1": room[:, 500:4500]}).items():
+            found.kv.file.read_into(name, out)
         assert torch.equal(parts["value.0"], CHUNK.values[0])
         assert all(torch.equal(parts[f"key.{layer}"], CHUNK.keys[layer]) for layer in range(2))
         assert torch.equal(room[:, 500:4500], CHUNK.values[1])
         assert not room[:, :500].any()
         with pytest.raises(ValueError, match="another size"):
-            found.kv.file.read_into({"value.1": room})
+            found.kv.file.read_into("value.1", room)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 512])

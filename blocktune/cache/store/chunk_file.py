@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
@@ -112,27 +112,20 @@ class ChunkFile:
         self._verify(name, tensor)
         return tensor if share is None else tensor[rows].clone()
 
-    def read_into(self, outs: Mapping[str, Tensor]) -> None:
-        """Reads and verifies uncompressed tensors ``(K, S, D)`` into ``outs``, by their names.
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Reads and verifies an uncompressed tensor ``(K, S, D)`` into ``out``, as `read` does.
 
-        Each of an output's ``K`` parts must be contiguous CPU memory. Raises as `read` does.
+        Each of its ``K`` parts must be contiguous CPU memory.
         """
         with _readable():
-            spans = sorted((*self._tensors[name]["data_offsets"], name) for name in outs)
-            buffers, first = [], 0
-            for index, (start, end, name) in enumerate(spans):
-                parts = outs[name].view(torch.uint8).numpy()
-                parts = parts[None] if parts.flags.c_contiguous else parts
-                if parts.size != end - start or self._data is not None:
-                    raise ValueError("it has another size than the output tensor")
-                first = first if buffers else start
-                buffers += [memoryview(part).cast("B") for part in parts]
-                if index + 1 == len(spans) or spans[index + 1][0] != end:
-                    self._fill(buffers, first, end)
-                    buffers = []
-        for name, out in outs.items():
-            if not self._is_verified(name):
-                self._verify(name, out.contiguous())
+            start, end = self._tensors[name]["data_offsets"]
+            parts = out.view(torch.uint8).numpy()
+            parts = parts[None] if parts.flags.c_contiguous else parts
+            if parts.size != end - start:
+                raise ValueError("it has another size than the output tensor")
+            self._fill([memoryview(part).cast("B") for part in parts], start, end)
+        if not self._is_verified(name):
+            self._verify(name, out.contiguous())
 
     def entry(self, share: Share | None = None) -> Entry:
         """Reads and verifies the whole entry, on the CPU. Its tensors share one buffer.

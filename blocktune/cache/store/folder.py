@@ -22,7 +22,6 @@ from blocktune.files import lock, sync
 WRITING = ".writing"  # folder for unfinished files, on the same file system: renames are atomic
 _UNFINISHED = r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part"
 _ABANDONED_S = 3600
-_MOST_BUFFERS = 1024  # that one ``preadv`` call accepts
 TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # by a foreign file
 UNREADABLE = (errno.EACCES, errno.ESTALE)  # one file, of another user or just replaced
 _FOREIGN = "a link, a device, or a file of another kind is at its path"
@@ -47,7 +46,7 @@ class OpenFile(Blob):
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
         done, left = 0, [buffer for buffer in buffers if len(buffer)]
-        while left and (count := os.preadv(self._descriptor, left[:_MOST_BUFFERS], start + done)):
+        while left and (count := os.preadv(self._descriptor, left, start + done)):
             done += count
             while left and count >= len(left[0]):
                 count -= len(left.pop(0))

@@ -1,4 +1,4 @@
-"""Statistics of chunk variants: the share of each to recompute, and the choice of one."""
+"""Chunk variants: statistics, the share of each to recompute, and the choice of one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from operator import itemgetter
 from typing import ClassVar, Self
@@ -15,9 +15,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkStore, Entry, chunk_key, key_after
+from blocktune.cache import ChunkKV, ChunkStore, Entry, chunk_key, key_after
 from blocktune.cache.chunk_kv import Read
 from blocktune.cache.store.config import keep_latest
+from blocktune.layout import GLOBAL, Kind
+from blocktune.methods import PrefilledBatch, PromptHistory, ServedModel
+from blocktune.prompt import Pieces
 
 Ids = tuple[int, ...]
 MOST = 1 << 16  # variants whose uses are counted; the least recently used is forgotten first
@@ -176,3 +179,56 @@ class VariantStore:
     def _key(self, chunk: Ids) -> str:
         key = chunk_key(self.fingerprint, chunk)
         return hashlib.sha256(f"{key} variants".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class VariantHistory(PromptHistory):
+    """Serves every chunk from its best variant, and stores those of prompts computed in full."""
+
+    refresh: float  # a prompt is computed in full if more than this share would be recomputed
+    most: int  # variants kept per chunk
+    alpha: float  # of `cache_fix_overhead`
+
+    def without_selection(self) -> VariantHistory:
+        return replace(self, refresh=1.0)  # full only if a chunk has no variant
+
+    def lookup(
+        self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
+    ) -> list[Ids] | None:
+        variants, chunks = VariantStore.of(store, fingerprint), pieces.chunks
+        choices = [variants.best(c, chunks[:i], self.alpha) for i, c in enumerate(chunks)]
+        if None in choices:
+            return None
+        fresh = sum(share * len(c) for (share, _), c in zip(choices, chunks, strict=True))
+        if fresh > self.refresh * sum(map(len, chunks)):
+            return None
+        for chunk, (_, variant) in zip(chunks, choices, strict=True):
+            variants.used(chunk, variant.blanks)
+        return [variant.blanks for _, variant in choices]
+
+    def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
+        variants, columns = VariantStore.of(store, fingerprint), batch.columns
+        for index, prompt in enumerate(batch.pieces):
+            blanks = prompt.prefix
+            for number, chunk in enumerate(prompt.chunks):
+                own = (columns.chunk[index] == number) & (columns.kind[index] == Kind.CHUNK)
+                if int(columns.group[index][own][0]) != GLOBAL:
+                    break
+                kv = ChunkKV(
+                    keys=tuple(layer.keys[index][:, own] for layer in batch.cache.layers),
+                    values=tuple(layer.values[index][:, own] for layer in batch.cache.layers),
+                    token_ids=torch.tensor(chunk),
+                    fingerprint=fingerprint,
+                    origin=len(blanks),
+                ).compact()
+                store.put(key_after(fingerprint, chunk, blanks), kv)
+                attention = batch.chunk_attention[index, own].cpu()
+                variant = Variant(
+                    prefix=prompt.prefix,
+                    context=prompt.chunks[:number],
+                    inter=attention[:, :number].sum(0),
+                    tokens=attention[:, :number].sum(1),
+                    intra=float(attention[:, number].sum()),
+                )
+                variants.learn(chunk, variant, self.most)
+                blanks = blanks + chunk
