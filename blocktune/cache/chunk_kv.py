@@ -125,14 +125,17 @@ class ChunkKV(Entry):
     origin: int = 0  # position of the first stored token, e.g. the number of blanks before it
 
     def __post_init__(self):
-        _check_ids(self.token_ids)
+        ids = self.token_ids
+        if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
+            given = f"{tuple(ids.shape)} {ids.dtype}"
+            raise ValueError(f"token ids are one int64 row of at least one token; got {given}")
         if not re.fullmatch("[0-9a-f]+", self.fingerprint) or self.origin < 0:
             given = f"{self.fingerprint!r}, {self.origin}"
             raise ValueError(f"a chunk has a lower-case hex digest and an origin >= 0; got {given}")
         fits = len(self.keys) == len(self.values) > 0
         for key, value in zip(self.keys, self.values, strict=False):
             fits &= key.ndim == value.ndim == 3 and key.shape[:2] == value.shape[:2]
-            fits &= key.shape[1:2] == self.token_ids.shape
+            fits &= key.shape[1:2] == ids.shape
             fits &= key.dtype == value.dtype == self.dtype
         if not fits or not self.dtype.is_floating_point:
             given = [f"{tuple(t.shape)} {t.dtype}" for t in (*self.keys, *self.values)]
@@ -159,10 +162,9 @@ class ChunkKV(Entry):
 
 @dataclass(frozen=True, eq=False)
 class ChunkStates(Entry):
-    """Hidden states of a chunk at the input of one layer, computed on the chunk alone.
+    """Hidden states of a chunk, computed alone, at the input of a layer that a method starts from.
 
-    That layer can be recomputed from them for all tokens (DroidSpeak's E-cache, arXiv:2411.02820).
-    Only those of the layers that a method starts from are stored.
+    All tokens of that layer can be recomputed from them (DroidSpeak's E-cache, arXiv:2411.02820).
     """
 
     kind: ClassVar[str] = "states"
@@ -170,15 +172,6 @@ class ChunkStates(Entry):
     layer: int  # 0-based index of the layer whose input they are
     token_ids: Tensor  # ``(S,)`` int64, without the blanks before it
     fingerprint: str
-
-    def __post_init__(self):
-        _check_ids(self.token_ids)
-        form = self.states.ndim, len(self.states), self.states.dtype.is_floating_point
-        if form != (2, self.num_tokens, True) or self.layer < 0:
-            raise ValueError(
-                f"states of a chunk of {self.num_tokens} tokens must be floating (tokens, hidden) "
-                f"of a layer >= 0; got {tuple(self.states.shape)} {self.states.dtype}, {self.layer}"
-            )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "states", self.states
@@ -189,9 +182,3 @@ class ChunkStates(Entry):
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
         return cls(read("states"), int(facts["layer"]), token_ids, fingerprint)
-
-
-def _check_ids(token_ids: Tensor) -> None:
-    if token_ids.dtype != torch.int64 or token_ids.ndim != 1 or not len(token_ids):
-        given = f"{tuple(token_ids.shape)} {token_ids.dtype}"
-        raise ValueError(f"token ids are one int64 row of at least one token; got {given}")

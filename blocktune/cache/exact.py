@@ -2,9 +2,7 @@
 
 A chunk's relocated state would silently spoil every later answer with that prefix. So exact states
 have their own type, `ExactKV`. Only `cut_exact`, from a cache marked as exact, and files make it.
-
-Keys and values can be cut at any token. A recurrent state cannot: a later prompt that shares ``d``
-tokens is recomputed from the deepest checkpoint at or before ``d``, see `place_checkpoints`.
+Keys and values can be cut at any token; a prompt of a recurrent model resumes at a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,9 +25,8 @@ NO_IDS = torch.empty(0, dtype=torch.int64)
 class ExactKV(Entry):
     """State of a run of consecutive prompt tokens, computed after exactly the tokens before it.
 
-    ``states`` are recurrent states by depth (number of tokens before the state), at some depths
-    from the end of ``context`` to the end of the run; a prompt can resume only there. None: the
-    model has no recurrent layer and can resume anywhere. A file keeps the last state only.
+    ``states`` are recurrent states by depth (number of tokens before the state), the only places to
+    resume at. None: no layer is recurrent. A file keeps the last state only.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -92,11 +89,9 @@ def cut_exact(
     start: int = 0,  # number of first tokens to leave out, because the tree has them
     states: Mapping[int, State] | None = None,  # of recurrent layers, by depth
 ) -> ExactKV:
-    """Copies the cache of a full prefill. ValueError: it may be approximate, or is too short."""
+    """Copies the cache of a full prefill. ValueError: it may be approximate."""
     if not cache.exact:
         raise ValueError("approximate states (reused chunks) never enter the exact prefix cache")
-    if len(token_ids) > cache.num_columns:
-        raise ValueError(f"{len(token_ids)} tokens, but the cache has {cache.num_columns} columns")
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     span, ids = slice(start, len(token_ids)), torch.tensor(token_ids, dtype=torch.int64)
     keys = tuple(layer.keys[prompt, :, span].clone() for layer in layers)
@@ -127,10 +122,8 @@ class PrefixMatch:
     def layers(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yields each layer's keys and values as lists of runs, ``(K, S, D)``."""
         for layer in range(len(self.parts[0][0].keys) if self.parts else 0):
-            yield tuple(
-                [getattr(exact, kind)[layer][:, :count] for exact, count in self.parts]
-                for kind in ("keys", "values")
-            )
+            keys = [exact.keys[layer][:, :count] for exact, count in self.parts]
+            yield keys, [exact.values[layer][:, :count] for exact, count in self.parts]
 
     def load(self, cache: RowCache, prompt: int) -> None:
         """Copies the states into the first columns of a prompt of ``cache``, which stays exact."""

@@ -140,9 +140,6 @@ class PrefixTree:
 
         None, if they do not fit or the tokens before them have been evicted.
         """
-        if not isinstance(exact, ExactKV):
-            given = f"a {type(exact).__name__}, which may be approximate"
-            raise ValueError(f"the prefix cache takes an `ExactKV` of a full prefill; got {given}")
         ids = torch.cat((exact.context, exact.token_ids)).numpy()
         with self._mutex:
             root = self._roots[exact.fingerprint] = self._root(exact.fingerprint)

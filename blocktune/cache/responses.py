@@ -37,15 +37,12 @@ class ResponseCache:
 
     @classmethod
     def parse(cls, text: str, store: ChunkStore) -> ResponseCache:
-        """The cache by `read_settings`, loaded."""
-        cache = cls(store, *read_settings(text))
-        cache.load()
-        return cache
+        """The cache by `read_settings`. ValueError: they are wrong, or the model does not load."""
+        return cls(store, *read_settings(text))
 
-    def load(self) -> None:
-        """Loads the embedding model if there is a threshold. Raises ValueError if that fails."""
+    def __post_init__(self):
         if self.threshold is not None:
-            Embedder.of(self.store, self.model)
+            Embedder.of(self.store, self.model)  # loads it
 
     def find(self, place: str, query: Sequence[int], question: str) -> tuple[Any, float] | None:
         """The cached value of the same tokens or a similar question, and similarity; or None."""

@@ -174,10 +174,9 @@ class SemShareKV(Method):
     reference of similarity ``threshold`` is computed in full, and becomes one of the last
     ``references``. After the first layer, only the ``ratio`` of tokens that deviate most stay.
 
-    From a third party's notes on the paper: rotation, one match per token, 0.8, 40 %. Ours: the
-    similarity is the mean correlation of signatures (the paper scales a distance of up to 30), and
-    states are compared at layer 1, where context counts (in the notes, at layer 0). Left out:
-    tokens added at deeper layers by attention, and dropping keys.
+    From notes on the paper: rotation, one match per token, 0.8, 40 %. Ours: similarity is the mean
+    correlation of signatures (there a scaled distance), and states are compared at layer 1, where
+    context counts (there 0). Left out: tokens added by attention, and dropping keys.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2509.24832"

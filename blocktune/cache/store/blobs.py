@@ -82,10 +82,7 @@ def secret_from_environment() -> bytes | None:
 
 
 class Blobs(ABC):
-    """The files of a store, under names such as ``ab/cd/KEY.safetensors``.
-
-    Every method raises ``OSError`` if the folder or server cannot be reached.
-    """
+    """The files of a store, such as ``ab/cd/KEY.safetensors``. OSError: it is out of reach."""
 
     place: str  # folder or URL, for messages
     timeout_s: float  # limit on one request, of remotes where a client has none of its own

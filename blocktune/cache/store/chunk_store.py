@@ -138,10 +138,7 @@ class ChunkStore:
     def stored(
         self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
     ) -> Row | None:
-        """The row of an entry's file, or None: in the folder, or in the remote without one.
-
-        Header and tokens are verified as by `lookup`, but no tensor is read. It counts as a use.
-        """
+        """The row of an entry's file in the folder, else the remote, or None. No tensor is read."""
         for tier in self._blobs[:1]:
             with suppress(ValueError):  # damaged, or ``most`` was too little: `lookup` reads all
                 found = tier.load(key, kind, lambda file: file, most=1 << 20)

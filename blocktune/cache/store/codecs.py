@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from blocktune.cache.chunk_kv import ChunkKV, Entry, Read
-from blocktune.cache.store.config import CODECS
 from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
-from blocktune.registry import require_one_of
 
 FP8 = torch.float8_e4m3fn
 GROUP = {8: 64, 4: 32}  # largest group of numbers that share a scale and an offset, by bits
@@ -23,17 +21,14 @@ _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 def encoded(
     entry: Entry, codec: str, rope: RopeSpec | None = None
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header fields and tensors of a file. Only a `ChunkKV` is quantised; int8, int4 need ``rope``."""
-    require_one_of("codec", codec, CODECS)
+    """Header fields and tensors of a file. Only a `ChunkKV` is quantised, integers by ``rope``."""
     if codec == "as-is" or not isinstance(entry, ChunkKV):
         return {}, dict(entry.tensors())
     tensors, bits = {}, _BITS[codec]
     if bits:
         if rope is None:
-            raise ValueError(
-                "int8 and int4 quantize keys before their rotation and need the model's "
-                "frequencies; open the store through an engine, or use fp8"
-            )
+            hint = "open the store through an engine, or use fp8"
+            raise ValueError(f"int8 and int4 need the frequencies of the model's rotation; {hint}")
         # Layers that rotate values instead have unrotated keys: they get no frequencies.
         freqs = [spec.inv_freq[: 0 if spec.in_values else None] for spec in rope.layers]
         tensors = {f"rope.{layer}": f.float().cpu().clone() for layer, f in enumerate(freqs)}
@@ -56,7 +51,7 @@ def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
     codec = header.get("codec", "as-is")
     if codec == "as-is":
         return read
-    if codec not in CODECS:
+    if codec not in _BITS:
         raise ValueError(f"it is stored with the unknown codec '{codec}'")
     dtype = getattr(torch, header["dtype"])
     dims, bits = json.loads(header["dims"]), _BITS[codec]

@@ -115,12 +115,12 @@ def manifest(
 ) -> dict[str, Any]:
     """The manifest of a model, in plain JSON values.
 
-    With the adapter's ``scope`` ``encode``, the plain base reads its chunks. ``layers`` are those
-    that store keys, with the shapes of ``key`` and ``value`` (kv heads, head dim). ``rope`` has one
-    item per distinct rotation: ``frequencies``, radians per position for each pair of rotated
-    dimensions; ``start``, the first of these; ``interleaved``, whether pairs are neighbours;
-    ``in_values``, whether values are rotated; and in ``layer`` each decoder layer's index. Keys are
-    stored rotated, the chunk's first token at ``origin``.
+    ``layers`` are those that store keys, with the shapes of ``key`` and ``value`` (kv heads, head
+    dim). ``rope`` has one item per distinct rotation: ``frequencies``, radians per position for
+    each pair of rotated dimensions; ``start``, the first of these; ``interleaved``, whether pairs
+    are neighbours; ``in_values``, whether values are rotated; and in ``layer`` each decoder layer's
+    index. Keys are stored rotated, the chunk's first token at ``origin``. With the adapter's
+    ``scope`` ``encode``, the plain base reads its chunks.
     """
     name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
     template = str(tokenizer.chat_template or "").encode()

@@ -68,10 +68,7 @@ _LEAVING = "SELECT key, size, tenant, worth FROM entries"
 
 
 class Ledger:
-    """Entries of one tier and their order of eviction, thread-safe.
-
-    Every method raises ``sqlite3.Error`` if the file cannot be used. ValueError: unknown policy.
-    """
+    """Entries of one tier and their order of eviction. sqlite3.Error: its file cannot be used."""
 
     def __init__(
         self,
@@ -120,13 +117,11 @@ class Ledger:
         with self._uses_lock:
             now = self.now()
             self._uses[key] = self._uses.get(key, (0,))[0] + 1, now, row
-            start = self.path is not None and self._writer != os.getpid()
-            if start:
+            if self.path is not None and self._writer != os.getpid():
                 self._writer = os.getpid()
-        if start:
-            timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
-            timer.daemon = True
-            timer.start()
+                timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
+                timer.daemon = True
+                timer.start()
 
     def remove(self, keys: Iterable[str]) -> None:
         """Deletes entries."""
@@ -185,7 +180,6 @@ class Ledger:
 
     def counts(self, column: str) -> dict[str, dict[str, int]]:
         """Total ``chunks``, ``tokens`` and ``bytes``, grouped by the values of ``column``."""
-        assert column in _COLUMNS, column
         sums, names = "count(*), total(num_tokens), total(size)", ("chunks", "tokens", "bytes")
         with self._lock:
             rows = self._open().execute(f"SELECT {column}, {sums} FROM entries GROUP BY {column}")
@@ -241,11 +235,9 @@ class Ledger:
         return need <= 0
 
     def _open(self) -> sqlite3.Connection:
-        if not self._held:
-            self._connect()
-        return self._held[0]
+        return self._held[0] if self._held else self._connect()
 
-    def _connect(self) -> None:
+    def _connect(self) -> sqlite3.Connection:
         where = ":memory:" if self.path is None else str(self.path)
         options = {"timeout": 1.0, "isolation_level": None, "check_same_thread": False}
         database = sqlite3.connect(where, **options)
@@ -267,6 +259,7 @@ class Ledger:
                 database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
         database.executescript(_VALUED.format(POLICIES[self.policy]))
         self._held.append(database)
+        return database
 
 
 def _write(owner: weakref.ref[Ledger]) -> None:

@@ -33,12 +33,11 @@ if TYPE_CHECKING:
 class StoredContext(Scored):
     """The tokens of each chunk that attended most to the context it was first computed in.
 
-    Their share is the chunk's fix overhead (`cache_fix_overhead`); a chunk without statistics is
-    computed in full. After a share ``focus`` of the layers, the chunks that the question does not
-    attend to are dropped.
+    Their share is `cache_fix_overhead`, or all without statistics. After a share ``focus`` of the
+    layers, the chunks that the question does not attend to are dropped.
 
-    Source: Cache-Craft arXiv:2502.15734, for which they are clear after 10 to 15 of 32 layers. It
-    does not say when a chunk counts as attended to: ``hold`` is ours.
+    Source: Cache-Craft arXiv:2502.15734 (they are clear after 10 to 15 of 32 layers); its rule for
+    when a chunk is attended to is unknown: ``hold`` is ours.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
@@ -105,13 +104,12 @@ class CacheCraft(Method):
     """Takes chunks from earlier full prompts; recomputes what depended on context now missing.
 
     Each chunk is taken from the variant with the smallest share to recompute (CFO), by how much of
-    its old context precedes it again, in order. Context is chunks: the prefix (system prompt,
-    earlier turns) is taken to be the same in all prompts. A prompt is computed in full if a chunk
-    has no variant, or if more than a share ``refresh`` of its tokens would be recomputed; its
-    chunks are then stored. So a variant is always exact in its own prompt (the paper stores chunks
-    of mixed prompts too). ``variants`` of a chunk are kept; the least used is dropped first (the
-    paper also weighs its cost). A budget replaces CFO, ``refresh`` and early termination, which
-    ``focus: 1`` switches off.
+    its old context precedes it again, in order. Context is chunks: the prefix is taken to be the
+    same in all prompts. A prompt is computed in full if a chunk has no variant, or if more than a
+    share ``refresh`` of its tokens would be recomputed; its chunks are then stored, so a variant is
+    exact in its own prompt (the paper stores those of mixed prompts too). ``variants`` of a chunk
+    are kept; the least used is dropped first (the paper also weighs its cost). A budget replaces
+    CFO, ``refresh`` and early termination, which ``focus: 1`` switches off.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
