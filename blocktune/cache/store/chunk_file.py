@@ -80,7 +80,7 @@ class ChunkFile:
             attrs["_sha256"] = dict(json.loads(header.get("sha256", "{}")))
             attrs |= {"fingerprint": header["fingerprint"], "codec": header.get("codec", "as-is")}
             header["format"], header["kind"], header["key"]
-        if checksum != _digest(header):
+        if checksum != digest(**header):
             raise ValueError("its header does not match its checksum")
         blobs.require_signed(header, signature)
         return attrs
@@ -241,7 +241,7 @@ def pack_chunk(
     else:
         header["sha256"] = _sums(hashlib.sha256, tensors)
         signed = {"signature": blobs.sign(header)}
-    data = save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
+    data = save(tensors, metadata=header | {"checksum": digest(**header)} | signed)
     # Pad the header with spaces so that the first tensor after the token ids starts at a page:
     # unaligned copies out of the page cache run at down to half the speed.
     length = int.from_bytes(data[:8], "little")
@@ -270,8 +270,9 @@ def _head_sums(tensor: Tensor) -> str:
     return "".join(xxhash.xxh3_64_hexdigest(memoryview(head.numpy()).cast("B")) for head in heads)
 
 
-def _digest(header: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+def digest(**parts: Any) -> str:
+    """Hex SHA-256 of JSON values by name."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(hasher, name: str, tensor: Tensor) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.cache.chunk_kv import ChunkKV, Ids
-from blocktune.cache.store.chunk_file import FORMAT
+from blocktune.cache.store.chunk_file import FORMAT, digest
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint, tokenizer_hash
 from blocktune.positions import LayerRope, RopeSpec
 
@@ -45,7 +45,7 @@ def model_fingerprint(
 ) -> str:
     """Digest of all that decides a chunk's states but its tokens. ValueError: offloaded weights."""
     config = json.dumps(model.config.to_dict(), default=str)
-    return _digest(
+    return digest(
         cache_format=CACHE_FORMAT,
         config=json.loads(config, object_hook=_constant),
         weights=weights_hash(model),
@@ -62,7 +62,7 @@ def chunk_key(fingerprint: str, token_ids: Ids, encoding: Mapping | None = None)
     ``encoding`` describes in plain JSON values how it was encoded; empty: the chunk alone.
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64).tolist()
-    return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
+    return digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
 
 
 def key_after(fingerprint: str, token_ids: Ids, blanks: Sequence[int]) -> str:
@@ -90,18 +90,18 @@ def weights_hash(model: nn.Module) -> str:
     bytes as 64-bit integers: a change of one weight changes the sum, a reordering the sample,
     unless it moves others. Quantised weights count with their scales, adapters with their state.
     """
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for name, tensor in _tensors(model):
         if tensor.is_meta:
             hint = "load the model without offloading to disk"
             raise ValueError(f"cannot fingerprint '{name}': its weights are not in memory; {hint}")
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_content(tensor.detach()))
+        content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        content.update(_content(tensor.detach()))
     for name, module in model.named_modules():
         if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
             state = (module.scaling, module.active_adapters, module.disable_adapters)
-            digest.update(f"{name} {state}".encode())
-    return digest.hexdigest()
+            content.update(f"{name} {state}".encode())
+    return content.hexdigest()
 
 
 def manifest(
@@ -186,10 +186,6 @@ def _adapter_hash(folder: Path) -> dict[str, str]:
     if not hashes:
         raise ValueError(f"no adapter in {folder}: it holds no weights and no adapter_config.json")
     return hashes
-
-
-def _digest(**parts) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _named_adapter(folder: str | Path | None, scope: str) -> dict[str, Any] | None:
