@@ -137,10 +137,9 @@ class PrefixMatch:
 
 
 def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...]:
-    """Chooses at most ``budget`` depths, ascending, so that the fewest tokens are recomputed.
+    """Chooses at most ``budget`` of the depths, so that the fewest tokens are recomputed.
 
-    ``weights``: how often prompts were shared up to each depth (in tokens), the only candidates.
-    Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme.
+    ``weights`` say how often prompts were shared up to each. Source: arXiv:2605.05219.
     """
     kept = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
     if budget >= len(kept) or budget < 1:

@@ -126,10 +126,7 @@ class PrefixTree:
     def checkpoints_for(
         self, fingerprint: str, num_tokens: int, ends: Iterable[int] = ()
     ) -> tuple[int, ...]:
-        """Depths at which to keep the recurrent states of a prompt of ``num_tokens`` tokens.
-
-        They suit prompts that share as many tokens as recent ones did, or end at one of ``ends``.
-        """
+        """Depths of the recurrent states to keep, by recent overlaps and the ``ends`` of pieces."""
         with self._mutex:
             root = self._roots.get(fingerprint, _Node())
             seen = [min(depth, num_tokens) for depth in root.overlaps]

@@ -141,10 +141,8 @@ class RowCache(Cache):
 
     Use: write cached states into `room`, `select` the columns of the rows to compute (a recomputed
     token overwrites its original), run the model with ``past_key_values=cache`` and a mask over all
-    columns, then `append` and run again for every decoded token.
-
-    A cache is ``exact`` if it holds a full prefill, which alone may feed the exact prefix cache.
-    Writing reused states clears the flag.
+    columns, then `append` and run again for every decoded token. Only an ``exact`` cache, which
+    holds a full prefill, may feed the exact prefix cache; writing reused states clears the flag.
     """
 
     first_column = 0  # first column that later rows see

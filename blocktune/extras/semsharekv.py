@@ -43,15 +43,15 @@ def signatures(ids: Ids, model: ServedModel) -> Tensor:
     """On which side of random hyperplanes each rotated embedding is, ``(S, BITS)`` of +-1."""
     import torch
 
+    from blocktune.positions import LayerRope, relocate_keys
+
     device = model.embed.weight.device
     vectors = model.embed(torch.tensor(ids, device=device)).detach().float()
-    first, second = vectors.chunk(2, dim=1)
-    half = second.shape[1]
-    angle = torch.arange(len(ids))[:, None] * BASE ** (-torch.arange(half) / half)
-    cos, sin = angle.cos().to(device), angle.sin().to(device)
-    rotated = (first[:, :half] * cos - second * sin, second * cos + first[:, :half] * sin)
-    planes = torch.randn(2 * half, BITS, generator=torch.Generator().manual_seed(0)).to(device)
-    return torch.where(torch.cat(rotated, 1) @ planes > 0, 1.0, -1.0)
+    half = vectors.shape[1] // 2
+    rope = LayerRope(BASE ** (-torch.arange(half) / half))
+    rotated = relocate_keys(vectors[None, None], torch.arange(len(ids))[None], rope)[0, 0]
+    planes = torch.randn(len(vectors[0]), BITS, generator=torch.Generator().manual_seed(0))
+    return torch.where(rotated @ planes.to(device) > 0, 1.0, -1.0)
 
 
 class References(ChunkLoader):

@@ -145,8 +145,8 @@ def test_a_file_that_fails_when_its_layers_are_read_is_looked_at_again(
     [expected] = engine().answer([ASK], "naive", max_new_tokens=4)
     calls = []
 
-    def fails(self, outs):
-        calls.append(outs)
+    def fails(self, name, out):
+        calls.append(name)
         raise ValueError("it is cut off")
 
     monkeypatch.setattr(chunk_file.ChunkFile, "read_into", fails)

@@ -1,8 +1,4 @@
-"""The folder of a store: which files belong to it, and how they are read and written.
-
-These are plain files under the store's names in real folders: links are never followed, and no
-other file is read, replaced or removed. No torch is imported.
-"""
+"""The folder of a store: plain files under its own names, no links. No torch is imported."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The ledger of a tier: its entries, their worth, and which to evict when the tier is full.
-
-An SQLite table in memory, or in a file of a folder that processes share, rebuilt from its chunks if
-lost. No torch is imported.
-"""
+"""The ledger of a tier, in SQLite: entries, their worth, what to evict. No torch is imported."""
 
 from __future__ import annotations
 

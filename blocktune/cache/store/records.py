@@ -61,10 +61,9 @@ def text_bytes(text: str) -> Tensor:
 
 
 class Nearest:
-    """Exhaustive nearest-neighbour search over the embeddings of the latest ``most`` records.
+    """Exhaustive search over the embeddings of the latest ``most`` records, a record itself.
 
-    Their list is a record itself, of a hex digest ``scope``: model, tenant and purpose that share
-    it. A process finds new additions of others when it adds one.
+    ``scope`` is a hex digest of what shares it. Additions of other processes are found by `add`.
     """
 
     def __init__(self, store: ChunkStore, scope: str, most: int = 1024):

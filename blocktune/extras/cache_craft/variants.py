@@ -43,10 +43,7 @@ class Variant:
 
 
 def cache_context_impact(variant: Variant, num_tokens: int) -> float:
-    """CCI in [0.5, 1]: ``1 / (1 + exp(-a / b))``.
-
-    ``a`` is the attention per pair of tokens to the earlier chunks, ``b`` that within the chunk.
-    """
+    """CCI in [0.5, 1]: attention per pair of tokens to the earlier chunks, relative to its own."""
     pairs = zip(variant.inter.tolist(), variant.context, strict=True)
     outside = sum(mass / (num_tokens * len(chunk)) for mass, chunk in pairs)
     inside = variant.intra / num_tokens**2
