@@ -135,7 +135,7 @@ class PrefixTree:
     def insert(self, exact: ExactKV) -> int:
         """Adds a run from `cut_exact`; known tokens stay. Returns how many were added.
 
-        None, if they do not fit or the tokens before them have been evicted.
+        It is 0 if they do not fit, or the tokens before them have been evicted.
         """
         ids = torch.cat((exact.context, exact.token_ids)).numpy()
         with self._mutex:

@@ -213,7 +213,8 @@ class FileKV(ChunkKV):
             info = file._tensors[name]
             return torch.empty(info["shape"], dtype=DTYPES[info["dtype"]], device="meta")
 
-        kv = cls.restore(file._header, empty, file.token_ids, file.fingerprint)
+        with _readable():
+            kv = cls.restore(file._header, empty, file.token_ids, file.fingerprint)
         vars(kv)["file"] = file
         return kv
 
