@@ -86,11 +86,11 @@ class Shelf:
     def open(cls, place: str, make: bool = False) -> Self:
         """Opens a place as named by ``--store``; ``make`` creates a missing folder."""
         config = StoreConfig.parse(place)
-        plain = StoreConfig(folder=config.folder, remote=config.remote, wait=config.wait)
-        if (config.folder is None) == (config.remote is None):
-            raise ValueError(f"'{place}': name one place, a folder or a URL")
-        if make and config != plain:
+        remote = None if config.folder else config.remote
+        if make and config != StoreConfig(folder=config.folder, remote=remote, wait=config.wait):
             raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
+        if (config.folder is None) == (config.remote is None):
+            raise ValueError(f"'{place}' names no place, or two places; give one folder or URL")
         blobs = open_places(config)[0]
         blobs.timeout_s = PATIENCE_S
         if config.folder is None:
