@@ -74,8 +74,7 @@ class Entry(ABC):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A copy with ``function`` applied to every tensor."""
-        tensors = dict(self.tensors())
-        ids = compact(self.token_ids.cpu())
+        tensors, ids = dict(self.tensors()), compact(self.token_ids.cpu())
         return self.restore(self.facts(), lambda n: function(tensors[n]), ids, self.fingerprint)
 
 
@@ -110,16 +109,12 @@ def compact(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-_HEX = re.compile(r"[0-9a-f]+")
-
-
 @dataclass(frozen=True, eq=False)
 class ChunkKV(Entry):
-    """The attention state of one encoded chunk. Tensors are shared: never write into them.
+    """The attention state of one encoded chunk.
 
-    Keys are ``(K, S, D)`` for each layer that stores any, with RoPE applied at the positions
-    ``origin .. origin + S - 1``. Values are ``(K, S, D)`` too. Layers may differ in ``K``, and all
-    in ``D``.
+    Keys and values are ``(K, S, D)`` for each layer that stores any; ``K`` may differ between
+    layers, ``D`` also within one. RoPE is applied at positions ``origin .. origin + S - 1``.
     """
 
     kind: ClassVar[str] = "chunk"
@@ -130,28 +125,24 @@ class ChunkKV(Entry):
     origin: int = 0  # position of the first stored token, e.g. the number of blanks before it
 
     def __post_init__(self):
-        if not self.keys or len(self.keys) != len(self.values):
+        ids = self.token_ids
+        if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
+            given = f"{tuple(ids.shape)} {ids.dtype}"
+            raise ValueError(f"token ids are one int64 row of at least one token; got {given}")
+        if not re.fullmatch("[0-9a-f]+", self.fingerprint) or self.origin < 0:
+            given = f"{self.fingerprint!r}, {self.origin}"
+            raise ValueError(f"a chunk has a lower-case hex digest and an origin >= 0; got {given}")
+        fits = len(self.keys) == len(self.values) > 0
+        for key, value in zip(self.keys, self.values, strict=False):
+            fits &= key.ndim == value.ndim == 3 and key.shape[:2] == value.shape[:2]
+            fits &= key.shape[1:2] == ids.shape
+            fits &= key.dtype == value.dtype == self.dtype
+        if not fits or not self.dtype.is_floating_point:
+            given = [f"{tuple(t.shape)} {t.dtype}" for t in (*self.keys, *self.values)]
             raise ValueError(
-                "a chunk's KV needs keys and values of the same layers, at least one; "
-                f"got {len(self.keys)} key and {len(self.values)} value tensors"
+                "each layer of a chunk has keys and values, (kv heads, tokens, head dim) of one "
+                f"floating dtype, for {self.num_tokens} tokens; got {', '.join(given)}"
             )
-        _check_ids(self.token_ids)
-        if not _HEX.fullmatch(self.fingerprint):
-            raise ValueError(f"a fingerprint is a lower-case hex digest; got {self.fingerprint!r}")
-        if self.origin < 0:
-            raise ValueError(f"the origin of a chunk's KV is a position >= 0; got {self.origin}")
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            places = key.shape[:1] + self.token_ids.shape
-            if key.ndim != 3 or value.ndim != 3 or not key.shape[:2] == value.shape[:2] == places:
-                raise ValueError(
-                    f"layer {layer}: keys and values must be (kv heads, {self.num_tokens} tokens, "
-                    f"head dim); got {tuple(key.shape)} and {tuple(value.shape)}"
-                )
-            if not key.dtype.is_floating_point or {key.dtype, value.dtype} != {self.dtype}:
-                raise ValueError(
-                    f"all keys and values of a chunk must have one floating dtype; layer {layer} "
-                    f"has {key.dtype} and {value.dtype}, layer 0 has {self.dtype}"
-                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,16 +157,14 @@ class ChunkKV(Entry):
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        pair = read_layers(facts, read)
-        return cls(*pair, token_ids, fingerprint, int(facts["origin"]))
+        return cls(*read_layers(facts, read), token_ids, fingerprint, int(facts["origin"]))
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkStates(Entry):
-    """Hidden states of a chunk at the input of one layer, computed on the chunk alone.
+    """Hidden states of a chunk, computed alone, at the input of a layer that a method starts from.
 
-    That layer can be recomputed from them for all tokens (DroidSpeak's E-cache, arXiv:2411.02820).
-    Only those of the layers that a method starts from are stored.
+    All tokens of that layer can be recomputed from them (DroidSpeak's E-cache, arXiv:2411.02820).
     """
 
     kind: ClassVar[str] = "states"
@@ -183,17 +172,6 @@ class ChunkStates(Entry):
     layer: int  # 0-based index of the layer whose input they are
     token_ids: Tensor  # ``(S,)`` int64, without the blanks before it
     fingerprint: str
-
-    def __post_init__(self):
-        _check_ids(self.token_ids)
-        fits = (self.states.ndim, len(self.states)) == (2, self.num_tokens)
-        if not fits or not self.states.dtype.is_floating_point:
-            raise ValueError(
-                f"states of a chunk of {self.num_tokens} tokens must be floating "
-                f"(tokens, hidden); got {tuple(self.states.shape)} {self.states.dtype}"
-            )
-        if self.layer < 0:
-            raise ValueError(f"states enter a layer >= 0; got {self.layer}")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "states", self.states
@@ -204,11 +182,3 @@ class ChunkStates(Entry):
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
         return cls(read("states"), int(facts["layer"]), token_ids, fingerprint)
-
-
-def _check_ids(token_ids: Tensor) -> None:
-    if token_ids.dtype != torch.int64 or token_ids.ndim != 1 or not len(token_ids):
-        raise ValueError(
-            "a chunk's token ids must be one int64 row (tokens,) of at least one token; "
-            f"got {tuple(token_ids.shape)} {token_ids.dtype}"
-        )

@@ -52,10 +52,9 @@ class DecodeCache:
             try:
                 layer.update(torch.zeros(1, 1, 2, 64), torch.zeros(1, 1, 2, 64))
             except Exception as error:  # from torch, the compiler or the linker
-                raise ValueError(
-                    "decode cache 'quanto' compiles an extension, which failed "
-                    f"({first_line(error)}); install a C++ compiler and ninja, or use fp8 or hqq"
-                ) from None
+                hint = "install a C++ compiler and ninja, or use fp8 or hqq"
+                reason = f"it cannot be compiled ({first_line(error)}); {hint}"
+                raise ValueError(f"decode cache 'quanto': {reason}") from None
 
     def layer(self, *dims: int) -> CacheLayerMixin:
         """An empty transformers cache layer; ``dims`` are the head dims of keys and values."""
@@ -75,13 +74,12 @@ class DecodingCache(Cache):
     def __init__(self, how: DecodeCache, rows: RowCache, reshapes: bool):
         """Copies layer by layer, and frees each layer of ``rows``.
 
-        Raises ValueError for a window with a reshape, which changes columns that it hides, or with
-        several prompts, in whose padding it would end.
+        ValueError: a window with a reshape, which changes columns that it hides, or with several
+        prompts, in whose padding it would end.
         """
         if how.window and (reshapes or rows.layers[0].batch_size > 1):
             raise ValueError(
-                "a sliding decode cache holds one prompt, by a method without a reshape; use a "
-                "batch size of 1 and another method"
+                "a sliding decode cache needs a batch size of 1, by a method without a reshape"
             )
         layers = [how.layer(la.keys.shape[-1], la.values.shape[-1]) for la in rows.layers]
         super().__init__(layers=layers, offloading=how.kind == "offloaded")

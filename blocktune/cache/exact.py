@@ -1,17 +1,14 @@
 """Exact states of prompts, which only a full prefill can produce.
 
-A chunk's relocated state is an approximation, which would silently spoil every later answer with
-that prefix. So exact states have a type of their own, `ExactKV`. Only `cut_exact`, from a cache
-marked as exact, and files of that kind produce it.
-
-Keys and values can be cut at any token. A recurrent state cannot: a later prompt that shares ``d``
-tokens is recomputed from the deepest checkpoint at or before ``d``, see `place_checkpoints`.
+A chunk's relocated state would silently spoil every later answer with that prefix. So exact states
+have their own type, `ExactKV`. Only `cut_exact`, from a cache marked as exact, and files make it.
+Keys and values can be cut at any token; a prompt of a recurrent model resumes at a checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -21,7 +18,6 @@ from torch import Tensor
 from blocktune.cache.chunk_kv import Entry, Read, State, compact, named, read_layers
 from blocktune.cache.row_cache import RowCache
 
-_FULL_PREFILL = object()
 NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
@@ -29,9 +25,8 @@ NO_IDS = torch.empty(0, dtype=torch.int64)
 class ExactKV(Entry):
     """State of a run of consecutive prompt tokens, computed after exactly the tokens before it.
 
-    ``states`` are recurrent states by depth (number of tokens before the state), at some depths
-    from the end of ``context`` to the end of the run; a prompt can resume only there. None: the
-    model has no recurrent layer and can resume anywhere. A file keeps the last state only.
+    ``states`` are recurrent states by depth (number of tokens before the state), the only places to
+    resume at. None: no layer is recurrent. A file keeps the last state only.
     """
 
     kind: ClassVar[str] = "prefix"
@@ -41,13 +36,6 @@ class ExactKV(Entry):
     values: tuple[Tensor, ...]
     fingerprint: str  # of the model that ran
     states: Mapping[int, State] | None = None
-    proof: InitVar[object] = None
-
-    def __post_init__(self, proof: object):
-        if proof is not _FULL_PREFILL:
-            raise ValueError(
-                "only a full prefill makes exact states; cut them from its cache with `cut_exact`"
-            )
 
     @property
     def end(self) -> int:
@@ -58,11 +46,11 @@ class ExactKV(Entry):
         """Copies the tokens ``start`` to ``stop`` of the run, without context and states."""
         pair = (tuple(compact(t[:, start:stop]) for t in kind) for kind in (self.keys, self.values))
         ids, states = compact(self.token_ids[start:stop]), None if self.states is None else {}
-        return ExactKV(ids, NO_IDS, *pair, self.fingerprint, states, proof=_FULL_PREFILL)
+        return ExactKV(ids, NO_IDS, *pair, self.fingerprint, states)
 
     def placed(self, context: Tensor, states: Mapping[int, State] | None) -> ExactKV:
         """The same run with another context and other recurrent states."""
-        return replace(self, context=context, states=states, proof=_FULL_PREFILL)
+        return replace(self, context=context, states=states)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "context", self.context
@@ -75,8 +63,8 @@ class ExactKV(Entry):
         """See `Entry.facts`. ``held`` has a bit for each state; -1: the model has no states."""
         last = (self.states or {}).get(self.end, ())
         bits = sum(1 << index for index, state in enumerate(last) if state is not None)
-        recurrent = {"num_states": len(last), "held": -1 if self.states is None else bits}
-        return {"num_layers": len(self.keys)} | recurrent
+        held = -1 if self.states is None else bits
+        return {"num_layers": len(self.keys), "num_states": len(last), "held": held}
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
@@ -84,8 +72,7 @@ class ExactKV(Entry):
         context, count = read("context"), int(facts["num_states"])
         last = tuple(read(f"state.{i}") if bits >> i & 1 else None for i in range(count))
         states = {len(context) + len(token_ids): last} if count else {}
-        states = None if bits < 0 else states
-        return cls(token_ids, context, *pair, fingerprint, states, proof=_FULL_PREFILL)
+        return cls(token_ids, context, *pair, fingerprint, None if bits < 0 else states)
 
 
 def state_bytes(state: State | None) -> int:
@@ -102,23 +89,14 @@ def cut_exact(
     start: int = 0,  # number of first tokens to leave out, because the tree has them
     states: Mapping[int, State] | None = None,  # of recurrent layers, by depth
 ) -> ExactKV:
-    """Copies the cache of a full prefill for the exact prefix cache.
-
-    Raises ValueError if the cache may hold approximate states or is shorter than the tokens.
-    """
+    """Copies the cache of a full prefill. ValueError: it may be approximate."""
     if not cache.exact:
-        raise ValueError(
-            "this cache holds approximate states (reused chunks); "
-            "they must never enter the exact prefix cache"
-        )
-    if len(token_ids) > cache.num_columns:
-        raise ValueError(f"{len(token_ids)} tokens, but the cache has {cache.num_columns} columns")
+        raise ValueError("approximate states (reused chunks) never enter the exact prefix cache")
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     span, ids = slice(start, len(token_ids)), torch.tensor(token_ids, dtype=torch.int64)
     keys = tuple(layer.keys[prompt, :, span].clone() for layer in layers)
     values = tuple(layer.values[prompt, :, span].clone() for layer in layers)
-    run, context = ids[span].clone(), ids[:start].clone()
-    return ExactKV(run, context, keys, values, fingerprint, states, proof=_FULL_PREFILL)
+    return ExactKV(ids[span].clone(), ids[:start].clone(), keys, values, fingerprint, states)
 
 
 @dataclass(frozen=True)
@@ -144,10 +122,8 @@ class PrefixMatch:
     def layers(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yields each layer's keys and values as lists of runs, ``(K, S, D)``."""
         for layer in range(len(self.parts[0][0].keys) if self.parts else 0):
-            yield tuple(
-                [getattr(exact, kind)[layer][:, :count] for exact, count in self.parts]
-                for kind in ("keys", "values")
-            )
+            keys = [exact.keys[layer][:, :count] for exact, count in self.parts]
+            yield keys, [exact.values[layer][:, :count] for exact, count in self.parts]
 
     def load(self, cache: RowCache, prompt: int) -> None:
         """Copies the states into the first columns of a prompt of ``cache``, which stays exact."""
@@ -161,10 +137,9 @@ class PrefixMatch:
 
 
 def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...]:
-    """Chooses at most ``budget`` depths, in ascending order, that minimise recomputed tokens.
+    """Chooses at most ``budget`` of the depths, so that the fewest tokens are recomputed.
 
-    ``weights`` say how often prompts were shared up to each depth (in tokens). Only these depths
-    are candidates. Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme.
+    ``weights`` say how often prompts were shared up to each. Source: arXiv:2605.05219.
     """
     kept = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
     if budget >= len(kept) or budget < 1:

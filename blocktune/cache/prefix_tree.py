@@ -1,10 +1,9 @@
 """Exact prefix caching, as other engines do it: the baseline that chunk reuse is compared with.
 
 A radix tree over tokens, as in SGLang's RadixAttention. A node holds the state of a run of tokens,
-computed after exactly the tokens on the path to it, and is split where a later prompt diverges.
-Paths are locked while a request reads them. Unlocked leaves are evicted, the least recently used
-first, to files of the chunk store if it has a folder. Recurrent layers have a state only at some
-depths, see `place_checkpoints`. Only exact states may enter, see `exact`.
+computed after exactly those on the path to it, and is split where a later prompt diverges. Paths
+are locked while a request reads them. Unlocked leaves are evicted, the least recently used first,
+to files of the chunk store if it has a folder.
 """
 
 from __future__ import annotations
@@ -64,12 +63,12 @@ class PrefixStats(NamedTuple):
     num_bytes: int
     num_tokens: int
     num_states: int
-    hit_tokens: int
-    missed_tokens: int
-    evictions: int
-    declined: int  # tokens that were not added
-    disk_tokens: int  # in files only
-    disk_hit_tokens: int  # part of ``hit_tokens`` that was read from files
+    hit_tokens: int = 0
+    missed_tokens: int = 0
+    evictions: int = 0
+    declined: int = 0  # tokens that were not added
+    disk_tokens: int = 0  # in files only
+    disk_hit_tokens: int = 0  # part of ``hit_tokens`` that was read from files
 
 
 class PrefixTree:
@@ -116,9 +115,9 @@ class PrefixTree:
             match = PrefixMatch(parts, state, overlap, disk_tokens)
             self._lock(last, 1)
             root.overlaps.append(overlap)
-            self._counts["hit"] += match.num_tokens
-            self._counts["disk"] += match.disk_tokens
-            self._counts["missed"] += len(ids) - match.num_tokens
+            self._counts["hit_tokens"] += match.num_tokens
+            self._counts["disk_hit_tokens"] += match.disk_tokens
+            self._counts["missed_tokens"] += len(ids) - match.num_tokens
         try:
             yield match
         finally:
@@ -127,36 +126,26 @@ class PrefixTree:
     def checkpoints_for(
         self, fingerprint: str, num_tokens: int, ends: Iterable[int] = ()
     ) -> tuple[int, ...]:
-        """Depths at which to keep the recurrent states of a prompt of ``num_tokens`` tokens.
-
-        They suit later prompts that share as many tokens as the recent ones did, or all tokens up
-        to one of ``ends``, where pieces of the prompt end.
-        """
+        """Depths of the recurrent states to keep, by recent overlaps and the ``ends`` of pieces."""
         with self._mutex:
             root = self._roots.get(fingerprint, _Node())
             seen = [min(depth, num_tokens) for depth in root.overlaps]
         return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
 
     def insert(self, exact: ExactKV) -> int:
-        """Adds a run from `cut_exact`. Tokens that are already in the tree stay unchanged.
+        """Adds a run from `cut_exact`; known tokens stay. Returns how many were added.
 
-        Returns the number of tokens added: none (`PrefixStats.declined`) if they do not fit, or the
-        tokens before them have been evicted.
+        It is 0 if they do not fit, or the tokens before them have been evicted.
         """
-        if not isinstance(exact, ExactKV):
-            raise ValueError(
-                f"this is a {type(exact).__name__}, which may be approximate; "
-                "the prefix cache takes only an `ExactKV` of a full prefill"
-            )
         ids = torch.cat((exact.context, exact.token_ids)).numpy()
         with self._mutex:
             root = self._roots[exact.fingerprint] = self._root(exact.fingerprint)
             path = self._loaded(self._walk(root, ids), exact.fingerprint)
             matched = sum(count for _, count in path)
-            if matched < len(exact.context):
-                self._counts["declined"] += len(ids) - matched
-                return 0
             added = len(ids) - matched
+            if matched < len(exact.context):
+                self._counts["declined"] += added
+                return 0
             if added:
                 parent = self._split(*path[-1]) if path else root
                 run = exact.cut(matched - len(exact.context), len(exact.token_ids))
@@ -179,13 +168,11 @@ class PrefixTree:
     def stats(self) -> PrefixStats:
         """See `PrefixStats`."""
         with self._mutex:
-            nodes, counts = list(self._nodes()), self._counts
-            in_memory = [node for node in nodes if node.exact is not None]
-            tokens = sum(len(node.ids) for node in in_memory)
-            states = sum(node.state is not None for node in in_memory)
-            counted = (counts[name] for name in ("hit", "missed", "evicted", "declined"))
+            nodes = list(self._nodes())
+            tokens = sum(len(node.ids) for node in nodes if node.exact is not None)
+            states = sum(node.state is not None for node in nodes)
             on_disk = sum(len(node.ids) for node in nodes) - tokens
-            return PrefixStats(self._bytes, tokens, states, *counted, on_disk, counts["disk"])
+            return PrefixStats(self._bytes, tokens, states, disk_tokens=on_disk, **self._counts)
 
     def _root(self, fingerprint: str) -> _Node:
         root = self._roots.get(fingerprint) or _Node()
@@ -245,10 +232,9 @@ class PrefixTree:
         if self._store is None:
             return False
         if not node.key or node.key not in self._store:  # the store may have evicted it
-            runs, above = [], node
+            context, above = NO_IDS, node
             while (above := above.parent).parent is not None:
-                runs.append(torch.from_numpy(above.ids))
-            context = torch.cat((NO_IDS, *reversed(runs)))
+                context = torch.cat((torch.from_numpy(above.ids), context))
             ids, states = torch.cat((context, node.exact.token_ids)), node.exact.states
             if node.state is not None:
                 states = {len(ids): node.state}
@@ -298,7 +284,7 @@ class PrefixTree:
             *_, leaf = heapq.heappop(leaves)
             parent = leaf.parent
             self._bytes -= leaf.num_bytes
-            self._counts["evicted"] += 1
+            self._counts["evictions"] += 1
             if self._write(leaf):
                 leaf.exact = leaf.state = None
             else:
@@ -312,12 +298,10 @@ class PrefixTree:
     def _forget_oldest(self, stored: Sequence[_Node]) -> None:
         """Drops runs that are in files only, if there are too many. The store evicts the files."""
         left, tokens = len(stored), sum(len(node.ids) for node in stored)
-        if left <= _NODES and tokens <= _TOKENS:
-            return
-        for node in sorted(stored, key=lambda node: node.used):
-            if left <= _NODES // 2 and tokens <= _TOKENS // 2:
-                return
-            if not node.children and not node.locks:
+        excess = left > _NODES or tokens > _TOKENS
+        for node in sorted(stored, key=lambda node: node.used) if excess else ():
+            many = left > _NODES // 2 or tokens > _TOKENS // 2
+            if many and not node.children and not node.locks:
                 del node.parent.children[int(node.ids[0])]
                 left, tokens = left - 1, tokens - len(node.ids)
 

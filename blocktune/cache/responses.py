@@ -20,21 +20,16 @@ def read_settings(text: str) -> tuple[float | None, str]:
     share, _, model = rest.partition(":")
     if text == "exact":
         return None, MODEL
-    valid = kind == "semantic" and share.replace(".", "", 1).isdigit()
-    if not valid or not 0 < float(share) <= 1:
-        raise ValueError(
-            "a response cache is 'exact' or 'semantic:THRESHOLD[:MODEL]' with a threshold in "
-            f"(0, 1], got '{text}'"
-        )
-    return float(share), model or MODEL
+    number = share.replace(".", "", 1).isdigit()
+    if kind == "semantic" and number and 0 < float(share) <= 1:
+        return float(share), model or MODEL
+    form = "'exact' or 'semantic:THRESHOLD[:MODEL]' with a threshold in (0, 1]"
+    raise ValueError(f"a response cache is {form}, got '{text}'")
 
 
 @dataclass(frozen=True)
 class ResponseCache:
-    """Answers of earlier requests, kept in a store within its limits.
-
-    An answer is found only under its ``place``: a hex digest of all inputs but the question.
-    """
+    """Answers of earlier requests, by ``place``: a hex digest of all inputs but the question."""
 
     store: ChunkStore
     threshold: float | None = None  # least similarity of another question; None: exact match only
@@ -42,23 +37,19 @@ class ResponseCache:
 
     @classmethod
     def parse(cls, text: str, store: ChunkStore) -> ResponseCache:
-        """The cache by `read_settings`, loaded."""
-        cache = cls(store, *read_settings(text))
-        cache.load()
-        return cache
+        """The cache by `read_settings`. ValueError: they are wrong, or the model does not load."""
+        return cls(store, *read_settings(text))
 
-    def load(self) -> None:
-        """Loads the embedding model if there is a threshold. Raises ValueError if that fails."""
+    def __post_init__(self):
         if self.threshold is not None:
-            Embedder.of(self.store, self.model)
+            Embedder.of(self.store, self.model)  # loads it
 
     def find(self, place: str, query: Sequence[int], question: str) -> tuple[Any, float] | None:
         """The cached value of the same tokens or a similar question, and similarity; or None."""
         value, similarity = self._get(place, chunk_key(place, query), query), 1.0
         if value is None and self.threshold is not None and question:
             for key, _, similarity in self._list(place).find(self._embedder([question])[0]):
-                if similarity >= self.threshold:
-                    value = self._get(place, key, ())
+                value = self._get(place, key, ()) if similarity >= self.threshold else None
         return None if value is None else (value, min(similarity, 1.0))
 
     def keep(

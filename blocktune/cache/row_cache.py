@@ -57,12 +57,9 @@ class _RowLayer(CacheLayerMixin):
     supports_early_init = False
     keys, values = _zero_filled("_keys"), _zero_filled("_values")
 
-    def __init__(self, index: int, batch_size: int, num_columns: int, spare: int):
+    def __init__(self, batch_size: int, num_columns: int, spare: int):
         super().__init__()
-        self.index = index
-        self.batch_size = batch_size
-        self.num_columns = num_columns
-        self.spare = spare
+        self.batch_size, self.num_columns, self.spare = batch_size, num_columns, spare
         self.target: _Target | None = None
         self.unwritten: np.ndarray | None = None  # columns not written yet, bool (B, N + spare)
         # Called with keys and values (B, K, R, D) before they are written; it may raise.
@@ -85,12 +82,9 @@ class _RowLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         # Writes the pass's rows into their columns, and returns views of all columns.
         selected = None if self.target is None else tuple(self.target.columns.shape)
-        if selected != (key_states.shape[0], key_states.shape[2]):
-            raise ValueError(
-                f"layer {self.index} computed {key_states.shape[2]} rows for "
-                f"{key_states.shape[0]} prompts, but columns were selected for {selected}; "
-                "call `RowCache.select` or `append` before every forward pass"
-            )
+        computed = key_states.shape[0], key_states.shape[2]
+        if selected != computed:
+            raise ValueError(f"(prompts, rows) are {computed}, but selected were {selected}")
         refuse_autocast(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -138,9 +132,6 @@ class _RowLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1  # no maximum
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise ValueError("a RowCache does not serve beam search; use greedy decoding or sampling")
-
     def _show(self) -> None:
         self.keys, self.values = (store[:, :, : self.num_columns] for store in self.stores)
 
@@ -148,13 +139,10 @@ class _RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """Keys and values of a batch of prompts. Every column is addressable, no layer is truncated.
 
-    A recomputed token overwrites the column of its original. Use: write cached states into
-    `room`, `select` the columns of the rows to compute, run the model with
-    ``past_key_values=cache`` and a mask over all columns (or blocktune's attention plan), then
-    `append` and run again for every decoded token.
-
-    A cache is ``exact`` if it holds a full prefill, which alone may feed the exact prefix cache.
-    Writing reused states clears the flag.
+    Use: write cached states into `room`, `select` the columns of the rows to compute (a recomputed
+    token overwrites its original), run the model with ``past_key_values=cache`` and a mask over all
+    columns, then `append` and run again for every decoded token. Only an ``exact`` cache, which
+    holds a full prefill, may feed the exact prefix cache; writing reused states clears the flag.
     """
 
     first_column = 0  # first column that later rows see
@@ -168,7 +156,7 @@ class RowCache(Cache):
         spare: int = 0,  # extra columns to allocate, e.g. the number of tokens to decode
         exact: bool = False,
     ):
-        layers = [_RowLayer(i, batch_size, num_columns, spare) for i in range(num_layers)]
+        layers = [_RowLayer(batch_size, num_columns, spare) for _ in range(num_layers)]
         super().__init__(layers=layers)
         self.exact = exact
 
@@ -180,21 +168,8 @@ class RowCache(Cache):
     def select(self, columns: Tensor, layers: Iterable[int] | None = None) -> None:
         """Sets where the rows of the next forward passes go, in the given ``layers`` or in all.
 
-        ``columns`` ``(B, R)`` int64 holds each row's column, or `SKIP` for a padding row.
+        ``columns``, ``(B, R)`` int64: each row's own, or `SKIP` for padding. They are not verified.
         """
-        expected = self.layers[0].batch_size
-        if columns.ndim != 2 or columns.shape[0] != expected or columns.dtype != torch.int64:
-            raise ValueError(
-                f"columns must be int64 ({expected}, rows); "
-                f"got {tuple(columns.shape)} {columns.dtype}"
-            )
-        ordered = columns.sort(dim=1).values
-        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != SKIP)
-        if repeated.any() or (columns < SKIP).any() or (columns >= self.num_columns).any():
-            raise ValueError(
-                f"columns must be in 0..{self.num_columns - 1} (or {SKIP} for padding), "
-                "each at most once in a prompt"
-            )
         batch, row = (columns != SKIP).nonzero(as_tuple=True)
         target = _Target(columns, batch, row, columns[batch, row])
         for layer in range(len(self)) if layers is None else layers:
@@ -207,8 +182,7 @@ class RowCache(Cache):
             layer.grow(count)
         device = self.layers[0].device if self.layers[0].is_initialized else None
         columns = torch.arange(start, start + count, device=device)
-        columns = columns.expand(self.layers[0].batch_size, -1)
-        self.select(columns)
+        self.select(columns := columns.expand(self.layers[0].batch_size, -1))
         return columns
 
     def room(
@@ -223,8 +197,8 @@ class RowCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Views ``(K, columns, D)`` of a prompt's keys and values; the caller must fill them.
 
-        ``keys`` and ``values`` ``(K, S, D)`` have the layer's shape and dtype. The cache stays
-        exact only if the states come from a full prefill of the prompt (``exact``).
+        ``keys`` and ``values`` ``(K, S, D)`` are examples of shape and dtype. The cache stays exact
+        only if the states come from a full prefill of the prompt (``exact``).
         """
         self.exact, target = self.exact and exact, self.layers[layer]
         if not target.is_initialized:
@@ -235,8 +209,7 @@ class RowCache(Cache):
 
     def bytes_per_column(self, layer: int) -> int:
         """Bytes of one token's keys and values in a layer that stores them."""
-        states = (self.layers[layer].keys, self.layers[layer].values)
-        return sum(s.shape[1] * s.shape[3] * s.element_size() for s in states)
+        return sum(s.shape[1] * s.shape[3] * s.element_size() for s in self.layers[layer].stores)
 
 
 class PrefillCache(DynamicCache):

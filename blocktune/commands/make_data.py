@@ -65,7 +65,7 @@ def passages(
         from blocktune.cache import ChunkStore
         from blocktune.cache.store.records import Embedder
 
-        embed = Embedder(embedder, store and ChunkStore.open(store))
+        embed = Embedder(embedder, ChunkStore.open(store or ""))
     if own:
         originals = data.load_from(source, fields, limit=limit, split=split)
         examples = list(retrieval.from_own(originals, k))

@@ -122,8 +122,7 @@ def relocate(
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
     rotations = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
     blocks = _blocks(kvs, columns)
-    like = kvs[0].like if isinstance(kvs[0], FileKV) else kvs[0]
-    for layer, pair in enumerate(zip(like.keys, like.values, strict=True)):
+    for layer, pair in enumerate(zip(kvs[0].keys, kvs[0].values, strict=True)):
         examples = [t.new_empty((), device=columns.device).expand_as(t) for t in pair]
         for runs in blocks:
             span = slice(runs[0].columns.start, runs[-1].columns.stop)
@@ -162,14 +161,13 @@ class _Run:
 def _read_all(runs: Iterable[_Run]) -> None:
     buffers: dict[torch.Size, Tensor] = {}  # reused: allocating each would take longer than reading
     for run in runs:
-        file = run.kvs[0].file
-        file.read_into({name: out for name, out, rotation in run.reads if rotation is None})
-        for name, out, rotation in run.reads:
-            if rotation is not None:  # one by one: it is rotated while it is in the CPU cache
-                if out.shape not in buffers:
-                    buffers[out.shape] = out.new_empty(out.shape)
-                file.read_into({name: buffers[out.shape]})
-                rotate_keys(buffers[out.shape], rotation, out)
+        for name, out, rotation in run.reads:  # one by one: rotated while it is in the CPU cache
+            if rotation is not None and out.shape not in buffers:
+                buffers[out.shape] = out.new_empty(out.shape)
+            states = out if rotation is None else buffers[out.shape]
+            run.kvs[0].file.read_into(name, states)
+            if rotation is not None:
+                rotate_keys(states, rotation, out)
 
 
 def _blocks(kvs: list[ChunkKV], columns: Tensor) -> list[list[_Run]]:

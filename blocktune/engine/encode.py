@@ -160,7 +160,7 @@ class Encoder:
 
         A piece that was encoded without the input states of ``layers`` (0-based) is missing. New
         entries are stored under the names of their ``documents``. With ``lazy``, chunks that the
-        store does not keep in memory are returned as `FileKV`, which reads layers on access.
+        store does not keep in memory are returned as `FileKV`, whose file is read later.
         """
         found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()

@@ -1,4 +1,1 @@
-"""Plug-ins that come with the package: `blocktune.plugins` imports every module here.
-
-They show what a plug-in can do. No other part of the package imports them.
-"""
+"""Plug-ins that come with the package, as examples; `blocktune.plugins` imports them all."""

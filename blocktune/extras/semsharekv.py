@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.cache.store.config import keep_latest
@@ -42,22 +43,19 @@ def signatures(ids: Ids, model: ServedModel) -> Tensor:
     """On which side of random hyperplanes each rotated embedding is, ``(S, BITS)`` of +-1."""
     import torch
 
+    from blocktune.positions import LayerRope, relocate_keys
+
     device = model.embed.weight.device
     vectors = model.embed(torch.tensor(ids, device=device)).detach().float()
-    first, second = vectors.chunk(2, dim=1)
-    half = second.shape[1]
-    angle = torch.arange(len(ids))[:, None] * BASE ** (-torch.arange(half) / half)
-    cos, sin = angle.cos().to(device), angle.sin().to(device)
-    rotated = (first[:, :half] * cos - second * sin, second * cos + first[:, :half] * sin)
-    planes = torch.randn(2 * half, BITS, generator=torch.Generator().manual_seed(0)).to(device)
-    return torch.where(torch.cat(rotated, 1) @ planes > 0, 1.0, -1.0)
+    half = vectors.shape[1] // 2
+    rope = LayerRope(BASE ** (-torch.arange(half) / half))
+    rotated = relocate_keys(vectors[None, None], torch.arange(len(ids))[None], rope)[0, 0]
+    planes = torch.randn(len(vectors[0]), BITS, generator=torch.Generator().manual_seed(0))
+    return torch.where(rotated @ planes.to(device) > 0, 1.0, -1.0)
 
 
 class References(ChunkLoader):
-    """Earlier prompts of one model, latest last, and chunks that will be built from them.
-
-    Other chunks come from the store.
-    """
+    """Earlier prompts of one model, latest last, and chunks built from them or from the store."""
 
     def __init__(self, store: ChunkStore):
         self.store = store
@@ -72,10 +70,9 @@ class References(ChunkLoader):
     def lookup(self, key: str, token_ids, fingerprint: str) -> Lookup:
         from blocktune.cache import Lookup
 
-        make = self.waiting.pop(key, None)
+        started, make = time.perf_counter(), self.waiting.pop(key, None)
         if make is None:
             return self.store.lookup(key, token_ids, fingerprint)
-        started = time.perf_counter()
         kv = make()
         return Lookup(kv, "memory", kv.num_bytes, 0.0, time.perf_counter() - started)
 
@@ -86,7 +83,7 @@ class References(ChunkLoader):
         """
         import torch
 
-        own, start, nearest = signatures(pieces.context, model), len(pieces.prefix), None
+        own, found = signatures(pieces.context, model), []
         with self.lock:
             prompts = list(self.prompts.items())
         for other, theirs in prompts:
@@ -94,10 +91,8 @@ class References(ChunkLoader):
                 self.prompts[other] = theirs = signatures(other, model)
             best = [(rows @ theirs.T).max(1) for rows in own.split(BITS)]  # never all by all
             values, matches = (torch.cat(kind) for kind in zip(*best, strict=True))
-            similarity = float(values[start:].mean() / BITS)
-            if nearest is None or similarity > nearest[0]:
-                nearest = similarity, other, matches
-        return nearest
+            found.append((float(values[len(pieces.prefix) :].mean() / BITS), other, matches))
+        return max(found, key=itemgetter(0), default=None)
 
 
 def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: ServedModel) -> ChunkKV:
@@ -179,10 +174,9 @@ class SemShareKV(Method):
     reference of similarity ``threshold`` is computed in full, and becomes one of the last
     ``references``. After the first layer, only the ``ratio`` of tokens that deviate most stay.
 
-    From a third party's notes on the paper: rotation, one match per token, 0.8, 40 %. Ours: the
-    similarity is the mean correlation of signatures (the paper scales a distance of up to 30), and
-    states are compared at layer 1, where context counts (in the notes, at layer 0). Left out:
-    tokens added at deeper layers by attention, and dropping keys.
+    From notes on the paper: rotation, one match per token, 0.8, 40 %. Ours: similarity is the mean
+    correlation of signatures (there a scaled distance), and states are compared at layer 1, where
+    context counts (there 0). Left out: tokens added by attention, and dropping keys.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2509.24832"

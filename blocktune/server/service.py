@@ -75,8 +75,6 @@ class Service:
             served.engine.prompts.spec(served.method)
             served.engine.store.may_load = True
             served.engine.state.prefixes(served.method)  # loads the method's own embedding model
-        if responses is not None:
-            responses.load()
         for served in self.models.values():  # requests load none
             served.engine.state.auxiliaries.may_load = served.engine.store.may_load = False
         self.faults: list[str] = []

@@ -13,7 +13,7 @@ from blocktune.bench.store import codec_error
 from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
 from blocktune.cache.store import chunk_file
 from blocktune.cache.store.chunk_file import ChunkFile
-from blocktune.cache.store.codecs import encoded, round_trip
+from blocktune.cache.store.codecs import round_trip
 from blocktune.cache.store.config import CODECS, StoreConfig
 from blocktune.cache.store.folder import OpenFile
 from blocktune.positions import LayerRope, RopeSpec
@@ -116,7 +116,7 @@ def test_integers_without_frequencies_say_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="through an engine, or use fp8"):
         store.put(chunk_key(MODEL, range(5)), made_chunk(5))
     with pytest.raises(ValueError, match=r"codec must be one of as-is, .* got 'mp3'"):
-        encoded(made_chunk(5), "mp3")
+        StoreConfig(codec="mp3")
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -145,8 +145,8 @@ def test_a_file_that_fails_when_its_layers_are_read_is_looked_at_again(
     [expected] = engine().answer([ASK], "naive", max_new_tokens=4)
     calls = []
 
-    def fails(self, outs):
-        calls.append(outs)
+    def fails(self, name, out):
+        calls.append(name)
         raise ValueError("it is cut off")
 
     monkeypatch.setattr(chunk_file.ChunkFile, "read_into", fails)

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from cache.made import MODEL, OTHER_MODEL, made_chunk
+from cache.made import MODEL, OTHER_MODEL
 from cache.prompts import (
     DIM,
     HEADS,
@@ -22,7 +22,7 @@ from cache.prompts import (
 )
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from blocktune.cache import ChunkStore, ExactKV, PrefixTree, RowCache, cut_exact, prefix_tree
+from blocktune.cache import ChunkStore, PrefixTree, RowCache, cut_exact, prefix_tree
 from blocktune.cache.exact import place_checkpoints
 from blocktune.cache.store.shelf import Shelf
 
@@ -211,17 +211,6 @@ def test_the_dynamic_programme_is_the_best_of_all_placements():
         assert again(weights, placed) == best
 
 
-def test_chunk_states_are_refused_by_type():
-    with pytest.raises(ValueError, match=r"a ChunkKV, which may be approximate"):
-        PrefixTree().insert(made_chunk())
-
-
-def test_exact_states_cannot_be_made_by_hand():
-    for proof in (None, True, object()):
-        with pytest.raises(ValueError, match="only a full prefill makes exact states"):
-            ExactKV(PREFIX, (), (), (), MODEL, proof=proof)
-
-
 def test_a_cache_that_reused_a_chunk_gives_no_exact_states():
     cache = prefill(PREFIX + ONE)
     chunk = torch.ones(HEADS, 3, DIM)
@@ -233,11 +222,6 @@ def test_a_cache_that_reused_a_chunk_gives_no_exact_states():
         cut_exact(cache, 0, PREFIX + ONE, MODEL)
     with pytest.raises(ValueError, match="never enter the exact prefix cache"):
         cut_exact(RowCache(1, 1, 5), 0, PREFIX + ONE, MODEL)
-
-
-def test_more_tokens_than_were_computed_are_refused():
-    with pytest.raises(ValueError, match="6 tokens, but the cache has 5 columns"):
-        cut_exact(prefill(PREFIX + ONE), 0, PREFIX + ONE + TWO, MODEL)
 
 
 def test_a_tree_needs_memory():

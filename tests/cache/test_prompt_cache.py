@@ -250,32 +250,14 @@ def test_loaded_chunks_lie_where_they_were_put_and_end_exactness():
     assert not cache.layers[1].keys[1, :, [0, 1, 5]].any()
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ([[0, 6]], "must be in 0..5"),
-        ([[0, -2]], "must be in 0..5"),
-        ([[2, 1, 2]], "each at most once"),
-        ([[0], [1]], r"int64 \(1, rows\); got \(2, 1\)"),
-        ([0, 1], r"got \(2,\)"),
-        ([[0.0]], "torch.float32"),
-    ],
-)
-def test_columns_that_cannot_be_written_are_refused(columns, message):
-    with pytest.raises(ValueError, match=message):
-        RowCache(1, 1, 6).select(torch.tensor(columns))
-
-
 def test_a_pass_of_other_rows_than_selected_is_refused():
     cache = RowCache(1, 1, 6)
     states = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ValueError, match="3 rows for 1 prompts, but columns were selected for No"):
+    with pytest.raises(ValueError, match=r"\(1, 3\), but selected were None"):
         cache.update(states, states, 0)
     cache.select(torch.tensor([[0, 1]]))
-    with pytest.raises(ValueError, match=r"selected for \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"selected were \(1, 2\)"):
         cache.update(states, states, 0)
-    with pytest.raises(ValueError, match="does not serve beam search"):
-        cache.reorder_cache(torch.tensor([0]))
 
 
 def test_columns_that_nobody_wrote_are_zeros(monkeypatch):

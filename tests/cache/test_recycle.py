@@ -10,7 +10,7 @@ from tiny_llama import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from blocktune.cache import ChunkStore
-from blocktune.cache.store.records import Embedder, Recycler
+from blocktune.cache.store.records import Embedder
 from blocktune.engine import Engine
 from blocktune.methods import build
 from blocktune.prompt import Chunk
@@ -138,13 +138,6 @@ def test_a_store_without_room_still_answers(engine, method):
     tight = ChunkStore(max_bytes=3000)
     own = Engine(engine.model, engine.tokenizer, format=FORMAT, store=tight)
     assert [depth(own, ASK, method) for _ in "ab"] == [0, 0]
-
-
-def test_only_exact_states_are_kept(method):
-    store = ChunkStore()
-    recycler = Recycler(store, str, Embedder.of(store, MODEL))
-    with pytest.raises(ValueError, match="only an `ExactKV` can be recycled, got a str"):
-        recycler.insert("keys")
 
 
 def test_an_absolute_model_reuses_no_chunk(tokenizer):

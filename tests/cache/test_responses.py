@@ -128,6 +128,7 @@ def test_questions_of_another_embedding_model_are_not_compared(engine):
         def __call__(self, texts):
             return torch.nn.functional.normalize(torch.ones(len(texts), self.size))
 
+    engine.store.notes[Embedder, "folder"] = Fake("a", 3)
     engine.responses = ResponseCache(engine.store, 0.8, "folder")
     for recalled, fake in ((None, Fake("a", 3)), (1.0, Fake("a", 3)), (None, Fake("b", 4))):
         engine.store.notes[Embedder, "folder"] = fake

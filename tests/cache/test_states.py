@@ -57,20 +57,3 @@ def test_states_and_chunks_share_the_memory():
     store.put(states_key(KEY, 4), made_states(4))
     assert store.get(KEY, IDS, MODEL) is None  # it was the oldest
     assert store.get(states_key(KEY, 4), IDS, MODEL, ChunkStates) is not None
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"states": torch.zeros(4, 8)}, r"chunk of 5 tokens must be floating .*\(4, 8\)"),
-        ({"states": torch.zeros(5, 8, 1)}, r"got \(5, 8, 1\)"),
-        ({"states": torch.zeros(5, 8, dtype=torch.int64)}, "torch.int64"),
-        ({"layer": -1}, "a layer >= 0; got -1"),
-        ({"token_ids": torch.zeros(5)}, "one int64 row"),
-    ],
-)
-def test_what_is_no_state_of_a_chunk_is_refused(fields, message):
-    made = made_states()
-    values = {"states": made.states, "layer": 3, "token_ids": IDS, "fingerprint": MODEL}
-    with pytest.raises(ValueError, match=message):
-        ChunkStates(**values | fields)

@@ -296,7 +296,7 @@ def test_encoding_does_not_list_the_store_first(blocktune, refused, model, tmp_p
     def listed(store):
         raise AssertionError("a remote may have millions of files")
 
-    monkeypatch.setattr(ChunkStore, "__len__", listed)
+    monkeypatch.setattr(remote.ValkeyBlobs, "listing", listed)
     documents = tmp_path / "docs.jsonl"
     documents.write_text('{"text": "Kirby is small."}\n')
     encode = ("encode", "-m", model, "-i", documents, "--store")

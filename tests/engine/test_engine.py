@@ -396,7 +396,7 @@ def test_what_cannot_run_is_refused_before_anything_does(engine):
         engine.answer(["Who?"])
     with pytest.raises(ValueError, match="method must be a name or a Method, got int"):
         engine.answer([ASK], 3)
-    assert len(engine.store) == 0
+    assert not engine.store.held()
 
 
 def test_time_to_first_token_counts_every_part_of_the_way(engine):

@@ -9,6 +9,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,13 @@ def secret_from_environment() -> bytes | None:
     if text is None and path is None:
         return None
     try:
-        return (text.encode() if text is not None else Path(path).read_bytes()).strip()
+        return (Path(path).read_bytes() if text is None else text.encode()).strip()
     except OSError as error:
         raise ValueError(f"{SECRET_FILE}: cannot read '{path}': {error.strerror}") from None
 
 
 class Blobs(ABC):
-    """The files of a store, under names such as ``ab/cd/KEY.safetensors``.
-
-    Every method raises ``OSError`` if the folder or server cannot be reached.
-    """
+    """The files of a store, such as ``ab/cd/KEY.safetensors``. OSError: it is out of reach."""
 
     place: str  # folder or URL, for messages
     timeout_s: float  # limit on one request, of remotes where a client has none of its own
@@ -93,10 +91,8 @@ class Blobs(ABC):
         """If there is a ``secret``, it signs files that are written and verifies those read."""
         self.secret = secret
         if secret is not None and len(secret) < LEAST_SECRET:
-            raise ValueError(
-                f"the key of a store has at least {LEAST_SECRET} bytes, got {len(secret)}; make "
-                f"one with `openssl rand -hex 32`, or unset {SECRET} and {SECRET_FILE}"
-            )
+            given = f"{LEAST_SECRET} bytes, got {len(secret)}; `openssl rand -hex 32` makes one"
+            raise ValueError(f"the key of a store ({SECRET}, {SECRET_FILE}) has at least {given}")
 
     @abstractmethod
     def _open(self, name: str, most: int | None) -> Blob:
@@ -128,20 +124,17 @@ class Blobs(ABC):
 
     def remove(self, key: str) -> bool:
         """Removes the file of ``key``. Returns whether the store had one."""
-        try:
+        with suppress(FileNotFoundError, ValueError):  # also if another process was faster
             self.open(key, 0)
             self._remove(relative_path(key))
-        except (FileNotFoundError, ValueError):  # also if another process was faster
-            return False
-        return True
+            return True
+        return False
 
     def has(self, key: str) -> bool:
         """Whether there is a file of ``key``. Its content is not verified."""
-        try:
-            self.open(key, 0)
-        except (OSError, ValueError):
-            return False
-        return True
+        with suppress(OSError, ValueError):
+            return self.open(key, 0) is not None
+        return False
 
     def keys(self) -> Iterator[str]:
         """Keys of all files, sorted."""
@@ -179,9 +172,8 @@ class Blobs(ABC):
 
     def require_signed(self, record: Mapping[str, Any], signature: str | None) -> None:
         """Raises ValueError if the store has a signing key that did not sign the record."""
-        if self.secret is None:
-            return
-        if not hmac.compare_digest(str(signature or "").encode(), self.sign(record).encode()):
+        given = str(signature or "").encode()
+        if self.secret is not None and not hmac.compare_digest(given, self.sign(record).encode()):
             raise ValueError("it is not signed with the key of this store")
 
     def fingerprints(self) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -50,8 +49,8 @@ class ChunkFile:
     ):
         """Opens the entry of ``key``. Without a ``kind`` only `verify` can be used.
 
-        ``most`` limits how many bytes are fetched from a remote. Raises FileNotFoundError,
-        `Expired`, OSError if the storage cannot be reached, ValueError for any other file.
+        ``most``: bytes to fetch from a remote. Raises OSError, FileNotFoundError, `Expired`, or
+        ValueError for any other file.
         """
         self.key, self.kind, self.blob = key, kind, blobs.open(key, most)
         self._is_signed, self._data = blobs.secret is not None, None
@@ -81,7 +80,7 @@ class ChunkFile:
             attrs["_sha256"] = dict(json.loads(header.get("sha256", "{}")))
             attrs |= {"fingerprint": header["fingerprint"], "codec": header.get("codec", "as-is")}
             header["format"], header["kind"], header["key"]
-        if checksum != _digest(header):
+        if checksum != digest(**header):
             raise ValueError("its header does not match its checksum")
         blobs.require_signed(header, signature)
         return attrs
@@ -113,49 +112,32 @@ class ChunkFile:
         self._verify(name, tensor)
         return tensor if share is None else tensor[rows].clone()
 
-    def read_into(self, outs: Mapping[str, Tensor]) -> None:
-        """Reads and verifies uncompressed tensors ``(K, S, D)`` into ``outs``, by their names.
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Reads and verifies an uncompressed tensor ``(K, S, D)`` into ``out``, as `read` does.
 
-        Each of an output's ``K`` parts must be contiguous CPU memory. Raises as `read` does.
+        Each of its ``K`` parts must be contiguous CPU memory.
         """
         with _readable():
-            spans = sorted((*self._tensors[name]["data_offsets"], name) for name in outs)
-            buffers, first = [], 0
-            for index, (start, end, name) in enumerate(spans):
-                parts = outs[name].view(torch.uint8).numpy()
-                parts = parts[None] if parts.flags.c_contiguous else parts
-                if parts.size != end - start or self._data is not None:
-                    raise ValueError("it has another size than the output tensor")
-                first = first if buffers else start
-                buffers += [memoryview(part).cast("B") for part in parts]
-                if index + 1 == len(spans) or spans[index + 1][0] != end:
-                    self._fill(buffers, first, end)
-                    buffers = []
-        for name, out in outs.items():
-            if not self._is_verified(name):
-                self._verify(name, out.contiguous())
+            start, end = self._tensors[name]["data_offsets"]
+            parts = out.view(torch.uint8).numpy()
+            parts = parts[None] if parts.flags.c_contiguous else parts
+            if parts.size != end - start:
+                raise ValueError("it has another size than the output tensor")
+            self._fill([memoryview(part).cast("B") for part in parts], start, end)
+        if not self._is_verified(name):
+            self._verify(name, out.contiguous())
 
     def entry(self, share: Share | None = None) -> Entry:
         """Reads and verifies the whole entry, on the CPU. Its tensors share one buffer.
 
-        With a ``share``, keys and values hold only that rank's heads, and only these are read from
-        a folder if the file has sums of them.
+        With a ``share``, only that rank's heads of keys and values, read from the file alone if it
+        has sums of them.
         """
         with _readable():
             if share is None:
                 self._data = self._fetch(0, self.blob.size - self._start)
             read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
             return self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
-
-    def like(self) -> Entry:
-        """An uncompressed entry's shapes and dtypes, as tensors that hold no data."""
-
-        def empty(name: str) -> Tensor:
-            info = self._tensors[name]
-            return torch.empty((), dtype=DTYPES[info["dtype"]]).expand(info["shape"])
-
-        with _readable():
-            return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
 
     def verify(self, force: bool = True) -> None:
         """Reads every tensor; without ``force``, those not verified yet. Raises as `read` does."""
@@ -213,14 +195,12 @@ def heads_of(rank: int, size: int, num_heads: int) -> slice:
 
 
 class FileKV(ChunkKV):
-    """A chunk whose layers are read from its verified ``file`` at each access.
+    """A chunk in a verified ``file``, whose layers are read later by `ChunkFile.read_into`.
 
-    ``like`` holds no data. If the file is cut off later, an access raises `ValueError`.
+    Its own tensors have shapes and dtypes, but no data: they are on the device ``meta``.
     """
 
-    def __init__(self, file: ChunkFile):
-        vars(self).update(vars(like := file.like()), file=file, like=like, num_bytes=like.num_bytes)
-        vars(self).update(keys=_LayerTensors(self, "key"), values=_LayerTensors(self, "value"))
+    file: ChunkFile
 
     @classmethod
     def read(cls, file: ChunkFile) -> ChunkKV:
@@ -228,23 +208,19 @@ class FileKV(ChunkKV):
         if file.codec != "as-is":
             return file.entry()
         file.verify(force=False)
-        return cls(file)
+
+        def empty(name: str) -> Tensor:
+            info = file._tensors[name]
+            return torch.empty(info["shape"], dtype=DTYPES[info["dtype"]], device="meta")
+
+        with _readable():
+            kv = cls.restore(file._header, empty, file.token_ids, file.fingerprint)
+        vars(kv)["file"] = file
+        return kv
 
     def to(self, device: torch.device | str) -> FileKV:
         """Returns itself: layers are read into CPU memory."""
         return self
-
-
-@dataclass(frozen=True)
-class _LayerTensors(Sequence):
-    kv: FileKV
-    name: str
-
-    def __getitem__(self, layer: int) -> Tensor:
-        return self.kv.file.read(f"{self.name}.{layer}")
-
-    def __len__(self) -> int:
-        return len(self.kv.like.keys)
 
 
 def pack_chunk(
@@ -266,7 +242,7 @@ def pack_chunk(
     else:
         header["sha256"] = _sums(hashlib.sha256, tensors)
         signed = {"signature": blobs.sign(header)}
-    data = save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
+    data = save(tensors, metadata=header | {"checksum": digest(**header)} | signed)
     # Pad the header with spaces so that the first tensor after the token ids starts at a page:
     # unaligned copies out of the page cache run at down to half the speed.
     length = int.from_bytes(data[:8], "little")
@@ -295,8 +271,9 @@ def _head_sums(tensor: Tensor) -> str:
     return "".join(xxhash.xxh3_64_hexdigest(memoryview(head.numpy()).cast("B")) for head in heads)
 
 
-def _digest(header: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+def digest(**parts: Any) -> str:
+    """Hex SHA-256 of JSON values by name."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(hasher, name: str, tensor: Tensor) -> str:

@@ -30,12 +30,10 @@ _TENANTS, _NOTED = 1024, 64  # tenants whose RoPE frequencies, and plug-ins' dat
 class ChunkStore:
     """Thread-safe store of chunk entries by key. Several processes may share a folder.
 
-    A lookup asks the tiers in the order device, host, folder, remote, and moves a hit up to the
-    device. A new entry is written to the device, the folder and, in the background (`flush`), the
-    remote. Entries evicted from the device go to the host. A tier out of reach is skipped.
-
-    An entry of other tokens or another fingerprint than wanted, or that does not verify, counts as
-    ``rejected`` and is a miss, and the `put` that follows replaces it.
+    A lookup asks device, host, folder and remote, in this order, and moves a hit up to the device.
+    A new entry is written to the device, the folder and, in the background (`flush`), the remote.
+    Entries evicted from the device go to the host. A tier out of reach is skipped. An entry that
+    does not verify, or of other tokens or another model, is a miss, counted as ``rejected``.
 
     Raises ValueError if there is neither memory nor a folder, the folder is not a folder, or the
     signing key is too short; with ``must_write`` also if the folder cannot be written.
@@ -51,9 +49,7 @@ class ChunkStore:
         must_write: bool = False,  # whether a folder that cannot be written is an error
         config: StoreConfig | None = None,  # all limits, in place of ``max_bytes`` and ``folder``
     ):
-        if config is None:
-            place = None if folder is None else Path(folder)
-            config = StoreConfig(folder=place, memory=max_bytes)
+        config = config or StoreConfig(folder=folder and Path(folder), memory=max_bytes)
         self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
         self.notes: dict[Hashable, Any] = {}  # plug-ins' data, until `clear`
@@ -67,6 +63,7 @@ class ChunkStore:
         self._memories = [MemoryTier("memory", self.device, config)]
         self._memories += [MemoryTier("cpu", torch.device("cpu"), config)] if config.cpu else []
         self._blobs = [BlobTier(b, config, must_write) for b in open_places(config, secret)]
+        self._folders = self._blobs[: self.folder is not None]
 
     @classmethod
     def open(cls, text: str | Path, device: torch.device | str = "cpu", **options) -> Self:
@@ -74,10 +71,7 @@ class ChunkStore:
         return cls(device=device, config=StoreConfig.parse(text), **options)
 
     def __reduce__(self):
-        raise ValueError(
-            "a ChunkStore, or an Engine with one, cannot be pickled; open it in each process "
-            "(`ChunkStore.open`, `Engine.from_pretrained`): they may share a folder"
-        )
+        raise ValueError("a ChunkStore, or its Engine, cannot be pickled; open it in each process")
 
     def get(
         self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
@@ -116,7 +110,7 @@ class ChunkStore:
                 tier.stats.misses += 1
         searched = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
-        for tier in self._blobs if in_memory else self._blobs[: self.folder is not None]:
+        for tier in self._blobs if in_memory else self._folders:
             loaded = None
             try:
                 loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
@@ -144,10 +138,7 @@ class ChunkStore:
     def stored(
         self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
     ) -> Row | None:
-        """The row of an entry's file, or None: in the folder, or in the remote without one.
-
-        Header and tokens are verified as by `lookup`, but no tensor is read. It counts as a use.
-        """
+        """The row of an entry's file in the folder, else the remote, or None. No tensor is read."""
         for tier in self._blobs[:1]:
             with suppress(ValueError):  # damaged, or ``most`` was too little: `lookup` reads all
                 found = tier.load(key, kind, lambda file: file, most=1 << 20)
@@ -156,23 +147,12 @@ class ChunkStore:
                     return found[1]
         return None
 
-    def put(
-        self,
-        key: str,
-        kv: Entry,
-        *,
-        seconds: float = 0.0,
-        document: str = "",
-        tenant: str = "",
-        keep: bool = True,
-    ) -> Entry:
+    def put(self, key: str, kv: Entry, *, keep: bool = True, **facts: Any) -> Entry:
         """Stores an entry, in the folder first, then (``keep``) in memory. Replaces an older one.
 
-        It took ``seconds`` to encode, which the policy ``gdsf`` weighs, and counts against the
-        quota of its ``tenant``. ``document`` names what it comes from (or several, one a line).
-        Raises ValueError if the entry is larger than the memory limit and there is no folder, or
-        if ``must_write`` is set and writing fails. Returns it as later lookups will: quantised, if
-        there is a codec.
+        ``facts`` are ``document``, ``tenant`` and ``seconds``, see `About`. Returns the entry as
+        later lookups will: quantised, if there is a codec. Raises ValueError if it is larger than
+        the memory limit and there is no folder, or if ``must_write`` is set and writing fails.
         """
         most = max(tier.ledger.max_bytes for tier in self._memories)
         if not self._blobs and kv.num_bytes > most:
@@ -181,8 +161,8 @@ class ChunkStore:
                 f"hold {most:,}; allow more memory or give the store a folder"
             )
         codec, ttl = self.config.codec, self.config.ttl
-        about = kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds
-        about = About(*about, expires=None if ttl is None else time.time() + ttl)
+        expires = None if ttl is None else time.time() + ttl
+        about = About(kv.num_tokens, kv.kind, kv.fingerprint, expires=expires, **facts)
         rope = self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint)
         stored = kv if codec == "as-is" else round_trip(kv.to("cpu"), codec, rope)
         stored = stored.to(self.device).compact()
@@ -202,7 +182,7 @@ class ChunkStore:
                 act()
             return True
 
-        if not any(tier.on_ledger(hold) for tier in self._blobs[: self.folder is not None]):
+        if not any(tier.on_ledger(hold) for tier in self._folders):
             act()
 
     def flush(self) -> None:
@@ -246,7 +226,7 @@ class ChunkStore:
     def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:
         """Opens the folder's files of one kind and model, by its index. Skips damaged ones."""
         wanted = {"kind": kind.kind, "fingerprint": fingerprint}
-        for tier in self._blobs[: self.folder is not None]:
+        for tier in self._folders:
             for row in tier.on_ledger(lambda ledger: ledger.rows(**wanted), ()):
                 with suppress(OSError, ValueError):
                     yield ChunkFile(tier.blobs, row.key, kind)
@@ -301,10 +281,6 @@ class ChunkStore:
             in_memory = any(key in tier.entries for tier in self._memories)
         return in_memory or any(tier.blobs.has(key) for tier in self._blobs)
 
-    def __len__(self) -> int:
-        """Number of distinct entries in all tiers."""
-        return len({*self.held(), *(key for tier in self._blobs for key in tier.blobs.keys())})  # noqa: SIM118
-
     def held(self) -> dict[str, Entry]:
         """Entries in memory, by key."""
         with self._lock:
@@ -335,8 +311,7 @@ class ChunkStore:
             first = self.warn_rejected and not self._stats.first_rejected
             self._stats.first_rejected = self._stats.first_rejected or reason
         before.add(reason)
-        level = logging.WARNING if first else logging.INFO
-        more = "; further ones are counted, and logged at level INFO" if first else ""
+        level, more = (logging.WARNING, "; others at level INFO") if first else (logging.INFO, "")
         _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
 
     def _remember(self, key: str, kv: Entry, about: About) -> None:

@@ -1,8 +1,4 @@
-"""Codecs: how a file stores keys and values, unchanged or quantised.
-
-The store passes each new entry through `round_trip`, so that an answer does not depend on where a
-chunk was found.
-"""
+"""Codecs: how a file stores keys and values. `round_trip` makes new entries equal to read ones."""
 
 from __future__ import annotations
 
@@ -13,10 +9,8 @@ import torch
 from torch import Tensor
 
 from blocktune.cache.chunk_kv import ChunkKV, Entry, Read
-from blocktune.cache.store.config import CODECS
 from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
-from blocktune.registry import require_one_of
 
 FP8 = torch.float8_e4m3fn
 GROUP = {8: 64, 4: 32}  # largest group of numbers that share a scale and an offset, by bits
@@ -27,20 +21,14 @@ _BITS = {"fp8": 0, "int8": 8, "int4": 4}
 def encoded(
     entry: Entry, codec: str, rope: RopeSpec | None = None
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header fields and tensors of an entry's file. Only a `ChunkKV` is quantised.
-
-    ``int8`` and ``int4`` need the model's ``rope``.
-    """
-    require_one_of("codec", codec, CODECS)
+    """Header fields and tensors of a file. Only a `ChunkKV` is quantised, integers by ``rope``."""
     if codec == "as-is" or not isinstance(entry, ChunkKV):
         return {}, dict(entry.tensors())
     tensors, bits = {}, _BITS[codec]
     if bits:
         if rope is None:
-            raise ValueError(
-                "int8 and int4 quantize keys before their rotation and need the model's "
-                "frequencies; open the store through an engine, or use fp8"
-            )
+            hint = "open the store through an engine, or use fp8"
+            raise ValueError(f"int8 and int4 need the frequencies of the model's rotation; {hint}")
         # Layers that rotate values instead have unrotated keys: they get no frequencies.
         freqs = [spec.inv_freq[: 0 if spec.in_values else None] for spec in rope.layers]
         tensors = {f"rope.{layer}": f.float().cpu().clone() for layer, f in enumerate(freqs)}
@@ -63,7 +51,7 @@ def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
     codec = header.get("codec", "as-is")
     if codec == "as-is":
         return read
-    if codec not in CODECS:
+    if codec not in _BITS:
         raise ValueError(f"it is stored with the unknown codec '{codec}'")
     dtype = getattr(torch, header["dtype"])
     dims, bits = json.loads(header["dims"]), _BITS[codec]
@@ -103,8 +91,8 @@ def _scale(tensor: Tensor) -> dict[str, Tensor]:
 def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
     """Quantises to integers with a scale and an offset for each group along the last axis.
 
-    Source: KIVI, arXiv:2402.02750: keys per channel, values per token. Keys are quantised before
-    their rotation, as in KVQuant, arXiv:2401.18079.
+    Keys per channel, values per token (KIVI, arXiv:2402.02750), keys before their rotation
+    (KVQuant, arXiv:2401.18079).
     """
     length = tensor.shape[-1]
     group = -(-length // -(-length // GROUP[bits]))  # groups of equal size need little padding

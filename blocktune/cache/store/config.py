@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
@@ -62,11 +62,8 @@ class Row(About):
     def of(
         cls, header: Mapping[str, str], num_tokens: int, key: str, size: int, used: float
     ) -> Self:
-        """The row of a file, from its header."""
-        try:
-            seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
-        except ValueError:
-            seconds = expires = 0.0
+        """The row of a file, from its header. ValueError: a damaged one."""
+        seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
         texts = (header.get(n, "") for n in ("kind", "fingerprint", "document", "tenant"))
         return cls(num_tokens, *texts, seconds, expires or None, key, size, used, used, 1)
 
@@ -134,8 +131,7 @@ class StoreConfig:
         """Reads ``PLACE,name=value,...``: a folder or a URL, then limits.
 
         Examples: ``chunks/,disk=50GB``, ``s3://bucket/chunks``, ``memory=2GB,codec=fp8``. The name
-        of an existing folder may contain commas and ``=``. Raises ValueError, which lists what is
-        valid, if a name or value is wrong.
+        of an existing folder may contain commas and ``=``. Raises ValueError for anything else.
         """
         known = {field.name for field in fields(cls)} - {"folder"}
         if isinstance(text, Path) or (text and Path(text).is_dir()):  # Path("") is the current one
@@ -212,12 +208,12 @@ class Tracer:
     """Counts lookups. With a path, it also appends lookups and writes to a JSON Lines file.
 
     Lines: ``{"t", "op": "get" or "put", "key", "tokens", "bytes", "tier" or "seconds", ...}``, with
-    ``t`` in seconds since the epoch. Several processes may append to the same file.
+    ``t`` in seconds since the epoch. Processes may share the file.
     """
 
     def __init__(self, path: Path | None = None):
         self._file: BinaryIO | None = None
-        self._count, self._last = 0, OrderedDict()
+        self._count, self._last = 0, {}
         self._distances, self._lifetimes = Counter(), Counter()
         if path is not None:
             try:
@@ -229,38 +225,34 @@ class Tracer:
     def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
         """Records a lookup that took ``seconds``; ``tier`` is ``"none"`` for a miss."""
         self._count += 1
-        now, last = time.monotonic(), self._last.pop(key, None)
+        now, last = time.monotonic(), self._last.get(key)
         if last is not None:
             self._distances[(self._count - last[0]).bit_length() - 1] += 1
             self._lifetimes[int(now - last[1]).bit_length()] += 1
-        self._last[key] = (self._count, last[1] if last else now)
-        if len(self._last) > _REMEMBERED:
-            self._last.popitem(last=False)
+        keep_latest(self._last, key, (self._count, last[1] if last else now), _REMEMBERED)
         if self._file is not None:  # only then build the record: lookups must stay short
-            facts = {"tokens": tokens, "bytes": num_bytes, "tier": tier, "load_s": seconds}
-            self._write(op="get", key=key, **facts)
+            self._write("get", key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds)
 
     def put(self, key: str, num_bytes: int, about: About) -> None:
         """Records a write."""
-        facts = {"tokens": about.num_tokens, "bytes": num_bytes}
-        self._write(op="put", key=key, **facts, seconds=about.seconds, tenant=about.tenant)
+        facts = {"tokens": about.num_tokens, "seconds": about.seconds, "tenant": about.tenant}
+        self._write("put", key, bytes=num_bytes, **facts)
 
     def histograms(self) -> dict[str, dict[int, int]]:
-        """Histograms with power-of-two buckets: counts by upper end.
+        """Counts by the upper end of power-of-two buckets.
 
-        ``reuse_distance``: lookups between two of the same key; ``lifetime_s``: seconds from the
-        first lookup of a key to each later one.
+        ``reuse_distance``: lookups between two of a key; ``lifetime_s``: from its first to a later.
         """
         return {
             "reuse_distance": {2 ** (n + 1): c for n, c in sorted(self._distances.items())},
             "lifetime_s": {2**n: c for n, c in sorted(self._lifetimes.items())},
         }
 
-    def _write(self, key: str, **record) -> None:
+    def _write(self, op: str, key: str, **facts) -> None:
         if self._file is not None:
-            line = json.dumps({"t": round(time.time(), 6), "key": key[:_SHOWN]} | record)
+            record = {"t": round(time.time(), 6), "key": key[:_SHOWN], "op": op} | facts
             try:
-                self._file.write(f"{line}\n".encode())
+                self._file.write(f"{json.dumps(record)}\n".encode())
             except OSError as error:  # such as a full disk, which must not stop answers
                 _LOG.warning("the trace '%s' ends here: %s", self._file.name, error.strerror)
                 self._file = None

@@ -1,9 +1,8 @@
 """Keys of cached entries, which change whenever the cached numbers would; and manifests.
 
 The *fingerprint* covers what all chunks of an engine share: model, weights, adapter, tokenizer,
-prompt format, dtype, RoPE. The *chunk key* adds the token ids and how they were encoded. Neither
-covers a path or a date. A *manifest* says in plain JSON what made the chunks of a model, for other
-engines.
+prompt format, dtype, RoPE. The *chunk key* adds the tokens and how they were encoded. Neither
+covers a path or a date. A *manifest* says in JSON what made a model's chunks, for other engines.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.cache.chunk_kv import ChunkKV, Ids
-from blocktune.cache.store.chunk_file import FORMAT
+from blocktune.cache.store.chunk_file import FORMAT, digest
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint, tokenizer_hash
-from blocktune.positions import RopeSpec
+from blocktune.positions import LayerRope, RopeSpec
 
 MANIFEST_FORMAT = "blocktune manifest 1"
 CACHE_FORMAT = 2  # of the stored content and its keys; part of every fingerprint
@@ -44,13 +43,11 @@ def model_fingerprint(
     prompt_format: Mapping,  # fields of the prompt format, e.g. ``dataclasses.asdict(format)``
     dtype: torch.dtype | None = None,  # that the model computes in; None: that of its parameters
 ) -> str:
-    """Digest, 64 hex digits, of all that decides a chunk's keys and values, except its tokens.
-
-    Raises ValueError if a weight is not in memory, or the format is not plain JSON.
-    """
-    return _digest(
+    """Digest of all that decides a chunk's states but its tokens. ValueError: offloaded weights."""
+    config = json.dumps(model.config.to_dict(), default=str)
+    return digest(
         cache_format=CACHE_FORMAT,
-        config=_config(model),
+        config=json.loads(config, object_hook=_constant),
         weights=weights_hash(model),
         adapter=None if adapter is None else _adapter_hash(Path(adapter)),
         tokenizer=tokenizer_hash(tokenizer),
@@ -65,7 +62,7 @@ def chunk_key(fingerprint: str, token_ids: Ids, encoding: Mapping | None = None)
     ``encoding`` describes in plain JSON values how it was encoded; empty: the chunk alone.
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64).tolist()
-    return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
+    return digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
 
 
 def key_after(fingerprint: str, token_ids: Ids, blanks: Sequence[int]) -> str:
@@ -90,24 +87,21 @@ def weights_hash(model: nn.Module) -> str:
     """Digest of names, shapes, dtypes and contents of all parameters and buffers.
 
     For speed it covers, of each tensor, 4,096 elements at even strides and the wrapping sum of all
-    bytes as 64-bit integers. A change of one weight changes the sum; a reordering changes the
-    sample, unless it moves unsampled elements. Quantised weights count with their scales, adapters
-    with their scaling and state.
+    bytes as 64-bit integers: a change of one weight changes the sum, a reordering the sample,
+    unless it moves others. Quantised weights count with their scales, adapters with their state.
     """
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for name, tensor in _tensors(model):
         if tensor.is_meta:
-            raise ValueError(
-                f"cannot fingerprint '{name}': its weights are not in memory; "
-                "load the model without offloading to disk"
-            )
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_content(tensor.detach()))
+            hint = "load the model without offloading to disk"
+            raise ValueError(f"cannot fingerprint '{name}': its weights are not in memory; {hint}")
+        content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        content.update(_content(tensor.detach()))
     for name, module in model.named_modules():
         if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
             state = (module.scaling, module.active_adapters, module.disable_adapters)
-            digest.update(f"{name} {state}".encode())
-    return digest.hexdigest()
+            content.update(f"{name} {state}".encode())
+    return content.hexdigest()
 
 
 def manifest(
@@ -121,15 +115,14 @@ def manifest(
 ) -> dict[str, Any]:
     """The manifest of a model, in plain JSON values.
 
-    With the adapter's ``scope`` ``encode``, the plain base reads its chunks. ``layers`` are those
-    that store keys, with the shapes of ``key`` and ``value`` (kv heads, head dim). ``rope`` has one
-    item per distinct rotation: ``frequencies``, radians per position for each pair of rotated
-    dimensions; ``start``, the first of these; ``interleaved``, whether pairs are neighbours;
-    ``in_values``, whether values are rotated; and in ``layer`` each decoder layer's index. Keys are
-    stored rotated, the chunk's first token at ``origin``.
+    ``layers`` are those that store keys, with the shapes of ``key`` and ``value`` (kv heads, head
+    dim). ``rope`` has one item per distinct rotation: ``frequencies``, radians per position for
+    each pair of rotated dimensions; ``start``, the first of these; ``interleaved``, whether pairs
+    are neighbours; ``in_values``, whether values are rotated; and in ``layer`` each decoder layer's
+    index. Keys are stored rotated, the chunk's first token at ``origin``. With the adapter's
+    ``scope`` ``encode``, the plain base reads its chunks.
     """
     name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
-    base = adapter.base_fingerprint if adapter else base_fingerprint(model)
     template = str(tokenizer.chat_template or "").encode()
     return {
         "format": MANIFEST_FORMAT,
@@ -139,7 +132,7 @@ def manifest(
             "name": (adapter.base_model if adapter else None) or name,
             "revision": (adapter.base_revision if adapter else None) or revision,
             "architecture": model.config.get_text_config().model_type,
-            "fingerprint": base,
+            "fingerprint": adapter.base_fingerprint if adapter else base_fingerprint(model),
         },
         "adapter": _named_adapter(adapter_folder, adapter.scope if adapter else "both"),
         "tokenizer": {
@@ -175,19 +168,14 @@ def _content(tensor: Tensor) -> bytes:
     step = max(1, -(-flat.numel() // _SAMPLES))
     sample = flat[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes()
     raw = flat.view(torch.uint8)
-    if raw.storage_offset() % 8:
-        raw = raw.clone()
+    raw = raw.clone() if raw.storage_offset() % 8 else raw
     words = raw[: raw.numel() // 8 * 8].view(torch.int64)
-    total = int(words.sum()) if words.numel() else 0
     tail = raw[words.numel() * 8 :].cpu().numpy().tobytes()
-    return sample + total.to_bytes(8, "little", signed=True) + tail
+    return sample + int(words.sum()).to_bytes(8, "little", signed=True) + tail
 
 
-def _config(model: nn.Module) -> dict:
-    def clean(part: dict) -> dict:
-        return {name: value for name, value in part.items() if name not in _VOLATILE}
-
-    return json.loads(json.dumps(model.config.to_dict(), default=str), object_hook=clean)
+def _constant(part: dict) -> dict:
+    return {name: value for name, value in part.items() if name not in _VOLATILE}
 
 
 def _adapter_hash(folder: Path) -> dict[str, str]:
@@ -198,16 +186,6 @@ def _adapter_hash(folder: Path) -> dict[str, str]:
     if not hashes:
         raise ValueError(f"no adapter in {folder}: it holds no weights and no adapter_config.json")
     return hashes
-
-
-def _digest(**parts) -> str:
-    try:
-        text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
-    except TypeError as error:
-        raise ValueError(
-            f"a cache key is made of plain JSON values (text, numbers, lists): {error}"
-        ) from None
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _named_adapter(folder: str | Path | None, scope: str) -> dict[str, Any] | None:
@@ -225,10 +203,5 @@ def _named_adapter(folder: str | Path | None, scope: str) -> dict[str, Any] | No
 def _rope(rope: RopeSpec) -> dict[str, Any]:
     layers = [(tuple(spec.inv_freq.float().tolist()), *spec[1:]) for spec in rope.layers]
     distinct = list(dict.fromkeys(layers))
-    return {
-        "frequencies": [list(spec[0]) for spec in distinct],
-        "start": [spec[1] for spec in distinct],
-        "interleaved": [spec[2] for spec in distinct],
-        "in_values": [spec[3] for spec in distinct],
-        "layer": [distinct.index(spec) for spec in layers],
-    }
+    facts = zip(("frequencies", *LayerRope._fields[1:]), map(list, zip(*distinct)))  # noqa: B905
+    return dict(facts) | {"layer": [distinct.index(spec) for spec in layers]}

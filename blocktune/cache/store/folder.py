@@ -1,8 +1,4 @@
-"""The folder of a store: which files belong to it, and how they are read and written.
-
-These are plain files under the store's names in real folders: links are never followed, and no
-other file is read, replaced or removed. No torch is imported.
-"""
+"""The folder of a store: plain files under its own names, no links. No torch is imported."""
 
 from __future__ import annotations
 
@@ -22,7 +18,6 @@ from blocktune.files import lock, sync
 WRITING = ".writing"  # folder for unfinished files, on the same file system: renames are atomic
 _UNFINISHED = r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part"
 _ABANDONED_S = 3600
-_MOST_BUFFERS = 1024  # that one ``preadv`` call accepts
 TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # by a foreign file
 UNREADABLE = (errno.EACCES, errno.ESTALE)  # one file, of another user or just replaced
 _FOREIGN = "a link, a device, or a file of another kind is at its path"
@@ -47,7 +42,7 @@ class OpenFile(Blob):
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
         done, left = 0, [buffer for buffer in buffers if len(buffer)]
-        while left and (count := os.preadv(self._descriptor, left[:_MOST_BUFFERS], start + done)):
+        while left and (count := os.preadv(self._descriptor, left, start + done)):
             done += count
             while left and count >= len(left[0]):
                 count -= len(left.pop(0))
@@ -71,9 +66,8 @@ class ChunkFolder(Blobs):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(
-                f"cannot use '{self.path}' as a chunk store: {error.strerror}; give a folder"
-            ) from None
+            reason = f"cannot use '{self.path}' as a chunk store: {error.strerror}; give a folder"
+            raise ValueError(reason) from None
         probe = self._unfinished("0" * 64)
         probe.touch()
         probe.unlink(missing_ok=True)
@@ -84,14 +78,11 @@ class ChunkFolder(Blobs):
         for entry in self._entries(self.path / WRITING, _UNFINISHED):
             with suppress(OSError, ValueError):  # just removed, foreign, or of another user
                 age = time.time() - entry.stat(follow_symlinks=False).st_mtime
-                descriptor = _plain(Path(entry.path), os.O_RDWR)
-                try:
-                    acquired = lock(descriptor)
+                with open(_plain(Path(entry.path), os.O_RDWR), "r+b") as file:
+                    acquired = lock(file.fileno())
                     if age > _ABANDONED_S if acquired is None else acquired:
                         os.unlink(entry.path)
                         removed += 1
-                finally:
-                    os.close(descriptor)
         return removed
 
     def _open(self, name: str, most: int | None) -> Blob:
@@ -114,9 +105,8 @@ class ChunkFolder(Blobs):
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(unfinished, path)
-        except BaseException:
+        finally:
             unfinished.unlink(missing_ok=True)
-            raise
         sync(path.parent)
 
     def _remove(self, name: str) -> None:

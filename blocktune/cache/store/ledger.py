@@ -1,8 +1,4 @@
-"""The ledger of a tier: its entries, their worth, and which to evict when the tier is full.
-
-It is an SQLite table: in memory, or a file in a folder that several processes share, which can be
-rebuilt from the chunks. No torch is imported.
-"""
+"""The ledger of a tier, in SQLite: entries, their worth, what to evict. No torch is imported."""
 
 from __future__ import annotations
 
@@ -68,10 +64,7 @@ _LEAVING = "SELECT key, size, tenant, worth FROM entries"
 
 
 class Ledger:
-    """Entries of one tier and their order of eviction, thread-safe.
-
-    Every method raises ``sqlite3.Error`` if the file cannot be used. ValueError: unknown policy.
-    """
+    """Entries of one tier and their order of eviction. sqlite3.Error: its file cannot be used."""
 
     def __init__(
         self,
@@ -120,13 +113,11 @@ class Ledger:
         with self._uses_lock:
             now = self.now()
             self._uses[key] = self._uses.get(key, (0,))[0] + 1, now, row
-            start = self.path is not None and self._writer != os.getpid()
-            if start:
+            if self.path is not None and self._writer != os.getpid():
                 self._writer = os.getpid()
-        if start:
-            timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
-            timer.daemon = True
-            timer.start()
+                timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
+                timer.daemon = True
+                timer.start()
 
     def remove(self, keys: Iterable[str]) -> None:
         """Deletes entries."""
@@ -140,8 +131,7 @@ class Ledger:
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
         """Keys to evict so that ``size`` bytes fit, and expired keys; None if they cannot fit.
 
-        Pinned entries stay, even if expired; that of ``key`` counts as free space. Call `remove`
-        once they have been evicted.
+        Pinned entries stay, even expired ones; that of ``key`` counts as free. `remove` follows.
         """
         with self._lock:
             self.flush()
@@ -149,14 +139,11 @@ class Ledger:
             expired = f"{_LEAVING} WHERE expires <= ? AND key != ? AND NOT pinned"
             found = database.execute(expired, (self._clock(), key))
             evicted = {old: (freed, whose) for old, freed, whose, _ in found}
-            old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
-            old_size, old_tenant = old.fetchone() or (0, tenant)
+            replaced = database.execute(f"{_LEAVING} WHERE key = ?", (key,)).fetchall()
             for limit, owner in ((self.quota, tenant), (self.max_bytes, None)):
-                if limit is None:
-                    continue
-                used = self.size(owner) - (old_size if owner in (None, old_tenant) else 0)
-                freed = sum(n for n, whose in evicted.values() if owner in (None, whose))
-                need = used + size - limit - freed
+                free = [*evicted.values(), *(row[1:3] for row in replaced)]
+                freed = sum(n for n, whose in free if owner in (None, whose))
+                need = 0 if limit is None else self.size(owner) + size - limit - freed
                 if need > 0 and not self._select(owner, need, key, evicted):
                     return None
             return list(evicted)
@@ -189,7 +176,6 @@ class Ledger:
 
     def counts(self, column: str) -> dict[str, dict[str, int]]:
         """Total ``chunks``, ``tokens`` and ``bytes``, grouped by the values of ``column``."""
-        assert column in _COLUMNS, column
         sums, names = "count(*), total(num_tokens), total(size)", ("chunks", "tokens", "bytes")
         with self._lock:
             rows = self._open().execute(f"SELECT {column}, {sums} FROM entries GROUP BY {column}")
@@ -245,11 +231,9 @@ class Ledger:
         return need <= 0
 
     def _open(self) -> sqlite3.Connection:
-        if not self._held:
-            self._connect()
-        return self._held[0]
+        return self._held[0] if self._held else self._connect()
 
-    def _connect(self) -> None:
+    def _connect(self) -> sqlite3.Connection:
         where = ":memory:" if self.path is None else str(self.path)
         options = {"timeout": 1.0, "isolation_level": None, "check_same_thread": False}
         database = sqlite3.connect(where, **options)
@@ -271,6 +255,7 @@ class Ledger:
                 database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
         database.executescript(_VALUED.format(POLICIES[self.policy]))
         self._held.append(database)
+        return database
 
 
 def _write(owner: weakref.ref[Ledger]) -> None:

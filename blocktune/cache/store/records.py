@@ -61,10 +61,9 @@ def text_bytes(text: str) -> Tensor:
 
 
 class Nearest:
-    """Exhaustive nearest-neighbour search over the embeddings of the latest ``most`` records.
+    """Exhaustive search over the embeddings of the latest ``most`` records, a record itself.
 
-    The list of embeddings is a record itself. A process finds new additions of others when it adds
-    one. ``scope`` is a hex digest of the model, tenant and purpose that share the list.
+    ``scope`` is a hex digest of what shares it. Additions of other processes are found by `add`.
     """
 
     def __init__(self, store: ChunkStore, scope: str, most: int = 1024):
@@ -81,7 +80,7 @@ class Nearest:
 
     def add(self, key: str, num_tokens: int, vector: Tensor) -> None:
         """Adds a record as the latest, and removes an older listing of the same key."""
-        row = torch.tensor(list(bytes.fromhex(key)), dtype=torch.uint8)[None]
+        row = torch.tensor([list(bytes.fromhex(key))], dtype=torch.uint8)
         new = vector[None], torch.tensor([num_tokens]), row
         own = self._lists()  # may ask a remote, for which other processes must not wait
 
@@ -105,7 +104,7 @@ class Nearest:
 class Embedder:
     """A sentence-transformers model whose embeddings are cached. ValueError: it does not load."""
 
-    def __init__(self, model: str = MODEL, store: ChunkStore | None = None):
+    def __init__(self, model: str, store: ChunkStore):
         self.store, self.model = store, _load(model)
         self.fingerprint = weights_hash(self.model)
 
@@ -114,10 +113,8 @@ class Embedder:
         """The embedder that all users of a store share in this process; loads it at first use."""
         if (Embedder, model) not in store.notes:
             if not store.may_load and model != MODEL:
-                raise ValueError(
-                    f"no embedding model '{model:.80}' is served; start the server with a method "
-                    "or a response cache that uses it"
-                )
+                hint = "start the server with a method or a response cache that uses it"
+                raise ValueError(f"no embedding model '{model:.80}' is served; {hint}")
             store.notes[Embedder, model] = cls(model, store)
         return store.notes[Embedder, model]
 
@@ -125,7 +122,7 @@ class Embedder:
         """Embeds texts as unit vectors, ``(N, D)`` float32 on the CPU."""
         ids, vectors = {text: text_bytes(text) for text in texts}, {}
         keys = {text: chunk_key(self.fingerprint, text_ids) for text, text_ids in ids.items()}
-        for text in ids if self.store is not None else ():
+        for text in ids:
             record = self.store.get(keys[text], ids[text], self.fingerprint, Record)
             if record is not None:
                 vectors[text] = record.data[0].cpu()
@@ -134,19 +131,18 @@ class Embedder:
             options = {"normalize_embeddings": True, "show_progress_bar": False}
             embedded = self.model.encode(new, convert_to_tensor=True, **options).float().cpu()
             seconds = (time.perf_counter() - started) / len(new)
-            vectors |= zip(new, embedded, strict=True)
-            for text in new if self.store is not None else ():
-                record = Record((vectors[text],), ids[text], self.fingerprint)
+            for text, vector in zip(new, embedded, strict=True):
+                vectors[text] = vector
+                record = Record((vector,), ids[text], self.fingerprint)
                 keep(self.store, keys[text], record, seconds=seconds)
         return torch.stack([vectors[text] for text in texts])
 
 
 @dataclass(frozen=True)
 class Recycler:
-    """Exact cache of whole prompts, found by embedding. It can replace a `PrefixTree`.
+    """Exact cache of whole prompts, found by embedding, in place of a `PrefixTree`.
 
-    The tokens of the nearest earlier prompts decide whether one is an exact prefix.
-    Source: KV Cache Recycling, arXiv:2512.11851.
+    Tokens decide whether a near prompt is an exact prefix. Source: arXiv:2512.11851.
     """
 
     store: ChunkStore
@@ -169,8 +165,6 @@ class Recycler:
 
     def insert(self, exact: ExactKV) -> int:
         """Stores a prompt, joined to the one that it continues. Returns the tokens added."""
-        if not isinstance(exact, ExactKV):
-            raise ValueError(f"only an `ExactKV` can be recycled, got a {type(exact).__name__}")
         keys, values = exact.keys, exact.values
         context, added = (tuple(ids.tolist()) for ids in (exact.context, exact.token_ids))
         if context and added:
@@ -215,10 +209,7 @@ def _load(name: str) -> Any:
 
         return SentenceTransformer(name, device="cpu")
     except ImportError:
-        raise ValueError(
-            "sentence embeddings need the package sentence-transformers; run "
-            "pip install 'blocktune[recycle]'"
-        ) from None
+        raise ValueError("sentence embeddings need: pip install 'blocktune[recycle]'") from None
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise ValueError(f"cannot load an embedding model from '{name}': {reason}") from None

@@ -27,8 +27,7 @@ _DATES = ("LastModified", "last_modified", "mtime", "updated", "modified", "crea
 def open_remote(url: str, secret: bytes | None = None, wait: float | None = None) -> Blobs:
     """Opens ``valkey://HOST:PORT/DB?prefix=NAME`` or a URL that fsspec opens, such as ``s3://``.
 
-    It connects at the first use. A request waits ``wait`` seconds. Raises ValueError if the URL is
-    wrong or the package that opens it is missing.
+    It connects at the first use; a request waits ``wait`` seconds. ValueError: it cannot be opened.
     """
     try:
         cls = ValkeyBlobs if urlsplit(url).scheme in VALKEY else FsspecBlobs
@@ -72,10 +71,8 @@ class FsspecBlobs(Blobs):
         try:
             self._root = re.sub("(?<!:)//+", "/", self._connect()[1])  # as listings name it
         except ValueError as error:
-            raise ValueError(
-                f"cannot open a store there ({error}); give a folder, valkey://HOST:PORT/DB or a "
-                "URL that fsspec opens, such as s3://BUCKET/PREFIX"
-            ) from None
+            hint = "give a folder, valkey://HOST:PORT/DB or a URL of fsspec, as s3://BUCKET/PREFIX"
+            raise ValueError(f"cannot open a store there ({error}); {hint}") from None
         self._async = getattr(self._fs, "async_impl", False)
 
     @property
@@ -107,9 +104,8 @@ class FsspecBlobs(Blobs):
         self._call("rm_file", self._path(name))
 
     def listing(self) -> list[tuple[str, int, float]]:
-        files = _call_client(self._fs.find, self._root, detail=True)
         found = []
-        for name, info in sorted(files.items()):
+        for name, info in sorted(_call_client(self._fs.find, self._root, detail=True).items()):
             key = PurePosixPath(name).stem  # not one of another store in a folder below
             if is_key(key) and name.strip("/") == self._path(relative_path(key)).strip("/"):
                 found.append((key, *_size_and_date(info)))
@@ -150,10 +146,8 @@ class ValkeyBlobs(Blobs):
         options = dict(parse_qsl(parts.query))
         self._prefix = options.pop("prefix", PREFIX)
         if parts.scheme != "unix" and not re.fullmatch("/?[0-9]*", parts.path):
-            raise ValueError(
-                f"{parts.scheme}://HOST/N numbers a database; name a store by ?prefix=NAME, and "
-                "write a / in a password as %2F"
-            )
+            hint = "name a store by ?prefix=NAME, and write a / in a password as %2F"
+            raise ValueError(f"{parts.scheme}://HOST/N numbers a database; {hint}")
         try:
             self._client = valkey.from_url(
                 urlunsplit(parts._replace(query=urlencode(options))),

@@ -86,16 +86,11 @@ class Shelf:
     def open(cls, place: str, make: bool = False) -> Self:
         """Opens a place as named by ``--store``; ``make`` creates a missing folder."""
         config = StoreConfig.parse(place)
-        if config.place is None:
-            raise ValueError(f"'{place}' names no folder and no URL")
         remote = None if config.folder else config.remote
-        plain = StoreConfig(folder=config.folder, remote=remote, wait=config.wait)
-        if make and config != plain:
+        if make and config != StoreConfig(folder=config.folder, remote=remote, wait=config.wait):
             raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
-        if config.folder is not None and config.remote is not None:
-            raise ValueError(
-                f"'{place}' names two places; run this for '{config.folder}' and for the remote"
-            )
+        if (config.folder is None) == (config.remote is None):
+            raise ValueError(f"'{place}' names no place, or two places; give one folder or URL")
         blobs = open_places(config)[0]
         blobs.timeout_s = PATIENCE_S
         if config.folder is None:
@@ -122,11 +117,9 @@ class Shelf:
 
     def rows(self, model: str = "", document: str = "", start: str = "") -> Iterator[Row]:
         """Entries sorted by key. ``model`` and ``start`` match prefixes of fingerprint and key."""
-        wanted = {"document": document} if document else {}
         if self.index is None and start:  # reads the headers of these alone
-            own = (key for key, *_ in self.blobs.listing() if key.startswith(start))
-            return found_rows(self.blobs, own)
-        rows = self.ledger.rows(start=start, **wanted)
+            return found_rows(self.blobs, (k for k in self.blobs.keys() if k.startswith(start)))  # noqa: SIM118
+        rows = self.ledger.rows(start=start, **({"document": document} if document else {}))
         return (row for row in rows if row.fingerprint.startswith(model))
 
     def names(self, fingerprint: str) -> tuple[str, str | None]:

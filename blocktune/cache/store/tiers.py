@@ -110,7 +110,7 @@ class BlobTier:
     def load(
         self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Any], most: int | None = None
     ) -> tuple[Any, Row, memoryview | None] | None:
-        """Loads an entry by ``read``. Returns it with its row and, of a remote, the file's content.
+        """Loads an entry by ``read``: its result, row and, of a remote, the file's content.
 
         None: there is none, or the tier is out of reach. ValueError: damaged. ``most``: of a file.
         """
@@ -191,10 +191,8 @@ class BlobTier:
 
     def write_manifest(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
         """Writes a model's manifest, from ``make``, unless there is one."""
-        if time.monotonic() < self._retry_at["write"]:
-            return
         with suppress(OSError, ValueError):  # damaged or not signed: write it again
-            if self.blobs.manifest(fingerprint) is not None:
+            if time.monotonic() < self._retry_at["write"] or self.blobs.manifest(fingerprint):
                 return
         try:
             self.blobs.write_manifest(make())
@@ -203,21 +201,21 @@ class BlobTier:
 
     def failed(self, error: OSError, what: str) -> None:
         """Warns once and skips the tier for a while. ValueError: it must write and cannot."""
-        verb = "write to" if what == "write" else "read"
+        writes = what == "write"
+        verb = "write to" if writes else "read"
         reason = f"cannot {verb} the store '{self.blobs.place}': {error.strerror or error}"
-        if self.must_write and what == "write":
+        if self.must_write and writes:
             hint = "free space there" if self._is_folder else "check address and credentials"
             raise ValueError(f"{reason}; {hint} or choose another store") from None
-        alone = error.errno in TAKEN + UNREADABLE * (self._is_folder and what == "read")
+        alone = error.errno in TAKEN + UNREADABLE * (self._is_folder and not writes)
         with self._lock:
             self.stats.failures += 1
             if not alone:
                 self._retry_at[what] = time.monotonic() + RETRY_S
             warned, self._warned = self._warned, True
         if not warned:
-            lost = "a chunk is" if alone else "new chunks are"
-            then = f"its chunks are still used, but {lost} not stored there"
-            then = then if what == "write" else f"{lost.replace('new', 'its')} encoded instead"
+            lost = "a chunk is" if alone else "chunks are"
+            then = f"{lost} {'not stored there' if writes else 'encoded instead'}"
             _LOG.warning("%s; %s", reason.replace("\n", " "), then)
 
     def _make_room(self, size: int, key: str, about: About) -> bool:

@@ -1,4 +1,4 @@
-"""Statistics of chunk variants: the share of each to recompute, and the choice of one."""
+"""Chunk variants: statistics, the share of each to recompute, and the choice of one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
-from typing import ClassVar, NamedTuple, Self
+from operator import itemgetter
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkStore, Entry, chunk_key, key_after
+from blocktune.cache import ChunkKV, ChunkStore, Entry, chunk_key, key_after
 from blocktune.cache.chunk_kv import Read
 from blocktune.cache.store.config import keep_latest
+from blocktune.layout import GLOBAL, Kind
+from blocktune.methods import PrefilledBatch, PromptHistory, ServedModel
+from blocktune.prompt import Pieces
 
 Ids = tuple[int, ...]
 MOST = 1 << 16  # variants whose uses are counted; the least recently used is forgotten first
@@ -39,11 +43,7 @@ class Variant:
 
 
 def cache_context_impact(variant: Variant, num_tokens: int) -> float:
-    """CCI in [0.5, 1]: how much the chunk attended to its context, compared with itself.
-
-    ``1 / (1 + exp(-a / b))``, where ``a`` is the attention per pair of tokens to the earlier chunks
-    and ``b`` that within the chunk.
-    """
+    """CCI in [0.5, 1]: attention per pair of tokens to the earlier chunks, relative to its own."""
     pairs = zip(variant.inter.tolist(), variant.context, strict=True)
     outside = sum(mass / (num_tokens * len(chunk)) for mass, chunk in pairs)
     inside = variant.intra / num_tokens**2
@@ -53,10 +53,7 @@ def cache_context_impact(variant: Variant, num_tokens: int) -> float:
 
 
 def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
-    """Beta in [0, 1]: share of the attention to old chunks that goes to chunks still before it.
-
-    1 if the variant did not attend to any chunk, since then nothing is missing.
-    """
+    """Beta: share in [0, 1] of the attention to old chunks that goes to those before it; else 1."""
     total = sum(variant.inter.tolist())
     if total <= 0:
         return 1.0
@@ -68,8 +65,7 @@ def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
 def order_penalty(old: Sequence[Ids], new: Sequence[Ids]) -> float:
     """Gamma in [0, 1]: share of pairs of common chunks in reverse order (Kendall).
 
-    A chunk that occurs several times in the old context counts each time, at its first place in the
-    new one: of old ``1 0 1 1 1`` in new ``0 1``, one pair of ten is reversed.
+    A chunk counts each time it occurs in the old context, at its first place in the new one.
     """
     common = [new.index(chunk) for chunk in old if chunk in new]
     pairs = list(combinations(common, 2))
@@ -81,8 +77,7 @@ def cache_fix_overhead(
 ) -> float:
     """CFO in [0, 1]: share of the chunk's tokens to recompute after the chunks of ``context``.
 
-    ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 if ``context`` is the variant's own. The paper
-    chooses ``alpha`` on validation data.
+    ``alpha * CCI * (1 - beta * (1 - gamma))``, 0 in the variant's own; the paper tunes ``alpha``.
     """
     overlap = prefix_overlap(variant, context) * (1 - order_penalty(variant.context, context))
     impact = cache_context_impact(variant, num_tokens)
@@ -97,15 +92,6 @@ class ChunkVariants(Entry):
     variants: tuple[Variant, ...]
     token_ids: Tensor
     fingerprint: str
-
-    def __post_init__(self):
-        for variant in self.variants:
-            shapes = tuple(variant.tokens.shape), tuple(variant.inter.shape)
-            if shapes != ((self.num_tokens,), (len(variant.context),)):
-                raise ValueError(
-                    f"statistics of a chunk of {self.num_tokens} tokens after "
-                    f"{len(variant.context)} others must be one number each; got shapes {shapes}"
-                )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for number, variant in enumerate(self.variants):
@@ -132,18 +118,10 @@ class ChunkVariants(Entry):
         return cls(tuple(variants), token_ids, fingerprint)
 
 
-class BestVariant(NamedTuple):
-    """The variant that a chunk is served from, and the share of its tokens to recompute."""
-
-    variant: Variant
-    overhead: float
-
-
 class VariantStore:
     """Statistics of chunk variants, kept in the same store as the chunks.
 
-    Two processes over one folder see each other's variants; if both learn one of the same chunk at
-    once, one variant is lost. Use counts last as long as the process.
+    If two processes learn one of the same chunk at once, one is lost. Use counts are a process's.
     """
 
     def __init__(self, store: ChunkStore, fingerprint: str):
@@ -156,11 +134,13 @@ class VariantStore:
         """The instance of a store and model in this process, so that use counts are shared."""
         return store.memoized((cls, fingerprint), lambda: cls(store, fingerprint))
 
-    def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
-        """The variant with the least to recompute after ``context``; the latest of equal ones."""
-        known = self._known(chunk)[::-1]  # the latest first
-        each = (BestVariant(v, cache_fix_overhead(v, len(chunk), context, alpha)) for v in known)
-        return min(each, key=lambda best: best.overhead, default=None)
+    def best(
+        self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0
+    ) -> tuple[float, Variant] | None:
+        """The share to recompute after ``context``, and the variant where it is least."""
+        known = self._known(chunk)[::-1]  # the latest of equal ones
+        each = ((cache_fix_overhead(v, len(chunk), context, alpha), v) for v in known)
+        return min(each, key=itemgetter(0), default=None)
 
     def find(self, chunk: Ids, blanks: Ids) -> Variant | None:
         """The variant that was encoded after exactly ``blanks``, or None."""
@@ -173,10 +153,9 @@ class VariantStore:
             keep_latest(self._uses, key, self._uses[key] + 1, MOST)
 
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
-        """Stores a variant, in place of one with the same context or of the least used one.
+        """Stores a variant, in place of one with the same context or of the least used of ``most``.
 
-        At most ``most`` are kept. The keys and values of a dropped variant are discarded too,
-        unless it had no context: other methods use those as well.
+        A dropped one's keys and values are discarded too, if it had a context: others use the rest.
         """
         with self._lock:
             known = [v for v in self._known(chunk) if v.blanks != variant.blanks]
@@ -197,3 +176,56 @@ class VariantStore:
     def _key(self, chunk: Ids) -> str:
         key = chunk_key(self.fingerprint, chunk)
         return hashlib.sha256(f"{key} variants".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class VariantHistory(PromptHistory):
+    """Serves every chunk from its best variant, and stores those of prompts computed in full."""
+
+    refresh: float  # a prompt is computed in full if more than this share would be recomputed
+    most: int  # variants kept per chunk
+    alpha: float  # of `cache_fix_overhead`
+
+    def without_selection(self) -> VariantHistory:
+        return replace(self, refresh=1.0)  # full only if a chunk has no variant
+
+    def lookup(
+        self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
+    ) -> list[Ids] | None:
+        variants, chunks = VariantStore.of(store, fingerprint), pieces.chunks
+        choices = [variants.best(c, chunks[:i], self.alpha) for i, c in enumerate(chunks)]
+        if None in choices:
+            return None
+        fresh = sum(share * len(c) for (share, _), c in zip(choices, chunks, strict=True))
+        if fresh > self.refresh * sum(map(len, chunks)):
+            return None
+        for chunk, (_, variant) in zip(chunks, choices, strict=True):
+            variants.used(chunk, variant.blanks)
+        return [variant.blanks for _, variant in choices]
+
+    def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
+        variants, columns = VariantStore.of(store, fingerprint), batch.columns
+        for index, prompt in enumerate(batch.pieces):
+            blanks = prompt.prefix
+            for number, chunk in enumerate(prompt.chunks):
+                own = (columns.chunk[index] == number) & (columns.kind[index] == Kind.CHUNK)
+                if int(columns.group[index][own][0]) != GLOBAL:
+                    break
+                kv = ChunkKV(
+                    keys=tuple(layer.keys[index][:, own] for layer in batch.cache.layers),
+                    values=tuple(layer.values[index][:, own] for layer in batch.cache.layers),
+                    token_ids=torch.tensor(chunk),
+                    fingerprint=fingerprint,
+                    origin=len(blanks),
+                ).compact()
+                store.put(key_after(fingerprint, chunk, blanks), kv)
+                attention = batch.chunk_attention[index, own].cpu()
+                variant = Variant(
+                    prefix=prompt.prefix,
+                    context=prompt.chunks[:number],
+                    inter=attention[:, :number].sum(0),
+                    tokens=attention[:, :number].sum(1),
+                    intra=float(attention[:, number].sum()),
+                )
+                variants.learn(chunk, variant, self.most)
+                blanks = blanks + chunk
