@@ -61,6 +61,7 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
     cells = {"split": int(mask.sum()), "full": tokens * (tokens + 1) // 2, "dense": tokens**2}
     flops = {name: OPERATIONS * count * HEADS * HEAD_DIM for name, count in cells.items()}
     seconds = {name: spread(values) for name, values in times.items()}
+    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "threads": THREADS}
     return {
         "split_over_full": spread(ratios(times, "split", "full"))["median"],
         "split_over_dense": spread(ratios(times, "split", "dense"))["median"],
@@ -69,8 +70,7 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
         "matmul_gflops": rate / 1e9,
         "share_of_matmul": {n: flops[n] / seconds[n]["median"] / rate for n in flops},
         "setting": {
-            **{"tokens": tokens, "chunk": chunk, "repeats": repeats, "dtype": "float32"},
-            **{"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "threads": THREADS},
+            **{"tokens": tokens, "chunk": chunk, "repeats": repeats, "dtype": "float32", **sizes},
             **{"seed": SEED, "passes": "forward and backward"},
         },
         **provenance(SEED),

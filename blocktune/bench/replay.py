@@ -34,7 +34,6 @@ class Use(NamedTuple):
     num_tokens: int
     num_bytes: int = 0
     seconds: float = 0.0
-    tenant: str = ""
 
 
 Request = tuple[Use, ...]
@@ -101,12 +100,11 @@ def replay(
                 if use.key in stored:
                     saved_s += use.seconds - use.num_bytes / costs.load_bytes_s
                     ledger.use(use.key)
-                elif (evicted := ledger.leaving(use.num_bytes, use.tenant, use.key)) is not None:
+                elif (evicted := ledger.leaving(use.num_bytes, key=use.key)) is not None:
                     ledger.remove(evicted)
                     held += use.num_bytes - sum(map(stored.pop, evicted))
                     peak = max(peak, held)
-                    about = About(seconds=use.seconds, tenant=use.tenant)
-                    ledger.add(use.key, use.num_bytes, about)
+                    ledger.add(use.key, use.num_bytes, About(seconds=use.seconds))
                     stored[use.key] = use.num_bytes
     every = list(chain.from_iterable(windows))
     total, *rates = (sum(hits) / max(len(hits), 1) for hits in (every, *windows))
@@ -163,10 +161,9 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
         for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
             line = sorted((o for o in outcomes if o.policy == policy), key=lambda o: o.budget)
             budgets, colour = [o.budget / 1e9 for o in line], ground.series[colours[policy]]
-            look = {"color": colour, "marker": "o", "markersize": 3}
-            axes[0].plot(budgets, [o.hit_rate for o in line], **look)
-            axes[1].plot(budgets, [o.saved for o in line], **look)
-            axes[2].plot(range(1, WINDOWS + 1), line[-1].windows, **look)
+            axes[0].plot(budgets, [o.hit_rate for o in line], ".-", color=colour)
+            axes[1].plot(budgets, [o.saved for o in line], ".-", color=colour)
+            axes[2].plot(range(1, WINDOWS + 1), line[-1].windows, ".-", color=colour)
             ends[policy] = line[-1].windows[-1], colour
         titles = ("Hits", "Encoding time saved", f"Hits at {ticks[-1]:.3g} GB")
         for axis, title in zip(axes, titles, strict=True):
@@ -273,7 +270,7 @@ def _json_lines(lines: Iterator[str]) -> Iterator[Request]:
 
 def _use(got: dict, put: dict) -> Use:
     num_bytes = put.get("bytes") or got["bytes"]
-    return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0), put.get("tenant", ""))
+    return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0))
 
 
 def _records(lines: Iterator[str]) -> Iterator[dict]:

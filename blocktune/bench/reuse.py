@@ -104,8 +104,7 @@ def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[
     """Times functions in turn, so that other load on the machine affects all alike.
 
     Returns seconds per round, by name, with what a function leaves to an accelerator. The first
-    round does not count, unless it takes longer than `WARM_S`. A function may return its own
-    seconds as a float.
+    round does not count, unless it takes longer than `WARM_S`.
     """
 
     def now() -> float:
@@ -121,8 +120,8 @@ def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[
             gc.collect()
             gc.freeze()  # the next collection looks at new objects only
             start = now()
-            result = work()
-            seconds = result if isinstance(result, float) else now() - start
+            work()
+            seconds = now() - start
             if turn or seconds > WARM_S:
                 times[name].append(seconds)
     gc.unfreeze()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -39,8 +38,8 @@ def bench_store(
     """Times loading and joining a prompt's chunks, and look-ups among ``keys``; measures codecs.
 
     The baseline reads the same files, or copies the same tensors, also to memory that was used
-    before. All files are in the page cache and verified. ``ratios`` compare bandwidths in wall
-    time, ``cpu_ratios`` in CPU time. Chunks are written into ``folder``, by default a new one.
+    before. All files are in the page cache and verified. ``ratios`` compare bandwidths. Chunks are
+    written into ``folder``, by default a new one.
     """
     _keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
@@ -48,26 +47,27 @@ def bench_store(
         memory = setting.engine(ChunkStore(1 << 40))
         pieces = setting.pieces(len(disk.tokenizer))
         moved = disk.lay_out(pieces, build("naive"), 1)
-        works: dict[str, Callable[[], object]] = {}
-        for name, engine in (("disk", disk), ("memory", memory)):
-            works[name] = partial(_load, engine, moved, pieces)
-            works[name]()  # encodes the chunks
+        engines = {"disk": disk, "memory": memory}
+        works = {name: partial(_load, own, moved, pieces) for name, own in engines.items()}
+        for encode in works.values():
+            encode()
         files = sorted((Path(place) / "disk").rglob("*.safetensors"))
         held = list(memory.store.held().values())
         time.sleep(SETTLED_S + 0.1)  # a younger file is verified at each load
         tensors = [tensor for entry in held for _, tensor in entry.tensors()]
         copies = [tensor.clone() for tensor in tensors]
         works["copy"] = lambda: [new.copy_(old) for new, old in zip(copies, tensors, strict=True)]
-        buffers = [memoryview(bytearray(path.stat().st_size)) for path in files]
+        buffers = [bytearray(path.stat().st_size) for path in files]
         works["read"] = partial(_read, files, buffers)
-        times, cpu = _times(works, setting.repeats)
+        times = take_turns(works, setting.repeats)
         lookups = _lookups(Path(place) / "many", keys)
     chunk = next(entry for entry in held if isinstance(entry, ChunkKV))
     return {
-        "ratios": _over_copy(times),
-        "cpu_ratios": _over_copy(cpu),
+        "ratios": {
+            "disk_over_copy": spread(ratios(times, "read", "disk")),
+            "memory_over_copy": spread(ratios(times, "copy", "memory")),
+        },
         "seconds": {name: spread(seconds) for name, seconds in times.items()},
-        "cpu_seconds": {name: spread(seconds) for name, seconds in cpu.items()},
         "bytes": sum(entry.num_bytes for entry in held),
         "lookup": {"keys": keys} | lookups,
         "prefixes": {"tokens": keys} | _matches(keys),
@@ -111,30 +111,10 @@ def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
     from_chunks(ServedBatch.stacked(engine.state, [prompt], [pieces], build("naive")))
 
 
-def _times(
-    works: Mapping[str, Callable[[], object]], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    cpu: dict[str, list[float]] = {name: [] for name in works}
-
-    def clocked(name: str, work: Callable[[], object]) -> None:
-        start = time.process_time()
-        work()
-        cpu[name].append(time.process_time() - start)
-
-    wall = take_turns({name: partial(clocked, name, work) for name, work in works.items()}, repeats)
-    return wall, {name: seconds[-repeats:] for name, seconds in cpu.items()}
-
-
-def _over_copy(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    copies = {"disk": "read", "memory": "copy"}
-    return {f"{n}_over_copy": spread(ratios(times, copy, n)) for n, copy in copies.items()}
-
-
-def _read(files: list[Path], buffers: list[memoryview]) -> None:
+def _read(files: list[Path], buffers: list[bytearray]) -> None:
     for path, buffer in zip(files, buffers, strict=True):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.preadv(descriptor, [buffer], 0)
-        os.close(descriptor)
+        with path.open("rb", buffering=0) as file:
+            file.readinto(buffer)
 
 
 def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:
@@ -149,13 +129,9 @@ def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:
     keys = [chunk_key(kv.fingerprint, [n]) for n in range(timed)]
     for key in keys[::2]:
         store.put(key, kv)
-    times: dict[str, list[float]] = {name: [] for name in ("hit", "miss", "hit_cpu", "miss_cpu")}
-    for index, key in enumerate(keys):
-        started, kind = time.thread_time(), "miss" if index % 2 else "hit"
-        lookup = store.lookup(key, kv.token_ids, kv.fingerprint)
-        times[f"{kind}_cpu"].append(time.thread_time() - started)
-        times[kind].append(lookup.lookup_s + lookup.load_s)
-    return _percentiles(times)
+    found = [store.lookup(key, kv.token_ids, kv.fingerprint) for key in keys]
+    seconds = [lookup.lookup_s + lookup.load_s for lookup in found]
+    return _percentiles({"hit": seconds[::2], "miss": seconds[1::2]})
 
 
 def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, float]:
@@ -172,13 +148,12 @@ def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, flo
     while tokens > 0:
         tokens -= tree.insert(cut_exact(cache, 0, prompts[-1], model))
         prompts.append(prompt())
-    times: dict[str, list[float]] = {"match": [], "match_cpu": []}
+    seconds = []
     for token_ids in [prompt() for _ in range(timed)]:
-        wall, cpu = time.perf_counter(), time.thread_time()
+        started = time.perf_counter()
         with tree.match(model, token_ids):
-            times["match"].append(time.perf_counter() - wall)
-            times["match_cpu"].append(time.thread_time() - cpu)
-    return _percentiles(times)
+            seconds.append(time.perf_counter() - started)
+    return _percentiles({"match": seconds})
 
 
 def _percentiles(times: Mapping[str, list[float]]) -> dict[str, float]:
