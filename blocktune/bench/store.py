@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,31 +70,28 @@ def bench_store(
         "bytes": sum(entry.num_bytes for entry in held),
         "lookup": {"keys": keys} | lookups,
         "prefixes": {"tokens": keys} | _matches(keys),
-        "codecs": {codec: codec_error(chunk, codec, disk.state.rope)._asdict() for codec in CODECS},
+        "codecs": {codec: codec_error(chunk, codec, disk.state.rope) for codec in CODECS},
         "setting": asdict(setting),
         "provenance": provenance(),
     }
 
 
-class CodecError(NamedTuple):
-    """Size and error of a codec. Errors are relative root mean squares over all layers."""
+def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> dict[str, float]:
+    """Bytes per token of a chunk's file, and root mean square errors of its keys and values.
 
-    bytes_per_token: float  # of the tensors in a file
-    key_error: float  # of the rotated keys
-    value_error: float
-
-
-def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> CodecError:
-    """Measures size and error of a codec on one chunk."""
+    Errors are relative, over all layers; keys are rotated.
+    """
     tensors, decoded = encoded(entry, codec, rope)[1], round_trip(entry, codec, rope)
 
     def error(states: tuple[Tensor, ...], lossy: tuple[Tensor, ...]) -> float:
         old, new = (torch.cat([t.flatten() for t in ts]).double() for ts in (states, lossy))
         return float((old - new).norm() / old.norm())
 
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values()) / entry.num_tokens
-    errors = error(entry.keys, decoded.keys), error(entry.values, decoded.values)
-    return CodecError(num_bytes, *errors)
+    return {
+        "bytes_per_token": sum(t.nbytes for t in tensors.values()) / entry.num_tokens,
+        "key_error": error(entry.keys, decoded.keys),
+        "value_error": error(entry.values, decoded.values),
+    }
 
 
 def _keep_freed_memory() -> None:

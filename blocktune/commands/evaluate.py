@@ -132,7 +132,7 @@ def arena(
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize, method=chosen)
     for exam in exams:
         with resumable(f"the rows so far are in {output}"):
-            path = run_exam(engine, chosen, exam, output, limit=limit, port=port)
+            path = run_exam(engine, chosen, exam, output, limit, port)
         summary = json.loads(path.read_text())["summary"]
         score, share = 100 * summary["f1_raw"], summary["recompute_fraction"]
         typer.echo(f"{path}: F1 {score:.1f}, {share:.0%} recomputed, {summary['n']} questions")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import isfinite
@@ -19,7 +19,7 @@ from blocktune.engine.generation import require_numbers
 from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.prepare import Ready
 from blocktune.evaluation.results import mean_of
-from blocktune.methods import build
+from blocktune.methods import Method, build
 
 
 class Agreement(NamedTuple):
@@ -70,20 +70,20 @@ def forced_logits(
     return [int(token[0]) for token in tokens], torch.stack(logits)
 
 
-def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[str, float]]:
+def measure_fidelity(ready: Ready, track: Callable[..., Iterable]) -> dict[str, dict[str, float]]:
     """Compares every method with full prefill on the first questions of each task.
 
     Full prefill uses the same weights as the method, so the effect of reuse is measured, not that
-    of tuning. ``step`` follows every prompt. Returns the means of `Agreement` by label.
+    of tuning. ``track`` is `rich.progress.Progress.track`. Returns means of `Agreement` by label.
     """
     suite, caches = ready.suite, CleanCaches()
     asked = [(task, e) for task in suite.tasks for e in ready.of(task, suite.fidelity.num)]
     compared: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in suite.methods}
-    for (task, example), spec in product(asked, suite.methods):
+    pairs = list(product(asked, suite.methods))
+    for (task, example), spec in track(pairs, description="fidelity"):
         engine, method = ready.engine(spec, task), ready.methods[spec.label]
         caches.prepare(engine, method, [example])
         compared[spec.label].append(_compare(engine, example, method, suite.fidelity.tokens))
-        step()
     return {label: mean_of(agreements) for label, agreements in compared.items()}
 
 
@@ -136,19 +136,18 @@ def profile_layers(
             f"profiling needs examples and ranges of 1 to {depth} layers; got {len(examples)} "
             f"examples and at most {longest} layers"
         )
-    full = _first_tokens(engine, examples, build("full-prefill"), batch_size)
+
+    def first_tokens(method: Method) -> Tensor:
+        starts = range(0, len(examples), batch_size)
+        logits = [engine.next_logits(examples[a : a + batch_size], method) for a in starts]
+        return torch.cat(logits).float().cpu()
+
+    full = first_tokens(build("full-prefill"))
     ranges = [(first, n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     tried = []
     for first, length in progress(ranges):
         method = build("droidspeak", first_layer=first, ratio=length / depth)
-        served = _first_tokens(engine, examples, method, batch_size)
-        kl, top1, _ = agreement(full, served)
+        kl, top1, _ = agreement(full, first_tokens(method))
         tried.append(ProfiledRange(first, length, length / depth, kl, top1))
     least = {n: min(r.divergence for r in tried if r.num_layers <= n) for _, n in ranges}
     return [replace(r, efficient=r.divergence <= least[r.num_layers]) for r in tried]
-
-
-def _first_tokens(engine: Engine, examples, method, batch_size: int) -> torch.Tensor:
-    starts = range(0, len(examples), batch_size)
-    logits = [engine.next_logits(examples[a : a + batch_size], method) for a in starts]
-    return torch.cat(logits).float().cpu()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
@@ -16,7 +16,7 @@ from blocktune.evaluation.rows import scores_of
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
-from blocktune.models.identity import adapter_fingerprint, base_fingerprint, digest_of
+from blocktune.models.identity import adapter_fingerprint, base_fingerprint
 from blocktune.models.load import adapter_folder
 from blocktune.prompt import PromptFormat, make_pieces
 
@@ -26,14 +26,6 @@ Load = Callable[[Suite, str | None], Any]  # ``(suite, adapter) -> engine``
 Worded = Mapping[tuple[str | None, str], Any]  # engines in a task's wording by (adapter, task)
 
 
-class TaskQuestion(NamedTuple):
-    """An example, its task, and a name for it in case it has no id."""
-
-    task: TaskSpec
-    example: RagExample
-    name: str
-
-
 @dataclass(frozen=True)
 class Ready:
     """A suite that is loaded, checked and ready to run."""
@@ -41,7 +33,7 @@ class Ready:
     suite: Suite  # the suite itself
     methods: Mapping[str, Method]  # label -> built method
     engines: Mapping[str | None, Any]  # by adapter (None: base); all loaded, to be timed in turns
-    questions: tuple[TaskQuestion, ...]  # questions of all tasks, in order
+    questions: tuple[tuple[TaskSpec, RagExample], ...]  # of all tasks, in order
     timed: tuple[RagExample, ...]  # examples to time; empty without timing
     worded: Worded
 
@@ -51,7 +43,7 @@ class Ready:
 
     def of(self, task: TaskSpec, limit: int | None = None) -> list[RagExample]:
         """The examples of a task, at most ``limit``."""
-        return [q.example for q in self.questions if q.task is task][:limit]
+        return [example for own, example in self.questions if own is task][:limit]
 
     def fingerprints(self) -> dict[str, Any]:
         """Digests of the base model and of adapters that are not releases, for the provenance."""
@@ -84,7 +76,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     engines = {adapter: load(suite, adapter) for adapter in adapters}
     tokenizer = next(iter(engines.values())).tokenizer
     questions, worded = _questions(suite, tokenizer), _worded(suite, engines)
-    first = [example for task, example, _ in questions if task is suite.tasks[0]]
+    first = [example for task, example in questions if task is suite.tasks[0]]
     timed = _timed(suite, first, tokenizer)
     tell_rewording(engines, worded)
     ready = Ready(suite, methods, engines, questions, timed, worded)
@@ -122,25 +114,23 @@ def _differing(first: PromptFormat, second: PromptFormat) -> str:
     return ", ".join(key for key in after if after[key] != before[key])
 
 
-def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
+def _questions(suite: Suite, tokenizer: Any) -> tuple[tuple[TaskSpec, RagExample], ...]:
     questions = []
     for task in suite.tasks:
         source = task.full_source()
         examples, lost = load_examples(source, limit=task.limit, tokenizer=tokenizer), []
-        for index, example in enumerate(examples):
+        for number, example in enumerate(examples, start=1):
+            score = partial(scores_of, task, example=example, tokenizer=tokenizer)
+            answers = example.answers
             try:
-                scores_of(task, "", example, tokenizer)  # outputs may be blank
-                hits = (
-                    scores_of(task, a, example, tokenizer)[task.metric] for a in example.answers
-                )
-                is_lost = bool(example.answers) and not any(hits)
+                score("")  # outputs may be blank
+                is_lost = bool(answers) and not any(score(a)[task.metric] for a in answers)
             except ValueError as error:
-                place = f"{source}: question {index + 1}"
+                place = f"{source}: question {number}"
                 raise ValueError(f"{place} cannot be scored: {error}") from None
             if is_lost:
-                lost.append(f"{example.answers[0]!r:.60} of question {index + 1}")
-            name = digest_of([example.question, example.answers])  # files may be cut or reordered
-            questions.append(TaskQuestion(task, example, f"{task.name}/{name}"))
+                lost.append(f"{answers[0]!r:.60} of question {number}")
+            questions.append((task, example))
         if lost:
             logger.warning(
                 "task '%s': for %d of %d questions even the accepted answer scores 0 by %s, such "
@@ -162,7 +152,7 @@ def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[Ra
 def _check_fit(ready: Ready) -> None:
     """Checks that all prompts fit into the context, once per adapter, wording and layout."""
     done, first = set(), ready.suite.tasks[0]
-    prompts = [(task, example, task.max_new_tokens) for task, example, _ in ready.questions]
+    prompts = [(task, example, task.max_new_tokens) for task, example in ready.questions]
     prompts += [(first, example, 1) for example in ready.timed]
     for spec in ready.suite.methods:
         method = ready.methods[spec.label]
@@ -177,9 +167,9 @@ def _check_fit(ready: Ready) -> None:
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     """Checks that all engines build the same, well-formed prompt for a question, mode tags aside.
 
-    Raises ValueError if the prompt does not begin with BOS, or repeats it, where the tokenizer or
-    its template adds one; if the assistant's turn is not open; or if prompts differ. The first two
-    lower the scores of full prefill most, so reuse would seem to lose nothing.
+    Raises ValueError if the prompt lacks or repeats the BOS that the tokenizer or its template
+    adds, if the assistant's turn is not open, or if prompts differ. The first two lower the scores
+    of full prefill most, so reuse would seem to lose nothing.
     """
 
     def ids(engine: Any, words: PromptFormat) -> tuple[int, ...]:
@@ -195,9 +185,8 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
             fields = _differing(*(engines[key].format.untagged for key in (name, first)))
             reason = f"their wordings differ in {fields}" if fields else "their tokenizers differ"
             raise ValueError(
-                f"'{name}' and '{first}' build different prompts of the same question, so their "
-                f"scores cannot be compared ({reason}); set the wording in the task's prompt for "
-                f"both, or train with it"
+                f"'{name}' and '{first}' build different prompts of the same question ({reason}); "
+                "set the wording in the task's prompt for both, or train with it"
             )
 
 
@@ -212,9 +201,9 @@ def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
         wanted = max(own, asked[0].count(tokenizer.bos_token))
         if ids.count(bos) != wanted or (wanted and ids[0] != bos):
             raise ValueError(
-                f"the prompt should open with {tokenizer.bos_token!r} and hold it {wanted} times, "
-                f"as the model was trained; it opens with {tokenizer.decode(ids[:1])!r} and holds "
-                f"it {ids.count(bos)} times; view it with `blocktune answer --show-prompt`"
+                f"the prompt should open with {tokenizer.bos_token!r} and hold it {wanted} times; "
+                f"it opens with {tokenizer.decode(ids[:1])!r} and holds it {ids.count(bos)} times; "
+                "view it with `blocktune answer --show-prompt`"
             )
     # White space is ignored, because some tokenizers do not restore it in decoding.
     opened, closed = ("".join(text.split()) for text in asked)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from blocktune.data.worlds import QUESTION_KINDS
-from blocktune.evaluation import significance
 from blocktune.evaluation.metrics import METRICS, AdjustedF1, adjusted_f1
 from blocktune.evaluation.rows import COMMON, Row
+from blocktune.evaluation.significance import comparisons, mean_interval, recovered_gap
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
 
 RESULTS = "results.json"
-ORACLE, FLOOR = "full-prefill", "naive"
+ORACLE, FLOOR, NOTHING = "full-prefill", "naive", "no-context"
 NUM_BINS = 5
 MIN_ROWS = 5  # bins with fewer questions are left out
 NEAR = 0.02
@@ -93,16 +94,15 @@ def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
 
 def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
     """Row indices by kind of question (worlds' from easy to hard), or by task if not split."""
-    ranks = {kind: rank for rank, kind in enumerate(QUESTION_KINDS)}
-    order = {task.name: rank for rank, task in enumerate(suite.tasks)}
+    order, ranks = [task.name for task in suite.tasks], list(QUESTION_KINDS)
     groups: dict[tuple[int, int, str], list[int]] = {}
     for index, row in enumerate(rows):
-        place = order[row.task]
+        place = order.index(row.task)
         kind = row.kind if suite.tasks[place].by_kind and row.kind != row.task else ""
         name = "/".join(filter(None, [row.task if len(order) > 1 or not kind else "", kind]))
-        groups.setdefault((place, ranks.get(kind, len(ranks)), name), []).append(index)
-    ranked = sorted(groups.items(), key=lambda group: group[0][:2])
-    return {name: members for (_, _, name), members in ranked}
+        rank = ranks.index(kind) if kind in ranks else len(ranks)
+        groups.setdefault((place, rank, name), []).append(index)
+    return {key[2]: groups[key] for key in sorted(groups, key=itemgetter(0, 1))}
 
 
 def plain_label(results: Mapping[str, Any], name: str) -> str | None:
@@ -185,16 +185,16 @@ def summarize(
     f1 = {label: [row.f1 for row in own] for label, own in rows.items()}
     pairs = {pair: [scores[label] for label in pair] for pair in combinations(rows, 2)}
     minus: dict[str, dict[str, Any]] = {label: {} for label in rows}
-    for (one, other), test in significance.comparisons(pairs, seed).items():
+    for (one, other), test in comparisons(pairs, seed).items():
         low, high = test["ci95"]
         minus[one][other] = test
         minus[other][one] = test | {"mean": 0 - test["mean"], "ci95": [0 - high, 0 - low]}
     summaries = {}
     for label, own in rows.items():
         per_question = ([row.em for row in own], f1[label], scores[label])
-        em, raw, score = map(significance.mean_interval, per_question)
+        em, raw, score = map(mean_interval, per_question)
         ends = [scores[naive], scores[full]] if full and naive else None
-        gap = ends and significance.recovered_gap(scores[label], *ends)
+        gap = ends and recovered_gap(scores[label], *ends)
         adjusted = adjusted_f1(f1[label], f1[full]) if full else AdjustedF1(None, None, None)
         summaries[label] = {
             "em": em.mean,
@@ -232,9 +232,8 @@ def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """Scores of every method by position of the evidence and by context length.
 
-    Questions are sorted into bins of equal size by ``place`` (0: first chunk, 1: last chunk) and by
-    ``context_tokens``. Each is ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``, and
-    empty if all questions have the same value. Rows are as in `summarize`.
+    In bins of equal size by ``place`` (0: first chunk, 1: last) and ``context_tokens``: ``[{"from",
+    "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``, or [] if all questions have the same value.
     """
     first, *_ = rows.values()
     questions = zip(*rows.values(), strict=True)
@@ -257,10 +256,8 @@ def _sweep(rows: Mapping[str, Sequence[Row]], by: Sequence[float | None]) -> lis
     for number in range(len(edges) - 1):
         members = known[bins == number]
         if len(members) >= MIN_ROWS:
-            scores = {}
-            for label, own in rows.items():
-                mean = significance.mean_interval([own[i].score for i in members])
-                scores[label] = {"score": mean.mean, "ci95": mean.ci95}
+            means = {n: mean_interval([own[i].score for i in members]) for n, own in rows.items()}
+            scores = {n: {"score": mean.mean, "ci95": mean.ci95} for n, mean in means.items()}
             span = {"from": float(values[members].min()), "to": float(values[members].max())}
             cells.append(span | {"n": len(members), "scores": scores})
     return cells

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
@@ -20,7 +20,15 @@ from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.results import RESULTS, build_results
-from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, make_row, row_key
+from blocktune.evaluation.rows import (
+    ROWS,
+    Row,
+    RowFile,
+    code_digest,
+    make_row,
+    question_id,
+    row_key,
+)
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import alone_in, replace_json
@@ -28,7 +36,6 @@ from blocktune.models.identity import digest_of
 from blocktune.parsing import load_json
 from blocktune.provenance import hardware, provenance, versions
 
-Item = TypeVar("Item")
 PATIENCE = timedelta(days=7)  # longest time that one process waits for another
 
 
@@ -46,7 +53,7 @@ class Processes:
         """Whether this process merges the answers, measures times and writes the results."""
         return self.rank == 0
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+    def share(self, items: Sequence) -> Sequence:
         """This process's share of ``items``; every process must pass the same sequence."""
         return items[self.rank :: self.count]
 
@@ -77,18 +84,17 @@ def run_suite(
     *,
     command: list[str] | None = None,
     load: Load = load_engine,
-    processes: Processes | None = None,
 ) -> dict[str, Any] | None:
     """Answers, scores and times all questions of a suite. An interrupted run resumes.
 
     Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
     content of ``results.json`` (see `build_results`), or None except in the main process.
-    ``command`` is recorded (default: ``sys.argv``); ``processes`` are by default the launcher's.
+    ``command`` is recorded (default: ``sys.argv``).
 
     Raises ValueError, before the first question, if something cannot be run, or ``output`` has
     answers to questions that this run does not ask and would delete.
     """
-    processes = processes or launched()
+    processes = launched()
     if processes.device is not None:
         suite = replace(suite, device=processes.device)
     output, ready = Path(output), prepare(suite, load)
@@ -115,10 +121,8 @@ def _run(
             measure = partial(_time_all, ready, progress)
             times = _measure_once(output / "ttft.json", suite, rows, measure)
         if suite.fidelity.num:
-            asked = sum(len(ready.of(task, suite.fidelity.num)) for task in suite.tasks)
-            bar = progress.add_task("fidelity", total=asked * len(rows))
-            compare = partial(measure_fidelity, ready, lambda: progress.advance(bar))
-            fidelity = _measure_once(output / "fidelity.json", suite, rows, compare)
+            measure = partial(measure_fidelity, ready, progress.track)
+            fidelity = _measure_once(output / "fidelity.json", suite, rows, measure)
     ttft = {label: TtftSummary(*own) for label, own in times.items()}
     origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
     results = build_results(suite, rows, ttft, origin, fidelity)
@@ -134,10 +138,10 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
         code = {name: f"{digest}-{ready.suite.batch_size}" for name, digest in code.items()}
     keys = [
         row_key(spec, task, example, engine.fingerprint, code[task.name], codec)
-        for task, example, _ in ready.questions
+        for task, example in ready.questions
     ]
     file = RowFile(output / ROWS, spec.label, keys, processes.rank)
-    file.refuse_loss((q.task.name, q.example.id or q.name) for q in ready.questions)
+    file.refuse_loss((task.name, question_id(task, e)) for task, e in ready.questions)
     return file
 
 
@@ -150,18 +154,17 @@ def _answer_all(
     work, caches = processes.share([(batch, left) for batch, left in asked if left]), CleanCaches()
     bar = progress.add_task("", total=sum(len(batch) * len(left) for batch, left in work))
     for batch, left in work:
-        questions = [ready.questions[index] for index in batch]
-        task, examples = questions[0].task, [question.example for question in questions]
+        task, examples = ready.questions[batch[0]][0], [ready.questions[i][1] for i in batch]
         how = {"max_new_tokens": task.max_new_tokens, "batch_size": len(examples)}
         for spec in left:
             progress.update(bar, description=spec.label)
-            file, engine = files[spec.label], ready.engine(spec, task)
-            method = ready.methods[spec.label]
+            file, method = files[spec.label], ready.methods[spec.label]
+            engine = ready.engine(spec, task)
             caches.prepare(engine, method, examples)
             answers = engine.answer(examples, method, **how)
             file.append(
-                make_row(file.keys[i], task, asked.example, asked.name, answer, engine, method)
-                for i, asked, answer in zip(batch, questions, answers, strict=True)
+                make_row(file.keys[i], task, example, answer, engine, method)
+                for i, example, answer in zip(batch, examples, answers, strict=True)
             )
             progress.advance(bar, len(batch))
 
@@ -186,8 +189,7 @@ def _time_all(ready: Ready, progress: Progress) -> dict[str, TtftSummary]:
         return answers[0]
 
     methods = {spec.label: partial(ask, spec) for spec in ready.suite.methods}
-    bar = progress.add_task("time to first token", total=len(ready.timed) * len(methods))
-    return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
+    return measure_ttft(methods, progress.track(ready.timed, description="time to first token"))
 
 
 def _measure_once(

@@ -32,8 +32,7 @@ class Point(NamedTuple):
 class TuneSpec:
     """A grid search over a method's parameters.
 
-    Raises ValueError if the grid is empty, its values are not lists, a method cannot be built, or
-    the questions are from a test split.
+    Raises ValueError for a wrong grid, a method that cannot be built, or questions of a test split.
     """
 
     model: str  # path or Hub name of the base model
@@ -69,11 +68,9 @@ class TuneSpec:
     def suite(self) -> Suite:
         """The run as a suite with one method per point, without timing."""
         keys = ("model", "dtype", "quantize", "device", "seed", "batch_size")
-        methods = tuple(
-            MethodSpec(**p.entry, adapter=self.adapter, label=p.label) for p in self.points()
-        )
         given = {key: getattr(self, key) for key in keys}
-        return Suite(**given, methods=methods, tasks=(self.task,), ttft=TtftSpec(num=0))
+        specs = [MethodSpec(**p.entry, adapter=self.adapter, label=p.label) for p in self.points()]
+        return Suite(**given, methods=tuple(specs), tasks=(self.task,), ttft=TtftSpec(num=0))
 
 
 def load_tuning(path: str | Path) -> TuneSpec:
@@ -105,9 +102,8 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     entry.setdefault("name", entry.get("preset"))
     for path, value in chosen.items():
         *outer, last = str(path).split(".")
-        outer = outer or ([] if last in ENTRY_KEYS else ["params"])
         inner = entry
-        for key in outer:
+        for key in outer or ([] if last in ENTRY_KEYS else ["params"]):
             inner = inner.setdefault(key, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"grid '{path}': '{key}' must be a mapping, got {inner!r}")
@@ -126,14 +122,12 @@ def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | Non
     results = run_suite(spec.suite(), output, **how)
     if results is None:
         return None
-    kept = ("score", "score_ci95", "n", "recompute_ratio")
-    points = [
-        point._asdict() | {key: results["methods"][point.label][key] for key in kept}
-        for point in spec.points()
-    ]
+    points, kept = [], ("score", "score_ci95", "n", "recompute_ratio")
+    for point in spec.points():
+        found = results["methods"][point.label]
+        points.append(point._asdict() | {key: found[key] for key in kept})
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
     task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
-    tuned = {"best": points[0], "points": points, "task": task}
-    tuned["provenance"] = results["provenance"]
+    tuned = {"best": points[0], "points": points, "task": task, "provenance": results["provenance"]}
     replace_json(Path(output) / TUNED, tuned)
     return tuned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from statistics import median
@@ -25,9 +25,7 @@ class TtftSummary(NamedTuple):
 
 
 def measure_ttft(
-    methods: Mapping[str, Callable[[RagExample, RagExample], Any]],
-    examples: Sequence[RagExample],
-    step: Callable[[], None] = lambda: None,
+    methods: Mapping[str, Callable[[RagExample, RagExample], Any]], examples: Iterable[RagExample]
 ) -> dict[str, TtftSummary]:
     """Measures every method on every example, in turn, so that machine drift affects all alike.
 
@@ -36,7 +34,7 @@ def measure_ttft(
     one more. This is the typical case of reuse: all chunks are cached, but the prompt as a whole is
     not, so an exact prefix cache only finds its usual prefix. The order of methods rotates.
 
-    Methods return the engine's `Answer` to the example with one new token; ``step`` follows each.
+    Methods return the engine's `Answer` to the example with one new token.
     """
     usages: dict[str, list[Any]] = {label: [] for label in methods}
     for turn, example in enumerate(examples):
@@ -46,7 +44,6 @@ def measure_ttft(
         earlier = replace(example, chunks=chunks, supporting=())
         for label in np.roll(list(methods), -turn).tolist():
             usages[label].append(methods[label](earlier, example).usage)
-            step()
     summaries = {}
     for label, own in usages.items():
         q25, middle, q75 = np.quantile([usage.ttft_s for usage in own], [0.25, 0.5, 0.75]).tolist()
@@ -62,8 +59,7 @@ def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[R
     """
     if chunks is None:
         return list(examples[:num])
-    held = sum(len(example.chunks) for example in examples)
-    if held < chunks:
+    if (held := sum(len(example.chunks) for example in examples)) < chunks:
         raise ValueError(
             f"ttft needs prompts of {chunks} chunks, the task holds only {held}; lower 'chunks' of "
             "ttft in the suite, or give the task more questions"

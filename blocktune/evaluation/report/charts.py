@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from blocktune.evaluation.report import style
 from blocktune.evaluation.report.style import Ground, mark
-from blocktune.evaluation.results import FLOOR, ORACLE
+from blocktune.evaluation.results import FLOOR, NOTHING, ORACLE
 
 Results = Mapping[str, Any]
 Cell = Mapping[str, Any]  # ``score`` with ``score_ci95``, and more
@@ -50,12 +50,10 @@ class Chart(NamedTuple):
 
 def charts_of(results: Results) -> list[Chart]:
     """The charts that these results have data for."""
-    costs = [cost for cost in ("ttft_s", "recompute_ratio") if cost in results["budget"]["pareto"]]
-    charts = [cost_chart(results["methods"], results["budget"]["pareto"], cost) for cost in costs]
-    charts += [
-        _group_chart(results["methods"], group, cells)
-        for group, cells in groups_of(results["methods"]).items()
-    ]
+    methods, pareto = results["methods"], results["budget"]["pareto"]
+    costs = [cost for cost in ("ttft_s", "recompute_ratio") if cost in pareto]
+    charts = [cost_chart(methods, pareto, cost) for cost in costs]
+    charts += [_group_chart(methods, *group) for group in groups_of(methods).items()]
     return charts + [_sweep_chart(results, name) for name in _SWEEPS if results["sweeps"][name]]
 
 
@@ -77,8 +75,8 @@ def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], 
     about = f"Score of every method against its {name}; up and left is better. The grey line is "
     about += "the Pareto front, the best score at each cost. Bars are 95 % intervals."
     fill = partial(_draw_costs, methods=methods, cost=cost, front=pareto[cost])
-    height = 3.4 + 0.06 * len(methods)
-    return Chart(f"score-by-{cost}", f"Score against {name}", about, fill, height)
+    title, height = f"Score against {name}", 3.4 + 0.06 * len(methods)
+    return Chart(f"score-by-{cost}", title, about, fill, height)
 
 
 def _draw_costs(
@@ -88,8 +86,8 @@ def _draw_costs(
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
-    limits = _limits(methods, {label: [summary] for label, summary in methods.items()})
-    start = style.zoom(axes, ground, limits, "score")
+    ends = _ends(methods, {label: [summary] for label, summary in methods.items()})
+    start = style.zoom(axes, ends, "score")
     largest = max(0.05, *places.values())
     axes.set_xlim(-0.04 * largest, 1.05 * largest)
     if factor == 1:
@@ -115,8 +113,8 @@ def _group_chart(methods: Mapping[str, Cell], group: str, cells: Mapping[str, Ce
 def _draw_rows(
     axes: Axes, ground: Ground, methods: Mapping[str, Cell], cells: Mapping[str, Cell]
 ) -> None:
-    limits = _limits(methods, {label: m["tasks"].values() for label, m in methods.items()})
-    start = style.zoom(axes, ground, limits, "score", axis="x")
+    ends = _ends(methods, {label: m["tasks"].values() for label, m in methods.items()})
+    start = style.zoom(axes, ends, "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
         _draw_score(axes, mark(ground, label), cell, row, start, axis="x")
         axes.annotate(
@@ -142,7 +140,7 @@ def _sweep_chart(results: Results, name: str) -> Chart:
     def fill(axes: Axes, ground: Ground) -> None:
         places, ends = [(b["from"] + b["to"]) / 2 for b in bins], {}
         cells = {method: [b["scores"][method] for b in bins] for method in methods}
-        start = style.zoom(axes, ground, _limits(methods, cells, "ci95"), "score")
+        start = style.zoom(axes, _ends(methods, cells, "ci95"), "score")
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # separates bars
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
@@ -166,7 +164,7 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"
     titles = {task["title"] for task in results["tasks"].values()}
-    metric = "Score" if len(titles) > 1 else next(iter(titles))
+    metric = "Score" if len(titles) > 1 else titles.pop()
     metric = "Exact match" if metric == "EM" else metric
 
     def draw(figure: Figure, ground: Ground) -> None:
@@ -203,12 +201,12 @@ def _named(label: str, score: float, start: float) -> str:
     return label if score >= start else f"{label} ({100 * score:.0f} %)"
 
 
-def _limits(
+def _ends(
     methods: Mapping[str, Cell], cells: Mapping[str, Iterable[Cell]], key: str = "score_ci95"
-) -> tuple[float, float]:
-    """Range of an axis of scores around all intervals, but those of ``no-context``."""
-    kept = [label for label in cells if methods[label]["method"] != "no-context"]
-    return style.zoomed([end for label in kept for cell in cells[label] for end in cell[key]])
+) -> list[float]:
+    """The ends of all intervals, but those of ``no-context``."""
+    kept = [label for label in cells if methods[label]["method"] != NOTHING]
+    return [end for label in kept for cell in cells[label] for end in cell[key]]
 
 
 def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Style of the charts: a colour and marker per method, direct labels, marked zoomed axes."""
+"""Style of the charts: a colour and marker per method, direct labels, zoomed axes that say so."""
 
 from __future__ import annotations
 
@@ -76,11 +76,8 @@ def mark(ground: Ground, label: str) -> dict[str, Any]:
     """
     parts = re.split(r"(?=[ :,])|(?<=[a-z])(?=-\d)", label)
     starts = ["".join(parts[:stop]) for stop in range(len(parts), 0, -1)]
-    number = crc32(label.encode())
-    hashed = (
-        COLOURS[2 + number % (len(COLOURS) - 2)],
-        MARKERS[number // len(COLOURS) % len(MARKERS)],
-    )
+    number, count = crc32(label.encode()), len(COLOURS)
+    hashed = COLOURS[2 + number % (count - 2)], MARKERS[number // count % len(MARKERS)]
     method = next((start for start in starts if start in METHODS), label)
     colour, marker = METHODS.get(method, hashed)
     color = ground.series[COLOURS.index(colour)]
@@ -138,30 +135,21 @@ def zoomed(values: Sequence[float]) -> tuple[float, float]:
     return start if start >= 0.2 else 0.0, end if end <= 0.8 else 1.0
 
 
-def zoom(
-    axes: Axes, ground: Ground, limits: tuple[float, float], name: str, axis: str = "y"
-) -> float:
-    """Sets the range of an axis of shares and returns its start.
+def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> float:
+    """Sets an axis of shares to a range around ``values``, which its label says; returns its start.
 
-    The label names a range that is not 0 to 1. A start above 0 also gets two strokes.
+    A range of 0 to 1 is not said.
     """
-    upright, (start, end) = axis == "y", limits
+    upright, (start, end) = axis == "y", zoomed(values)
     own = axes.yaxis if upright else axes.xaxis
     axes.set(**{f"{axis}lim": (start, end + 0.03 * (end - start))})
-    three = FixedLocator((start, (start + end) / 2, end))
-    own.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if upright else three)
+    separator, ticks = " ", MaxNLocator(6, steps=[1, 2, 5, 10])
+    if not upright:
+        separator, ticks = "\n", FixedLocator((start, (start + end) / 2, end))
+    own.set_major_locator(ticks)
     as_share(own)
-    if limits != (0, 1):
-        shown = f"axis from {100 * start:.0f} to {100 * end:.0f} %"
-        name = f"{name} ({shown})" if upright and name else f"{name}\n({shown})".lstrip()
-    if start:
-        stroke = ((-1, -0.6), (1, 0.6))
-        for at in (0.04, 0.065):
-            axes.plot(
-                *((0, at) if upright else (at, 0)), clip_on=False, zorder=5, color=ground.ink,
-                marker=stroke if upright else [pair[::-1] for pair in stroke], markersize=8,
-                transform=axes.transAxes,
-            )  # fmt: skip
+    if (start, end) != (0, 1):
+        name += f"{separator}(axis from {100 * start:.0f} to {100 * end:.0f} %)"
     own.set_label_text(name)
     return start
 
