@@ -31,10 +31,8 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
     ``share_of_matmul`` is the share of the measured matmul rate.
     """
     if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
-        raise ValueError(
-            f"the benchmark needs at least two whole chunks; {tokens} tokens are not a multiple of "
-            f"chunks of {chunk}: choose tokens = n * chunk, n >= 2"
-        )
+        wanted = f"tokens must be two or more whole chunks of {chunk}, got {tokens}"
+        raise ValueError(f"{wanted}; choose tokens = n * chunk, n >= 2")
     block = (0,) * chunk
     layout = lay_out(Pieces((), (block,) * (tokens // chunk - 1), block), LayoutSpec()).layout
     mask = dense_mask(layout)

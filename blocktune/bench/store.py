@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,10 +117,8 @@ def _read(files: list[Path], buffers: list[bytearray]) -> None:
 def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:
     store = ChunkStore(config=StoreConfig(folder=folder, memory=0, disk=1 << 50))
     draw = random.Random(0)
-    rows = (
-        Row(key=f"{draw.getrandbits(256):064x}", size=1000, uses=1, created=n, used=n)
-        for n in range(count)
-    )
+    made = ((f"{draw.getrandbits(256):064x}", n) for n in range(count))
+    rows = (Row(key=key, size=1000, uses=1, created=n, used=n) for key, n in made)
     Ledger(folder / INDEX).fill(rows)
     kv = ChunkKV((torch.ones(1, 4, 8),), (torch.ones(1, 4, 8),), torch.arange(4), "ab" * 32)
     keys = [chunk_key(kv.fingerprint, [n]) for n in range(timed)]
@@ -153,11 +152,8 @@ def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, flo
 
 
 def _percentiles(times: Mapping[str, list[float]]) -> dict[str, float]:
-    return {
-        f"{name}_p{percent}_s": sorted(seconds)[len(seconds) * percent // 100]
-        for name, seconds in times.items()
-        for percent in (50, 99)
-    }
+    pairs = product(times.items(), (50, 99))
+    return {f"{n}_p{p}_s": sorted(own)[len(own) * p // 100] for (n, own), p in pairs}
 
 
 STORE = ReuseBench(width=512, intermediate=512, heads=8, kv_heads=8, layers=12, threads=1)

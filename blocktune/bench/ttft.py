@@ -39,24 +39,19 @@ def bench_ttft(
     The method is the one that the weights were trained for. ``lengths`` are tokens of a prompt with
     its question and one answer token. ``repeats`` rounds are timed, after an untimed one.
 
-    Returns:
-        Method, setting, provenance, and by length: ``cached_over_full`` (median) and its
-        ``spread``; ``seconds`` of ``cached`` and ``full``, see `time_methods`; and ``parts`` of a
-        cached prompt, with ``seconds`` and, on a CPU in float32, the machine's ``limit``:
-        ``lookup``; ``join`` into one cache (copy rate); ``rotate``, the added time of relocating
-        keys (another pass); the ``question`` (FLOPs at the matmul rate, or weights and cache at
-        the copy rate).
+    By length, there are ``cached_over_full`` (median) and its ``spread``; ``seconds`` of ``cached``
+    and ``full``, see `time_methods`; and ``parts`` of a cached prompt, with ``seconds`` and, on a
+    CPU in float32, the machine's ``limit``: ``lookup``; ``join`` into one cache (copy rate);
+    ``rotate``, the added time of relocating keys (another pass); the ``question`` (FLOPs at the
+    matmul rate, or weights and cache at the copy rate).
 
     Raises ValueError if a prompt or the engine's store has no room.
     """
     if min(lengths) - question < 3 or question < 1 or chunk < 1:
-        raise ValueError(
-            f"a prompt of {min(lengths)} tokens has no room for a question of {question}"
-        )
-    if max(lengths) > (longest := engine.prompts.longest):
-        raise ValueError(
-            f"a prompt of {max(lengths)} tokens does not fit, this model's longest is {longest}"
-        )
+        least = min(lengths)
+        raise ValueError(f"a prompt of {least} tokens has no room for a question of {question}")
+    if (most := max(lengths)) > (limit := engine.prompts.longest):
+        raise ValueError(f"a prompt of {most} tokens does not fit, this model's longest is {limit}")
     method = default_method(engine.prompts.trained)
     timed = {}
     with reuse.threads(num_threads), torch.no_grad():
@@ -78,10 +73,8 @@ def _timed(
     run = engine.start([pieces], method)
     usage = reuse.usage_of(engine, pieces, method)
     if usage.chunk_misses:
-        raise ValueError(
-            f"the engine's store has no room for the chunks of {pieces.num_tokens:,} tokens, which "
-            "would be encoded again in each round; give it more memory, or shorter prompts"
-        )
+        prompt = f"the engine's store has no room for the chunks of {pieces.num_tokens:,} tokens"
+        raise ValueError(f"{prompt}; give it more memory, or shorter prompts")
     more = {"question": reuse.query_only(engine.model, run), **_assembling(engine, run)}
     times = reuse.time_methods(engine, pieces, {"cached": method}, repeats, **more)
     pairs = zip(times.pop("relocate"), times["join"], strict=True)

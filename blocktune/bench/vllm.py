@@ -73,8 +73,8 @@ def bench_vllm(setting: VllmBench) -> dict[str, Any]:
     goal = str(min(setting.tokens, key=lambda n: abs(n - GOAL_AT)))
     ratios = {"cached_over_full": lengths[goal]["cached_over_full"], **_growth(lengths)}
     ratios["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
-    record = {"setting": asdict(setting), "found": ratios}
-    return record | {"lengths": lengths, "trace": trace, "provenance": provenance()}
+    record = {"setting": asdict(setting), "found": ratios, "lengths": lengths, "trace": trace}
+    return record | {"provenance": provenance()}
 
 
 def _ids(draw: random.Random, count: int) -> tuple[int, ...]:

@@ -108,9 +108,8 @@ def run_exam(
     head, questions = json.dumps(about | {"code": code_digest(method)}), exam.rows[:limit]
     with resumed(rows_file) as lines:
         if lines[:1] not in ([], [head]):
-            raise ValueError(
-                f"{rows_file} is of other weights, method, questions or code; give another folder"
-            )
+            others = "of other weights, method, questions or code"
+            raise ValueError(f"{rows_file} is {others}; give another folder")
         if not lines:
             append_lines(rows_file, [head])
         answers = {row["_id"]: row for row in map(json.loads, lines[1:])}

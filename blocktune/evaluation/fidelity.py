@@ -33,8 +33,8 @@ class Agreement(NamedTuple):
 def agreement(full: Tensor, own: Tensor) -> Agreement:
     """Compares next-token distributions at the same positions, given as logits ``(T, V)``.
 
-    Tokens that full prefill excludes (a logit of -inf) contribute nothing. Raises ValueError if
-    a logit is NaN or the divergence is not finite.
+    Tokens that full prefill excludes (a logit of -inf) contribute nothing. Raises ValueError if a
+    logit is NaN or the divergence is not finite.
     """
     require_numbers(full)
     require_numbers(own)
@@ -42,10 +42,8 @@ def agreement(full: Tensor, own: Tensor) -> Agreement:
     terms = (wanted.exp() * (wanted - given)).masked_fill(wanted.isneginf(), 0)
     kl = terms.sum(-1).mean().item()
     if not isfinite(kl):
-        raise ValueError(
-            f"the KL divergence from full prefill must be a finite number, got {kl}: logits are "
-            "infinite; try dtype float32"
-        )
+        wanted = f"the KL divergence from full prefill must be a finite number, got {kl}"
+        raise ValueError(f"{wanted}: logits are infinite; try dtype float32")
     same = (wanted.argmax(-1) == given.argmax(-1)).double().mean().item()
     return Agreement(max(0.0, kl), same, len(full))
 
@@ -132,10 +130,8 @@ def profile_layers(
     depth = engine.prompts.num_layers
     longest = depth if most_layers is None else most_layers
     if not examples or not 1 <= longest <= depth:
-        raise ValueError(
-            f"profiling needs examples and ranges of 1 to {depth} layers; got {len(examples)} "
-            f"examples and at most {longest} layers"
-        )
+        got = f"{len(examples)} examples and at most {longest} layers"
+        raise ValueError(f"profiling needs examples and ranges of 1 to {depth} layers; got {got}")
 
     def first_tokens(method: Method) -> Tensor:
         starts = range(0, len(examples), batch_size)

@@ -20,6 +20,7 @@ from blocktune.models.identity import adapter_fingerprint, base_fingerprint
 from blocktune.models.load import adapter_folder
 from blocktune.prompt import PromptFormat, make_pieces
 
+VIEW = "view it with `blocktune answer --show-prompt`"
 logger = logging.getLogger("blocktune")
 
 Load = Callable[[Suite, str | None], Any]  # ``(suite, adapter) -> engine``
@@ -52,10 +53,8 @@ class Ready:
         else:  # adapters are merged into the model; each was checked against the base
             base = next(iter(self.engines.values())).adapter.base_fingerprint
         named = [name for name in self.engines if name is not None and find_release(name) is None]
-        return {
-            "base_fingerprint": base,
-            "adapter_fingerprints": {n: adapter_fingerprint(adapter_folder(n)) for n in named},
-        }
+        adapters = {name: adapter_fingerprint(adapter_folder(name)) for name in named}
+        return {"base_fingerprint": base, "adapter_fingerprints": adapters}
 
 
 def load_engine(suite: Suite, adapter: str | None) -> Engine:
@@ -184,10 +183,8 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
         if prompts[name] != prompts[first]:
             fields = _differing(*(engines[key].format.untagged for key in (name, first)))
             reason = f"their wordings differ in {fields}" if fields else "their tokenizers differ"
-            raise ValueError(
-                f"'{name}' and '{first}' build different prompts of the same question ({reason}); "
-                "set the wording in the task's prompt for both, or train with it"
-            )
+            found = f"'{name}' and '{first}' build different prompts of a question ({reason})"
+            raise ValueError(f"{found}; set the wording in the task's prompt, or train with it")
 
 
 def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
@@ -200,18 +197,14 @@ def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
         own = template is None or bos in tokenizer("a")["input_ids"]  # added to plain text
         wanted = max(own, asked[0].count(tokenizer.bos_token))
         if ids.count(bos) != wanted or (wanted and ids[0] != bos):
-            raise ValueError(
-                f"the prompt should open with {tokenizer.bos_token!r} and hold it {wanted} times; "
-                f"it opens with {tokenizer.decode(ids[:1])!r} and holds it {ids.count(bos)} times; "
-                "view it with `blocktune answer --show-prompt`"
-            )
+            wanted = f"should open with {tokenizer.bos_token!r} and hold it {wanted} times"
+            found = f"opens with {tokenizer.decode(ids[:1])!r} and holds it {ids.count(bos)} times"
+            raise ValueError(f"the prompt {wanted}; it {found}; {VIEW}")
     # White space is ignored, because some tokenizers do not restore it in decoding.
     opened, closed = ("".join(text.split()) for text in asked)
     opening = opened.removeprefix(closed) or opened.rpartition("?")[2]
     ending = "".join(tokenizer.decode(ids[-64:]).split())
     # It need not be at the very end: a template may add an empty thinking block after it.
     if opening not in ending:
-        raise ValueError(
-            f"the prompt must open the assistant's turn with {opening!r}, but it ends with "
-            f"{ending[-40:]!r}; view it with `blocktune answer --show-prompt`"
-        )
+        wanted = f"the prompt must open the assistant's turn with {opening!r}"
+        raise ValueError(f"{wanted}, but it ends with {ending[-40:]!r}; {VIEW}")

@@ -20,10 +20,8 @@ from blocktune.evaluation.ttft import TtftSummary
 
 RESULTS = "results.json"
 ORACLE, FLOOR, NOTHING = "full-prefill", "naive", "no-context"
-NUM_BINS = 5
-MIN_ROWS = 5  # bins with fewer questions are left out
-NEAR = 0.02
-"""Largest difference in the recomputed share of layer-tokens at which budgets count as equal."""
+NUM_BINS, MIN_ROWS = 5, 5  # bins with fewer questions are left out
+NEAR = 0.02  # up to this difference in recomputed shares of layer-tokens, budgets count as equal
 
 
 def build_results(
@@ -47,39 +45,31 @@ def build_results(
     full, naive = map({spec.name: spec.label for spec in plain}.get, (ORACLE, FLOOR))
     seeds = {label: fmean(row.score for row in own) for label, own in rows.items()}
     rows = with_pools(rows, suite.pool)
-    whole = summarize(rows, full, naive, suite.seed)
-    groups = {
-        name: summarize(
-            {label: [own[index] for index in members] for label, own in rows.items()},
-            *(full, naive, suite.seed),
-        )
-        for name, members in _groups(suite, next(iter(rows.values()))).items()
-    }
+    groups = {}
+    for name, members in _groups(suite, next(iter(rows.values()))).items():
+        own_rows = {label: [own[index] for index in members] for label, own in rows.items()}
+        groups[name] = summarize(own_rows, full, naive, suite.seed)
     specs = {spec.label: spec for spec in suite.methods}
     methods = {}
-    for label, summary in whole.items():
+    for label, summary in summarize(rows, full, naive, suite.seed).items():
         members = suite.pool.get(label, [label])
+        first = specs[members[0]]
         methods[label] = {
-            "method": specs[members[0]].name,
-            "adapter": specs[members[0]].adapter,
+            **{"method": first.name, "adapter": first.adapter},
             "seeds": {member: seeds[member] for member in suite.pool.get(label, [])},
             **summary,
-            **_times(ttft.get(members[0]), ttft.get(full)),
+            **_times(ttft.get(first.label), ttft.get(full)),
             "fidelity": mean_of([(fidelity or {}).get(member) for member in members]),
             "tasks": {name: summaries[label] for name, summaries in groups.items()},
         }
-    tasks = {
-        task.name: {key: getattr(task, key) for key in ("metric", "version", "cite")}
-        | {"title": METRICS[task.metric].title, "source": task.full_source()}
-        for task in suite.tasks
-    }
-    return {
-        "methods": methods,
-        "tasks": tasks,
-        "budget": {"pareto": pareto(methods), "matched": matched(methods)},
-        "sweeps": sweeps(rows),
-        "provenance": {"model": suite.model, **provenance, "ci95_of": "em"},  # of which ci95 is
-    }
+    tasks: dict[str, Any] = {}
+    for task in suite.tasks:
+        tasks[task.name] = {key: getattr(task, key) for key in ("metric", "version", "cite")}
+        tasks[task.name] |= {"title": METRICS[task.metric].title, "source": task.full_source()}
+    budget = {"pareto": pareto(methods), "matched": matched(methods)}
+    origin = {"model": suite.model, **provenance, "ci95_of": "em"}  # of which ci95 is
+    results = {"methods": methods, "tasks": tasks, "budget": budget, "sweeps": sweeps(rows)}
+    return results | {"provenance": origin}
 
 
 def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
@@ -196,23 +186,16 @@ def summarize(
         ends = [scores[naive], scores[full]] if full and naive else None
         gap = ends and recovered_gap(scores[label], *ends)
         adjusted = adjusted_f1(f1[label], f1[full]) if full else AdjustedF1(None, None, None)
+        names = [name for name in own[0].scores if all(name in row.scores for row in own)]
         summaries[label] = {
-            "em": em.mean,
-            "f1": raw.mean,
+            **{"em": em.mean, "f1": raw.mean},
             "substring_em": fmean(row.substring_em for row in own),
             "score": score.mean,
-            "scores": {
-                name: fmean(row.scores[name] for row in own)
-                for name in own[0].scores
-                if all(name in row.scores for row in own)
-            },
+            "scores": {name: fmean(row.scores[name] for row in own) for name in names},
             "adjusted_f1": adjusted.mean,
             "n_kept": adjusted.num_kept,
             "adjusted_f1_bias": adjusted.bias,
-            "ci95": em.ci95,
-            "f1_ci95": raw.ci95,
-            "score_ci95": score.ci95,
-            "n": len(own),
+            **{"ci95": em.ci95, "f1_ci95": raw.ci95, "score_ci95": score.ci95, "n": len(own)},
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
             "flops_over_full_prefill": _flops_over(own, full and rows[full]),
             "score_gap_recovered": gap and gap.mean,
@@ -239,10 +222,8 @@ def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     questions = zip(*rows.values(), strict=True)
     # The longest context that any method read: a baseline may have read none.
     lengths = [max(r.usage.get("context_tokens", 0) for r in same) or None for same in questions]
-    return {
-        "place": _sweep(rows, [row.place for row in first]),
-        "context_tokens": _sweep(rows, lengths),
-    }
+    places = [row.place for row in first]
+    return {"place": _sweep(rows, places), "context_tokens": _sweep(rows, lengths)}
 
 
 def _sweep(rows: Mapping[str, Sequence[Row]], by: Sequence[float | None]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import chain
@@ -104,28 +105,26 @@ def _sources_of(made: type | Callable) -> set[Path]:
     left, files, seen = [first], set(), {blocktune.__name__, *sys.stdlib_module_names}
     while left:
         name = left.pop().partition(".")[0]
-        file = getattr(sys.modules.get(name), "__file__", None)  # a notebook has none
-        if name in seen or (name != first and LIBRARIES.intersection(Path(file or "").parts)):
+        module = sys.modules.get(name)
+        file = Path(getattr(module, "__file__", None) or "")  # a notebook has none
+        if name in seen or (name != first and LIBRARIES.intersection(file.parts)):
             continue
         seen.add(name)
-        folders = getattr(sys.modules.get(name), "__path__", ())
+        folders = getattr(module, "__path__", ())
         own = [path for folder in folders for path in Path(folder).rglob("*.py")]
-        own += [Path(file)] if file and not folders else []
+        own = own if folders or not file.name else [file]
         files.update(own)
         left += chain.from_iterable(map(_imports, own))
     return files
 
 
 def _imports(path: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # compiled, or a template
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
+    with suppress(SyntaxError, ValueError):  # compiled, or a template
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module
 
 
 def row_key(
@@ -203,14 +202,16 @@ class RowFile:
         self._part = folder / f"{label}.part{rank}.jsonl"
         self._rows, self._opened = self._wanted_rows(), False
 
-    def refuse_loss(self, asked: Iterable[tuple[str, str]]) -> None:
-        """Raises ValueError if `merge` would delete answers to other questions (task, id)."""
+    def refuse_loss(self, questions: Iterable[tuple[TaskSpec, RagExample]]) -> None:
+        """Raises ValueError if `merge` would delete answers to other questions."""
+        asked = ((task.name, question_id(task, example)) for task, example in questions)
         whole, *parts = ([(row.task, row.id) for row in read_rows(p)] for p in self._paths())
         # A part may have several rows of one question, from runs of different code.
         if lost := (Counter(whole) | Counter(set(chain(*parts)))) - Counter(asked):
+            others = f"that this run does not ask, such as {min(lost)[1]!r}"
+            fix = "give another output folder, or move this one away"
             raise ValueError(
-                f"'{self.path}' has answers to {lost.total()} questions that this run does not "
-                f"ask, such as {min(lost)[1]!r}; give another output folder, or move this one away"
+                f"'{self.path}' has answers to {lost.total()} questions {others}; {fix}"
             )
 
     def lacks(self, indices: Iterable[int]) -> bool:
@@ -264,9 +265,8 @@ def read_rows(path: Path) -> Iterator[Row]:
                 raise ValueError("its score, em and f1 must be from 0 to 1")
             yield row
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not a row of this version ({error}); move it away"
-            ) from None
+            reason = f"not a row of this version ({error}); move it away"
+            raise ValueError(f"{path}, line {number}: {reason}") from None
 
 
 def _line(row: Row) -> str:

@@ -20,15 +20,7 @@ from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.results import RESULTS, build_results
-from blocktune.evaluation.rows import (
-    ROWS,
-    Row,
-    RowFile,
-    code_digest,
-    make_row,
-    question_id,
-    row_key,
-)
+from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import alone_in, replace_json
@@ -136,12 +128,10 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
     code = {t.name: code_digest(method, {t.metric, *t.metrics}) for t in ready.suite.tasks}
     if method.history is not None:  # what a prompt finds depends on the batches before it
         code = {name: f"{digest}-{ready.suite.batch_size}" for name, digest in code.items()}
-    keys = [
-        row_key(spec, task, example, engine.fingerprint, code[task.name], codec)
-        for task, example in ready.questions
-    ]
+    weights, asked = engine.fingerprint, ready.questions
+    keys = [row_key(spec, task, own, weights, code[task.name], codec) for task, own in asked]
     file = RowFile(output / ROWS, spec.label, keys, processes.rank)
-    file.refuse_loss((task.name, question_id(task, e)) for task, e in ready.questions)
+    file.refuse_loss(asked)
     return file
 
 

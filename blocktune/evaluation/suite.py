@@ -257,5 +257,5 @@ def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     if variant not in variants:
         known = ", ".join(variants) or "none"
         raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
-    named = {"name": f"{values.get('name')}-{variant}"}
-    return values | named | dict(mapping(variants[variant], str(path)))
+    values["name"] = f"{values.get('name')}-{variant}"
+    return values | dict(mapping(variants[variant], str(path)))

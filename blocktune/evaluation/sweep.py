@@ -53,8 +53,8 @@ class TuneSpec:
         if not self.grid:
             raise ValueError("grid must name at least one parameter with its values")
         for path, values in self.grid.items():
-            values = list(map(str, entries(values, f"grid '{path}'")))
-            refuse_doubles(f"grid '{path}': value", values, "try it once")
+            texts = list(map(str, entries(values, f"grid '{path}'")))
+            refuse_doubles(f"grid '{path}': value", texts, "try it once")
         for point in self.points():
             build_entry(point.entry)  # raises on a wrong name or value before anything runs
 
@@ -90,10 +90,8 @@ def refuse_test(source: str) -> None:
     """Raises ValueError if ``source`` is a test split, see `is_test_split`."""
     name = source.partition("?")[0]
     if is_test_split(source, CATALOG[name].split if name in CATALOG else None):
-        raise ValueError(
-            f"'{source}' is a test split; parameters are tuned on held-out questions, such as "
-            "'worlds:dev', and compared on the test split once"
-        )
+        wanted = "parameters are tuned on held-out questions, such as 'worlds:dev'"
+        raise ValueError(f"'{source}' is a test split; {wanted}, and compared on it once")
 
 
 def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,10 +60,8 @@ def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[R
     if chunks is None:
         return list(examples[:num])
     if (held := sum(len(example.chunks) for example in examples)) < chunks:
-        raise ValueError(
-            f"ttft needs prompts of {chunks} chunks, the task holds only {held}; lower 'chunks' of "
-            "ttft in the suite, or give the task more questions"
-        )
+        wanted = f"ttft needs prompts of {chunks} chunks, the task holds only {held}"
+        raise ValueError(f"{wanted}; lower 'chunks' of ttft, or give the task more questions")
     filled = []
     for index, example in enumerate(examples[:num]):
         following = (c for e in (*examples[index:], *examples[:index]) for c in e.chunks)

@@ -76,7 +76,9 @@ def test_the_default_setting():
 
 
 def test_a_prompt_without_room_is_refused():
-    with pytest.raises(ValueError, match="needs two chunks and a question; 512 tokens hold no two"):
+    with pytest.raises(
+        ValueError, match="needs two chunks of 512 and a question of 64, got 512 tokens; give"
+    ):
         ReuseBench(tokens=512, chunk=512)
 
 

@@ -17,10 +17,8 @@ from blocktune.evaluation.results import FLOOR, NOTHING, ORACLE
 
 Results = Mapping[str, Any]
 Cell = Mapping[str, Any]  # ``score`` with ``score_ci95``, and more
-MOST_LINES = 8
-"""Largest number of lines in a chart; of more methods, the baselines and the Pareto front."""
-MOST_GROUPS = 6
-"""Largest number of tasks or kinds of questions side by side; of more, the mean over all."""
+MOST_LINES = 8  # in a chart; of more methods, the baselines and the Pareto front
+MOST_GROUPS = 6  # tasks or kinds of questions side by side; of more, the mean over all
 _SWEEPS = {
     "place": ("Position of the evidence", "position among the chunks, first to last"),
     "context_tokens": ("Length of the context", "context length, tokens"),
@@ -57,16 +55,12 @@ def charts_of(results: Results) -> list[Chart]:
     return charts + [_sweep_chart(results, name) for name in _SWEEPS if results["sweeps"][name]]
 
 
-def groups_of(methods: Mapping[str, Cell]) -> dict[str, Mapping[str, Cell]]:
-    """Scores by task, or kind of questions, and by method."""
+def groups_of(methods: Mapping[str, Cell], most: int | None = None) -> dict[str, Any]:
+    """Scores by task, or kind of questions, and method; of more than ``most``, ``all`` as one."""
     names = next(iter(methods.values()))["tasks"]
+    if most is not None and len(names) > most:
+        return {"all": methods}
     return {name: {label: m["tasks"][name] for label, m in methods.items()} for name in names}
-
-
-def shown_groups(methods: Mapping[str, Cell]) -> dict[str, Mapping[str, Cell]]:
-    """The groups that fit side by side, or else ``all`` questions as the only one."""
-    groups = groups_of(methods)
-    return groups if len(groups) <= MOST_GROUPS else {"all": methods}
 
 
 def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], cost: str) -> Chart:
@@ -134,8 +128,8 @@ def _sweep_chart(results: Results, name: str) -> Chart:
     methods = results["methods"]
     if len(methods) > MOST_LINES:
         front = results["budget"]["pareto"]["recompute_ratio"]
-        kept = (n for n, m in methods.items() if n in front or m["method"] in (ORACLE, FLOOR))
-        methods = {n: methods[n] for n in list(kept)[:MOST_LINES]}
+        kept = [n for n, m in methods.items() if n in front or m["method"] in (ORACLE, FLOOR)]
+        methods = {n: methods[n] for n in kept[:MOST_LINES]}
 
     def fill(axes: Axes, ground: Ground) -> None:
         places, ends = [(b["from"] + b["to"]) / 2 for b in bins], {}
@@ -144,8 +138,8 @@ def _sweep_chart(results: Results, name: str) -> Chart:
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # separates bars
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
-            line = mark(ground, method)
-            axes.errorbar(moved, heights, yerr=reach(own, "ci95"), lw=1.4, elinewidth=0.7, **line)
+            line = mark(ground, method) | {"lw": 1.4, "elinewidth": 0.7}
+            axes.errorbar(moved, heights, yerr=_reach(own, "ci95"), **line)
             ends[_named(method, heights[-1], start)] = max(heights[-1], start), line["color"]
         axes.set_xlabel(label)
         style.label_ends(axes, ends)
@@ -160,7 +154,7 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     Left: the headline score by kind. Right: the score against time to first token relative to full
     prefill or, if that was not measured, against the recomputed share.
     """
-    methods, groups = results["methods"], shown_groups(results["methods"])
+    methods, groups = results["methods"], groups_of(results["methods"], MOST_GROUPS)
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"
     titles = {task["title"] for task in results["tasks"].values()}
@@ -192,7 +186,7 @@ def _draw_score(
     if cell["score"] < start:
         axes.plot(x, y, clip_on=False, **look | {"marker": "v" if axis == "y" else "<"})
     else:
-        bars = {f"{axis}err": reach([cell])}
+        bars = {f"{axis}err": _reach([cell])}
         axes.errorbar([x], [y], linestyle="", elinewidth=1.5, clip_on=False, **look, **bars)
     return at
 
@@ -209,7 +203,7 @@ def _ends(
     return [end for label in kept for cell in cells[label] for end in cell[key]]
 
 
-def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:
+def _reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:
     """Lengths of the intervals below and above the scores, as matplotlib's error bars."""
     below = [max(0.0, cell["score"] - cell[key][0]) for cell in cells]
     return [below, [max(0.0, cell[key][1] - cell["score"]) for cell in cells]]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from importlib.resources import files
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ from blocktune.evaluation.results import ORACLE, RESULTS, plain_label
 from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written
 
-PAGE, PICTURES = "report.html", "report"
-"""Files that are written to the folder of a run: the page, and a folder of PNG files."""
+PAGE, PICTURES = "report.html", "report"  # written to the folder of a run; a folder of PNG files
 
 
 def write_report(folder: str | Path, title: str | None = None) -> Path:
@@ -33,9 +34,8 @@ def write_report(folder: str | Path, title: str | None = None) -> Path:
             to_png(chart.draw, folder / PICTURES / f"{chart.name}.png", chart.height)
         page = render(results, charts, title or folder.resolve().name)
     except (LookupError, TypeError, AttributeError, StopIteration, UndefinedError) as error:
-        raise ValueError(
-            f"{folder / RESULTS}: edited, or of another version ({error!r}); repeat the evaluation"
-        ) from error
+        reason = f"edited, or of another version ({error!r}); repeat the evaluation"
+        raise ValueError(f"{folder / RESULTS}: {reason}") from error
     replace_text(folder / PAGE, page)
     return folder / PAGE
 
@@ -45,10 +45,7 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
 
     def number(form: str, *keys: Any) -> str:
         keys = [key for part in keys for key in (part if isinstance(part, list) else [part])]
-        value: Any = results
-        for key in keys:
-            value = value[key]
-        if value is None:
+        if (value := reduce(getitem, keys, results)) is None:
             return ABSENT
         data = '<data value="{}" data-path="{}" data-form="{}">{}</data>'
         return Markup(data).format(repr(value), pointer(*keys), form, written(form, value))
@@ -81,5 +78,5 @@ def pointer(*keys: str | int) -> str:
 
 def _svgs(chart: Chart) -> dict[str, str]:
     svgs = (to_svg(chart.draw, ground, chart.height) for ground in (LIGHT, DARK))
-    light, dark = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in svgs)
-    return {"light": light, "dark": dark}
+    urls = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in svgs)
+    return dict(zip(("light", "dark"), urls, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from blocktune.evaluation.compare import power_notes
-from blocktune.evaluation.report.charts import draw_results, shown_groups
+from blocktune.evaluation.report.charts import MOST_GROUPS, draw_results, groups_of
 from blocktune.evaluation.results import RESULTS
 from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import Suite
@@ -35,8 +35,7 @@ def run_and_show(
     suite: Suite, output: Path, title: str, command: list[str] | None = None
 ) -> dict[str, Any] | None:
     """Runs a suite, prints its table, draws its chart and returns the results; see `run_suite`."""
-    results = run_suite(suite, output, command=command)
-    if results is None:
+    if (results := run_suite(suite, output, command=command)) is None:
         return None
     count = max(summary["n"] for summary in results["methods"].values())
     caption = f"{Path(suite.model).name}, {count:,} questions; bars are 95 % intervals"
@@ -51,7 +50,7 @@ def run_and_show(
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     """The results as a table: one row per method, with its scores by kind and its costs."""
-    methods, groups = results["methods"], shown_groups(results["methods"])
+    methods, groups = results["methods"], groups_of(results["methods"], MOST_GROUPS)
     scores = [f"{_broken(name)}\n{_metric(results['tasks'], name)}" for name in groups]
     rows = []
     for label, summary in methods.items():
