@@ -144,7 +144,7 @@ def report(
     title: option(str | None, "Title of the page. Default: the name of the folder.") = None,
 ) -> None:
     """Write the report of a run: one HTML file that works offline, and its plots as PNGs."""
-    from blocktune.evaluation.report import write_report
+    from blocktune.evaluation.report.page import write_report
 
     typer.echo(write_report(run, title))
 

@@ -16,9 +16,9 @@ from blocktune.data import RagExample
 from blocktune.engine import Engine, Request
 from blocktune.engine.batch_prefill import prefill_warm
 from blocktune.engine.generation import require_numbers
-from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.prepare import Ready
 from blocktune.evaluation.results import mean_of
+from blocktune.evaluation.ttft import CleanCaches
 from blocktune.methods import Method, build
 
 

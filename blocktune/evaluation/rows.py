@@ -55,10 +55,7 @@ class Row:
 PARTS = (
     *("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt"),
     *("adapter", "cache", "methods", "extras", "engine"),
-    *(
-        f"evaluation/{name}.py"
-        for name in ("metrics", "rows", "suite", "caches", "ttft", "fidelity")
-    ),
+    *(f"evaluation/{name}.py" for name in ("metrics", "rows", "suite", "ttft", "fidelity")),
 )
 """Code that outputs, scores and times depend on; commands, training and reports do not matter."""
 LIBRARIES = {"site-packages", "dist-packages"}

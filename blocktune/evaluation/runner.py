@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from blocktune.data import RagExample
-from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.results import RESULTS, build_results
 from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
-from blocktune.evaluation.ttft import TtftSummary, measure_ttft
+from blocktune.evaluation.ttft import CleanCaches, TtftSummary, measure_ttft
 from blocktune.files import alone_in, replace_json
 from blocktune.models.identity import digest_of
 from blocktune.parsing import load_json
