@@ -265,12 +265,12 @@ def _json_lines(lines: Iterator[str]) -> Iterator[Request]:
     starts_new = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
     numbers = accumulate(starts_new, initial=0)  # request number of each look-up; never empty
     for _, group in groupby(zip(numbers, gets, strict=False), key=lambda pair: pair[0]):
-        yield tuple(_use(record, puts.get(record["key"], {})) for _, record in group)
-
-
-def _use(got: dict, put: dict) -> Use:
-    num_bytes = put.get("bytes") or got["bytes"]
-    return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0))
+        uses = []
+        for _, got in group:
+            put = puts.get(got["key"], {})
+            sizes = got["tokens"], put.get("bytes") or got["bytes"]
+            uses.append(Use(got["key"], *sizes, put.get("seconds", 0.0)))
+        yield tuple(uses)
 
 
 def _records(lines: Iterator[str]) -> Iterator[dict]:

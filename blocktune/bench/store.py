@@ -28,7 +28,6 @@ from blocktune.engine.assemble import from_chunks
 from blocktune.engine.state import ServedBatch
 from blocktune.methods import build
 from blocktune.positions import RopeSpec
-from blocktune.prompt import Pieces, Prompt
 from blocktune.provenance import provenance
 
 
@@ -47,8 +46,16 @@ def bench_store(
         memory = setting.engine(ChunkStore(1 << 40))
         pieces = setting.pieces(len(disk.tokenizer))
         moved = disk.lay_out(pieces, build("naive"), 1)
-        engines = {"disk": disk, "memory": memory}
-        works = {name: partial(_load, own, moved, pieces) for name, own in engines.items()}
+
+        def load(engine: Engine) -> None:  # from token ids to a cache that holds chunks in place
+            from_chunks(ServedBatch.stacked(engine.state, [moved], [pieces], build("naive")))
+
+        def read() -> None:
+            for path, buffer in zip(files, buffers, strict=True):
+                with path.open("rb", buffering=0) as file:
+                    file.readinto(buffer)
+
+        works = {"disk": partial(load, disk), "memory": partial(load, memory)}
         for encode in works.values():
             encode()
         files = sorted((Path(place) / "disk").rglob("*.safetensors"))
@@ -57,8 +64,7 @@ def bench_store(
         tensors = [tensor for entry in held for _, tensor in entry.tensors()]
         copies = [tensor.clone() for tensor in tensors]
         works["copy"] = lambda: [new.copy_(old) for new, old in zip(copies, tensors, strict=True)]
-        buffers = [bytearray(path.stat().st_size) for path in files]
-        works["read"] = partial(_read, files, buffers)
+        buffers, works["read"] = [bytearray(path.stat().st_size) for path in files], read
         times = take_turns(works, setting.repeats)
         lookups = _lookups(Path(place) / "many", keys)
     chunk = next(entry for entry in held if isinstance(entry, ChunkKV))
@@ -101,17 +107,6 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-4, 0)  # M_MMAP_MAX
-
-
-def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
-    """Does everything from token ids to a cache that holds their chunks in place."""
-    from_chunks(ServedBatch.stacked(engine.state, [prompt], [pieces], build("naive")))
-
-
-def _read(files: list[Path], buffers: list[bytearray]) -> None:
-    for path, buffer in zip(files, buffers, strict=True):
-        with path.open("rb", buffering=0) as file:
-            file.readinto(buffer)
 
 
 def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:

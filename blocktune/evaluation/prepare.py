@@ -74,26 +74,22 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
     engines = {adapter: load(suite, adapter) for adapter in adapters}
     tokenizer = next(iter(engines.values())).tokenizer
-    questions, worded = _questions(suite, tokenizer), _worded(suite, engines)
+    questions = _questions(suite, tokenizer)
     first = [example for task, example in questions if task is suite.tasks[0]]
-    timed = _timed(suite, first, tokenizer)
+    # One engine per wording, so that tasks with the same wording share exact prefix caches.
+    built: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
+    worded = {}
+    for task, (adapter, engine) in product(suite.tasks, engines.items()):
+        words = task.worded(engine.format)
+        worded[adapter, task.name] = built.setdefault((adapter, words), engine.reworded(words))
     tell_rewording(engines, worded)
+    timed = _timed(suite, first, tokenizer)
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
         named = {adapter or "base": worded[adapter, task.name] for adapter in engines}
         check_prompts(named, ready.of(task, 1)[0])
     _check_fit(ready)
     return ready
-
-
-def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> Worded:
-    """One engine per wording, so that tasks with the same wording share exact prefix caches."""
-    built: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
-    worded = {}
-    for task, (adapter, engine) in product(suite.tasks, engines.items()):
-        words = task.worded(engine.format)
-        worded[adapter, task.name] = built.setdefault((adapter, words), engine.reworded(words))
-    return worded
 
 
 def tell_rewording(engines: Mapping[str | None, Any], worded: Worded) -> None:

@@ -50,15 +50,19 @@ def build_results(
         own_rows = {label: [own[index] for index in members] for label, own in rows.items()}
         groups[name] = summarize(own_rows, full, naive, suite.seed)
     specs = {spec.label: spec for spec in suite.methods}
-    methods = {}
+    methods, whole = {}, ttft.get(full)
     for label, summary in summarize(rows, full, naive, suite.seed).items():
         members = suite.pool.get(label, [label])
-        first = specs[members[0]]
+        first, time = specs[members[0]], ttft.get(members[0])
         methods[label] = {
             **{"method": first.name, "adapter": first.adapter},
             "seeds": {member: seeds[member] for member in suite.pool.get(label, [])},
             **summary,
-            **_times(ttft.get(first.label), ttft.get(full)),
+            "ttft_s": time and time.median,
+            "ttft_s_quartiles": time and [time.q25, time.q75],
+            "ttft_over_full_prefill": time and whole and time.median / whole.median,
+            "ttft_n": time and time.num,
+            "ttft_context_tokens": time and time.context_tokens,
             "fidelity": mean_of([(fidelity or {}).get(member) for member in members]),
             "tasks": {name: summaries[label] for name, summaries in groups.items()},
         }
@@ -70,16 +74,6 @@ def build_results(
     origin = {"model": suite.model, **provenance, "ci95_of": "em"}  # of which ci95 is
     results = {"methods": methods, "tasks": tasks, "budget": budget, "sweeps": sweeps(rows)}
     return results | {"provenance": origin}
-
-
-def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
-    return {
-        "ttft_s": own and own.median,
-        "ttft_s_quartiles": own and [own.q25, own.q75],
-        "ttft_over_full_prefill": own.median / full.median if own and full else None,
-        "ttft_n": own and own.num,
-        "ttft_context_tokens": own and own.context_tokens,
-    }
 
 
 def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
@@ -116,15 +110,12 @@ def with_pools(
     pool_of = {member: name for name, members in pools.items() for member in members}
     merged = {pool_of.get(label, label): own for label, own in rows.items()}
     for name, members in pools.items():
-        together = zip(*(rows[member] for member in members), strict=True)
-        merged[name] = list(map(_mean_row, together))
+        merged[name] = []
+        for same in zip(*(rows[member] for member in members), strict=True):
+            averaged = ("scores", *COMMON, "score", "recompute_ratio")
+            means = {key: mean_of([getattr(row, key) for row in same]) for key in averaged}
+            merged[name].append(replace(same[0], **means))
     return merged
-
-
-def _mean_row(same: Sequence[Row]) -> Row:
-    averaged = (*COMMON, "score", "recompute_ratio")
-    means = {key: fmean(getattr(row, key) for row in same) for key in averaged}
-    return replace(same[0], scores=mean_of([row.scores for row in same]), **means)
 
 
 def mean_of(values: Sequence[Any]) -> Any:
@@ -179,8 +170,9 @@ def summarize(
         low, high = test["ci95"]
         minus[one][other] = test
         minus[other][one] = test | {"mean": 0 - test["mean"], "ci95": [0 - high, 0 - low]}
-    summaries = {}
+    summaries, whole = {}, _flops(rows[full]) if full else None
     for label, own in rows.items():
+        flops = _flops(own)
         per_question = ([row.em for row in own], f1[label], scores[label])
         em, raw, score = map(mean_interval, per_question)
         ends = [scores[naive], scores[full]] if full and naive else None
@@ -197,7 +189,7 @@ def summarize(
             "adjusted_f1_bias": adjusted.bias,
             **{"ci95": em.ci95, "f1_ci95": raw.ci95, "score_ci95": score.ci95, "n": len(own)},
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
-            "flops_over_full_prefill": _flops_over(own, full and rows[full]),
+            "flops_over_full_prefill": None if None in (flops, whole) else flops / whole,
             "score_gap_recovered": gap and gap.mean,
             "score_gap_recovered_ci95": gap and gap.ci95,
             "score_minus": minus[label],
@@ -205,11 +197,10 @@ def summarize(
     return summaries
 
 
-def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
-    """FLOPs up to the first token, with selection, over full prefill's; None if not counted."""
-    if full is None or any("flops" not in row.usage for row in (*own, *full)):
-        return None
-    return sum(row.usage["flops"] for row in own) / sum(row.usage["flops"] for row in full)
+def _flops(rows: Sequence[Row]) -> int | None:
+    """FLOPs up to the first token, with selection; None if not counted."""
+    counts = [row.usage.get("flops") for row in rows]
+    return None if None in counts else sum(counts)
 
 
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

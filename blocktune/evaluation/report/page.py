@@ -54,6 +54,11 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
         low, high = (number(form, *keys, end) for end in (0, 1))
         return Markup("<small>({} to {})</small>").format(low, high)
 
+    def drawn(chart: Chart) -> dict[str, str]:
+        svgs = (to_svg(chart.draw, ground, chart.height) for ground in (LIGHT, DARK))
+        urls = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in svgs)
+        return dict(zip(("light", "dark"), urls, strict=True))
+
     template = files("blocktune.evaluation.report").joinpath("page.html.jinja")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     labels = results["methods"]
@@ -61,7 +66,7 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
         title=title,
         results=results,
         sentences=[*findings(results), *power_notes(results)],
-        charts=[chart._asdict() | _svgs(chart) for chart in charts],
+        charts=[chart._asdict() | drawn(chart) for chart in charts],
         looks={n: [mark(ground, n)["color"] for ground in (LIGHT, DARK)] for n in labels},
         full=plain_label(results, ORACLE),
         provenance=json.dumps(results["provenance"], indent=2),
@@ -74,9 +79,3 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
 def pointer(*keys: str | int) -> str:
     """The JSON pointer (RFC 6901) of a value in ``results.json``, given its keys."""
     return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
-
-
-def _svgs(chart: Chart) -> dict[str, str]:
-    svgs = (to_svg(chart.draw, ground, chart.height) for ground in (LIGHT, DARK))
-    urls = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in svgs)
-    return dict(zip(("light", "dark"), urls, strict=True))

@@ -100,17 +100,9 @@ def to_png(draw: Draw, path: str | Path, height: float, width: float = PHONE_INC
 
 
 def _save(draw: Draw, ground: Ground, size: tuple[float, float], out: Any, **how: Any) -> None:
-    with mpl.rc_context(_settings(ground)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s)Glyph .* missing from font")  # for each character
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure, ground)
-        figure.savefig(out, **how)
-
-
-def _settings(ground: Ground) -> dict[str, Any]:
     paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return {
+    settings = {
         **dict.fromkeys(paper, ground.paper),
         **dict.fromkeys(inked, ground.ink),
         **{"font.size": 10, "figure.dpi": 150, "lines.markersize": 5},
@@ -121,6 +113,11 @@ def _settings(ground: Ground) -> dict[str, Any]:
         "svg.hashsalt": "blocktune",  # so that equal charts are equal files
         "text.parse_math": False,  # names may have dollar signs
     }
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s)Glyph .* missing from font")  # for each character
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, ground)
+        figure.savefig(out, **how)
 
 
 def as_share(axis: Any) -> None:
