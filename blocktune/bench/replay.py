@@ -1,9 +1,8 @@
 """Simulation of a store on a trace: hit rate and time saved by size and policy; break-even point.
 
 A trace lists the chunks of each request. It is recorded by a store (JSON lines of ``--store
-...,trace=FILE``), published (Mooncake: ``hash_ids`` of blocks of 512 tokens; Azure: CSV with
-``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts are filled with random chunks, since it
-names none), or random. Files may be gzipped (``.gz``).
+...,trace=FILE``), published (Mooncake: ``hash_ids`` of blocks of 512 tokens; Azure: CSV, whose
+contexts are filled with random chunks, since it names none), or random. Files may be gzipped.
 """
 
 from __future__ import annotations

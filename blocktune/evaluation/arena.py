@@ -1,8 +1,8 @@
 """Answers the frozen questions of KVShareArena (arXiv:2609.10266) and writes its result files.
 
-Questions, prompts and checksums come from a clone of the arena's repository. The result files pass
-its ``kva validate``, and its ``kva score`` scores them. Only the track of retrieved evidence is
-supported: the other track replays token ids of reports that one particular model wrote.
+Questions, prompts and checksums come from a clone of its repository, whose ``kva validate`` and
+``kva score`` read the result files. Only the track of retrieved evidence is supported: the other
+track replays token ids of reports that one particular model wrote.
 """
 
 from __future__ import annotations
@@ -93,10 +93,9 @@ def run_exam(
     """Answers an exam, writes its result file and returns the path. An interrupted run resumes.
 
     The engine's caches are emptied after every question. With a ``limit``, ``kva validate`` rejects
-    the file. ``port`` is the provenance of the method's code, one of `PORTS`.
-
-    Raises ValueError if the method takes chunks from earlier prompts, ``port`` is another text, a
-    prompt is too long, or ``output`` has answers of other weights, methods, questions or code.
+    the file. ``port``, one of `PORTS`, is the provenance of the method's code. Raises ValueError if
+    the method takes chunks from earlier prompts, ``port`` is another text, a prompt is too long, or
+    ``output`` has answers of other weights, methods, questions or code.
     """
     if method.history is not None:
         wanted = "but the arena wants each encoded by itself; choose another method"

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.data import RagExample
 from blocktune.engine import Engine, Request
 from blocktune.engine.batch_prefill import prefill_warm
 from blocktune.engine.generation import require_numbers
@@ -51,10 +50,7 @@ def agreement(full: Tensor, own: Tensor) -> Agreement:
 def forced_logits(
     run: Any, num_tokens: int, ids: list[int] | None = None
 ) -> tuple[list[int], Tensor]:
-    """Decodes ``ids``, or ``num_tokens`` greedily, after a prefill of one prompt.
-
-    Returns the tokens and the logits ``(T, V)`` that each was picked from.
-    """
+    """Decodes ``ids``, or ``num_tokens`` greedily. Returns the tokens and their logits ``(T, V)``."""
     logits: list[Tensor] = []
 
     def pick(batch: Tensor) -> Tensor:
@@ -81,20 +77,17 @@ def measure_fidelity(ready: Ready, track: Callable[..., Iterable]) -> dict[str, 
     for (task, example), spec in track(pairs, description="fidelity"):
         engine, method = ready.engine(spec, task), ready.methods[spec.label]
         caches.prepare(engine, method, [example])
-        compared[spec.label].append(_compare(engine, example, method, suite.fidelity.tokens))
+        words = engine.format
+        if engine.prompts.spec(method).block and words.full_tag != words.block_tag:
+            # Full prefill reads the same mode tag, so that only the effect of reuse is measured.
+            engine = engine.reworded(replace(words, full_tag=words.block_tag))
+        oracle = engine.prefilled([example], build("full-prefill"))
+        ids, wanted = forced_logits(oracle, suite.fidelity.tokens)
+        pieces = engine.prompts.pieces(example, method)
+        run = prefill_warm(engine.state, engine.prompts, [pieces], method)
+        _, own = forced_logits(run, len(ids), ids)
+        compared[spec.label].append(agreement(wanted, own)._asdict())
     return {label: mean_of(agreements) for label, agreements in compared.items()}
-
-
-def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> dict[str, Any]:
-    oracle, words = build("full-prefill"), engine.format
-    if engine.prompts.spec(method).block and words.full_tag != words.block_tag:
-        # Full prefill reads the same mode tag, so that only the effect of reuse is measured.
-        engine = engine.reworded(replace(words, full_tag=words.block_tag))
-    ids, wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
-    pieces = engine.prompts.pieces(example, method)
-    run = prefill_warm(engine.state, engine.prompts, [pieces], method)
-    _, own = forced_logits(run, num_tokens, ids)
-    return agreement(wanted, own)._asdict()
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ class BlocktuneLM(LM):
     """The harness's model interface over an `Engine`, loaded by name or passed as ``engine``.
 
     Args:
-        mode: ``block``: each chunk attends only to itself, in the layout that the adapter was
-            trained with (naive reuse on a base model); ``full``: full attention.
+        mode: ``block``: the layout that the adapter was trained with (on a base model, each chunk
+            attends only to itself); ``full``: full attention.
         separator: The end of each part of a prompt; a backslash and ``n`` are a line break.
         device: None or ``cuda:0`` (the harness's default): a GPU if there is one, else the CPU.
         batch_size: Prompts at a time; ``auto`` and ``auto:N`` are 8.

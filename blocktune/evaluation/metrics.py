@@ -34,27 +34,18 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
-    """F1 of the bags of normalised words; two empty bags score 1, one empty bag 0.
-
-    Source: ``compute_f1`` of SQuAD's evaluation script, v2.0.
-    """
+    """F1 of the bags of normalised words: ``compute_f1`` of SQuAD's evaluation script, v2.0."""
     predicted = normalize_answer(prediction).split()
     return best(lambda answer: bag_f1(predicted, normalize_answer(answer).split()), answers)
 
 
 def qa_f1(prediction: str, answers: Sequence[str]) -> float:
-    """`word_f1`, except that two empty bags score 0.
-
-    Source: ``qa_f1_score`` of LongBench, arXiv:2308.14508, as EPIC and kvpress report it.
-    """
+    """`word_f1`, but two empty bags score 0: ``qa_f1_score`` of LongBench (arXiv:2308.14508)."""
     return word_f1(prediction, answers) if normalize_answer(prediction) else 0.0
 
 
 def chatrag_f1(prediction: str, answers: Sequence[str]) -> float:
-    """`qa_f1` with punctuation replaced by spaces, so "Port-Alder" is two words.
-
-    Source: ChatRAG-Bench (arXiv:2401.10225) as APE's code scores it.
-    """
+    """`qa_f1` with punctuation as spaces: ChatRAG-Bench (arXiv:2401.10225), as APE scores it."""
     spaced = [text.translate(_TO_SPACES) for text in (prediction, *answers)]
     return qa_f1(spaced[0], spaced[1:])
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from blocktune.adapter import find_release
@@ -14,7 +14,6 @@ from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.rows import scores_of
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
-from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint
 from blocktune.models.load import adapter_folder
@@ -142,6 +141,20 @@ def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[Ra
         source = suite.tasks[0].full_source()
         examples = load_examples(source, limit=max(len(examples), wanted), tokenizer=tokenizer)
     return tuple(fill(examples, num, suite.ttft.chunks)) if num else ()
+
+
+def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
+    """The first ``num`` examples, each with ``chunks`` chunks of it and those after it, if given."""
+    if chunks is None:
+        return list(examples[:num])
+    if (held := sum(len(example.chunks) for example in examples)) < chunks:
+        wanted = f"ttft needs prompts of {chunks} chunks, the task holds only {held}"
+        raise ValueError(f"{wanted}; lower 'chunks' of ttft, or give the task more questions")
+    filled = []
+    for index, example in enumerate(examples[:num]):
+        following = (c for e in (*examples[index:], *examples[:index]) for c in e.chunks)
+        filled.append(replace(example, chunks=tuple(islice(following, chunks)), supporting=()))
+    return filled
 
 
 def _check_fit(ready: Ready) -> None:

@@ -36,13 +36,11 @@ def build_results(
     The baselines are full prefill and naive reuse *on the base model*. Adjusted F1 keeps the
     questions on which full prefill scores above 0; ``score_gap_recovered`` is the share of the gap
     between the baselines that a method closes. Each is None if its baseline is missing, the gap
-    also if it may be 0. ``score`` is the task's headline metric; ``em`` is always exact match.
-
-    Rows of all labels must be in the same order. ``ttft`` and ``fidelity`` may lack labels. A pool
-    replaces its members: ``seeds`` has their scores, and its times are those of the first member.
+    also if it may be 0. Rows of all labels must be in the same order. ``ttft`` and ``fidelity`` may
+    lack labels. A pool replaces its members: ``seeds`` has their scores, its times are the first's.
     """
-    plain = [spec for spec in reversed(suite.methods) if spec.is_plain]  # the first one decides
-    full, naive = map({spec.name: spec.label for spec in plain}.get, (ORACLE, FLOOR))
+    plain = {s.name: s.label for s in reversed(suite.methods) if s.is_plain}  # the first decides
+    full, naive = plain.get(ORACLE), plain.get(FLOOR)
     seeds = {label: fmean(row.score for row in own) for label, own in rows.items()}
     rows = with_pools(rows, suite.pool)
     groups = {}
@@ -104,8 +102,8 @@ def with_pools(
 ) -> dict[str, Sequence[Row]]:
     """Replaces the members of each pool by their mean, question by question.
 
-    Intervals are over questions, and three seeds are not three times as many questions. Neither do
-    they count as three methods: each further comparison makes Holm's correction stricter.
+    Three seeds are not three times as many questions, which intervals are over, nor three methods:
+    each further comparison makes Holm's correction stricter.
     """
     pool_of = {member: name for name, members in pools.items() for member in members}
     merged = {pool_of.get(label, label): own for label, own in rows.items()}
@@ -157,11 +155,7 @@ def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def summarize(
     rows: Mapping[str, Sequence[Row]], full: str | None, naive: str | None, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Scores over all of ``rows`` by label, with intervals and pairwise differences.
-
-    All labels must have rows of the same questions, in the same order. ``full`` and ``naive`` are
-    the labels of the baselines on the base model, or None; ``seed`` is for the sign-flip test.
-    """
+    """Scores of all ``rows`` by label; ``full`` and ``naive``: labels of the baselines, or None."""
     scores = {label: [row.score for row in own] for label, own in rows.items()}
     f1 = {label: [row.f1 for row in own] for label, own in rows.items()}
     pairs = {pair: [scores[label] for label in pair] for pair in combinations(rows, 2)}

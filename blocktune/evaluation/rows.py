@@ -55,18 +55,16 @@ class Row:
 PARTS = (
     *("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt"),
     *("adapter", "cache", "methods", "extras", "engine"),
-    *(f"evaluation/{name}.py" for name in ("metrics", "rows", "suite", "ttft", "fidelity")),
+    *(f"evaluation/{n}.py" for n in ("metrics", "rows", "suite", "prepare", "ttft", "fidelity")),
 )
 """Code that outputs, scores and times depend on; commands, training and reports do not matter."""
-LIBRARIES = {"site-packages", "dist-packages"}
-"""Folders of installed libraries."""
+LIBRARIES = {"site-packages", "dist-packages"}  # folders of installed libraries
 
 
 def code_digest(method: Method | None = None, metrics: Iterable[str] = ()) -> str:
     """Version and digest of the code in `PARTS`, such as ``0.1.0-3f2a91c05d7e``.
 
-    For a ``method`` or ``metrics`` that plug-ins define, in whole or in part, a digest of these
-    follows. Rows of other code are dropped.
+    For a ``method`` or ``metrics`` that plug-ins define, in whole or in part, their digest follows.
     """
     made = *_classes_of(method), *(METRICS[name].score for name in metrics)
     plugins = sorted({path for one in made for path in _sources_of(one)})
@@ -190,8 +188,8 @@ def place_of(example: RagExample) -> float | None:
 class RowFile:
     """The rows of one method in ``LABEL.jsonl``; during a run, one part file per process.
 
-    Opening only reads; all processes must do so before one appends. Rows of another run are
-    ignored. ``keys`` has the `row_key` of every row, in order.
+    Opening only reads; all processes must do so before one appends. ``keys`` has the `row_key` of
+    every row, in order; other rows are ignored.
     """
 
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):

@@ -15,7 +15,6 @@ from rich import progress as bars
 from rich.console import Console
 from rich.progress import Progress
 
-from blocktune.data import RagExample
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.results import RESULTS, build_results
@@ -79,11 +78,9 @@ def run_suite(
     """Answers, scores and times all questions of a suite. An interrupted run resumes.
 
     Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
-    content of ``results.json`` (see `build_results`), or None except in the main process.
-    ``command`` is recorded (default: ``sys.argv``).
-
-    Raises ValueError, before the first question, if something cannot be run, or ``output`` has
-    answers to questions that this run does not ask and would delete.
+    content of ``results.json`` (see `build_results`), or None except in the main process. It names
+    the ``command``, by default ``sys.argv``. Raises ValueError, before the first question, if
+    something cannot be run, or ``output`` has answers to other questions, which would be lost.
     """
     processes = launched()
     if processes.device is not None:
@@ -109,7 +106,7 @@ def _run(
         rows = {label: file.merge() for label, file in files.items()}
         times, fidelity = {}, {}
         if ready.timed:
-            measure = partial(_time_all, ready, progress)
+            measure = partial(measure_ttft, ready, progress.track)
             times = _measure_once(output / "ttft.json", suite, rows, measure)
         if suite.fidelity.num:
             measure = partial(measure_fidelity, ready, progress.track)
@@ -165,20 +162,6 @@ def _batches(ready: Ready) -> Iterator[range]:
         stop = start + len(ready.of(task))
         yield from (range(first, min(first + size, stop)) for first in range(start, stop, size))
         start = stop
-
-
-def _time_all(ready: Ready, progress: Progress) -> dict[str, TtftSummary]:
-    caches = CleanCaches()
-
-    def ask(spec: MethodSpec, earlier: RagExample, timed: RagExample) -> Any:
-        engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
-        caches.prepare(engine, method, [timed])
-        for example in (earlier, timed):
-            answers = engine.answer([example], method, max_new_tokens=1, batch_size=1)
-        return answers[0]
-
-    methods = {spec.label: partial(ask, spec) for spec in ready.suite.methods}
-    return measure_ttft(methods, progress.track(ready.timed, description="time to first token"))
 
 
 def _measure_once(

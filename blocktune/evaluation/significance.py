@@ -146,10 +146,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
 
 
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """p-values that control the family-wise error rate of multiple comparisons.
-
-    Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
-    """
+    """p-values that control the family-wise error rate, by Holm's step-down procedure (1979)."""
     adjusted, highest = dict(p_values), 0.0
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))

@@ -246,10 +246,7 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
 
 
 def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
-    """The keys of a task file, overridden by those under its ``variants``, named ``NAME-VARIANT``.
-
-    Raises ValueError if the file is not YAML or lacks the variant.
-    """
+    """The keys of a task file, overridden by those of its ``variant``, named ``NAME-VARIANT``."""
     values = dict(mapping(load_yaml(path, "task", "see eval/tasks/ for examples"), str(path)))
     variants = mapping(values.pop("variants", {}), f"{path}: variants")
     if variant is None:

@@ -30,10 +30,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class TuneSpec:
-    """A grid search over a method's parameters.
-
-    Raises ValueError for a wrong grid, a method that cannot be built, or questions of a test split.
-    """
+    """A grid search over a method's parameters. ValueError: a test split, or an unknown method."""
 
     model: str  # path or Hub name of the base model
     method: Any  # a name, a composition as text, or an entry as in a suite
@@ -112,10 +109,8 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
 def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | None:
     """Evaluates every point of the grid. An interrupted run resumes.
 
-    ``how`` is passed on to `run_suite`. Returns the content of ``tuned.json``: the ``best`` point
-    (values, entry, score with interval, cost), all ``points`` from best to worst, the task and the
-    provenance; None except in the main process. The best score is biased upwards, since the point
-    was chosen by it: measure it again on other questions.
+    ``how`` is for `run_suite`. Returns the content of ``tuned.json``, or None except in the main
+    process. The best score is biased upwards: measure it again on other questions.
     """
     results = run_suite(spec.suite(), output, **how)
     if results is None:

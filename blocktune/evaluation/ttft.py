@@ -1,13 +1,9 @@
-"""Measures time to first token: one prompt at a time, with cached chunks, methods in turn.
-
-Before any measurement, caches are cleaned of what others left in them.
-"""
+"""Measures time to first token: one prompt at a time, with clean caches, methods in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -17,6 +13,7 @@ from blocktune.data import RagExample
 from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.engine import Engine
 from blocktune.engine.usage import Stopwatch
+from blocktune.evaluation.prepare import Ready
 from blocktune.methods import Cached, Method
 from blocktune.prompt import Chunk
 
@@ -65,46 +62,30 @@ class TtftSummary(NamedTuple):
     context_tokens: float  # median length of their contexts
 
 
-def measure_ttft(
-    methods: Mapping[str, Callable[[RagExample, RagExample], Any]], examples: Iterable[RagExample]
-) -> dict[str, TtftSummary]:
+def measure_ttft(ready: Ready, track: Callable[..., Iterable]) -> dict[str, TtftSummary]:
     """Measures every method on every example, in turn, so that machine drift affects all alike.
 
-    A method gets an earlier prompt, which it answers untimed from clean caches, and the example.
-    The earlier one has the same chunks in another order; if the first would stay the first, after
-    one more. This is the typical case of reuse: all chunks are cached, but the prompt as a whole is
-    not, so an exact prefix cache only finds its usual prefix. The order of methods rotates.
-
-    Methods return the engine's `Answer` to the example with one new token.
+    Before each, the method answers, untimed from clean caches, the same chunks in another order; if
+    the first would stay the first, after one more. This is the typical case of reuse: all chunks
+    are cached, but the prompt as a whole is not, so an exact prefix cache only finds its usual
+    prefix. The order of methods rotates. ``track`` is `rich.progress.Progress.track`.
     """
-    usages: dict[str, list[Any]] = {label: [] for label in methods}
-    for turn, example in enumerate(examples):
+    caches, specs = CleanCaches(), ready.suite.methods
+    usages: dict[str, list[Any]] = {spec.label: [] for spec in specs}
+    for turn, example in enumerate(track(ready.timed, description="time to first token")):
         chunks = example.chunks[1:] + example.chunks[:1]
         if chunks[:1] == example.chunks[:1]:
             chunks = (Chunk("Another passage."), *chunks)
-        earlier = replace(example, chunks=chunks, supporting=())
-        for label in np.roll(list(methods), -turn).tolist():
-            usages[label].append(methods[label](earlier, example).usage)
+        earlier, first = replace(example, chunks=chunks, supporting=()), turn % len(specs)
+        for spec in specs[first:] + specs[:first]:
+            engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
+            caches.prepare(engine, method, [example])
+            for asked in (earlier, example):
+                [answer] = engine.answer([asked], method, max_new_tokens=1, batch_size=1)
+            usages[spec.label].append(answer.usage)
     summaries = {}
     for label, own in usages.items():
         q25, middle, q75 = np.quantile([usage.ttft_s for usage in own], [0.25, 0.5, 0.75]).tolist()
         tokens = median(usage.context_tokens for usage in own)
         summaries[label] = TtftSummary(middle, q25, q75, len(own), tokens)
     return summaries
-
-
-def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
-    """The first ``num`` examples, each filled to ``chunks`` chunks from the examples after it.
-
-    Raises ValueError if all examples together have fewer chunks.
-    """
-    if chunks is None:
-        return list(examples[:num])
-    if (held := sum(len(example.chunks) for example in examples)) < chunks:
-        wanted = f"ttft needs prompts of {chunks} chunks, the task holds only {held}"
-        raise ValueError(f"{wanted}; lower 'chunks' of ttft, or give the task more questions")
-    filled = []
-    for index, example in enumerate(examples[:num]):
-        following = (c for e in (*examples[index:], *examples[:index]) for c in e.chunks)
-        filled.append(replace(example, chunks=tuple(islice(following, chunks)), supporting=()))
-    return filled

@@ -133,10 +133,7 @@ def zoomed(values: Sequence[float]) -> tuple[float, float]:
 
 
 def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> float:
-    """Sets an axis of shares to a range around ``values``, which its label says; returns its start.
-
-    A range of 0 to 1 is not said.
-    """
+    """Sets an axis of shares to a range around ``values``, which its label says. Returns its start."""
     upright, (start, end) = axis == "y", zoomed(values)
     own = axes.yaxis if upright else axes.xaxis
     axes.set(**{f"{axis}lim": (start, end + 0.03 * (end - start))})
