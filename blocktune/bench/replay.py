@@ -267,8 +267,8 @@ def _json_lines(lines: Iterator[str]) -> Iterator[Request]:
         uses = []
         for _, got in group:
             put = puts.get(got["key"], {})
-            sizes = got["tokens"], put.get("bytes") or got["bytes"]
-            uses.append(Use(got["key"], *sizes, put.get("seconds", 0.0)))
+            num_bytes = put.get("bytes") or got["bytes"]
+            uses.append(Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0)))
         yield tuple(uses)
 
 

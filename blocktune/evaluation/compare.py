@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from blocktune.evaluation.results import FLOOR, NOTHING, ORACLE, RESULTS, plain_label, with_pools
+from blocktune.evaluation.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
 from blocktune.evaluation.rows import Row, read_all
 from blocktune.evaluation.significance import ALPHA, comparisons, paired
 from blocktune.parsing import load_json
@@ -154,7 +154,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         f"{written('score', methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
         for kind, cell in methods[naive]["tasks"].items()
     )
-    others = [n for n, m in methods.items() if n not in (full, naive) and m["method"] != NOTHING]
+    others = [n for n, m in methods.items() if m["method"] != "no-context"]
+    others = [n for n in others if n not in (full, naive)]
     front = results["budget"]["pareto"]["recompute_ratio"]
     shown = others if len(others) <= MOST else [n for n in front if n in others]
     said = [f"Naive reuse loses {points} ({by_kind})."]

@@ -50,7 +50,7 @@ def agreement(full: Tensor, own: Tensor) -> Agreement:
 def forced_logits(
     run: Any, num_tokens: int, ids: list[int] | None = None
 ) -> tuple[list[int], Tensor]:
-    """Decodes ``ids``, or ``num_tokens`` greedily. Returns the tokens and their logits ``(T, V)``."""
+    """Decodes ``ids``, or ``num_tokens`` greedily: the tokens, and their logits ``(T, V)``."""
     logits: list[Tensor] = []
 
     def pick(batch: Tensor) -> Tensor:
@@ -113,9 +113,8 @@ def profile_layers(
 ) -> list[ProfiledRange]:
     """Tries every contiguous range of layers on held-out examples, in O(layers squared) passes.
 
-    Ranges have up to ``most_layers`` layers; ``progress`` wraps the list of ``(first, length)``.
-    The results are ordered by length, then by first layer; efficient ranges are marked. Raises
-    ValueError if there are no examples, ``most_layers`` is out of range, or a logit is NaN.
+    Ranges have up to ``most_layers`` layers and are ordered by length, then first layer;
+    ``progress`` wraps their list. ValueError: no examples, a wrong ``most_layers``, or NaN logits.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
     divergence of the first answer token from full prefill's is used, which needs fewer examples.

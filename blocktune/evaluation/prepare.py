@@ -82,7 +82,11 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
         words = task.worded(engine.format)
         worded[adapter, task.name] = built.setdefault((adapter, words), engine.reworded(words))
     tell_rewording(engines, worded)
-    timed = _timed(suite, first, tokenizer)
+    num, wanted = min(suite.ttft.num, len(first)), suite.ttft.chunks or 0
+    if num and sum(len(example.chunks) for example in first) < wanted:  # read beyond the limit
+        source, limit = suite.tasks[0].full_source(), max(len(first), wanted)
+        first = load_examples(source, limit=limit, tokenizer=tokenizer)
+    timed = tuple(fill(first, num, suite.ttft.chunks)) if num else ()
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
         named = {adapter or "base": worded[adapter, task.name] for adapter in engines}
@@ -134,17 +138,8 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[tuple[TaskSpec, RagExample
     return tuple(questions)
 
 
-def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[RagExample, ...]:
-    """Examples to time, filled with chunks of later questions, if needed beyond the limit."""
-    num, wanted = min(suite.ttft.num, len(examples)), suite.ttft.chunks or 0
-    if num and sum(len(example.chunks) for example in examples) < wanted:
-        source = suite.tasks[0].full_source()
-        examples = load_examples(source, limit=max(len(examples), wanted), tokenizer=tokenizer)
-    return tuple(fill(examples, num, suite.ttft.chunks)) if num else ()
-
-
 def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
-    """The first ``num`` examples, each with ``chunks`` chunks of it and those after it, if given."""
+    """The first ``num`` examples, filled to ``chunks`` chunks, if given, by those after them."""
     if chunks is None:
         return list(examples[:num])
     if (held := sum(len(example.chunks) for example in examples)) < chunks:

@@ -19,7 +19,7 @@ from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
 
 RESULTS = "results.json"
-ORACLE, FLOOR, NOTHING = "full-prefill", "naive", "no-context"
+ORACLE, FLOOR = "full-prefill", "naive"
 NUM_BINS, MIN_ROWS = 5, 5  # bins with fewer questions are left out
 NEAR = 0.02  # up to this difference in recomputed shares of layer-tokens, budgets count as equal
 
@@ -39,8 +39,9 @@ def build_results(
     also if it may be 0. Rows of all labels must be in the same order. ``ttft`` and ``fidelity`` may
     lack labels. A pool replaces its members: ``seeds`` has their scores, its times are the first's.
     """
-    plain = {s.name: s.label for s in reversed(suite.methods) if s.is_plain}  # the first decides
-    full, naive = plain.get(ORACLE), plain.get(FLOOR)
+    plain = [s for s in suite.methods if s.adapter is None and s.entry() == {"name": s.name}]
+    labels = {spec.name: spec.label for spec in reversed(plain)}  # the first one decides
+    full, naive = labels.get(ORACLE), labels.get(FLOOR)
     seeds = {label: fmean(row.score for row in own) for label, own in rows.items()}
     rows = with_pools(rows, suite.pool)
     groups = {}

@@ -203,11 +203,9 @@ class RowFile:
         whole, *parts = ([(row.task, row.id) for row in read_rows(p)] for p in self._paths())
         # A part may have several rows of one question, from runs of different code.
         if lost := (Counter(whole) | Counter(set(chain(*parts)))) - Counter(asked):
-            others = f"that this run does not ask, such as {min(lost)[1]!r}"
-            fix = "give another output folder, or move this one away"
-            raise ValueError(
-                f"'{self.path}' has answers to {lost.total()} questions {others}; {fix}"
-            )
+            fix = f"such as {min(lost)[1]!r}; give another output folder, or move this one away"
+            others = f"{lost.total()} questions that this run does not ask, {fix}"
+            raise ValueError(f"'{self.path}' has answers to {others}")
 
     def lacks(self, indices: Iterable[int]) -> bool:
         """Whether a row of these questions is missing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -136,7 +136,12 @@ def _answer_all(
 ) -> None:
     """Lets all methods, by adapter, answer a batch before the next: they share encoded chunks."""
     specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
-    asked = ((b, [spec for spec in specs if files[spec.label].lacks(b)]) for b in _batches(ready))
+    batches, first, size = [], 0, ready.suite.batch_size
+    for task in ready.suite.tasks:
+        stop = first + len(ready.of(task))
+        batches += [range(start, min(start + size, stop)) for start in range(first, stop, size)]
+        first = stop
+    asked = ((b, [spec for spec in specs if files[spec.label].lacks(b)]) for b in batches)
     work, caches = processes.share([(batch, left) for batch, left in asked if left]), CleanCaches()
     bar = progress.add_task("", total=sum(len(batch) * len(left) for batch, left in work))
     for batch, left in work:
@@ -153,15 +158,6 @@ def _answer_all(
                 for i, example, answer in zip(batch, examples, answers, strict=True)
             )
             progress.advance(bar, len(batch))
-
-
-def _batches(ready: Ready) -> Iterator[range]:
-    """Ranges of question indices, each within one task."""
-    start, size = 0, ready.suite.batch_size
-    for task in ready.suite.tasks:
-        stop = start + len(ready.of(task))
-        yield from (range(first, min(first + size, stop)) for first in range(start, stop, size))
-        start = stop
 
 
 def _measure_once(

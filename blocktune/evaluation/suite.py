@@ -49,11 +49,6 @@ class MethodSpec:
         given = [key for key in ENTRY_KEYS if getattr(self, key) != getattr(default, key)]
         return {"name": self.name} | {key: getattr(self, key) for key in given}
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a registered method with its defaults, on the base model."""
-        return self.adapter is None and set(self.entry()) == {"name"}
-
 
 @dataclass(frozen=True)
 class TaskSpec:

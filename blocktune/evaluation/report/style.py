@@ -132,8 +132,8 @@ def zoomed(values: Sequence[float]) -> tuple[float, float]:
     return start if start >= 0.2 else 0.0, end if end <= 0.8 else 1.0
 
 
-def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> float:
-    """Sets an axis of shares to a range around ``values``, which its label says. Returns its start."""
+def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> None:
+    """Fits an axis of shares to ``values``; its label says a range that is not 0 to 1."""
     upright, (start, end) = axis == "y", zoomed(values)
     own = axes.yaxis if upright else axes.xaxis
     axes.set(**{f"{axis}lim": (start, end + 0.03 * (end - start))})
@@ -145,7 +145,6 @@ def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> flo
     if (start, end) != (0, 1):
         name += f"{separator}(axis from {100 * start:.0f} to {100 * end:.0f} %)"
     own.set_label_text(name)
-    return start
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:

@@ -51,8 +51,10 @@ def run_and_show(
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     """The results as a table: one row per method, with its scores by kind and its costs."""
     methods, groups = results["methods"], groups_of(results["methods"], MOST_GROUPS)
-    scores = [f"{_broken(name)}\n{_metric(results['tasks'], name)}" for name in groups]
-    rows = []
+    scores, rows = [], []
+    for name in groups:
+        broken = name if len(name) <= 10 else name.replace("/", "/\n").replace("-", "-\n", 1)
+        scores.append(f"{broken}\n{_metric(results['tasks'], name)}")
     for label, summary in methods.items():
         cells = [by_method[label] for by_method in groups.values()]
         shown = [with_half(cell["score"], cell["score_ci95"]) for cell in cells]
@@ -68,7 +70,3 @@ def _metric(tasks: Mapping[str, Any], group: str) -> str:
     """Title of the metric of a group: a kind of the only task, a task, or ``TASK/KIND``."""
     names = tasks if len(tasks) == 1 else [n for n in tasks if f"{group}/".startswith(f"{n}/")]
     return tasks[max(names, key=len)]["title"] if names else "score"
-
-
-def _broken(kind: str) -> str:
-    return kind if len(kind) <= 10 else kind.replace("/", "/\n").replace("-", "-\n", 1)
