@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blocktune.attention import SplitPlan, dense_mask
 from blocktune.attention.kernels import AttentionParams
-from blocktune.bench.reuse import matmul_rate, ratios, spread, take_turns, threads
+from blocktune.bench.reuse import rates, ratios, spread, take_turns, threads
 from blocktune.layout import LayerRule
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.provenance import provenance
@@ -55,7 +55,7 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
     with threads(THREADS):
         works = {name: partial(work, attention) for name, attention in attentions.items()}
         times = take_turns(works, repeats)
-        rate = matmul_rate(repeats)
+        _, rate = rates(repeats)
     cells = {"split": int(mask.sum()), "full": tokens * (tokens + 1) // 2, "dense": tokens**2}
     flops = {name: OPERATIONS * count * HEADS * HEAD_DIM for name, count in cells.items()}
     seconds = {name: spread(values) for name, values in times.items()}

@@ -129,17 +129,13 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
-def matmul_rate(repeats: int = 5) -> float:
-    """FLOPs per second of a square float32 matrix product, the best of several runs."""
+def rates(repeats: int) -> tuple[float, float]:
+    """Bytes copied and FLOPs of a float32 matrix product per second, the best of several runs."""
     left, right = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
-    return 2 * PRODUCT**3 / min(take_turns({"": lambda: left @ right}, repeats)[""])
-
-
-def copy_rate(repeats: int = 5) -> float:
-    """Bytes copied per second between tensors, the best of several runs; each counts once."""
-    source = torch.ones(COPIED, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return COPIED / min(take_turns({"": lambda: target.copy_(source)}, repeats)[""])
+    source, target = torch.ones(2, COPIED, dtype=torch.uint8)
+    works = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
+    times = take_turns(works, repeats)
+    return COPIED / min(times["copy"]), 2 * PRODUCT**3 / min(times["product"])
 
 
 @contextmanager
@@ -169,7 +165,7 @@ def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
         times = time_methods(engine, pieces, methods, bench.repeats, query_only=alone)
         methods["full"] = build("full-prefill")
         usages = {name: usage_of(engine, pieces, method) for name, method in methods.items()}
-        copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
+        copy, matmul = rates(bench.repeats)
     over = {name: spread(ratios(times, *name.split("_over_"))) for name in RATIOS}
     costs = {}
     for name, usage in usages.items():

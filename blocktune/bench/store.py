@@ -40,7 +40,10 @@ def bench_store(
     before. All files are in the page cache and verified. ``ratios`` compare bandwidths. Chunks are
     written into ``folder``, by default a new one.
     """
-    _keep_freed_memory()
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL(None).mallopt  # freed memory is kept: new pages are slow
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
         disk = setting.engine(ChunkStore(0, Path(place) / "disk"))
         memory = setting.engine(ChunkStore(1 << 40))
@@ -99,14 +102,6 @@ def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> dic
         "key_error": error(entry.keys, decoded.keys),
         "value_error": error(entry.values, decoded.values),
     }
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc reuse freed memory, since new zeroed pages take longer than loading."""
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from blocktune.bench import reuse
 from blocktune.cache import RowCache
 from blocktune.engine import Engine
 from blocktune.engine.assemble import relocate
-from blocktune.engine.generation import Generation
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, default_method
 from blocktune.prompt import Pieces
@@ -54,7 +53,7 @@ def bench_ttft(
     timed = {}
     with reuse.threads(num_threads), torch.no_grad():
         has_limit = engine.model.device.type == "cpu" and engine.model.dtype == torch.float32
-        rates = (reuse.copy_rate(repeats), reuse.matmul_rate(repeats)) if has_limit else None
+        rates = reuse.rates(repeats) if has_limit else None
         for length in lengths:
             pieces = reuse.random_pieces(len(engine.tokenizer), length - 1, chunk, question, seed)
             timed[str(length)] = _timed(engine, pieces, method, repeats, rates)
@@ -73,7 +72,22 @@ def _timed(
     if usage.chunk_misses:
         prompt = f"the engine's store has no room for the chunks of {pieces.num_tokens:,} tokens"
         raise ValueError(f"{prompt}; give it more memory, or shorter prompts")
-    more = {"question": reuse.query_only(engine.model, run), **_assembling(engine, run)}
+    state, layout, wanted = engine.state, run.batch.layout, run.wanted[0]
+
+    def lookup():
+        return state.encoder.find(wanted, Stopwatch(engine.model.device)).kvs
+
+    kvs = [lookup()[piece] for piece in wanted]
+    rows = run.assembled.cached[0].nonzero().squeeze(1)
+    columns = layout.order[0, rows]
+    origins = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs]).to(columns.device)
+
+    def join(positions):
+        cache = RowCache(state.num_layers, 1, run.columns.kind.shape[1], spare=64)
+        relocate(cache, 0, kvs, columns, positions, state.rope)
+
+    more = {"question": reuse.query_only(engine.model, run), "lookup": lookup}
+    more |= {"join": partial(join, origins), "relocate": partial(join, layout.position[0, rows])}
     times = reuse.time_methods(engine, pieces, {"cached": method}, repeats, **more)
     pairs = zip(times.pop("relocate"), times["join"], strict=True)
     times["rotate"] = [max(0.0, relocate_s - join_s) for relocate_s, join_s in pairs]
@@ -92,25 +106,6 @@ def _timed(
         "seconds": {name: medians[name] for name in ("cached", "full")},
         "parts": {n: {"seconds": medians[n], "limit": limits.get(n)} for n in PARTS},
     }
-
-
-def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], object]]:
-    state, layout, wanted = engine.state, run.batch.layout, run.wanted[0]
-
-    def lookup():
-        return state.encoder.find(wanted, Stopwatch(engine.model.device)).kvs
-
-    kvs = [lookup()[piece] for piece in wanted]
-    rows = run.assembled.cached[0].nonzero().squeeze(1)
-    columns = layout.order[0, rows]
-    origins = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs]).to(columns.device)
-
-    def join(positions):
-        cache = RowCache(state.num_layers, 1, run.columns.kind.shape[1], spare=64)
-        relocate(cache, 0, kvs, columns, positions, state.rope)
-
-    targets = layout.position[0, rows]
-    return {"lookup": lookup, "join": partial(join, origins), "relocate": partial(join, targets)}
 
 
 def table(found: Mapping[str, Any]) -> Table:

@@ -71,8 +71,16 @@ def bench_vllm(setting: VllmBench) -> dict[str, Any]:
         lengths = {str(n): _time_length(llm, setting, n, draw) for n in setting.tokens}
         trace = _time_trace(llm, setting, draw)
     goal = str(min(setting.tokens, key=lambda n: abs(n - GOAL_AT)))
-    ratios = {"cached_over_full": lengths[goal]["cached_over_full"], **_growth(lengths)}
-    ratios["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
+    least, most = (lengths[str(pick(setting.tokens))] for pick in (min, max))
+    cached, paged = (most[name]["cpu_s"] - least[name]["cpu_s"] for name in ("cached", "paged"))
+    copied, written = (most[name] - least[name] for name in ("copy_s", "write_s"))
+    ratios = {
+        "cached_over_full": lengths[goal]["cached_over_full"],
+        "load_over_write": (cached - paged) / written,
+        "load_over_copy": (cached - paged) / copied,
+        "cached_over_copy": cached / copied,
+        "requests_over_prefix_cache": trace["requests_over_prefix_cache"],
+    }
     record = {"setting": asdict(setting), "found": ratios, "lengths": lengths, "trace": trace}
     return record | {"provenance": provenance()}
 
@@ -135,17 +143,6 @@ def _write_s(count: int, setting: VllmBench) -> float:
                 module.impl.do_kv_cache_update(module, keys, keys, module.kv_cache, slots + start)
 
     return _least_cpu_s(write, runs=3)
-
-
-def _growth(lengths: dict[str, Any]) -> dict[str, float]:
-    least, most = (lengths[name] for name in (min(lengths, key=int), max(lengths, key=int)))
-    cached, paged = (most[name]["cpu_s"] - least[name]["cpu_s"] for name in ("cached", "paged"))
-    copied, written = (most[name] - least[name] for name in ("copy_s", "write_s"))
-    return {
-        "load_over_write": (cached - paged) / written,
-        "load_over_copy": (cached - paged) / copied,
-        "cached_over_copy": cached / copied,
-    }
 
 
 def _timed(llm: ChunkLLM, rendered: Rendered) -> tuple[float, float]:

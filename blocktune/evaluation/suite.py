@@ -227,7 +227,8 @@ def check_pools(pools: Any, labels: Sequence[str]) -> None:
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
     """Builds a task from an entry of a suite. Messages of a ValueError begin with ``where``.
 
-    It has the keys of `TaskSpec`, which override those of ``task``, a file, and of its ``variant``.
+    It has the keys of `TaskSpec`, which override those of ``task``, a file, and its ``variant``,
+    which is named ``NAME-VARIANT``.
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in ("task", "variant"))
@@ -236,18 +237,14 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
             raise ValueError(f"{where}: '{key}' must be text, got {value!r:.60}")
     if path is None and variant is not None:
         raise ValueError(f"{where}: 'variant' needs 'task', the file that has the variants")
-    own = {} if path is None else load_task(path, variant)
-    return read(TaskSpec, own | record, where)
-
-
-def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
-    """The keys of a task file, overridden by those of its ``variant``, named ``NAME-VARIANT``."""
-    values = dict(mapping(load_yaml(path, "task", "see eval/tasks/ for examples"), str(path)))
+    if path is None:
+        return read(TaskSpec, record, where)
+    values = dict(mapping(load_yaml(path, "task", "see eval/tasks/ for examples"), path))
     variants = mapping(values.pop("variants", {}), f"{path}: variants")
-    if variant is None:
-        return values
-    if variant not in variants:
-        known = ", ".join(variants) or "none"
-        raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
-    values["name"] = f"{values.get('name')}-{variant}"
-    return values | dict(mapping(variants[variant], str(path)))
+    if variant is not None:
+        if variant not in variants:
+            known = ", ".join(variants) or "none"
+            raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
+        values["name"] = f"{values.get('name')}-{variant}"
+        values |= mapping(variants[variant], path)
+    return read(TaskSpec, values | record, where)

@@ -57,7 +57,6 @@ METHODS = {name: (colour, m) for colour, own in _LOOKS.items() for name, m in ow
 COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
 PHONE_INCHES = 4.6  # width of a chart that is readable at 358 pixels, the width of a phone's page
 SMALL = 8.5  # font size of labels inside a chart, in points
-
 LONGEST = 36  # letters of a name in a chart; of longer ones the middle is left out
 
 Draw = Callable[[Figure, Ground], None]
