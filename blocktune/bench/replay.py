@@ -124,9 +124,8 @@ def break_even(
 ) -> list[BreakEven]:
     """Compares chunk reuse with prefix caching, by share of repeated chunks; both unbounded.
 
-    Retrieved chunks come in any order, so prompts share a prefix only if they start with the same
-    chunks in the same order. ``recompute`` is the share of tokens that the method recomputes. A
-    point is simulated with ``requests`` of `CHUNKS` of `BLOCK` tokens.
+    Retrieved chunks come in any order; a shared prefix is the same chunks in the same order.
+    ``recompute``: share of recomputed tokens. A request has `CHUNKS` of `BLOCK` tokens.
     """
     points, full_s = [], costs.encode_s(CHUNKS * BLOCK)
     for step in range(11):

@@ -96,7 +96,7 @@ def _rows(
 def _scores(*runs: Sequence[Row]) -> list[Mapping[Any, list[float]]]:
     """Scores of each run by task and id; by the prompt too if a run has several rows of that id."""
     counts = [Counter((row.task, row.id) for row in rows) for rows in runs]
-    repeated = {name for count in counts for name, number in count.items() if number > 1}
+    repeated = {name for count in counts for name in count if count[name] > 1}
     scores = [defaultdict(list) for _ in runs]
     for own, rows in zip(scores, runs, strict=True):
         for row in rows:
@@ -171,15 +171,15 @@ def _between_tuned(methods: Mapping[str, Any]) -> list[str]:
     tuned = [label for label, summary in methods.items() if summary["adapter"]]
     pairs = list(combinations(tuned, 2)) if len(tuned) <= MOST else []
     said = []
+    within = "within chance at this number of questions"
     for other, label in pairs:
         minus = methods[label]["score_minus"][other]
         if is_shown(minus) or len(pairs) <= MOST_PAIRS:
-            chance = "" if is_shown(minus) else ": within chance at this number of questions"
+            chance = "" if is_shown(minus) else f": {within}"
             points = with_interval("score", minus["mean"], minus["ci95"])
             said.append(f"{label} minus {other}: {points} points{chance}.")
     if unclear := len(pairs) - len(said):
-        pair = f"Of {len(pairs)} pairs of tuned methods, {unclear} differ"
-        said.append(f"{pair} within chance at this number of questions.")
+        said.append(f"Of {len(pairs)} pairs of tuned methods, {unclear} differ {within}.")
     return said
 
 
@@ -203,18 +203,16 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
     """Sentences about differences from full prefill and naive reuse that need more questions."""
     notes = []
     for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):
-        unclear = [
-            (minus["n_needed"], f"{label} ({written('score', minus['mean'])} points")
-            for label, summary in results["methods"].items()
-            if (minus := summary["score_minus"].get(other))
-            and not is_shown(minus)
-            and (minus["n_needed"] or 0) > summary["n"]
-        ]
+        unclear = []
+        for label, summary in results["methods"].items():
+            minus, n = summary["score_minus"].get(other), summary["n"]
+            if minus and not is_shown(minus) and (minus["n_needed"] or 0) > n:
+                points = f"{label} ({written('score', minus['mean'])} points"
+                unclear.append((minus["n_needed"], points))
         if unclear:
             named = sorted(unclear, key=itemgetter(0))[:MOST_NOTED]
             listed = "; ".join(f"{which}; {needed:,} would be enough)" for needed, which in named)
             if more := len(unclear) - len(named):
                 listed += f"; and {more} more, which need more questions"
-            count = next(iter(results["methods"].values()))["n"]
-            notes.append(f"{count:,} questions cannot tell these methods from {other}: {listed}.")
+            notes.append(f"{n:,} questions cannot tell these methods from {other}: {listed}.")
     return notes

@@ -32,8 +32,7 @@ class Agreement(NamedTuple):
 def agreement(full: Tensor, own: Tensor) -> Agreement:
     """Compares next-token distributions at the same positions, given as logits ``(T, V)``.
 
-    Tokens that full prefill excludes (a logit of -inf) contribute nothing. Raises ValueError if a
-    logit is NaN or the divergence is not finite.
+    Tokens that full prefill excludes (a logit of -inf) count nothing. ValueError: no finite KL.
     """
     require_numbers(full)
     require_numbers(own)

@@ -100,11 +100,8 @@ def tell_rewording(engines: Mapping[str | None, Any], worded: Worded) -> None:
     for (adapter, task), engine in worded.items():
         fields = _differing(engines[adapter].format, engine.format)
         if adapter is not None and fields:
-            logger.warning(
-                "task '%s' asks '%s' in other words than it was trained in (%s): train with the "
-                "task's wording, or leave these keys out of the task's prompt",
-                *(task, adapter, fields),
-            )
+            how = f"task '{task}' asks '{adapter}' in other words than it was trained in ({fields})"
+            logger.warning("%s: train with these keys, or leave them out of the task's prompt", how)
 
 
 def _differing(first: PromptFormat, second: PromptFormat) -> str:
@@ -130,11 +127,9 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[tuple[TaskSpec, RagExample
                 lost.append(f"{answers[0]!r:.60} of question {number}")
             questions.append((task, example))
         if lost:
-            logger.warning(
-                "task '%s': for %d of %d questions even the accepted answer scores 0 by %s, such "
-                "as %s; choose another metric or 'stop'",
-                *(task.name, len(lost), len(examples), task.metric, lost[0]),
-            )
+            told = f"even the accepted answer scores 0 by {task.metric}, such as {lost[0]}"
+            count = f"task '{task.name}': for {len(lost)} of {len(examples)} questions"
+            logger.warning("%s %s; choose another metric or 'stop'", count, told)
     return tuple(questions)
 
 
@@ -170,9 +165,8 @@ def _check_fit(ready: Ready) -> None:
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     """Checks that all engines build the same, well-formed prompt for a question, mode tags aside.
 
-    Raises ValueError if the prompt lacks or repeats the BOS that the tokenizer or its template
-    adds, if the assistant's turn is not open, or if prompts differ. The first two lower the scores
-    of full prefill most, so reuse would seem to lose nothing.
+    ValueError: the prompt lacks or repeats the BOS of the tokenizer or its template, does not open
+    the assistant's turn, or differs. The first two lower the scores of full prefill most.
     """
 
     def ids(engine: Any, words: PromptFormat) -> tuple[int, ...]:

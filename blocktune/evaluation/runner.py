@@ -87,18 +87,13 @@ def run_suite(
         suite = replace(suite, device=processes.device)
     output, ready = Path(output), prepare(suite, load)
     (output / ROWS).mkdir(parents=True, exist_ok=True)
-    with alone_in(output, processes.is_main):
-        return _run(ready, output, command, processes)
-
-
-def _run(
-    ready: Ready, output: Path, command: list[str] | None, processes: Processes
-) -> dict[str, Any] | None:
-    suite = ready.suite
-    weights = ready.fingerprints()  # computed now: an adapter may be retrained during the run
-    files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
-    processes.wait()  # no process writes before all have read
-    with progress_bars(shown=processes.is_main) as progress:
+    with (
+        alone_in(output, processes.is_main),
+        progress_bars(shown=processes.is_main) as progress,
+    ):
+        weights = ready.fingerprints()  # computed now: an adapter may be retrained during the run
+        files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
+        processes.wait()  # no process writes before all have read
         _answer_all(ready, files, processes, progress)
         processes.wait()
         if not processes.is_main:
@@ -111,10 +106,10 @@ def _run(
         if suite.fidelity.num:
             measure = partial(measure_fidelity, ready, progress.track)
             fidelity = _measure_once(output / "fidelity.json", suite, rows, measure)
-    ttft = {label: TtftSummary(*own) for label, own in times.items()}
-    origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
-    results = build_results(suite, rows, ttft, origin, fidelity)
-    replace_json(output / RESULTS, results)
+        ttft = {label: TtftSummary(*own) for label, own in times.items()}
+        origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
+        results = build_results(suite, rows, ttft, origin, fidelity)
+        replace_json(output / RESULTS, results)
     return results
 
 

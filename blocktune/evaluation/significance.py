@@ -34,13 +34,6 @@ class Interval(NamedTuple):
         return [self.low, self.high]
 
 
-class Power(NamedTuple):
-    """Power of a paired comparison on a given number of questions."""
-
-    detectable: float  # smallest difference that this many questions show with probability `WANTED`
-    n_needed: int | None  # questions needed to show the observed difference; None if it is 0
-
-
 def mean_interval(own: ArrayLike) -> Interval:
     """The mean of scores ``(n,)`` with Wilson's interval. Raises ValueError if there is none.
 
@@ -167,27 +160,28 @@ def comparisons(
         p, p_holm, gain = tests[name], adjusted[name], difference(own, other)
         # Significant is a Holm's p below `ALPHA`: the level that the correction leaves decides, or
         # differences that are within chance could need no more questions. A p of 1 is cut off.
-        shown = power(own, other, ALPHA * (p / p_holm if 0 < p_holm < 1 else 1 / len(tests)))
+        left = ALPHA * (p / p_holm if 0 < p_holm < 1 else 1 / len(tests))
         found[name] = {"mean": gain.mean, "ci95": gain.ci95, "p": p, "p_holm": p_holm}
-        found[name] |= {key: getattr(shown, key, None) for key in Power._fields}
+        found[name] |= power(own, other, left)
     return found
 
 
-def power(own: ArrayLike, other: ArrayLike, alpha: float = ALPHA) -> Power | None:
-    """What differences this many questions show at level ``alpha`` with probability `WANTED`.
+def power(own: ArrayLike, other: ArrayLike, alpha: float = ALPHA) -> dict[str, Any]:
+    """What differences are shown at level ``alpha`` with probability `WANTED`: ``detectable``.
 
-    By the normal approximation. Returns None if all differences are equal: the spread is unknown.
+    ``n_needed``: questions to show the one that is there, if any. By the normal approximation; both
+    are None if all differences are equal, since the spread is unknown.
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """
     differences = paired(own, other)
     if len(set(differences)) < 2:
-        return None
+        return {"detectable": None, "n_needed": None}
     spread = float(differences.std(ddof=1))
     reach = (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(WANTED)) * spread
     mean = abs(float(differences.mean()))
     needed = ceil((reach / mean) ** 2) if mean > 0 else None
-    return Power(reach / len(differences) ** 0.5, needed)
+    return {"detectable": reach / len(differences) ** 0.5, "n_needed": needed}
 
 
 def paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:

@@ -21,8 +21,8 @@ from blocktune.prompt import Chunk
 class CleanCaches:
     """Encodes the chunks of a batch once for all methods that reuse the same chunks.
 
-    No answer, time or fidelity may depend on what earlier questions or methods left in the caches.
-    So the caches are emptied, unless they hold exactly the chunks that the method would encode.
+    Nothing may depend on what earlier questions or methods left in the caches. So they are emptied,
+    unless they hold exactly the chunks that the method would encode.
     """
 
     def __init__(self):

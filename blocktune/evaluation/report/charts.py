@@ -149,11 +149,7 @@ def _sweep_chart(results: Results, name: str) -> Chart:
 
 
 def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
-    """Draws the results of a run as one PNG, written atomically; returns its path.
-
-    Left: the headline score by kind. Right: the score against time to first token relative to full
-    prefill or, if that was not measured, against the recomputed share.
-    """
+    """Draws scores by kind, and against time (if measured) or recomputed share, as one PNG."""
     methods, groups = results["methods"], groups_of(results["methods"], MOST_GROUPS)
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -165,12 +166,10 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     room = axes.get_window_extent()
     gap = 1.15 * max(text.get_window_extent().height for text in texts)
     heights = [room.height * text.xy[1] for text in texts]
-    for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + gap)
-    heights[-1] = min(heights[-1], room.height)
-    for index in range(len(heights) - 2, -1, -1):
-        heights[index] = min(heights[index], heights[index + 1] - gap)
-    for text, height in zip(texts, heights, strict=True):
+    raised = list(accumulate(heights, lambda below, own: max(own, below + gap)))
+    raised[-1] = min(raised[-1], room.height)
+    lowered = accumulate(reversed(raised), lambda above, own: min(own, above - gap))
+    for text, height in zip(reversed(texts), lowered, strict=True):
         text.set_position((8, (height - room.height * text.xy[1]) * 72 / figure.dpi))
 
 

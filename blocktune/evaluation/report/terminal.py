@@ -51,10 +51,12 @@ def run_and_show(
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     """The results as a table: one row per method, with its scores by kind and its costs."""
     methods, groups = results["methods"], groups_of(results["methods"], MOST_GROUPS)
-    scores, rows = [], []
+    tasks, scores, rows = results["tasks"], [], []
     for name in groups:
         broken = name if len(name) <= 10 else name.replace("/", "/\n").replace("-", "-\n", 1)
-        scores.append(f"{broken}\n{_metric(results['tasks'], name)}")
+        # A group is a kind of the only task, a task, or ``TASK/KIND``.
+        own = [n for n in tasks if len(tasks) == 1 or f"{name}/".startswith(f"{n}/")]
+        scores.append(f"{broken}\n{tasks[max(own, key=len)]['title'] if own else 'score'}")
     for label, summary in methods.items():
         cells = [by_method[label] for by_method in groups.values()]
         shown = [with_half(cell["score"], cell["score_ci95"]) for cell in cells]
@@ -64,9 +66,3 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     longest = max(filter(None, lengths), default=None)
     timed = longest and f" TTFT: median over contexts of {longest:,.0f} tokens, chunks cached."
     return Table(("method", *scores, *_COSTS), rows, title, NOTE + (timed or ""))
-
-
-def _metric(tasks: Mapping[str, Any], group: str) -> str:
-    """Title of the metric of a group: a kind of the only task, a task, or ``TASK/KIND``."""
-    names = tasks if len(tasks) == 1 else [n for n in tasks if f"{group}/".startswith(f"{n}/")]
-    return tasks[max(names, key=len)]["title"] if names else "score"
