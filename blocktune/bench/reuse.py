@@ -184,11 +184,7 @@ def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
 
 
 def time_methods(
-    engine: Engine,
-    pieces: Pieces,
-    methods: Mapping[str, Method],
-    repeats: int,
-    **more: Callable[[], object],
+    engine: Engine, pieces: Pieces, methods: Mapping[str, Method], repeats: int, **more: Callable
 ) -> dict[str, list[float]]:
     """Times the prefill of each method, the functions ``more``, and full prefill, in turn.
 

@@ -155,10 +155,8 @@ def _timed(llm: ChunkLLM, rendered: Rendered) -> tuple[float, float]:
 
 def _time_trace(llm: ChunkLLM, setting: VllmBench, draw: random.Random) -> dict[str, float]:
     corpus = [_ids(draw, setting.chunk) for _ in range(setting.corpus)]
-    prompts = [
-        _prompt(llm, draw.sample(corpus, setting.most), _ids(draw, setting.question))
-        for _ in range(setting.trace)
-    ]
+    drawn = (draw.sample(corpus, setting.most) for _ in range(setting.trace))
+    prompts = [_prompt(llm, chunks, _ids(draw, setting.question)) for chunks in drawn]
     plain = [prompt._replace(plan=None) for prompt in prompts]
     rates = {}
     for name, requests in (("prefix_cache", plain), ("cached_chunks", prompts)):

@@ -65,9 +65,7 @@ def extract_answer(text: str) -> str:
     return text.strip().removesuffix(".").rstrip()
 
 
-def best(
-    metric: Callable[[str], float], answers: Sequence[str], of: Callable[..., float] = max
-) -> float:
+def best(metric: Callable[[str], float], answers: Sequence[str], of: Callable = max) -> float:
     """The highest score over the accepted answers; raises ValueError if there is none."""
     if not answers:
         raise ValueError("cannot score without an accepted answer; give the example 'answers'")

@@ -66,8 +66,7 @@ def load_engine(suite: Suite, adapter: str | None) -> Engine:
 def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     """Builds methods, reads questions, loads weights and checks that they fit together.
 
-    Raises ValueError if a method is unknown or does not suit its weights, a question has no answer,
-    or a prompt is malformed or does not fit into the model's context.
+    ValueError: a method is unknown or does not suit its weights, or a question or prompt is wrong.
     """
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)

@@ -127,8 +127,7 @@ def row_key(
 ) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
-    ``weights`` (fingerprint) and ``codec`` are those of the `Engine` and its store, ``code`` the
-    method's `code_digest`.
+    ``weights`` is the engine's fingerprint, ``codec`` its store's, ``code`` a `code_digest`.
     """
     entry = method.entry()
     if "preset" in entry:  # then the name is only a label

@@ -69,11 +69,7 @@ def launched() -> Processes:
 
 
 def run_suite(
-    suite: Suite,
-    output: str | Path,
-    *,
-    command: list[str] | None = None,
-    load: Load = load_engine,
+    suite: Suite, output: str | Path, *, command: list[str] | None = None, load: Load = load_engine
 ) -> dict[str, Any] | None:
     """Answers, scores and times all questions of a suite. An interrupted run resumes.
 

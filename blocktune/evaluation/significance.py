@@ -167,7 +167,7 @@ def comparisons(
 
 
 def power(own: ArrayLike, other: ArrayLike, alpha: float = ALPHA) -> dict[str, Any]:
-    """What differences are shown at level ``alpha`` with probability `WANTED`: ``detectable``.
+    """The difference that is ``detectable`` at level ``alpha`` with probability `WANTED`.
 
     ``n_needed``: questions to show the one that is there, if any. By the normal approximation; both
     are None if all differences are equal, since the spread is unknown.

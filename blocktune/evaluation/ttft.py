@@ -25,8 +25,7 @@ class CleanCaches:
     unless they hold exactly the chunks that the method would encode.
     """
 
-    def __init__(self):
-        self._held: tuple | None = None
+    _held: tuple | None = None  # what the caches hold, if that is known
 
     def prepare(self, engine: Engine, method: Method, examples: Sequence[RagExample]) -> None:
         """Stores the chunks that the method reuses, or empties the engine's caches."""

@@ -173,10 +173,7 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     return style.to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4), min(width, 15))
 
 
-def _draw_score(
-    axes: Axes, look: Mapping[str, Any], cell: Cell, place: float, axis: str = "y"
-) -> None:
-    """Draws a score with its interval, along an axis."""
+def _draw_score(axes: Axes, look: Mapping, cell: Cell, place: float, axis: str = "y") -> None:
     x, y = (place, cell["score"]) if axis == "y" else (cell["score"], place)
     bars = {f"{axis}err": _reach([cell]), "elinewidth": 1.5}
     axes.errorbar([x], [y], linestyle="", clip_on=False, **look, **bars)

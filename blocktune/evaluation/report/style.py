@@ -71,8 +71,7 @@ def short(name: str) -> str:
 def mark(ground: Ground, label: str) -> dict[str, Any]:
     """Colour and marker of a method, as keywords of ``Axes.plot``.
 
-    A label that begins with a method's name (``kvlink + epic``) has its colour and a hollow marker;
-    other labels get a look from their hash.
+    A label that begins with a method's name has its look, but hollow; others, one by their hash.
     """
     parts = re.split(r"(?=[ :,])|(?<=[a-z])(?=-\d)", label)
     starts = ["".join(parts[:stop]) for stop in range(len(parts), 0, -1)]
