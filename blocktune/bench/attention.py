@@ -27,8 +27,7 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
 
     Split attention, full causal SDPA (``full``) and SDPA with the block mask as a dense tensor
     (``dense``) run in turn. Masks and plans, made once per batch, are not timed. The last ``chunk``
-    tokens are the query, which sees everything. ``bound`` holds the ratios by visible cells alone;
-    ``share_of_matmul`` is the share of the measured matmul rate.
+    tokens are the query, which sees everything. ``bound`` holds the ratios by visible cells alone.
     """
     if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
         wanted = f"tokens must be two or more whole chunks of {chunk}, got {tokens}"

@@ -83,10 +83,8 @@ def run_suite(
         suite = replace(suite, device=processes.device)
     output, ready = Path(output), prepare(suite, load)
     (output / ROWS).mkdir(parents=True, exist_ok=True)
-    with (
-        alone_in(output, processes.is_main),
-        progress_bars(shown=processes.is_main) as progress,
-    ):
+    shown = progress_bars(shown=processes.is_main)
+    with alone_in(output, processes.is_main), shown as progress:
         weights = ready.fingerprints()  # computed now: an adapter may be retrained during the run
         files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
         processes.wait()  # no process writes before all have read
