@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from blocktune import plugins
-from blocktune.evaluation.report import write_report
+from blocktune.evaluation.report.page import write_report
 from blocktune.evaluation.report.terminal import run_and_show
 from blocktune.evaluation.suite import load_suite
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blocktune.attention import SplitPlan, dense_mask
 from blocktune.attention.kernels import AttentionParams
-from blocktune.bench.reuse import matmul_rate, ratios, spread, take_turns, threads
+from blocktune.bench.reuse import rates, ratios, spread, take_turns, threads
 from blocktune.layout import LayerRule
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.provenance import provenance
@@ -27,14 +27,11 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
 
     Split attention, full causal SDPA (``full``) and SDPA with the block mask as a dense tensor
     (``dense``) run in turn. Masks and plans, made once per batch, are not timed. The last ``chunk``
-    tokens are the query, which sees everything. ``bound`` holds the ratios by visible cells alone;
-    ``share_of_matmul`` is the share of the measured matmul rate.
+    tokens are the query, which sees everything. ``bound`` holds the ratios by visible cells alone.
     """
     if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
-        raise ValueError(
-            f"the benchmark needs at least two whole chunks; {tokens} tokens are not a multiple of "
-            f"chunks of {chunk}: choose tokens = n * chunk, n >= 2"
-        )
+        wanted = f"tokens must be two or more whole chunks of {chunk}, got {tokens}"
+        raise ValueError(f"{wanted}; choose tokens = n * chunk, n >= 2")
     block = (0,) * chunk
     layout = lay_out(Pieces((), (block,) * (tokens // chunk - 1), block), LayoutSpec()).layout
     mask = dense_mask(layout)
@@ -57,10 +54,11 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
     with threads(THREADS):
         works = {name: partial(work, attention) for name, attention in attentions.items()}
         times = take_turns(works, repeats)
-        rate = matmul_rate(repeats)
+        _, rate = rates(repeats)
     cells = {"split": int(mask.sum()), "full": tokens * (tokens + 1) // 2, "dense": tokens**2}
     flops = {name: OPERATIONS * count * HEADS * HEAD_DIM for name, count in cells.items()}
     seconds = {name: spread(values) for name, values in times.items()}
+    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "threads": THREADS}
     return {
         "split_over_full": spread(ratios(times, "split", "full"))["median"],
         "split_over_dense": spread(ratios(times, "split", "dense"))["median"],
@@ -69,8 +67,7 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
         "matmul_gflops": rate / 1e9,
         "share_of_matmul": {n: flops[n] / seconds[n]["median"] / rate for n in flops},
         "setting": {
-            **{"tokens": tokens, "chunk": chunk, "repeats": repeats, "dtype": "float32"},
-            **{"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "threads": THREADS},
+            **{"tokens": tokens, "chunk": chunk, "repeats": repeats, "dtype": "float32", **sizes},
             **{"seed": SEED, "passes": "forward and backward"},
         },
         **provenance(SEED),

@@ -1,9 +1,8 @@
 """Simulation of a store on a trace: hit rate and time saved by size and policy; break-even point.
 
 A trace lists the chunks of each request. It is recorded by a store (JSON lines of ``--store
-...,trace=FILE``), published (Mooncake: ``hash_ids`` of blocks of 512 tokens; Azure: CSV with
-``TIMESTAMP,ContextTokens,GeneratedTokens``, whose contexts are filled with random chunks, since it
-names none), or random. Files may be gzipped (``.gz``).
+...,trace=FILE``), published (Mooncake: ``hash_ids`` of blocks of 512 tokens; Azure: CSV, whose
+contexts are filled with random chunks, since it names none), or random. Files may be gzipped.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ class Use(NamedTuple):
     num_tokens: int
     num_bytes: int = 0
     seconds: float = 0.0
-    tenant: str = ""
 
 
 Request = tuple[Use, ...]
@@ -101,12 +99,11 @@ def replay(
                 if use.key in stored:
                     saved_s += use.seconds - use.num_bytes / costs.load_bytes_s
                     ledger.use(use.key)
-                elif (evicted := ledger.leaving(use.num_bytes, use.tenant, use.key)) is not None:
+                elif (evicted := ledger.leaving(use.num_bytes, key=use.key)) is not None:
                     ledger.remove(evicted)
                     held += use.num_bytes - sum(map(stored.pop, evicted))
                     peak = max(peak, held)
-                    about = About(seconds=use.seconds, tenant=use.tenant)
-                    ledger.add(use.key, use.num_bytes, about)
+                    ledger.add(use.key, use.num_bytes, About(seconds=use.seconds))
                     stored[use.key] = use.num_bytes
     every = list(chain.from_iterable(windows))
     total, *rates = (sum(hits) / max(len(hits), 1) for hits in (every, *windows))
@@ -127,9 +124,8 @@ def break_even(
 ) -> list[BreakEven]:
     """Compares chunk reuse with prefix caching, by share of repeated chunks; both unbounded.
 
-    Retrieved chunks come in any order, so prompts share a prefix only if they start with the same
-    chunks in the same order. ``recompute`` is the share of tokens that the method recomputes. A
-    point is simulated with ``requests`` of `CHUNKS` of `BLOCK` tokens.
+    Retrieved chunks come in any order; a shared prefix is the same chunks in the same order.
+    ``recompute``: share of recomputed tokens. A request has `CHUNKS` of `BLOCK` tokens.
     """
     points, full_s = [], costs.encode_s(CHUNKS * BLOCK)
     for step in range(11):
@@ -163,10 +159,9 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
         for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
             line = sorted((o for o in outcomes if o.policy == policy), key=lambda o: o.budget)
             budgets, colour = [o.budget / 1e9 for o in line], ground.series[colours[policy]]
-            look = {"color": colour, "marker": "o", "markersize": 3}
-            axes[0].plot(budgets, [o.hit_rate for o in line], **look)
-            axes[1].plot(budgets, [o.saved for o in line], **look)
-            axes[2].plot(range(1, WINDOWS + 1), line[-1].windows, **look)
+            axes[0].plot(budgets, [o.hit_rate for o in line], ".-", color=colour)
+            axes[1].plot(budgets, [o.saved for o in line], ".-", color=colour)
+            axes[2].plot(range(1, WINDOWS + 1), line[-1].windows, ".-", color=colour)
             ends[policy] = line[-1].windows[-1], colour
         titles = ("Hits", "Encoding time saved", f"Hits at {ticks[-1]:.3g} GB")
         for axis, title in zip(axes, titles, strict=True):
@@ -268,12 +263,12 @@ def _json_lines(lines: Iterator[str]) -> Iterator[Request]:
     starts_new = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
     numbers = accumulate(starts_new, initial=0)  # request number of each look-up; never empty
     for _, group in groupby(zip(numbers, gets, strict=False), key=lambda pair: pair[0]):
-        yield tuple(_use(record, puts.get(record["key"], {})) for _, record in group)
-
-
-def _use(got: dict, put: dict) -> Use:
-    num_bytes = put.get("bytes") or got["bytes"]
-    return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0), put.get("tenant", ""))
+        uses = []
+        for _, got in group:
+            put = puts.get(got["key"], {})
+            num_bytes = put.get("bytes") or got["bytes"]
+            uses.append(Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0)))
+        yield tuple(uses)
 
 
 def _records(lines: Iterator[str]) -> Iterator[dict]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling, Usage
@@ -51,13 +52,11 @@ class ReuseBench:
 
     def __post_init__(self):
         if self.chunk < 1 or self.question < 1 or self.tokens - self.question <= self.chunk:
-            raise ValueError(
-                f"the benchmark needs two chunks and a question; {self.tokens} tokens hold no two "
-                f"chunks of {self.chunk} and a question of {self.question}: give more tokens"
-            )
+            wanted = f"two chunks of {self.chunk} and a question of {self.question}"
+            raise ValueError(f"the benchmark needs {wanted}, got {self.tokens} tokens; give more")
 
     def engine(self, store: ChunkStore | None = None) -> Engine:
-        """Builds an engine over the model, with empty caches, or with ``store``."""
+        """An engine over the model, with empty caches or a ``store``."""
         return Engine(*random_model(self, self.intermediate, self.tokens + 1), store=store)
 
     def pieces(self, vocab_size: int) -> Pieces:
@@ -68,22 +67,14 @@ class ReuseBench:
 def random_model(setting: Any, intermediate: int, length: int) -> tuple[LlamaForCausalLM, Any]:
     """The random model of a setting, with room for ``length`` tokens, and its tokenizer."""
     tokenizer = byte_tokenizer()
-    model = random_llama(
-        len(tokenizer),
-        seed=setting.seed,
-        hidden_size=setting.width,
-        intermediate_size=intermediate,
-        num_hidden_layers=setting.layers,
-        num_attention_heads=setting.heads,
-        num_key_value_heads=setting.kv_heads,
-        max_position_embeddings=length,
-    )
-    return model, tokenizer
+    sizes = {"hidden_size": setting.width, "intermediate_size": intermediate}
+    sizes |= {"num_hidden_layers": setting.layers, "max_position_embeddings": length}
+    heads = {"num_attention_heads": setting.heads, "num_key_value_heads": setting.kv_heads}
+    return random_llama(len(tokenizer), seed=setting.seed, **sizes, **heads), tokenizer
 
 
-TINY = ReuseBench(  # for tests; its ratios are meaningless
-    256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, threads=1, repeats=1
-)
+SMALL = {"layers": 2, "width": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
+TINY = ReuseBench(256, 64, 16, **SMALL, threads=1, repeats=1)  # its ratios are meaningless
 
 
 def random_pieces(vocab_size: int, tokens: int, chunk: int, question: int, seed: int) -> Pieces:
@@ -104,8 +95,7 @@ def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[
     """Times functions in turn, so that other load on the machine affects all alike.
 
     Returns seconds per round, by name, with what a function leaves to an accelerator. The first
-    round does not count, unless it takes longer than `WARM_S`. A function may return its own
-    seconds as a float.
+    round does not count, unless it takes longer than `WARM_S`.
     """
 
     def now() -> float:
@@ -121,8 +111,8 @@ def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[
             gc.collect()
             gc.freeze()  # the next collection looks at new objects only
             start = now()
-            result = work()
-            seconds = result if isinstance(result, float) else now() - start
+            work()
+            seconds = now() - start
             if turn or seconds > WARM_S:
                 times[name].append(seconds)
     gc.unfreeze()
@@ -139,17 +129,13 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
-def matmul_rate(repeats: int = 5) -> float:
-    """FLOPs per second of a square float32 matrix product, the best of several runs."""
+def rates(repeats: int) -> tuple[float, float]:
+    """Bytes copied and FLOPs of a float32 matrix product per second, the best of several runs."""
     left, right = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
-    return 2 * PRODUCT**3 / min(take_turns({"": lambda: left @ right}, repeats)[""])
-
-
-def copy_rate(repeats: int = 5) -> float:
-    """Bytes copied per second between tensors, the best of several runs; each counts once."""
-    source = torch.ones(COPIED, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return COPIED / min(take_turns({"": lambda: target.copy_(source)}, repeats)[""])
+    source, target = torch.ones(2, COPIED, dtype=torch.uint8)
+    works = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
+    times = take_turns(works, repeats)
+    return COPIED / min(times["copy"]), 2 * PRODUCT**3 / min(times["product"])
 
 
 @contextmanager
@@ -172,46 +158,33 @@ def bench_reuse(bench: ReuseBench) -> dict[str, Any]:
     """
     with threads(bench.threads), torch.no_grad():
         engine = bench.engine()
-        methods = {
-            "naive": build("naive"),
-            "epic": build("epic", k=bench.k),
-            "cacheblend": build("cacheblend", ratio=bench.ratio),
-        }
+        methods = {"naive": build("naive"), "epic": build("epic", k=bench.k)}
+        methods["cacheblend"] = build("cacheblend", ratio=bench.ratio)
         pieces = bench.pieces(len(engine.tokenizer))
         alone = query_only(engine.model, engine.start([pieces], methods["naive"]))
         times = time_methods(engine, pieces, methods, bench.repeats, query_only=alone)
         methods["full"] = build("full-prefill")
         usages = {name: usage_of(engine, pieces, method) for name, method in methods.items()}
-        copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
+        copy, matmul = rates(bench.repeats)
     over = {name: spread(ratios(times, *name.split("_over_"))) for name in RATIOS}
+    costs = {}
+    for name, usage in usages.items():
+        counts = ("recompute_ratio", "bytes_read", "bytes_moved", "flops")
+        costs[name] = {count: getattr(usage, count) for count in counts}
+        costs[name]["bytes_over_copy_rate_s"] = usage.bytes_moved / 2 / copy  # read and written
+        costs[name]["flops_over_matmul_rate_s"] = usage.flops / matmul
     return {
         **{name: values["median"] for name, values in over.items()},
         "spread": over,
         "seconds": {name: spread(values) for name, values in times.items()},
-        "bytes_per_s_copied": copy,
-        "flops_per_s_matmul": matmul,
-        "cost": {
-            name: {
-                "recompute_ratio": usage.recompute_ratio,
-                "bytes_read": usage.bytes_read,
-                "bytes_moved": usage.bytes_moved,
-                "bytes_over_copy_rate_s": usage.bytes_moved / 2 / copy,  # read and written
-                "flops": usage.flops,
-                "flops_over_matmul_rate_s": usage.flops / matmul,
-            }
-            for name, usage in usages.items()
-        },
+        **{"bytes_per_s_copied": copy, "flops_per_s_matmul": matmul, "cost": costs},
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
     }
 
 
 def time_methods(
-    engine: Engine,
-    pieces: Pieces,
-    methods: Mapping[str, Method],
-    repeats: int,
-    **more: Callable[[], object],
+    engine: Engine, pieces: Pieces, methods: Mapping[str, Method], repeats: int, **more: Callable
 ) -> dict[str, list[float]]:
     """Times the prefill of each method, the functions ``more``, and full prefill, in turn.
 
@@ -219,12 +192,10 @@ def time_methods(
     each round. Returns seconds of each round, by name.
     """
     ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query], device=engine.model.device)
-    full = {
-        "full_engine": partial(engine.start, [pieces], build("full-prefill")),
-        "full_stock": partial(engine.model, ids, use_cache=True, logits_to_keep=1),
-    }
-    own = {name: partial(engine.start, [pieces], method) for name, method in methods.items()}
-    times = take_turns(full | own | more, repeats)
+    stock = partial(engine.model, ids, use_cache=True, logits_to_keep=1)
+    works = {"full_engine": build("full-prefill"), **methods}
+    works = {name: partial(engine.start, [pieces], method) for name, method in works.items()}
+    times = take_turns({"full_stock": stock} | works | more, repeats)
     return times | {"full": list(map(min, times["full_engine"], times["full_stock"]))}
 
 
@@ -234,13 +205,7 @@ def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:
 
     def work() -> object:
         run.cache.select(rows.columns)
-        return model(
-            rows.ids,
-            position_ids=rows.rows.position,
-            plan=CachePlan(rows.rows, run.columns),
-            past_key_values=run.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        placed = rows.rows.position, CachePlan(rows.rows, run.columns)
+        return planned_forward(model, rows.ids, *placed, run.cache, logits_to_keep=1)
 
     return work

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ from blocktune.engine.assemble import from_chunks
 from blocktune.engine.state import ServedBatch
 from blocktune.methods import build
 from blocktune.positions import RopeSpec
-from blocktune.prompt import Pieces, Prompt
 from blocktune.provenance import provenance
 
 
@@ -39,123 +37,86 @@ def bench_store(
     """Times loading and joining a prompt's chunks, and look-ups among ``keys``; measures codecs.
 
     The baseline reads the same files, or copies the same tensors, also to memory that was used
-    before. All files are in the page cache and verified. ``ratios`` compare bandwidths in wall
-    time, ``cpu_ratios`` in CPU time. Chunks are written into ``folder``, by default a new one.
+    before. All files are in the page cache and verified. ``ratios`` compare bandwidths. Chunks are
+    written into ``folder``, by default a new one.
     """
-    _keep_freed_memory()
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL(None).mallopt  # freed memory is kept: new pages are slow
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
         disk = setting.engine(ChunkStore(0, Path(place) / "disk"))
         memory = setting.engine(ChunkStore(1 << 40))
         pieces = setting.pieces(len(disk.tokenizer))
         moved = disk.lay_out(pieces, build("naive"), 1)
-        works: dict[str, Callable[[], object]] = {}
-        for name, engine in (("disk", disk), ("memory", memory)):
-            works[name] = partial(_load, engine, moved, pieces)
-            works[name]()  # encodes the chunks
+
+        def load(engine: Engine) -> None:  # from token ids to a cache that holds chunks in place
+            from_chunks(ServedBatch.stacked(engine.state, [moved], [pieces], build("naive")))
+
+        def read() -> None:
+            for path, buffer in zip(files, buffers, strict=True):
+                with path.open("rb", buffering=0) as file:
+                    file.readinto(buffer)
+
+        works = {"disk": partial(load, disk), "memory": partial(load, memory)}
+        for encode in works.values():
+            encode()
         files = sorted((Path(place) / "disk").rglob("*.safetensors"))
         held = list(memory.store.held().values())
         time.sleep(SETTLED_S + 0.1)  # a younger file is verified at each load
         tensors = [tensor for entry in held for _, tensor in entry.tensors()]
         copies = [tensor.clone() for tensor in tensors]
         works["copy"] = lambda: [new.copy_(old) for new, old in zip(copies, tensors, strict=True)]
-        buffers = [memoryview(bytearray(path.stat().st_size)) for path in files]
-        works["read"] = partial(_read, files, buffers)
-        times, cpu = _times(works, setting.repeats)
+        buffers, works["read"] = [bytearray(path.stat().st_size) for path in files], read
+        times = take_turns(works, setting.repeats)
         lookups = _lookups(Path(place) / "many", keys)
     chunk = next(entry for entry in held if isinstance(entry, ChunkKV))
     return {
-        "ratios": _over_copy(times),
-        "cpu_ratios": _over_copy(cpu),
+        "ratios": {
+            "disk_over_copy": spread(ratios(times, "read", "disk")),
+            "memory_over_copy": spread(ratios(times, "copy", "memory")),
+        },
         "seconds": {name: spread(seconds) for name, seconds in times.items()},
-        "cpu_seconds": {name: spread(seconds) for name, seconds in cpu.items()},
         "bytes": sum(entry.num_bytes for entry in held),
         "lookup": {"keys": keys} | lookups,
         "prefixes": {"tokens": keys} | _matches(keys),
-        "codecs": {codec: codec_error(chunk, codec, disk.state.rope)._asdict() for codec in CODECS},
+        "codecs": {codec: codec_error(chunk, codec, disk.state.rope) for codec in CODECS},
         "setting": asdict(setting),
         "provenance": provenance(),
     }
 
 
-class CodecError(NamedTuple):
-    """Size and error of a codec. Errors are relative root mean squares over all layers."""
+def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> dict[str, float]:
+    """Bytes per token of a chunk's file, and root mean square errors of its keys and values.
 
-    bytes_per_token: float  # of the tensors in a file
-    key_error: float  # of the rotated keys
-    value_error: float
-
-
-def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> CodecError:
-    """Measures size and error of a codec on one chunk."""
+    Errors are relative, over all layers; keys are rotated.
+    """
     tensors, decoded = encoded(entry, codec, rope)[1], round_trip(entry, codec, rope)
 
     def error(states: tuple[Tensor, ...], lossy: tuple[Tensor, ...]) -> float:
         old, new = (torch.cat([t.flatten() for t in ts]).double() for ts in (states, lossy))
         return float((old - new).norm() / old.norm())
 
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values()) / entry.num_tokens
-    errors = error(entry.keys, decoded.keys), error(entry.values, decoded.values)
-    return CodecError(num_bytes, *errors)
-
-
-def _keep_freed_memory() -> None:
-    """Makes glibc reuse freed memory, since new zeroed pages take longer than loading."""
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-4, 0)  # M_MMAP_MAX
-
-
-def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
-    """Does everything from token ids to a cache that holds their chunks in place."""
-    from_chunks(ServedBatch.stacked(engine.state, [prompt], [pieces], build("naive")))
-
-
-def _times(
-    works: Mapping[str, Callable[[], object]], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    cpu: dict[str, list[float]] = {name: [] for name in works}
-
-    def clocked(name: str, work: Callable[[], object]) -> None:
-        start = time.process_time()
-        work()
-        cpu[name].append(time.process_time() - start)
-
-    wall = take_turns({name: partial(clocked, name, work) for name, work in works.items()}, repeats)
-    return wall, {name: seconds[-repeats:] for name, seconds in cpu.items()}
-
-
-def _over_copy(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    copies = {"disk": "read", "memory": "copy"}
-    return {f"{n}_over_copy": spread(ratios(times, copy, n)) for n, copy in copies.items()}
-
-
-def _read(files: list[Path], buffers: list[memoryview]) -> None:
-    for path, buffer in zip(files, buffers, strict=True):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.preadv(descriptor, [buffer], 0)
-        os.close(descriptor)
+    return {
+        "bytes_per_token": sum(t.nbytes for t in tensors.values()) / entry.num_tokens,
+        "key_error": error(entry.keys, decoded.keys),
+        "value_error": error(entry.values, decoded.values),
+    }
 
 
 def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:
     store = ChunkStore(config=StoreConfig(folder=folder, memory=0, disk=1 << 50))
     draw = random.Random(0)
-    rows = (
-        Row(key=f"{draw.getrandbits(256):064x}", size=1000, uses=1, created=n, used=n)
-        for n in range(count)
-    )
+    made = ((f"{draw.getrandbits(256):064x}", n) for n in range(count))
+    rows = (Row(key=key, size=1000, uses=1, created=n, used=n) for key, n in made)
     Ledger(folder / INDEX).fill(rows)
     kv = ChunkKV((torch.ones(1, 4, 8),), (torch.ones(1, 4, 8),), torch.arange(4), "ab" * 32)
     keys = [chunk_key(kv.fingerprint, [n]) for n in range(timed)]
     for key in keys[::2]:
         store.put(key, kv)
-    times: dict[str, list[float]] = {name: [] for name in ("hit", "miss", "hit_cpu", "miss_cpu")}
-    for index, key in enumerate(keys):
-        started, kind = time.thread_time(), "miss" if index % 2 else "hit"
-        lookup = store.lookup(key, kv.token_ids, kv.fingerprint)
-        times[f"{kind}_cpu"].append(time.thread_time() - started)
-        times[kind].append(lookup.lookup_s + lookup.load_s)
-    return _percentiles(times)
+    found = [store.lookup(key, kv.token_ids, kv.fingerprint) for key in keys]
+    seconds = [lookup.lookup_s + lookup.load_s for lookup in found]
+    return _percentiles({"hit": seconds[::2], "miss": seconds[1::2]})
 
 
 def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, float]:
@@ -172,21 +133,17 @@ def _matches(tokens: int, length: int = 4096, timed: int = 500) -> dict[str, flo
     while tokens > 0:
         tokens -= tree.insert(cut_exact(cache, 0, prompts[-1], model))
         prompts.append(prompt())
-    times: dict[str, list[float]] = {"match": [], "match_cpu": []}
+    seconds = []
     for token_ids in [prompt() for _ in range(timed)]:
-        wall, cpu = time.perf_counter(), time.thread_time()
+        started = time.perf_counter()
         with tree.match(model, token_ids):
-            times["match"].append(time.perf_counter() - wall)
-            times["match_cpu"].append(time.thread_time() - cpu)
-    return _percentiles(times)
+            seconds.append(time.perf_counter() - started)
+    return _percentiles({"match": seconds})
 
 
 def _percentiles(times: Mapping[str, list[float]]) -> dict[str, float]:
-    return {
-        f"{name}_p{percent}_s": sorted(seconds)[len(seconds) * percent // 100]
-        for name, seconds in times.items()
-        for percent in (50, 99)
-    }
+    pairs = product(times.items(), (50, 99))
+    return {f"{n}_p{p}_s": sorted(own)[len(own) * p // 100] for (n, own), p in pairs}
 
 
 STORE = ReuseBench(width=512, intermediate=512, heads=8, kv_heads=8, layers=12, threads=1)

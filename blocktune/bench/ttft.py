@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from blocktune.bench import reuse
 from blocktune.cache import RowCache
 from blocktune.engine import Engine
 from blocktune.engine.assemble import relocate
-from blocktune.engine.generation import Generation
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, default_method
 from blocktune.prompt import Pieces
@@ -39,29 +38,22 @@ def bench_ttft(
     The method is the one that the weights were trained for. ``lengths`` are tokens of a prompt with
     its question and one answer token. ``repeats`` rounds are timed, after an untimed one.
 
-    Returns:
-        Method, setting, provenance, and by length: ``cached_over_full`` (median) and its
-        ``spread``; ``seconds`` of ``cached`` and ``full``, see `time_methods`; and ``parts`` of a
-        cached prompt, with ``seconds`` and, on a CPU in float32, the machine's ``limit``:
-        ``lookup``; ``join`` into one cache (copy rate); ``rotate``, the added time of relocating
-        keys (another pass); the ``question`` (FLOPs at the matmul rate, or weights and cache at
-        the copy rate).
-
-    Raises ValueError if a prompt or the engine's store has no room.
+    By length, there are ``cached_over_full`` (median) and its ``spread``; ``seconds`` of ``cached``
+    and ``full``, see `time_methods`; and ``parts`` of a cached prompt, with ``seconds`` and, on a
+    CPU in float32, the machine's ``limit``: ``lookup``; ``join`` into one cache (copy rate);
+    ``rotate``, the added time of relocating keys (another pass); the ``question`` (FLOPs at the
+    matmul rate, or weights and cache at the copy rate). ValueError: a prompt has no room.
     """
     if min(lengths) - question < 3 or question < 1 or chunk < 1:
-        raise ValueError(
-            f"a prompt of {min(lengths)} tokens has no room for a question of {question}"
-        )
-    if max(lengths) > (longest := engine.prompts.longest):
-        raise ValueError(
-            f"a prompt of {max(lengths)} tokens does not fit, this model's longest is {longest}"
-        )
+        least = min(lengths)
+        raise ValueError(f"a prompt of {least} tokens has no room for a question of {question}")
+    if (most := max(lengths)) > (limit := engine.prompts.longest):
+        raise ValueError(f"a prompt of {most} tokens does not fit, this model's longest is {limit}")
     method = default_method(engine.prompts.trained)
     timed = {}
     with reuse.threads(num_threads), torch.no_grad():
         has_limit = engine.model.device.type == "cpu" and engine.model.dtype == torch.float32
-        rates = (reuse.copy_rate(repeats), reuse.matmul_rate(repeats)) if has_limit else None
+        rates = reuse.rates(repeats) if has_limit else None
         for length in lengths:
             pieces = reuse.random_pieces(len(engine.tokenizer), length - 1, chunk, question, seed)
             timed[str(length)] = _timed(engine, pieces, method, repeats, rates)
@@ -78,11 +70,24 @@ def _timed(
     run = engine.start([pieces], method)
     usage = reuse.usage_of(engine, pieces, method)
     if usage.chunk_misses:
-        raise ValueError(
-            f"the engine's store has no room for the chunks of {pieces.num_tokens:,} tokens, which "
-            "would be encoded again in each round; give it more memory, or shorter prompts"
-        )
-    more = {"question": reuse.query_only(engine.model, run), **_assembling(engine, run)}
+        prompt = f"the engine's store has no room for the chunks of {pieces.num_tokens:,} tokens"
+        raise ValueError(f"{prompt}; give it more memory, or shorter prompts")
+    state, layout, wanted = engine.state, run.batch.layout, run.wanted[0]
+
+    def lookup():
+        return state.encoder.find(wanted, Stopwatch(engine.model.device)).kvs
+
+    kvs = [lookup()[piece] for piece in wanted]
+    rows = run.assembled.cached[0].nonzero().squeeze(1)
+    columns = layout.order[0, rows]
+    origins = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs]).to(columns.device)
+
+    def join(positions):
+        cache = RowCache(state.num_layers, 1, run.columns.kind.shape[1], spare=64)
+        relocate(cache, 0, kvs, columns, positions, state.rope)
+
+    more = {"question": reuse.query_only(engine.model, run), "lookup": lookup}
+    more |= {"join": partial(join, origins), "relocate": partial(join, layout.position[0, rows])}
     times = reuse.time_methods(engine, pieces, {"cached": method}, repeats, **more)
     pairs = zip(times.pop("relocate"), times["join"], strict=True)
     times["rotate"] = [max(0.0, relocate_s - join_s) for relocate_s, join_s in pairs]
@@ -101,25 +106,6 @@ def _timed(
         "seconds": {name: medians[name] for name in ("cached", "full")},
         "parts": {n: {"seconds": medians[n], "limit": limits.get(n)} for n in PARTS},
     }
-
-
-def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], object]]:
-    state, layout, wanted = engine.state, run.batch.layout, run.wanted[0]
-
-    def lookup():
-        return state.encoder.find(wanted, Stopwatch(engine.model.device)).kvs
-
-    kvs = [lookup()[piece] for piece in wanted]
-    rows = run.assembled.cached[0].nonzero().squeeze(1)
-    columns = layout.order[0, rows]
-    origins = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs]).to(columns.device)
-
-    def join(positions):
-        cache = RowCache(state.num_layers, 1, run.columns.kind.shape[1], spare=64)
-        relocate(cache, 0, kvs, columns, positions, state.rope)
-
-    targets = layout.position[0, rows]
-    return {"lookup": lookup, "join": partial(join, origins), "relocate": partial(join, targets)}
 
 
 def table(found: Mapping[str, Any]) -> Table:

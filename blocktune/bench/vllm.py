@@ -71,10 +71,18 @@ def bench_vllm(setting: VllmBench) -> dict[str, Any]:
         lengths = {str(n): _time_length(llm, setting, n, draw) for n in setting.tokens}
         trace = _time_trace(llm, setting, draw)
     goal = str(min(setting.tokens, key=lambda n: abs(n - GOAL_AT)))
-    ratios = {"cached_over_full": lengths[goal]["cached_over_full"], **_growth(lengths)}
-    ratios["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
-    record = {"setting": asdict(setting), "found": ratios}
-    return record | {"lengths": lengths, "trace": trace, "provenance": provenance()}
+    least, most = (lengths[str(pick(setting.tokens))] for pick in (min, max))
+    cached, paged = (most[name]["cpu_s"] - least[name]["cpu_s"] for name in ("cached", "paged"))
+    copied, written = (most[name] - least[name] for name in ("copy_s", "write_s"))
+    ratios = {
+        "cached_over_full": lengths[goal]["cached_over_full"],
+        "load_over_write": (cached - paged) / written,
+        "load_over_copy": (cached - paged) / copied,
+        "cached_over_copy": cached / copied,
+        "requests_over_prefix_cache": trace["requests_over_prefix_cache"],
+    }
+    record = {"setting": asdict(setting), "found": ratios, "lengths": lengths, "trace": trace}
+    return record | {"provenance": provenance()}
 
 
 def _ids(draw: random.Random, count: int) -> tuple[int, ...]:
@@ -137,17 +145,6 @@ def _write_s(count: int, setting: VllmBench) -> float:
     return _least_cpu_s(write, runs=3)
 
 
-def _growth(lengths: dict[str, Any]) -> dict[str, float]:
-    least, most = (lengths[name] for name in (min(lengths, key=int), max(lengths, key=int)))
-    cached, paged = (most[name]["cpu_s"] - least[name]["cpu_s"] for name in ("cached", "paged"))
-    copied, written = (most[name] - least[name] for name in ("copy_s", "write_s"))
-    return {
-        "load_over_write": (cached - paged) / written,
-        "load_over_copy": (cached - paged) / copied,
-        "cached_over_copy": cached / copied,
-    }
-
-
 def _timed(llm: ChunkLLM, rendered: Rendered) -> tuple[float, float]:
     from vllm import SamplingParams
 
@@ -158,10 +155,8 @@ def _timed(llm: ChunkLLM, rendered: Rendered) -> tuple[float, float]:
 
 def _time_trace(llm: ChunkLLM, setting: VllmBench, draw: random.Random) -> dict[str, float]:
     corpus = [_ids(draw, setting.chunk) for _ in range(setting.corpus)]
-    prompts = [
-        _prompt(llm, draw.sample(corpus, setting.most), _ids(draw, setting.question))
-        for _ in range(setting.trace)
-    ]
+    drawn = (draw.sample(corpus, setting.most) for _ in range(setting.trace))
+    prompts = [_prompt(llm, chunks, _ids(draw, setting.question)) for chunks in drawn]
     plain = [prompt._replace(plan=None) for prompt in prompts]
     rates = {}
     for name, requests in (("prefix_cache", plain), ("cached_chunks", prompts)):

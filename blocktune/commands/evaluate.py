@@ -132,7 +132,7 @@ def arena(
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize, method=chosen)
     for exam in exams:
         with resumable(f"the rows so far are in {output}"):
-            path = run_exam(engine, chosen, exam, output, limit=limit, port=port)
+            path = run_exam(engine, chosen, exam, output, limit, port)
         summary = json.loads(path.read_text())["summary"]
         score, share = 100 * summary["f1_raw"], summary["recompute_fraction"]
         typer.echo(f"{path}: F1 {score:.1f}, {share:.0%} recomputed, {summary['n']} questions")
@@ -144,7 +144,7 @@ def report(
     title: option(str | None, "Title of the page. Default: the name of the folder.") = None,
 ) -> None:
     """Write the report of a run: one HTML file that works offline, and its plots as PNGs."""
-    from blocktune.evaluation.report import write_report
+    from blocktune.evaluation.report.page import write_report
 
     typer.echo(write_report(run, title))
 

@@ -1,8 +1,8 @@
 """Answers the frozen questions of KVShareArena (arXiv:2609.10266) and writes its result files.
 
-Questions, prompts and checksums come from a clone of the arena's repository. The result files pass
-its ``kva validate``, and its ``kva score`` scores them. Only the track of retrieved evidence is
-supported: the other track replays token ids of reports that one particular model wrote.
+Questions, prompts and checksums come from a clone of its repository, whose ``kva validate`` and
+``kva score`` read the result files. Only the track of retrieved evidence is supported: the other
+track replays token ids of reports that one particular model wrote.
 """
 
 from __future__ import annotations
@@ -69,10 +69,8 @@ def load_exam(folder: Path, subset: str) -> Exam:
     digest = hashlib.sha256(raw).hexdigest()
     wanted = json.loads(_read(folder / QUESTIONS / "sha256.json")).get(name)
     if digest != wanted:
-        raise ValueError(
-            f"{folder / QUESTIONS / name} is not the frozen file: its SHA-256 is {digest}, "
-            f"sha256.json says {wanted}; clone the arena again"
-        )
+        found = f"its SHA-256 is {digest}, sha256.json says {wanted}; clone the arena again"
+        raise ValueError(f"{folder / QUESTIONS / name} is not the frozen file: {found}")
     rows = tuple(map(json.loads, raw.splitlines()))
     prompts = json.loads(_read(folder / ASSETS / "prompts.json"))
     longbench = json.loads(_read(folder / ASSETS / "longbench_config.json"))
@@ -84,34 +82,24 @@ def load_exam(folder: Path, subset: str) -> Exam:
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise ValueError(
-            f"no file '{path}'; --questions is a clone of github.com/xishi404/KVShareArena"
-        )
+        fix = "--questions is a clone of github.com/xishi404/KVShareArena"
+        raise ValueError(f"no file '{path}'; {fix}")
     return path.read_bytes()
 
 
 def run_exam(
-    engine: Engine,
-    method: Method,
-    exam: Exam,
-    output: Path,
-    *,
-    limit: int | None = None,
-    port: str = "port",
+    engine: Engine, method: Method, exam: Exam, output: Path, limit: int | None, port: str
 ) -> Path:
     """Answers an exam, writes its result file and returns the path. An interrupted run resumes.
 
     The engine's caches are emptied after every question. With a ``limit``, ``kva validate`` rejects
-    the file. ``port`` is the provenance of the method's code, one of `PORTS`.
-
-    Raises ValueError if the method takes chunks from earlier prompts, ``port`` is another text, a
-    prompt is too long, or ``output`` has answers of other weights, methods, questions or code.
+    the file. ``port``, one of `PORTS`, is the provenance of the method's code. Raises ValueError if
+    the method takes chunks from earlier prompts, ``port`` is another text, a prompt is too long, or
+    ``output`` has answers of other weights, methods, questions or code.
     """
     if method.history is not None:
-        raise ValueError(
-            f"method '{method.name}' takes chunks out of earlier prompts, but the arena wants each "
-            "encoded by itself; choose another method"
-        )
+        wanted = "but the arena wants each encoded by itself; choose another method"
+        raise ValueError(f"method '{method.name}' takes chunks out of earlier prompts, {wanted}")
     require_one_of("provenance", port, PORTS)
     slug = re.sub(r"[^a-z0-9_.-]+", "-", method.name.lower()).strip("-")
     rows_file = output / f"{slug}_re_{exam.subset}.rows.jsonl"
@@ -119,9 +107,8 @@ def run_exam(
     head, questions = json.dumps(about | {"code": code_digest(method)}), exam.rows[:limit]
     with resumed(rows_file) as lines:
         if lines[:1] not in ([], [head]):
-            raise ValueError(
-                f"{rows_file} is of other weights, method, questions or code; give another folder"
-            )
+            others = "of other weights, method, questions or code"
+            raise ValueError(f"{rows_file} is {others}; give another folder")
         if not lines:
             append_lines(rows_file, [head])
         answers = {row["_id"]: row for row in map(json.loads, lines[1:])}
@@ -163,34 +150,25 @@ def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any])
 
 
 def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -> dict[str, Any]:
-    origin = provenance()
-    versions, info = origin["versions"], engine.adapter
+    origin, info = provenance(), engine.adapter
     fields = ("f1_raw", "recomputed_layer_tokens", "dense_payload_layer_tokens")
     f1, recomputed, dense = (sum(row[key] for row in results) for key in fields)
-    shared = {"backend": f"blocktune {versions['blocktune']}", "versions": versions}
+    version = f"blocktune {origin['versions']['blocktune']}"
+    shared = {"backend": version, "versions": origin["versions"]}
     summary = {
-        "method": slug,
-        "track": "re",
-        "subset": exam.subset,
+        **{"method": slug, "track": "re", "subset": exam.subset},
         "model": info.base_model if info else engine.model.config._name_or_path,
         "n": len(results),
         **shared,
         "git_rev": origin["commit"],
-        "prompt_key": PROMPT_KEY,
-        "max_new_tokens": exam.max_new_tokens,
+        **{"prompt_key": PROMPT_KEY, "max_new_tokens": exam.max_new_tokens},
         "queryset": {"file": f"{exam.subset}_n100.jsonl", "sha256": exam.sha256},
         "f1_raw": f1 / len(results),
         "recompute_fraction": recomputed / max(1, dense),
-        "command": origin["command"],
-        "hardware": origin["hardware"],
+        **{key: origin[key] for key in ("command", "hardware")},
     }
-    card = {
-        "name": method.name,
-        "provenance": port,
-        **shared,
-        "training_data": info.training.get("data") if info else None,
-        "cost_notes": COSTS,
-        "source": method.source,
-    }
+    card = {"name": method.name, "provenance": port, **shared}
+    card["training_data"] = info.training.get("data") if info else None
+    card |= {"cost_notes": COSTS, "source": method.source}
     summary, card = public(summary), public(card)
     return {"schema": SCHEMA, "summary": summary, "results": results, "method_card": card}

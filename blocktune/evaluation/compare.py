@@ -50,25 +50,18 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
-    """Compares the methods that two runs share.
-
-    Raises ValueError if there is none, or a task has another metric or version in each run.
-    """
+    """Compares the methods that two runs share. ValueError: none, or other metrics or versions."""
     first, second = load_results(before), load_results(after)
     shared = first["tasks"].keys() & second["tasks"].keys()
     for task, key in product(sorted(shared), ("metric", "version")):
         old, new = (run["tasks"][task].get(key) for run in (first, second))
         if old != new:
-            raise ValueError(
-                f"task '{task}' has the {key} {old} in '{before}' and {new} in '{after}'; answer "
-                f"both runs with the same {key}"
-            )
+            which = f"the {key} {old} in '{before}' and {new} in '{after}'"
+            raise ValueError(f"task '{task}' has {which}; answer both runs with the same {key}")
     old, new = first["methods"], second["methods"]
-    shared = [label for label in old if label in new]
-    if not shared:
-        raise ValueError(
-            f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' {', '.join(new)}"
-        )
+    if not (shared := [label for label in old if label in new]):
+        has = f"'{before}' has {', '.join(old)}; '{after}' {', '.join(new)}"
+        raise ValueError(f"the runs share no method: {has}")
     left, right = _rows(before, old, shared), _rows(after, new, shared)
     pairs, changes = {}, []
     for label in shared:
@@ -80,9 +73,9 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     for label, test in comparisons(pairs, seed).items():
         b, a = pairs[label]
         gains = paired(b, a)
-        wins, losses = int((gains > 0).sum()), int((gains < 0).sum())
-        found = {key: test[key] for key in ("mean", "ci95", "p", "p_holm", "n_needed")}
-        changes.append(Change(label, len(a), fmean(a), fmean(b), wins=wins, losses=losses, **found))
+        found = {key: value for key, value in test.items() if key in Change._fields}
+        found |= {"wins": int((gains > 0).sum()), "losses": int((gains < 0).sum())}
+        changes.append(Change(label, len(a), fmean(a), fmean(b), **found))
     return changes
 
 
@@ -94,17 +87,16 @@ def _rows(
     rows = read_all(Path(folder), list(members))
     for member, label in members.items():
         if (found := len(rows[member])) != methods[label].get("n", found):
-            raise ValueError(
-                f"'{folder}' has {found} rows of '{member}', but its {RESULTS} counts "
-                f"{methods[label]['n']}; repeat the command of that run to complete it"
-            )
+            counted = f"but its {RESULTS} counts {methods[label]['n']}"
+            fix = "repeat the command of that run to complete it"
+            raise ValueError(f"'{folder}' has {found} rows of '{member}', {counted}; {fix}")
     return with_pools(rows, pools)
 
 
 def _scores(*runs: Sequence[Row]) -> list[Mapping[Any, list[float]]]:
     """Scores of each run by task and id; by the prompt too if a run has several rows of that id."""
     counts = [Counter((row.task, row.id) for row in rows) for rows in runs]
-    repeated = {name for count in counts for name, number in count.items() if number > 1}
+    repeated = {name for count in counts for name in count if count[name] > 1}
     scores = [defaultdict(list) for _ in runs]
     for own, rows in zip(scores, runs, strict=True):
         for row in rows:
@@ -118,22 +110,15 @@ def compare_table(changes: Sequence[Change], before: Path, after: Path) -> Table
     names = before.resolve().name, after.resolve().name
     names = names if names[0] != names[1] else (str(before), str(after))
     headings = ("method", *names, "difference", "+/-", "p", "n", "verdict")
-    note = (
-        "Score in %; difference with its 95 % interval (not corrected); p and verdict after Holm's "
-        "correction for all rows."
-    )
-    rows = [
-        (
-            c.label,
-            *(written("score", score) for score in (c.before, c.after)),
-            with_interval("points", c.mean, c.ci95),
-            f"{c.wins}/{c.losses}",
-            written("p", c.p_holm),
-            written("count", c.n),
-            verdict(c.mean, c.p_holm, c.n, c.n_needed),
-        )
-        for c in changes
-    ]
+    note = "Score in %; difference with its 95 % interval (not corrected); p and verdict after "
+    note += "Holm's correction for all rows."
+    rows = []
+    for c in changes:
+        scores = written("score", c.before), written("score", c.after)
+        difference = with_interval("points", c.mean, c.ci95), f"{c.wins}/{c.losses}"
+        tested = written("p", c.p_holm), written("count", c.n)
+        said = verdict(c.mean, c.p_holm, c.n, c.n_needed)
+        rows.append((c.label, *scores, *difference, *tested, said))
     return Table(headings, rows, note=note, left=("verdict",))
 
 
@@ -150,8 +135,8 @@ def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Sentences about results: what naive reuse loses, and how much of it other methods recover.
 
-    Methods with an adapter are also compared with each other. Of more than `MOST` methods, only
-    those on the Pareto front are named. Without a baseline there are no sentences.
+    Methods with an adapter are also compared with each other. Of more than `MOST` methods, those on
+    the Pareto front are named. Without a baseline there are no sentences.
     """
     methods = results["methods"]
     full, naive = (plain_label(results, name) for name in (ORACLE, FLOOR))
@@ -161,26 +146,23 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     named = titles.pop() if len(titles) == 1 else "score"
     lost = methods[full]["score_minus"][naive]
     points = f"{with_interval('score', lost['mean'], lost['ci95'])} points of {named}"
-    if is_shown(lost) and lost["mean"] > 0:
-        by_kind = ", ".join(
-            f"{written('score', methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
-            for kind, cell in methods[naive]["tasks"].items()
-        )
-        said = [f"Naive reuse loses {points} ({by_kind})."]
-        left_out = {full, naive, *(n for n, m in methods.items() if m["method"] == "no-context")}
-        others = [n for n in methods if n not in left_out]
-        front = results["budget"]["pareto"]["recompute_ratio"]
-        shown = others if len(others) <= MOST else [n for n in front if n in others]
-        said += [_gain(methods[label], label) for label in shown]
-        if rest := len(others) - len(shown):
-            said.append(
-                f"{rest} other methods score no higher than one of these, or a baseline, that "
-                "recomputes no more; see the table."
-            )
-    else:
+    if not is_shown(lost) or lost["mean"] <= 0:
         p = f"p = {lost['p_holm']:.2g}, corrected for all pairs"
         chance = "" if is_shown(lost) else f", within chance ({p})"
-        said = [f"Full prefill minus naive reuse: {points}{chance}."]
+        return [f"Full prefill minus naive reuse: {points}{chance}.", *_between_tuned(methods)]
+    by_kind = ", ".join(
+        f"{written('score', methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
+        for kind, cell in methods[naive]["tasks"].items()
+    )
+    others = [n for n, m in methods.items() if m["method"] != "no-context"]
+    others = [n for n in others if n not in (full, naive)]
+    front = results["budget"]["pareto"]["recompute_ratio"]
+    shown = others if len(others) <= MOST else [n for n in front if n in others]
+    said = [f"Naive reuse loses {points} ({by_kind})."]
+    said += [_gain(methods[label], label) for label in shown]
+    if rest := len(others) - len(shown):
+        better = "one of these, or a baseline, that recomputes no more; see the table"
+        said.append(f"{rest} other methods score no higher than {better}.")
     return said + _between_tuned(methods)
 
 
@@ -189,17 +171,15 @@ def _between_tuned(methods: Mapping[str, Any]) -> list[str]:
     tuned = [label for label, summary in methods.items() if summary["adapter"]]
     pairs = list(combinations(tuned, 2)) if len(tuned) <= MOST else []
     said = []
+    within = "within chance at this number of questions"
     for other, label in pairs:
         minus = methods[label]["score_minus"][other]
         if is_shown(minus) or len(pairs) <= MOST_PAIRS:
-            chance = "" if is_shown(minus) else ": within chance at this number of questions"
+            chance = "" if is_shown(minus) else f": {within}"
             points = with_interval("score", minus["mean"], minus["ci95"])
             said.append(f"{label} minus {other}: {points} points{chance}.")
     if unclear := len(pairs) - len(said):
-        said.append(
-            f"Of {len(pairs)} pairs of tuned methods, {unclear} differ within chance at this "
-            "number of questions."
-        )
+        said.append(f"Of {len(pairs)} pairs of tuned methods, {unclear} differ {within}.")
     return said
 
 
@@ -223,18 +203,16 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
     """Sentences about differences from full prefill and naive reuse that need more questions."""
     notes = []
     for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):
-        unclear = [
-            (minus["n_needed"], f"{label} ({written('score', minus['mean'])} points")
-            for label, summary in results["methods"].items()
-            if (minus := summary["score_minus"].get(other))
-            and not is_shown(minus)
-            and (minus["n_needed"] or 0) > summary["n"]
-        ]
+        unclear = []
+        for label, summary in results["methods"].items():
+            minus, n = summary["score_minus"].get(other), summary["n"]
+            if minus and not is_shown(minus) and (minus["n_needed"] or 0) > n:
+                points = f"{label} ({written('score', minus['mean'])} points"
+                unclear.append((minus["n_needed"], points))
         if unclear:
             named = sorted(unclear, key=itemgetter(0))[:MOST_NOTED]
             listed = "; ".join(f"{which}; {needed:,} would be enough)" for needed, which in named)
             if more := len(unclear) - len(named):
                 listed += f"; and {more} more, which need more questions"
-            count = next(iter(results["methods"].values()))["n"]
-            notes.append(f"{count:,} questions cannot tell these methods from {other}: {listed}.")
+            notes.append(f"{n:,} questions cannot tell these methods from {other}: {listed}.")
     return notes

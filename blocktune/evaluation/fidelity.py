@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import isfinite
@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.data import RagExample
 from blocktune.engine import Engine, Request
 from blocktune.engine.batch_prefill import prefill_warm
 from blocktune.engine.generation import require_numbers
-from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.prepare import Ready
 from blocktune.evaluation.results import mean_of
-from blocktune.methods import build
+from blocktune.evaluation.ttft import CleanCaches
+from blocktune.methods import Method, build
 
 
 class Agreement(NamedTuple):
@@ -33,8 +32,7 @@ class Agreement(NamedTuple):
 def agreement(full: Tensor, own: Tensor) -> Agreement:
     """Compares next-token distributions at the same positions, given as logits ``(T, V)``.
 
-    Tokens that full prefill excludes (a logit of -inf) contribute nothing. Raises ValueError if
-    a logit is NaN or the divergence is not finite.
+    Tokens that full prefill excludes (a logit of -inf) count nothing. ValueError: no finite KL.
     """
     require_numbers(full)
     require_numbers(own)
@@ -42,10 +40,8 @@ def agreement(full: Tensor, own: Tensor) -> Agreement:
     terms = (wanted.exp() * (wanted - given)).masked_fill(wanted.isneginf(), 0)
     kl = terms.sum(-1).mean().item()
     if not isfinite(kl):
-        raise ValueError(
-            f"the KL divergence from full prefill must be a finite number, got {kl}: logits are "
-            "infinite; try dtype float32"
-        )
+        wanted = f"the KL divergence from full prefill must be a finite number, got {kl}"
+        raise ValueError(f"{wanted}: logits are infinite; try dtype float32")
     same = (wanted.argmax(-1) == given.argmax(-1)).double().mean().item()
     return Agreement(max(0.0, kl), same, len(full))
 
@@ -53,10 +49,7 @@ def agreement(full: Tensor, own: Tensor) -> Agreement:
 def forced_logits(
     run: Any, num_tokens: int, ids: list[int] | None = None
 ) -> tuple[list[int], Tensor]:
-    """Decodes ``ids``, or ``num_tokens`` greedily, after a prefill of one prompt.
-
-    Returns the tokens and the logits ``(T, V)`` that each was picked from.
-    """
+    """Decodes ``ids``, or ``num_tokens`` greedily: the tokens, and their logits ``(T, V)``."""
     logits: list[Tensor] = []
 
     def pick(batch: Tensor) -> Tensor:
@@ -70,33 +63,30 @@ def forced_logits(
     return [int(token[0]) for token in tokens], torch.stack(logits)
 
 
-def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[str, float]]:
+def measure_fidelity(ready: Ready, track: Callable[..., Iterable]) -> dict[str, dict[str, float]]:
     """Compares every method with full prefill on the first questions of each task.
 
     Full prefill uses the same weights as the method, so the effect of reuse is measured, not that
-    of tuning. ``step`` follows every prompt. Returns the means of `Agreement` by label.
+    of tuning. ``track`` is `rich.progress.Progress.track`. Returns means of `Agreement` by label.
     """
     suite, caches = ready.suite, CleanCaches()
     asked = [(task, e) for task in suite.tasks for e in ready.of(task, suite.fidelity.num)]
     compared: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in suite.methods}
-    for (task, example), spec in product(asked, suite.methods):
+    pairs = list(product(asked, suite.methods))
+    for (task, example), spec in track(pairs, description="fidelity"):
         engine, method = ready.engine(spec, task), ready.methods[spec.label]
         caches.prepare(engine, method, [example])
-        compared[spec.label].append(_compare(engine, example, method, suite.fidelity.tokens))
-        step()
+        words = engine.format
+        if engine.prompts.spec(method).block and words.full_tag != words.block_tag:
+            # Full prefill reads the same mode tag, so that only the effect of reuse is measured.
+            engine = engine.reworded(replace(words, full_tag=words.block_tag))
+        oracle = engine.prefilled([example], build("full-prefill"))
+        ids, wanted = forced_logits(oracle, suite.fidelity.tokens)
+        pieces = engine.prompts.pieces(example, method)
+        run = prefill_warm(engine.state, engine.prompts, [pieces], method)
+        _, own = forced_logits(run, len(ids), ids)
+        compared[spec.label].append(agreement(wanted, own)._asdict())
     return {label: mean_of(agreements) for label, agreements in compared.items()}
-
-
-def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> dict[str, Any]:
-    oracle, words = build("full-prefill"), engine.format
-    if engine.prompts.spec(method).block and words.full_tag != words.block_tag:
-        # Full prefill reads the same mode tag, so that only the effect of reuse is measured.
-        engine = engine.reworded(replace(words, full_tag=words.block_tag))
-    ids, wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
-    pieces = engine.prompts.pieces(example, method)
-    run = prefill_warm(engine.state, engine.prompts, [pieces], method)
-    _, own = forced_logits(run, num_tokens, ids)
-    return agreement(wanted, own)._asdict()
 
 
 @dataclass(frozen=True)
@@ -122,9 +112,8 @@ def profile_layers(
 ) -> list[ProfiledRange]:
     """Tries every contiguous range of layers on held-out examples, in O(layers squared) passes.
 
-    Ranges have up to ``most_layers`` layers; ``progress`` wraps the list of ``(first, length)``.
-    The results are ordered by length, then by first layer; efficient ranges are marked. Raises
-    ValueError if there are no examples, ``most_layers`` is out of range, or a logit is NaN.
+    Ranges have up to ``most_layers`` layers and are ordered by length, then first layer;
+    ``progress`` wraps their list. ValueError: no examples, a wrong ``most_layers``, or NaN logits.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. The paper scores a task; here the
     divergence of the first answer token from full prefill's is used, which needs fewer examples.
@@ -132,23 +121,20 @@ def profile_layers(
     depth = engine.prompts.num_layers
     longest = depth if most_layers is None else most_layers
     if not examples or not 1 <= longest <= depth:
-        raise ValueError(
-            f"profiling needs examples and ranges of 1 to {depth} layers; got {len(examples)} "
-            f"examples and at most {longest} layers"
-        )
-    full = _first_tokens(engine, examples, build("full-prefill"), batch_size)
+        got = f"{len(examples)} examples and at most {longest} layers"
+        raise ValueError(f"profiling needs examples and ranges of 1 to {depth} layers; got {got}")
+
+    def first_tokens(method: Method) -> Tensor:
+        starts = range(0, len(examples), batch_size)
+        logits = [engine.next_logits(examples[a : a + batch_size], method) for a in starts]
+        return torch.cat(logits).float().cpu()
+
+    full = first_tokens(build("full-prefill"))
     ranges = [(first, n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     tried = []
     for first, length in progress(ranges):
         method = build("droidspeak", first_layer=first, ratio=length / depth)
-        served = _first_tokens(engine, examples, method, batch_size)
-        kl, top1, _ = agreement(full, served)
+        kl, top1, _ = agreement(full, first_tokens(method))
         tried.append(ProfiledRange(first, length, length / depth, kl, top1))
     least = {n: min(r.divergence for r in tried if r.num_layers <= n) for _, n in ranges}
     return [replace(r, efficient=r.divergence <= least[r.num_layers]) for r in tried]
-
-
-def _first_tokens(engine: Engine, examples, method, batch_size: int) -> torch.Tensor:
-    starts = range(0, len(examples), batch_size)
-    logits = [engine.next_logits(examples[a : a + batch_size], method) for a in starts]
-    return torch.cat(logits).float().cpu()

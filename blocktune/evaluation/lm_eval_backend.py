@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from blocktune.attention import make_plan
+from blocktune.attention import make_plan, planned_forward
 from blocktune.engine import Engine, Sampling
 from blocktune.methods import build, default_method
 from blocktune.prompt import IGNORED, Pieces, stack
@@ -35,13 +35,13 @@ class BlocktuneLM(LM):
     """The harness's model interface over an `Engine`, loaded by name or passed as ``engine``.
 
     Args:
-        mode: ``block``: each chunk attends only to itself, in the layout that the adapter was
-            trained with (naive reuse on a base model); ``full``: full attention.
+        mode: ``block``: the layout that the adapter was trained with (on a base model, each chunk
+            attends only to itself); ``full``: full attention.
         separator: The end of each part of a prompt; a backslash and ``n`` are a line break.
         device: None or ``cuda:0`` (the harness's default): a GPU if there is one, else the CPU.
         batch_size: Prompts at a time; ``auto`` and ``auto:N`` are 8.
         max_gen_toks: Longest generation for tasks that set no limit.
-        max_batch_size, trust_remote_code: Ignored; the harness passes them to every model.
+        ignored: ``max_batch_size`` and ``trust_remote_code``, which the harness passes to all.
     """
 
     def __init__(
@@ -55,13 +55,11 @@ class BlocktuneLM(LM):
         batch_size: int | str = 8,
         max_gen_toks: int = 256,
         engine: Engine | None = None,
-        max_batch_size: int | None = None,
-        trust_remote_code: bool = False,
-        **unknown: Any,
+        **ignored: Any,
     ):
         super().__init__()
         require_one_of("mode", mode, MODES)
-        if unknown:
+        if unknown := ignored.keys() - {"max_batch_size", "trust_remote_code"}:
             raise ValueError(f"unknown model argument '{min(unknown)}'; known: {', '.join(KNOWN)}")
         if engine is None:
             device = None if device == "cuda:0" and not torch.cuda.is_available() else device
@@ -72,6 +70,8 @@ class BlocktuneLM(LM):
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         require_count("batch_size", self.batch_size, 1)
         self.max_gen_toks = max_gen_toks
+        bos, eos = engine.tokenizer.bos_token_id, engine.tokenizer.eos_token_id
+        self._first = eos if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -86,12 +86,9 @@ class BlocktuneLM(LM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The conversation as text, without BOS, which is added later."""
-        text = self.engine.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        turn = {"add_generation_prompt": add_generation_prompt}
+        turn["continue_final_message"] = not add_generation_prompt
+        text = self.engine.tokenizer.apply_chat_template(chat_history, tokenize=False, **turn)
         return text.removeprefix(self.engine.tokenizer.bos_token or "")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -117,9 +114,8 @@ class BlocktuneLM(LM):
             context, given = request.args
             options = normalize_gen_kwargs(given, self.max_gen_toks)
             if options["do_sample"] and options.get("temperature", 1.0) > 0:
-                raise ValueError(
-                    "this backend generates greedily; set do_sample: false or temperature: 0"
-                )
+                fix = "set do_sample: false or temperature: 0"
+                raise ValueError(f"this backend generates greedily; {fix}")
             run = self.engine.start([self.pieces(context)], self.method)
             ids = [int(token[0]) for token in run.tokens(Sampling(), options["max_gen_toks"])]
             text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
@@ -153,23 +149,14 @@ class BlocktuneLM(LM):
         for start in range(0, len(pieces), size):
             prompts = [make.prompt(one, spec) for one in pieces[start : start + size]]
             batch = stack(prompts, pad_id=0).to(model.device)
-            logits = model(
-                batch.input_ids,
-                position_ids=batch.layout.position,
-                plan=make_plan("split", batch.layout),
-                use_cache=False,
-            ).logits
+            plan = make_plan("split", batch.layout)
+            logits = planned_forward(model, batch.input_ids, batch.layout.position, plan).logits
             for labels, own in zip(batch.labels, logits, strict=True):
                 rows = (labels != IGNORED).nonzero().squeeze(1)
                 log_probs, wanted = own[rows - 1].float().log_softmax(-1), labels[rows]
                 picked = log_probs.gather(1, wanted[:, None]).sum().item()
                 scored.append((picked, bool((log_probs.argmax(1) == wanted).all())))
         return scored
-
-    @property
-    def _first(self) -> int:
-        bos, eos = self.engine.tokenizer.bos_token_id, self.engine.tokenizer.eos_token_id
-        return eos if bos is None else bos
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import NamedTuple
 from unicodedata import normalize
 
@@ -33,29 +34,20 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
-    """F1 of the bags of normalised words; two empty bags score 1, one empty bag 0.
-
-    Source: ``compute_f1`` of SQuAD's evaluation script, v2.0.
-    """
+    """F1 of the bags of normalised words: ``compute_f1`` of SQuAD's evaluation script, v2.0."""
     predicted = normalize_answer(prediction).split()
     return best(lambda answer: bag_f1(predicted, normalize_answer(answer).split()), answers)
 
 
 def qa_f1(prediction: str, answers: Sequence[str]) -> float:
-    """`word_f1`, except that two empty bags score 0.
-
-    Source: ``qa_f1_score`` of LongBench, arXiv:2308.14508, as EPIC and kvpress report it.
-    """
+    """`word_f1`, but two empty bags score 0: ``qa_f1_score`` of LongBench (arXiv:2308.14508)."""
     return word_f1(prediction, answers) if normalize_answer(prediction) else 0.0
 
 
 def chatrag_f1(prediction: str, answers: Sequence[str]) -> float:
-    """`qa_f1` with punctuation replaced by spaces, so "Port-Alder" is two words.
-
-    Source: ChatRAG-Bench (arXiv:2401.10225) as APE's code scores it.
-    """
-    accepted = [answer.translate(_TO_SPACES) for answer in answers]
-    return qa_f1(prediction.translate(_TO_SPACES), accepted)
+    """`qa_f1` with punctuation as spaces: ChatRAG-Bench (arXiv:2401.10225), as APE scores it."""
+    spaced = [text.translate(_TO_SPACES) for text in (prediction, *answers)]
+    return qa_f1(spaced[0], spaced[1:])
 
 
 def substring_em(prediction: str, answers: Sequence[str]) -> float:
@@ -64,13 +56,8 @@ def substring_em(prediction: str, answers: Sequence[str]) -> float:
     Source: ``best_subspan_em`` of Lost in the Middle (arXiv:2307.03172), as Block-Attention and
     KVLink use it. Departure: an answer that is empty once normalised only matches an empty one.
     """
-    predicted = normalize_answer(prediction)
-
-    def contained(answer: str) -> float:
-        wanted = normalize_answer(answer)
-        return float(wanted in predicted if wanted else not predicted)
-
-    return best(contained, answers)
+    predicted, wanted = normalize_answer(prediction), map(normalize_answer, answers)
+    return best(lambda own: float(own in predicted if own else not predicted), list(wanted))
 
 
 def extract_answer(text: str) -> str:
@@ -78,15 +65,11 @@ def extract_answer(text: str) -> str:
     return text.strip().removesuffix(".").rstrip()
 
 
-def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
+def best(metric: Callable[[str], float], answers: Sequence[str], of: Callable = max) -> float:
     """The highest score over the accepted answers; raises ValueError if there is none."""
-    return max(map(metric, _accepted(answers)))
-
-
-def _accepted(answers: Sequence[str]) -> Sequence[str]:
     if not answers:
         raise ValueError("cannot score without an accepted answer; give the example 'answers'")
-    return answers
+    return of(map(metric, answers))
 
 
 def bag_f1(predicted: Sequence, wanted: Sequence) -> float:
@@ -137,7 +120,7 @@ def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    if not re.search("[a-z0-9]", " ".join(_accepted(answers)).lower()):
+    if answers and not re.search("[a-z0-9]", " ".join(answers).lower()):
         text = f"{answers[0]!r:.60}"
         raise ValueError(f"rouge_l reads a-z and 0-9 only, and {text} has none; use token_f1")
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -151,7 +134,7 @@ def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
     mean over examples in percent, rounded to two decimals.
     """
     text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
-    return sum(answer.lower() in text for answer in _accepted(answers)) / len(answers)
+    return best(lambda answer: float(answer.lower() in text), answers, of=fmean)
 
 
 class Metric(NamedTuple):
@@ -197,6 +180,5 @@ def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> Adjust
     pairs = list(zip(f1, full_prefill_f1, strict=True))
     kept = [own for own, full in pairs if full > 0]
     dropped = sum(own for own, full in pairs if full == 0)
-    if not kept:
-        return AdjustedF1(None, 0, None)
-    return AdjustedF1(sum(kept) / len(kept), len(kept), dropped / len(kept))
+    n = len(kept)
+    return AdjustedF1(sum(kept) / n, n, dropped / n) if kept else AdjustedF1(None, 0, None)

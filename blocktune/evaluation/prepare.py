@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
-from typing import Any, NamedTuple
+from itertools import islice, product
+from typing import Any
 
 from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.rows import scores_of
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
-from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
-from blocktune.models.identity import adapter_fingerprint, base_fingerprint, digest_of
+from blocktune.models.identity import adapter_fingerprint, base_fingerprint
 from blocktune.models.load import adapter_folder
 from blocktune.prompt import PromptFormat, make_pieces
 
+VIEW = "view it with `blocktune answer --show-prompt`"
 logger = logging.getLogger("blocktune")
 
 Load = Callable[[Suite, str | None], Any]  # ``(suite, adapter) -> engine``
 Worded = Mapping[tuple[str | None, str], Any]  # engines in a task's wording by (adapter, task)
-
-
-class TaskQuestion(NamedTuple):
-    """An example, its task, and a name for it in case it has no id."""
-
-    task: TaskSpec
-    example: RagExample
-    name: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class Ready:
     suite: Suite  # the suite itself
     methods: Mapping[str, Method]  # label -> built method
     engines: Mapping[str | None, Any]  # by adapter (None: base); all loaded, to be timed in turns
-    questions: tuple[TaskQuestion, ...]  # questions of all tasks, in order
+    questions: tuple[tuple[TaskSpec, RagExample], ...]  # of all tasks, in order
     timed: tuple[RagExample, ...]  # examples to time; empty without timing
     worded: Worded
 
@@ -51,7 +43,7 @@ class Ready:
 
     def of(self, task: TaskSpec, limit: int | None = None) -> list[RagExample]:
         """The examples of a task, at most ``limit``."""
-        return [q.example for q in self.questions if q.task is task][:limit]
+        return [example for own, example in self.questions if own is task][:limit]
 
     def fingerprints(self) -> dict[str, Any]:
         """Digests of the base model and of adapters that are not releases, for the provenance."""
@@ -60,10 +52,8 @@ class Ready:
         else:  # adapters are merged into the model; each was checked against the base
             base = next(iter(self.engines.values())).adapter.base_fingerprint
         named = [name for name in self.engines if name is not None and find_release(name) is None]
-        return {
-            "base_fingerprint": base,
-            "adapter_fingerprints": {n: adapter_fingerprint(adapter_folder(n)) for n in named},
-        }
+        adapters = {name: adapter_fingerprint(adapter_folder(name)) for name in named}
+        return {"base_fingerprint": base, "adapter_fingerprints": adapters}
 
 
 def load_engine(suite: Suite, adapter: str | None) -> Engine:
@@ -76,17 +66,26 @@ def load_engine(suite: Suite, adapter: str | None) -> Engine:
 def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     """Builds methods, reads questions, loads weights and checks that they fit together.
 
-    Raises ValueError if a method is unknown or does not suit its weights, a question has no answer,
-    or a prompt is malformed or does not fit into the model's context.
+    ValueError: a method is unknown or does not suit its weights, or a question or prompt is wrong.
     """
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
     engines = {adapter: load(suite, adapter) for adapter in adapters}
     tokenizer = next(iter(engines.values())).tokenizer
-    questions, worded = _questions(suite, tokenizer), _worded(suite, engines)
-    first = [example for task, example, _ in questions if task is suite.tasks[0]]
-    timed = _timed(suite, first, tokenizer)
+    questions = _questions(suite, tokenizer)
+    first = [example for task, example in questions if task is suite.tasks[0]]
+    # One engine per wording, so that tasks with the same wording share exact prefix caches.
+    built: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
+    worded = {}
+    for task, (adapter, engine) in product(suite.tasks, engines.items()):
+        words = task.worded(engine.format)
+        worded[adapter, task.name] = built.setdefault((adapter, words), engine.reworded(words))
     tell_rewording(engines, worded)
+    num, wanted = min(suite.ttft.num, len(first)), suite.ttft.chunks or 0
+    if num and sum(len(example.chunks) for example in first) < wanted:  # read beyond the limit
+        source, limit = suite.tasks[0].full_source(), max(len(first), wanted)
+        first = load_examples(source, limit=limit, tokenizer=tokenizer)
+    timed = tuple(fill(first, num, suite.ttft.chunks)) if num else ()
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
         named = {adapter or "base": worded[adapter, task.name] for adapter in engines}
@@ -95,26 +94,13 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     return ready
 
 
-def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> Worded:
-    """One engine per wording, so that tasks with the same wording share exact prefix caches."""
-    built: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
-    worded = {}
-    for task, (adapter, engine) in product(suite.tasks, engines.items()):
-        words = task.worded(engine.format)
-        worded[adapter, task.name] = built.setdefault((adapter, words), engine.reworded(words))
-    return worded
-
-
 def tell_rewording(engines: Mapping[str | None, Any], worded: Worded) -> None:
     """Warns if a task's wording (``worded``) differs from the one an adapter was trained with."""
     for (adapter, task), engine in worded.items():
         fields = _differing(engines[adapter].format, engine.format)
         if adapter is not None and fields:
-            logger.warning(
-                "task '%s' asks '%s' in other words than it was trained in (%s): train with the "
-                "task's wording, or leave these keys out of the task's prompt",
-                *(task, adapter, fields),
-            )
+            how = f"task '{task}' asks '{adapter}' in other words than it was trained in ({fields})"
+            logger.warning("%s: train with these keys, or leave them out of the task's prompt", how)
 
 
 def _differing(first: PromptFormat, second: PromptFormat) -> str:
@@ -122,47 +108,48 @@ def _differing(first: PromptFormat, second: PromptFormat) -> str:
     return ", ".join(key for key in after if after[key] != before[key])
 
 
-def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
+def _questions(suite: Suite, tokenizer: Any) -> tuple[tuple[TaskSpec, RagExample], ...]:
     questions = []
     for task in suite.tasks:
         source = task.full_source()
         examples, lost = load_examples(source, limit=task.limit, tokenizer=tokenizer), []
-        for index, example in enumerate(examples):
+        for number, example in enumerate(examples, start=1):
+            score = partial(scores_of, task, example=example, tokenizer=tokenizer)
+            answers = example.answers
             try:
-                scores_of(task, "", example, tokenizer)  # outputs may be blank
-                hits = (
-                    scores_of(task, a, example, tokenizer)[task.metric] for a in example.answers
-                )
-                is_lost = bool(example.answers) and not any(hits)
+                score("")  # outputs may be blank
+                is_lost = bool(answers) and not any(score(a)[task.metric] for a in answers)
             except ValueError as error:
-                place = f"{source}: question {index + 1}"
+                place = f"{source}: question {number}"
                 raise ValueError(f"{place} cannot be scored: {error}") from None
             if is_lost:
-                lost.append(f"{example.answers[0]!r:.60} of question {index + 1}")
-            name = digest_of([example.question, example.answers])  # files may be cut or reordered
-            questions.append(TaskQuestion(task, example, f"{task.name}/{name}"))
+                lost.append(f"{answers[0]!r:.60} of question {number}")
+            questions.append((task, example))
         if lost:
-            logger.warning(
-                "task '%s': for %d of %d questions even the accepted answer scores 0 by %s, such "
-                "as %s; choose another metric or 'stop'",
-                *(task.name, len(lost), len(examples), task.metric, lost[0]),
-            )
+            told = f"even the accepted answer scores 0 by {task.metric}, such as {lost[0]}"
+            count = f"task '{task.name}': for {len(lost)} of {len(examples)} questions"
+            logger.warning("%s %s; choose another metric or 'stop'", count, told)
     return tuple(questions)
 
 
-def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[RagExample, ...]:
-    """Examples to time, filled with chunks of later questions, if needed beyond the limit."""
-    num, wanted = min(suite.ttft.num, len(examples)), suite.ttft.chunks or 0
-    if num and sum(len(example.chunks) for example in examples) < wanted:
-        source = suite.tasks[0].full_source()
-        examples = load_examples(source, limit=max(len(examples), wanted), tokenizer=tokenizer)
-    return tuple(fill(examples, num, suite.ttft.chunks)) if num else ()
+def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
+    """The first ``num`` examples, filled to ``chunks`` chunks, if given, by those after them."""
+    if chunks is None:
+        return list(examples[:num])
+    if (held := sum(len(example.chunks) for example in examples)) < chunks:
+        wanted = f"ttft needs prompts of {chunks} chunks, the task holds only {held}"
+        raise ValueError(f"{wanted}; lower 'chunks' of ttft, or give the task more questions")
+    filled = []
+    for index, example in enumerate(examples[:num]):
+        following = (c for e in (*examples[index:], *examples[:index]) for c in e.chunks)
+        filled.append(replace(example, chunks=tuple(islice(following, chunks)), supporting=()))
+    return filled
 
 
 def _check_fit(ready: Ready) -> None:
     """Checks that all prompts fit into the context, once per adapter, wording and layout."""
     done, first = set(), ready.suite.tasks[0]
-    prompts = [(task, example, task.max_new_tokens) for task, example, _ in ready.questions]
+    prompts = [(task, example, task.max_new_tokens) for task, example in ready.questions]
     prompts += [(first, example, 1) for example in ready.timed]
     for spec in ready.suite.methods:
         method = ready.methods[spec.label]
@@ -177,9 +164,8 @@ def _check_fit(ready: Ready) -> None:
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     """Checks that all engines build the same, well-formed prompt for a question, mode tags aside.
 
-    Raises ValueError if the prompt does not begin with BOS, or repeats it, where the tokenizer or
-    its template adds one; if the assistant's turn is not open; or if prompts differ. The first two
-    lower the scores of full prefill most, so reuse would seem to lose nothing.
+    ValueError: the prompt lacks or repeats the BOS of the tokenizer or its template, does not open
+    the assistant's turn, or differs. The first two lower the scores of full prefill most.
     """
 
     def ids(engine: Any, words: PromptFormat) -> tuple[int, ...]:
@@ -194,11 +180,8 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
         if prompts[name] != prompts[first]:
             fields = _differing(*(engines[key].format.untagged for key in (name, first)))
             reason = f"their wordings differ in {fields}" if fields else "their tokenizers differ"
-            raise ValueError(
-                f"'{name}' and '{first}' build different prompts of the same question, so their "
-                f"scores cannot be compared ({reason}); set the wording in the task's prompt for "
-                f"both, or train with it"
-            )
+            found = f"'{name}' and '{first}' build different prompts of a question ({reason})"
+            raise ValueError(f"{found}; set the wording in the task's prompt, or train with it")
 
 
 def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
@@ -211,18 +194,14 @@ def _check_prompt(tokenizer, ids: tuple[int, ...]) -> None:
         own = template is None or bos in tokenizer("a")["input_ids"]  # added to plain text
         wanted = max(own, asked[0].count(tokenizer.bos_token))
         if ids.count(bos) != wanted or (wanted and ids[0] != bos):
-            raise ValueError(
-                f"the prompt should open with {tokenizer.bos_token!r} and hold it {wanted} times, "
-                f"as the model was trained; it opens with {tokenizer.decode(ids[:1])!r} and holds "
-                f"it {ids.count(bos)} times; view it with `blocktune answer --show-prompt`"
-            )
+            wanted = f"should open with {tokenizer.bos_token!r} and hold it {wanted} times"
+            found = f"opens with {tokenizer.decode(ids[:1])!r} and holds it {ids.count(bos)} times"
+            raise ValueError(f"the prompt {wanted}; it {found}; {VIEW}")
     # White space is ignored, because some tokenizers do not restore it in decoding.
     opened, closed = ("".join(text.split()) for text in asked)
     opening = opened.removeprefix(closed) or opened.rpartition("?")[2]
     ending = "".join(tokenizer.decode(ids[-64:]).split())
     # It need not be at the very end: a template may add an empty thinking block after it.
     if opening not in ending:
-        raise ValueError(
-            f"the prompt must open the assistant's turn with {opening!r}, but it ends with "
-            f"{ending[-40:]!r}; view it with `blocktune answer --show-prompt`"
-        )
+        wanted = f"the prompt must open the assistant's turn with {opening!r}"
+        raise ValueError(f"{wanted}, but it ends with {ending[-40:]!r}; {VIEW}")

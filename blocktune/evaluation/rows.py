@@ -9,10 +9,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import blocktune
@@ -53,24 +55,22 @@ class Row:
 PARTS = (
     *("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt"),
     *("adapter", "cache", "methods", "extras", "engine"),
-    *("evaluation/metrics.py", "evaluation/rows.py", "evaluation/suite.py"),
-    *("evaluation/caches.py", "evaluation/ttft.py", "evaluation/fidelity.py"),
+    *(f"evaluation/{n}.py" for n in ("metrics", "rows", "suite", "prepare", "ttft", "fidelity")),
 )
 """Code that outputs, scores and times depend on; commands, training and reports do not matter."""
-LIBRARIES = {"site-packages", "dist-packages"}
-"""Folders of installed libraries."""
+LIBRARIES = {"site-packages", "dist-packages"}  # folders of installed libraries
 
 
 def code_digest(method: Method | None = None, metrics: Iterable[str] = ()) -> str:
     """Version and digest of the code in `PARTS`, such as ``0.1.0-3f2a91c05d7e``.
 
-    For a ``method`` or ``metrics`` that plug-ins define, in whole or in part, a digest of these
-    follows. Rows of other code are dropped.
+    For a ``method`` or ``metrics`` that plug-ins define, in whole or in part, their digest follows.
     """
     made = *_classes_of(method), *(METRICS[name].score for name in metrics)
     plugins = sorted({path for one in made for path in _sources_of(one)})
-    own = [hashlib.sha256(b"\0".join(p.read_bytes() for p in plugins)).hexdigest()[:12]]
-    return "-".join([blocktune.__version__, _package_digest(), *(own if plugins else ())])
+    digest = f"{blocktune.__version__}-{_package_digest()}"
+    own = hashlib.sha256(b"\0".join(path.read_bytes() for path in plugins)).hexdigest()
+    return f"{digest}-{own[:12]}" if plugins else digest
 
 
 @cache
@@ -85,14 +85,13 @@ def _package_digest() -> str:
 
 def _classes_of(value: Any) -> Iterator[type]:
     """The classes that define a method: its own, and those of its selector and other parts."""
+    parts = list(value) if isinstance(value, tuple) else []
     if isinstance(value, Method):
-        yield from _classes_of((value.select(), value.repair(), value.reshape(), value.history))
-    if isinstance(value, tuple):
-        for item in value:
-            yield from _classes_of(item)
-    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [value.select(), value.repair(), value.reshape(), value.history]
+    if is_dataclass(value) and not isinstance(value, type):
         yield from type(value).__mro__
-        yield from _classes_of(tuple(getattr(value, own.name) for own in fields(value)))
+        parts += [getattr(value, own.name) for own in fields(value)]
+    yield from chain.from_iterable(map(_classes_of, parts))
 
 
 def _sources_of(made: type | Callable) -> set[Path]:
@@ -101,61 +100,58 @@ def _sources_of(made: type | Callable) -> set[Path]:
     left, files, seen = [first], set(), {blocktune.__name__, *sys.stdlib_module_names}
     while left:
         name = left.pop().partition(".")[0]
-        file = getattr(sys.modules.get(name), "__file__", None)  # a notebook has none
-        if name in seen or (name != first and LIBRARIES.intersection(Path(file or "").parts)):
+        module = sys.modules.get(name)
+        file = Path(getattr(module, "__file__", None) or "")  # a notebook has none
+        if name in seen or (name != first and LIBRARIES.intersection(file.parts)):
             continue
         seen.add(name)
-        folders = getattr(sys.modules.get(name), "__path__", ())
+        folders = getattr(module, "__path__", ())
         own = [path for folder in folders for path in Path(folder).rglob("*.py")]
-        own += [Path(file)] if file and not folders else []
+        own = own if folders or not file.name else [file]
         files.update(own)
         left += chain.from_iterable(map(_imports, own))
     return files
 
 
 def _imports(path: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # compiled, or a template
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
+    with suppress(SyntaxError, ValueError):  # compiled, or a template
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module
 
 
 def row_key(
-    method: MethodSpec,
-    task: TaskSpec,
-    example: RagExample,
-    fingerprint: str,
-    code: str,
-    codec: str = "as-is",
+    method: MethodSpec, task: TaskSpec, example: RagExample, weights: str, code: str, codec: str
 ) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
-    ``fingerprint`` and ``codec`` are those of the `Engine` and its store, ``code`` the method's
-    `code_digest`.
+    ``weights`` is the engine's fingerprint, ``codec`` its store's, ``code`` a `code_digest`.
     """
     entry = method.entry()
     if "preset" in entry:  # then the name is only a label
         del entry["name"]
     parts = {"method": entry, "task": task.decides(), "example": example.to_json()}
     parts |= {} if codec == "as-is" else {"codec": codec}
-    return digest_of(parts | {"weights": fingerprint, "code": code})
+    return digest_of(parts | {"weights": weights, "code": code})
+
+
+def question_id(task: TaskSpec, example: RagExample) -> str:
+    """The question's own id, or else one of its text: files may be cut or reordered."""
+    return example.id or f"{task.name}/{digest_of([example.question, example.answers])}"
 
 
 def make_row(
-    key: str, task: TaskSpec, example: RagExample, name: str, answer: Any, engine: Any, method: Any
+    key: str, task: TaskSpec, example: RagExample, answer: Any, engine: Any, method: Any
 ) -> Row:
-    """Scores an `Answer` of the engine; ``name`` identifies a question that has no id."""
+    """Scores an `Answer` of the engine."""
     extracted = extract_answer(task.cut(answer.text))
     scores = scores_of(task, answer.text, example, engine.tokenizer)
     return Row(
         key=key,
         task=task.name,
-        id=example.id or name,
+        id=question_id(task, example),
         kind=example.kind,
         prediction=answer.text,
         answer=extracted,
@@ -185,16 +181,14 @@ def scores_of(task: TaskSpec, text: str, example: RagExample, tokenizer: Any) ->
 def place_of(example: RagExample) -> float | None:
     """Mean position of the supporting chunks, 0 (first chunk) to 1 (last), or None if unknown."""
     last = len(example.chunks) - 1
-    if not example.supporting or last == 0:
-        return None
-    return sum(example.supporting) / len(example.supporting) / last
+    return fmean(example.supporting) / last if example.supporting and last else None
 
 
 class RowFile:
     """The rows of one method in ``LABEL.jsonl``; during a run, one part file per process.
 
-    Opening only reads; all processes must do so before one appends. Rows of another run and an
-    incomplete last line are ignored. ``keys`` has the `row_key` of every row, in order.
+    Opening only reads; all processes must do so before one appends. ``keys`` has the `row_key` of
+    every row, in order; other rows are ignored.
     """
 
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
@@ -202,18 +196,15 @@ class RowFile:
         self._part = folder / f"{label}.part{rank}.jsonl"
         self._rows, self._opened = self._wanted_rows(), False
 
-    def refuse_loss(self, asked: Iterable[tuple[str, str]]) -> None:
-        """Raises ValueError if `merge` would delete answers to other questions (task, id)."""
-        answered, *parts = (
-            [(row.task, row.id) for row in read_rows(path)] for path in self._paths()
-        )
+    def refuse_loss(self, questions: Iterable[tuple[TaskSpec, RagExample]]) -> None:
+        """Raises ValueError if `merge` would delete answers to other questions."""
+        asked = ((task.name, question_id(task, example)) for task, example in questions)
+        whole, *parts = ([(row.task, row.id) for row in read_rows(p)] for p in self._paths())
         # A part may have several rows of one question, from runs of different code.
-        if lost := (Counter(answered) | Counter(set(chain(*parts)))) - Counter(asked):
-            raise ValueError(
-                f"'{self.path}' has answers to {lost.total()} questions that this run does not "
-                f"ask, such as {min(lost)[1]!r}, and would lose them; give another output folder, "
-                "or move this one away"
-            )
+        if lost := (Counter(whole) | Counter(set(chain(*parts)))) - Counter(asked):
+            fix = f"such as {min(lost)[1]!r}; give another output folder, or move this one away"
+            others = f"{lost.total()} questions that this run does not ask, {fix}"
+            raise ValueError(f"'{self.path}' has answers to {others}")
 
     def lacks(self, indices: Iterable[int]) -> bool:
         """Whether a row of these questions is missing."""
@@ -266,9 +257,8 @@ def read_rows(path: Path) -> Iterator[Row]:
                 raise ValueError("its score, em and f1 must be from 0 to 1")
             yield row
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not a row of this version ({error}); move it away"
-            ) from None
+            reason = f"not a row of this version ({error}); move it away"
+            raise ValueError(f"{path}, line {number}: {reason}") from None
 
 
 def _line(row: Row) -> str:

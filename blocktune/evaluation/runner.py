@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
 from rich.progress import Progress
 
-from blocktune.data import RagExample
-from blocktune.evaluation.caches import CleanCaches
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.results import RESULTS, build_results
 from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
-from blocktune.evaluation.ttft import TtftSummary, measure_ttft
+from blocktune.evaluation.ttft import CleanCaches, TtftSummary, measure_ttft
 from blocktune.files import alone_in, replace_json
 from blocktune.models.identity import digest_of
 from blocktune.parsing import load_json
 from blocktune.provenance import hardware, provenance, versions
 
-Item = TypeVar("Item")
 PATIENCE = timedelta(days=7)  # longest time that one process waits for another
 
 
@@ -46,7 +43,7 @@ class Processes:
         """Whether this process merges the answers, measures times and writes the results."""
         return self.rank == 0
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+    def share(self, items: Sequence) -> Sequence:
         """This process's share of ``items``; every process must pass the same sequence."""
         return items[self.rank :: self.count]
 
@@ -72,39 +69,25 @@ def launched() -> Processes:
 
 
 def run_suite(
-    suite: Suite,
-    output: str | Path,
-    *,
-    command: list[str] | None = None,
-    load: Load = load_engine,
-    processes: Processes | None = None,
+    suite: Suite, output: str | Path, *, command: list[str] | None = None, load: Load = load_engine
 ) -> dict[str, Any] | None:
     """Answers, scores and times all questions of a suite. An interrupted run resumes.
 
     Writes ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json`` to ``output``. Returns the
-    content of ``results.json`` (see `build_results`), or None except in the main process.
-    ``command`` is recorded (default: ``sys.argv``); ``processes`` are by default the launcher's.
-
-    Raises ValueError, before the first question, if something cannot be run, or ``output`` has
-    answers to questions that this run does not ask and would delete.
+    content of ``results.json`` (see `build_results`), or None except in the main process. It names
+    the ``command``, by default ``sys.argv``. Raises ValueError, before the first question, if
+    something cannot be run, or ``output`` has answers to other questions, which would be lost.
     """
-    processes = processes or launched()
+    processes = launched()
     if processes.device is not None:
         suite = replace(suite, device=processes.device)
     output, ready = Path(output), prepare(suite, load)
     (output / ROWS).mkdir(parents=True, exist_ok=True)
-    with alone_in(output, processes.is_main):
-        return _run(ready, output, command, processes)
-
-
-def _run(
-    ready: Ready, output: Path, command: list[str] | None, processes: Processes
-) -> dict[str, Any] | None:
-    suite = ready.suite
-    weights = ready.fingerprints()  # computed now: an adapter may be retrained during the run
-    files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
-    processes.wait()  # no process writes before all have read
-    with progress_bars(shown=processes.is_main) as progress:
+    shown = progress_bars(shown=processes.is_main)
+    with alone_in(output, processes.is_main), shown as progress:
+        weights = ready.fingerprints()  # computed now: an adapter may be retrained during the run
+        files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
+        processes.wait()  # no process writes before all have read
         _answer_all(ready, files, processes, progress)
         processes.wait()
         if not processes.is_main:
@@ -112,17 +95,15 @@ def _run(
         rows = {label: file.merge() for label, file in files.items()}
         times, fidelity = {}, {}
         if ready.timed:
-            measure = partial(_time_all, ready, progress)
+            measure = partial(measure_ttft, ready, progress.track)
             times = _measure_once(output / "ttft.json", suite, rows, measure)
         if suite.fidelity.num:
-            asked = sum(len(ready.of(task, suite.fidelity.num)) for task in suite.tasks)
-            bar = progress.add_task("fidelity", total=asked * len(rows))
-            compare = partial(measure_fidelity, ready, lambda: progress.advance(bar))
-            fidelity = _measure_once(output / "fidelity.json", suite, rows, compare)
-    ttft = {label: TtftSummary(*own) for label, own in times.items()}
-    origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
-    results = build_results(suite, rows, ttft, origin, fidelity)
-    replace_json(output / RESULTS, results)
+            measure = partial(measure_fidelity, ready, progress.track)
+            fidelity = _measure_once(output / "fidelity.json", suite, rows, measure)
+        ttft = {label: TtftSummary(*own) for label, own in times.items()}
+        origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
+        results = build_results(suite, rows, ttft, origin, fidelity)
+        replace_json(output / RESULTS, results)
     return results
 
 
@@ -132,12 +113,10 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
     code = {t.name: code_digest(method, {t.metric, *t.metrics}) for t in ready.suite.tasks}
     if method.history is not None:  # what a prompt finds depends on the batches before it
         code = {name: f"{digest}-{ready.suite.batch_size}" for name, digest in code.items()}
-    keys = [
-        row_key(spec, task, example, engine.fingerprint, code[task.name], codec)
-        for task, example, _ in ready.questions
-    ]
+    weights, asked = engine.fingerprint, ready.questions
+    keys = [row_key(spec, task, own, weights, code[task.name], codec) for task, own in asked]
     file = RowFile(output / ROWS, spec.label, keys, processes.rank)
-    file.refuse_loss((q.task.name, q.example.id or q.name) for q in ready.questions)
+    file.refuse_loss(asked)
     return file
 
 
@@ -146,48 +125,28 @@ def _answer_all(
 ) -> None:
     """Lets all methods, by adapter, answer a batch before the next: they share encoded chunks."""
     specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
-    asked = ((b, [spec for spec in specs if files[spec.label].lacks(b)]) for b in _batches(ready))
+    batches, first, size = [], 0, ready.suite.batch_size
+    for task in ready.suite.tasks:
+        stop = first + len(ready.of(task))
+        batches += [range(start, min(start + size, stop)) for start in range(first, stop, size)]
+        first = stop
+    asked = ((b, [spec for spec in specs if files[spec.label].lacks(b)]) for b in batches)
     work, caches = processes.share([(batch, left) for batch, left in asked if left]), CleanCaches()
     bar = progress.add_task("", total=sum(len(batch) * len(left) for batch, left in work))
     for batch, left in work:
-        questions = [ready.questions[index] for index in batch]
-        task, examples = questions[0].task, [question.example for question in questions]
+        task, examples = ready.questions[batch[0]][0], [ready.questions[i][1] for i in batch]
         how = {"max_new_tokens": task.max_new_tokens, "batch_size": len(examples)}
         for spec in left:
             progress.update(bar, description=spec.label)
-            file, engine = files[spec.label], ready.engine(spec, task)
-            method = ready.methods[spec.label]
+            file, method = files[spec.label], ready.methods[spec.label]
+            engine = ready.engine(spec, task)
             caches.prepare(engine, method, examples)
             answers = engine.answer(examples, method, **how)
             file.append(
-                make_row(file.keys[i], task, asked.example, asked.name, answer, engine, method)
-                for i, asked, answer in zip(batch, questions, answers, strict=True)
+                make_row(file.keys[i], task, example, answer, engine, method)
+                for i, example, answer in zip(batch, examples, answers, strict=True)
             )
             progress.advance(bar, len(batch))
-
-
-def _batches(ready: Ready) -> Iterator[range]:
-    """Ranges of question indices, each within one task."""
-    start, size = 0, ready.suite.batch_size
-    for task in ready.suite.tasks:
-        stop = start + len(ready.of(task))
-        yield from (range(first, min(first + size, stop)) for first in range(start, stop, size))
-        start = stop
-
-
-def _time_all(ready: Ready, progress: Progress) -> dict[str, TtftSummary]:
-    caches = CleanCaches()
-
-    def ask(spec: MethodSpec, earlier: RagExample, timed: RagExample) -> Any:
-        engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
-        caches.prepare(engine, method, [timed])
-        for example in (earlier, timed):
-            answers = engine.answer([example], method, max_new_tokens=1, batch_size=1)
-        return answers[0]
-
-    methods = {spec.label: partial(ask, spec) for spec in ready.suite.methods}
-    bar = progress.add_task("time to first token", total=len(ready.timed) * len(methods))
-    return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
 
 def _measure_once(

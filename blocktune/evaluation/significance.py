@@ -34,20 +34,12 @@ class Interval(NamedTuple):
         return [self.low, self.high]
 
 
-class Power(NamedTuple):
-    """Power of a paired comparison on a given number of questions."""
-
-    detectable: float  # smallest difference that this many questions show with the given power
-    n_needed: int | None  # questions needed to show the observed difference; None if it is 0
-
-
 def mean_interval(own: ArrayLike) -> Interval:
     """The mean of scores ``(n,)`` with Wilson's interval. Raises ValueError if there is none.
 
-    Scores in between, such as F1, vary less than 0 and 1 with the same mean: the interval is that
-    of the larger number of questions at which a proportion would have the variance of this mean.
-    The ratio of the variances is estimated with one more question of ratio 1, so that equal scores
-    keep a width.
+    Scores in between, such as F1, vary less than 0 and 1: the interval is that of the larger number
+    of questions at which a proportion would have the variance of this mean. The ratio of the
+    variances is estimated with one more question of ratio 1, so that equal scores keep a width.
 
     Source: Wilson, Probable Inference (1927); with an effective number: Korn and Graubard,
     Confidence Intervals for Proportions with Small Expected Number of Positive Counts (1998).
@@ -81,8 +73,8 @@ def recovered_gap(own: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> Inter
     """``(own - floor) / (ceiling - floor)``: the share of a gap that a method closes.
 
     The interval contains each share ``s`` for which the mean of ``(own - floor) - s (ceiling -
-    floor)`` may be 0, by the interval of `difference`. Floor and ceiling themselves give exactly 0
-    and 1. Returns None if the interval of the gap itself reaches 0.
+    floor)`` may be 0, as in `difference`. Floor and ceiling give exactly 0 and 1. Returns None if
+    the interval of the gap itself reaches 0.
 
     Source: Fieller, Some Problems in Interval Estimation (1954).
     """
@@ -124,10 +116,9 @@ def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
 def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
     """Two-sided p-value of the hypothesis that two methods score equally, for any scores.
 
-    Under the null hypothesis each question's difference is as likely with the other sign. For up to
-    `FEW` differences, signs are drawn at random by ``seed``; the observed signs count as one draw,
-    so p is never 0. For more, the sum is taken as normal, with the variance under random signs.
-    Small differences beside large ones hardly count: their number is ``sum(d^2)^2 / sum(d^4)``.
+    For up to `FEW` differences, random signs are drawn by ``seed``; the observed signs count as one
+    draw, so p is never 0. For more, the sum is taken as normal, with the variance under random
+    signs. Small differences hardly count: their number is ``sum(d^2)^2 / sum(d^4)``.
 
     Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), approximate
     randomisation; Fisher's paired test.
@@ -148,10 +139,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
 
 
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """p-values that control the family-wise error rate of multiple comparisons.
-
-    Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
-    """
+    """p-values that control the family-wise error rate, by Holm's step-down procedure (1979)."""
     adjusted, highest = dict(p_values), 0.0
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
@@ -172,35 +160,34 @@ def comparisons(
         p, p_holm, gain = tests[name], adjusted[name], difference(own, other)
         # Significant is a Holm's p below `ALPHA`: the level that the correction leaves decides, or
         # differences that are within chance could need no more questions. A p of 1 is cut off.
-        shown = power(own, other, ALPHA * (p / p_holm if 0 < p_holm < 1 else 1 / len(tests)))
+        left = ALPHA * (p / p_holm if 0 < p_holm < 1 else 1 / len(tests))
         found[name] = {"mean": gain.mean, "ci95": gain.ci95, "p": p, "p_holm": p_holm}
-        found[name] |= {key: getattr(shown, key, None) for key in Power._fields}
+        found[name] |= power(own, other, left)
     return found
 
 
-def power(own: ArrayLike, other: ArrayLike, alpha: float = ALPHA) -> Power | None:
-    """What differences this many questions show at level ``alpha`` with probability `WANTED`.
+def power(own: ArrayLike, other: ArrayLike, alpha: float = ALPHA) -> dict[str, Any]:
+    """The difference that is ``detectable`` at level ``alpha`` with probability `WANTED`.
 
-    By the normal approximation. Returns None if there are fewer than two questions or all
-    differences are equal, because their spread is then unknown.
+    ``n_needed``: questions to show the one that is there, if any. By the normal approximation; both
+    are None if all differences are equal, since the spread is unknown.
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """
     differences = paired(own, other)
     if len(set(differences)) < 2:
-        return None
+        return {"detectable": None, "n_needed": None}
     spread = float(differences.std(ddof=1))
     reach = (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(WANTED)) * spread
     mean = abs(float(differences.mean()))
     needed = ceil((reach / mean) ** 2) if mean > 0 else None
-    return Power(reach / len(differences) ** 0.5, needed)
+    return {"detectable": reach / len(differences) ** 0.5, "n_needed": needed}
 
 
 def paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:
     """Left minus right score of each question, ``(n,)``; ValueError if the lengths differ."""
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(
-            f"paired scores must be two lists of one length, got {first.shape} and {second.shape}"
-        )
+        shapes = f"{first.shape} and {second.shape}"
+        raise ValueError(f"paired scores must be two lists of one length, got {shapes}")
     return np.round(first - second, 12)  # equal means of seeds may differ in the last bits

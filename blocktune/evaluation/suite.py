@@ -40,19 +40,14 @@ class MethodSpec:
         if not self.label:
             object.__setattr__(self, "label", self.name)
         if "/" in self.label or self.label.startswith(".") or ".part" in self.label:
-            fix = "remove slashes, a leading dot and '.part'"
-            raise ValueError(f"label must name a file, got '{self.label}'; {fix}")
+            wanted = "name a file, without slashes, a leading dot and '.part'"
+            raise ValueError(f"label must {wanted}, got '{self.label}'")
 
     def entry(self) -> dict[str, Any]:
         """The keys that were given, as `blocktune.methods.build_entry` takes them."""
         default = MethodSpec(self.name)
         given = [key for key in ENTRY_KEYS if getattr(self, key) != getattr(default, key)]
         return {"name": self.name} | {key: getattr(self, key) for key in given}
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a registered method with its defaults, on the base model."""
-        return self.adapter is None and set(self.entry()) == {"name"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,7 @@ class TaskSpec:
     limit: int | None = None  # number of questions to use, from the first; None: all
     # wording, as keys of `PromptFormat`; those left out keep the model's own, such as a mode tag
     prompt: Mapping[str, Any] | None = None
-    # how documents are split: a chunker with parameters, ``{chunker: fixed, size: 512}``, or a
-    # generator's ``{chunk: 128}``; empty: as the source does
+    # options of the source that split documents: ``{chunker: fixed, size: 512}``, ``{chunk: 128}``
     chunking: Mapping[str, Any] = field(default_factory=dict)
     answer_marker: str | None = None  # only the text after it is scored; None: the whole output
     stop: tuple[str, ...] = ()  # the output is cut before the first of these texts
@@ -78,8 +72,7 @@ class TaskSpec:
 
     def __post_init__(self):
         for name in ("limit", "max_new_tokens", "version"):
-            if (value := getattr(self, name)) is not None:
-                require_count(name, value, 1)
+            require_count(name, 1 if (value := getattr(self, name)) is None else value, 1)
         if not METRICS.keys() >= {self.metric, *self.metrics}:
             plugins.load_all()
         for name in (self.metric, *self.metrics):
@@ -200,24 +193,22 @@ def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict
     for index, entry in enumerate(entries(record, where)):
         place = f"{where}[{index}]"
         given = {"name": entry} if isinstance(entry, str) else dict(mapping(entry, place))
-        if "seeds" not in given:
-            methods.append(read(MethodSpec, given, place))
-            continue
-        seeds = entries(given.pop("seeds"), f"{place}: seeds")
+        seeds = entries(given.pop("seeds"), f"{place}: seeds") if "seeds" in given else []
         spec = read(MethodSpec, given, place)
+        if not seeds:
+            methods.append(spec)
+            continue
         if spec.label in pools:
             raise ValueError(f"{place}: '{spec.label}' has seeds above; give this a 'label'")
         if any(type(seed) is not int for seed in seeds):
             raise ValueError(f"{place}: seeds must be a list of whole numbers, got {seeds!r:.60}")
         if SEED not in (spec.adapter or ""):
-            raise ValueError(
-                f"{place}: with seeds, 'adapter' must hold {SEED}, such as 'out/kvlink-{SEED}', "
-                f"got {spec.adapter!r:.60}"
-            )
+            wanted = f"with seeds, 'adapter' must hold {SEED}, such as 'out/kvlink-{SEED}'"
+            raise ValueError(f"{place}: {wanted}, got {spec.adapter!r:.60}")
         pools[spec.label] = [f"{spec.label}-{seed}" for seed in seeds]
-        for seed, label in zip(seeds, pools[spec.label], strict=True):
-            adapter = spec.adapter.replace(SEED, str(seed))
-            methods.append(replace(spec, adapter=adapter, label=label))
+        adapters = [spec.adapter.replace(SEED, str(seed)) for seed in seeds]
+        named = zip(adapters, pools[spec.label], strict=True)
+        methods += [replace(spec, adapter=adapter, label=label) for adapter, label in named]
     return tuple(methods), pools
 
 
@@ -228,17 +219,16 @@ def check_pools(pools: Any, labels: Sequence[str]) -> None:
             raise ValueError(f"pool '{name}' has the label of a method; rename the pool")
         known = isinstance(members, list) and all(member in labels for member in members)
         if not known or len(members) < 2:
-            raise ValueError(
-                f"pool '{name}' must be a list of two or more method labels, got {members!r:.60}; "
-                f"there are {', '.join(labels)}"
-            )
+            wanted = f"must be a list of two or more method labels, got {members!r:.60}"
+            raise ValueError(f"pool '{name}' {wanted}; there are {', '.join(labels)}")
     refuse_doubles("pool member", [m for own in pools.values() for m in own], "pool it once")
 
 
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
     """Builds a task from an entry of a suite. Messages of a ValueError begin with ``where``.
 
-    It has the keys of `TaskSpec`, which override those of ``task``, a file, and of its ``variant``.
+    It has the keys of `TaskSpec`, which override those of ``task``, a file, and its ``variant``,
+    which is named ``NAME-VARIANT``.
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in ("task", "variant"))
@@ -247,22 +237,14 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
             raise ValueError(f"{where}: '{key}' must be text, got {value!r:.60}")
     if path is None and variant is not None:
         raise ValueError(f"{where}: 'variant' needs 'task', the file that has the variants")
-    own = {} if path is None else load_task(path, variant)
-    return read(TaskSpec, own | record, where)
-
-
-def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
-    """Reads the keys of a task file, overridden by those of ``variant``; it is ``NAME-VARIANT``.
-
-    Besides the keys of `TaskSpec`, a file may have ``variants``: name -> keys. Raises ValueError if
-    the file is not YAML or lacks the variant.
-    """
-    values = dict(mapping(load_yaml(path, "task", "see eval/tasks/ for examples"), str(path)))
+    if path is None:
+        return read(TaskSpec, record, where)
+    values = dict(mapping(load_yaml(path, "task", "see eval/tasks/ for examples"), path))
     variants = mapping(values.pop("variants", {}), f"{path}: variants")
-    if variant is None:
-        return values
-    if variant not in variants:
-        known = ", ".join(variants) or "none"
-        raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
-    named = {"name": f"{values.get('name')}-{variant}"}
-    return values | named | dict(mapping(variants[variant], str(path)))
+    if variant is not None:
+        if variant not in variants:
+            known = ", ".join(variants) or "none"
+            raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
+        values["name"] = f"{values.get('name')}-{variant}"
+        values |= mapping(variants[variant], path)
+    return read(TaskSpec, values | record, where)

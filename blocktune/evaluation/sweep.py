@@ -30,11 +30,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class TuneSpec:
-    """A grid search over a method's parameters.
-
-    Raises ValueError if the grid is empty, its values are not lists, a method cannot be built, or
-    the questions are from a test split.
-    """
+    """A grid search over a method's parameters. ValueError: a test split, or an unknown method."""
 
     model: str  # path or Hub name of the base model
     method: Any  # a name, a composition as text, or an entry as in a suite
@@ -54,8 +50,8 @@ class TuneSpec:
         if not self.grid:
             raise ValueError("grid must name at least one parameter with its values")
         for path, values in self.grid.items():
-            values = list(map(str, entries(values, f"grid '{path}'")))
-            refuse_doubles(f"grid '{path}': value", values, "try it once")
+            texts = list(map(str, entries(values, f"grid '{path}'")))
+            refuse_doubles(f"grid '{path}': value", texts, "try it once")
         for point in self.points():
             build_entry(point.entry)  # raises on a wrong name or value before anything runs
 
@@ -69,11 +65,9 @@ class TuneSpec:
     def suite(self) -> Suite:
         """The run as a suite with one method per point, without timing."""
         keys = ("model", "dtype", "quantize", "device", "seed", "batch_size")
-        methods = tuple(
-            MethodSpec(**p.entry, adapter=self.adapter, label=p.label) for p in self.points()
-        )
         given = {key: getattr(self, key) for key in keys}
-        return Suite(**given, methods=methods, tasks=(self.task,), ttft=TtftSpec(num=0))
+        specs = [MethodSpec(**p.entry, adapter=self.adapter, label=p.label) for p in self.points()]
+        return Suite(**given, methods=tuple(specs), tasks=(self.task,), ttft=TtftSpec(num=0))
 
 
 def load_tuning(path: str | Path) -> TuneSpec:
@@ -93,10 +87,8 @@ def refuse_test(source: str) -> None:
     """Raises ValueError if ``source`` is a test split, see `is_test_split`."""
     name = source.partition("?")[0]
     if is_test_split(source, CATALOG[name].split if name in CATALOG else None):
-        raise ValueError(
-            f"'{source}' is a test split; parameters are tuned on held-out questions, such as "
-            "'worlds:dev', and compared on the test split once"
-        )
+        wanted = "parameters are tuned on held-out questions, such as 'worlds:dev'"
+        raise ValueError(f"'{source}' is a test split; {wanted}, and compared on it once")
 
 
 def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,9 +97,8 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     entry.setdefault("name", entry.get("preset"))
     for path, value in chosen.items():
         *outer, last = str(path).split(".")
-        outer = outer or ([] if last in ENTRY_KEYS else ["params"])
         inner = entry
-        for key in outer:
+        for key in outer or ([] if last in ENTRY_KEYS else ["params"]):
             inner = inner.setdefault(key, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"grid '{path}': '{key}' must be a mapping, got {inner!r}")
@@ -118,22 +109,18 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
 def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | None:
     """Evaluates every point of the grid. An interrupted run resumes.
 
-    ``how`` is passed on to `run_suite`. Returns the content of ``tuned.json``: the ``best`` point
-    (values, entry, score with interval, cost), all ``points`` from best to worst, the task and the
-    provenance; None except in the main process. The best score is biased upwards, since the point
-    was chosen by it: measure it again on other questions.
+    ``how`` is for `run_suite`. Returns the content of ``tuned.json``, or None except in the main
+    process. The best score is biased upwards: measure it again on other questions.
     """
     results = run_suite(spec.suite(), output, **how)
     if results is None:
         return None
-    kept = ("score", "score_ci95", "n", "recompute_ratio")
-    points = [
-        point._asdict() | {key: results["methods"][point.label][key] for key in kept}
-        for point in spec.points()
-    ]
+    points, kept = [], ("score", "score_ci95", "n", "recompute_ratio")
+    for point in spec.points():
+        found = results["methods"][point.label]
+        points.append(point._asdict() | {key: found[key] for key in kept})
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
     task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
-    tuned = {"best": points[0], "points": points, "task": task}
-    tuned["provenance"] = results["provenance"]
+    tuned = {"best": points[0], "points": points, "task": task, "provenance": results["provenance"]}
     replace_json(Path(output) / TUNED, tuned)
     return tuned

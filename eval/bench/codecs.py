@@ -35,7 +35,7 @@ def errors(num: int) -> dict[str, dict[str, float]]:
     for codec in CODECS:
         by_chunk = [codec_error(chunk, codec, engine.state.rope) for chunk in chunks]
         means[codec] = {
-            name: sum(getattr(error, name) for error in by_chunk) / len(by_chunk)
+            name: sum(error[name] for error in by_chunk) / len(by_chunk)
             for name in ("bytes_per_token", "key_error", "value_error")
         }
     return means

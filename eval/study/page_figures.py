@@ -22,7 +22,6 @@ from blocktune.evaluation.report.style import (
     mark,
     to_png,
     zoom,
-    zoomed,
 )
 from blocktune.evaluation.results import pareto
 
@@ -98,7 +97,7 @@ def draw_trace(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Pa
 
     def draw(figure: Figure, ground: Ground) -> None:
         axes, ends = figure.subplots(), {}
-        zoom(axes, ground, zoomed([end for cell in cells for end in cell["ci95"]]), "score")
+        zoom(axes, [end for cell in cells for end in cell["ci95"]], "score")
         for cell in cells:
             place, label = cell["stored_bytes"] / (1 << 20), cell["method"]
             look = mark(ground, label) | {"markersize": 3 + 8 * cell["ttft_s"] / slowest}

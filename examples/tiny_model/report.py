@@ -20,7 +20,6 @@ from blocktune.evaluation.report.style import (
     label_ends,
     to_png,
     zoom,
-    zoomed,
 )
 from blocktune.provenance import provenance
 from examples.tiny_model.config import PretrainConfig, Stage
@@ -132,7 +131,7 @@ def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
         left.set(xlabel="step", title="Training: loss, and accuracy of answers", ylim=(0, 2.5))
         label_ends(left, ends)
         scores = [value for values in lines.values() for value in values if value is not None]
-        zoom(right, ground, zoomed(scores), "exact match")
+        zoom(right, scores, "exact match")
         for name, values in lines.items():
             colour = colours[kinds[name.partition(",")[0]]]
             style = "-" if name.endswith("full") else ":"

@@ -76,13 +76,28 @@ def test_the_default_setting():
 
 
 def test_a_prompt_without_room_is_refused():
-    with pytest.raises(ValueError, match="needs two chunks and a question; 512 tokens hold no two"):
+    with pytest.raises(
+        ValueError, match="needs two chunks of 512 and a question of 64, got 512 tokens; give"
+    ):
         ReuseBench(tokens=512, chunk=512)
 
 
-def test_rounds_are_compared_within_and_the_first_is_not_counted():
+@pytest.fixture
+def work_for(monkeypatch):
+    """Work of a given length, on a clock that only such work moves."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def work(seconds):
+        clock[0] += seconds
+
+    return work
+
+
+def test_rounds_are_compared_within_and_the_first_is_not_counted(work_for):
     seconds = iter([2.5, 2.5, 1.0, 2.0, 3.0, 4.0, 1.0, 4.0])
-    times = take_turns({"a": lambda: next(seconds), "b": lambda: next(seconds)}, 3)
+    works = dict.fromkeys("ab", lambda: work_for(next(seconds)))
+    times = take_turns(works, 3)
     assert times == {"a": [1.0, 3.0, 1.0], "b": [2.0, 4.0, 4.0]}
     assert ratios(times, "a", "b") == [0.5, 0.75, 0.25]
     assert spread(times["a"]) == {"median": 1.0, "least": 1.0, "greatest": 3.0}
@@ -94,12 +109,12 @@ def test_work_that_an_accelerator_still_does_is_counted(monkeypatch):
     assert take_turns({"a": lambda: None}, 1)["a"][0] >= 0.05
 
 
-def test_a_long_work_is_not_warmed_up():
+def test_a_long_work_is_not_warmed_up(work_for):
     calls = []
 
     def work(name, seconds):
         calls.append(name)
-        return seconds
+        work_for(seconds)
 
     times = take_turns({"long": lambda: work("long", 9.0), "short": lambda: work("short", 1.0)}, 2)
     assert times == {"long": [9.0, 9.0], "short": [1.0, 1.0]}

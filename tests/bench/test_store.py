@@ -13,7 +13,6 @@ def test_a_small_run_reports_every_number(small_benches):
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["ratios"].keys() == {"disk_over_copy", "memory_over_copy"}
-    assert found["ratios"].keys() == found["cpu_ratios"].keys()
     assert found["lookup"]["keys"] == 1000
     assert found["codecs"]["as-is"]["key_error"] == 0
     sizes = {codec: one["bytes_per_token"] for codec, one in found["codecs"].items()}

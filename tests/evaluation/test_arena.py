@@ -88,7 +88,7 @@ def test_a_prompt_is_the_arenas_own_text_piece_by_piece(clone, engine):
 def test_the_result_file_is_what_the_arena_validates(clone, engine, monkeypatch):
     exam = load_exam(clone, "qasper")
     monkeypatch.setattr(engine.model.config, "_name_or_path", "/data/of-mine/toy")
-    path = run_exam(engine, build("epic", k=2), exam, clone / "out")
+    path = run_exam(engine, build("epic", k=2), exam, clone / "out", None, "port")
     assert path.name == "epic_re_qasper.json"
     document = json.loads(path.read_text())
     summary, results, card = (document[key] for key in ("summary", "results", "method_card"))
@@ -142,12 +142,12 @@ def test_chunks_are_encoded_before_the_clock_and_forgotten_after(clone, engine, 
 def test_a_stopped_run_continues_and_other_weights_and_code_are_refused(clone, engine, monkeypatch):
     exam, out = load_exam(clone, "hotpotqa"), clone / "out"
     asked = []
-    run_exam(engine, build("naive"), exam, out, limit=2)
+    run_exam(engine, build("naive"), exam, out, 2, "port")
     first = json.loads((out / "naive_re_hotpotqa.json").read_text())["results"]
     original = engine.lay_out
     engine.lay_out = lambda pieces, *rest: asked.append(1) or original(pieces, *rest)
     try:
-        run_exam(engine, build("naive"), exam, out)
+        run_exam(engine, build("naive"), exam, out, None, "port")
     finally:
         del engine.lay_out
     results = json.loads((out / "naive_re_hotpotqa.json").read_text())["results"]
@@ -158,10 +158,10 @@ def test_a_stopped_run_continues_and_other_weights_and_code_are_refused(clone, e
         other = Engine(toy_model(seed=1), toy_tokenizer())
     refused = pytest.raises(ValueError, match="is of other weights, method, questions or code")
     with refused:
-        run_exam(other, build("naive"), exam, out)
+        run_exam(other, build("naive"), exam, out, None, "port")
     monkeypatch.setattr("blocktune.evaluation.arena.code_digest", lambda method: "other code")
     with refused:
-        run_exam(engine, build("naive"), exam, out)
+        run_exam(engine, build("naive"), exam, out, None, "port")
 
 
 def test_what_is_wrong_is_one_line(clone, engine, tmp_path):
@@ -174,6 +174,8 @@ def test_what_is_wrong_is_one_line(clone, engine, tmp_path):
     with pytest.raises(ValueError, match="is not the frozen file: its SHA-256 is"):
         load_exam(clone, "qasper")
     with pytest.raises(ValueError, match="takes chunks out of earlier prompts"):
-        run_exam(engine, build("cache-craft"), load_exam(clone, "hotpotqa"), clone / "out")
+        run_exam(
+            engine, build("cache-craft"), load_exam(clone, "hotpotqa"), clone / "out", None, "port"
+        )
     with pytest.raises(ValueError, match=r"provenance must be one of official, .* got 'mine'"):
-        run_exam(engine, build("naive"), load_exam(clone, "hotpotqa"), clone / "out", port="mine")
+        run_exam(engine, build("naive"), load_exam(clone, "hotpotqa"), clone / "out", None, "mine")

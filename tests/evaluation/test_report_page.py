@@ -12,9 +12,8 @@ from evaluation.fake_results import METHODS, fake_results
 from matplotlib.image import imread
 
 from blocktune.evaluation.compare import power_notes
-from blocktune.evaluation.report import write_report
 from blocktune.evaluation.report.charts import charts_of
-from blocktune.evaluation.report.page import pointer
+from blocktune.evaluation.report.page import pointer, write_report
 from blocktune.evaluation.report.style import COLOURS, DARK, LIGHT, PHONE_INCHES, mark, zoomed
 from blocktune.evaluation.report.style import METHODS as LOOKS
 from blocktune.files import replace_json

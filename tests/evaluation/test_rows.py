@@ -19,6 +19,7 @@ KEYS = ["a", "b", "c", "d"]
 CHUNKS = tuple(Chunk(text) for text in ("Anna.", "Belt.", "Kirby."))
 EXAMPLE = RagExample("Where?", CHUNKS, ("Kirby",), supporting=(1, 2))
 TASK = TaskSpec("mine", "questions.jsonl")
+AS_IS = "as-is"  # how the store keeps chunks
 
 
 def row(key: str) -> Row:
@@ -88,15 +89,19 @@ def test_what_is_no_row_is_refused_with_its_line(tmp_path):
 
 
 def test_all_that_decides_an_answer_is_in_the_key():
-    plain = row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "code")
+    plain = row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "code", AS_IS)
     changed = [
-        row_key(MethodSpec("epic"), TASK, EXAMPLE, "weights", "code"),
-        row_key(MethodSpec("naive", budget=0.1), TASK, EXAMPLE, "weights", "code"),
-        row_key(MethodSpec("naive"), replace(TASK, max_new_tokens=5), EXAMPLE, "weights", "code"),
-        row_key(MethodSpec("naive"), replace(TASK, prompt={}), EXAMPLE, "weights", "code"),
-        row_key(MethodSpec("naive"), TASK, replace(EXAMPLE, question="Who?"), "weights", "code"),
-        row_key(MethodSpec("naive"), TASK, EXAMPLE, "other", "code"),
-        row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "other code"),
+        row_key(MethodSpec("epic"), TASK, EXAMPLE, "weights", "code", AS_IS),
+        row_key(MethodSpec("naive", budget=0.1), TASK, EXAMPLE, "weights", "code", AS_IS),
+        row_key(
+            MethodSpec("naive"), replace(TASK, max_new_tokens=5), EXAMPLE, "weights", "code", AS_IS
+        ),
+        row_key(MethodSpec("naive"), replace(TASK, prompt={}), EXAMPLE, "weights", "code", AS_IS),
+        row_key(
+            MethodSpec("naive"), TASK, replace(EXAMPLE, question="Who?"), "weights", "code", AS_IS
+        ),
+        row_key(MethodSpec("naive"), TASK, EXAMPLE, "other", "code", AS_IS),
+        row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "other code", AS_IS),
         row_key(MethodSpec("naive"), TASK, EXAMPLE, "weights", "code", "int4"),
     ]
     assert len({plain, *changed}) == 1 + len(changed)
@@ -104,8 +109,8 @@ def test_all_that_decides_an_answer_is_in_the_key():
 
 def test_labels_and_paths_are_not_in_the_key():
     keys = {
-        row_key(MethodSpec("naive", adapter="out/a", label="x"), TASK, EXAMPLE, "w", "c"),
-        row_key(MethodSpec("naive"), replace(TASK, source="b", limit=9), EXAMPLE, "w", "c"),
+        row_key(MethodSpec("naive", adapter="out/a", label="x"), TASK, EXAMPLE, "w", "c", AS_IS),
+        row_key(MethodSpec("naive"), replace(TASK, source="b", limit=9), EXAMPLE, "w", "c", AS_IS),
     }
     assert len(keys) == 1
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blocktune.evaluation.suite import TaskSpec, load_task, parse_task
+from blocktune.evaluation.suite import TaskSpec, parse_task
 from blocktune.parsing import load_yaml
 from blocktune.prompt import PromptFormat
 
@@ -120,5 +120,5 @@ def test_mistakes_are_one_clear_line(entry, message):
 def test_a_file_keeps_its_variants_to_itself(tmp_path):
     path = tmp_path / "t.yaml"
     path.write_text(yaml.safe_dump({"name": "t", "source": "s", "variants": {"v": {"limit": 2}}}))
-    assert load_task(path) == {"name": "t", "source": "s"}
-    assert load_task(path, "v") == {"name": "t-v", "source": "s", "limit": 2}
+    assert parse_task({"task": str(path)}) == TaskSpec("t", "s")
+    assert parse_task({"task": str(path), "variant": "v"}) == TaskSpec("t-v", "s", limit=2)

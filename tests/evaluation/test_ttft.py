@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from blocktune.data import RagExample
-from blocktune.evaluation.ttft import fill, measure_ttft
+from blocktune.evaluation.prepare import fill
+from blocktune.evaluation.ttft import CleanCaches, measure_ttft
 from blocktune.prompt import Chunk
 
 
@@ -14,43 +15,51 @@ def example(name: str, count: int = 2) -> RagExample:
     return RagExample(f"{name}?", tuple(Chunk(f"{name}{i}") for i in range(count)))
 
 
-def test_methods_take_turns_after_an_earlier_prompt():
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The method and chunks of each question that was asked; there are no caches to clean."""
+    monkeypatch.setattr(CleanCaches, "prepare", lambda self, engine, method, own: None)
+    return []
 
-    def method(label, seconds):
-        def ask(*examples):
-            texts = ["".join(chunk.text for chunk in example.chunks) for example in examples]
-            asked.append((label, *texts))
-            usage = SimpleNamespace(ttft_s=next(seconds), context_tokens=7)
-            return SimpleNamespace(usage=usage)
 
-        return ask
+def timed(asked, examples, **seconds):
+    """Times methods that take these seconds in turn, after an earlier prompt of 99 each."""
 
-    methods = {
-        "a": method("a", iter([1, 2, 6])),
-        "b": method("b", iter([3, 3, 3])),
-    }
-    steps = []
-    summaries = measure_ttft(methods, [example(n) for n in "xyz"], lambda: steps.append(1))
-    assert asked[:2] == [("a", "x1x0", "x0x1"), ("b", "x1x0", "x0x1")]
-    assert asked[2][0] == "b"  # the order turns
-    assert len(steps) == len(asked) == 6
+    def answer(examples, method, *, max_new_tokens, batch_size):
+        [example] = examples
+        assert (max_new_tokens, batch_size) == (1, 1)
+        asked.append((method, example.chunks))
+        taken = 99 if len(asked) % 2 else seconds[method].pop(0)
+        return [SimpleNamespace(usage=SimpleNamespace(ttft_s=taken, context_tokens=7))]
+
+    methods = tuple(SimpleNamespace(label=name) for name in seconds)
+    engine = SimpleNamespace(answer=answer)
+    ready = SimpleNamespace(
+        suite=SimpleNamespace(methods=methods, tasks=[None]),
+        methods={name: name for name in seconds},
+        engine=lambda spec, task: engine,
+        timed=examples,
+    )
+    return measure_ttft(ready, lambda examples, description: examples)
+
+
+def test_methods_take_turns_after_an_earlier_prompt(asked):
+    examples = [example(name) for name in "xyz"]
+    summaries = timed(asked, examples, a=[1, 2, 6], b=[3, 3, 3])
+    texts = [(method, "".join(chunk.text for chunk in chunks)) for method, chunks in asked]
+    assert texts[:4] == [("a", "x1x0"), ("a", "x0x1"), ("b", "x1x0"), ("b", "x0x1")]
+    assert texts[4][0] == "b"  # the order turns
+    assert len(asked) == 2 * 6
     assert summaries["a"] == (2, 1.5, 4, 3, 7)
     assert summaries["b"] == (3, 3, 3, 3, 7)
 
 
-def test_the_earlier_prompt_never_begins_with_the_same_chunk():
-    asked = []
-
-    def ask(earlier, timed):
-        asked.append((earlier.chunks, timed.chunks))
-        return SimpleNamespace(usage=SimpleNamespace(ttft_s=1, context_tokens=7))
-
+def test_the_earlier_prompt_never_begins_with_the_same_chunk(asked):
     twice = replace(example("x"), chunks=example("x", 1).chunks * 2)
-    measure_ttft({"a": ask}, [example("x", 1), twice])
-    for earlier, timed in asked:
-        assert earlier[0] != timed[0]
-        assert earlier[1:] == timed
+    timed(asked, [example("x", 1), twice], a=[1, 1])
+    for (_, earlier), (_, chunks) in zip(asked[::2], asked[1::2], strict=True):
+        assert earlier[0] != chunks[0]
+        assert earlier[1:] == chunks
 
 
 def test_prompts_are_filled_with_what_follows():

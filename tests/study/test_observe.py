@@ -4,12 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib as mpl
 import page_tables
 import pytest
 from engine.served import ASK
 from evaluation.fake_results import fake_results, fake_rows, fake_suite
-from matplotlib.figure import Figure
 from observe import CLAIMS, METHODS, kept, main
 
 from blocktune.data import RagExample
@@ -100,13 +98,15 @@ def test_the_studys_suites_load(path):
 
 def test_names_of_points_do_not_overlap():
     points = [(x / 4, 0.5 + y / 50, f"method {x} {y}") for x in range(4) for y in range(5)]
-    with mpl.rc_context(style._settings(style.LIGHT)):
-        figure = Figure(figsize=(6, 5), layout="constrained")
+
+    def draw(figure, ground):
         axes = figure.subplots()
         axes.set(xlim=(0, 1), ylim=(0, 1))
-        style.label_points(axes, style.LIGHT, points)
+        style.label_points(axes, ground, points)
         boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
-    assert len(boxes) == len(points)
-    pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
-    assert not any(a.overlaps(b) for a, b in pairs)
-    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        assert len(boxes) == len(points)
+        pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
+        assert not any(a.overlaps(b) for a, b in pairs)
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+    style.to_svg(draw, style.LIGHT, height=5, width=6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -17,10 +18,8 @@ from blocktune.evaluation.results import FLOOR, ORACLE
 
 Results = Mapping[str, Any]
 Cell = Mapping[str, Any]  # ``score`` with ``score_ci95``, and more
-MOST_LINES = 8
-"""Largest number of lines in a chart; of more methods, the baselines and the Pareto front."""
-MOST_GROUPS = 6
-"""Largest number of tasks or kinds of questions side by side; of more, the mean over all."""
+MOST_LINES = 8  # in a chart; of more methods, the baselines and the Pareto front
+MOST_GROUPS = 6  # tasks or kinds of questions side by side; of more, the mean over all
 _SWEEPS = {
     "place": ("Position of the evidence", "position among the chunks, first to last"),
     "context_tokens": ("Length of the context", "context length, tokens"),
@@ -50,25 +49,19 @@ class Chart(NamedTuple):
 
 def charts_of(results: Results) -> list[Chart]:
     """The charts that these results have data for."""
-    costs = [cost for cost in ("ttft_s", "recompute_ratio") if cost in results["budget"]["pareto"]]
-    charts = [cost_chart(results["methods"], results["budget"]["pareto"], cost) for cost in costs]
-    charts += [
-        _group_chart(results["methods"], group, cells)
-        for group, cells in groups_of(results["methods"]).items()
-    ]
+    methods, pareto = results["methods"], results["budget"]["pareto"]
+    costs = [cost for cost in ("ttft_s", "recompute_ratio") if cost in pareto]
+    charts = [cost_chart(methods, pareto, cost) for cost in costs]
+    charts += [_group_chart(methods, *group) for group in groups_of(methods).items()]
     return charts + [_sweep_chart(results, name) for name in _SWEEPS if results["sweeps"][name]]
 
 
-def groups_of(methods: Mapping[str, Cell]) -> dict[str, Mapping[str, Cell]]:
-    """Scores by task, or kind of questions, and by method."""
+def groups_of(methods: Mapping[str, Cell], most: int | None = None) -> dict[str, Any]:
+    """Scores by task, or kind of questions, and method; of more than ``most``, ``all`` as one."""
     names = next(iter(methods.values()))["tasks"]
+    if most is not None and len(names) > most:
+        return {"all": methods}
     return {name: {label: m["tasks"][name] for label, m in methods.items()} for name in names}
-
-
-def shown_groups(methods: Mapping[str, Cell]) -> dict[str, Mapping[str, Cell]]:
-    """The groups that fit side by side, or else ``all`` questions as the only one."""
-    groups = groups_of(methods)
-    return groups if len(groups) <= MOST_GROUPS else {"all": methods}
 
 
 def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], cost: str) -> Chart:
@@ -77,8 +70,8 @@ def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], 
     about = f"Score of every method against its {name}; up and left is better. The grey line is "
     about += "the Pareto front, the best score at each cost. Bars are 95 % intervals."
     fill = partial(_draw_costs, methods=methods, cost=cost, front=pareto[cost])
-    height = 3.4 + 0.06 * len(methods)
-    return Chart(f"score-by-{cost}", f"Score against {name}", about, fill, height)
+    title, height = f"Score against {name}", 3.4 + 0.06 * len(methods)
+    return Chart(f"score-by-{cost}", title, about, fill, height)
 
 
 def _draw_costs(
@@ -88,16 +81,15 @@ def _draw_costs(
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
-    limits = _limits(methods, {label: [summary] for label, summary in methods.items()})
-    start = style.zoom(axes, ground, limits, "score")
+    style.zoom(axes, _ends(methods.values()), "score")
     largest = max(0.05, *places.values())
     axes.set_xlim(-0.04 * largest, 1.05 * largest)
     if factor == 1:
         style.as_share(axes.xaxis)
     points = []
     for name, summary in methods.items():
-        height = _draw_score(axes, mark(ground, name), summary, places[name], start)
-        points.append((places[name], height, _named(name, summary["score"], start)))
+        _draw_score(axes, mark(ground, name), summary, places[name])
+        points.append((places[name], summary["score"], name))
     axes.set_xlabel(label)
     points.sort(key=lambda point: point[2] not in front)  # these first, if there is little room
     style.label_points(axes, ground, points)
@@ -115,10 +107,10 @@ def _group_chart(methods: Mapping[str, Cell], group: str, cells: Mapping[str, Ce
 def _draw_rows(
     axes: Axes, ground: Ground, methods: Mapping[str, Cell], cells: Mapping[str, Cell]
 ) -> None:
-    limits = _limits(methods, {label: m["tasks"].values() for label, m in methods.items()})
-    start = style.zoom(axes, ground, limits, "score", axis="x")
+    every = chain.from_iterable(m["tasks"].values() for m in methods.values())
+    style.zoom(axes, _ends(every), "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
-        _draw_score(axes, mark(ground, label), cell, row, start, axis="x")
+        _draw_score(axes, mark(ground, label), cell, row, axis="x")
         axes.annotate(
             f"{100 * cell['score']:.1f}", (1, row), xycoords=("axes fraction", "data"),
             xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=style.SMALL,
@@ -136,19 +128,19 @@ def _sweep_chart(results: Results, name: str) -> Chart:
     methods = results["methods"]
     if len(methods) > MOST_LINES:
         front = results["budget"]["pareto"]["recompute_ratio"]
-        kept = (n for n, m in methods.items() if n in front or m["method"] in (ORACLE, FLOOR))
-        methods = {n: methods[n] for n in list(kept)[:MOST_LINES]}
+        kept = [n for n, m in methods.items() if n in front or m["method"] in (ORACLE, FLOOR)]
+        methods = {n: methods[n] for n in kept[:MOST_LINES]}
 
     def fill(axes: Axes, ground: Ground) -> None:
         places, ends = [(b["from"] + b["to"]) / 2 for b in bins], {}
         cells = {method: [b["scores"][method] for b in bins] for method in methods}
-        start = style.zoom(axes, ground, _limits(methods, cells, "ci95"), "score")
+        style.zoom(axes, _ends(chain.from_iterable(cells.values()), "ci95"), "score")
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # separates bars
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
-            line = mark(ground, method)
-            axes.errorbar(moved, heights, yerr=reach(own, "ci95"), lw=1.4, elinewidth=0.7, **line)
-            ends[_named(method, heights[-1], start)] = max(heights[-1], start), line["color"]
+            line = mark(ground, method) | {"lw": 1.4, "elinewidth": 0.7}
+            axes.errorbar(moved, heights, yerr=_reach(own, "ci95"), **line)
+            ends[method] = heights[-1], line["color"]
         axes.set_xlabel(label)
         style.label_ends(axes, ends)
 
@@ -157,16 +149,12 @@ def _sweep_chart(results: Results, name: str) -> Chart:
 
 
 def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
-    """Draws the results of a run as one PNG, written atomically; returns its path.
-
-    Left: the headline score by kind. Right: the score against time to first token relative to full
-    prefill or, if that was not measured, against the recomputed share.
-    """
-    methods, groups = results["methods"], shown_groups(results["methods"])
+    """Draws scores by kind, and against time (if measured) or recomputed share, as one PNG."""
+    methods, groups = results["methods"], groups_of(results["methods"], MOST_GROUPS)
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"
     titles = {task["title"] for task in results["tasks"].values()}
-    metric = "Score" if len(titles) > 1 else next(iter(titles))
+    metric = "Score" if len(titles) > 1 else titles.pop()
     metric = "Exact match" if metric == "EM" else metric
 
     def draw(figure: Figure, ground: Ground) -> None:
@@ -185,33 +173,17 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     return style.to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4), min(width, 15))
 
 
-def _draw_score(
-    axes: Axes, look: Mapping[str, Any], cell: Cell, place: float, start: float, axis: str = "y"
-) -> float:
-    """Draws a score with its interval, or an arrow if it is below ``start``; returns its place."""
-    at = max(cell["score"], start)
-    x, y = (place, at) if axis == "y" else (at, place)
-    if cell["score"] < start:
-        axes.plot(x, y, clip_on=False, **look | {"marker": "v" if axis == "y" else "<"})
-    else:
-        bars = {f"{axis}err": reach([cell])}
-        axes.errorbar([x], [y], linestyle="", elinewidth=1.5, clip_on=False, **look, **bars)
-    return at
+def _draw_score(axes: Axes, look: Mapping, cell: Cell, place: float, axis: str = "y") -> None:
+    x, y = (place, cell["score"]) if axis == "y" else (cell["score"], place)
+    bars = {f"{axis}err": _reach([cell]), "elinewidth": 1.5}
+    axes.errorbar([x], [y], linestyle="", clip_on=False, **look, **bars)
 
 
-def _named(label: str, score: float, start: float) -> str:
-    return label if score >= start else f"{label} ({100 * score:.0f} %)"
+def _ends(cells: Iterable[Cell], key: str = "score_ci95") -> list[float]:
+    return [end for cell in cells for end in cell[key]]
 
 
-def _limits(
-    methods: Mapping[str, Cell], cells: Mapping[str, Iterable[Cell]], key: str = "score_ci95"
-) -> tuple[float, float]:
-    """Range of an axis of scores around all intervals, but those of ``no-context``."""
-    kept = [label for label in cells if methods[label]["method"] != "no-context"]
-    return style.zoomed([end for label in kept for cell in cells[label] for end in cell[key]])
-
-
-def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:
+def _reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:
     """Lengths of the intervals below and above the scores, as matplotlib's error bars."""
     below = [max(0.0, cell["score"] - cell[key][0]) for cell in cells]
     return [below, [max(0.0, cell[key][1] - cell["score"]) for cell in cells]]

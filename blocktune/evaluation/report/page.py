@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from functools import reduce
 from importlib.resources import files
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +14,26 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from blocktune.evaluation.compare import findings, load_results, power_notes, verdict
-from blocktune.evaluation.report.charts import Chart, charts_of
+from blocktune.evaluation.report.charts import charts_of
 from blocktune.evaluation.report.style import DARK, LIGHT, mark, to_png, to_svg
 from blocktune.evaluation.results import ORACLE, RESULTS, plain_label
 from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written
 
-PAGE, PICTURES = "report.html", "report"
-"""Files that are written to the folder of a run: the page, and a folder of PNG files."""
+PAGE, PICTURES = "report.html", "report"  # written to the folder of a run; a folder of PNG files
 
 
 def write_report(folder: str | Path, title: str | None = None) -> Path:
-    """Writes the report of a finished run into its folder and returns the page's path."""
+    """Writes the report of a finished run into its folder and returns the page's path.
+
+    Each number has its full value and its path in ``results.json``.
+    """
     folder = Path(folder)
     results = load_results(folder)
-    try:
-        charts = charts_of(results)
-        for chart in charts:
-            to_png(chart.draw, folder / PICTURES / f"{chart.name}.png", chart.height)
-        page = render(results, charts, title or folder.resolve().name)
-    except (LookupError, TypeError, AttributeError, StopIteration, UndefinedError) as error:
-        raise ValueError(
-            f"{folder / RESULTS}: edited, or of another version ({error!r}); repeat the evaluation"
-        ) from error
-    replace_text(folder / PAGE, page)
-    return folder / PAGE
-
-
-def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> str:
-    """The page as HTML. Each number has its full value and its path in ``results.json``."""
 
     def number(form: str, *keys: Any) -> str:
         keys = [key for part in keys for key in (part if isinstance(part, list) else [part])]
-        value: Any = results
-        for key in keys:
-            value = value[key]
-        if value is None:
+        if (value := reduce(getitem, keys, results)) is None:
             return ABSENT
         data = '<data value="{}" data-path="{}" data-form="{}">{}</data>'
         return Markup(data).format(repr(value), pointer(*keys), form, written(form, value))
@@ -57,29 +42,33 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
         low, high = (number(form, *keys, end) for end in (0, 1))
         return Markup("<small>({} to {})</small>").format(low, high)
 
-    template = files("blocktune.evaluation.report").joinpath("page.html.jinja")
+    template = files("blocktune.evaluation.report").joinpath("page.html.jinja").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    labels = results["methods"]
-    return environment.from_string(template.read_text("utf-8")).render(
-        title=title,
-        results=results,
-        sentences=[*findings(results), *power_notes(results)],
-        charts=[chart._asdict() | _svgs(chart) for chart in charts],
-        looks={n: [mark(ground, n)["color"] for ground in (LIGHT, DARK)] for n in labels},
-        full=plain_label(results, ORACLE),
-        provenance=json.dumps(results["provenance"], indent=2),
-        number=number,
-        interval=interval,
-        verdict=verdict,
-    )
+    try:
+        charts = []
+        for chart in charts_of(results):
+            to_png(chart.draw, folder / PICTURES / f"{chart.name}.png", chart.height)
+            svgs = (to_svg(chart.draw, ground, chart.height) for ground in (LIGHT, DARK))
+            urls = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in svgs)
+            charts.append(chart._asdict() | dict(zip(("light", "dark"), urls, strict=True)))
+        grounds, labels = (LIGHT, DARK), results["methods"]
+        page = environment.from_string(template).render(
+            title=title or folder.resolve().name,
+            results=results,
+            sentences=[*findings(results), *power_notes(results)],
+            charts=charts,
+            looks={label: [mark(ground, label)["color"] for ground in grounds] for label in labels},
+            full=plain_label(results, ORACLE),
+            provenance=json.dumps(results["provenance"], indent=2),
+            **{"number": number, "interval": interval, "verdict": verdict},
+        )
+    except (LookupError, TypeError, AttributeError, StopIteration, UndefinedError) as error:
+        reason = f"edited, or of another version ({error!r}); repeat the evaluation"
+        raise ValueError(f"{folder / RESULTS}: {reason}") from error
+    replace_text(folder / PAGE, page)
+    return folder / PAGE
 
 
 def pointer(*keys: str | int) -> str:
     """The JSON pointer (RFC 6901) of a value in ``results.json``, given its keys."""
     return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
-
-
-def _svgs(chart: Chart) -> dict[str, str]:
-    svgs = (to_svg(chart.draw, ground, chart.height) for ground in (LIGHT, DARK))
-    light, dark = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in svgs)
-    return {"light": light, "dark": dark}

@@ -1,4 +1,4 @@
-"""Style of the charts: a colour and marker per method, direct labels, marked zoomed axes."""
+"""Style of the charts: a colour and marker per method, direct labels, zoomed axes that say so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -57,7 +58,6 @@ METHODS = {name: (colour, m) for colour, own in _LOOKS.items() for name, m in ow
 COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
 PHONE_INCHES = 4.6  # width of a chart that is readable at 358 pixels, the width of a phone's page
 SMALL = 8.5  # font size of labels inside a chart, in points
-
 LONGEST = 36  # letters of a name in a chart; of longer ones the middle is left out
 
 Draw = Callable[[Figure, Ground], None]
@@ -71,16 +71,12 @@ def short(name: str) -> str:
 def mark(ground: Ground, label: str) -> dict[str, Any]:
     """Colour and marker of a method, as keywords of ``Axes.plot``.
 
-    A label that begins with a method's name (``kvlink + epic``) has its colour and a hollow marker;
-    other labels get a look from their hash.
+    A label that begins with a method's name has its look, but hollow; others, one by their hash.
     """
     parts = re.split(r"(?=[ :,])|(?<=[a-z])(?=-\d)", label)
     starts = ["".join(parts[:stop]) for stop in range(len(parts), 0, -1)]
-    number = crc32(label.encode())
-    hashed = (
-        COLOURS[2 + number % (len(COLOURS) - 2)],
-        MARKERS[number // len(COLOURS) % len(MARKERS)],
-    )
+    number, count = crc32(label.encode()), len(COLOURS)
+    hashed = COLOURS[2 + number % (count - 2)], MARKERS[number // count % len(MARKERS)]
     method = next((start for start in starts if start in METHODS), label)
     colour, marker = METHODS.get(method, hashed)
     color = ground.series[COLOURS.index(colour)]
@@ -103,17 +99,9 @@ def to_png(draw: Draw, path: str | Path, height: float, width: float = PHONE_INC
 
 
 def _save(draw: Draw, ground: Ground, size: tuple[float, float], out: Any, **how: Any) -> None:
-    with mpl.rc_context(_settings(ground)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s)Glyph .* missing from font")  # for each character
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure, ground)
-        figure.savefig(out, **how)
-
-
-def _settings(ground: Ground) -> dict[str, Any]:
     paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return {
+    settings = {
         **dict.fromkeys(paper, ground.paper),
         **dict.fromkeys(inked, ground.ink),
         **{"font.size": 10, "figure.dpi": 150, "lines.markersize": 5},
@@ -124,6 +112,11 @@ def _settings(ground: Ground) -> dict[str, Any]:
         "svg.hashsalt": "blocktune",  # so that equal charts are equal files
         "text.parse_math": False,  # names may have dollar signs
     }
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s)Glyph .* missing from font")  # for each character
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, ground)
+        figure.savefig(out, **how)
 
 
 def as_share(axis: Any) -> None:
@@ -138,32 +131,19 @@ def zoomed(values: Sequence[float]) -> tuple[float, float]:
     return start if start >= 0.2 else 0.0, end if end <= 0.8 else 1.0
 
 
-def zoom(
-    axes: Axes, ground: Ground, limits: tuple[float, float], name: str, axis: str = "y"
-) -> float:
-    """Sets the range of an axis of shares and returns its start.
-
-    The label names a range that is not 0 to 1. A start above 0 also gets two strokes.
-    """
-    upright, (start, end) = axis == "y", limits
+def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> None:
+    """Fits an axis of shares to ``values``; its label says a range that is not 0 to 1."""
+    upright, (start, end) = axis == "y", zoomed(values)
     own = axes.yaxis if upright else axes.xaxis
     axes.set(**{f"{axis}lim": (start, end + 0.03 * (end - start))})
-    three = FixedLocator((start, (start + end) / 2, end))
-    own.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if upright else three)
+    separator, ticks = " ", MaxNLocator(6, steps=[1, 2, 5, 10])
+    if not upright:
+        separator, ticks = "\n", FixedLocator((start, (start + end) / 2, end))
+    own.set_major_locator(ticks)
     as_share(own)
-    if limits != (0, 1):
-        shown = f"axis from {100 * start:.0f} to {100 * end:.0f} %"
-        name = f"{name} ({shown})" if upright and name else f"{name}\n({shown})".lstrip()
-    if start:
-        stroke = ((-1, -0.6), (1, 0.6))
-        for at in (0.04, 0.065):
-            axes.plot(
-                *((0, at) if upright else (at, 0)), clip_on=False, zorder=5, color=ground.ink,
-                marker=stroke if upright else [pair[::-1] for pair in stroke], markersize=8,
-                transform=axes.transAxes,
-            )  # fmt: skip
+    if (start, end) != (0, 1):
+        name += f"{separator}(axis from {100 * start:.0f} to {100 * end:.0f} %)"
     own.set_label_text(name)
-    return start
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
@@ -185,12 +165,10 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     room = axes.get_window_extent()
     gap = 1.15 * max(text.get_window_extent().height for text in texts)
     heights = [room.height * text.xy[1] for text in texts]
-    for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + gap)
-    heights[-1] = min(heights[-1], room.height)
-    for index in range(len(heights) - 2, -1, -1):
-        heights[index] = min(heights[index], heights[index + 1] - gap)
-    for text, height in zip(texts, heights, strict=True):
+    raised = list(accumulate(heights, lambda below, own: max(own, below + gap)))
+    raised[-1] = min(raised[-1], room.height)
+    lowered = accumulate(reversed(raised), lambda above, own: min(own, above - gap))
+    for text, height in zip(reversed(texts), lowered, strict=True):
         text.set_position((8, (height - room.height * text.xy[1]) * 72 / figure.dpi))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from blocktune.evaluation.compare import power_notes
-from blocktune.evaluation.report.charts import draw_results, shown_groups
+from blocktune.evaluation.report.charts import MOST_GROUPS, draw_results, groups_of
 from blocktune.evaluation.results import RESULTS
 from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import Suite
@@ -35,8 +35,7 @@ def run_and_show(
     suite: Suite, output: Path, title: str, command: list[str] | None = None
 ) -> dict[str, Any] | None:
     """Runs a suite, prints its table, draws its chart and returns the results; see `run_suite`."""
-    results = run_suite(suite, output, command=command)
-    if results is None:
+    if (results := run_suite(suite, output, command=command)) is None:
         return None
     count = max(summary["n"] for summary in results["methods"].values())
     caption = f"{Path(suite.model).name}, {count:,} questions; bars are 95 % intervals"
@@ -51,9 +50,13 @@ def run_and_show(
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     """The results as a table: one row per method, with its scores by kind and its costs."""
-    methods, groups = results["methods"], shown_groups(results["methods"])
-    scores = [f"{_broken(name)}\n{_metric(results['tasks'], name)}" for name in groups]
-    rows = []
+    methods, groups = results["methods"], groups_of(results["methods"], MOST_GROUPS)
+    tasks, scores, rows = results["tasks"], [], []
+    for name in groups:
+        broken = name if len(name) <= 10 else name.replace("/", "/\n").replace("-", "-\n", 1)
+        # A group is a kind of the only task, a task, or ``TASK/KIND``.
+        own = [n for n in tasks if len(tasks) == 1 or f"{name}/".startswith(f"{n}/")]
+        scores.append(f"{broken}\n{tasks[max(own, key=len)]['title'] if own else 'score'}")
     for label, summary in methods.items():
         cells = [by_method[label] for by_method in groups.values()]
         shown = [with_half(cell["score"], cell["score_ci95"]) for cell in cells]
@@ -63,13 +66,3 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     longest = max(filter(None, lengths), default=None)
     timed = longest and f" TTFT: median over contexts of {longest:,.0f} tokens, chunks cached."
     return Table(("method", *scores, *_COSTS), rows, title, NOTE + (timed or ""))
-
-
-def _metric(tasks: Mapping[str, Any], group: str) -> str:
-    """Title of the metric of a group: a kind of the only task, a task, or ``TASK/KIND``."""
-    names = tasks if len(tasks) == 1 else [n for n in tasks if f"{group}/".startswith(f"{n}/")]
-    return tasks[max(names, key=len)]["title"] if names else "score"
-
-
-def _broken(kind: str) -> str:
-    return kind if len(kind) <= 10 else kind.replace("/", "/\n").replace("-", "-\n", 1)
