@@ -158,14 +158,11 @@ class Fixed(Chunker):
         require_count("size", self.size, self.overlap + 1, "more than the overlap")
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        if tokenizer is None:
+        if tokenizer is None or not tokenizer.is_fast:
+            got = "none" if tokenizer is None else f"the slow '{tokenizer.name_or_path}'"
             raise ValueError(
-                "chunker 'fixed' counts tokens and has no tokenizer; name one: tokenizer=MODEL"
-            )
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"chunker 'fixed' needs the offsets of a fast tokenizer, and "
-                f"'{tokenizer.name_or_path}' is slow; use chunker 'sentence'"
+                f"chunker 'fixed' needs a fast tokenizer, got {got}; name one (tokenizer=MODEL), "
+                "or use chunker 'sentence'"
             )
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False

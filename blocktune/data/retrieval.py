@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unicodedata import normalize
 
 import numpy as np
@@ -24,13 +24,6 @@ from blocktune.prompt.format import Chunk
 
 Embed = Callable[[Sequence[str]], Any]
 """Embeds ``N`` texts as unit vectors, ``(N, D)``."""
-
-
-class Hit(NamedTuple):
-    """Index of a chunk in the corpus, and its score."""
-
-    index: int
-    score: float
 
 
 class Index:
@@ -51,14 +44,17 @@ class Index:
             vectors = np.asarray(embed(texts))
             self._scores = lambda asked: (vectors @ one for one in np.asarray(embed(asked)))
 
-    def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """Finds the ``k`` best chunks for each question. Ties are in the order of the corpus."""
+    def search(self, questions: Sequence[str], k: int) -> list[dict[int, float]]:
+        """Indices and scores of the ``k`` best chunks for each question, best first.
+
+        Ties are in the order of the corpus.
+        """
         best, k = [], min(k, len(self.chunks))
         for scores in self._scores(list(map(_composed, questions))):
             # Candidates are all chunks that reach the k-th score, so that ties are stable.
             (candidates,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
             order = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
-            best.append([Hit(int(index), float(scores[index])) for index in order])
+            best.append(dict(zip(order.tolist(), scores[order].tolist(), strict=True)))
         return best
 
 
@@ -125,8 +121,8 @@ def from_corpus(
     results = index.search([question.question for question in questions], k)
     examples, retriever = [], {"retriever": "bm25" if embed is None else "dense"}
     for question, hits in zip(questions, results, strict=True):
-        meta = question.meta | retriever | {"scores": [round(hit.score, 4) for hit in hits]}
-        chunks = tuple(index.chunks[hit.index] for hit in hits)
+        meta = question.meta | retriever | {"scores": [round(s, 4) for s in hits.values()]}
+        chunks = tuple(index.chunks[place] for place in hits)
         examples.append(replace(question, chunks=chunks, meta=meta))
     return examples
 
@@ -163,9 +159,8 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
     """Keeps the ``k`` best chunks of each example by BM25 (the papers: Contriever), best first."""
     for example in examples:
         (hits,) = Index(example.chunks).search([example.question], k)
-        order = [hit.index for hit in hits]
-        supporting = tuple(place for place, i in enumerate(order) if i in example.supporting)
-        chunks = tuple(example.chunks[i] for i in order)
+        supporting = tuple(place for place, i in enumerate(hits) if i in example.supporting)
+        chunks = tuple(example.chunks[i] for i in hits)
         yield replace(example, chunks=chunks, supporting=supporting)
 
 

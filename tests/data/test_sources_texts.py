@@ -137,7 +137,7 @@ def test_document_in_tokens(save, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tok")
     named = f"{path}?as=document&chunker=fixed&size=12&tokenizer={tmp_path / 'tok'}"
     assert only(named) == example
-    with pytest.raises(ValueError, match=r"line 1: chunker 'fixed' counts tokens and has no token"):
+    with pytest.raises(ValueError, match="line 1: chunker 'fixed' needs a fast tok"):
         only(f"{path}?as=document&chunker=fixed")
 
 

@@ -28,7 +28,7 @@ from blocktune.data.sources.options import (
 from blocktune.data.sources.records import LeftOut, Record, parse_record, read_hub, read_records
 from blocktune.data.sources.schemas import Cutter
 from blocktune.data.sources.shapes import find_shape, rename
-from blocktune.data.sources.texts import POOL, with_shots
+from blocktune.data.sources.texts import with_shots
 from blocktune.prompt.format import Chunk
 
 logger = logging.getLogger("blocktune")
@@ -74,10 +74,7 @@ def load_examples(
             raise ValueError(f"'{source}' generates no example; ask for at least one")
         return examples
     reading = read_options(parsed, split=split, tokenizer=tokenizer, chunker=chunker)
-    records, shots = open_records(parsed, reading, limit), None
-    if reading.shots_from is not None:
-        shots = open_records(parsed, replace(reading, split=reading.shots_from), POOL)
-    return parse_records(records, parsed, reading, limit, shots)
+    return parse_records(open_records(parsed, reading, limit), parsed, reading, limit)
 
 
 def training_split(source: str | Path) -> str | None:
@@ -134,9 +131,8 @@ def parse_records(
     parsed: SourceName,
     reading: Reading,
     limit: int | None = None,
-    shots: Iterable[Record] | None = None,
 ) -> list[RagExample]:
-    """Converts records of one shape to examples; few-shot contexts are drawn from ``shots``."""
+    """Converts records of one shape to examples."""
     records, name = iter(records), parsed.name
     head = list(islice(records, SNIFFED))
     key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)
@@ -145,8 +141,8 @@ def parse_records(
     left_out: Counter[str] = Counter()
     kept: dict[str, None] = {}  # names of unknown fields, in order
 
-    def examples(some: Iterable[Record]) -> Iterator[RagExample]:
-        for record in some:
+    def examples() -> Iterator[RagExample]:
+        for record in chain(head, records):
             try:
                 yield parse_record(record, parse)
             except LeftOut as reason:
@@ -155,11 +151,10 @@ def parse_records(
             if shape.key == "blocktune":
                 kept.update(dict.fromkeys(unknown_fields(record.value)))
 
-    converted = examples(chain(head, records))
+    converted = examples()
     if shape.in_shots:
-        given = {"shots": reading.shots or 5, "seed": reading.seed or 0}
-        converted = with_shots(converted, others=shots and examples(shots), **given)
-    elif (reading.shots, reading.seed, shots) != (None, None, None):
+        converted = with_shots(converted, reading.shots or 5, reading.seed or 0)
+    elif (reading.shots, reading.seed) != (None, None):
         raise ValueError(f"'shots' and 'seed' belong to few-shot, the shape is '{shape.key}'")
     loaded = list(islice(converted, limit))
     if not loaded and left_out:

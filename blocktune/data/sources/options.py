@@ -68,7 +68,6 @@ class Reading:
     chunker: Chunker | None = None  # splits records that have no chunks
     tokenizer: PreTrainedTokenizerBase | None = None  # counts tokens for the chunker
     shots: int | None = None  # solved examples given as chunks, for ``few-shot``; None: 5
-    shots_from: str | None = None  # split that the shots are drawn from; None: the same split
     seed: int | None = None  # of the choice of shots; None: 0
     shuffle: int | None = None  # seed of a random order, before the limit; None keeps the order
 

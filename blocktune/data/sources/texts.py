@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -150,27 +150,18 @@ def parse_session(record: Mapping[str, Any]) -> RagExample:
     return RagExample(question, chunks, answers, kind="chat", id=name, meta=meta)
 
 
-def with_shots(
-    examples: Iterable[RagExample],
-    *,
-    shots: int,
-    seed: int = 0,
-    others: Iterable[RagExample] | None = None,
-) -> Iterator[RagExample]:
-    """Gives every example ``shots`` other solved examples as chunks (few-shot).
+def with_shots(examples: Iterator[RagExample], shots: int, seed: int) -> Iterator[RagExample]:
+    """Gives every example ``shots`` others, solved, as chunks (few-shot).
 
-    They are drawn from ``others``, e.g. another split, or else from ``examples``. The draw for
-    example ``i`` does not depend on the number of examples.
+    The draw for example ``i`` does not depend on the number of examples.
     """
-    examples = iter(examples)
-    own = others is None
-    pool = list(islice(examples if own else others, POOL))
-    needed = shots + own  # the example itself may be drawn
+    pool = list(islice(examples, POOL))
+    needed = shots + 1  # the example itself may be drawn
     if len(pool) < needed:
         raise ValueError(f"{shots} shots need {needed} instances, got {len(pool)}; lower shots")
-    for index, example in enumerate(chain(pool, examples) if own else examples):
+    for index, example in enumerate(chain(pool, examples)):
         drawn = Random(f"shots/{seed}/{index}").sample(range(len(pool)), needed)
-        kept = [i for i in drawn if not own or i != index]
+        kept = [i for i in drawn if i != index]
         yield replace(example, chunks=tuple(pool[i].chunks[0] for i in kept[:shots]))
 
 
