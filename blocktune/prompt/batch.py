@@ -33,10 +33,8 @@ class Batch:
 def stack(prompts: Sequence[Prompt], pad_id: int, multiple: int = 1) -> Batch:
     """Pads prompts to the longest, rounded up to a ``multiple``, one batch entry each.
 
-    Pad rows of token ``pad_id``, which see nothing, come last. ValueError: there is no prompt.
+    Pad rows of token ``pad_id``, which see nothing, come last.
     """
-    if not prompts:
-        raise ValueError("stack needs at least one prompt, got none")
     length = -(-max(len(prompt.input_ids) for prompt in prompts) // multiple) * multiple
 
     def padded(values: Tensor, fill: int) -> Tensor:
@@ -53,12 +51,10 @@ def stack(prompts: Sequence[Prompt], pad_id: int, multiple: int = 1) -> Batch:
 
 
 def pack(prompts: Sequence[Prompt]) -> Prompt:
-    """Joins at least one prompt into one batch entry, in which they do not see each other.
+    """Joins prompts into one batch entry, in which they do not see each other.
 
     Every prompt keeps its positions; ``order`` continues, and ``sample`` numbers the prompts.
     """
-    if not prompts:
-        raise ValueError("pack needs at least one prompt, got none")
     layouts, row, order, sample = [], 0, 0, 0
     for prompt in prompts:
         layout = prompt.layout

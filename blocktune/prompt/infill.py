@@ -1,9 +1,8 @@
 """EFIM's prompts for infilling, to which typing only appends tokens.
 
-A prompt ``PRE prefix SUF suffix MID`` changes in the middle with every typed word, so that nothing
-after it can be reused. EFIM puts the text typed since the first request after the suffix: ``PRE
-old prefix SUF suffix MID typed``. Each typed piece is tokenised by itself, so no earlier token
-changes, and `prefix-cache` resumes the whole last prompt.
+EFIM puts the text typed since the first request after the suffix: ``PRE old prefix SUF suffix MID
+typed``. Each typed piece is tokenised by itself, so no earlier token changes, and `prefix-cache`
+resumes the whole last prompt.
 
 Source: EFIM, arXiv:2505.21889. Ordinary models are bad at continuing a word from the middle of a
 token; the paper trains on pieces of text that were tokenised separately.

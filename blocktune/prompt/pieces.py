@@ -59,11 +59,9 @@ def make_pieces(
     ``response`` is the text that the model is trained to write (None when serving); ``followups``
     are further questions and their responses.
 
-    Raises ValueError if there is no chunk or one has no tokens, the template drops user text, there
-    are followups without a response, or BOS occurs anywhere but at the start.
+    Raises ValueError if a chunk has no tokens, the template drops user text, there are followups
+    without a response, or BOS occurs anywhere but at the start.
     """
-    if not chunks:
-        raise ValueError("a prompt needs at least one chunk, got an empty list")
     if followups and response is None:
         raise ValueError("followups come after an answer, but the first question has no response")
     opening = fmt.opening(block)

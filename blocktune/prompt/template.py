@@ -1,8 +1,8 @@
 """Gets the text around the chunks from any chat template, by rendering a sentinel.
 
-Most templates ignore ``documents``, so the chunks are part of the user turn. A sentinel takes
-their place while the template renders. The text before it belongs to the prefix, the text after it
-to the query. Chunk text never passes through a template, so none can trim or rewrite it.
+Most templates ignore ``documents``, so the chunks are part of the user turn. The text before the
+sentinel belongs to the prefix, the text after it to the query. Chunk text never passes through a
+template, so none can trim or rewrite it.
 """
 
 from __future__ import annotations

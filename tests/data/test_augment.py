@@ -2,8 +2,8 @@
 
 import pytest
 
-from blocktune.data.augment import Augment, augment
 from blocktune.data.example import RagExample
+from blocktune.data.mixture import Augment, augment
 from blocktune.parsing import read
 from blocktune.prompt import Chunk
 

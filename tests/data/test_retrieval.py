@@ -39,7 +39,7 @@ def test_bm25_finds_words_in_text_and_title_and_keeps_order_on_ties():
     index = Index(CORPUS)
     found = index.search(["Where is port alder?", "chemistry", "zebra", "the of"], 2)
     assert [list(hits) for hits in found] == [[0, 1], [2, 1], [0, 1], [0, 1]]
-    assert found[0][0].score > 0 == found[2][0].score
+    assert found[0][0] > 0 == found[2][0]
     assert len(index.search(["x"], 99)[0]) == 4
     with pytest.raises(ValueError, match="an index needs at least one chunk"):
         Index([])
@@ -205,7 +205,7 @@ def test_wrong_question_is_named(tmp_path, record, message):
 
 
 def test_questions_of_a_missing_file():
-    with pytest.raises(ValueError, match=r"no file 'none\.jsonl'; give a file, 'hf:NAME', or"):
+    with pytest.raises(ValueError, match=r"'none\.jsonl' is not a file; give a JSON"):
         read_questions("none.jsonl")
 
 

@@ -127,10 +127,7 @@ def load_chunks(source: str | Path) -> list[Chunk]:
 
 
 def parse_records(
-    records: Iterable[Record],
-    parsed: SourceName,
-    reading: Reading,
-    limit: int | None = None,
+    records: Iterable[Record], parsed: SourceName, reading: Reading, limit: int | None = None
 ) -> list[RagExample]:
     """Converts records of one shape to examples."""
     records, name = iter(records), parsed.name

@@ -32,11 +32,6 @@ _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Office file",
     b"\x28\xb5\x2f\xfd": "zstd (unzstd unpacks it)",
     b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
-    b"%PDF": "a PDF",
-    b"GGUF": "a GGUF model",
-    b"SQLite": "an SQLite data base",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
 }
 _ARRAY = re.compile(  # as NumPy and pandas print arrays, with texts or within objects
     r"\[\s*[{'\"].*[}'\"]\s*\]\s*"

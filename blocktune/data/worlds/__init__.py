@@ -13,14 +13,7 @@ from typing import Any, NamedTuple
 
 from blocktune.data.example import RagExample
 from blocktune.data.worlds.vocabulary import COMPARED
-from blocktune.data.worlds.world import (
-    QUESTION_KINDS,
-    Fact,
-    World,
-    WorldConfig,
-    draw_world,
-    refer,
-)
+from blocktune.data.worlds.world import QUESTION_KINDS, Fact, World, WorldConfig, draw_world, refer
 from blocktune.prompt import Chunk
 
 MARKER = "Answer: "  # precedes the scored answer in a response that names other values first
