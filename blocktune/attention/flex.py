@@ -1,8 +1,7 @@
 """The visibility rule as a FlexAttention ``BlockMask``, built from block summaries.
 
-PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here the ranges of the fields of
-each block of 128 rows are compared to select the pairs of blocks that the kernel visits. The kernel
-then applies the exact rule inside them.
+``create_block_mask`` would evaluate N x N cells. Here the fields' ranges in blocks of 128 rows
+select the pairs of blocks that the kernel visits; inside them it applies the exact rule.
 """
 
 from __future__ import annotations

@@ -159,9 +159,8 @@ class Mixed(NamedTuple):
 def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Mixed:
     """Loads all parts, draws examples and shuffles them.
 
-    A part's examples are taken in random order, each once per epoch, and augmented each time, in
-    mode ``both`` once for both modes. ``tokenizer`` is for chunkers that count tokens. Raises
-    ValueError if a part's weight selects no example.
+    A part's examples are taken in random order, each once per epoch, and augmented each time.
+    ``tokenizer`` is for chunkers that count tokens. ValueError: a weight selects no example.
     """
     loaded = [
         load_examples(
@@ -224,8 +223,7 @@ def augment(
 ) -> RagExample:
     """Returns the example with a varied context; ``index`` and ``config.seed`` seed all draws.
 
-    Missing distractors are drawn from ``pool``, the chunks of other examples, except those that
-    mention an accepted answer or are in the context. Raises ValueError if the pool has too few.
+    Missing distractors are drawn from ``pool``, if they mention no answer; ValueError: too few.
     """
     rng = Random(f"augment/{config.seed}/{index}")
     needed = evidence(example)

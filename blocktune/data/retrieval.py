@@ -21,8 +21,7 @@ from blocktune.data.sources.records import parse_record, read_records
 from blocktune.data.sources.schemas import PASSAGES, id_of
 from blocktune.prompt.format import Chunk
 
-Embed = Callable[[Sequence[str]], Any]
-"""Embeds ``N`` texts as unit vectors, ``(N, D)``."""
+Embed = Callable[[Sequence[str]], Any]  # embeds ``N`` texts as unit vectors, ``(N, D)``
 
 
 class Index:
@@ -129,9 +128,8 @@ def from_retriever(
 ) -> Iterator[RagExample]:
     """Gives each question its first ``k`` passages of a retriever's output file.
 
-    A record has ``id``, ``question`` or both, and ``passages``, ``ctxs`` (DPR, FiD) or another of
-    `PASSAGES`, best first, in any form that `RagExample` reads. Raises ValueError, which names
-    file, line and field.
+    A record has ``id``, ``question`` or both, and ``passages`` or another of `PASSAGES`, best
+    first, as `RagExample` reads them. Raises ValueError, which names file, line and field.
     """
     retrieved: dict[tuple[str, str], tuple[Chunk, ...]] = {}
     for record in read_records(path):

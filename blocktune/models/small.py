@@ -1,7 +1,7 @@
 """Small random models with the structure of a given configuration.
 
-Layers, their kinds, head sizes and rotary parameters stay the same. Widths, experts and the
-vocabulary become small, and windows so short that a short input exceeds them.
+Layers, head sizes and rotary parameters stay the same. Widths, experts and the vocabulary become
+small, and windows so short that a short input exceeds them.
 """
 
 from __future__ import annotations
@@ -69,19 +69,17 @@ def small_config(
 
     old, shared, width = map(size, ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     depth, dim = size("num_hidden_layers"), size("head_dim")
-    few = {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2)}
-    if shared == old:
-        few["num_key_value_heads"] = heads
+    key_heads = heads if shared == old else max(1, heads // 2)
+    few = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
     for name, value in values.items():
         values[name] = _small(name, value)
         if layers is not None and isinstance(value, list) and len(value) == depth:
             values[name] = values[name][:layers]
-    by_layer = values.get("per_layer_config") or {}
-    if by_layer:
-        indices = [index for index in by_layer if layers is None or int(index) < layers]
+    if by_layer := values.get("per_layer_config"):
         values["per_layer_config"] = {
             index: {k: few.get(k, _small(k, v)) for k, v in by_layer[index].items()}
-            for index in indices
+            for index in by_layer
+            if layers is None or int(index) < layers
         }
     if values.get("qk_head_dim"):
         values["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]

@@ -69,16 +69,18 @@ class _Recent:
         return ids
 
     def put(self, key: tuple, ids: Sequence[int]) -> TokenIds:
-        def size(key: tuple, ids: Ids) -> int:  # with overhead: there may be many short texts
-            return sys.getsizeof(key[0]) + 16 * len(ids) + 500
-
         token_ids = TokenIds(self.numbers.setdefault(token, token) for token in ids)
         if key not in self.ids:  # another thread may have added it
             self.ids[key] = token_ids
-            self.num_bytes += size(key, token_ids)
+            self.num_bytes += _size(key, token_ids)
         while self.num_bytes > MOST_BYTES:
-            self.num_bytes -= size(*self.ids.popitem(last=False))
+            self.num_bytes -= _size(*self.ids.popitem(last=False))
         return token_ids
+
+
+def _size(key: tuple, ids: Ids) -> int:
+    """Bytes of a text and its ids, with the overhead, because there may be many short texts."""
+    return sys.getsizeof(key[0]) + 16 * len(ids) + 500
 
 
 _RECENT: WeakKeyDictionary[PreTrainedTokenizerBase, _Recent] = WeakKeyDictionary()

@@ -17,6 +17,10 @@ UNANSWERED = PIECES._replace(answer=())
 LINK_BASE, BLANK_ID, BOS = 100, 50, 1
 
 
+def labels(prompt):
+    return tuple(stack([prompt], 0).labels[0].tolist())
+
+
 def rows(prompt: Prompt, *names: str) -> dict[str, list[int]]:
     return {name: getattr(prompt.layout, name)[0].tolist() for name in names}
 
@@ -24,7 +28,7 @@ def rows(prompt: Prompt, *names: str) -> dict[str, list[int]]:
 def test_sequential():
     prompt = lay_out(PIECES, LayoutSpec())
     assert prompt.ids == (1, 2, 3, 4, 5, 6, 7, 8, 9)
-    assert tuple(stack([prompt], 0).labels[0].tolist()) == (-100,) * 8 + (9,)
+    assert labels(prompt) == (-100,) * 8 + (9,)
     assert rows(prompt, *(f.name for f in fields(Layout))) == {
         "kind": [PREFIX, PREFIX, CHUNK, CHUNK, CHUNK, CHUNK, QUERY, QUERY, ANSWER],
         "chunk": [-1, -1, 0, 0, 0, 1, -1, -1, -1],
@@ -49,7 +53,7 @@ def test_links_after_parallel():
     spec = LayoutSpec(num_links=2, placement="parallel")
     prompt = lay_out(PIECES, spec, link_base=LINK_BASE)
     assert prompt.ids == (1, 2, 3, 4, 5, 100, 101, 6, 100, 101, 7, 8, 9)
-    assert tuple(stack([prompt], 0).labels[0].tolist()) == (-100,) * 12 + (9,)
+    assert labels(prompt) == (-100,) * 12 + (9,)
     assert rows(prompt, "kind", "chunk", "offset", "position", "order", "group") == {
         "kind": [1, 1, 2, 2, 2, LINK, LINK, 2, LINK, LINK, 4, 4, 5],
         "chunk": [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1],
@@ -148,7 +152,7 @@ def test_blanks_are_seen_by_their_chunk_only():
 
 def test_serving_has_no_labels():
     prompt = lay_out(PIECES._replace(answer=()), LayoutSpec())
-    assert tuple(stack([prompt], 0).labels[0].tolist()) == (-100,) * 8
+    assert labels(prompt) == (-100,) * 8
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_missing_id_is_refused(spec, missing):
 def test_pack():
     packed = pack([lay_out(SHORT, LayoutSpec()), lay_out(SHORT, LayoutSpec(num_links=1), 100)])
     assert packed.ids == (1, 3, 7, 9, 10, 1, 3, 100, 7, 9, 10)
-    assert packed.labels == (-100, -100, -100, 9, 10, -100, -100, -100, -100, 9, 10)
+    assert labels(packed) == (-100, -100, -100, 9, 10, -100, -100, -100, -100, 9, 10)
     assert rows(packed, "kind", "chunk", "position", "order", "group", "sample") == {
         "kind": [1, 2, 4, 5, 5, 1, 2, 3, 4, 5, 5],
         "chunk": [-1, 0, -1, -1, -1, -1, 0, 0, -1, -1, -1],

@@ -62,9 +62,8 @@ def candidates(world: World) -> dict[str, list[tuple[Fact, ...]]]:
 def ask(rng: Random, kind: str, facts: tuple[Fact, ...], world: World) -> RagExample:
     """Writes a question about facts, of one of `QUESTION_KINDS`, with its only correct answer.
 
-    The response is the answer, or the intermediate values, then `MARKER` and the answer. ``meta``
-    holds, for each fact, ``relations``, ``mentions`` (how its chunk refers to its subject) and
-    ``fact_chunks`` (the chunk's index); for chains also the intermediate values, ``bridges``.
+    The response is the answer, or the intermediate values (in ``meta`` the ``bridges``), `MARKER`
+    and the answer. ``meta`` has each fact's relation, chunk, and how that refers to its subject.
     """
     places = [world.places[fact.subject.name, fact.relation.name] for fact in facts]
     meta: dict[str, Any] = {

@@ -41,8 +41,8 @@ _PATIENCE, _MOST_DRAWS = 40, 2000
 def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = False) -> str:
     """Draws an unused name for a world, and adds it and its root to ``taken``.
 
-    No two names of a world share a root while unused roots remain, or any word if ``apart``: small
-    models take long to learn to distinguish Anna Baker from Port Baker, which is not measured.
+    While unused ones remain, names share no root, or no word if ``apart``: small models take long
+    to learn to distinguish Anna Baker from Port Baker, which is not measured.
     """
     for attempt in range(_MOST_DRAWS):
         name = rng.choice(rng.choice(names(kind, split)))

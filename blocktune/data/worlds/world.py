@@ -116,8 +116,7 @@ class Style:
 def draw_style(rng: Random, plain: bool) -> Style:
     """Draws a style. Most worlds have mainly entities of one kind, so that many facts are alike.
 
-    A plain style, for the start of pre-training, has one kind of entity and few relations in one
-    wording, which a model learns to match in a quarter of the steps.
+    A plain one, for the start of pre-training, has one kind and few relations in one wording.
     """
     main = rng.choice(KINDS)
     if plain:
