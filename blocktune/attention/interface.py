@@ -1,8 +1,4 @@
-"""Makes stock transformers models attend by a layout.
-
-`attach` registers an attention function through transformers' own interface and adds a forward hook
-to the decoder. No model code is forked or patched.
-"""
+"""Makes stock transformers models attend by a layout, through transformers' own interface."""
 
 from __future__ import annotations
 
@@ -93,10 +89,9 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
 
     A forward pass with ``layout=`` ``(B, S, fields)`` (see `Layout.pack`) attends by it, in an
     ``execution`` of `make_plan`, and takes its positions from it. A pass with ``plan=`` attends by
-    that plan, at its ``position_ids``. All other passes run the stock model. The model gets a copy
-    of its configuration, because models may share one. `detach` undoes it.
-
-    Raises ValueError if the model cannot switch its attention, or its own is not one of `STOCK`.
+    that plan, at its ``position_ids``. All other passes run the stock model. The model gets its own
+    copy of its configuration. `detach` undoes it. Raises ValueError if the model cannot switch its
+    attention, or its own is not one of `STOCK`.
     """
     require_one_of("attention execution", execution, EXECUTIONS)
     decoder, stock = decoder_of(model), _stock(model)

@@ -1,7 +1,6 @@
-"""Attention kernels over plain tensors: causal, or any rows under any mask.
+"""Attention kernels over plain tensors, causal or under any mask; no other module calls kernels.
 
-Only this module calls kernels. All functions apply soft-capping and attention sinks, which
-PyTorch's fused kernel lacks, and share K/V heads among query heads without copying K/V.
+They apply soft-capping and attention sinks, and share K/V heads without copying K/V.
 """
 
 from __future__ import annotations
@@ -145,8 +144,7 @@ def folded_attention(
     """The fused kernel under a mask, with the query heads of one K/V head stacked as rows.
 
     On CUDA no fused kernel supports both a mask and ``enable_gqa``: PyTorch would copy K/V and keep
-    all scores. Arguments and result are those of `masked_attention`, without soft-capping and
-    sinks. The mask may have folded rows already, ``(G, 1, H / K * R, N)``.
+    all scores. As `masked_attention`, but for soft-capping and sinks; the mask may be folded.
     """
     groups, heads, rows, dim = query.shape
     shared = heads // key.shape[1]

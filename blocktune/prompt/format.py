@@ -58,9 +58,8 @@ class PromptFormat:
     """The wording of a prompt: instruction, then the chunks, then the question.
 
     A tag is placed by ``turn`` before the instruction; by ``prompt`` before the first turn (after
-    BOS) and tokenised separately, as Block-Attention's code does.
-
-    Raises ValueError if a field has the wrong type or lacks its placeholders.
+    BOS) and tokenised separately, as Block-Attention's code does. Raises ValueError if a field has
+    the wrong type or lacks its placeholders.
     """
 
     instruction: str = "Answer the question from the passages below."  # opens the user turn

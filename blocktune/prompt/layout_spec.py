@@ -25,13 +25,11 @@ class LayoutSpec:
     """How pieces become rows. It is saved with every adapter, so that it is served as trained.
 
     The table of learned tokens has rows for links, then headers, then trailers. ``link_table`` says
-    which links share a row: all (``shared``), those of one slot (``slot``), or none, with a row for
-    each slot of each chunk index (``chunk``, as in KVLink's code). ``bos`` is ``none``; ``drop``:
-    each chunk is encoded after a BOS, which is then hidden (CacheBlend's code); ``keep``: BOS is
-    stored and served as the chunk's first token; or ``keep-all``: the question gets one, too
-    (EPIC's code).
-
-    Raises ValueError if a value is not accepted, or fields exclude each other.
+    which links share a row: all (``shared``), those of one slot (``slot``), or none (``chunk``, as
+    in KVLink's code). ``bos`` is ``none``; ``drop``: each chunk is encoded after a BOS, which is
+    then hidden (CacheBlend's code); ``keep``: BOS is stored and served as the chunk's first token;
+    or ``keep-all``: the question gets one, too (EPIC's code). Raises ValueError if a value is not
+    accepted, or fields exclude each other.
     """
 
     block: bool = True  # chunks see only themselves; False is full causal attention
@@ -56,25 +54,18 @@ class LayoutSpec:
         by_chunk = self.link_table == "chunk" and self.num_links > 0
         if by_chunk != (self.max_chunks > 0):
             raise ValueError(
-                f"layout: a link table by chunk needs max_chunks (KVLink: 40), others do not; got "
-                f"num_links {self.num_links}, link_table '{self.link_table}' and max_chunks "
-                f"{self.max_chunks}"
+                "layout: only links with link_table 'chunk' need max_chunks (KVLink: 40); got "
+                f"{self.num_links} links, '{self.link_table}', max_chunks {self.max_chunks}"
             )
         if (self.placement == "reserved") != (self.slot > 0):
             raise ValueError(
-                f"layout: placement 'reserved' needs a slot (positions reserved for a chunk), "
-                f"others do not; got placement '{self.placement}' and slot {self.slot}"
+                "layout: only placement 'reserved' needs a slot (positions of a chunk); got "
+                f"placement '{self.placement}' and slot {self.slot}"
             )
-        if len(self.sinks) > 1:
+        if len(self.sinks) > int(self.block):
             raise ValueError(
-                "layout: chunks are encoded after blanks (num_blanks), after the prefix "
-                "(shared_prefix) or after a BOS (bos: drop), only one of these; "
-                f"drop all but one of {', '.join(self.sinks)}"
-            )
-        if not self.block and self.sinks:
-            raise ValueError(
-                "layout: full attention (block: false) has no hidden blanks before chunks; "
-                f"drop {', '.join(self.sinks)}"
+                "layout: one of num_blanks, shared_prefix and bos: drop may hide rows before chunks, "
+                f"in full attention (block: false) none; got {', '.join(self.sinks)}"
             )
 
     @property

@@ -44,8 +44,7 @@ def render_frame(
     """Renders one user turn ``head + chunks + tail`` and starts the assistant's turn.
 
     If the template rejects or drops the ``system`` text (Gemma), it goes before the user's. None
-    leaves the template's default. Without a chat template the frame is plain text. Raises
-    ValueError if the template does not render the user's text exactly once.
+    leaves the default. ValueError: the template does not render the user's text exactly once.
     """
     if tokenizer.chat_template is None:
         parts = [part for part in (system, head) if part]
@@ -77,10 +76,7 @@ def around_reply(tokenizer: PreTrainedTokenizerBase) -> Frame:
 
 
 def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """The text from the end of an assistant's reply to the start of the next, with a question.
-
-    Raises ValueError if the template does not render a second user turn.
-    """
+    """The text from an assistant's reply to its next, with a question. ValueError: not rendered."""
     if tokenizer.chat_template is None:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
     for text in _rendered(tokenizer, None, [*_REPLIED, ("user", question)]):
@@ -95,7 +91,7 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[tuple[str, str]]
 ) -> str:
-    """Renders turns (role, text) that begin and end with the user, and starts the assistant's.
+    """Renders turns (role, text), the user's first and last, and starts the assistant's.
 
     Raises ValueError if there is no template, or it drops some text.
     """

@@ -187,7 +187,7 @@ def test_trivia_evidence(save):
         ([CHAT], "as=musique", 'record 1|line 1: field "paragraphs" must be'),
         ([CHAT], "as=magic", "unknown record shape 'magic'; available: blocktune, musique"),
         ([CHAT], "shots=3", "'shots' and 'seed' belong to few-shot, the shape is 'chat'"),
-        ([CHAT], "split=train", "has no splits to choose from"),
+        ([CHAT], "split=train", "has no splits; leave split='train' out"),
         (
             [{"messages": [{"role": "narrator", "content": "x"}]}],
             "",

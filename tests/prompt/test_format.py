@@ -53,8 +53,8 @@ def test_bad_format_is_refused(values, message):
         ({"link_side": "left"}, "layout: 'link_side' must be one of after, before, got 'left'"),
         ({"placement": "ape"}, "layout: 'placement' must be one of sequential, parallel"),
         ({"num_blanks": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
-        ({"block": False, "num_blanks": 1}, "layout: full attention (block: false)"),
-        ({"block": False, "shared_prefix": True}, "layout: full attention (block: false)"),
+        ({"block": False, "num_blanks": 1}, "in full attention (block: false) none"),
+        ({"block": False, "shared_prefix": True}, "in full attention (block: false) none"),
         ({"links": 1}, "layout: unknown key 'links'; known: block, num_links"),
     ],
 )

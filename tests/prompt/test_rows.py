@@ -126,7 +126,7 @@ def test_more_chunks_than_link_rows_are_refused():
     ],
 )
 def test_max_chunks_goes_with_a_table_by_chunk(values):
-    with pytest.raises(ValueError, match="a link table by chunk needs max_chunks"):
+    with pytest.raises(ValueError, match="only links with link_table 'chunk' need max_chunks"):
         LayoutSpec(**values)
 
 
@@ -282,9 +282,9 @@ def test_a_chunk_of_an_earlier_prompt_follows_its_own_blanks():
     ("values", "message"),
     [
         ({"bos": "yes"}, "layout: 'bos' must be one of none, drop, keep, keep-all, got 'yes'"),
-        ({"bos": "drop", "num_blanks": 2}, "drop all but one of num_blanks, bos"),
-        ({"bos": "drop", "shared_prefix": True}, "drop all but one of shared_prefix, bos"),
-        ({"bos": "drop", "block": False}, r"full attention .* no hidden blanks .*drop bos"),
+        ({"bos": "drop", "num_blanks": 2}, "one of num_blanks, .* got num_blanks, bos"),
+        ({"bos": "drop", "shared_prefix": True}, "one of num_blanks, .* got shared_prefix, bos"),
+        ({"bos": "drop", "block": False}, r"full attention .* none; got bos"),
         ({"placement": "reserved"}, "needs a slot .* got placement 'reserved' and slot 0"),
         ({"slot": 9}, "got placement 'sequential' and slot 9"),
         ({"slot": -1}, "layout: 'slot' must be a whole number, at least 0"),

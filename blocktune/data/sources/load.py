@@ -48,18 +48,17 @@ def load_examples(
 
     The log counts unusable rows, which are left out, and names unknown fields, kept in ``meta``.
 
+    Raises ValueError if the source is unknown, no shape fits, or a record is wrong; names file,
+    line and field.
+
     Args:
-        source: A file, whose record shape is detected by its fields; a short name of `CATALOG`
-            (``musique``); ``hf:NAME[:CONFIG]``, a data set on the Hugging Face Hub or in a folder;
-            or a generator (``worlds:test?seed=1&n=100``). Options follow after ``?``: a generator's
-            own, else those of `Reading`, such as ``?as=document&chunker=fixed``.
+        source: A file, whose record shape is detected by its fields; a short name of `CATALOG`;
+            ``hf:NAME[:CONFIG]``, a data set on the Hugging Face Hub or in a folder; or a generator
+            (``worlds:test?n=100``). Options follow after ``?``: a generator's own, or `Reading`'s.
         limit: Load only the first examples.
         split: Split of a Hub data set; default ``validation``, or ``train`` if it has none.
         tokenizer: For chunkers and generators that count tokens and name no tokenizer.
         chunker: Splits conversations and documents; overrides the source's option and the default.
-
-    Raises ValueError if the source is unknown, no shape fits, or a record is wrong; names file,
-    line and field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
@@ -67,9 +66,10 @@ def load_examples(
     if not on_the_hub(parsed) and not os.path.isfile(parsed.name):
         if (generated := generate(parsed, tokenizer)) is None:
             raise ValueError(_unknown_source(source))
-        _refuse_split(source, split)
-        if chunker is not None:
-            raise ValueError(f"'{source}' has chunks already; leave the chunker out")
+        if split is not None or chunker is not None:
+            raise ValueError(
+                f"'{source}' has no splits, and has chunks; leave split and chunker out"
+            )
         if not (examples := list(islice(generated, limit))):
             raise ValueError(f"'{source}' generates no example; ask for at least one")
         return examples
@@ -89,7 +89,8 @@ def open_records(parsed: SourceName, reading: Reading, limit: int | None) -> Ite
         entry = data_set(parsed.name.removeprefix("hf:"))
         records = read_hub(entry, reading.split, limit, reading.shuffle)
     else:
-        _refuse_split(parsed.name, reading.split)
+        if reading.split is not None:
+            raise ValueError(f"'{parsed.name}' has no splits; leave split='{reading.split}' out")
         records = read_records(parsed.name)
         if reading.shuffle is not None:
             records = list(records)
@@ -174,13 +175,5 @@ def _unknown_source(source: str | Path) -> str:
         return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     if os.path.exists(source):
         return f"'{source}' is a pipe or a device, which is not read; write it into a file first"
-    return (
-        f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', one of "
-        f"{', '.join(CATALOG)}, or generated: {', '.join(f'{name}:' for name in generators())}; "
-        "see `blocktune data list`"
-    )
-
-
-def _refuse_split(source: str | Path, split: str | None) -> None:
-    if split is not None:
-        raise ValueError(f"'{source}' has no splits to choose from; drop split='{split}'")
+    known = ", ".join([*CATALOG, *(f"{name}:" for name in generators())])
+    return f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', or of {known}"
