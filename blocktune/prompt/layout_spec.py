@@ -64,7 +64,7 @@ class LayoutSpec:
             )
         if len(self.sinks) > int(self.block):
             raise ValueError(
-                "layout: one of num_blanks, shared_prefix and bos: drop may hide rows before chunks, "
+                "layout: one of num_blanks, shared_prefix and bos: drop may hide rows of a chunk, "
                 f"in full attention (block: false) none; got {', '.join(self.sinks)}"
             )
 

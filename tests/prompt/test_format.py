@@ -52,9 +52,9 @@ def test_bad_format_is_refused(values, message):
         ({"block": 1}, "layout: 'block' must be true or false, got 1"),
         ({"link_side": "left"}, "layout: 'link_side' must be one of after, before, got 'left'"),
         ({"placement": "ape"}, "layout: 'placement' must be one of sequential, parallel"),
-        ({"num_blanks": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
-        ({"block": False, "num_blanks": 1}, "in full attention (block: false) none"),
-        ({"block": False, "shared_prefix": True}, "in full attention (block: false) none"),
+        ({"num_blanks": 1, "shared_prefix": True}, "layout: one of num_blanks"),
+        ({"block": False, "num_blanks": 1}, "layout: one of num_blanks"),
+        ({"block": False, "shared_prefix": True}, "layout: one of num_blanks"),
         ({"links": 1}, "layout: unknown key 'links'; known: block, num_links"),
     ],
 )

@@ -67,9 +67,7 @@ def load_examples(
         if (generated := generate(parsed, tokenizer)) is None:
             raise ValueError(_unknown_source(source))
         if split is not None or chunker is not None:
-            raise ValueError(
-                f"'{source}' has no splits, and has chunks; leave split and chunker out"
-            )
+            raise ValueError(f"'{source}' has no splits, but chunks; leave split and chunker out")
         if not (examples := list(islice(generated, limit))):
             raise ValueError(f"'{source}' generates no example; ask for at least one")
         return examples
