@@ -11,11 +11,11 @@ from typing import NamedTuple
 from blocktune.data.worlds.vocabulary import (
     FILLERS,
     KINDS,
+    ROOT,
     SPLITS,
     YEARS,
     Relation,
     draw_name,
-    draw_root,
     relations_of,
 )
 from blocktune.prompt import Chunk
@@ -188,17 +188,18 @@ def draw_world(rng: Random, config: WorldConfig) -> World:
         form = rng.choice(("woman", "man")) if kind == "person" else kind
         name = draw_name(rng, form, config.split, taken, apart=not config.plain)
         pronoun = {"woman": "she", "man": "he"}.get(form, "it")
-        entity = Entity(name, kind, pronoun, form, draw_root(rng, taken))
-        theme = themes[entity.kind]
-        document = _outline(rng, entity, theme, style, 1 if entity.kind in continued else room)
+        root = rng.choice([word for word in ROOT if word not in taken] or ROOT)
+        taken.add(root)
+        entity = Entity(name, kind, pronoun, form, root)
+        document = _outline(rng, entity, themes[kind], style, 1 if kind in continued else room)
         if len(document.parts) > 1:
             if document.parts[0][0].relation.place:
                 document.mention = "list"
             elif rng.random() >= config.aliased:
-                free = entity.pronoun not in continued
-                document.mention = rng.choice(("pronoun", "description")) if free else "description"
+                words = ("pronoun", "description")
+                document.mention = words[1] if pronoun in continued else rng.choice(words)
             if not config.crowded:
-                continued |= {entity.kind, entity.pronoun if document.mention == "pronoun" else ""}
+                continued |= {kind, pronoun if document.mention == "pronoun" else ""}
         documents.append(document)
         room -= len(document.parts)
     entities = [document.entity for document in documents]
