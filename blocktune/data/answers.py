@@ -123,8 +123,7 @@ def regenerate(
             append_lines(part, [header])
         elif lines[0] != header:
             raise ValueError(
-                f"{part.name} was started with other questions, model or decoding; repeat "
-                f"that command, or remove '{part}' to start over"
+                f"'{part}' was started with other questions, model or decoding; remove it to go on"
             )
         answers = [text for line in lines[1:] for text in json.loads(line)]
         num_resumed = len(answers)

@@ -153,8 +153,7 @@ class Fixed(Chunker):
         if tokenizer is None or not tokenizer.is_fast:
             got = "none" if tokenizer is None else f"the slow '{tokenizer.name_or_path}'"
             raise ValueError(
-                f"chunker 'fixed' needs a fast tokenizer, got {got}; name one (tokenizer=MODEL), "
-                "or use chunker 'sentence'"
+                f"chunker 'fixed' needs a fast tokenizer, got {got}; name one, tokenizer=MODEL"
             )
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False

@@ -39,8 +39,7 @@ class Augment:
                 valid = isinstance(pair, list | tuple) and [type(v) for v in pair] == [int, int]
                 if not valid or not least <= pair[0] <= pair[1]:
                     raise ValueError(
-                        f"augment '{name}' must be a number of at least {least} or [low, high], "
-                        f"got {value!r}"
+                        f"augment '{name}' must be at least {least} or [low, high], got {value!r}"
                     )
                 object.__setattr__(self, name, tuple(pair))
         if self.num_chunks and self.num_distractors:
@@ -254,8 +253,8 @@ def _draw(rng: Random, example: RagExample, count: int, pool: Sequence[Chunk]) -
             drawn.append(chunk)
     if len(drawn) < count:
         raise ValueError(
-            f"augment: example '{example.id or example.question:.40}' needs {count} chunks of "
-            f"other examples, {len(drawn)} fit; load more examples, or ask for fewer chunks"
+            f"augment: '{example.id or example.question:.40}' needs {count} chunks of others, "
+            f"{len(drawn)} fit; load more examples, or ask for fewer chunks"
         )
     return drawn
 

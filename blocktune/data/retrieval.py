@@ -137,8 +137,7 @@ def from_retriever(
         names = [name for name in (("id", key), ("question", text)) if name[1]]
         if retrieved.get(names[0], chunks) != chunks:
             raise ValueError(
-                f"{record.where}: question '{names[0][1]:.60}' has other passages in an earlier "
-                "record; give all its passages in one"
+                f"{record.where}: question '{names[0][1]:.60}' has other passages in another record"
             )
         retrieved |= dict.fromkeys(names, chunks)
     for question in questions:

@@ -266,10 +266,7 @@ def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> d
     if saved is None and quantize is None:
         return {}
     if saved is not None and quantize is not None:
-        raise ValueError(
-            f"the model is saved quantized ({saved.get('quant_method')}) and cannot be quantized "
-            f"again ({quantize!r:.40}); leave quantize out, or name the plain model"
-        )
+        raise ValueError(f"it is saved quantized ({saved.get('quant_method')}); leave quantize out")
     if isinstance(quantize, str):
         compute = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         quantize = quantization_config(quantize, compute)

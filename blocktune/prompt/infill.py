@@ -38,8 +38,7 @@ class Infill:
         supported = [row for row in MARKERS if all(token in vocabulary for token in row)]
         if not supported:
             raise ValueError(
-                f"tokenizer '{tokenizer.name_or_path}' has no tokens for infilling (such as "
-                f"{MARKERS[0][0]}); use a code model that was trained to fill in the middle"
+                f"'{tokenizer.name_or_path}' has no tokens for infilling; use a code model that has"
             )
         self.tokenizer, self.most, self._lock = tokenizer, most, threading.Lock()
         self._markers = [(vocabulary[token],) for token in supported[0]]

@@ -102,8 +102,7 @@ class LayoutSpec:
         """Table rows of the ``chunk``-th chunk's links, slot by slot. ValueError: it has none."""
         if self.max_chunks and chunk >= self.max_chunks:
             raise ValueError(
-                f"the link table has rows for {self.max_chunks} chunks (max_chunks), but a prompt "
-                f"has more; retrieve fewer, or train with link_table 'slot'"
+                f"more than {self.max_chunks} chunks (max_chunks); retrieve fewer, or train by slot"
             )
         first = chunk * self.num_links if self.link_table == "chunk" else 0
         step = 0 if self.link_table == "shared" else 1

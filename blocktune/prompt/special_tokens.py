@@ -211,8 +211,7 @@ def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces:
     if last >= num_rows:
         raise ValueError(
             f"token {tokenizer.convert_ids_to_tokens(last)!r} has id {last}, but the model embeds "
-            f"{num_rows} tokens; use the model's own tokenizer, or save the model and tokenizer "
-            "after model.resize_token_embeddings(len(tokenizer)) and use those"
+            f"{num_rows} tokens; use its own tokenizer, or save it after resize_token_embeddings"
         )
 
 
@@ -242,6 +241,5 @@ def check_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids, *others: Ids) -> 
     count = sum(piece.count(bos) for piece in (prefix, *others))
     if count > 1 or (count == 1 and prefix[:1] != (bos,)):
         raise ValueError(
-            f"the prompt holds the BOS token {tokenizer.bos_token!r} {count} times; it may only "
-            "open the prompt: remove it from the instruction, the system text or the chat template"
+            f"BOS ({tokenizer.bos_token!r}) occurs {count} times; it may only open the prompt"
         )

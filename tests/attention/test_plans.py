@@ -185,7 +185,7 @@ def test_plan_beside_an_attention_mask_is_refused():
 def test_flex_refuses_what_it_cannot_do():
     some = LAYOUTS["ragged"]()
     query, key, value = states(some)
-    with pytest.raises(ValueError, match="FlexAttention has no dropout"):
+    with pytest.raises(ValueError, match="flex attention has no dropout"):
         FlexPlan(some).attend(query, key, value, LayerRule(), AttentionParams(0.25, dropout=0.1))
     with pytest.raises(ValueError, match="no backward on a CPU"):
         FlexPlan(some).attend(query.requires_grad_(), key, value, LayerRule(), KNOBS)
@@ -194,7 +194,7 @@ def test_flex_refuses_what_it_cannot_do():
 def test_a_batch_of_nothing_but_padding_is_refused():
     some = LAYOUTS["ragged"]()
     empty = replace(some, kind=torch.zeros_like(some.kind))
-    with pytest.raises(ValueError, match=r"all 1 x 48 rows .* are padding"):
+    with pytest.raises(ValueError, match="all rows are padding"):
         SplitPlan(empty)
 
 

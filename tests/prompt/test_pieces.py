@@ -165,9 +165,9 @@ def test_no_end_of_turn_is_refused():
 
 def test_second_bos_is_refused():
     twice = "{{ bos_token }}" + trl_template("llama3")
-    with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+    with pytest.raises(ValueError, match=r"BOS \('<s>'\) occurs 2 times"):
         make_pieces(build_tokenizer(twice), PromptFormat(), CHUNKS, QUESTION)
-    with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+    with pytest.raises(ValueError, match=r"BOS \('<s>'\) occurs 2 times"):
         prefix_ids(build_tokenizer(), PromptFormat(instruction="Strike <s>this</s> out"))
 
 

@@ -64,10 +64,7 @@ class WorldConfig:
         for name in ("num_examples", "questions_per_world", "turns"):
             require_count(name, getattr(self, name), 1)
         if self.questions_per_world > 1 and self.turns > 1:
-            raise ValueError(
-                "a world's questions are examples or turns of one: set only one of "
-                "questions_per_world and turns"
-            )
+            raise ValueError("set only one of questions_per_world and turns")
 
     @property
     def passage_range(self) -> tuple[int, int]:
