@@ -96,9 +96,7 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
     require_one_of("attention execution", execution, EXECUTIONS)
     decoder, stock = decoder_of(model), _stock(model)
     if stock not in STOCK:
-        raise ValueError(
-            f"cannot attach to '{stock}' attention; load it with attn_implementation='sdpa'"
-        )
+        raise ValueError(f"cannot attach to '{stock}'; load it with attn_implementation='sdpa'")
     copies: dict[int, Any] = {}  # modules that share a configuration share its copy
     for module in () if is_attached(model) else model.modules():
         if isinstance(config := vars(module).get("config"), PreTrainedConfig):

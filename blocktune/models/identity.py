@@ -123,9 +123,7 @@ def _base_weights(
 
 def _sample(name: str, weight: Tensor) -> bytes:
     if weight.is_meta:
-        raise ValueError(
-            f"cannot fingerprint '{name}': its weights are not in memory; do not offload to disk"
-        )
+        raise ValueError(f"cannot fingerprint '{name}', not in memory; do not offload it to disk")
     if not weight.is_floating_point():
         return b""
     flat = weight.detach().reshape(-1)

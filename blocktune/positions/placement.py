@@ -31,8 +31,6 @@ def place(
     if placement == "composite":
         return (0,) * len(chunk_lengths), total
     if longest > slot:
-        raise ValueError(
-            f"a chunk takes {longest} positions, a slot {slot}; cut chunks smaller, or raise slot"
-        )
+        raise ValueError(f"a chunk takes {longest} positions, a slot {slot}; cut smaller chunks")
     starts = tuple(prefix_length + index * slot for index in range(len(chunk_lengths)))
     return starts, prefix_length + slot * len(chunk_lengths)

@@ -38,7 +38,7 @@ class Infill:
         supported = [row for row in MARKERS if all(token in vocabulary for token in row)]
         if not supported:
             raise ValueError(
-                f"'{tokenizer.name_or_path}' has no tokens for infilling; use a code model that has"
+                f"'{tokenizer.name_or_path}' has no infilling tokens; use a code model"
             )
         self.tokenizer, self.most, self._lock = tokenizer, most, threading.Lock()
         self._markers = [(vocabulary[token],) for token in supported[0]]

@@ -101,9 +101,7 @@ class LayoutSpec:
     def link_rows(self, chunk: int) -> tuple[int, ...]:
         """Table rows of the ``chunk``-th chunk's links, slot by slot. ValueError: it has none."""
         if self.max_chunks and chunk >= self.max_chunks:
-            raise ValueError(
-                f"more than {self.max_chunks} chunks (max_chunks); retrieve fewer, or train by slot"
-            )
+            raise ValueError(f"more than max_chunks ({self.max_chunks}) chunks; retrieve fewer")
         first = chunk * self.num_links if self.link_table == "chunk" else 0
         step = 0 if self.link_table == "shared" else 1
         return tuple(first + step * slot for slot in range(self.num_links))

@@ -86,7 +86,7 @@ def test_no_two_titles_of_a_world_share_a_root():
 
 
 def test_a_world_larger_than_its_names_is_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"no names of kind .* left .* fewer passages"):
+    with pytest.raises(ValueError, match=r"too few names of kind .* fewer passages"):
         draw(num_passages=4000, num_examples=1, split="dev")
 
 

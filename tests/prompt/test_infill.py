@@ -99,5 +99,5 @@ def test_the_engine_resumes_the_whole_of_the_last_prompt(infill):
 
 
 def test_a_tokenizer_without_markers_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="has no tokens for infilling"):
+    with pytest.raises(ValueError, match="has no infilling tokens"):
         Infill(tokenizer)

@@ -37,9 +37,7 @@ class Shape(NamedTuple):
         if self.chunker is None and chunker is None:
             return self.parse
         if self.chunker is None and not self.may_cut:
-            raise ValueError(
-                f"records of the shape '{self.key}' have chunks already; leave the chunker out"
-            )
+            raise ValueError(f"shape '{self.key}' has chunks already; leave the chunker out")
         cutter = schemas.Cutter(chunker or build_chunker(self.chunker), tokenizer)
         return partial(self.parse, cutter=cutter)
 

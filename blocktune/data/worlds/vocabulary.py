@@ -50,9 +50,7 @@ def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: boo
         if name not in taken and (attempt >= 40 or not reserved & taken):
             taken |= reserved | {name}
             return name
-    raise ValueError(
-        f"split '{split}' has no names of kind '{kind}' left for this world; ask for fewer passages"
-    )
+    raise ValueError(f"split '{split}' has too few names of kind '{kind}'; ask for fewer passages")
 
 
 KINDS = ("person", "film", "book", "company", "city")
