@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import Any
 
 from blocktune.parsing import build_strict, check_types
@@ -71,12 +72,8 @@ class LayoutSpec:
     @property
     def sinks(self) -> tuple[str, ...]:
         """Names of set fields that put hidden rows before every chunk; at most one is valid."""
-        enabled = {
-            "num_blanks": self.num_blanks > 0,
-            "shared_prefix": self.shared_prefix,
-            "bos": self.bos == "drop",
-        }
-        return tuple(name for name, is_set in enabled.items() if is_set)
+        is_set = self.num_blanks > 0, self.shared_prefix, self.bos == "drop"
+        return tuple(compress(("num_blanks", "shared_prefix", "bos"), is_set))
 
     @property
     def keeps_bos(self) -> bool:
