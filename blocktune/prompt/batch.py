@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
-from blocktune.prompt.rows import Prompt, labels_of
+from blocktune.prompt.rows import IGNORED, Prompt
 
 _PAD_ROW = {"kind": int(Kind.PAD), "chunk": NO_CHUNK, "group": GLOBAL, "until": FOREVER}
 _PAD_ROW |= {"supersedes": NO_ROW, "offset": 0, "position": 0, "order": 0, "sample": 0}
@@ -47,7 +47,8 @@ def stack(prompts: Sequence[Prompt], pad_id: int, multiple: int = 1) -> Batch:
 
     rows = {field.name: joined(field.name) for field in fields(Layout)}
     ids = torch.stack([padded(prompt.input_ids, pad_id) for prompt in prompts])
-    return Batch(ids, Layout(**rows), labels_of(ids, rows["kind"]))
+    labels = torch.where(rows["kind"] == Kind.ANSWER, ids, IGNORED)
+    return Batch(ids, Layout(**rows), labels)
 
 
 def pack(prompts: Sequence[Prompt]) -> Prompt:

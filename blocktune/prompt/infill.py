@@ -10,9 +10,6 @@ token; the paper trains on pieces of text that were tokenised separately.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt.pieces import Pieces
@@ -25,25 +22,23 @@ MARKERS = (
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
 )
 """Tokens that start the prefix, the suffix and the middle; the last row is DeepSeek-Coder's."""
+MOST_PLACES = 64  # at which a user types; the oldest are forgotten
 
 
 class Infill:
-    """Makes the prompts of one user, who types at up to ``most`` places at a time.
+    """Makes the prompts of one user. ValueError if the tokenizer has none of the `MARKERS`."""
 
-    Raises ValueError if the tokenizer has none of the `MARKERS`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int = 64):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         vocabulary = tokenizer.get_vocab()
         supported = [row for row in MARKERS if all(token in vocabulary for token in row)]
         if not supported:
             raise ValueError(
                 f"'{tokenizer.name_or_path}' has no infilling tokens; use a code model"
             )
-        self.tokenizer, self.most, self._lock = tokenizer, most, threading.Lock()
+        self.tokenizer = tokenizer
         self._markers = [(vocabulary[token],) for token in supported[0]]
         # By suffix: the pieces of the prefix, and how many of them come before the suffix.
-        self._places: OrderedDict[str, tuple[list[str], int]] = OrderedDict()
+        self._places: dict[str, tuple[list[str], int]] = {}
 
     def pieces(self, prefix: str, suffix: str) -> Pieces:
         """The prompt for the text between ``prefix`` and ``suffix``, without chunks.
@@ -51,16 +46,15 @@ class Infill:
         If the prefix continues an earlier one with the same suffix, that prompt is extended.
         Otherwise the suffix comes after the whole prefix. Known pieces are never tokenised again.
         """
-        with self._lock:
-            old, before = self._places.pop(suffix, ([], 0))
-            parts = _continued(prefix, old)
-            if not before or parts[:before] != old[:before]:
-                others = [_continued(prefix, other) for other, _ in self._places.values()]
-                parts = max([*others, parts], key=lambda pieces: sum(map(len, pieces[:-1])))
-                before = len(parts)
-            self._places[suffix] = parts, before
-            while len(self._places) > self.most:
-                self._places.popitem(last=False)
+        old, before = self._places.pop(suffix, ([], 0))
+        parts = _continued(prefix, old)
+        if not before or parts[:before] != old[:before]:
+            others = [_continued(prefix, other) for other, _ in self._places.values()]
+            parts = max([*others, parts], key=lambda pieces: sum(map(len, pieces[:-1])))
+            before = len(parts)
+        self._places[suffix] = parts, before
+        if len(self._places) > MOST_PLACES:
+            self._places.pop(next(iter(self._places)))
         typed = [encode(self.tokenizer, part, split_special_tokens=True) for part in parts]
         after = encode(self.tokenizer, suffix, split_special_tokens=True)
         first, second, third = self._markers

@@ -36,11 +36,6 @@ class Prompt:
         return tuple(self.input_ids.tolist())
 
 
-def labels_of(ids: Tensor, kind: Tensor) -> Tensor:
-    """``ids`` where ``kind`` is an answer, -100 elsewhere; both have the same shape."""
-    return torch.where(kind == Kind.ANSWER, ids, IGNORED)
-
-
 def lay_out(
     pieces: Pieces,
     spec: LayoutSpec,

@@ -33,7 +33,7 @@ _TELL_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- 
 
 def unrendered(tokenizer: PreTrainedTokenizerBase, what: str) -> ValueError:
     """The error for a chat template that cannot be used."""
-    return ValueError(f"the chat template of '{tokenizer.name_or_path}' does not render {what}")
+    return ValueError(f"'{tokenizer.name_or_path}' has no chat template that renders {what}")
 
 
 class Frame(NamedTuple):
@@ -58,7 +58,7 @@ def render_frame(
         if text.count(SENTINEL) == 1 and (not system or system.strip() in text):
             before, after = text.split(SENTINEL)
             return Frame(before, after + around_reply(tokenizer).before)
-    raise unrendered(tokenizer, "a user turn with text in it exactly once; set another one")
+    raise unrendered(tokenizer, "a user turn with text in it exactly once; set one")
 
 
 @remembered("chat_template", "bos_token", "eos_token")
@@ -84,7 +84,7 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     for text in _rendered(tokenizer, None, [*_REPLIED, ("user", question)]):
         if text.count(REPLY) == 1 and question.strip() in text:
             return text.split(REPLY)[1] + around_reply(tokenizer).before
-    raise unrendered(tokenizer, "a second user turn; leave followups out, or set another one")
+    raise unrendered(tokenizer, "a second user turn; leave followups out, or set one")
 
 
 def render_conversation(
@@ -98,7 +98,7 @@ def render_conversation(
     for text in _rendered(tokenizer, system, turns) if tokenizer.chat_template else ():
         if all(part in text for part in required):
             return text + around_reply(tokenizer).before
-    raise unrendered(tokenizer, "this conversation; leave turns out, or set another one")
+    raise unrendered(tokenizer, "this conversation; leave turns out, or set one")
 
 
 _REPLIED = [("user", "Hello."), ("assistant", REPLY)]

@@ -225,7 +225,7 @@ def test_what_a_template_writes_before_each_reply_opens_the_answer_too():
 @pytest.mark.parametrize("template", ["{{ bos_token }}hello", "{{ messages[0].content * 2 }}"])
 def test_template_that_does_not_hold_user_text_is_refused(template):
     with pytest.raises(
-        ValueError, match="does not render a user turn with text in it exactly once"
+        ValueError, match="no chat template that renders a user turn with text in it exactly once"
     ):
         make_pieces(build_tokenizer(template), PromptFormat(), CHUNKS, QUESTION)
 

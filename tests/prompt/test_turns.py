@@ -84,7 +84,7 @@ def test_turns_after_no_answer_are_refused():
 
 def test_a_template_without_a_second_user_turn_is_refused():
     template = "{{ bos_token }}<|user|>{{ messages[0].content }}<|assistant|>"
-    with pytest.raises(ValueError, match="does not render a second user turn"):
+    with pytest.raises(ValueError, match="no chat template that renders a second user turn"):
         pieces_of(build_tokenizer(template))
 
 
