@@ -178,7 +178,7 @@ def test_plan_beside_an_attention_mask_is_refused():
     model, some = build(FAMILIES["llama"]()), LAYOUTS["ragged"]()
     attach(model)
     ids, mask = torch.ones_like(some.kind), dense_mask(some)
-    with pytest.raises(ValueError, match="leave attention_mask .* out"):
+    with pytest.raises(ValueError, match=r"leave attention_mask .* out"):
         model(ids, attention_mask=mask, plan=SplitPlan(some), use_cache=False)
 
 
