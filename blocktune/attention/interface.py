@@ -96,7 +96,7 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
     require_one_of("attention execution", execution, EXECUTIONS)
     decoder, stock = decoder_of(model), _stock(model)
     if stock not in STOCK:
-        raise ValueError(f"cannot attach to '{stock}'; load it with attn_implementation='sdpa'")
+        raise ValueError(f"cannot attach to '{stock}' attention; set attn_implementation='sdpa'")
     copies: dict[int, Any] = {}  # modules that share a configuration share its copy
     for module in () if is_attached(model) else model.modules():
         if isinstance(config := vars(module).get("config"), PreTrainedConfig):
@@ -172,7 +172,7 @@ def _read_layout(
         rows = kwargs.get("inputs_embeds") if rows is None else rows
         if rows.shape[:2] != layout.kind.shape:
             raise ValueError(
-                f"layout has {tuple(layout.kind.shape)} rows, these tokens {tuple(rows.shape[:2])}"
+                f"layout {tuple(layout.kind.shape)}, tokens {tuple(rows.shape[:2])}: pass their layout"
             )
         if mask is not None and mask.shape == layout.kind.shape:  # a padding mask is redundant
             mask = None if torch.equal(mask.bool(), ~layout.is_pad) else mask

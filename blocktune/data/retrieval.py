@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 from blocktune.data.answers import LATER, MARKS, UNSPACED
 from blocktune.data.example import RagExample, answers_of, read_chunks
 from blocktune.data.sources.catalog import with_data_sets
-from blocktune.data.sources.load import open_records
+from blocktune.data.sources.load import on_the_hub, open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import parse_record, read_records
 from blocktune.data.sources.schemas import PASSAGES, id_of
@@ -88,6 +89,8 @@ def read_questions(
     Their only chunk is a placeholder, which `from_corpus` and `from_retriever` replace.
     """
     parsed = parse_source(str(source))
+    if not on_the_hub(parsed) and not os.path.isfile(parsed.name):
+        raise ValueError(f"no file '{source}'; give a file, 'hf:NAME', or a name: triviaqa, nq")
     records = open_records(parsed, read_options(parsed, split=split), limit)
     questions = (parse_record(record, _question) for record in records)
     return islice(with_data_sets(questions, parsed.text), limit)

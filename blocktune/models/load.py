@@ -80,7 +80,9 @@ def load_base(
     try:
         torch.empty(0, device=device)
     except Exception as error:  # each backend raises its own kind
-        raise ValueError(f"no device '{device}' here ({first_line(error)}); try cuda:0") from None
+        raise ValueError(
+            f"no device '{device}' here ({first_line(error)}); use cuda or cpu"
+        ) from None
     config = read_config(bare, revision, what)
     try:
         examine(config)
@@ -245,8 +247,7 @@ def _explained(name: str, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         missing = "couldn't connect to|Repo id must|not a valid model identifier"
         if re.search(missing, reason) and not Path(name).exists():
-            reason = "no such folder, and no repository of that name (offline: in the Hub's cache)"
-            reason = f"there is {reason}"
+            reason = "there is no such folder, and no repository of that name (offline: cached)"
         is_model = any(Path(name).glob("model*.safetensors")) or Path(name, "config.json").exists()
         if what != "a tokenizer" and not is_model and Path(name, "blocktune.json").exists():
             reason = "it is an adapter; name its base, or merge it first (blocktune merge)"

@@ -65,7 +65,7 @@ class LayoutSpec:
             )
         if len(self.sinks) > int(self.block):
             raise ValueError(
-                "layout: one of num_blanks, shared_prefix and bos: drop may hide rows of a chunk, "
+                "layout: one of num_blanks, shared_prefix, bos: drop may put rows before chunks, "
                 f"in full attention (block: false) none; got {', '.join(self.sinks)}"
             )
 

@@ -100,7 +100,7 @@ def test_another_command_does_not_go_on(tmp_path, changes):
     path = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         run(path, Model(2))
-    with pytest.raises(ValueError, match=r"out\.jsonl\.part' was started with other"):
+    with pytest.raises(ValueError, match=r"out\.jsonl\.part' is of other"):
         run(path, Model(), **changes)
     with pytest.raises(ValueError, match="remove"):
         regenerate(EXAMPLES[:5], Model(), path, facts=FACTS, batch_size=3)

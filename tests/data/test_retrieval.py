@@ -205,8 +205,8 @@ def test_wrong_question_is_named(tmp_path, record, message):
 
 
 def test_questions_of_a_missing_file():
-    with pytest.raises(ValueError, match=r"'none\.jsonl' is not a file; give a JSON"):
-        list(read_questions("none.jsonl"))
+    with pytest.raises(ValueError, match=r"no file 'none\.jsonl'; give a file, 'hf:NAME', or"):
+        read_questions("none.jsonl")
 
 
 def test_what_a_question_has_besides_is_kept(tmp_path):
