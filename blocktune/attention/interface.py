@@ -172,7 +172,7 @@ def _read_layout(
         rows = kwargs.get("inputs_embeds") if rows is None else rows
         if rows.shape[:2] != layout.kind.shape:
             raise ValueError(
-                f"layout {tuple(layout.kind.shape)}, tokens {tuple(rows.shape[:2])}: pass their layout"
+                f"layout {tuple(layout.kind.shape)}, tokens {tuple(rows.shape[:2])}: pass theirs"
             )
         if mask is not None and mask.shape == layout.kind.shape:  # a padding mask is redundant
             mask = None if torch.equal(mask.bool(), ~layout.is_pad) else mask

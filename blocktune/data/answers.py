@@ -123,7 +123,7 @@ def regenerate(
             append_lines(part, [header])
         elif lines[0] != header:
             raise ValueError(
-                f"'{part}' is of other questions, model or decoding; repeat its command, or remove it"
+                f"'{part}' is of other questions, model or options; repeat its command or remove it"
             )
         answers = [text for line in lines[1:] for text in json.loads(line)]
         num_resumed = len(answers)
