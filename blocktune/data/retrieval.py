@@ -44,7 +44,7 @@ class Index:
             self._scores = lambda asked: (vectors @ one for one in np.asarray(embed(asked)))
 
     def search(self, questions: Sequence[str], k: int) -> list[dict[int, float]]:
-        """The ``k`` best chunks (index: score) of each question; ties in the order of the corpus."""
+        """The ``k`` best chunks (index: score) of each question; ties in corpus order."""
         best, k = [], min(k, len(self.chunks))
         for scores in self._scores(list(map(_composed, questions))):
             # Candidates are all chunks that reach the k-th score, so that ties are stable.
