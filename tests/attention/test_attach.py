@@ -163,7 +163,7 @@ def test_an_implementation_that_cannot_be_kept_is_refused():
     config = FAMILIES["llama"]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation="flex_attention")
     with pytest.raises(
-        ValueError, match=r"attach to 'flex_attention'; .*attn_implementation='sdpa'"
+        ValueError, match=r"attach to 'flex_attention' attention; .*attn_implementation='sdpa'"
     ):
         attach(model)
 
