@@ -180,7 +180,7 @@ def test_any_single_element_changes_the_hash(dtype, size):
 
 
 def test_weights_that_are_not_in_memory_are_refused():
-    with pytest.raises(ValueError, match=r"'0.weight', not in memory"):
+    with pytest.raises(ValueError, match=r"'0.weight': its weights are not in memory"):
         weights_hash(torch.nn.Sequential(torch.nn.Linear(2, 2, device="meta")))
 
 
