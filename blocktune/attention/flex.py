@@ -1,8 +1,7 @@
 """The visibility rule as a FlexAttention ``BlockMask``, built from block summaries.
 
-PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here the ranges of the fields of
-each block of 128 rows are compared to select the pairs of blocks that the kernel visits. The kernel
-then applies the exact rule inside them.
+``create_block_mask`` would evaluate N x N cells. Here the fields' ranges in blocks of 128 rows
+select the pairs of blocks that the kernel visits; inside them it applies the exact rule.
 """
 
 from __future__ import annotations
@@ -101,14 +100,9 @@ class FlexPlan:
         """Implements `Plan.attend`. ValueError for attention dropout, or gradients on a CPU."""
         check_rows(self.layout.kind.shape, query, key)
         if params.dropout:
-            raise ValueError(
-                f"FlexAttention has no dropout, the model sets {params.dropout}; set "
-                "attention_dropout to 0 or use attention_execution: split"
-            )
+            raise ValueError(f"flex attention has no dropout, got {params.dropout}; use split")
         if not query.is_cuda and torch.is_grad_enabled() and query.requires_grad:
-            raise ValueError(
-                "FlexAttention has no backward on a CPU; use attention_execution: split"
-            )
+            raise ValueError("flex attention has no backward on a CPU; use split")
         rule = rule.first_alike(self._endings)
         if rule not in self._masks:
             self._masks[rule] = flex_block_mask(self.layout, rule)

@@ -1,8 +1,4 @@
-"""Makes stock transformers models attend by a layout.
-
-`attach` registers an attention function through transformers' own interface and adds a forward hook
-to the decoder. No model code is forked or patched.
-"""
+"""Makes stock transformers models attend by a layout, through transformers' own interface."""
 
 from __future__ import annotations
 
@@ -91,18 +87,14 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
 
     A forward pass with ``layout=`` ``(B, S, fields)`` (see `Layout.pack`) attends by it, in an
     ``execution`` of `make_plan`, and takes its positions from it. A pass with ``plan=`` attends by
-    that plan, at its ``position_ids``. All other passes run the stock model. The model gets a copy
-    of its configuration, because models may share one. `detach` undoes it.
-
-    Raises ValueError if the model cannot switch its attention, or its own is not one of `STOCK`.
+    that plan, at its ``position_ids``. All other passes run the stock model. The model gets its own
+    copy of its configuration. `detach` undoes it. Raises ValueError if the model cannot switch its
+    attention, or its own is not one of `STOCK`.
     """
     require_one_of("attention execution", execution, EXECUTIONS)
     decoder, stock = decoder_of(model), _stock(model)
     if stock not in STOCK:
-        raise ValueError(
-            f"blocktune attaches to models that run '{STOCK[0]}' or '{STOCK[1]}' attention, got "
-            f"'{stock}'; load the model with attn_implementation='sdpa'"
-        )
+        raise ValueError(f"cannot attach to '{stock}' attention; set attn_implementation='sdpa'")
     copies: dict[int, Any] = {}  # modules that share a configuration share its copy
     for module in () if is_attached(model) else model.modules():
         if isinstance(config := vars(module).get("config"), PreTrainedConfig):
@@ -167,8 +159,7 @@ def _read_layout(
         return None
     if not decoder.config._attn_implementation.startswith(NAME):
         raise ValueError(
-            f"the model's attention was set to '{decoder.config._attn_implementation}' after "
-            "attach, so it would ignore the layout; call attach(model) again"
+            f"attention is now '{decoder.config._attn_implementation}'; call attach(model) again"
         )
     mask = kwargs.get("attention_mask")
     if packed is not None:
@@ -177,8 +168,7 @@ def _read_layout(
         rows = kwargs.get("inputs_embeds") if rows is None else rows
         if rows.shape[:2] != layout.kind.shape:
             raise ValueError(
-                f"layout has {tuple(layout.kind.shape)} rows, the input has "
-                f"{tuple(rows.shape[:2])}; pass the layout of exactly these tokens"
+                f"layout {tuple(layout.kind.shape)}, tokens {tuple(rows.shape[:2])}: pass theirs"
             )
         if mask is not None and mask.shape == layout.kind.shape:  # a padding mask is redundant
             mask = None if torch.equal(mask.bool(), ~layout.is_pad) else mask
@@ -186,10 +176,7 @@ def _read_layout(
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
     if mask is not None:
-        raise ValueError(
-            f"a plan and an attention mask {tuple(mask.shape)} were given; the plan's layout "
-            "defines all visibility (padding too): leave attention_mask out"
-        )
+        raise ValueError(f"a plan defines visibility; leave attention_mask {tuple(mask.shape)} out")
     # Transformers passes four-dimensional masks on unchanged, instead of making its own.
     mask = torch.empty(0, 0, 0, 0, dtype=torch.bool)
     mask.plan = kwargs["plan"]
@@ -213,10 +200,7 @@ def _attend(
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(stock, _eager(module))
         return attend(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
-        raise ValueError(
-            f"{type(module).__name__} adds a position bias to its scores; blocktune supports "
-            "decoders whose positions are rotary"
-        )
+        raise ValueError(f"{type(module).__name__} adds a position bias; use a model with RoPE")
     params = AttentionParams(
         scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
         softcap=kwargs.get("softcap"),

@@ -1,7 +1,6 @@
-"""Attention kernels over plain tensors: causal, or any rows under any mask.
+"""Attention kernels over plain tensors, causal or under any mask; no other module calls kernels.
 
-Only this module calls kernels. All functions apply soft-capping and attention sinks, which
-PyTorch's fused kernel lacks, and share K/V heads among query heads without copying K/V.
+They apply soft-capping and attention sinks, and share K/V heads without copying K/V.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
     batch, rows = query.shape[0], query.shape[2]
     if (batch, rows) != tuple(shape) or key.shape[2] != rows:
         raise ValueError(
-            f"the plan was made for {tuple(shape)} (batch, rows); attention got {(batch, rows)} "
-            f"query and {key.shape[2]} key rows; make a plan for the layout of this input"
+            f"plan of {tuple(shape)} (batch, rows), got {(batch, rows)} and {key.shape[2]} keys"
         )
 
 
@@ -145,8 +143,7 @@ def folded_attention(
     """The fused kernel under a mask, with the query heads of one K/V head stacked as rows.
 
     On CUDA no fused kernel supports both a mask and ``enable_gqa``: PyTorch would copy K/V and keep
-    all scores. Arguments and result are those of `masked_attention`, without soft-capping and
-    sinks. The mask may have folded rows already, ``(G, 1, H / K * R, N)``.
+    all scores. As `masked_attention`, but for soft-capping and sinks; the mask may be folded.
     """
     groups, heads, rows, dim = query.shape
     shared = heads // key.shape[1]

@@ -19,9 +19,7 @@ from blocktune.attention.kernels import (
 )
 from blocktune.layout import FIRST_LAYER, LayerRule, Layout, Rows, visible
 
-KEPT_CELLS = 1 << 24
-"""Most mask elements that a plan keeps for all its layers (64 MiB in float32). Beyond that, every
-layer makes its masks again, a block of rows at a time, in forward and in backward."""
+KEPT_CELLS = 1 << 24  # most mask elements that a plan keeps for all its layers: 64 MiB in float32
 
 
 @dataclass
@@ -83,10 +81,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class RowBand:
-    """Masked attention in blocks of query rows. Query rows and keys are sorted by order.
+    """Masked attention in blocks of query rows, over the keys in their reach; both by order.
 
-    A block is scored only against the keys in reach of its rows. Masks are made once per rule and
-    kept while there is room, else made block by block in each layer and in its backward.
+    Masks are kept for a rule while there is room, else remade in each layer and its backward.
     """
 
     query: Rows  # the query rows, ``(G, R)``

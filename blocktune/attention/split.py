@@ -104,10 +104,7 @@ class SplitPlan:
         self._endings = layout.endings
         segments = find_segments(layout.to("cpu"))
         if not segments:
-            raise ValueError(
-                f"all {layout.batch_size} x {layout.num_rows} rows (batch x rows) are padding: "
-                "there is nothing to attend; leave empty prompts out of the batch"
-            )
+            raise ValueError("all rows are padding; leave empty prompts out of the batch")
         room = MaskRoom(kept_cells)
         self._buckets = [_stack(bucket, layout, room) for bucket in _by_length(segments)]
         self._queries = _Parts([bucket.query for bucket in self._buckets], layout)

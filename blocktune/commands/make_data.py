@@ -155,7 +155,7 @@ def answer(
     on_stop = resumable(f"the answers so far are in {output}.part")
     with on_stop, progress_bars() as progress:
         bar = progress.add_task("answering", total=len(examples))
-        result = regenerate(
+        counts = regenerate(
             examples,
             ask,
             output,
@@ -165,9 +165,8 @@ def answer(
             on_batch=lambda count: progress.update(bar, completed=count),
         )
     echo(
-        f"wrote {result.written:,} examples to {output} ({result.resumed:,} answered before, "
-        f"left out: {result.empty:,} empty, {result.wrong:,} wrong, {result.cut:,} cut at "
-        "--max-new-tokens)"
+        "wrote {written:,} examples to {output} ({resumed:,} answered before, left out: {empty:,} "
+        "empty, {wrong:,} wrong, {cut:,} cut at --max-new-tokens)".format(output=output, **counts)
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unicodedata import category, normalize
@@ -85,55 +85,35 @@ def _normalize(text: str) -> str:
     return " ".join(_WORDS.findall(normalize("NFC", text).casefold()))
 
 
-Answerer = Callable[[Sequence[RagExample], int], Sequence[str | None]]
-"""Answers a batch of examples, given its number, which seeds the sampling.
-
-An answer that was cut at the limit of tokens is None: training on it would teach to stop there.
-"""
-
-
-@dataclass(frozen=True)
-class Regenerated:
-    """Number of examples written, answers reused from an interrupted run, and answers dropped."""
-
-    written: int
-    resumed: int
-    empty: int
-    wrong: int
-    cut: int
-
-
 def regenerate(
     examples: Sequence[RagExample],
-    answer: Answerer,
+    answer: Callable[[Sequence[RagExample], int], Sequence[str | None]],
     output: str | Path,
     *,
     facts: Mapping[str, Any],
     batch_size: int,
     only_correct: bool = False,
     on_batch: Callable[[int], None] = lambda done: None,
-) -> Regenerated:
+) -> dict[str, int]:
     """Writes the examples with the model's answers as their ``response``.
 
     Answers are appended to ``OUTPUT.part`` after each batch; ``OUTPUT`` is created at the end. If
     interrupted, the same call continues after the last complete batch, with the same result.
 
-    ``facts`` (model, decoding) also determine the answers, and are recorded in ``meta``. With
-    ``only_correct``, replies without an accepted answer are dropped, see `gives_answer`.
-    ``on_batch`` is called with the number of examples done.
+    ``answer`` answers a batch, given its number, which seeds the sampling. An answer that was cut
+    at the limit of tokens is None: training on it would teach to stop there. ``facts`` (model,
+    decoding) also determine the answers, and are recorded in ``meta``. With ``only_correct``,
+    replies without an accepted answer are dropped, see `gives_answer`. ``on_batch`` is called with
+    the number of examples done.
 
-    Raises ValueError if the part file was started with other examples, ``facts`` or ``batch_size``,
-    an example has no accepted answer to compare with, or no answer is left to write.
+    Returns how many examples were ``written``, how many answers an interrupted run had
+    (``resumed``), and how many were dropped (``empty``, ``wrong``, ``cut``). Raises ValueError if
+    the part file was started with other examples, ``facts`` or ``batch_size``, an example has no
+    accepted answer to compare with, or no answer is left to write.
     """
-    if only_correct and (unknown := [e for e in examples if not e.answers]):
-        name = unknown[0].id or unknown[0].question
-        raise ValueError(
-            f"example '{name:.40}' has no accepted answer to compare with; omit only_correct or "
-            "add 'answers' to it"
-        )
+    if only_correct and (unknown := [e.id or e.question for e in examples if not e.answers]):
+        raise ValueError(f"only_correct needs answers; example '{unknown[0]:.40}' has none")
     output = Path(output)
-    if output.is_dir():
-        raise ValueError(f"'{output}' is a folder; name a file")
     part = output.with_name(output.name + ".part")
     identity = [[example.to_json() for example in examples], dict(facts), batch_size]
     identity_json = json.dumps(identity, sort_keys=True, ensure_ascii=False, default=str)
@@ -143,8 +123,7 @@ def regenerate(
             append_lines(part, [header])
         elif lines[0] != header:
             raise ValueError(
-                f"{part.name} was started with other questions, model or decoding; repeat "
-                f"that command, or remove '{part}' to start over"
+                f"'{part}' is of other questions, model or options; repeat its command or remove it"
             )
         answers = [text for line in lines[1:] for text in json.loads(line)]
         num_resumed = len(answers)
@@ -152,8 +131,6 @@ def regenerate(
         for start in range(num_resumed, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             texts = list(answer(batch, start // batch_size))
-            if len(texts) != len(batch):
-                raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
             append_lines(part, [json.dumps(texts, ensure_ascii=False)])
             answers += texts
             on_batch(len(answers))
@@ -170,7 +147,7 @@ def regenerate(
         raise ValueError(f"nothing to write to {output.name}: of {len(answers)} answers, {counts}")
     write_jsonl(output, written)
     part.unlink()
-    return Regenerated(len(written), num_resumed, **dropped)
+    return {"written": len(written), "resumed": num_resumed, **dropped}
 
 
 def _fate(example: RagExample, text: str | None, only_correct: bool) -> str:

@@ -1,7 +1,4 @@
-"""Chunkers: split a long text or a conversation into spans, which are cached separately.
-
-Without overlap, the concatenated spans of a text are the text.
-"""
+"""Chunkers: split a text or a conversation into spans; without overlap, these join to the text."""
 
 from __future__ import annotations
 
@@ -92,14 +89,11 @@ STRONGEST_FIRST = ("\n\n", "\r\n\r\n", "---", "===", "\n\t", "\n")
 
 @CHUNKERS.register("delimiter")
 class Delimiter(Chunker):
-    """Splits after each occurrence of one delimiter, then joins the shortest neighbours.
-
-    Source: Block-Attention, ``src/data/tools.py`` (fewer than 15 chunks).
-    """
+    """Splits after each occurrence of one delimiter, then joins the shortest neighbours."""
 
     # None: the first of these in the text: blank line, ``---``, ``===``, newline + tab, newline
     delimiter: str | None = None
-    max_chunks: int = 14  # the shortest neighbouring spans are joined until this many are left
+    max_chunks: int = 14  # as many are left by joining; Block-Attention has fewer than 15 chunks
 
     def __post_init__(self):
         if self.delimiter == "":
@@ -144,10 +138,8 @@ def _fewest_cuts(cuts: list[int], most: int) -> list[int]:
 class Fixed(Chunker):
     """Splits after every ``size`` tokens of the model's tokenizer, with an ``overlap``.
 
-    Spans are slices of the text, cut at the tokenizer's offsets. When a span is tokenised by
-    itself, it may have a token more or less at either end.
-
-    Source: KVLink splits XSum every 100 tokens; TurboRAG documents every 512 with an overlap of 10.
+    Tokenised by itself, a span may have a token more or less at either end. Source: KVLink splits
+    XSum every 100 tokens; TurboRAG documents every 512 with an overlap of 10.
     """
 
     size: int = 100  # tokens per span
@@ -158,14 +150,10 @@ class Fixed(Chunker):
         require_count("size", self.size, self.overlap + 1, "more than the overlap")
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        if tokenizer is None:
+        if tokenizer is None or not tokenizer.is_fast:
+            got = "none" if tokenizer is None else f"the slow '{tokenizer.name_or_path}'"
             raise ValueError(
-                "chunker 'fixed' counts tokens and has no tokenizer; name one: tokenizer=MODEL"
-            )
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"chunker 'fixed' needs the offsets of a fast tokenizer, and "
-                f"'{tokenizer.name_or_path}' is slow; use chunker 'sentence'"
+                f"chunker 'fixed' needs a fast tokenizer, got {got}; name one, tokenizer=MODEL"
             )
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -208,13 +196,10 @@ def sentences_of(text: str, language: str = "en") -> list[str]:
 
 @CHUNKERS.register("message")
 class PerMessage(Chunker):
-    """Makes each turn or message a chunk. A single text is split as by `Delimiter`.
+    """Makes each turn or message a chunk. A single text is split as by `Delimiter`."""
 
-    A turn is a user message with its replies (KVLink), or a system message. Block-Attention splits
-    by message.
-    """
-
-    unit: str = "turn"  # or ``message``
+    # ``turn``: a user message with its replies (KVLink), or a system message; or ``message``
+    unit: str = "turn"
 
     def __post_init__(self):
         require_one_of("unit", self.unit, ("turn", "message"))

@@ -37,7 +37,7 @@ class RagExample:
     ``chunks`` may be given as a string, or a list of strings, ``[title, text]`` pairs, objects with
     one of `TEXT_KEYS` or LangChain documents, or as columns (``{"title": [...], "text": [...]}``).
     They become a tuple of `Chunk`, their other keys its ``metadata``. One answer may be a string;
-    numbers become strings. Raises ValueError if a field has the wrong type; one line that names it.
+    numbers become strings. Raises ValueError, which names a field of the wrong type.
     """
 
     question: str  # never blank
@@ -50,9 +50,8 @@ class RagExample:
     meta: dict[str, Any] = field(default_factory=dict)  # other data; JSON-serialisable
     # further questions about the same chunks with their target responses, for training
     followups: tuple[tuple[str, str], ...] = ()
-    # messages before the response as (role, text), if the source is a conversation: optionally
-    # system, then user and assistant in turn, user last. ``chunks`` and ``question`` hold the same
-    # text; a mixture's ``turns`` trains on it
+    # messages before the response as (role, text): optionally system, then user and assistant in
+    # turn, user last; the same text as chunks and question, for a mixture's ``turns``
     conversation: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
@@ -66,6 +65,7 @@ class RagExample:
         valid_indices = isinstance(self.supporting, tuple) and all(
             type(index) is int and index in indices for index in self.supporting
         )
+        in_turn = self.conversation == () or is_conversation(self.conversation)
         for name, accepted, wanted in (
             ("question", _is_text(self.question), "a non-blank string"),
             ("answers", _is_texts(self.answers), "a list of non-blank strings"),
@@ -75,11 +75,7 @@ class RagExample:
             ("supporting", valid_indices, f"a list of chunk indices from 0 to {indices[-1]}"),
             ("meta", isinstance(self.meta, dict), "an object"),
             ("followups", _is_turns(self.followups), "a list of [question, response]"),
-            (
-                "conversation",
-                self.conversation == () or is_conversation(self.conversation),
-                "[role, text] of system, user, assistant in turn, the user's last",
-            ),
+            ("conversation", in_turn, "[role, text] of user and assistant in turn, user last"),
         ):
             value = getattr(self, name)
             if not accepted:
@@ -114,8 +110,7 @@ class RagExample:
         """Converts a decoded record: a line of a file, or a row of a Hugging Face data set.
 
         ``answer`` is read as ``answers``. Null fields are ignored, unknown ones kept in ``meta``.
-        Raises ValueError if a field is wrong, missing or misspelt; the message starts with
-        ``where`` (such as ``'docs.jsonl, line 7'``).
+        ValueError, starting with ``where``, if a field is wrong, missing or misspelt.
         """
         try:
             return cls(**_decode(record))
@@ -173,10 +168,7 @@ def read_chunks(value: Any, name: str = "chunks") -> tuple[Chunk, ...]:
     """Converts a question's passages, at least one, from any form that `RagExample.chunks` has."""
     entries = passages_in(value, name)
     if not entries:
-        raise ValueError(
-            f"{field_error(name, f'a non-empty list, each {CHUNK_WANTED}', value)}; "
-            "a question needs at least one retrieved chunk"
-        )
+        raise field_error(name, f"a non-empty list, each {CHUNK_WANTED}", value)
     return tuple(read_chunk(entry, f"{name}[{i}]") for i, entry in enumerate(entries))
 
 

@@ -6,13 +6,10 @@ RULER's other tasks run in lm-eval with ``blocktune``'s model; see docs/data.md.
 from __future__ import annotations
 
 import functools
-import json
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle, islice, product
-from pathlib import Path
+from itertools import count, islice, product
 from random import Random
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +18,6 @@ from blocktune.data.chunking import sentences_of
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import Chunk, PromptFormat, make_pieces
-from blocktune.prompt.format import require_unicode
 from blocktune.registry import require_count
 
 INSTRUCTION = (
@@ -48,7 +44,6 @@ class NeedleConfig:
     n: int = 10  # examples per length and depth
     seed: int = 0  # of the needles
     chunk: int = 256  # tokens per chunk
-    haystack: str | None = None  # text file, or JSON with ``"text"``; None: generated text
     tokenizer: str | None = None  # folder or name; counts tokens; None: the model's
 
     def __post_init__(self):
@@ -66,11 +61,10 @@ def generate_needles(
     Every cell hides the same needles in the same text. Raises ValueError if a length is too short
     for the question.
 
-    Source: RULER's niah_single_2 (arXiv:2404.06654), here with chosen depths and in chunks. RULER
-    uses Paul Graham's essays, which may not be shipped: pass them as ``haystack``.
+    Source: RULER's niah_single_2 (arXiv:2404.06654), here with chosen depths, in chunks, and in
+    generated text, since RULER's (Paul Graham's essays) may not be shipped.
     """
-    source = _sentences_of_file(config.haystack) if config.haystack else _generated_sentences()
-    sentences: list[str] = []
+    source, sentences = _generated_sentences(), []
 
     def prose(number: int) -> list[str]:
         """The first ``number`` sentences of the source, the same in every call."""
@@ -87,22 +81,6 @@ def _words(part: str) -> tuple[str, ...]:
     from wonderwords import RandomWord
 
     return tuple(RandomWord().filter(include_categories=[part]))
-
-
-def _sentences_of_file(file: str) -> Iterator[str]:
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"no haystack at '{file}'; give a text file, or JSON with a \"text\"")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        text = json.loads(text)["text"] if path.suffix == ".json" else text
-        require_unicode(text, "the text")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path.name} is not UTF-8 text, or JSON with "text": {error}') from None
-    sentences = [s.strip() for s in sentences_of(re.sub(r"\s+", " ", text)) if s.strip()]
-    if not sentences:
-        raise ValueError(f"{path.name} holds no sentence; give a text file")
-    return cycle(sentences)
 
 
 def _generated_sentences() -> Iterator[str]:
@@ -138,7 +116,7 @@ def _example(
         pieces = make_pieces(tokenizer, FORMAT, hide(size)[0], question)
         return MAX_NEW_TOKENS + sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query)))
 
-    size = largest(lambda size: tokens(size) <= length, least=1)
+    size = largest(lambda size: tokens(size) <= length)
     if size is None:
         raise ValueError(f"needle: a prompt has at least {tokens(1)} tokens, got length {length}")
     chunks, needle_chunk = hide(size)
@@ -174,11 +152,11 @@ def pack(
     return groups
 
 
-def largest(fits: Callable[[int], bool], least: int) -> int | None:
-    """Finds the largest size that fits, by doubling, then bisection. None if ``least`` does not."""
-    if not fits(least):
+def largest(fits: Callable[[int], bool]) -> int | None:
+    """Finds the largest size that fits, by doubling, then bisection. None if 1 does not."""
+    if not fits(1):
         return None
-    high = max(2 * least, 8)
+    high = 8
     while fits(high):
         high *= 2
-    return bisect_left(range(high), True, least, key=lambda size: not fits(size)) - 1
+    return bisect_left(range(high), True, 1, key=lambda size: not fits(size)) - 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unicodedata import normalize
 
 import numpy as np
@@ -22,15 +22,7 @@ from blocktune.data.sources.records import parse_record, read_records
 from blocktune.data.sources.schemas import PASSAGES, id_of
 from blocktune.prompt.format import Chunk
 
-Embed = Callable[[Sequence[str]], Any]
-"""Embeds ``N`` texts as unit vectors, ``(N, D)``."""
-
-
-class Hit(NamedTuple):
-    """Index of a chunk in the corpus, and its score."""
-
-    index: int
-    score: float
+Embed = Callable[[Sequence[str]], Any]  # embeds ``N`` texts as unit vectors, ``(N, D)``
 
 
 class Index:
@@ -51,14 +43,14 @@ class Index:
             vectors = np.asarray(embed(texts))
             self._scores = lambda asked: (vectors @ one for one in np.asarray(embed(asked)))
 
-    def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """Finds the ``k`` best chunks for each question. Ties are in the order of the corpus."""
+    def search(self, questions: Sequence[str], k: int) -> list[dict[int, float]]:
+        """The ``k`` best chunks (index: score) of each question; ties in corpus order."""
         best, k = [], min(k, len(self.chunks))
         for scores in self._scores(list(map(_composed, questions))):
             # Candidates are all chunks that reach the k-th score, so that ties are stable.
             (candidates,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
             order = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
-            best.append([Hit(int(index), float(scores[index])) for index in order])
+            best.append(dict(zip(order.tolist(), scores[order].tolist(), strict=True)))
         return best
 
 
@@ -125,8 +117,8 @@ def from_corpus(
     results = index.search([question.question for question in questions], k)
     examples, retriever = [], {"retriever": "bm25" if embed is None else "dense"}
     for question, hits in zip(questions, results, strict=True):
-        meta = question.meta | retriever | {"scores": [round(hit.score, 4) for hit in hits]}
-        chunks = tuple(index.chunks[hit.index] for hit in hits)
+        meta = question.meta | retriever | {"scores": [round(s, 4) for s in hits.values()]}
+        chunks = tuple(index.chunks[place] for place in hits)
         examples.append(replace(question, chunks=chunks, meta=meta))
     return examples
 
@@ -136,9 +128,8 @@ def from_retriever(
 ) -> Iterator[RagExample]:
     """Gives each question its first ``k`` passages of a retriever's output file.
 
-    A record has ``id``, ``question`` or both, and ``passages``, ``ctxs`` (DPR, FiD) or another of
-    `PASSAGES`, best first, in any form that `RagExample` reads. Raises ValueError, which names
-    file, line and field.
+    A record has ``id``, ``question`` or both, and ``passages`` or another of `PASSAGES`, best
+    first, as `RagExample` reads them. Raises ValueError, which names file, line and field.
     """
     retrieved: dict[tuple[str, str], tuple[Chunk, ...]] = {}
     for record in read_records(path):
@@ -146,8 +137,7 @@ def from_retriever(
         names = [name for name in (("id", key), ("question", text)) if name[1]]
         if retrieved.get(names[0], chunks) != chunks:
             raise ValueError(
-                f"{record.where}: question '{names[0][1]:.60}' has other passages in an earlier "
-                "record; give all its passages in one"
+                f"{record.where}: question '{names[0][1]:.60}' has other passages in another record"
             )
         retrieved |= dict.fromkeys(names, chunks)
     for question in questions:
@@ -163,9 +153,8 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
     """Keeps the ``k`` best chunks of each example by BM25 (the papers: Contriever), best first."""
     for example in examples:
         (hits,) = Index(example.chunks).search([example.question], k)
-        order = [hit.index for hit in hits]
-        supporting = tuple(place for place, i in enumerate(order) if i in example.supporting)
-        chunks = tuple(example.chunks[i] for i in order)
+        supporting = tuple(place for place, i in enumerate(hits) if i in example.supporting)
+        chunks = tuple(example.chunks[i] for i in hits)
         yield replace(example, chunks=chunks, supporting=supporting)
 
 

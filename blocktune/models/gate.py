@@ -1,9 +1,8 @@
-"""Checks whether a model supports chunk reuse, on a small random model of its configuration.
+"""Checks on a small random model of its configuration whether a model supports chunk reuse.
 
-Chunk reuse and block training are exact on a decoder if four properties hold. Only attention mixes
-tokens. Every layer attends by the function that blocktune passes to it and keeps its own keys.
-Positions enter only by rotating queries and keys. A layer attends exactly to what it passes to that
-function. `examine` does not look at a model's name.
+Chunk reuse and block training are exact on a decoder if only attention mixes tokens, every layer
+attends by the function (and only to the states) passed to it and keeps its own keys, and positions
+enter only by rotating queries and keys.
 """
 
 from __future__ import annotations
@@ -34,10 +33,7 @@ ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attent
 
 
 def require_supported(model: PreTrainedModel) -> RopeSpec:
-    """Returns how to move the cached chunks of a model, which may be PEFT's, quantised or split.
-
-    Raises `Refused` as `examine` does.
-    """
+    """How to move cached chunks of a model (also PEFT's, quantised, split). Raises as `examine`."""
     base = unwrapped(model)
     config = base.config.get_text_config()
     cls = type(base) if isinstance(config, type(base).config_class) else causal_class(config)
@@ -65,8 +61,7 @@ def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) 
             "encoder's output; use a decoder-only model"
         )
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    others = [index for index, kind in enumerate(kinds) if kind not in ATTENDING]
-    if others:
+    if others := [index for index, kind in enumerate(kinds) if kind not in ATTENDING]:
         raise Mixes(mixes_tokens(cls.__name__, f"'{kinds[others[0]]}'", others[0], len(others)))
     depth, heads = (config_value(config, f"num_{x}") for x in ("hidden_layers", "attention_heads"))
     if not depth or depth < 1:

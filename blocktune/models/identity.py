@@ -30,10 +30,9 @@ _TRAINED = ("ranknum.", "trainable_tokens", "blocktune_links", "modules_to_save.
 def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
     """Digests of a base's architecture, plain and linear weights, whatever adapter or links it has.
 
-    Weights are sampled as bfloat16, so a checkpoint has the same digest in float32 and in bfloat16.
-    For a 4- or 8-bit base only embeddings and norms count. The model must not be merged or resized.
-    ``state`` has its whole weights by name, if a launch has split them. Raises ValueError if a
-    weight is not in memory.
+    They are the same in float32 and bfloat16; of a 4- or 8-bit base only embeddings and norms
+    count. The model must not be merged or resized. ``state`` has its whole weights by name, if a
+    launch has split them. Raises ValueError if a weight is not in memory.
     """
     plain, linear = hashlib.sha256(), hashlib.sha256()
     quantised = False
@@ -65,8 +64,7 @@ class _Saved(dict):
 def saved_fingerprint(folder: str | Path, config: PreTrainedConfig) -> str | None:
     """`base_fingerprint` of the safetensors in a folder, of which it reads only the samples.
 
-    Returns None if that is unknown: damaged or other files, a quantised or multimodal model, or
-    weights that transformers renames or joins as it loads them.
+    None: unknown (other or damaged files, quantised, multimodal, or weights renamed on loading).
     """
     cls = causal_class(config)
     is_text = config.get_text_config(decoder=True) is config
@@ -125,9 +123,7 @@ def _base_weights(
 
 def _sample(name: str, weight: Tensor) -> bytes:
     if weight.is_meta:
-        raise ValueError(
-            f"cannot fingerprint '{name}': its weights are not in memory; do not offload to disk"
-        )
+        raise ValueError(f"cannot fingerprint '{name}', not in memory; do not offload it to disk")
     if not weight.is_floating_point():
         return b""
     flat = weight.detach().reshape(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,12 +59,13 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model without any adapter, and its tokenizer, in evaluation mode.
 
-    For a multimodal model, only its text model is loaded. GGUF weights are dequantised once and
-    kept as safetensors in the Hub's local cache.
+    Of a multimodal model, only the text model is loaded. Raises `Refused` if chunk reuse would be
+    wrong on the model, and ValueError if the model, device, dtype or quantization does not exist,
+    its files are damaged or lack weights, or it is saved quantized and ``quantize`` is given.
 
     Args:
         name: Folder or repository on the Hub, optionally with ``@REVISION``; or a GGUF file, or a
-            folder that holds one and no other model.
+            folder that holds one and no other model, whose weights are dequantised once.
         dtype: One of `DTYPES`; ``auto``: as saved.
         device: Default: CUDA if available, else the CPU.
         revision: Revision of the repository.
@@ -71,15 +73,16 @@ def load_base(
         place: Whether to move the weights to the device; quantised ones are always placed there.
         recurrent: Whether models with recurrent layers are allowed (without chunk reuse).
         what: What is being loaded, for error messages.
-
-    Raises `Refused` if chunk reuse would be wrong on the model, and ValueError if the model,
-    device, dtype or quantization does not exist, its files are damaged or lack weights, or it is
-    saved quantized and ``quantize`` is given.
     """
     bare, revision = pinned(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
     require_one_of("dtype", dtype, DTYPES)
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each backend raises its own kind
+        raise ValueError(
+            f"no device '{device}' here ({first_line(error)}); use cuda or cpu"
+        ) from None
     config = read_config(bare, revision, what)
     try:
         examine(config)
@@ -167,11 +170,9 @@ def gguf_file(name: str) -> Path | None:
         files = sorted(path.glob("*.gguf"))
     if not files:
         return None
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ValueError(f"'{name}' holds several GGUF files ({names}); name one of them")
-    if not files[0].is_file():
-        raise ValueError(f"no GGUF file '{name}'")
+    if len(files) > 1 or not files[0].is_file():
+        names = ", ".join(file.name for file in files if file.is_file()) or "none"
+        raise ValueError(f"no GGUF file, or several, at '{name}' ({names}); name one")
     if find_spec("gguf") is None:
         raise ValueError(f"'{files[0]}' needs the package gguf; run pip install 'blocktune[gguf]'")
     return files[0]
@@ -236,10 +237,6 @@ def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedM
     return copy.deepcopy(model, shared)
 
 
-_NOT_FOUND = ("couldn't connect to", "Repo id must", "not a valid model identifier")
-"""Parts of transformers' errors for a name that is neither a folder nor a repository."""
-
-
 @contextmanager
 def _explained(name: str, what: str) -> Iterator[None]:
     try:
@@ -248,11 +245,9 @@ def _explained(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # damaged files may raise any type
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        if any(part in reason for part in _NOT_FOUND) and not Path(name).exists():
-            raise ValueError(
-                f"cannot load {what} from '{name}': there is no such folder, and no repository of "
-                "that name in the Hub's cache or, unless this process is offline, on the Hub"
-            ) from None
+        missing = "couldn't connect to|Repo id must|not a valid model identifier"
+        if re.search(missing, reason) and not Path(name).exists():
+            reason = "there is no such folder, and no repository of that name (offline: cached)"
         is_model = any(Path(name).glob("model*.safetensors")) or Path(name, "config.json").exists()
         if what != "a tokenizer" and not is_model and Path(name, "blocktune.json").exists():
             reason = "it is an adapter; name its base, or merge it first (blocktune merge)"
@@ -272,25 +267,12 @@ def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> d
     if saved is None and quantize is None:
         return {}
     if saved is not None and quantize is not None:
-        raise ValueError(
-            f"the model is saved quantized ({saved.get('quant_method')}) and cannot be quantized "
-            f"again ({quantize!r:.40}); leave quantize out, or name the plain model"
-        )
+        raise ValueError(f"it is saved quantized ({saved.get('quant_method')}); leave quantize out")
     if isinstance(quantize, str):
         compute = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         quantize = quantization_config(quantize, compute)
     extra = {} if quantize is None else {"quantization_config": quantize}
     return {"device_map": {"": device}} | extra
-
-
-def check_device(name: str) -> None:
-    """Raises ValueError if ``name`` is not a device of this machine."""
-    try:
-        torch.empty(0, device=name)
-    except Exception as error:  # each backend raises its own kind
-        raise ValueError(
-            f"no device '{name}' here ({first_line(error)}); use cuda, cuda:0 or cpu, for example"
-        ) from None
 
 
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:

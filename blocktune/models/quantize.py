@@ -16,15 +16,12 @@ QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """The configuration by which transformers quantises a base, with products in ``dtype``.
 
-    Raises ValueError if the name is not among `QUANTIZATIONS`, or bitsandbytes is missing.
-
-    Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
+    Raises ValueError if the name is not in `QUANTIZATIONS`, or bitsandbytes is missing. Source:
+    QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
     """
     require_one_of("quantize", name, QUANTIZATIONS)
     if not (is_bitsandbytes_available() and is_accelerate_available()):
-        raise ValueError(
-            f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu]'"
-        )
+        raise ValueError(f"'{name}' needs bitsandbytes; run pip install 'blocktune[gpu]'")
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     kind, _, double = name.partition("-")
@@ -51,10 +48,7 @@ def quantization_of(model: PreTrainedModel) -> str | None:
 
 
 def keep_stored_codes(model: nn.Module) -> None:
-    """Stops bitsandbytes 0.50 from rewriting 4-bit weights in place on CPUs with AVX512-BF16.
-
-    They would be less precise, without a kernel for gradients, and unlike their fingerprint.
-    """
+    """Stops bitsandbytes 0.50 from rewriting 4-bit weights on CPUs: less exact, no gradients."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

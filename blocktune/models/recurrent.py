@@ -1,8 +1,7 @@
 """Models without chunk reuse: recurrent (Mamba, gated delta rules, hybrids) or GPT-2.
 
-A recurrent state mixes all tokens before it, and absolute positions are added to the states, so
-chunks cannot be encoded alone and reused. A whole prefix can: stock transformers continue from the
-state after its last token.
+They can reuse no chunks, which their states or positions tie to what comes before, but whole
+prefixes: stock transformers continue from the state after the last token.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""Reads and writes whole parameters that are split over processes (ZeRO-3, FSDP2).
-
-All processes must call `gathered` and `fill`, because they exchange data.
-"""
+"""Whole parameters that are split over processes (ZeRO-3, FSDP2), which all call these."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -15,12 +12,12 @@ from torch import Tensor
 def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
     """Makes split parameters whole inside the block; ``write`` keeps the changes by process 0."""
     split = [weight for weight in weights if hasattr(weight, "ds_id")]
-    if not split:
-        yield
-        return
-    import deepspeed
+    context = nullcontext()
+    if split:
+        import deepspeed
 
-    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
+        context = deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None)
+    with context:
         yield
 
 

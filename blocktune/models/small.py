@@ -1,7 +1,7 @@
 """Small random models with the structure of a given configuration.
 
-Layers, their kinds, head sizes and rotary parameters stay the same. Widths, experts and the
-vocabulary become small, and windows so short that a short input exceeds them.
+Layers, head sizes and rotary parameters stay the same. Widths, experts and the vocabulary become
+small, and windows so short that a short input exceeds them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ LARGEST = 400_000_000  # most parameters of a small model
 WINDOW = 12  # sliding window of a small model, in tokens
 SPAN = 120  # other lengths at which its attention changes (chunked, indexed), in tokens
 _SIZES = {
-    r".*intermediate_(multiple_)?size|.*ffn_(dim|hidden_size)|n_inner|dff|feed_forward_size": 64,
-    r".*intermediate_size_mlp": 64,
+    r".*intermediate_(multiple_)?size(_mlp)?|(attention|.*ffn)_hidden_size|.*ffn_dim": 64,
+    r"n_inner|dff|feed_forward_size": 64,
     r"(num|moe_num|num_local|n_routed)_?(local_|routed_)?experts": 4,
-    r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts": 2,
-    r"n_group|topk_group|num_expert_group|zero_expert_num": 1,
+    r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|index_topk_blocks": 2,
+    r"n_group|topk_group|num_expert_group|zero_expert_num|kv_n_heads": 1,
     r"sliding_window(_size)?|(local_)?attention_window(_size|_len)?|local_attention": WINDOW,
     r"attention_chunk_size|floor_scale|index_topk": SPAN,
-    r"attention_hidden_size": 64,
     r"index_block_size": 8,
-    r"index_topk_blocks": 2,
     r"[qk]v?_lora_rank|o_lora_rank|hidden_size_per_layer_input|router_hidden_size": 32,
     r"qk_nope_head_dim|v_head_dim": 16,
-    r"kv_n_heads": 1,
 }
 """Sizes of a small model, by a pattern of the configuration's field names."""
 _PARTS = _SIZES | {r"num_hidden_layers|num_blocks|depth": 2}
@@ -69,19 +66,17 @@ def small_config(
 
     old, shared, width = map(size, ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     depth, dim = size("num_hidden_layers"), size("head_dim")
-    few = {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2)}
-    if shared == old:
-        few["num_key_value_heads"] = heads
+    key_heads = heads if shared == old else max(1, heads // 2)
+    few = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
     for name, value in values.items():
         values[name] = _small(name, value)
         if layers is not None and isinstance(value, list) and len(value) == depth:
             values[name] = values[name][:layers]
-    by_layer = values.get("per_layer_config") or {}
-    if by_layer:
-        indices = [index for index in by_layer if layers is None or int(index) < layers]
+    if by_layer := values.get("per_layer_config"):
         values["per_layer_config"] = {
             index: {k: few.get(k, _small(k, v)) for k, v in by_layer[index].items()}
-            for index in indices
+            for index in by_layer
+            if layers is None or int(index) < layers
         }
     if values.get("qk_head_dim"):
         values["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]

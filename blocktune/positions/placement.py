@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 PLACEMENTS = ("sequential", "parallel", "composite", "reserved")
 
 
-class Placement(NamedTuple):
-    """First position of each piece."""
-
-    chunks: tuple[int, ...]  # of each chunk (including its links)
-    query: int  # of the query
-
-
 def place(
     placement: str, prefix_length: int, chunk_lengths: Sequence[int], slot: int = 0
-) -> Placement:
+) -> tuple[tuple[int, ...], int]:
     """Positions at which chunks (including links) and query start, by one of `PLACEMENTS`.
 
     ``sequential``: chunks follow each other. ``parallel``: all chunks start after the prefix, the
@@ -33,15 +25,12 @@ def place(
     total, longest = prefix_length + sum(chunk_lengths), max(chunk_lengths, default=0)
     if placement == "sequential":
         *starts, _ = accumulate(chunk_lengths, initial=prefix_length)
-        return Placement(tuple(starts), total)
+        return tuple(starts), total
     if placement == "parallel":
-        return Placement((prefix_length,) * len(chunk_lengths), prefix_length + longest)
+        return (prefix_length,) * len(chunk_lengths), prefix_length + longest
     if placement == "composite":
-        return Placement((0,) * len(chunk_lengths), total)
+        return (0,) * len(chunk_lengths), total
     if longest > slot:
-        raise ValueError(
-            f"chunk {list(chunk_lengths).index(longest)} takes {longest} positions, the schema "
-            f"reserves {slot} for each; cut chunks smaller or reserve more (slot)"
-        )
+        raise ValueError(f"a chunk takes {longest} positions, a slot {slot}; cut smaller chunks")
     starts = tuple(prefix_length + index * slot for index in range(len(chunk_lengths)))
-    return Placement(starts, prefix_length + slot * len(chunk_lengths))
+    return starts, prefix_length + slot * len(chunk_lengths)

@@ -67,15 +67,10 @@ def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
     start from the stored original, because repeated moves accumulate rounding errors.
 
     Returns keys of the same shape and dtype, computed in float32: bfloat16 cannot hold integers
-    past 256. Raises ValueError if ``shift`` does not match the keys.
+    past 256.
 
     Source: Block-Attention, arXiv:2409.15355, position re-encoding (one rotation, not two).
     """
-    if shift.shape != (keys.shape[0], keys.shape[2]):
-        raise ValueError(
-            f"shift must be (batch, tokens) = {(keys.shape[0], keys.shape[2])} to match keys, "
-            f"got {tuple(shift.shape)}"
-        )
     return rotate_keys(keys, Rotation.of(shift.to(keys.device), rope))
 
 
@@ -110,8 +105,7 @@ _fused: Callable[[Tensor, Rotation, Tensor], bool] | None = None
 def load_fused() -> None:
     """Makes `rotate_keys` use numba on CPUs, if it is installed; compiles once, for seconds."""
     global _fused
-    # vLLM 0.32 fails in a process that has loaded numba.
-    if (vllm := find_spec("vllm")) is not None and vllm.origin:  # not just a folder of that name
+    if getattr(find_spec("vllm"), "origin", None):  # vLLM 0.32 fails in a process with numba
         return
     try:
         _fused = import_module("blocktune.positions.fused").rotate_into

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
-from blocktune.prompt.rows import Prompt, labels_of
+from blocktune.prompt.rows import IGNORED, Prompt
 
 _PAD_ROW = {"kind": int(Kind.PAD), "chunk": NO_CHUNK, "group": GLOBAL, "until": FOREVER}
 _PAD_ROW |= {"supersedes": NO_ROW, "offset": 0, "position": 0, "order": 0, "sample": 0}
@@ -33,10 +33,8 @@ class Batch:
 def stack(prompts: Sequence[Prompt], pad_id: int, multiple: int = 1) -> Batch:
     """Pads prompts to the longest, rounded up to a ``multiple``, one batch entry each.
 
-    Pad rows of token ``pad_id``, which see nothing, come last. ValueError: there is no prompt.
+    Pad rows of token ``pad_id``, which see nothing, come last.
     """
-    if not prompts:
-        raise ValueError("stack needs at least one prompt, got none")
     length = -(-max(len(prompt.input_ids) for prompt in prompts) // multiple) * multiple
 
     def padded(values: Tensor, fill: int) -> Tensor:
@@ -49,16 +47,15 @@ def stack(prompts: Sequence[Prompt], pad_id: int, multiple: int = 1) -> Batch:
 
     rows = {field.name: joined(field.name) for field in fields(Layout)}
     ids = torch.stack([padded(prompt.input_ids, pad_id) for prompt in prompts])
-    return Batch(ids, Layout(**rows), labels_of(ids, rows["kind"]))
+    labels = torch.where(rows["kind"] == Kind.ANSWER, ids, IGNORED)
+    return Batch(ids, Layout(**rows), labels)
 
 
 def pack(prompts: Sequence[Prompt]) -> Prompt:
-    """Joins at least one prompt into one batch entry, in which they do not see each other.
+    """Joins prompts into one batch entry, in which they do not see each other.
 
     Every prompt keeps its positions; ``order`` continues, and ``sample`` numbers the prompts.
     """
-    if not prompts:
-        raise ValueError("pack needs at least one prompt, got none")
     layouts, row, order, sample = [], 0, 0, 0
     for prompt in prompts:
         layout = prompt.layout

@@ -58,9 +58,8 @@ class PromptFormat:
     """The wording of a prompt: instruction, then the chunks, then the question.
 
     A tag is placed by ``turn`` before the instruction; by ``prompt`` before the first turn (after
-    BOS) and tokenised separately, as Block-Attention's code does.
-
-    Raises ValueError if a field has the wrong type or lacks its placeholders.
+    BOS) and tokenised separately, as Block-Attention's code does. Raises ValueError if a field has
+    the wrong type or lacks its placeholders.
     """
 
     instruction: str = "Answer the question from the passages below."  # opens the user turn
@@ -120,12 +119,10 @@ _PLACEHOLDERS = {"titled": {"title", "text"}, "untitled": {"text"}, "question": 
 
 
 def _check_placeholders(name: str, template: str, wanted: set[str]) -> None:
-    shape = " and ".join(f"{{{key}}}" for key in sorted(wanted))
     try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"format: '{name}' is not a template: {error}, in {template!r}") from None
-    names = {field for _, field, _, _ in parts if field is not None}
-    plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
-    if names != wanted or not plain:
+        found = {part[1:] for part in Formatter().parse(template) if part[1] is not None}
+    except ValueError:  # a single brace
+        found = set()
+    if found != {(key, "", None) for key in wanted}:
+        shape = " and ".join(f"{{{key}}}" for key in sorted(wanted))
         raise ValueError(f"format: '{name}' must hold {shape} and no other, got {template!r}")

@@ -1,18 +1,14 @@
 """EFIM's prompts for infilling, to which typing only appends tokens.
 
-A prompt ``PRE prefix SUF suffix MID`` changes in the middle with every typed word, so that nothing
-after it can be reused. EFIM puts the text typed since the first request after the suffix: ``PRE
-old prefix SUF suffix MID typed``. Each typed piece is tokenised by itself, so no earlier token
-changes, and `prefix-cache` resumes the whole last prompt.
+EFIM puts the text typed since the first request after the suffix: ``PRE old prefix SUF suffix MID
+typed``. Each typed piece is tokenised by itself, so no earlier token changes, and `prefix-cache`
+resumes the whole last prompt.
 
 Source: EFIM, arXiv:2505.21889. Ordinary models are bad at continuing a word from the middle of a
 token; the paper trains on pieces of text that were tokenised separately.
 """
 
 from __future__ import annotations
-
-import threading
-from collections import OrderedDict
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,26 +22,23 @@ MARKERS = (
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
 )
 """Tokens that start the prefix, the suffix and the middle; the last row is DeepSeek-Coder's."""
+MOST_PLACES = 64  # at which a user types; the oldest are forgotten
 
 
 class Infill:
-    """Makes the prompts of one user, who types at up to ``most`` places at a time.
+    """Makes the prompts of one user. ValueError if the tokenizer has none of the `MARKERS`."""
 
-    Raises ValueError if the tokenizer has none of the `MARKERS`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int = 64):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         vocabulary = tokenizer.get_vocab()
         supported = [row for row in MARKERS if all(token in vocabulary for token in row)]
         if not supported:
             raise ValueError(
-                f"tokenizer '{tokenizer.name_or_path}' has no tokens for infilling (such as "
-                f"{MARKERS[0][0]}); use a code model that was trained to fill in the middle"
+                f"'{tokenizer.name_or_path}' has no infilling tokens; use a code model"
             )
-        self.tokenizer, self.most, self._lock = tokenizer, most, threading.Lock()
+        self.tokenizer = tokenizer
         self._markers = [(vocabulary[token],) for token in supported[0]]
         # By suffix: the pieces of the prefix, and how many of them come before the suffix.
-        self._places: OrderedDict[str, tuple[list[str], int]] = OrderedDict()
+        self._places: dict[str, tuple[list[str], int]] = {}
 
     def pieces(self, prefix: str, suffix: str) -> Pieces:
         """The prompt for the text between ``prefix`` and ``suffix``, without chunks.
@@ -53,16 +46,15 @@ class Infill:
         If the prefix continues an earlier one with the same suffix, that prompt is extended.
         Otherwise the suffix comes after the whole prefix. Known pieces are never tokenised again.
         """
-        with self._lock:
-            old, before = self._places.pop(suffix, ([], 0))
-            parts = _continued(prefix, old)
-            if not before or parts[:before] != old[:before]:
-                others = [_continued(prefix, other) for other, _ in self._places.values()]
-                parts = max([*others, parts], key=lambda pieces: sum(map(len, pieces[:-1])))
-                before = len(parts)
-            self._places[suffix] = parts, before
-            while len(self._places) > self.most:
-                self._places.popitem(last=False)
+        old, before = self._places.pop(suffix, ([], 0))
+        parts = _continued(prefix, old)
+        if not before or parts[:before] != old[:before]:
+            others = [_continued(prefix, other) for other, _ in self._places.values()]
+            parts = max([*others, parts], key=lambda pieces: sum(map(len, pieces[:-1])))
+            before = len(parts)
+        self._places[suffix] = parts, before
+        if len(self._places) > MOST_PLACES:
+            self._places.pop(next(iter(self._places)))
         typed = [encode(self.tokenizer, part, split_special_tokens=True) for part in parts]
         after = encode(self.tokenizer, suffix, split_special_tokens=True)
         first, second, third = self._markers

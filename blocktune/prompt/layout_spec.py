@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import Any
 
 from blocktune.parsing import build_strict, check_types
@@ -25,13 +26,11 @@ class LayoutSpec:
     """How pieces become rows. It is saved with every adapter, so that it is served as trained.
 
     The table of learned tokens has rows for links, then headers, then trailers. ``link_table`` says
-    which links share a row: all (``shared``), those of one slot (``slot``), or none, with a row for
-    each slot of each chunk index (``chunk``, as in KVLink's code). ``bos`` is ``none``; ``drop``:
-    each chunk is encoded after a BOS, which is then hidden (CacheBlend's code); ``keep``: BOS is
-    stored and served as the chunk's first token; or ``keep-all``: the question gets one, too
-    (EPIC's code).
-
-    Raises ValueError if a value is not accepted, or fields exclude each other.
+    which links share a row: all (``shared``), those of one slot (``slot``), or none (``chunk``, as
+    in KVLink's code). ``bos`` is ``none``; ``drop``: each chunk is encoded after a BOS, which is
+    then hidden (CacheBlend's code); ``keep``: BOS is stored and served as the chunk's first token;
+    or ``keep-all``: the question gets one, too (EPIC's code). Raises ValueError if a value is not
+    accepted, or fields exclude each other.
     """
 
     block: bool = True  # chunks see only themselves; False is full causal attention
@@ -56,36 +55,25 @@ class LayoutSpec:
         by_chunk = self.link_table == "chunk" and self.num_links > 0
         if by_chunk != (self.max_chunks > 0):
             raise ValueError(
-                f"layout: a link table by chunk needs max_chunks (KVLink: 40), others do not; got "
-                f"num_links {self.num_links}, link_table '{self.link_table}' and max_chunks "
-                f"{self.max_chunks}"
+                "layout: only links with link_table 'chunk' need max_chunks (KVLink: 40); got "
+                f"{self.num_links} links, '{self.link_table}', max_chunks {self.max_chunks}"
             )
         if (self.placement == "reserved") != (self.slot > 0):
             raise ValueError(
-                f"layout: placement 'reserved' needs a slot (positions reserved for a chunk), "
-                f"others do not; got placement '{self.placement}' and slot {self.slot}"
+                "layout: only placement 'reserved' needs a slot (positions of a chunk); got "
+                f"placement '{self.placement}' and slot {self.slot}"
             )
-        if len(self.sinks) > 1:
+        if len(self.sinks) > int(self.block):
             raise ValueError(
-                "layout: chunks are encoded after blanks (num_blanks), after the prefix "
-                "(shared_prefix) or after a BOS (bos: drop), only one of these; "
-                f"drop all but one of {', '.join(self.sinks)}"
-            )
-        if not self.block and self.sinks:
-            raise ValueError(
-                "layout: full attention (block: false) has no hidden blanks before chunks; "
-                f"drop {', '.join(self.sinks)}"
+                "layout: one of num_blanks, shared_prefix, bos: drop may put rows before chunks, "
+                f"in full attention (block: false) none; got {', '.join(self.sinks)}"
             )
 
     @property
     def sinks(self) -> tuple[str, ...]:
         """Names of set fields that put hidden rows before every chunk; at most one is valid."""
-        enabled = {
-            "num_blanks": self.num_blanks > 0,
-            "shared_prefix": self.shared_prefix,
-            "bos": self.bos == "drop",
-        }
-        return tuple(name for name, is_set in enabled.items() if is_set)
+        is_set = self.num_blanks > 0, self.shared_prefix, self.bos == "drop"
+        return tuple(compress(("num_blanks", "shared_prefix", "bos"), is_set))
 
     @property
     def keeps_bos(self) -> bool:
@@ -110,10 +98,7 @@ class LayoutSpec:
     def link_rows(self, chunk: int) -> tuple[int, ...]:
         """Table rows of the ``chunk``-th chunk's links, slot by slot. ValueError: it has none."""
         if self.max_chunks and chunk >= self.max_chunks:
-            raise ValueError(
-                f"the link table has rows for {self.max_chunks} chunks (max_chunks), but a prompt "
-                f"has more; retrieve fewer, or train with link_table 'slot'"
-            )
+            raise ValueError(f"more than max_chunks ({self.max_chunks}) chunks; retrieve fewer")
         first = chunk * self.num_links if self.link_table == "chunk" else 0
         step = 0 if self.link_table == "shared" else 1
         return tuple(first + step * slot for slot in range(self.num_links))

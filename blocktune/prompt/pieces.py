@@ -53,17 +53,13 @@ def make_pieces(
     block: bool = True,
     followups: Sequence[tuple[str, str]] = (),
 ) -> Pieces:
-    """Tokenises prefix, chunks, query and answer, through the tokenizer's chat template.
+    """Tokenises prefix, chunks, query and answer, through the tokenizer's chat template, if any.
 
-    Without a template the prompt is plain text. The format may have a tag for ``block`` attention.
-    ``response`` is the text that the model is trained to write (None when serving); ``followups``
-    are further questions and their responses.
-
-    Raises ValueError if there is no chunk or one has no tokens, the template drops user text, there
-    are followups without a response, or BOS occurs anywhere but at the start.
+    The format may have a tag for ``block`` attention. ``response`` is the text to learn (None when
+    serving); ``followups`` are further questions and their responses. Raises ValueError if a chunk
+    has no tokens, the template drops user text, there are followups without a response, or BOS
+    occurs anywhere but at the start.
     """
-    if not chunks:
-        raise ValueError("a prompt needs at least one chunk, got an empty list")
     if followups and response is None:
         raise ValueError("followups come after an answer, but the first question has no response")
     opening = fmt.opening(block)
@@ -99,10 +95,9 @@ def open_prompt(
 def chunk_ids(
     tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunks: Sequence[Chunk]
 ) -> tuple[Ids, ...]:
-    """Token ids of each chunk, which are encoded and stored. They are the same in any prompt.
+    """Token ids of each chunk, to be encoded and stored, the same in any prompt.
 
-    Special tokens written in a passage (``<|eot_id|>``) stay text, so they cannot end the turn.
-    Raises ValueError if a chunk has no tokens.
+    Special tokens written in a passage stay text. Raises ValueError if a chunk has no tokens.
     """
     chunks_ids = encode_user_texts(tokenizer, map(fmt.render_chunk, chunks))
     for chunk, ids in zip(chunks, chunks_ids, strict=True):
@@ -122,7 +117,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> Ids:
 def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, question: str) -> Ids:
     """Tokens of a further question, from the end of an assistant's turn to the start of its next.
 
-    Raises ValueError if the template does not end the assistant's turn as `end_of_turn` does.
+    ValueError: the template does not end the assistant's turn as `end_of_turn` does.
     """
     texts = UserText(tokenizer)
     ids = texts.encode(render_next(tokenizer, fmt.render_question(question, texts.safe)))
@@ -141,8 +136,8 @@ def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, questi
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Tokens that end the assistant's turn. Generation stops at the last of them.
 
-    They are the text that the template writes after the assistant's, up to the first special token;
-    or else the tokenizer's EOS. Raises ValueError if there is neither.
+    They are what the template writes after a reply, up to the first special token, else EOS.
+    Raises ValueError if there is neither.
     """
     ids = encode(tokenizer, around_reply(tokenizer).after)
     stops = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
@@ -167,8 +162,7 @@ def conversation_pieces(
 
     The format's ``full_tag`` goes before the first user message, or the prompt. Its ``system`` is
     used if there is no system message. Raises ValueError if no template renders these messages.
-
-    Source: KVLink trains on Tulu-3 in full attention this way (``sft``), arXiv:2502.16002.
+    Source: KVLink's training on Tulu-3 (``sft``), arXiv:2502.16002.
     """
     texts = UserText(tokenizer)
     system = next((text for role, text in messages if role == "system"), fmt.system)

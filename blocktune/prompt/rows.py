@@ -35,16 +35,6 @@ class Prompt:
         """``input_ids`` as a tuple."""
         return tuple(self.input_ids.tolist())
 
-    @property
-    def labels(self) -> Ids:
-        """Training labels: ``ids`` on answer rows, -100 elsewhere, not shifted."""
-        return tuple(labels_of(self.input_ids, self.layout.kind[0]).tolist())
-
-
-def labels_of(ids: Tensor, kind: Tensor) -> Tensor:
-    """``ids`` where ``kind`` is an answer, -100 elsewhere; both have the same shape."""
-    return torch.where(kind == Kind.ANSWER, ids, IGNORED)
-
 
 def lay_out(
     pieces: Pieces,

@@ -1,8 +1,8 @@
 """Gets the text around the chunks from any chat template, by rendering a sentinel.
 
-Most templates ignore ``documents``, so the chunks are part of the user turn. A sentinel takes
-their place while the template renders. The text before it belongs to the prefix, the text after it
-to the query. Chunk text never passes through a template, so none can trim or rewrite it.
+Most templates ignore ``documents``, so the chunks are part of the user turn. The text before the
+sentinel belongs to the prefix, the text after it to the query. Chunk text never passes through a
+template, so none can trim or rewrite it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ _TELL_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- 
 """Replaces the function from which Granite's and Mistral's templates get the date."""
 
 
+def unrendered(tokenizer: PreTrainedTokenizerBase, what: str) -> ValueError:
+    """The error for a chat template that cannot be used."""
+    return ValueError(f"'{tokenizer.name_or_path}' has no chat template that renders {what}")
+
+
 class Frame(NamedTuple):
     """The text before and after the chunks."""
 
@@ -44,8 +49,7 @@ def render_frame(
     """Renders one user turn ``head + chunks + tail`` and starts the assistant's turn.
 
     If the template rejects or drops the ``system`` text (Gemma), it goes before the user's. None
-    leaves the template's default. Without a chat template the frame is plain text. Raises
-    ValueError if the template does not render the user's text exactly once.
+    leaves the default. ValueError: the template does not render the user's text exactly once.
     """
     if tokenizer.chat_template is None:
         parts = [part for part in (system, head) if part]
@@ -54,10 +58,7 @@ def render_frame(
         if text.count(SENTINEL) == 1 and (not system or system.strip() in text):
             before, after = text.split(SENTINEL)
             return Frame(before, after + around_reply(tokenizer).before)
-    raise ValueError(
-        f"the chat template of '{tokenizer.name_or_path}' does not render a user turn with "
-        f"text in it exactly once; set tokenizer.chat_template to one that does"
-    )
+    raise unrendered(tokenizer, "a user turn with text in it exactly once; set one")
 
 
 @remembered("chat_template", "bos_token", "eos_token")
@@ -77,25 +78,19 @@ def around_reply(tokenizer: PreTrainedTokenizerBase) -> Frame:
 
 
 def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """The text from the end of an assistant's reply to the start of the next, with a question.
-
-    Raises ValueError if the template does not render a second user turn.
-    """
+    """The text from an assistant's reply to its next, with a question. ValueError: not rendered."""
     if tokenizer.chat_template is None:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
     for text in _rendered(tokenizer, None, [*_REPLIED, ("user", question)]):
         if text.count(REPLY) == 1 and question.strip() in text:
             return text.split(REPLY)[1] + around_reply(tokenizer).before
-    raise ValueError(
-        f"the chat template of '{tokenizer.name_or_path}' does not render a second user turn; "
-        "leave followups out, or set tokenizer.chat_template to one that does"
-    )
+    raise unrendered(tokenizer, "a second user turn; leave followups out, or set one")
 
 
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[tuple[str, str]]
 ) -> str:
-    """Renders turns (role, text) that begin and end with the user, and starts the assistant's.
+    """Renders turns (role, text), the user's first and last, and starts the assistant's.
 
     Raises ValueError if there is no template, or it drops some text.
     """
@@ -103,10 +98,7 @@ def render_conversation(
     for text in _rendered(tokenizer, system, turns) if tokenizer.chat_template else ():
         if all(part in text for part in required):
             return text + around_reply(tokenizer).before
-    raise ValueError(
-        f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
-        "turns out, or set tokenizer.chat_template to one that does"
-    )
+    raise unrendered(tokenizer, "this conversation; leave turns out, or set one")
 
 
 _REPLIED = [("user", "Hello."), ("assistant", REPLY)]

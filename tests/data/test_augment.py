@@ -2,8 +2,8 @@
 
 import pytest
 
-from blocktune.data.augment import Augment, augment
 from blocktune.data.example import RagExample
+from blocktune.data.mixture import Augment, augment
 from blocktune.parsing import read
 from blocktune.prompt import Chunk
 
@@ -54,7 +54,7 @@ def test_added_distractors_come_from_the_pool_and_mention_no_answer():
     pool = [Chunk("By ANN belt, in 1966"), CHUNKS[0], *POOL[:2]]
     varied = augment(EXAMPLE, 0, Augment(num_distractors=6), pool)
     assert set(varied.chunks) == {*CHUNKS, *POOL[:2]}
-    with pytest.raises(ValueError, match="needs 3 chunks of other examples, 2 fit"):
+    with pytest.raises(ValueError, match="needs 3 chunks of others, 2 fit"):
         augment(EXAMPLE, 0, Augment(num_distractors=7), pool)
 
 
@@ -71,9 +71,9 @@ def test_what_mentions_the_answer_is_evidence_where_the_source_names_none():
     [
         ({"shufle": True}, "unknown key 'shufle'; known: shuffle, num_chunks"),
         ({"shuffle": 1}, "'shuffle' must be true or false, got 1"),
-        ({"num_chunks": 0}, "augment 'num_chunks' must be a number of at least 1 or"),
+        ({"num_chunks": 0}, "augment 'num_chunks' must be at least 1 or"),
         ({"num_chunks": [5, 3]}, r"at least 1 or \[low, high\], got \[5, 3\]"),
-        ({"num_distractors": -1}, "augment 'num_distractors' must be a number of at least 0"),
+        ({"num_distractors": -1}, "augment 'num_distractors' must be at least 0"),
         ({"num_chunks": 3, "num_distractors": 2}, "num_chunks or num_distractors, not both"),
         ({"seed": "x"}, "'seed' must be a whole number"),
     ],

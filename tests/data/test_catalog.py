@@ -82,27 +82,6 @@ def test_questions_without_passages_say_what_to_do(hub, name):
         load_examples(name)
 
 
-def test_shots_of_another_split(hub, tmp_path):
-    import datasets
-
-    hub("samsum", [RECORDS["samsum"] | {"dialogue": f"A: {i}"} for i in range(3)])
-    solved = [RECORDS["samsum"] | {"dialogue": f"B: {i}"} for i in range(9)]
-    folder = tmp_path / CATALOG["samsum"].hub
-    datasets.Dataset.from_list(solved).to_parquet(folder / "default" / "train.parquet")
-    card = folder / "README.md"
-    split = "  - split: train\n    path: default/train.parquet\n---\n"
-    card.write_text(card.read_text().removesuffix("---\n") + split)
-    examples = load_examples("samsum?shots_from=train&shots=4")
-    assert len(examples) == 3
-    for example in examples:
-        assert "A: " in example.question
-        assert len(set(example.chunks)) == 4
-        assert all("B: " in chunk.text for chunk in example.chunks)
-    assert len({example.chunks for example in examples}) > 1
-    with pytest.raises(ValueError, match="10 shots need 10 instances, got 9"):
-        load_examples("samsum?shots_from=train&shots=10")
-
-
 def test_catalog_says_what_a_user_must_know():
     keys = {shape.key for shape in SHAPES}
     for entry in CATALOG.values():

@@ -139,5 +139,5 @@ def test_bad_chunker_is_refused(value, message):
 
 
 def test_counting_tokens_needs_a_fast_tokenizer():
-    with pytest.raises(ValueError, match="chunker 'fixed' counts tokens and has no tokenizer"):
+    with pytest.raises(ValueError, match="chunker 'fixed' needs a fast tokenizer, got none"):
         build_chunker("fixed").split("text")

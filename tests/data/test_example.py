@@ -69,7 +69,7 @@ def test_target():
 @pytest.mark.parametrize(
     ("change", "field", "word"),
     [
-        ({"chunks": []}, "chunks", "at least one retrieved chunk"),
+        ({"chunks": []}, "chunks", "a non-empty list"),
         ({"chunks": 7}, "chunks", "7"),
         ({"chunks": [1]}, "chunks[0]", "got 1"),
         ({"chunks": ["a", {"txt": "b"}]}, "chunks[1]", '{"txt": "b"}'),

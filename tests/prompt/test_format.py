@@ -26,7 +26,7 @@ def test_dict_round_trip(value):
     [
         ({"titled": "{title}"}, "format: 'titled' must hold {text} and {title} and no other"),
         ({"question": "{question} {text}"}, "format: 'question' must hold {question} and no other"),
-        ({"untitled": "{text"}, "format: 'untitled' is not a template"),
+        ({"untitled": "{text"}, "format: 'untitled' must hold {text} and no other"),
         ({"untitled": "{text!r}"}, "format: 'untitled' must hold {text} and no other"),
         ({"untitled": 3}, "format: 'untitled' must be text, got 3"),
         ({"instruction": None}, "format: 'instruction' must be text, got None"),
@@ -52,9 +52,9 @@ def test_bad_format_is_refused(values, message):
         ({"block": 1}, "layout: 'block' must be true or false, got 1"),
         ({"link_side": "left"}, "layout: 'link_side' must be one of after, before, got 'left'"),
         ({"placement": "ape"}, "layout: 'placement' must be one of sequential, parallel"),
-        ({"num_blanks": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
-        ({"block": False, "num_blanks": 1}, "layout: full attention (block: false)"),
-        ({"block": False, "shared_prefix": True}, "layout: full attention (block: false)"),
+        ({"num_blanks": 1, "shared_prefix": True}, "layout: one of num_blanks"),
+        ({"block": False, "num_blanks": 1}, "layout: one of num_blanks"),
+        ({"block": False, "shared_prefix": True}, "layout: one of num_blanks"),
         ({"links": 1}, "layout: unknown key 'links'; known: block, num_links"),
     ],
 )

@@ -76,8 +76,8 @@ def test_written_markers_stay_text(infill):
     assert ids.count(infill.tokenizer.convert_tokens_to_ids(MARKERS[1][2])) == 1
 
 
-def test_only_so_many_places_are_remembered(infill):
-    infill.most = 2
+def test_only_so_many_places_are_remembered(infill, monkeypatch):
+    monkeypatch.setattr("blocktune.prompt.infill.MOST_PLACES", 2)
     first = ids_of(infill.pieces(HEAD, TAIL))
     for number in range(2):
         infill.pieces("other", f"{number}")
@@ -99,5 +99,5 @@ def test_the_engine_resumes_the_whole_of_the_last_prompt(infill):
 
 
 def test_a_tokenizer_without_markers_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="has no tokens for infilling"):
+    with pytest.raises(ValueError, match="has no infilling tokens"):
         Infill(tokenizer)

@@ -163,16 +163,11 @@ def test_no_end_of_turn_is_refused():
         end_of_turn(build_tokenizer(None, eos_token=None))
 
 
-def test_no_chunk_is_refused():
-    with pytest.raises(ValueError, match="at least one chunk, got an empty list"):
-        make_pieces(build_tokenizer(), PromptFormat(), [], QUESTION)
-
-
 def test_second_bos_is_refused():
     twice = "{{ bos_token }}" + trl_template("llama3")
-    with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+    with pytest.raises(ValueError, match=r"BOS \('<s>'\) occurs 2 times"):
         make_pieces(build_tokenizer(twice), PromptFormat(), CHUNKS, QUESTION)
-    with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+    with pytest.raises(ValueError, match=r"BOS \('<s>'\) occurs 2 times"):
         prefix_ids(build_tokenizer(), PromptFormat(instruction="Strike <s>this</s> out"))
 
 
@@ -230,7 +225,7 @@ def test_what_a_template_writes_before_each_reply_opens_the_answer_too():
 @pytest.mark.parametrize("template", ["{{ bos_token }}hello", "{{ messages[0].content * 2 }}"])
 def test_template_that_does_not_hold_user_text_is_refused(template):
     with pytest.raises(
-        ValueError, match="does not render a user turn with text in it exactly once"
+        ValueError, match="no chat template that renders a user turn with text in it exactly once"
     ):
         make_pieces(build_tokenizer(template), PromptFormat(), CHUNKS, QUESTION)
 

@@ -16,6 +16,7 @@ from blocktune.prompt import (
     conversation_pieces,
     lay_out,
     make_pieces,
+    stack,
 )
 
 CHUNKS = (
@@ -60,7 +61,7 @@ def test_every_turn_is_a_query_and_an_answer_that_is_learnt(template):
     pieces = pieces_of(tokenizer)
     prompt = lay_out(pieces, LayoutSpec(block=True))
     layout = prompt.layout
-    labels = [label for label in prompt.labels if label != IGNORED]
+    labels = [label for label in tuple(stack([prompt], 0).labels[0].tolist()) if label != IGNORED]
     assert labels == [*pieces.answer, *pieces.followups[0][1], *pieces.followups[1][1]]
     after = layout.kind[0] >= 0
     after &= (layout.kind[0] == Kind.QUERY) | (layout.kind[0] == Kind.ANSWER)
@@ -83,7 +84,7 @@ def test_turns_after_no_answer_are_refused():
 
 def test_a_template_without_a_second_user_turn_is_refused():
     template = "{{ bos_token }}<|user|>{{ messages[0].content }}<|assistant|>"
-    with pytest.raises(ValueError, match="does not render a second user turn"):
+    with pytest.raises(ValueError, match="no chat template that renders a second user turn"):
         pieces_of(build_tokenizer(template))
 
 
@@ -124,7 +125,9 @@ def test_a_conversation_is_what_the_template_renders(name):
     assert pieces.answer == answer_ids(tokenizer, "In 1966.")
     prompt = lay_out(pieces, LayoutSpec(block=False))
     assert prompt.ids == pieces.prefix + pieces.answer
-    assert [label for label in prompt.labels if label != -100] == list(pieces.answer)
+    assert [
+        label for label in tuple(stack([prompt], 0).labels[0].tolist()) if label != -100
+    ] == list(pieces.answer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -21,7 +21,7 @@ from blocktune.links import install_links, new_links
 from blocktune.methods import Method
 from blocktune.methods.base import Weights
 from blocktune.methods.select import SELECTORS, Nothing, Selection
-from blocktune.prompt import IGNORED, LayoutSpec, Pieces, lay_out
+from blocktune.prompt import IGNORED, LayoutSpec, Pieces, lay_out, stack
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.dataset import Sample, prepare
 from blocktune.training.recompute import RecomputeSampler, narrowed, with_fresh_rows
@@ -168,7 +168,12 @@ def test_fresh_rows_come_last_supersede_and_are_never_learnt():
     fresh = with_fresh_rows(prompt, prompt.layout.is_context)
     assert fresh.ids == (*prompt.ids, 2, 3, 4)
     assert fresh.layout.supersedes[0, -3:].tolist() == [1, 2, 3]
-    assert fresh.labels == (*prompt.labels, IGNORED, IGNORED, IGNORED)
+    assert tuple(stack([fresh], 0).labels[0].tolist()) == (
+        *tuple(stack([prompt], 0).labels[0].tolist()),
+        IGNORED,
+        IGNORED,
+        IGNORED,
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

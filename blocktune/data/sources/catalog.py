@@ -1,7 +1,4 @@
-"""Catalogue of public data sets with short names: place on the Hub, licence, conversion.
-
-Licences are as stated by the authors or the Hub; read them before you publish a trained model.
-"""
+"""Public data sets by short name, and the data sets and licences that examples come from."""
 
 from __future__ import annotations
 
@@ -82,10 +79,7 @@ def with_data_sets(examples: Iterable[RagExample], source: str) -> Iterator[RagE
 
 
 def is_test_split(source: str, split: str | None = None) -> bool:
-    """Whether a file's name, an option or the split says ``test``.
-
-    ``split`` is the split that is read if the source names none.
-    """
+    """Whether a file's name, an option or ``split`` (read if there is no such option) says test."""
     name, _, options = source.partition("?")
     default = split if split and "split=" not in options else ""
     words = f"{Path(name).name}?{options}?{default}".lower()  # without the folders of a file

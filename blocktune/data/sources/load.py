@@ -28,7 +28,7 @@ from blocktune.data.sources.options import (
 from blocktune.data.sources.records import LeftOut, Record, parse_record, read_hub, read_records
 from blocktune.data.sources.schemas import Cutter
 from blocktune.data.sources.shapes import find_shape, rename
-from blocktune.data.sources.texts import POOL, with_shots
+from blocktune.data.sources.texts import with_shots
 from blocktune.prompt.format import Chunk
 
 logger = logging.getLogger("blocktune")
@@ -48,18 +48,17 @@ def load_examples(
 
     The log counts unusable rows, which are left out, and names unknown fields, kept in ``meta``.
 
+    Raises ValueError if the source is unknown, no shape fits, or a record is wrong; names file,
+    line and field.
+
     Args:
-        source: A file, whose record shape is detected by its fields; a short name of `CATALOG`
-            (``musique``); ``hf:NAME[:CONFIG]``, a data set on the Hugging Face Hub or in a folder;
-            or a generator (``worlds:test?seed=1&n=100``). Options follow after ``?``: a generator's
-            own, else those of `Reading`, such as ``?as=document&chunker=fixed``.
+        source: A file, whose record shape is detected by its fields; a short name of `CATALOG`;
+            ``hf:NAME[:CONFIG]``, a data set on the Hugging Face Hub or in a folder; or a generator
+            (``worlds:test?n=100``). Options follow after ``?``: a generator's own, or `Reading`'s.
         limit: Load only the first examples.
         split: Split of a Hub data set; default ``validation``, or ``train`` if it has none.
         tokenizer: For chunkers and generators that count tokens and name no tokenizer.
         chunker: Splits conversations and documents; overrides the source's option and the default.
-
-    Raises ValueError if the source is unknown, no shape fits, or a record is wrong; names file,
-    line and field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
@@ -67,17 +66,13 @@ def load_examples(
     if not on_the_hub(parsed) and not os.path.isfile(parsed.name):
         if (generated := generate(parsed, tokenizer)) is None:
             raise ValueError(_unknown_source(source))
-        _refuse_split(source, split)
-        if chunker is not None:
-            raise ValueError(f"'{source}' has chunks already; leave the chunker out")
+        if split is not None or chunker is not None:
+            raise ValueError(f"'{source}' has no splits, but chunks; leave split and chunker out")
         if not (examples := list(islice(generated, limit))):
             raise ValueError(f"'{source}' generates no example; ask for at least one")
         return examples
     reading = read_options(parsed, split=split, tokenizer=tokenizer, chunker=chunker)
-    records, shots = open_records(parsed, reading, limit), None
-    if reading.shots_from is not None:
-        shots = open_records(parsed, replace(reading, split=reading.shots_from), POOL)
-    return parse_records(records, parsed, reading, limit, shots)
+    return parse_records(open_records(parsed, reading, limit), parsed, reading, limit)
 
 
 def training_split(source: str | Path) -> str | None:
@@ -92,7 +87,8 @@ def open_records(parsed: SourceName, reading: Reading, limit: int | None) -> Ite
         entry = data_set(parsed.name.removeprefix("hf:"))
         records = read_hub(entry, reading.split, limit, reading.shuffle)
     else:
-        _refuse_split(parsed.name, reading.split)
+        if reading.split is not None:
+            raise ValueError(f"'{parsed.name}' has no splits; leave split='{reading.split}' out")
         records = read_records(parsed.name)
         if reading.shuffle is not None:
             records = list(records)
@@ -130,13 +126,9 @@ def load_chunks(source: str | Path) -> list[Chunk]:
 
 
 def parse_records(
-    records: Iterable[Record],
-    parsed: SourceName,
-    reading: Reading,
-    limit: int | None = None,
-    shots: Iterable[Record] | None = None,
+    records: Iterable[Record], parsed: SourceName, reading: Reading, limit: int | None = None
 ) -> list[RagExample]:
-    """Converts records of one shape to examples; few-shot contexts are drawn from ``shots``."""
+    """Converts records of one shape to examples."""
     records, name = iter(records), parsed.name
     head = list(islice(records, SNIFFED))
     key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)
@@ -145,8 +137,8 @@ def parse_records(
     left_out: Counter[str] = Counter()
     kept: dict[str, None] = {}  # names of unknown fields, in order
 
-    def examples(some: Iterable[Record]) -> Iterator[RagExample]:
-        for record in some:
+    def examples() -> Iterator[RagExample]:
+        for record in chain(head, records):
             try:
                 yield parse_record(record, parse)
             except LeftOut as reason:
@@ -155,11 +147,10 @@ def parse_records(
             if shape.key == "blocktune":
                 kept.update(dict.fromkeys(unknown_fields(record.value)))
 
-    converted = examples(chain(head, records))
+    converted = examples()
     if shape.in_shots:
-        given = {"shots": reading.shots or 5, "seed": reading.seed or 0}
-        converted = with_shots(converted, others=shots and examples(shots), **given)
-    elif (reading.shots, reading.seed, shots) != (None, None, None):
+        converted = with_shots(converted, reading.shots or 5, reading.seed or 0)
+    elif (reading.shots, reading.seed) != (None, None):
         raise ValueError(f"'shots' and 'seed' belong to few-shot, the shape is '{shape.key}'")
     loaded = list(islice(converted, limit))
     if not loaded and left_out:
@@ -182,13 +173,5 @@ def _unknown_source(source: str | Path) -> str:
         return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     if os.path.exists(source):
         return f"'{source}' is a pipe or a device, which is not read; write it into a file first"
-    return (
-        f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', one of "
-        f"{', '.join(CATALOG)}, or generated: {', '.join(f'{name}:' for name in generators())}; "
-        "see `blocktune data list`"
-    )
-
-
-def _refuse_split(source: str | Path, split: str | None) -> None:
-    if split is not None:
-        raise ValueError(f"'{source}' has no splits to choose from; drop split='{split}'")
+    known = ", ".join([*CATALOG, *(f"{name}:" for name in generators())])
+    return f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', or of {known}"

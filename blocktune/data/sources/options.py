@@ -51,10 +51,7 @@ def _mapping(text: str) -> dict[str, str]:
     """Parses ``question:input,chunks:context`` to new name -> old name."""
     pairs = [tuple(map(str.strip, pair.partition(":")[::2])) for pair in text.split(",")]
     if not all(new and old for new, old in pairs) or len(dict(pairs)) < len(pairs):
-        raise ValueError(
-            f"'fields' must be NEW:OLD with commas between, such as "
-            f"question:input,chunks:context, each NEW once; got '{text}'"
-        )
+        raise ValueError(f"'fields' must be NEW:OLD,NEW:OLD,..., each NEW once; got '{text}'")
     return dict(pairs)
 
 
@@ -68,7 +65,6 @@ class Reading:
     chunker: Chunker | None = None  # splits records that have no chunks
     tokenizer: PreTrainedTokenizerBase | None = None  # counts tokens for the chunker
     shots: int | None = None  # solved examples given as chunks, for ``few-shot``; None: 5
-    shots_from: str | None = None  # split that the shots are drawn from; None: the same split
     seed: int | None = None  # of the choice of shots; None: 0
     shuffle: int | None = None  # seed of a random order, before the limit; None keeps the order
 
@@ -110,7 +106,6 @@ def read_options(
     return build_config(Reading, own, f"'{source.text}'", OPTIONS, **given)
 
 
-Examples = Iterator[RagExample]
 Tokenizer = PreTrainedTokenizerBase | None
 
 
@@ -118,7 +113,7 @@ class Generator(NamedTuple):
     """A source that is generated from a seed, without files or network."""
 
     # arguments: the text after the colon, the options, and a tokenizer or None
-    read: Callable[[str, dict[str, str], Tokenizer], Examples]
+    read: Callable[[str, dict[str, str], Tokenizer], Iterator[RagExample]]
     becomes: str  # what it generates, in words
     example: str  # a complete source
 
@@ -129,7 +124,7 @@ def generators() -> dict[str, Generator]:
     return GENERATORS
 
 
-def generate(source: SourceName, tokenizer: Tokenizer) -> Examples | None:
+def generate(source: SourceName, tokenizer: Tokenizer) -> Iterator[RagExample] | None:
     """Generates examples; None if no generator has the prefix. Loads plug-ins if necessary."""
     prefix, colon, rest = source.name.partition(":")
     if not colon or (prefix not in GENERATORS and prefix not in generators()):
@@ -143,7 +138,7 @@ def refuse_rest(what: str, rest: str) -> None:
         raise ValueError(f"'{what}:' is followed by options, '{what}:?n=10'; got '{what}:{rest}'")
 
 
-def _worlds(split: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Examples:
+def _worlds(split: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Iterator[RagExample]:
     from blocktune.data.worlds import WorldConfig, generate_examples
 
     names = {"n": "num_examples", "passages": "num_passages"}
@@ -151,7 +146,7 @@ def _worlds(split: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Exa
     return generate_examples(build_config(WorldConfig, options, f"worlds:{split}", names, **given))
 
 
-def _needle(rest: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Examples:
+def _needle(rest: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Iterator[RagExample]:
     from blocktune.data.needle import NeedleConfig, generate_needles
 
     refuse_rest("needle", rest)
@@ -162,14 +157,10 @@ def _needle(rest: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Exam
     return generate_needles(config, counter)
 
 
+_NEEDLE = "needle:?lengths=1024,4096&depths=0,50,100&n=20&tokenizer=MODEL"
+_WORLDS = "worlds:test?seed=1&n=500&kinds=2-hop"
 GENERATORS: dict[str, Generator] = {
-    "worlds": Generator(
-        _worlds, "multi-hop question over made-up passages", "worlds:test?seed=1&n=500&kinds=2-hop"
-    ),
-    "needle": Generator(
-        _needle,
-        "needle in a haystack, by length and depth",
-        "needle:?lengths=1024,4096&depths=0,50,100&n=20&tokenizer=MODEL",
-    ),
+    "worlds": Generator(_worlds, "multi-hop question over made-up passages", _WORLDS),
+    "needle": Generator(_needle, "needle in a haystack, by length and depth", _NEEDLE),
 }
 """Generators by the prefix before the colon. Plug-ins add their own."""

@@ -32,11 +32,6 @@ _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Office file",
     b"\x28\xb5\x2f\xfd": "zstd (unzstd unpacks it)",
     b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
-    b"%PDF": "a PDF",
-    b"GGUF": "a GGUF model",
-    b"SQLite": "an SQLite data base",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
 }
 _ARRAY = re.compile(  # as NumPy and pandas print arrays, with texts or within objects
     r"\[\s*[{'\"].*[}'\"]\s*\]\s*"
@@ -46,8 +41,7 @@ _ARRAY = re.compile(  # as NumPy and pandas print arrays, with texts or within o
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escape of a surrogate, paired or lone
 
 MOST_PARAGRAPHS = 10  # in the context of a SQuAD question, as in HotpotQA
-_WRAPPERS = ("data", "rows", "examples", "instances", "records", "questions")
-"""Fields that may hold the records if the file is a single object."""
+_WRAPPERS = ("data", "rows", "examples", "instances", "records", "questions")  # in one object
 
 
 class Record(NamedTuple):
@@ -152,10 +146,7 @@ def _require_text(value: Any, name: str, where: str) -> None:
 
 
 def _from_csv(name: str, stream) -> Iterator[Record]:
-    """Reads rows as objects; cells with a list or object are decoded.
-
-    The delimiter is the most frequent of comma, tab, semicolon and bar in the header.
-    """
+    """Reads rows as objects; cells with a list or object are decoded."""
     csv.field_size_limit(sys.maxsize)  # a context is longer than the default of 128 KiB
     header = stream.readline()
     stream.seek(0)
@@ -222,11 +213,7 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
 
 
 def _expand(record: Record) -> Iterator[Record]:
-    """Yields a record, or those nested in it.
-
-    They may be in a list (unless the record is a passage), in columns, in an object keyed by
-    question id, or in SQuAD's articles.
-    """
+    """Yields a record, or those nested in it: a list, columns, by question id, or as in SQuAD."""
     value = record.value if isinstance(record.value, Mapping) else {}
     # The Hub's data set viewer ("features") and pandas ("schema") describe the columns.
     lists = {k for k, v in value.items() if isinstance(v, list | dict)} - {"features", "schema"}
@@ -281,10 +268,8 @@ def _questions_of(article: Record) -> Iterator[Record]:
                 fields = {**question, "chunks": [chunks[i] for i in kept]}
                 yield Record(where, fields | {"supporting": [kept.index(own)]})
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{article.where}: paragraphs[{own}] is not as in SQuAD (context, qas with "
-                f"question, answers): {type(error).__name__} {error}"
-            ) from None
+            where = f"{article.where}: paragraphs[{own}]"
+            raise ValueError(f"{where} is not as in SQuAD ({error!r:.60})") from None
 
 
 def read_hub(
@@ -338,7 +323,4 @@ def parse_record(record: Record, parse, types=dict) -> Any:
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from None
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{record.where}: not of the shape that the first records have "
-            f"({type(error).__name__}: {error})"
-        ) from None
+        raise ValueError(f"{record.where}: not of the first records' shape ({error!r})") from None

@@ -27,8 +27,7 @@ PASSAGES = ("ctxs", "passages", "contexts", "retrieved_contexts", "documents", "
 """Fields that may hold a question's passages, besides blocktune's own ``chunks``."""
 SUMMARIZE = "Write a short summary of the text above."
 
-_NUMBERED = re.compile(r"^(?=Passage \d+:\n)", re.MULTILINE)
-"""How LongBench joins the passages of its multi-document tasks."""
+_NUMBERED = re.compile(r"^(?=Passage \d+:\n)", re.MULTILINE)  # LongBench's joined passages
 
 
 class Cutter(NamedTuple):
@@ -82,10 +81,7 @@ def _cut(
 
 
 def parse_musique(record: Mapping[str, Any]) -> RagExample:
-    """Converts MuSiQue: 20 paragraphs; the id gives the number of hops (``'3hop1__...'``).
-
-    Source: https://github.com/StonyBrookNLP/musique, ``musique_*_v1.0_*.jsonl``.
-    """
+    """Converts MuSiQue (https://github.com/StonyBrookNLP/musique); an id is ``3hop1__...``."""
     match = re.match(r"(\d+)hop", str(record.get("id", "")))
     hops = match[1] if match else len(record.get("question_decomposition") or ())
     return _example(record, "paragraphs", f"{hops}-hop" if hops else "")
@@ -95,9 +91,7 @@ def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagEx
     """Converts HotpotQA and 2WikiMultihopQA, original or from the Hub, and SQuAD from the Hub.
 
     ``context`` is one text, or passages in any form that `RagExample` reads. Rows without one, as
-    in some copies of 2WikiMultihopQA, are left out.
-
-    Source: https://hotpotqa.github.io, https://github.com/Alab-NII/2wikimultihop.
+    in some copies of https://github.com/Alab-NII/2wikimultihop, are left out.
     """
     context = record.get("context")
     if not (any(context.values()) if isinstance(context, Mapping) else context):
@@ -118,8 +112,6 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
     """Converts a question with `PASSAGES`: CacheBlend's and FiD's ``ctxs``, RAGAS' ``contexts``.
 
     A record with other fields of blocktune's own format is one, except for the name of its chunks.
-
-    Source: https://github.com/YaoJiayi/CacheBlend, ``inputs/``.
     """
     name = next((name for name in PASSAGES if record.get(name) is not None), PASSAGES[0])
     if any(record.get(key) is not None for key in ("response", "kind", "supporting", "followups")):
@@ -128,10 +120,7 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
 
 
 def parse_ragas(record: Mapping[str, Any]) -> RagExample:
-    """Converts RAGAS' single-turn samples. The answer is ``reference``, not ``response``.
-
-    Source: https://docs.ragas.io, ``SingleTurnSample``.
-    """
+    """Converts RAGAS' ``SingleTurnSample``. The answer is ``reference``, not ``response``."""
     renamed = {"question": record["user_input"], "answers": record.get("reference")}
     return _example({**record, **renamed}, "retrieved_contexts")
 
@@ -140,9 +129,7 @@ def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """Converts LongBench and InfiniteBench: ``input`` is the question, ``context`` one long text.
 
     The context is split at its numbered passages, else by the cutter. Summarisation tasks have a
-    blank question, which becomes `SUMMARIZE`. In LongBench v2 the question is ``question``.
-
-    Source: LongBench, arXiv:2308.14508; v2, arXiv:2412.15204.
+    blank question, which becomes `SUMMARIZE`. Source: arXiv:2308.14508; v2 arXiv:2412.15204.
     """
     context, question = record.get("context"), record.get("input", record.get("question"))
     if not isinstance(context, str) or not isinstance(question, str):
@@ -177,8 +164,6 @@ def _with_choices(record: Mapping[str, Any], question: Any) -> tuple[Any, tuple[
     """The question with its choices below it, and the accepted answers.
 
     An answer that is the letter of a choice becomes its text: "A" is an article to the metrics.
-
-    Source: LongBench v2's prompt (``choice_A``, ...); InfiniteBench lists ``options``.
     """
     given = record.get("options") or record.get("choices")
     given = given or [record.get(f"choice_{letter}") for letter in "ABCD"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -37,9 +37,8 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """Converts a conversation: the last user message is the question, its reply the response.
 
     Earlier messages are split into chunks. If there are none, the user message itself is split, and
-    its last span is the question; with code in it, which splitting would break, it is left out.
-
-    Source: KVLink's ``sft_mem`` and Block-Attention's Tulu-3 data.
+    its last span is the question; with code in it, which splitting would break, it is left out
+    (KVLink's ``sft_mem``, Block-Attention).
     """
     messages = _dialogue(record)
     while messages and messages[-1].role != "assistant":
@@ -117,10 +116,7 @@ def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 
 def parse_pair(record: Mapping[str, Any]) -> RagExample:
-    """Converts an input-output pair. Its only chunk is the solved pair, for use by `with_shots`.
-
-    Source: CacheBlend's SAMSum, where each solved example in the context is a chunk.
-    """
+    """Converts an input-output pair. Its only chunk is the solved pair, for use by `with_shots`."""
     present = [pair for pair in _PAIRS if pair[0] in record and pair[1] in record]
     filled = [pair for pair in present if None not in (record[pair[0]], record[pair[1]])]
     for field, target, name, label in filled or present:
@@ -133,10 +129,7 @@ def parse_pair(record: Mapping[str, Any]) -> RagExample:
 
 
 def parse_session(record: Mapping[str, Any]) -> RagExample:
-    """Converts MT-RAG: a conversation over retrieved ``contexts``. Its messages are the question.
-
-    Source: https://github.com/IBM/mt-rag-benchmark, reference tasks.
-    """
+    """Converts MT-RAG (https://github.com/IBM/mt-rag-benchmark): all messages are the question."""
     messages, replies = _messages(record, "input"), _messages(record, "targets")
     if not record["contexts"]:
         raise LeftOut("no passages in contexts")
@@ -150,27 +143,18 @@ def parse_session(record: Mapping[str, Any]) -> RagExample:
     return RagExample(question, chunks, answers, kind="chat", id=name, meta=meta)
 
 
-def with_shots(
-    examples: Iterable[RagExample],
-    *,
-    shots: int,
-    seed: int = 0,
-    others: Iterable[RagExample] | None = None,
-) -> Iterator[RagExample]:
-    """Gives every example ``shots`` other solved examples as chunks (few-shot).
+def with_shots(examples: Iterator[RagExample], shots: int, seed: int) -> Iterator[RagExample]:
+    """Gives every example ``shots`` others, solved, as chunks (few-shot).
 
-    They are drawn from ``others``, e.g. another split, or else from ``examples``. The draw for
-    example ``i`` does not depend on the number of examples.
+    The draw for example ``i`` does not depend on the number of examples.
     """
-    examples = iter(examples)
-    own = others is None
-    pool = list(islice(examples if own else others, POOL))
-    needed = shots + own  # the example itself may be drawn
+    pool = list(islice(examples, POOL))
+    needed = shots + 1  # the example itself may be drawn
     if len(pool) < needed:
         raise ValueError(f"{shots} shots need {needed} instances, got {len(pool)}; lower shots")
-    for index, example in enumerate(chain(pool, examples) if own else examples):
+    for index, example in enumerate(chain(pool, examples)):
         drawn = Random(f"shots/{seed}/{index}").sample(range(len(pool)), needed)
-        kept = [i for i in drawn if not own or i != index]
+        kept = [i for i in drawn if i != index]
         yield replace(example, chunks=tuple(pool[i].chunks[0] for i in kept[:shots]))
 
 

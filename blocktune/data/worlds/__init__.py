@@ -5,22 +5,17 @@ Splits share no names. The same configuration gives the same examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, combinations, count, islice
 from random import Random
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from blocktune.data.example import RagExample
-from blocktune.data.worlds.vocabulary import COMPARED, SPLITS
-from blocktune.data.worlds.world import Fact, World, draw_world, refer
+from blocktune.data.worlds.vocabulary import COMPARED
+from blocktune.data.worlds.world import QUESTION_KINDS, Fact, World, WorldConfig, draw_world, refer
 from blocktune.prompt import Chunk
-from blocktune.registry import require_count, require_one_of, require_share
 
-QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
-"""Kinds of questions. ``referred``, for pre-training, only tests following a reference: it uses a
-later chunk's words for the entity ("Where was she born?")."""
 MARKER = "Answer: "  # precedes the scored answer in a response that names other values first
 
 
@@ -67,9 +62,8 @@ def candidates(world: World) -> dict[str, list[tuple[Fact, ...]]]:
 def ask(rng: Random, kind: str, facts: tuple[Fact, ...], world: World) -> RagExample:
     """Writes a question about facts, of one of `QUESTION_KINDS`, with its only correct answer.
 
-    The response is the answer, or the intermediate values, then `MARKER` and the answer. ``meta``
-    holds, for each fact, ``relations``, ``mentions`` (how its chunk refers to its subject) and
-    ``fact_chunks`` (the chunk's index); for chains also the intermediate values, ``bridges``.
+    The response is the answer, or the intermediate values (in ``meta`` the ``bridges``), `MARKER`
+    and the answer. ``meta`` has each fact's relation, chunk, and how that refers to its subject.
     """
     places = [world.places[fact.subject.name, fact.relation.name] for fact in facts]
     meta: dict[str, Any] = {
@@ -112,58 +106,6 @@ def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
     return before, fact.value, after
 
 
-DEFAULT_KINDS = MappingProxyType(
-    {"self-contained": 0.3, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.05, "comparison": 0.05}
-)
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """Options of the generator."""
-
-    split: str = "train"  # one of ``SPLITS``, which share no names
-    seed: int = 0  # other seeds give other worlds, with names of the same split
-    num_examples: int = 1000  # total number of questions
-    num_passages: int | tuple[int, int] = 10  # chunks per context, or (minimum, maximum)
-    # weights of kinds of questions; others are not asked
-    kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
-    questions_per_world: int = 1  # examples that share a context
-    turns: int = 1  # questions per example, for training: the first and followups, if there are any
-    # share of continued documents (except lists) whose later chunks use an alias; the others use
-    # "she" or "the film", which can be guessed from the question
-    aliased: float = 0.5
-    # several documents of a kind may continue in other chunks, instead of one; then only the
-    # preceding chunk tells to which document a later chunk belongs
-    crowded: bool = False
-    plain: bool = False  # see `draw_style`; every document is one chunk
-
-    def __post_init__(self):
-        require_one_of("split", self.split, SPLITS)
-        for kind in self.kinds:
-            require_one_of("kind", kind, QUESTION_KINDS)
-        if not self.kinds or min(self.kinds.values()) <= 0:
-            raise ValueError(f"kinds must have positive weights, got {dict(self.kinds)}")
-        low, high = self.passage_range
-        if not 1 <= low <= high:
-            raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
-        if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
-            raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
-        require_share("aliased", self.aliased)
-        for name in ("num_examples", "questions_per_world", "turns"):
-            require_count(name, getattr(self, name), 1)
-        if self.questions_per_world > 1 and self.turns > 1:
-            raise ValueError(
-                "a world's questions are examples or turns of one: set only one of "
-                "questions_per_world and turns"
-            )
-
-    @property
-    def passage_range(self) -> tuple[int, int]:
-        """Smallest and largest number of chunks."""
-        size = self.num_passages
-        return (size, size) if isinstance(size, int) else size
-
-
 def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
     """Yields ``config.num_examples`` examples; example ``i`` does not depend on their number."""
     drawn = (_one_world(config, index) for index in count())
@@ -188,17 +130,12 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     """
     wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
     for _ in range(MOST_WORLDS):
-        size = rng.randint(*config.passage_range)
-        options = {"aliased": config.aliased, "crowded": config.crowded, "plain": config.plain}
-        world = draw_world(rng, config.split, size, **options)
+        world = draw_world(rng, config)
         pools = candidates(world)
         if wanted in pools:
             break
     else:
-        raise ValueError(
-            f"no question of kind '{wanted}' in {MOST_WORLDS} worlds of {config.num_passages} "
-            "passages; ask for more passages, or leave the kind out"
-        )
+        raise ValueError(f"no '{wanted}' question in {MOST_WORLDS} worlds; ask for more passages")
     pools = {k: rng.sample(pool, len(pool)) for k, pool in pools.items() if k in config.kinds}
     questions: list[RagExample] = []
     while pools and len(questions) < num_questions:

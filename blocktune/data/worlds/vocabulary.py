@@ -23,6 +23,9 @@ _FORMS = {
 }
 
 
+_ROOTS = frozenset(ROOT)
+
+
 @cache
 def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
     """Names of a kind in a split, as one tuple per form; a name's hash determines its split."""
@@ -34,33 +37,20 @@ def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
     )
 
 
-_ROOTS = frozenset(ROOT)
-_PATIENCE, _MOST_DRAWS = 40, 2000
-
-
 def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = False) -> str:
     """Draws an unused name for a world, and adds it and its root to ``taken``.
 
-    No two names of a world share a root while unused roots remain, or any word if ``apart``: small
-    models take long to learn to distinguish Anna Baker from Port Baker, which is not measured.
+    While unused ones remain, names share no root, or no word if ``apart``: small models take long
+    to learn to distinguish Anna Baker from Port Baker, which is not measured.
     """
-    for attempt in range(_MOST_DRAWS):
+    for attempt in range(2000):
         name = rng.choice(rng.choice(names(kind, split)))
         words = set(name.split()) - {"The", "of"}
         reserved = words if apart else words & _ROOTS
-        if name not in taken and (attempt >= _PATIENCE or not reserved & taken):
+        if name not in taken and (attempt >= 40 or not reserved & taken):
             taken |= reserved | {name}
             return name
-    raise ValueError(
-        f"split '{split}' has no names of kind '{kind}' left for this world; ask for fewer passages"
-    )
-
-
-def draw_root(rng: Random, taken: set[str]) -> str:
-    """Draws a root, an unused one if there is any, and adds it to ``taken``."""
-    root = rng.choice([word for word in ROOT if word not in taken] or ROOT)
-    taken.add(root)
-    return root
+    raise ValueError(f"split '{split}' has too few names of kind '{kind}'; ask for fewer passages")
 
 
 KINDS = ("person", "film", "book", "company", "city")
@@ -76,11 +66,6 @@ class Relation:
     questions: tuple[str, ...]  # questions whose answer is the value
     role: str  # what the value is called in multi-hop questions, such as ``the birthplace of {s}``
     place: int = 0  # number of the list item; 0 if the relation is not part of a list
-
-    @property
-    def subject(self) -> str:
-        """The kind of the entity."""
-        return self.name.partition(".")[0]
 
     @property
     def plain_fact(self) -> str:
@@ -116,4 +101,5 @@ RELATIONS += tuple(
 
 def relations_of(kind: str, *, listed: bool = False) -> tuple[Relation, ...]:
     """Returns the relations of a kind of entity: those in sentences, or ``listed`` ones."""
-    return tuple(r for r in RELATIONS if r.subject == kind and bool(r.place) == listed)
+    named = (r for r in RELATIONS if r.name.startswith(f"{kind}."))
+    return tuple(relation for relation in named if bool(relation.place) == listed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
@@ -9,13 +10,65 @@ from typing import NamedTuple
 from blocktune.data.worlds.vocabulary import (
     FILLERS,
     KINDS,
+    ROOT,
+    SPLITS,
     YEARS,
     Relation,
     draw_name,
-    draw_root,
     relations_of,
 )
 from blocktune.prompt import Chunk
+from blocktune.registry import require_count, require_one_of, require_share
+
+QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
+"""Kinds of questions. ``referred``, for pre-training, only tests following a reference: it uses a
+later chunk's words for the entity ("Where was she born?")."""
+DEFAULT_KINDS = {"self-contained": 0.3, "cross-chunk": 0.3, "2-hop": 0.3}
+DEFAULT_KINDS |= {"3-hop": 0.05, "comparison": 0.05}
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Options of the generator."""
+
+    split: str = "train"  # one of ``SPLITS``, which share no names
+    seed: int = 0  # other seeds give other worlds, with names of the same split
+    num_examples: int = 1000  # total number of questions
+    num_passages: int | tuple[int, int] = 10  # chunks per context, or (minimum, maximum)
+    # weights of kinds of questions; others are not asked
+    kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
+    questions_per_world: int = 1  # examples that share a context
+    turns: int = 1  # questions per example, for training: the first and followups, if there are any
+    # share of continued documents (except lists) whose later chunks use an alias; the others use
+    # "she" or "the film", which can be guessed from the question
+    aliased: float = 0.5
+    # several documents of a kind may continue in other chunks, instead of one; then only the
+    # preceding chunk tells to which document a later chunk belongs
+    crowded: bool = False
+    plain: bool = False  # see `draw_style`; every document is one chunk
+
+    def __post_init__(self):
+        require_one_of("split", self.split, SPLITS)
+        for kind in self.kinds:
+            require_one_of("kind", kind, QUESTION_KINDS)
+        if not self.kinds or min(self.kinds.values()) <= 0:
+            raise ValueError(f"kinds must have positive weights, got {dict(self.kinds)}")
+        low, high = self.passage_range
+        if not 1 <= low <= high:
+            raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
+        if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
+            raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
+        require_share("aliased", self.aliased)
+        for name in ("num_examples", "questions_per_world", "turns"):
+            require_count(name, getattr(self, name), 1)
+        if self.questions_per_world > 1 and self.turns > 1:
+            raise ValueError("set only one of questions_per_world and turns")
+
+    @property
+    def passage_range(self) -> tuple[int, int]:
+        """Smallest and largest number of chunks."""
+        size = self.num_passages
+        return (size, size) if isinstance(size, int) else size
 
 
 @dataclass(frozen=True)
@@ -58,8 +111,7 @@ class Style:
 def draw_style(rng: Random, plain: bool) -> Style:
     """Draws a style. Most worlds have mainly entities of one kind, so that many facts are alike.
 
-    A plain style, for the start of pre-training, has one kind of entity and few relations in one
-    wording, which a model learns to match in a quarter of the steps.
+    A plain one, for the start of pre-training, has one kind and few relations in one wording.
     """
     main = rng.choice(KINDS)
     if plain:
@@ -116,42 +168,33 @@ class World:
     chunks: list[Chunk] = field(default_factory=list)
 
 
-def draw_world(
-    rng: Random,
-    split: str,
-    size: int,
-    *,
-    aliased: float,
-    crowded: bool = False,
-    plain: bool = False,
-) -> World:
-    """Draws and writes a world whose documents have exactly ``size`` chunks.
+def draw_world(rng: Random, config: WorldConfig) -> World:
+    """Draws and writes a world, of a size in ``config.passage_range``.
 
     Unless the world is crowded, at most one document per kind continues in other chunks, so that
     "she", "the film", an alias or "the cast" can only mean that document.
-
-    ``aliased``: share of continued documents, except lists, with an alias; ``plain``: `draw_style`.
     """
-    style, taken = draw_style(rng, plain), set()
+    room = rng.randint(*config.passage_range)
+    style, taken, documents = draw_style(rng, config.plain), set(), []
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
-    documents, room = [], size
     continued: set[str] = set()  # kinds that have a continued document, and their pronouns
     while room:
         kind = rng.choices(KINDS, style.kind_weights)[0]
         form = rng.choice(("woman", "man")) if kind == "person" else kind
-        name = draw_name(rng, form, split, taken, apart=not plain)
+        name = draw_name(rng, form, config.split, taken, apart=not config.plain)
         pronoun = {"woman": "she", "man": "he"}.get(form, "it")
-        entity = Entity(name, kind, pronoun, form, draw_root(rng, taken))
-        theme = themes[entity.kind]
-        document = _outline(rng, entity, theme, style, 1 if entity.kind in continued else room)
+        root = rng.choice([word for word in ROOT if word not in taken] or ROOT)
+        taken.add(root)
+        entity = Entity(name, kind, pronoun, form, root)
+        document = _outline(rng, entity, themes[kind], style, 1 if kind in continued else room)
         if len(document.parts) > 1:
             if document.parts[0][0].relation.place:
                 document.mention = "list"
-            elif rng.random() >= aliased:
-                free = entity.pronoun not in continued
-                document.mention = rng.choice(("pronoun", "description")) if free else "description"
-            if not crowded:
-                continued |= {entity.kind, entity.pronoun if document.mention == "pronoun" else ""}
+            elif rng.random() >= config.aliased:
+                words = ("pronoun", "description")
+                document.mention = words[1] if pronoun in continued else rng.choice(words)
+            if not config.crowded:
+                continued |= {kind, pronoun if document.mention == "pronoun" else ""}
         documents.append(document)
         room -= len(document.parts)
     entities = [document.entity for document in documents]
@@ -159,7 +202,7 @@ def draw_world(
     for document in documents:
         for part in document.parts:
             for i, fact in enumerate(part):
-                part[i] = _fill(rng, fact, entities, style, split, taken)
+                part[i] = _fill(rng, fact, entities, style, config.split, taken)
                 world.facts[fact.subject.name, fact.relation.name] = part[i]
     _write_chunks(rng, world)
     return world
