@@ -96,10 +96,7 @@ def move_entries(source: str | Path, target: str | Path, last: str) -> None:
 
 
 def whole_lines(path: str | Path) -> list[str]:
-    """Lines of a UTF-8 file without line ends; [] if it does not exist or is a device.
-
-    An incomplete last line, left by a stopped process, is dropped. ValueError: not UTF-8.
-    """
+    """The whole lines of a UTF-8 file, else ValueError; [] if it does not exist or is a device."""
     if not Path(path).is_file():  # reading /dev/full would never end
         return []
     text = Path(path).read_bytes()

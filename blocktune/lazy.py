@@ -1,7 +1,4 @@
-"""Imports the public names of a package on first use.
-
-So importing a package is cheap, and light modules in it need no torch.
-"""
+"""Imports the public names of a package on first use: light modules in it then need no torch."""
 
 from __future__ import annotations
 

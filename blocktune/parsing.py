@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -28,8 +27,9 @@ class Wanted(NamedTuple):
     items: Any = None  # types of the entries of a list
 
 
-def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
-    return lambda text: tuple(read(part) for part in text.split(","))
+def _list(read: Callable[[str], Any], what: str, text: str, items: Any) -> Wanted:
+    several = lambda given: tuple(read(part) for part in given.split(","))  # noqa: E731
+    return Wanted(list | tuple, f"a list of {what}", several, text, items)
 
 
 def _range(text: str) -> int | tuple[int, int]:
@@ -56,30 +56,20 @@ WANTED = {  # by the annotation of a field; values of other types are passed thr
         lambda text: dict.fromkeys(text.split(","), 1.0),
         "names with commas between",
     ),
-    "tuple[str, ...]": Wanted(
-        list | tuple, "a list of texts", _several(str), "names with commas between", str
-    ),
-    "tuple[int, ...]": Wanted(
-        list | tuple, "a list of whole numbers", _several(int), "whole numbers, with commas", int
-    ),
-    "tuple[float, ...]": Wanted(
-        list | tuple, "a list of numbers", _several(float), "numbers, with commas", int | float
-    ),
+    "tuple[str, ...]": _list(str, "texts", "names with commas between", str),
+    "tuple[int, ...]": _list(int, "whole numbers", "whole numbers, with commas", int),
+    "tuple[float, ...]": _list(float, "numbers", "numbers, with commas", int | float),
 }
 
 
 RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}
 """Keys of earlier versions and their current names. Files with the old keys still load."""
 
-logger = logging.getLogger("blocktune")
-_reported: set[str] = set()
-
 
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
     """Replaces keys of earlier versions, unless ``known``, by their names in `RENAMED`.
 
-    The first use of each in a process is logged. Raises ValueError, starting with ``where``, if the
-    record also has the current name.
+    Raises ValueError, starting with ``where``, if the record also has the current name.
     """
     current: dict[str, Any] = {}
     for key, value in record.items():
@@ -87,9 +77,6 @@ def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) 
         name = name if name in known and key not in known else key
         if name != key and name in record:
             raise ValueError(f"{where}: '{key}' is the old name of '{name}'; drop '{key}'")
-        if name != key and key not in _reported:
-            _reported.add(key)
-            logger.warning("%s: '%s' is now called '%s'", where, key, name)
         current[name] = value
     return current
 

@@ -27,10 +27,7 @@ _loaded: set[str] = set()
 
 
 def add(plugin: str) -> None:
-    """Adds a plug-in (a Python file or dotted module name) for this process and its children.
-
-    It is imported when first needed. Raises ValueError if it is a file that does not exist.
-    """
+    """Adds a plug-in for this process and its children; ValueError: a file that does not exist."""
     if _is_file(plugin):
         if not Path(plugin).is_file():
             raise ValueError(f"no plug-in at '{plugin}'; give a Python file or a module's name")

@@ -32,13 +32,8 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
     if command is None:
         program = Path(sys.argv[0]).name
         command = ["blocktune" if program == "cli.py" else program, *sys.argv[1:]]
-    return {
-        "command": shlex.join(without_secrets(command)),
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-        "seed": seed,
-    }
+    facts = {"command": shlex.join(without_secrets(command)), "commit": commit()}
+    return facts | {"versions": versions(), "hardware": hardware(), "seed": seed}
 
 
 def without_secrets(words: list[str]) -> list[str]:
@@ -66,10 +61,9 @@ def public(value: Any) -> Any:
     Absolute paths are replaced by their last name. Adapters of old versions may have tokens.
     """
     if isinstance(value, dict):
-        return {
-            key: public(_bare(inner) if key == "command" and isinstance(inner, str) else inner)
-            for key, inner in value.items()
-        }
+        if isinstance(command := value.get("command"), str):
+            value = value | {"command": _bare(command)}
+        return {key: public(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [public(inner) for inner in value]
     return _ABSOLUTE.sub(r"\1", without_tokens(value)) if isinstance(value, str) else value

@@ -102,8 +102,8 @@ def summary_of(cls: type) -> str:
 def require_count(name: str, value: int, least: int = 0, why: str = "") -> None:
     """Raises a `ValueError` unless ``value`` is an integer of at least ``least``."""
     if type(value) is not int or value < least:
-        reason = f" ({why})" if why else ""
-        raise ValueError(f"{name} must be a whole number, at least {least}{reason}, got {value!r}")
+        least = f"{least} ({why})" if why else least
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
 def require_share(name: str, value: float) -> None:

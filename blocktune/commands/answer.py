@@ -13,7 +13,6 @@ from blocktune.commands.application import command
 from blocktune.commands.options import option
 
 FOLLOW_S = 0.1  # seconds to wait after the queue of missed chunks was empty
-
 Passages = option(
     list[str] | None, "A passage for --question; repeatable.", "--chunk -c", panel=opt.PROMPT
 )
@@ -83,7 +82,6 @@ def answer(
         raise ValueError("--stream prints one answer; leave out --output and --json")
     chosen = answering.build_method(method, param or [])
     sampling = Sampling(temperature, top_k, top_p, seed)
-    had_chunks = answering.holds_chunks(store)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
     if response_cache is not None:
@@ -104,7 +102,7 @@ def answer(
         run.write(examples, output, [" ".join((method or used.name).split()), *(param or [])])
     else:
         run.print_answers(examples, as_json)
-    answering.report_store(engine.store, had_chunks)
+    answering.report_store(engine.store)
 
 
 @command(

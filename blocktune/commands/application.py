@@ -47,10 +47,8 @@ class OneLineErrors(TyperGroup):
             return super().parse_args(ctx, plugins_first(args))
 
     def invoke(self, ctx):
-        """Runs the command, after the callback that the entry point passed as ``ctx.obj``."""
+        """Runs the command."""
         with _one_line(ctx.params["debug"]):
-            if ctx.obj is not None:
-                ctx.obj()
             return super().invoke(ctx)
 
 
@@ -70,7 +68,7 @@ def _one_line(debug: bool) -> Iterator[None]:
         line = explain(error)
         if (place := plugins.place_of(error)) is not None:
             line = line or f"{type(error).__name__}: {first_line(error)}; --debug shows where"
-            line = f"{line} ({place})"
+            line += f" ({place})"
         if debug or (line is None and FAILURES not in os.environ):
             raise
         if FAILURES in os.environ:
@@ -83,8 +81,8 @@ def _one_line(debug: bool) -> Iterator[None]:
 def _write_failure(line: str | None, error: Exception) -> None:
     """Writes the error for the launching process to read; for a bug, the traceback follows."""
     if not line:
-        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        line += "\n" + "".join(traceback.format_exception(error))
+        trace = "".join(traceback.format_exception(error))
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}\n{trace}"
     path = Path(os.environ[FAILURES]) / f"{os.environ.get('RANK', 0)}.txt"
     path.write_text(line, errors="backslashreplace")
 
@@ -118,11 +116,8 @@ def explain(error: Exception) -> str | None:
         path = error.ctx.command_path if error.ctx else "blocktune"
         return f"{error.format_message().rstrip('.')}; see `{path} --help`"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
-        return (
-            f"{' '.join(str(error).split()).partition('. ')[0]}; use smaller batches "
-            "(per_device_train_batch_size, --batch-size), shorter rows (pack_length, max_length), "
-            "gradient_checkpointing: true, or a 4-bit base (load_in_4bit, --quantize nf4)"
-        )
+        fix = "use smaller batches, shorter rows, gradient_checkpointing: true, or a 4-bit base"
+        return f"{' '.join(str(error).split()).partition('. ')[0]}; {fix}"
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package == "vllm":
@@ -142,9 +137,9 @@ def explain(error: Exception) -> str | None:
         return f"the index of the store cannot be used: {error}; repeat the command"
     if not isinstance(error, ValueError | OSError):
         return None
-    hint = "; set PYTHONUTF8=1, since this locale does not use UTF-8"
     is_narrow = isinstance(error, UnicodeError) and locale.getencoding().lower() != "utf-8"
-    return " ".join(str(error).split()) + hint * is_narrow
+    hint = "; set PYTHONUTF8=1, since this locale does not use UTF-8" * is_narrow
+    return " ".join(str(error).split()) + hint
 
 
 def _print_error(line: str) -> None:

@@ -6,16 +6,13 @@ import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
 from blocktune.commands.options import option
-
-if TYPE_CHECKING:
-    from blocktune.tables import Table
 
 
 @command(
@@ -47,7 +44,6 @@ def replay(
     from blocktune.cache.store.ledger import POLICIES
     from blocktune.files import replace_json
     from blocktune.provenance import provenance
-    from blocktune.tables import Table
 
     if output is not None:
         import matplotlib  # noqa: F401  # reports a missing extra before the simulation
@@ -72,7 +68,7 @@ def replay(
         shares = f"{o.hit_rate:.1%}", f"{o.saved:.1%}"
         rows.append((o.policy, f"{o.budget / 1e9:,.2f}", *shares, f"{o.saved_s:.1f}"))
     line = f"{len(requests):,} requests use {requested / 1e9:,.1f} GB of distinct chunks"
-    table = Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",))
+    table = opt.Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",))
     opt.tell(as_json, result, line, table)
 
 
@@ -192,7 +188,7 @@ def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False)
     _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
 
 
-def _show(result: dict, as_json: bool, output: Path | None, table: Table | None = None) -> None:
+def _show(result: dict, as_json: bool, output: Path | None, table: opt.Table | None = None) -> None:
     from blocktune.files import replace_json
 
     if output is not None:

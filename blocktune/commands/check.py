@@ -86,7 +86,6 @@ def check(
     from blocktune.adapter.releases import find_release
     from blocktune.check import check_adapter, check_method, check_model
     from blocktune.methods import parse_method
-    from blocktune.tables import Table
 
     chosen = None if method is None else parse_method(method)
     opt.quiet_libraries()
@@ -109,7 +108,7 @@ def check(
     where = "on this model" if chosen is None else f"by '{chosen.name}'"
     extent = "" if limit is None else f" up to {limit:,} tokens"
     line = f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
-    table = Table(("", "check", "difference", "tolerance"), rows, left=("check",))
+    table = opt.Table(("", "check", "difference", "tolerance"), rows, left=("check",))
     opt.tell(as_json, {"checks": [asdict(result) for result in checks]}, table, line)
     raise typer.Exit(0 if sound else 1)
 
@@ -146,7 +145,6 @@ def profile_layers(
     """Measure which range of layers to recompute for all chunks: the profile for `droidspeak`."""
     from blocktune.commands.answering import read_examples
     from blocktune.evaluation.fidelity import profile_layers
-    from blocktune.tables import Table
 
     examples = read_examples(source, limit, None, [])
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
@@ -157,5 +155,5 @@ def profile_layers(
         layers = f"{point.first_layer}-{point.first_layer + point.num_layers - 1}"
         quality = f"{point.divergence:.4f}", f"{point.agreement:.0%}"
         rows.append((str(point.first_layer), f"{point.ratio:.4g}", layers, *quality))
-    table = Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows)
+    table = opt.Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows)
     opt.tell(as_json, [asdict(point) for point in profile], table)

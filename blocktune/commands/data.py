@@ -38,12 +38,8 @@ Counter = option(
 group = new_group(
     "data",
     HELP,
-    "blocktune data list",
     "blocktune data show 'worlds:test?n=3' --model data/tiny",
     "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
-    "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
-    "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
-    "blocktune data mix mixture.yaml",
 )
 
 
@@ -61,7 +57,6 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from blocktune.data.sources.options import generators
     from blocktune.data.sources.shapes import SHAPES
     from blocktune.registry import summary_of
-    from blocktune.tables import Table
 
     sources, classes = generators(), sorted(CHUNKERS.table().items())
     chunkers = {name: summary_of(cls).replace("``", "") for name, cls in classes}
@@ -78,10 +73,10 @@ def show_list(as_json: opt.AsJson = False) -> None:
         for s in SHAPES
     ]
     tables = (
-        Table(("name", "on the Hub", "licence", "a record becomes"), data_sets, "data sets"),
-        Table(("source", "an example contains"), examples, "generators"),
-        Table(("as=", "recognized by its fields", "cut by"), shapes, "record shapes of files"),
-        Table(("chunker=", "what it does"), list(chunkers.items()), "chunkers"),
+        opt.Table(("name", "on the Hub", "licence", "a record becomes"), data_sets, "data sets"),
+        opt.Table(("source", "an example contains"), examples, "generators"),
+        opt.Table(("as=", "recognized by its fields", "cut by"), shapes, "record shapes of files"),
+        opt.Table(("chunker=", "what it does"), list(chunkers.items()), "chunkers"),
     )
     opt.tell(as_json, facts, *(table._replace(left=table.headings) for table in tables))
 
@@ -122,8 +117,8 @@ def _echo(text: str) -> None:
 
 
 def _show_text(example: RagExample) -> None:
-    header = [("id", example.id), ("kind", example.kind)]
-    _echo("  ".join(f"{name}: {value}" for name, value in header if value))
+    header = {"id": example.id, "kind": example.kind}
+    _echo("  ".join(f"{name}: {value}" for name, value in header.items() if value))
     for number, chunk in enumerate(example.chunks):
         mark = ", evidence" if number in example.supporting else ""
         title = f"{chunk.title}\n" if chunk.title else ""

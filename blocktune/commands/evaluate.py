@@ -164,7 +164,7 @@ def tune(
 ) -> None:
     """Choose a method's parameters on held-out questions; test splits are refused."""
     from blocktune.evaluation import sweep
-    from blocktune.tables import Table, with_interval
+    from blocktune.tables import with_interval
 
     spec = sweep.load_tuning(config)
     task = replace(spec.task, limit=limit or spec.task.limit)
@@ -181,4 +181,4 @@ def tune(
         rows.append((*values, score, f"{point['recompute_ratio']:.0%}"))
     headings = (*names, f"{result['task']['metric']} (95 %)", "recomputed")
     line = f"best: {result['best']['label']}; all points in {output / sweep.TUNED}"
-    opt.tell(as_json, result, Table(headings, rows, left=names), line)
+    opt.tell(as_json, result, opt.Table(headings, rows, left=names), line)

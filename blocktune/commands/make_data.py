@@ -96,11 +96,9 @@ def _write_examples(
         raise ValueError(f"{source}: none of {len(examples)} questions is left; nothing is written")
     write_jsonl(output, kept)
     yes_no = sum(map(is_verdict, examples)) if originals is None else 0
-    echo(
-        f"wrote {len(kept):,} questions to {output}; the passages contain an answer for "
-        f"{sum(answered) / len(answered):.1%} of {len(examples):,}"
-        + (f" ({yes_no:,} ask for yes or no, which passages do not contain)" if yes_no else "")
-    )
+    share = f"{sum(answered) / len(answered):.1%} of {len(examples):,}"
+    note = f" ({yes_no:,} ask for yes or no, which passages do not contain)" if yes_no else ""
+    echo(f"wrote {len(kept):,} questions to {output}; passages contain the answer of {share}{note}")
 
 
 @command(
@@ -164,11 +162,9 @@ def answer(
             only_correct=only_correct,
             on_batch=lambda count: progress.update(bar, completed=count),
         )
-    echo(
-        f"wrote {result.written:,} examples to {output} ({result.resumed:,} answered before, "
-        f"left out: {result.empty:,} empty, {result.wrong:,} wrong, {result.cut:,} cut at "
-        "--max-new-tokens)"
-    )
+    left_out = f"{result.empty:,} empty, {result.wrong:,} wrong, {result.cut:,} too long"
+    counts = f"{result.resumed:,} answered before, left out: {left_out}"
+    echo(f"wrote {result.written:,} examples to {output} ({counts})")
 
 
 @command(
@@ -196,7 +192,6 @@ def mix(
     from blocktune.data.mixture import load_mixture
     from blocktune.data.mixture import mix as draw
     from blocktune.data.sources.catalog import with_data_sets
-    from blocktune.tables import Table
 
     mixture_spec = load_mixture(mixture)
     if output is not None:
@@ -209,7 +204,7 @@ def mix(
     block, full = (f"{sum(getattr(p, mode) for p in mixed.parts):,}" for mode in ("block", "full"))
     rows.append(("total", "", block, full, "100.0%", ""))
     headings = ("source", "loaded", "block", "full", "share", "epochs")
-    Table(headings, rows, title=str(mixture)).show()
+    opt.Table(headings, rows, title=str(mixture)).show()
     if output is None:
         return
 

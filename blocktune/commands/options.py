@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from blocktune.tables import Table
+
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
     from blocktune.engine import Engine
     from blocktune.methods import Method
-    from blocktune.tables import Table
 
 MODEL, PROMPT, DECODING = "Model", "Prompt", "Decoding"  # panels of the help
 
@@ -108,8 +109,7 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
-    # If an adapter changes only one of two tied embeddings, that one gets its own weights. An
-    # adapter that cannot be merged is reported, once.
+    # An adapter may change one of two tied embeddings; one that cannot be merged is reported.
     warnings.filterwarnings("ignore", message="(?s).*(ensure_weight_tying|lora_bias=True)")
     # A filter, since they set their level on import. It does not apply to child loggers.
     children = ("", ".autograd._functions", ".backends.cpu.ops")
@@ -129,9 +129,9 @@ def load_engine(
     method: Method | None = None,
     words: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Loads an engine that answers with ``method``. ``words`` override fields of its prompt format.
+    """Loads an engine; ``words`` override fields of its prompt format.
 
-    A model with recurrent layers is loaded only for a method that reuses no chunks.
+    A model with recurrent layers is loaded only for a ``method`` that reuses no chunks.
     """
     quiet_libraries()
     from blocktune.cache.store.config import StoreConfig

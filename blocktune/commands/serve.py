@@ -101,13 +101,10 @@ def serve(
         raise ValueError("give --api-key or --tenants, not both")
     if api_key is None and tenants is None and os.environ.get(KEY_VARIABLE) == "":
         raise ValueError(f"{KEY_VARIABLE} is set but empty: unset it to serve without a key")
-    by_key = () if api_key is None else (OnlyTenant(key=api_key),)
-    config = ServerConfig(
-        limits=launch.read_limits(limit or []),
-        tenants=by_key if tenants is None else load_tenants(tenants),
-        hosts=tuple(allowed_host or (LOCAL if host in LOCAL else ("*",))),
-        log_texts=log_texts,
-    )
+    clients = () if api_key is None else (OnlyTenant(key=api_key),)
+    clients = clients if tenants is None else load_tenants(tenants)
+    hosts = tuple(allowed_host or (LOCAL if host in LOCAL else ("*",)))
+    config = ServerConfig(launch.read_limits(limit or []), clients, hosts, log_texts)
     if host not in LOCAL and not config.tenants:
         typer.echo(f"note: anyone who reaches {host}:{port} can use it; set --api-key", err=True)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

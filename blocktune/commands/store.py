@@ -40,10 +40,6 @@ group = new_group(
     "Inspect, verify, copy or clean up a store of encoded chunks (`--store`).",
     "blocktune store stat cache/",
     "blocktune store ls cache/ --model 3f2a91",
-    "blocktune store verify s3://bucket/chunks",
-    "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged",
-    "blocktune store rm cache/ --document handbook.pdf",
-    "blocktune store export cache/ s3://bucket/chunks --model 3f2a91",
 )
 
 
@@ -170,7 +166,7 @@ def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -
 @command("rm", "blocktune store rm cache/ --document handbook.pdf", of=group)
 def rm(
     store: Place,
-    keys: Annotated[list[str] | None, Argument(help="Keys, or their first 6 digits.")] = None,
+    keys: Keys = None,
     model: Model = "",
     document: Document = "",
     adapter: option(str, "Only chunks of this adapter, as in `stat`.") = "",

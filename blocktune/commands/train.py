@@ -69,8 +69,7 @@ def train(
 def launch(processes: int | None, launcher: str | None, program: list[str]) -> None:
     """Runs a program in several processes, by torchrun or by accelerate with the given YAML.
 
-    Raises typer.Exit with its code when it ended, after one line if it crashed; ValueError if a
-    process reported a user's mistake, or was ended by a signal; KeyboardInterrupt after Ctrl-C.
+    Raises typer.Exit with its code; ValueError after a signal, or for a user's mistake in one.
     """
     if launcher is not None:
         mapping(load_yaml(launcher, "launcher configuration", "see recipes/accelerate"), launcher)
@@ -83,17 +82,14 @@ def launch(processes: int | None, launcher: str | None, program: list[str]) -> N
         failed = sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime)
         reports = [(path.stem, path.read_text()) for path in failed]
     if code < 0:  # killed, so the process could not report anything
-        raise ValueError(
-            f"a training process was ended by signal {-code}; after signal 9 check the machine's "
-            "memory. Nothing after the last checkpoint was saved"
-        )
+        hint = "after signal 9 check the machine's memory"
+        raise ValueError(f"a training process was ended by signal {-code}; {hint}")
     if code and reports:
         rank, report = reports[0]
         line, *trace = report.splitlines()
         if not trace:
             raise ValueError(line)
-        name = {"prefix": "blocktune-train-", "suffix": ".txt"}
-        with tempfile.NamedTemporaryFile("w", **name, delete=False) as kept:
+        with tempfile.NamedTemporaryFile("w", prefix="blocktune-train-", delete=False) as kept:
             kept.write(report)
         print(f"error: process {rank} failed: {line}; see {kept.name}", file=sys.stderr)
     raise typer.Exit(code)
@@ -157,17 +153,13 @@ def merge(
     from blocktune.adapter.merge import merge_adapter
 
     report = merge_adapter(adapter, output, model=model, dtype=dtype, device=device, links=links)
-    text = (
-        f"merged into {report.output}: logits within {report.max_abs_diff:.1e} of base and "
-        f"adapter (largest logit {report.max_abs_logit:.1f}, same top token in "
-        f"{report.same_top1:.1%} of the probe)"
-    )
-    if report.requantised_max_abs_diff is not None:
-        text += (
-            f"\nthe merged weights are not quantized, as the {report.quantization} base of the "
-            f"training was; quantized again, logits differ by {report.requantised_max_abs_diff:.1e}"
-        )
-    opt.tell(as_json, asdict(report), text)
+    close = f"logits within {report.max_abs_diff:.1e} of base and adapter"
+    top = f"largest logit {report.max_abs_logit:.1f}, same top token in {report.same_top1:.1%}"
+    lines = [f"merged into {report.output}: {close} ({top} of the probe)"]
+    if (diff := report.requantised_max_abs_diff) is not None:
+        what = f"the merged weights are not quantized, as the {report.quantization} base"
+        lines.append(f"{what} of the training was; quantized again, logits differ by {diff:.1e}")
+    opt.tell(as_json, asdict(report), *lines)
 
 
 @command(

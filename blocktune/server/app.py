@@ -18,35 +18,15 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import blocktune
+from blocktune.server import schemas
 from blocktune.server.bodies import ChatBodies, TextBodies, chunk_list
 from blocktune.server.config import Tenant
 from blocktune.server.exchange import authorized, begin
 from blocktune.server.middleware import Guard, error_body
-from blocktune.server.schemas import (
-    ChatRequest,
-    ChunkList,
-    ChunksRequest,
-    ChunkStatus,
-    CompletionRequest,
-    ErrorBody,
-    ModelCard,
-    ModelList,
-    WrongField,
-)
+from blocktune.server.schemas import ChatRequest, ChunksRequest, CompletionRequest, ErrorBody
 from blocktune.server.service import Service
 
-ERRORS = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "The request is invalid; the message says why.",
-        401: "No API key, or a wrong one.",
-        404: "No such model or chunk.",
-        408: "Not answered in time.",
-        413: "The body is too large.",
-        415: "The body is not JSON.",
-        429: "Too many requests; see Retry-After.",
-    }.items()
-}
+ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 415, 429)}
 KEY = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -67,28 +47,21 @@ def create_app(service: Service) -> FastAPI:
         title="blocktune",
         version=blocktune.__version__,
         lifespan=lifespan,
-        exception_handlers={WrongField: _invalid, StarletteHTTPException: _refused},
+        exception_handlers={schemas.WrongField: _invalid, StarletteHTTPException: _refused},
     )
     app.router.redirect_slashes = False
     app.state.service = service
     app.add_middleware(Guard, config=service.config, metrics=service.metrics)
     for router in (work, tenants, public):
         app.include_router(router)
-    describe, kinds = app.openapi, (ChatRequest, CompletionRequest, ChunksRequest)
-
-    def with_bodies() -> dict[str, Any]:
-        schema, template = describe(), "#/components/schemas/{model}"
-        bodies = models_json_schema([(kind, "validation") for kind in kinds], ref_template=template)
-        schema["components"]["schemas"] |= bodies[1]["$defs"]
-        return schema
-
-    app.openapi = with_bodies
+    kinds = [(kind, "validation") for kind in (ChatRequest, CompletionRequest, ChunksRequest)]
+    bodies = models_json_schema(kinds, ref_template="#/components/schemas/{model}")[1]["$defs"]
+    app.openapi()["components"]["schemas"] |= bodies  # FastAPI keeps what it returns
     return app
 
 
-async def _invalid(request: Request, error: WrongField) -> JSONResponse:
-    body = error_body(str(error), error.status, error.param, error.code)
-    return JSONResponse(body, error.status)
+async def _invalid(request: Request, error: schemas.WrongField) -> JSONResponse:
+    return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status)
 
 
 async def _refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -118,13 +91,13 @@ public = APIRouter()
 
 
 class _Plain(APIRoute):
+    """A route whose request `begin` reads and authorizes: without FastAPI's 0.3 ms per request."""
+
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
-        """The route's function, which takes the request and returns the response."""
         return self.endpoint
 
 
 work = APIRouter(responses=ERRORS, route_class=_Plain)
-"""Routes whose requests `begin` reads and authorizes: without FastAPI's 0.3 ms per request."""
 
 
 def _body(kind: type[BaseModel]) -> dict[str, Any]:
@@ -146,7 +119,7 @@ async def complete(request: Request) -> Response:
     return await exchange.respond(TextBodies, body)
 
 
-@work.post("/v1/chunks", response_model=ChunkList, openapi_extra=_body(ChunksRequest))
+@work.post("/v1/chunks", response_model=schemas.ChunkList, openapi_extra=_body(ChunksRequest))
 async def encode(request: Request) -> Response:
     """Encodes documents ahead of time, and pins them if requested."""
     exchange, _ = await begin(request, ChunksRequest, Service.encoding)
@@ -155,30 +128,28 @@ async def encode(request: Request) -> Response:
 
 
 @tenants.get("/v1/models")
-async def models(service: Serving) -> ModelList:
+async def models(service: Serving) -> schemas.ModelList:
     """The models and adapters that are served."""
-    return ModelList(data=[service.card(name) for name in service.models])
+    return schemas.ModelList(data=[service.card(name) for name in service.models])
 
 
 @tenants.get("/v1/models/{name:path}")
-async def model(name: str, service: Serving) -> ModelCard:
+async def model(name: str, service: Serving) -> schemas.ModelCard:
     """One model or adapter."""
     return service.card(name)
 
 
 @tenants.get("/v1/chunks/{key}")
-async def status(key: str, store_key: OwnKey, service: Serving) -> ChunkStatus:
+async def status(key: str, store_key: OwnKey, service: Serving) -> schemas.ChunkStatus:
     """Whether a chunk is in the store; ``key`` is from ``POST /v1/chunks`` or an answer."""
-    return await asyncio.to_thread(service.chunk, key, store_key)  # may ask a remote
+    return await asyncio.to_thread(service.chunk, key, store_key)
 
 
 @tenants.delete("/v1/chunks/{key}")
-async def delete(key: str, store_key: OwnKey, service: Serving) -> ChunkStatus:
+async def delete(key: str, store_key: OwnKey, service: Serving) -> schemas.ChunkStatus:
     """Removes a chunk from memory, folder and remote, pinned or not; 503 if one is out of reach."""
     if not await asyncio.to_thread(service.discard, store_key):
-        raise HTTPException(
-            503, "the chunk may still be stored: a folder or remote is out of reach"
-        )
+        raise HTTPException(503, "the chunk may still be stored: its store is out of reach")
     return await asyncio.to_thread(service.chunk, key, store_key)
 
 

@@ -1,14 +1,10 @@
 """One decoding step for answers of any lengths and methods at once.
 
-Each answer keeps the cache of its own prompt: positions with gaps, recomputed columns, reshaped
-scores. The matrices of the model are applied to all answers together; attention is computed for
-each over its own cache, with the same plan that `Engine` decodes a single answer with. So nothing
-is padded or copied when an answer joins or leaves, and answers do not depend on each other. Models
-that do more to their cached states than attend decode one answer after the other.
-
-transformers' continuous batching is not used: its paged cache is filled by running the model over
-a request's own tokens in order. It cannot be given keys and values, nor a recomputed token in some
-layers only, positions with gaps, or other scores before softmax.
+The matrices of the model are applied to all answers together; attention is computed for each over
+its own cache, with the plan that `Engine` decodes a single answer with. So nothing is padded or
+copied when an answer joins or leaves. Models that do more to their cached states than attend decode
+one answer after the other. transformers' continuous batching is not used: its paged cache cannot be
+given keys and values, tokens recomputed in some layers, gaps between positions, or other scores.
 """
 
 from __future__ import annotations
@@ -53,12 +49,10 @@ class Settings:
     """How a request is decoded."""
 
     max_new_tokens: int = 1
-    # how tokens are picked; each choice draws from a stream of its own
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = field(default_factory=Sampling)  # each choice draws from its own stream
     choices: int = 1  # answers to make
     stops: tuple[str, ...] = ()  # texts that end an answer and are left out of it
-    # most likely tokens to report at each step; None: no log probabilities at all
-    logprobs: int | None = None
+    logprobs: int | None = None  # most likely tokens to report at each step; None: nothing
     strips: bool = True  # whether to strip space around the answer, as `Engine.answer` does
 
 
@@ -78,11 +72,10 @@ class Choice:
         last = self.index == settings.choices - 1  # the others decode on copies
         self.cache = run.cache if last else copy.deepcopy(run.cache)
         self.reshaping = run.reshaping if last else copy.deepcopy(run.reshaping)
-        device = run.prefill.logits.device
         sampling = settings.sampling
         if sampling.seed is None:  # as in OpenAI's API, each request gets a new random seed
             sampling = replace(sampling, seed=secrets.randbits(32))
-        self._pick = sampling.picker(device, (self.index,))
+        self._pick = sampling.picker(run.prefill.logits.device, (self.index,))
         self._stop_ids = run.state.stop_ids()
         before = () if settings.strips else run.pieces[0].query[-1:]
         self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips, before)

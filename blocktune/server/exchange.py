@@ -38,14 +38,10 @@ async def authorized(request: Request) -> Tenant:
 async def begin(
     request: Request, kind: type[T], make: Callable[[Service, T, Tenant], Job]
 ) -> tuple[Exchange, T]:
-    """Reads a request of some kind, makes its job, and queues it.
+    """Reads a request of some kind in a worker thread, makes its job, and queues it.
 
-    Reading runs in a worker thread, so that a long body does not delay other clients.
-
-    Raises:
-        HTTPException: If the body is not JSON.
-        WrongField: If it is invalid, can never fit, or names a model that is not served.
-        Busy: If too many requests wait, or its tenant's quota is used up.
+    Raises HTTPException if the body is not JSON, WrongField if it is invalid or can never fit, Busy
+    if too many requests wait or the tenant's quota is used up.
     """
     service, tenant = request.app.state.service, await authorized(request)
     _require_json(request)
@@ -62,8 +58,7 @@ async def begin(
     except ValueError as error:
         line = " ".join(str(error).split())
         raise WrongField(line, code=getattr(error, "code", None)) from None
-    wait = service.quotas.enter(tenant, job.quota_tokens)
-    if wait is not None:
+    if (wait := service.quotas.enter(tenant, job.quota_tokens)) is not None:
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
     exchange, cache = Exchange(service, job, request), service.responses
     try:

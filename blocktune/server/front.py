@@ -1,17 +1,15 @@
 """Reads messages, documents and the method of a request, and makes token pieces.
 
-It needs no engine and no model, so that a server on another engine can use it.
-
-The chunks are placed in the user's last turn, as for a single question. Earlier turns are the
-prefix: exact, computed in full attention. Documents of earlier messages are chunks too, so that a
-conversation over the same documents finds them in the cache in every turn.
+It needs no engine and no model, so that vLLM's server can use it. The chunks are placed in the
+user's last turn, as for a single question. Earlier turns are the prefix: exact, computed in full
+attention. Documents of earlier messages are chunks too, so that every turn finds them in the cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -44,10 +42,7 @@ class Conversation(NamedTuple):
 
 
 def read_documents(documents: Sequence[Document]) -> tuple[Chunk, ...]:
-    """Makes a chunk of each document, as `blocktune encode` does, so that both mean the same chunk.
-
-    Raises ValueError, with the document's index, if one has no text.
-    """
+    """The chunks that `blocktune encode` makes of documents; ValueError: one has no text."""
     return tuple(_chunk(document, f"documents[{i}]") for i, document in enumerate(documents))
 
 
@@ -136,10 +131,8 @@ def _render(
     turns = [*earlier, ("user", head + template.SENTINEL + tail)]
     whole = template.render_conversation(tokenizer, system, turns)
     if whole.count(template.SENTINEL) != 1:
-        raise ValueError(
-            f"the chat template of '{tokenizer.name_or_path}' does not render the last turn "
-            "exactly once; send a single question"
-        )
+        what = f"the chat template of '{tokenizer.name_or_path}'"
+        raise ValueError(f"{what} does not render the last turn once; send a single question")
     return template.Frame(*whole.split(template.SENTINEL))
 
 
@@ -179,20 +172,20 @@ def read_method(extension: Extension, default: Method) -> Method:
     if isinstance(text, Mapping):
         if params:
             raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
-        return _checked(partial(build_entry, text))
+        return _checked(build_entry, text)
     if params:
-        return _checked(partial(build, default.name if text is None else text, **params))
+        return _checked(build, default.name if text is None else text, **params)
     return default if text is None else _named(text)
 
 
 @lru_cache(256)
 def _named(text: str) -> Method:
-    return _checked(partial(build, text))
+    return _checked(build, text)
 
 
-def _checked(make: Callable[[], Method]) -> Method:
+def _checked(make: Callable[..., Method], *args: Any, **params: Any) -> Method:
     try:
-        method = make()
+        method = make(*args, **params)
         values = list(_values(dataclasses.asdict(method)))
     except (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"blocktune.method: {error}") from None

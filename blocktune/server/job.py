@@ -62,8 +62,7 @@ class Report:
     steps: int = 0  # tokens of the longest choice; 0 if none was generated
     queue_s: float = 0.0  # seconds in the queue
     ttft_s: float = 0.0  # seconds from arrival to the first token
-    # the prompt's tokens and whether each was reused, if requested; see `strip_of`
-    strip: list[dict[str, Any]] | None = None
+    strip: list[dict[str, Any]] | None = None  # see `strip_of`; None: not requested
     encode_s: float = 0.0  # seconds spent encoding
 
 
@@ -88,8 +87,7 @@ class Job:
     timeout_s: float  # seconds after which it fails
     method: Method  # how chunks are reused
     pieces: Pieces | None = None  # tokens of the prompt; None: chunks are only encoded
-    # its layout; None for a method with a history, which decides the layout later
-    prompt: Prompt | None = None
+    prompt: Prompt | None = None  # its layout; None: a method with a history decides it later
     settings: Settings = field(default_factory=Settings)  # how it is decoded
     model: str = ""  # name of the model in the response
     question: str = ""  # text that a semantic response cache compares; empty for none
@@ -97,8 +95,7 @@ class Job:
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
     token_bytes: int = 0  # bytes of one token's keys and values
     wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
-    # pieces of ``wanted`` to pin in the store until they are deleted
-    pins: frozenset[Piece] = frozenset()
+    pins: frozenset[Piece] = frozenset()  # pieces of ``wanted`` to pin in the store
     # called with its events in the scheduler's thread; the last is a Report or a Failure
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
@@ -171,8 +168,8 @@ def report_of(job: Job) -> Report:
     ids = tuple(token for choice in job.choices for token in choice.ids)
     usage = job.run.usages([ids])[0]
     usage = replace(usage, prefix_tokens=usage.prefix_tokens + job.prefix_hits)
-    encoded = sum(len(piece.ids) for piece in job.found.misses)
-    encoded -= job.prefix_hits  # a conversation's earlier turns that were in a cache
+    # without a conversation's earlier turns that were in a cache
+    encoded = sum(len(piece.ids) for piece in job.found.misses) - job.prefix_hits
     return Report(
         usage=usage,
         tiers=job.found.tiers,
@@ -188,11 +185,9 @@ def report_of(job: Job) -> Report:
 def strip_of(run: Generation) -> list[dict[str, Any]]:
     """The prompt's tokens, grouped in runs of the same kind, chunk and fate.
 
-    Returns:
-        For each run: ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that
-        were computed) and ``tokens``, their texts. Cached keys and values were ``reused``
-        unchanged, ``relocated`` to another position, or ``recomputed`` in some layers; tokens that
-        were not cached are ``computed``.
+    A run has ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that were
+    computed) and ``tokens``, their texts. Cached keys and values were ``reused`` unchanged,
+    ``relocated`` or ``recomputed`` in some layers; tokens that were not cached are ``computed``.
     """
     layout, state = run.batch.layout, run.state
     is_moved = run.method.cached is not Cached.EXACT_PREFIX
@@ -210,17 +205,13 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         layout.position[0, rows].tolist(),
         strict=True,
     )
-    first: dict[int, int] = {}
-    entries = []
+    first, entries = {}, []
     for kind, chunk, cached, layers, position in facts:
         moved = is_moved and kind != Kind.PREFIX and first.setdefault(chunk, position) != 0
         reused = "recomputed" if layers else "relocated" if moved else "reused"
-        entry = {
-            "kind": Kind(kind).name.lower(),
-            "chunk": chunk if kind in (Kind.CHUNK, Kind.LINK, Kind.WRAP) else None,
-            "fate": reused if cached else "computed",
-            "layers": layers / state.num_layers,
-        }
+        own = chunk if kind in (Kind.CHUNK, Kind.LINK, Kind.WRAP) else None
+        entry = {"kind": Kind(kind).name.lower(), "chunk": own}
+        entry |= {"fate": reused if cached else "computed", "layers": layers / state.num_layers}
         entries.append(entry)
     known, ids = len(state.tokenizer), run.batch.input_ids[0, rows].tolist()
     texts = [token_text(state.tokenizer, i) if i < known else "\u29c9" for i in ids]
@@ -231,8 +222,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
 def recall(cache: ResponseCache, job: Job) -> bool:
     """Answers a job from the cache (True), or arranges for its answer to be cached (False).
 
-    Requests for several choices, log probabilities or the strip, and those that sample without a
-    seed, are ignored. The answer of a client that left is not kept.
+    Ignores requests for several choices, logprobs or the strip, and sampling without a seed.
     """
     settings, emit, deltas = job.settings, job.emit, []
     if job.pieces is None or job.strip or settings.choices > 1 or settings.logprobs is not None:

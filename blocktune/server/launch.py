@@ -17,8 +17,7 @@ from blocktune.server.config import Limits, ServerConfig
 from blocktune.server.middleware import with_timeout
 
 KEEP_ALIVE_S = 75
-"""Idle seconds before a connection is closed: longer than proxies keep theirs (often 60), which
-otherwise send a request on a connection that is just being closed."""
+"""Idle seconds before a connection is closed: longer than proxies keep theirs (often 60)."""
 
 
 def load_engines(
@@ -31,15 +30,9 @@ def load_engines(
 ) -> dict[str, Engine]:
     """An engine for each adapter and for the bare model, over one base's weights and one store.
 
-    Args:
-        model: Name or folder; None: the adapters' base.
-        adapters: Each ``ADAPTER`` or ``NAME=ADAPTER``.
-        name: Name of the bare model in requests; without it, adapters are served alone.
-        store: Place and limits of the chunks, as ``--store``.
-        store_bytes: Memory for chunks, and the same again for exact prefixes.
-        options: See `blocktune.adapter.load.load_models`.
-
-    Raises ValueError if two have the same name, or a model cannot reuse chunks.
+    The arguments are those of ``blocktune serve``; ``options`` are `load_models`' own. There are
+    ``store_bytes`` for chunks, and again for exact prefixes. Raises ValueError if two have the same
+    name, or a model cannot reuse chunks.
     """
     wanted = [(label or _short(path), path) for label, path in map(split_name, adapters)]
     if name or not adapters:

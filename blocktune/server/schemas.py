@@ -1,9 +1,7 @@
 """Requests and responses: OpenAI's, with documents and a field ``blocktune``.
 
-Documents have the forms that `RagExample` reads, such as ``{"title", "text"}`` or Cohere's ``{"id",
-"data": {...}}``, or are Anthropic's blocks ``{"type": "document", "source": ...}``, also in a
-message. Unsupported fields are refused if they
-would change the answer, and ignored otherwise.
+Documents have the forms that `RagExample` reads, or are Anthropic's blocks, also in a message.
+Unsupported fields are refused if they would change the answer, and ignored otherwise.
 """
 
 from __future__ import annotations
@@ -13,17 +11,8 @@ from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    StrictBool,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, Tag, model_validator
 
 from blocktune.data.example import near_miss
 
@@ -50,7 +39,7 @@ OWN_PLACE: dict[str, tuple] = dict.fromkeys(("chunks", "method", "strip"), ())
 """Fields of our own that belong elsewhere in a request, see `FIXES`."""
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
-    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words"), ([],)),
     **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
     **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
@@ -84,8 +73,7 @@ class WrongField(ValueError):
 def read_body(kind: type[T], body: bytes, most: int) -> T:
     """Parses a JSON body of at most about ``most`` values.
 
-    Values are counted first, since 8 MB of ``[],[],[]`` would become 200 MB of objects. Raises
-    `WrongField` if it is not a request of this kind; the message is one line.
+    8 MB of ``[],[],[]`` would become 200 MB of objects. Raises `WrongField`, in one line.
     """
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:
@@ -97,7 +85,7 @@ def validated(validate: Callable[[Any], T], body: Any) -> T:
     """Calls pydantic's ``validate``. Raises `WrongField` as `read_body` does."""
     try:
         return validate(body)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
     # of the alternative that fits best
     deepest = max(errors, key=lambda item: (len(item["loc"]), "_type" not in item["type"]))
@@ -156,7 +144,7 @@ Document = Annotated[
     Annotated[Text, Tag("text()")]
     | Annotated[DocumentBlock, Tag("block()")]
     | Annotated[dict[str, Any], Tag("fields()")],  # read as in a file: by `read_chunk`
-    Discriminator(_form),
+    pydantic.Discriminator(_form),
 ]
 Documents = Annotated[list[Document], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
 Block = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
@@ -182,9 +170,8 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fa
 class Extension(BaseModel, extra="forbid"):
     """The field ``blocktune``: what OpenAI's interface does not have.
 
-    ``method`` is a method as on the command line (``kvlink + deviation 15 %``) or a mapping as in a
-    suite; ``params`` are its first preset's. ``strip`` requests the prompt's tokens with whether
-    each was reused, moved, recomputed or computed.
+    ``method`` is as on the command line, or a mapping as in a suite; ``params`` are its first
+    preset's. ``strip`` requests whether each token of the prompt was reused.
     """
 
     method: Annotated[str, Field(min_length=1, max_length=300)] | dict[str, Any] | None = None
@@ -257,9 +244,8 @@ class CompletionRequest(Decoding):
 
     prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    best_of: Whole | None = None
 
-    @field_validator("prompt", mode="before")
+    @pydantic.field_validator("prompt", mode="before")
     @classmethod
     def _take_the_only_one(cls, value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, (str, list)) for item in value):
@@ -267,12 +253,6 @@ class CompletionRequest(Decoding):
         if len(value) != 1:
             raise ValueError(f"must be one prompt, got {len(value)}; send a request for each")
         return value[0]
-
-    @model_validator(mode="after")
-    def _refuse_best_of(self):
-        if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of is not supported; use n")
-        return self
 
     @property
     def num_logprobs(self) -> int | None:
@@ -292,19 +272,10 @@ class ChunksRequest(BaseModel, extra="forbid"):
     pin: StrictBool | None = False
 
 
-class ErrorDetail(BaseModel):
-    """An error in OpenAI's format."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
 class ErrorBody(BaseModel):
-    """The body of every error."""
+    """The body of every error, in OpenAI's format: message, type, param and code."""
 
-    error: ErrorDetail
+    error: dict[str, str | None]
 
 
 class ModelCard(BaseModel):

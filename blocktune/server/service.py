@@ -25,10 +25,8 @@ from blocktune.server.scheduler import Scheduler
 
 _LOG = logging.getLogger(__name__)
 MOST_BLANKS = 64
-CHARACTERS = 32
-"""Most characters of a token, to refuse texts that are too long before they are tokenised."""
-WITHOUT_CHUNKS = "prefix-cache"
-"""The method of prompts without documents, which can only reuse an exact prefix."""
+CHARACTERS = 32  # most of a token, to refuse texts that are too long before they are tokenised
+WITHOUT_CHUNKS = "prefix-cache"  # the method of prompts without documents
 
 
 class Served(NamedTuple):
@@ -43,14 +41,9 @@ class Served(NamedTuple):
 class Service:
     """The models, limits and scheduler behind the routes.
 
-    Args:
-        engines: Engines by their names in requests; the first is the default.
-        config: Limits and tenants.
-        method: The default method; None: the one that each model was trained for.
-        checked: Whether every model must pass `check_model` before the first answer.
-        responses: Cache of whole answers, or None.
-
-    Raises ValueError if the method does not fit a model.
+    The first of the ``engines``, which are given by their names in requests, is the default, and so
+    is ``method`` (None: the one that each model was trained for). If ``checked``, every model must
+    pass `check_model` before the first answer. ValueError: the method does not fit a model.
     """
 
     def __init__(
@@ -135,10 +128,7 @@ class Service:
         return job
 
     def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Job:
-        """The job that encodes documents ahead of time, for the model's default method.
-
-        Raises ValueError if one does not fit into the model's context, or into the room for pins.
-        """
+        """The job that encodes documents for the default method; ValueError: they do not fit."""
         served, limits = self._served(body, tenant), self.config.limits
         chunks, engine = self._chunks(served, body.documents, []), served.engine
         spec = engine.prompts.spec(served.method)
@@ -149,10 +139,8 @@ class Service:
             new = sum(size for key, size in keys.items() if key not in pinned)
             room = limits.pinned_bytes - sum(pinned.values())
             if new * served.token_bytes > room:
-                raise ValueError(
-                    f"pin: {new:,} tokens do not fit into the {max(0, room):,} bytes left for "
-                    "pinned chunks; delete some that are pinned"
-                )
+                left = f"the {max(0, room):,} bytes left for pinned chunks"
+                raise ValueError(f"pin: {new:,} tokens do not fit into {left}; delete some")
         return Job(
             *(engine, tenant, chunks, limits.request_s, served.method),
             wanted=[*([prefix] if prefix else []), *pieces],
@@ -194,10 +182,8 @@ class Service:
         self, served: Served, documents: Sequence[Any], texts: Iterable[str]
     ) -> tuple[Chunk, ...]:
         limits = self.config.limits
-        if len(documents) > limits.chunks:
-            raise ValueError(
-                f"documents: {len(documents):,} were given, at most {limits.chunks:,} are taken"
-            )
+        if (count := len(documents)) > limits.chunks:
+            raise ValueError(f"documents: at most {limits.chunks:,} are taken, got {count:,}")
         chunks = front.read_documents(documents)
         whole = sum(len(chunk.text) + len(chunk.title or "") for chunk in chunks)
         whole += sum(map(len, texts))
@@ -228,10 +214,8 @@ class Service:
         if spec.num_blanks > MOST_BLANKS:
             raise ValueError(f"blocktune: at most {MOST_BLANKS} blanks, got {spec.num_blanks}")
         if pieces.num_tokens > limits.prompt_tokens:
-            raise TooLong(
-                f"the prompt has {pieces.num_tokens:,} tokens, the server takes "
-                f"{limits.prompt_tokens:,}; cut chunks smaller or retrieve fewer"
-            )
+            sizes = f"{pieces.num_tokens:,} tokens, the server takes {limits.prompt_tokens:,}"
+            raise TooLong(f"the prompt has {sizes}; cut chunks smaller or retrieve fewer")
         new_tokens = body.max_completion_tokens or body.max_tokens
         for name, value, most in (
             ("max_tokens", new_tokens, limits.new_tokens),
@@ -255,8 +239,6 @@ class Service:
             token_bytes=served.token_bytes,
         )
         if job.reserved > limits.kv_bytes:
-            raise ValueError(
-                f"the prompt and its answers need {job.reserved:,} bytes of keys and values, the "
-                f"server has {limits.kv_bytes:,}; ask for fewer tokens or choices"
-            )
+            sizes = f"{job.reserved:,} bytes of keys and values, the server has {limits.kv_bytes:,}"
+            raise ValueError(f"the answer needs {sizes}; ask for fewer tokens or choices")
         return job
