@@ -13,22 +13,13 @@ from blocktune.commands.application import command
 from blocktune.commands.options import option
 
 FOLLOW_S = 0.1  # seconds to wait after the queue of missed chunks was empty
-Passages = option(
-    list[str] | None, "A passage for --question; repeatable.", "--chunk -c", panel=opt.PROMPT
-)
-Questions = option(
-    str | None, "Questions: JSONL or `blocktune data` source.", "--input -i", panel=opt.PROMPT
-)
+Passages = option(list[str] | None, "Passage; repeatable.", "--chunk -c", panel=opt.PROMPT)
+Questions = option(str | None, "JSONL, or `blocktune data` source.", "--input -i", panel=opt.PROMPT)
 ShowPrompt = option(bool, "Print the prompt, row by row, first.", "--show-prompt", panel=opt.PROMPT)
-Output = option(
-    Path | None, "JSONL file; answers already in it are skipped.", "--output -o", **opt.IN_FILE
-)
+Output = opt.to_file("JSONL file; answers already in it are skipped.")
 TopK = option(int, "Sample from the K most likely tokens; 0: from all.", panel=opt.DECODING)
-DecodeCache = option(
-    str | None,
-    "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (from a GPU).",
-    panel=opt.DECODING,
-)
+PASSAGES = "File of passages or questions; FILE?chunker=sentence cuts passages."
+CACHES = "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (from a GPU)."
 
 
 @command(
@@ -68,7 +59,7 @@ def answer(
     top_p: opt.TopP = 1.0,
     seed: option(int | None, "Random seed for sampling. Default: 0.", panel=opt.DECODING) = None,
     response_cache: opt.Responses = None,
-    decode_cache: DecodeCache = None,
+    decode_cache: option(str | None, CACHES, panel=opt.DECODING) = None,
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.cache.decode_cache import DecodeCache
@@ -117,15 +108,8 @@ def answer(
     "    accelerate launch --num_processes 4 --module blocktune.cli encode ...",
 )
 def encode(
-    store: option(
-        str, "Folder or URL, with settings as in `answer`.", metavar="PLACE[,NAME=VALUE...]"
-    ),
-    documents: option(
-        Path | None,
-        "File of passages or questions; FILE?chunker=sentence cuts passages.",
-        "--input -i",
-        panel=opt.PROMPT,
-    ) = None,
+    store: option(str, "Folder or URL, with settings as in `answer`.", metavar=opt.PLACE),
+    documents: option(Path | None, PASSAGES, "--input -i", panel=opt.PROMPT) = None,
     follow: option(bool, "Then encode what readers miss, until stopped.", "--follow") = False,
     instruction: opt.Instruction = None,
     system: opt.System = None,

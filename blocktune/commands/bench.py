@@ -26,16 +26,12 @@ def replay(
     trace: Annotated[
         str, typer.Argument(help="Trace of a store, Mooncake or Azure (JSONL, CSV, .gz); or zipf.")
     ],
-    budget: option(
-        list[str] | None, "Store size, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
-    ) = None,
+    budget: option(list[str] | None, "Store size; repeatable. Default: 1 to 50 % of all.") = None,
     policy: option(list[str] | None, "lru, lfu, fifo or gdsf; repeatable. Default: all.") = None,
     limit: option(int | None, "Use only the first N requests.", min=1) = None,
     token_bytes: option(int, "Bytes per token, if not traced.", min=1) = 131_072,
     token_us: option(float, "Microseconds to encode a token.", min=0) = 100.0,
-    output: option(
-        Path | None, "Folder for replay.json and two plots (PNG).", "--output -o", **opt.IN_FOLDER
-    ) = None,
+    output: opt.to_folder("Folder for replay.json and two plots (PNG).") = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Simulate a trace on stores of several sizes and policies: hits and seconds saved."""
@@ -75,8 +71,8 @@ def replay(
 Tokens = option(int, "Length of the prompt, in tokens.", min=2)
 ChunkTokens = option(int, "Tokens per chunk.", min=1)
 Repeats = option(int, "Number of runs; medians are shown.", min=1)
-Folder = option(Path | None, "For the chunks. Default: the temporary folder.", **opt.IN_FOLDER)
-Output = option(Path | None, "Also write the results to a JSON file.", "--output -o", **opt.IN_FILE)
+Folder = opt.to_folder("For the chunks. Default: the temporary folder.", "--folder")
+Output = opt.to_file("Also write the results to a JSON file.")
 Tiny = option(bool, "A toy model and prompt instead, for a quick try.", "--tiny")
 
 group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
@@ -132,7 +128,7 @@ def ttft(
     threads: option(int, "Threads that PyTorch may use.", min=1) = 2,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
-    picture: option(Path | None, "PNG of seconds against length.", **opt.IN_FILE) = None,
+    picture: opt.to_file("PNG of seconds against length.", "--picture") = None,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:

@@ -68,9 +68,7 @@ def methods(
 def check(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
-    method: option(
-        str | None, "Check this method's contract instead, by default on a tiny model."
-    ) = None,
+    method: option(str | None, "Check this method instead, by default on a tiny model.") = None,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,

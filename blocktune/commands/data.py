@@ -27,13 +27,11 @@ CSV, Parquet or Arrow, recognized by its fields), the short name of a data set
 """
 
 Source = Annotated[str, Argument(help="File, data set or generator; see `blocktune data --help`.")]
-Output = option(Path, "JSONL file to write.", "--output -o", **opt.IN_FILE)
+Output = opt.to_file("JSONL file to write.", kind=Path)
 Limit = option(int | None, "Use only the first N examples.", min=1)
 Split = option(str | None, "Split of a data set. Default: validation, or train if it has none.")
 Fields = option(str | None, "Rename fields: question=input,chunks=docs.", metavar="NEW=OLD,...")
-Counter = option(
-    str | None, "Tokenizer to measure lengths: a folder or a name on the HF Hub.", "--tokenizer"
-)
+Counter = option(str | None, "To measure lengths: a folder or a name on the Hub.", "--tokenizer")
 
 group = new_group(
     "data",

@@ -33,17 +33,13 @@ app.add_typer(group, name="eval")
 def evaluate(
     context: typer.Context,
     suite: option(Path | None, "YAML file of methods and tasks; see eval/suites/.") = None,
-    output: option(
-        Path | None, "Folder for rows, results.json and plot.", "--output -o", **opt.IN_FOLDER
-    ) = None,
+    output: opt.to_folder("Folder for rows, results.json and plot.") = None,
     limit: option(int | None, "Only the first N questions of each task.", min=1) = None,
     model: option(str | None, "Overrides the suite's.", "--model -m") = None,
     device: option(str | None, "Overrides the suite's.") = None,
     quantize: option(str | None, "nf4 or int8; overrides the suite's.") = None,
     store: option(str | None, "Store of chunks, as in `answer`; overrides the suite's.") = None,
-    budget: option(
-        float | None, "Share of the context that every selector may recompute.", min=0, max=1
-    ) = None,
+    budget: option(float | None, "Share that every selector may recompute.", min=0, max=1) = None,
     layer_budget: option(float | None, "The same, of layers times tokens.", min=0, max=1) = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
@@ -112,7 +108,7 @@ def compare(
 )
 def arena(
     questions: option(Path, "Clone of the KVShareArena repository."),
-    output: option(Path, "Folder for the result files.", "--output -o", **opt.IN_FOLDER),
+    output: opt.to_folder("Folder for the result files.", kind=Path),
     method: option(str, "A method, as in `blocktune answer`.") = "naive",
     model: opt.Model = None,
     adapter: opt.Adapter = None,
@@ -157,7 +153,7 @@ def report(
 )
 def tune(
     config: option(Path, "YAML file of the run; see eval/tuning/."),
-    output: option(Path, "Folder for rows and tuned.json.", "--output -o", **opt.IN_FOLDER),
+    output: opt.to_folder("Folder for rows and tuned.json.", kind=Path),
     limit: opt.Limit = None,
     model: option(str | None, "Overrides the YAML's.", "--model -m") = None,
     as_json: opt.AsJson = False,

@@ -36,16 +36,10 @@ def passages(
     corpus: option(Path | None, "Passages to search: FILE, or FILE?chunker=sentence.") = None,
     retrieved: option(Path | None, "File with the passages that your retriever found.") = None,
     own: option(bool, "Keep the best of each question's own passages, by BM25.", "--own") = False,
-    embedder: option(
-        str | None, "Sentence-transformers model to search by, not BM25.", metavar="MODEL"
-    ) = None,
-    store: option(
-        str | None, "Store of the embeddings; see `answer`.", metavar="PLACE[,NAME=VALUE...]"
-    ) = None,
+    embedder: option(str | None, "Search by this Sentence Transformer.", metavar="MODEL") = None,
+    store: option(str | None, "Store of the embeddings; see `answer`.", metavar=opt.PLACE) = None,
     k: option(int, "Passages per question.", min=1) = 10,
-    answerable: option(
-        bool, "Skip questions whose passages contain no answer.", "--answerable"
-    ) = False,
+    answerable: option(bool, "Skip questions without the answer.", "--answerable") = False,
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
@@ -122,9 +116,7 @@ def answer(
     top_p: opt.TopP = 1.0,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 16,
-    only_correct: option(
-        bool, "Skip answers that contain no accepted answer.", "--only-correct"
-    ) = False,
+    only_correct: option(bool, "Skip answers without an accepted one.", "--only-correct") = False,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
 ) -> None:
@@ -182,9 +174,7 @@ def answer(
 )
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
-    output: option(
-        Path | None, "JSONL file to write the examples to.", "--output -o", **opt.IN_FILE
-    ) = None,
+    output: opt.to_file("JSONL file to write the examples to.") = None,
     tokenizer: Counter = None,
 ) -> None:
     """Draw a mixture of sources; show how many block and full examples each part gives."""

@@ -27,26 +27,11 @@ Adapters = option(
     "Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
     "name that requests use. Repeatable; adapters share the weights of their base.",
 )
-Name = option(
-    str | None,
-    "Name of --model in requests; default: its own. With adapters, the base is served only if this "
-    "is given.",
-)
+NAME = "Name of --model in requests; with adapters, the base is served only under it."
 StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
-ApiKey = option(
-    str | None, "Requests must send it as a bearer token.", panel=SAFETY, envvar=KEY_VARIABLE
-)
-Tenants = option(
-    Path | None,
-    "YAML file of tenants, which share no chunks: {acme: {key: ..., max_requests: 4, "
-    "tokens_per_minute: 100000}}.",
-    panel=SAFETY,
-)
-AllowedHosts = option(
-    list[str] | None,
-    "Host header to accept; repeatable. Default: localhost if --host is local, else any.",
-    panel=SAFETY,
-)
+ApiKey = option(str | None, "Bearer token of all requests.", panel=SAFETY, envvar=KEY_VARIABLE)
+TENANTS = "YAML of tenants: {acme: {key: ..., max_requests: 4, tokens_per_minute: 100000}}."
+HOSTS = "Host header to accept; repeatable. Default: localhost if --host is local, else any."
 LimitPairs = option(
     list[str] | None,
     "Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
@@ -68,10 +53,8 @@ LimitPairs = option(
 def serve(
     model: opt.Model = None,
     adapter: Adapters = None,
-    name: Name = None,
-    method: option(
-        str | None, "Reuse method for requests that name none. Default: the adapter's, else naive."
-    ) = None,
+    name: option(str | None, NAME) = None,
+    method: option(str | None, "For requests that name none. Default: as `answer`.") = None,
     store: opt.Store = None,
     response_cache: opt.Responses = None,
     store_gb: StoreGb = 4.0,
@@ -81,8 +64,8 @@ def serve(
     host: option(str, "Address to listen on.") = "127.0.0.1",
     port: option(int, "Port to listen on; 0 picks a free one.", min=0, max=65535) = 8000,
     api_key: ApiKey = None,
-    tenants: Tenants = None,
-    allowed_host: AllowedHosts = None,
+    tenants: option(Path | None, TENANTS, panel=SAFETY) = None,
+    allowed_host: option(list[str] | None, HOSTS, panel=SAFETY) = None,
     log_texts: option(bool, "Log the text of answers.", "--log-texts", panel=SAFETY) = False,
     skip_check: option(bool, "Start without checking that reuse is exact.", "--skip-check") = False,
     limit: LimitPairs = None,
@@ -158,9 +141,7 @@ def serve_vllm(
         "Adapter used to encode the chunks: a folder or a name on the HF Hub; "
         "NAME=ADAPTER sets the name that requests use. Repeatable.",
     ) = None,
-    encode_wait: option(
-        float, "Seconds that a request may wait for `encode --follow`.", min=0
-    ) = 30.0,
+    encode_wait: option(float, "Seconds to wait for `encode --follow`.", min=0) = 30.0,
     host_gb: option(float, "GiB of memory for chunks, in each rank.", min=0) = 1.0,
     fingerprint: option(str | None, "Which chunks to use, if several fit the base.") = None,
 ) -> None:

@@ -139,11 +139,9 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 )
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
-    output: option(Path, "New folder for the model.", "--output -o", **opt.IN_FOLDER),
+    output: opt.to_folder("New folder for the model.", kind=Path),
     model: opt.Model = None,
-    links: option(
-        str | None, "table (links in a file) or added_tokens. Default: as trained."
-    ) = None,
+    links: option(str | None, "table (a file) or added_tokens. Default: as trained.") = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
     as_json: opt.AsJson = False,

@@ -94,7 +94,7 @@ class Scheduler:
                 if not self._wake.wait_for(self._should_wake, IDLE_S):
                     trim_memory()
                     self._wake.wait_for(self._should_wake)
-                if not self._has_work():
+                if not self._jobs():
                     return
                 self._end_expired()
                 self._admit()
@@ -106,11 +106,8 @@ class Scheduler:
             (*chain(*self._queues.values()), *self.preparing, *self.running.values())
         )
 
-    def _has_work(self) -> bool:
-        return bool(self.waiting or self.preparing or self.running)
-
     def _should_wake(self) -> bool:
-        return self._stopping or self._has_work()
+        return self._stopping or bool(self._jobs())
 
     def _end_expired(self) -> None:
         """Ends requests, also waiting ones, whose client left, or that took too long."""
