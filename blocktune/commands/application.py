@@ -14,14 +14,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Option
 from typer.core import TyperGroup
 
 import blocktune
 from blocktune import plugins
+from blocktune.commands.options import option
 from blocktune.parsing import first_line
 
 EXTRAS = {  # the packages that each extra of blocktune installs
@@ -35,6 +35,10 @@ EXTRAS = {  # the packages that each extra of blocktune installs
 # Environment variable for launched processes: a folder for their error (``RANK.txt``).
 FAILURES = "BLOCKTUNE_FAILURES"
 PLUGIN = "--plugin"
+PLUGINS = (
+    "Python file or module that adds methods or their parts, for any command; repeatable. Also "
+)
+PLUGINS += "$BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins."
 USAGE_ERROR = typer.BadParameter.__base__  # wrong options or arguments; typer does not export it
 
 
@@ -98,13 +102,10 @@ def resumable(kept: str) -> Iterator[None]:
 
 def plugins_first(args: list[str]) -> list[str]:
     """Moves every ``--plugin X`` and ``--plugin=X`` to the front of the arguments."""
-    named, others, remaining = [], [], list(args)
-    while remaining:
-        arg = remaining.pop(0)
-        if arg == PLUGIN and remaining:
-            named += [arg, remaining.pop(0)]
-        else:
-            (named if arg.startswith(f"{PLUGIN}=") else others).append(arg)
+    named, others = [], []
+    for before, arg in zip([None, *args], args, strict=False):
+        is_own = PLUGIN in (before, arg) or arg.startswith(f"{PLUGIN}=")
+        (named if is_own else others).append(arg)
     return named + others
 
 
@@ -187,7 +188,7 @@ def new_group(name: str, text: str, *examples: str) -> typer.Typer:
     return group
 
 
-def _show_version(requested: bool) -> None:
+def _version(requested: bool) -> None:
     if requested:
         typer.echo(f"blocktune {blocktune.__version__}")
         raise typer.Exit
@@ -195,21 +196,11 @@ def _show_version(requested: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[
-        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
-    ] = False,
-    debug: Annotated[
-        bool, Option("--debug", envvar="BLOCKTUNE_DEBUG", help="Show the traceback of an error.")
-    ] = False,
-    plugin: Annotated[
-        list[str] | None,
-        Option(
-            PLUGIN,
-            metavar="FILE|MODULE",
-            help="Python file or module that adds methods or their parts, for any command; "
-            "repeatable. Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
-        ),
-    ] = None,
+    version: option(
+        bool, "Show the version.", "--version", callback=_version, is_eager=True
+    ) = False,
+    debug: option(bool, "Show an error's traceback.", "--debug", envvar="BLOCKTUNE_DEBUG") = False,
+    plugin: option(list[str] | None, PLUGINS, PLUGIN, metavar="FILE|MODULE") = None,
 ) -> None:
     """Fine-tune, serve and evaluate RoPE decoders that answer from cached chunks of text."""
     for name in plugin or ():

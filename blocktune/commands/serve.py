@@ -27,7 +27,7 @@ Adapters = option(
     "Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
     "name that requests use. Repeatable; adapters share the weights of their base.",
 )
-NAME = "Name of --model in requests; with adapters, the base is served only under it."
+NAME = "Name of --model in requests (default: its own). With adapters: serve the base, too."
 StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
 ApiKey = option(str | None, "Bearer token of all requests.", panel=SAFETY, envvar=KEY_VARIABLE)
 TENANTS = "YAML of tenants: {acme: {key: ..., max_requests: 4, tokens_per_minute: 100000}}."

@@ -9,21 +9,26 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import HTTPException
 
 import blocktune
-from blocktune.server import schemas
 from blocktune.server.bodies import ChatBodies, TextBodies, chunk_list
 from blocktune.server.config import Tenant
 from blocktune.server.exchange import authorized, begin
 from blocktune.server.middleware import Guard, error_body
-from blocktune.server.schemas import ChatRequest, ChunksRequest, CompletionRequest, ErrorBody
+from blocktune.server.schemas import (
+    ChatRequest,
+    ChunksRequest,
+    CompletionRequest,
+    ErrorBody,
+    WrongField,
+)
 from blocktune.server.service import Service
 
 ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 415, 429)}
@@ -47,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
         title="blocktune",
         version=blocktune.__version__,
         lifespan=lifespan,
-        exception_handlers={schemas.WrongField: _invalid, StarletteHTTPException: _refused},
+        exception_handlers={WrongField: _invalid, HTTPException: _refused},
     )
     app.router.redirect_slashes = False
     app.state.service = service
@@ -60,11 +65,11 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _invalid(request: Request, error: schemas.WrongField) -> JSONResponse:
+async def _invalid(request: Request, error: WrongField) -> JSONResponse:
     return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status)
 
 
-async def _refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
+async def _refused(request: Request, error: HTTPException) -> JSONResponse:
     text, status = str(error.detail), error.status_code
     if text in ("Not Found", "Method Not Allowed"):  # Starlette's
         path = request.scope["raw_path"].decode("latin-1")
@@ -119,34 +124,34 @@ async def complete(request: Request) -> Response:
     return await exchange.respond(TextBodies, body)
 
 
-@work.post("/v1/chunks", response_model=schemas.ChunkList, openapi_extra=_body(ChunksRequest))
+@work.post("/v1/chunks", response_model=None, openapi_extra=_body(ChunksRequest))
 async def encode(request: Request) -> Response:
     """Encodes documents ahead of time, and pins them if requested."""
     exchange, _ = await begin(request, ChunksRequest, Service.encoding)
     *_, report = [event async for event in exchange.events()]
-    return JSONResponse(chunk_list(exchange.job, report).model_dump())
+    return JSONResponse(chunk_list(exchange.job, report))
 
 
 @tenants.get("/v1/models")
-async def models(service: Serving) -> schemas.ModelList:
+async def models(service: Serving) -> dict[str, Any]:
     """The models and adapters that are served."""
-    return schemas.ModelList(data=[service.card(name) for name in service.models])
+    return {"object": "list", "data": [service.card(name) for name in service.models]}
 
 
 @tenants.get("/v1/models/{name:path}")
-async def model(name: str, service: Serving) -> schemas.ModelCard:
+async def model(name: str, service: Serving) -> dict[str, Any]:
     """One model or adapter."""
     return service.card(name)
 
 
 @tenants.get("/v1/chunks/{key}")
-async def status(key: str, store_key: OwnKey, service: Serving) -> schemas.ChunkStatus:
+async def status(key: str, store_key: OwnKey, service: Serving) -> dict[str, Any]:
     """Whether a chunk is in the store; ``key`` is from ``POST /v1/chunks`` or an answer."""
     return await asyncio.to_thread(service.chunk, key, store_key)
 
 
 @tenants.delete("/v1/chunks/{key}")
-async def delete(key: str, store_key: OwnKey, service: Serving) -> schemas.ChunkStatus:
+async def delete(key: str, store_key: OwnKey, service: Serving) -> dict[str, Any]:
     """Removes a chunk from memory, folder and remote, pinned or not; 503 if one is out of reach."""
     if not await asyncio.to_thread(service.discard, store_key):
         raise HTTPException(503, "the chunk may still be stored: its store is out of reach")

@@ -12,19 +12,18 @@ from typing import Any
 from blocktune.engine.encode import Piece
 from blocktune.server.decoding import TokenLogprob, token_text
 from blocktune.server.job import Delta, Event, Job, Report
-from blocktune.server.schemas import ChunkList, ChunkStatus
 
 _IDS = random.Random()  # ids are not secret, and the system's randomness would take longer
 
 
-def chunk_list(job: Job, report: Report) -> ChunkList:
+def chunk_list(job: Job, report: Report) -> dict[str, Any]:
     """The response of ``POST /v1/chunks``."""
     pieces = job.wanted[-len(job.documents) :]
-    data = [
-        ChunkStatus(**chunk, encoded=chunk["cached"] == "none", pinned=piece in job.pinned)
-        for chunk, piece in zip(_chunks(job, report, pieces), pieces, strict=True)
-    ]
-    return ChunkList(data=data, encode_s=report.encode_s)
+    data = []
+    for chunk, piece in zip(_chunks(job, report, pieces), pieces, strict=True):
+        facts = {name: chunk[name] for name in ("key", "id", "tokens", "cached")}
+        data.append(facts | {"encoded": chunk["cached"] == "none", "pinned": piece in job.pinned})
+    return {"object": "list", "data": data, "encode_s": report.encode_s}
 
 
 def _chunks(job: Job, report: Report, pieces: Sequence[Piece]) -> list[dict[str, Any]]:

@@ -9,14 +9,15 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
-from fastapi import HTTPException, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from blocktune.methods.base import METHODS
 from blocktune.server.bodies import TextBodies
 from blocktune.server.config import Tenant
-from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, recall
+from blocktune.server.job import Busy, Delta, Event, Job, Report, recall
 from blocktune.server.middleware import SHUT_DOWN, error_body
 from blocktune.server.schemas import Decoding, T, WrongField, read_body
 from blocktune.server.service import Service
@@ -72,9 +73,9 @@ async def begin(
 
 def _require_json(request: Request) -> None:
     """Refuses other content types; pages of other sites can send text/plain, but not JSON."""
-    kind, _, options = request.headers.get("content-type", "").partition(";")
-    kind, charset = kind.strip().lower(), options.partition("charset=")[2].strip(' "').lower()
-    if kind != "application/json" or charset not in ("", "utf-8", "utf8"):
+    kind, _, options = request.headers.get("content-type", "").lower().partition(";")
+    charset = options.partition("charset=")[2].strip(' "')
+    if kind.strip() != "application/json" or charset not in ("", "utf-8", "utf8"):
         raise HTTPException(415, "send JSON in UTF-8, as Content-Type: application/json")
     coding = request.headers.get("content-encoding", "identity")
     if coding != "identity":
@@ -111,8 +112,8 @@ class Exchange:
         try:
             while True:
                 event = await self._queue.get()
-                if isinstance(event, Failure):
-                    raise HTTPException(event.status, event.message)
+                if isinstance(event, HTTPException):
+                    raise event
                 if isinstance(event, Report):
                     self.close(refund=job.unused_tokens(event.answer_tokens))
                     yield event
@@ -131,7 +132,7 @@ class Exchange:
             except TimeoutError:
                 self._queue.put_nowait(None)
         self.job.cancelled = True
-        self._queue.put_nowait(Failure(499, "the client has left"))
+        self._queue.put_nowait(HTTPException(499, "the client has left"))
 
     async def respond(self, kind: type[TextBodies], body: Decoding) -> Response:
         """The whole answer, or a stream, as soon as its first event is there."""

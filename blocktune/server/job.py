@@ -66,15 +66,7 @@ class Report:
     encode_s: float = 0.0  # seconds spent encoding
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The end of a request without an answer; ``status`` is the HTTP status."""
-
-    status: int
-    message: str
-
-
-Event = Delta | Report | Failure
+Event = Delta | Report | HTTPException  # the last: the request failed
 
 
 @dataclass(eq=False)
@@ -96,7 +88,7 @@ class Job:
     token_bytes: int = 0  # bytes of one token's keys and values
     wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
     pins: frozenset[Piece] = frozenset()  # pieces of ``wanted`` to pin in the store
-    # called with its events in the scheduler's thread; the last is a Report or a Failure
+    # called with its events in the scheduler's thread; the last is no Delta
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False  # if set, it is stopped before its next step
@@ -149,18 +141,18 @@ def bytes_per_token(engine: Engine) -> int:
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 
-def failure_of(error: Exception) -> Failure:
-    """Turns an exception into a failure; those not caused by the client are logged."""
+def failure_of(error: Exception) -> HTTPException:
+    """Turns an exception into one with a status; those not caused by the client are logged."""
     if isinstance(error, NoNumbers):
         _LOG.error("%s", error)
-        return Failure(500, str(error))
+        return HTTPException(500, str(error))
     if isinstance(error, ValueError):
-        return Failure(400, " ".join(str(error).split()))
+        return HTTPException(400, " ".join(str(error).split()))
     if isinstance(error, torch.OutOfMemoryError):
         _LOG.error("out of memory: %s", error)
-        return Failure(503, "the device has no memory left; try again later")
+        return HTTPException(503, "the device has no memory left; try again later")
     _LOG.error("a request failed", exc_info=error)
-    return Failure(500, "internal error; the server's log says more")
+    return HTTPException(500, "internal error; the server's log says more")
 
 
 def report_of(job: Job) -> Report:

@@ -56,9 +56,9 @@ def _short(source: str) -> str:
 def read_limits(pairs: list[str]) -> Limits:
     """Limits from ``name=value`` pairs; raises ValueError if a name or a value is wrong."""
     values = dict(pair.partition("=")[::2] for pair in pairs)
-    for name in (name for name in values if name.endswith("_bytes")):
+    for name, text in values.items():
         with suppress(ValueError):  # a value that is not a size is refused below, by name
-            values[name] = str(parse_bytes(values[name]))
+            values[name] = str(parse_bytes(text)) if name.endswith("_bytes") else text
     return build_config(Limits, values, "--limit")
 
 

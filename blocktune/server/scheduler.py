@@ -14,6 +14,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import torch
+from starlette.exceptions import HTTPException
 
 from blocktune.cache import ChunkKV
 from blocktune.engine import Engine
@@ -25,7 +26,7 @@ from blocktune.methods import Cached, build
 from blocktune.prompt import Pieces
 from blocktune.server.config import Limits
 from blocktune.server.decoding import Choice, decode_step
-from blocktune.server.job import Busy, Delta, Failure, Job, Report, failure_of, report_of
+from blocktune.server.job import Busy, Delta, Job, Report, failure_of, report_of
 
 PASS_S = 5.0  # seconds that `Scheduler.stop` waits for a pass, such as the check at the start
 IDLE_S = 1.0  # seconds without a request after which freed memory is returned to the system
@@ -113,7 +114,7 @@ class Scheduler:
         """Ends requests, also waiting ones, whose client left, or that took too long."""
         for job in self._jobs():
             if job.cancelled or time.perf_counter() - job.created > job.timeout_s:
-                self._fail(job, Failure(408, f"not answered within {job.timeout_s:g} s"))
+                self._fail(job, HTTPException(408, f"not answered within {job.timeout_s:g} s"))
 
     def _admit(self) -> None:
         """Admits requests from the queues, tenants in turn, while there is room."""
@@ -136,8 +137,8 @@ class Scheduler:
         if not self._queues[job.tenant.name]:
             del self._queues[job.tenant.name]
 
-    def _fail(self, job: Job, failure: Failure) -> None:
-        if failure.status == 500:  # some faults of a GPU make all later calls fail
+    def _fail(self, job: Job, failure: HTTPException) -> None:
+        if failure.status_code == 500:  # some faults of a GPU make all later calls fail
             try:
                 Stopwatch(job.engine.model.device).start()  # waits for the device
             except Exception as error:
@@ -161,10 +162,8 @@ class Scheduler:
             return
         job = self.preparing[0]  # it stays, so that the metrics count it
         try:
-            if self._prepare(job):
-                self.preparing.popleft()
-            else:
-                self.preparing.rotate(-1)  # to the end of the line
+            is_done = self._prepare(job)
+            self.preparing.popleft() if is_done else self.preparing.rotate(-1)
         except Exception as error:
             self._fail(job, failure_of(error))
 

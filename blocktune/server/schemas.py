@@ -1,4 +1,4 @@
-"""Requests and responses: OpenAI's, with documents and a field ``blocktune``.
+"""Requests: OpenAI's, with documents and a field ``blocktune``.
 
 Documents have the forms that `RagExample` reads, or are Anthropic's blocks, also in a message.
 Unsupported fields are refused if they would change the answer, and ignored otherwise.
@@ -276,40 +276,3 @@ class ErrorBody(BaseModel):
     """The body of every error, in OpenAI's format: message, type, param and code."""
 
     error: dict[str, str | None]
-
-
-class ModelCard(BaseModel):
-    """One entry of ``/v1/models``; ``method`` is the default of its requests."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "blocktune"
-    max_model_len: int
-    method: str
-
-
-class ModelList(BaseModel):
-    """``GET /v1/models``."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class ChunkStatus(BaseModel):
-    """One chunk; ``cached`` is memory, disk or none, or stored for either of the first two."""
-
-    key: str
-    id: str | int | None = None
-    tokens: int | None = None
-    cached: str
-    encoded: bool = False
-    pinned: bool = False
-
-
-class ChunkList(BaseModel):
-    """The response of ``POST /v1/chunks``."""
-
-    object: Literal["list"] = "list"
-    data: list[ChunkStatus]
-    encode_s: float

@@ -147,12 +147,12 @@ class Service:
             pins=frozenset(pieces) if body.pin else frozenset(),
         )
 
-    def chunk(self, name: str, key: str) -> schemas.ChunkStatus:
+    def chunk(self, name: str, key: str) -> dict[str, Any]:
         """Whether a chunk is stored; ``name`` is the tenant's signed name of the store ``key``."""
         is_stored = any(key in store for store in self.stores)
         pinned = any(store.is_pinned(key) for store in self.stores)
-        cached = "stored" if is_stored else "none"
-        return schemas.ChunkStatus(key=name, cached=cached, pinned=pinned)
+        facts = {"key": name, "id": None, "tokens": None, "encoded": False, "pinned": pinned}
+        return facts | {"cached": "stored" if is_stored else "none"}
 
     def discard(self, key: str) -> bool:
         """Removes a chunk and its hidden states, pinned or not. Returns whether all could be."""
@@ -162,15 +162,12 @@ class Service:
         done = [store.discard(*keys) for store in self.stores]
         return all(done)
 
-    def card(self, name: str) -> schemas.ModelCard:
+    def card(self, name: str) -> dict[str, Any]:
         """The description of a model in ``/v1/models``; `WrongField` if there is none."""
         served = self.model(name)
-        return schemas.ModelCard(
-            id=name,
-            created=self.created,
-            max_model_len=served.engine.prompts.longest,
-            method=served.method.name,
-        )
+        card = {"id": name, "object": "model", "created": self.created, "owned_by": "blocktune"}
+        longest, method = served.engine.prompts.longest, served.method.name
+        return card | {"max_model_len": longest, "method": method}
 
     def _served(self, body: schemas.Decoding | schemas.ChunksRequest, tenant: Tenant) -> Served:
         """A request's model, with the tenant's own caches of chunks and of tokenised texts."""
