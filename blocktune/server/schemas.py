@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, model_validator
 
 from blocktune.data.example import near_miss
 
@@ -58,7 +58,7 @@ CALLS: dict[str, tuple] = {"tool_calls": ([],), "function_call": ()}
 """Fields of a message that would be lost, with the values that say nothing."""
 FIXES = {"extra_body": "put its fields into the body", "chunks": "send them as documents"}
 FIXES |= dict.fromkeys(("method", "strip"), "put it into the field blocktune")
-_FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
+_FORM = re.compile(r"DocumentBlock|constrained-str|.*\[.*")
 """Names of a field's alternatives, which pydantic adds to the location of an error."""
 
 
@@ -133,19 +133,8 @@ class DocumentBlock(BaseModel):
     context: Text | None = None
 
 
-def _form(document: Any) -> str:
-    if not isinstance(document, dict):
-        return "text()"
-    is_block = document.get("type") == "document" and "source" in document
-    return "block()" if is_block else "fields()"
-
-
-Document = Annotated[
-    Annotated[Text, Tag("text()")]
-    | Annotated[DocumentBlock, Tag("block()")]
-    | Annotated[dict[str, Any], Tag("fields()")],  # read as in a file: by `read_chunk`
-    pydantic.Discriminator(_form),
-]
+# Other mappings are read as in a file, by `read_chunk`.
+Document = Annotated[Text | DocumentBlock | dict[str, Any], Field(union_mode="left_to_right")]
 Documents = Annotated[list[Document], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
 Block = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
 Blocks = Annotated[list[Block], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
