@@ -77,8 +77,10 @@ def serve(
     import uvicorn
 
     from blocktune.cache.responses import ResponseCache, read_settings
-    from blocktune.server import ServerConfig, Service, create_app, launch, load_tenants
-    from blocktune.server.config import OnlyTenant
+    from blocktune.server import ServerConfig, Service, create_app, load_tenants
+    from blocktune.server.config import OnlyTenant, read_limits
+    from blocktune.server.middleware import uvicorn_options
+    from blocktune.server.service import load_engines
 
     if api_key is not None and tenants is not None:
         raise ValueError("give --api-key or --tenants, not both")
@@ -87,7 +89,7 @@ def serve(
     clients = () if api_key is None else (OnlyTenant(key=api_key),)
     clients = clients if tenants is None else load_tenants(tenants)
     hosts = tuple(allowed_host or (LOCAL if host in LOCAL else ("*",)))
-    config = ServerConfig(launch.read_limits(limit or []), clients, hosts, log_texts)
+    config = ServerConfig(read_limits(limit or []), clients, hosts, log_texts)
     if host not in LOCAL and not config.tenants:
         typer.echo(f"note: anyone who reaches {host}:{port} can use it; set --api-key", err=True)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -102,12 +104,12 @@ def serve(
     opt.quiet_libraries()
     loading = {"dtype": dtype, "device": device, "quantize": quantize}
     size = int(store_gb * 2**30)
-    engines = launch.load_engines(model, adapter or [], name, store, size, **loading)
+    engines = load_engines(model, adapter or [], name, store, size, **loading)
     responses = None
     if response_cache is not None:
         responses = ResponseCache.parse(response_cache, next(iter(engines.values())).store)
     served = create_app(Service(engines, config, method, not skip_check, responses))
-    uvicorn.run(served, host=host, port=port, **launch.uvicorn_options(config, drain_s))
+    uvicorn.run(served, host=host, port=port, **uvicorn_options(config, drain_s))
 
 
 group = new_group(

@@ -8,11 +8,13 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from blocktune.parsing import load_yaml, read, refuse_doubles
+from blocktune.cache.store.config import parse_bytes
+from blocktune.parsing import build_config, load_yaml, read, refuse_doubles
 from blocktune.registry import require_count
 
 FIX = "give a YAML mapping of tenant names to {key, max_requests, tokens_per_minute}"
@@ -40,6 +42,15 @@ class Limits:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"'{name}' must be positive, got {value}")
+
+
+def read_limits(pairs: list[str]) -> Limits:
+    """Limits from ``name=value`` pairs; raises ValueError if a name or a value is wrong."""
+    values = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, text in values.items():
+        with suppress(ValueError):  # a value that is not a size is refused below, by name
+            values[name] = str(parse_bytes(text)) if name.endswith("_bytes") else text
+    return build_config(Limits, values, "--limit")
 
 
 @dataclass(frozen=True)

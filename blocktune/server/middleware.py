@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,8 @@ from blocktune.server.scheduler import Report, Scheduler
 _LOG = logging.getLogger("blocktune.server")
 TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 SHUT_DOWN = "the server has shut down before the answer was done"
+KEEP_ALIVE_S = 75
+"""Idle seconds before a connection is closed: longer than proxies keep theirs (often 60)."""
 AT_ONCE = 16  # bodies of the largest size that may arrive at once, or as many bytes of smaller
 
 
@@ -165,6 +168,23 @@ def with_timeout(seconds: float) -> type[AutoHTTPProtocol]:
             self._timer = self.loop.call_later(seconds, self._look)
 
     return TimedProtocol
+
+
+def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:
+    """Options of uvicorn; also sets up the log, one line per request on standard error."""
+    gc.collect()
+    gc.freeze()  # later collections, which would take longer than a request, skip what is here now
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("blocktune.server", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    return {
+        "http": with_timeout(config.limits.body_s),
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": drain_s,
+    }
 
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

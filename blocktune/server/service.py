@@ -6,14 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from blocktune.cache import ChunkStore, states_key
+from blocktune.adapter.load import load_models
+from blocktune.cache import ChunkStore, PrefixTree, states_key
 from blocktune.cache.responses import ResponseCache
+from blocktune.cache.store.config import StoreConfig
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.prompts import TooLong
 from blocktune.methods import Method, build, default_method
+from blocktune.parsing import refuse_doubles, split_name
 from blocktune.prompt import Chunk, Pieces
 from blocktune.prompt.special_tokens import OWNER
 from blocktune.server import front, schemas
@@ -27,6 +31,39 @@ _LOG = logging.getLogger(__name__)
 MOST_BLANKS = 64
 CHARACTERS = 32  # most of a token, to refuse texts that are too long before they are tokenised
 WITHOUT_CHUNKS = "prefix-cache"  # the method of prompts without documents
+
+
+def load_engines(
+    model: str | None,
+    adapters: list[str],
+    name: str | None,
+    store: str | None,
+    store_bytes: int,
+    **options: Any,
+) -> dict[str, Engine]:
+    """An engine for each adapter and for the bare model, over one base's weights and one store.
+
+    The arguments are those of ``blocktune serve``; ``options`` are `load_models`' own. There are
+    ``store_bytes`` for chunks, and again for exact prefixes. Raises ValueError if two have the same
+    name, or a model cannot reuse chunks.
+    """
+    wanted = [(label or _short(path), path) for label, path in map(split_name, adapters)]
+    if name or not adapters:
+        wanted.append((name or _short(model or ""), None))
+    labels, names = map(list, zip(*wanted, strict=True))
+    refuse_doubles("model or adapter", labels, "name it: NAME=ADAPTER")
+    loaded = load_models(model, names, recurrent=False, **options)
+    config = StoreConfig.parse(store or "", memory=store_bytes)
+    kept = {"store": ChunkStore(device=loaded[0].model.device, config=config)}
+    kept["prefix_tree"] = PrefixTree(max(1, store_bytes), store=kept["store"])
+    return {
+        label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
+        for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
+    }
+
+
+def _short(source: str) -> str:
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 class Served(NamedTuple):
