@@ -1,8 +1,7 @@
 """Loads plug-ins: modules that register methods or their parts when they are imported.
 
-A plug-in is named by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin
-FILE|MODULE``, or by the environment variable ``BLOCKTUNE_PLUGINS`` (a list with path separators),
-which child processes inherit. The plug-ins in `blocktune.extras` are part of the package.
+A plug-in is named by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin``,
+or by ``BLOCKTUNE_PLUGINS`` (a list with path separators). `blocktune.extras` has our own.
 """
 
 from __future__ import annotations

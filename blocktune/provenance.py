@@ -25,10 +25,7 @@ _ABSOLUTE = re.compile(r"(?:file://|(?<![\w/.]))/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\
 
 
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
-    """Describes this process for publication, without the program's folder and secret tokens.
-
-    ``command`` is the command line, by default ``sys.argv`` with the bare program name.
-    """
+    """Describes this process without secrets; ``command`` is by default its own."""
     if command is None:
         program = Path(sys.argv[0]).name
         command = ["blocktune" if program == "cli.py" else program, *sys.argv[1:]]
@@ -56,10 +53,7 @@ def without_tokens(text: str) -> str:
 
 
 def public(value: Any) -> Any:
-    """Removes folders of this machine and tokens of the Hub from provenance.
-
-    Absolute paths are replaced by their last name. Adapters of old versions may have tokens.
-    """
+    """Removes folders of this machine and tokens, which old adapters may have, from provenance."""
     if isinstance(value, dict):
         if isinstance(command := value.get("command"), str):
             value = value | {"command": _bare(command)}

@@ -1,7 +1,6 @@
 """Registries of methods, selectors, reshapes and chunkers, and checks of their parameters.
 
 An entry is a frozen dataclass, registered under its published name; its fields are its parameters.
-A registry imports the modules of its package, and plug-ins, to find entries.
 """
 
 from __future__ import annotations
@@ -21,10 +20,7 @@ Entry = TypeVar("Entry", bound=type)
 
 
 class Registry:
-    """Classes by name. ``what`` describes an entry in errors, e.g. ``reuse method``.
-
-    The modules of ``package``, or that file, are imported to find entries, then the plug-ins.
-    """
+    """Classes by name, found in ``package`` and plug-ins; ``what`` describes them in errors."""
 
     def __init__(self, what: str, package: str):
         self.what, self.package = what, package
@@ -120,8 +116,8 @@ def require_like(what: str, given: Any, like: Any, *dtypes: Any) -> None:
     dtypes = dtypes or (like.dtype,)
     if not isinstance(given, type(like)) or given.shape != like.shape or given.dtype not in dtypes:
         wanted = f"{' or '.join(map(str, dtypes))} {tuple(like.shape)}"
-        got = [str(getattr(given, name)) for name in ("dtype", "shape") if hasattr(given, name)]
-        got = " ".join([type(given).__name__, *got])
+        own = [str(getattr(given, name)) for name in ("dtype", "shape") if hasattr(given, name)]
+        got = " ".join([type(given).__name__, *own])
         raise ValueError(f"{what} must return a tensor, {wanted}, got {got}")
 
 

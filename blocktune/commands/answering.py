@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +44,9 @@ def read_examples(
         return load_examples(source, limit=limit)
     if not chunks:
         raise ValueError("a question needs at least one chunk; add --chunk TEXT")
+    for text in (question, *chunks):
+        if re.fullmatch(r"@\S+", text):
+            raise ValueError(f"'{text}' is no text; for a file's content write \"$(cat FILE)\"")
     return [RagExample(question, tuple(Chunk(text) for text in chunks))]
 
 
@@ -155,7 +159,7 @@ def _count_answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> 
         with suppress(ValueError, KeyError, TypeError, IndexError):
             if json.loads(line)["key"] == keys[number]:
                 continue
-        what = f"'{output}', line {number + 1}: not an answer to this question with these settings"
+        what = f"'{output}', line {number + 1}: not an answer of this command with these settings"
         raise ValueError(f"{what}; choose another --output or remove it")
     return len(lines)
 
@@ -224,9 +228,8 @@ def _report_rejected(stats: StoreStats, place: str) -> None:
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:
-    table, usage = Table(box=None, show_header=False, pad_edge=False), answer.usage
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table, usage = Table.grid("", "", padding=(0, 1)), answer.usage
+    table.columns[0].style = "dim"
     per_layer = ", ".join(map(str, usage.layer_tokens))
     parts = [(name[:-2].replace("_", " "), s) for name, s in asdict(usage.ttft).items() if s]
     split = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in parts)

@@ -1,7 +1,4 @@
-"""The application: how commands are registered, and how their errors are shown.
-
-A user's mistake is one line on standard error with exit code 2; ``--debug`` adds the traceback.
-"""
+"""The application: registers commands, and shows a user's mistake on one line, with exit code 2."""
 
 from __future__ import annotations
 
@@ -32,8 +29,7 @@ EXTRAS = {  # the packages that each extra of blocktune installs
     "remote": ("fsspec", "s3fs", "valkey"),
     "gguf": ("gguf",),
 }
-# Environment variable for launched processes: a folder for their error (``RANK.txt``).
-FAILURES = "BLOCKTUNE_FAILURES"
+FAILURES = "BLOCKTUNE_FAILURES"  # names a folder for launched processes' errors (``RANK.txt``)
 PLUGIN = "--plugin"
 PLUGINS = (
     "Python file or module that adds methods or their parts, for any command; repeatable. Also "

@@ -92,7 +92,7 @@ def _write_examples(
     yes_no = sum(map(is_verdict, examples)) if originals is None else 0
     share = f"{sum(answered) / len(answered):.1%} of {len(examples):,}"
     note = f" ({yes_no:,} ask for yes or no, which passages do not contain)" if yes_no else ""
-    echo(f"wrote {len(kept):,} questions to {output}; passages contain the answer of {share}{note}")
+    echo(f"wrote {len(kept):,} questions to {output}; passages contain an answer for {share}{note}")
 
 
 @command(

@@ -91,8 +91,8 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
     problem, _ = _checked(shelf.blobs, row.key)
-    record = _record(row) | {"sound": problem is None, "problem": problem}
-    record |= {"signed": False, "codec": "as-is"}
+    facts = {"sound": problem is None, "problem": problem, "signed": False, "codec": "as-is"}
+    record = _record(row) | facts
     with suppress(OSError, ValueError):  # damaged, as ``problem`` says, gone or expired
         header, _ = shelf.blobs.facts(row.key)
         record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
@@ -291,7 +291,7 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
         target.blobs.write_manifest(record)
     line = f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}"
     line += f"; {counts['there']:,} were already there, {counts['unsound']:,} failed to verify"
-    tell(as_json, counts, f"{line} and were not copied")
+    tell(as_json, counts, line)
 
 
 def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:
