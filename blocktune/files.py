@@ -1,7 +1,5 @@
 """Atomic files: written to a temporary file in the same folder, synced, then renamed."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

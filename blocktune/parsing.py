@@ -1,7 +1,5 @@
 """Strict parsing of YAML, JSON or option strings into frozen dataclasses, with one-line errors."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -4,8 +4,6 @@ A plug-in is named by an entry point of the group ``blocktune.plugins``, by ``bl
 or by ``BLOCKTUNE_PLUGINS`` (a list with path separators). `blocktune.extras` has our own.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """Records how a result or an adapter was made: command, commit, versions, hardware."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

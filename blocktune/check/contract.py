@@ -1,7 +1,5 @@
 """The contract of a method: invariants (claims) that every method must satisfy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

@@ -4,8 +4,6 @@ A tiny random model of each answers a prompt longer than its windows, by full pr
 cached chunks. Both are compared with the stock model, with its own and with the dense mask.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence

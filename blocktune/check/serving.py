@@ -1,7 +1,5 @@
 """Checks that chunk reuse is correct on a given model or adapter, and helpers of all checks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`blocktune answer` and `blocktune encode`."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path

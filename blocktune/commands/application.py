@@ -1,7 +1,5 @@
 """The application: registers commands, and shows a user's mistake on one line, with exit code 2."""
 
-from __future__ import annotations
-
 import locale
 import os
 import re

@@ -1,7 +1,5 @@
 """`blocktune replay` and `blocktune bench`: what a store would save, and this machine's speed."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """`blocktune methods`, `check` and `profile-layers`: list methods and test them on a model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """`blocktune eval`, `eval compare`, `eval arena`, `eval report`, `blocktune tune`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`blocktune serve` and `blocktune vllm serve`: cached chunks over HTTP."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

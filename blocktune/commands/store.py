@@ -1,7 +1,5 @@
 """`blocktune store`: inspects, verifies, copies and removes the chunks of a store."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """`blocktune train`, in this process or several, `merge` and `push`."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

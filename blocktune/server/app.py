@@ -1,7 +1,5 @@
 """The routes: OpenAI's interface, chunks, the demo page, health and metrics."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,16 +20,9 @@ from blocktune.server.bodies import ChatBodies, TextBodies, chunk_list
 from blocktune.server.config import Tenant
 from blocktune.server.exchange import authorized, begin
 from blocktune.server.middleware import Guard, error_body
-from blocktune.server.schemas import (
-    ChatRequest,
-    ChunksRequest,
-    CompletionRequest,
-    ErrorBody,
-    WrongField,
-)
+from blocktune.server.schemas import ChatRequest, ChunksRequest, CompletionRequest, WrongField
 from blocktune.server.service import Service
 
-ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 415, 429)}
 KEY = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -91,7 +82,7 @@ async def _own_key(key: str, tenant: Annotated[Tenant, Depends(authorized)]) -> 
 
 Serving = Annotated[Service, Depends(_service)]
 OwnKey = Annotated[str, Depends(_own_key)]
-tenants = APIRouter(responses=ERRORS, dependencies=[Depends(authorized)])
+tenants = APIRouter(dependencies=[Depends(authorized)])
 public = APIRouter()
 
 
@@ -102,7 +93,7 @@ class _Plain(APIRoute):
         return self.endpoint
 
 
-work = APIRouter(responses=ERRORS, route_class=_Plain)
+work = APIRouter(route_class=_Plain)
 
 
 def _body(kind: type[BaseModel]) -> dict[str, Any]:
@@ -172,13 +163,13 @@ async def metrics(service: Serving) -> Response:
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@public.get("/health", responses={503: {"model": ErrorBody}})
+@public.get("/health")
 async def health(service: Serving) -> Response:
     """Whether the process can answer; if not, it must be restarted."""
     return _state([service.scheduler.fault], "ok")
 
 
-@public.get("/ready", responses={503: {"model": ErrorBody}})
+@public.get("/ready")
 async def ready(service: Serving) -> Response:
     """Whether the correctness check has passed and requests are accepted."""
     checked = service.faults or ["" if service.ready else "checking"]

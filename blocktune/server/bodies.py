@@ -1,7 +1,5 @@
 """Response bodies: OpenAI's, whole or in pieces of a stream, with a ``blocktune`` field."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The configuration of a server: limits, tenants and defaults."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import re

@@ -7,8 +7,6 @@ one answer after the other. transformers' continuous batching is not used: its p
 given keys and values, tokens recomputed in some layers, gaps between positions, or other scores.
 """
 
-from __future__ import annotations
-
 import copy
 import secrets
 from collections.abc import Sequence

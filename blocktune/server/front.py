@@ -5,8 +5,6 @@ user's last turn, as for a single question. Earlier turns are the prefix: exact,
 attention. Documents of earlier messages are chunks too, so that every turn finds them in the cache.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """A request for an engine: its job, the events that it emits, and its final report."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque

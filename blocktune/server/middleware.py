@@ -1,7 +1,5 @@
 """Around all routes: limits on the size and time of a request's body, and Prometheus metrics."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging

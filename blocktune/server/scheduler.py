@@ -5,8 +5,6 @@ number of tokens, or prefill one request), then one token for every running answ
 and leave while others decode.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

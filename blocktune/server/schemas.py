@@ -4,8 +4,6 @@ Documents have the forms that `RagExample` reads, or are Anthropic's blocks, als
 Unsupported fields are refused if they would change the answer, and ignored otherwise.
 """
 
-from __future__ import annotations
-
 import re
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping
@@ -259,9 +257,3 @@ class ChunksRequest(BaseModel, extra="forbid"):
     documents: Annotated[Documents, Field(min_length=1)]
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     pin: StrictBool | None = False
-
-
-class ErrorBody(BaseModel):
-    """The body of every error, in OpenAI's format: message, type, param and code."""
-
-    error: dict[str, str | None]

@@ -1,7 +1,5 @@
 """The served models, and the jobs made from validated requests."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
