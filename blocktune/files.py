@@ -161,10 +161,7 @@ def alone_in(folder: str | Path, is_main: bool = True) -> Iterator[None]:
 
 @contextmanager
 def resumed(path: str | Path) -> Iterator[list[str]]:
-    """Locks a log of JSON lines as `locked` does, yields its whole lines, and cuts the rest off.
-
-    Raises ValueError if the rest cannot be an interrupted line of JSON: a foreign file.
-    """
+    """Locks a log of JSON lines and cuts off a torn one; ValueError: the rest is no torn line."""
     with locked(path):
         lines = whole_lines(path)
         if Path(path).is_file() and not _is_torn(Path(path).read_bytes().rpartition(b"\n")[2]):

@@ -60,15 +60,11 @@ WANTED = {  # by the annotation of a field; values of other types are passed thr
 }
 
 
-RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}
-"""Keys of earlier versions and their current names. Files with the old keys still load."""
+RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}  # keys of old files, still read
 
 
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
-    """Replaces keys of earlier versions, unless ``known``, by their names in `RENAMED`.
-
-    Raises ValueError, starting with ``where``, if the record also has the current name.
-    """
+    """Replaces keys of `RENAMED`, unless ``known``; ValueError if the record has both names."""
     current: dict[str, Any] = {}
     for key, value in record.items():
         name = RENAMED.get(key, key)
@@ -105,10 +101,7 @@ for _tag, _pattern in {
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Decodes YAML or JSON. ``where`` is the file's name, for errors.
-
-    Raises ValueError, with line and column, if it is not YAML or has a duplicate key.
-    """
+    """Decodes YAML or JSON from ``where``; ValueError: it is not YAML, or has a duplicate key."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -123,10 +116,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:
-    """Reads a YAML file. ``what`` it describes and a ``hint`` for the user go into the error.
-
-    Raises FileNotFoundError if the file does not exist, else as `parse_yaml` does.
-    """
+    """Reads a YAML file; FileNotFoundError, with ``what`` it is and a ``hint``: there is none."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):

@@ -27,10 +27,7 @@ class Registry:
 
     @dataclass_transform(frozen_default=True)
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """Registers a class under its published name, and makes it a frozen dataclass.
-
-        Raises ValueError if the name is taken by another class, or a parameter has no default.
-        """
+        """Registers a class as a frozen dataclass; ValueError: name taken, or no default."""
 
         def enter(cls: Entry) -> Entry:
             both = (cls, self._entries.get(name, cls))
@@ -107,10 +104,7 @@ def require_share(name: str, value: float) -> None:
 
 
 def require_like(what: str, given: Any, like: Any, *dtypes: Any) -> None:
-    """Raises a `ValueError` unless ``what`` returned a tensor of the shape and dtype of ``like``.
-
-    ``dtypes`` are those that it may have instead.
-    """
+    """Raises a `ValueError` unless ``what`` returned a tensor like ``like``, or of ``dtypes``."""
     dtypes = dtypes or (like.dtype,)
     if not isinstance(given, type(like)) or given.shape != like.shape or given.dtype not in dtypes:
         wanted = f"{' or '.join(map(str, dtypes))} {tuple(like.shape)}"

@@ -37,8 +37,7 @@ def subjects() -> dict[str, Method]:
     return presets | {method.name: method for method in composed}
 
 
-POSITIONS = 256
-"""Positions up to which the tolerance holds. Beyond, errors of float32 RoPE angles grow."""
+POSITIONS = 256  # up to which the tolerance holds; then errors of float32 RoPE angles grow
 Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
 Claim = Callable[[Subject], Check]
 

@@ -118,10 +118,7 @@ class Subject:
         return self.serve(method, ask).prefill.logits[0]
 
     def dense_logits(self, method: Method, rows: RowChange | None = None) -> Tensor:
-        """Logits ``(V,)`` after the prompt of `ASK`, from one forward pass with the dense mask.
-
-        ``rows``, such as `all_visible`, changes ids and layout first, and keeps the prompt's rows.
-        """
+        """Logits ``(V,)`` after `ASK` from one pass with the dense mask, of changed ``rows``."""
         key = facts_served(method), rows
         if key not in self.results:
             batch = batch_of(self.begin(), method)

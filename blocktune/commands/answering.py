@@ -171,10 +171,7 @@ def encode(
     place: str,
     method: Method | None = None,
 ) -> None:
-    """Encodes this process's share of the chunks into the store ``place``, and reports the result.
-
-    Raises ValueError if some chunks were not stored.
-    """
+    """Encodes this process's share of the chunks; ValueError: the store did not take some."""
     from blocktune.evaluation.runner import progress_bars
 
     own, store = set(processes.share(list(dict.fromkeys(chunks)))), engine.store

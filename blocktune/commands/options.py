@@ -124,10 +124,7 @@ def load_engine(
     method: Method | None = None,
     words: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Loads an engine; ``words`` override fields of its prompt format.
-
-    A model with recurrent layers is loaded only for a ``method`` that reuses no chunks.
-    """
+    """Loads an engine for ``method``; ``words`` override fields of its prompt format."""
     quiet_libraries()
     from blocktune.cache.store.config import StoreConfig
     from blocktune.engine import Engine

@@ -65,10 +65,7 @@ def train(
 
 
 def launch(processes: int | None, launcher: str | None, program: list[str]) -> None:
-    """Runs a program in several processes, by torchrun or by accelerate with the given YAML.
-
-    Raises typer.Exit with its code; ValueError after a signal, or for a user's mistake in one.
-    """
+    """Runs a program by torchrun or accelerate, and exits; ValueError: a signal, or a mistake."""
     if launcher is not None:
         mapping(load_yaml(launcher, "launcher configuration", "see recipes/accelerate"), launcher)
     with tempfile.TemporaryDirectory() as folder:

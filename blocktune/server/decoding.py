@@ -79,24 +79,16 @@ class Choice:
         self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips, before)
 
     @cached_property
-    def _rows(self) -> Rows:
+    def rows(self) -> Rows:
         """The rows of its future tokens; they do not depend on the first token."""
         return decoded_rows(self.run.last, self.settings.max_new_tokens)
 
     @cached_property
     def _keys(self) -> Rows:
-        return self.run.columns.concat(self._rows)
-
-    @property
-    def position(self) -> Tensor:
-        """Position of the last token, ``(1, 1)``."""
-        return self._rows.position[:, len(self.ids) - 1, None]
+        return self.run.columns.concat(self.rows)
 
     def take(self, logits: Tensor) -> tuple[str, TokenLogprob | None]:
-        """Picks a token by logits ``(1, V)``; returns the new text and, if requested, logprobs.
-
-        Sets `finish` if it was the last token. Raises `NoNumbers`.
-        """
+        """Picks a token by logits ``(1, V)``; returns the new text and logprobs, or `NoNumbers`."""
         require_numbers(logits)
         token = int(self._pick(logits))
         self.ids.append(token)
@@ -114,7 +106,7 @@ class Choice:
         """Appends a column for the last token and returns the plan of its attention."""
         step = len(self.ids) - 1
         self.cache.append()
-        query = self._rows.map(lambda row: row[:, step : step + 1])
+        query = self.rows.map(lambda row: row[:, step : step + 1])
         seen = self._keys.map(lambda row: row[:, : self.cache.num_columns])
         return CachePlan(query, seen, self.reshaping)
 
@@ -161,8 +153,7 @@ class _Watch:
 
 
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether a model attends to its cached states unchanged. Others expand them first (DeepSeek's
-latent keys, DiffLlama's values), for each answer over its own columns: they decode one by one."""
+"""Whether a model attends to its cached states unchanged. DeepSeek and DiffLlama expand them."""
 
 
 @torch.no_grad()
@@ -170,7 +161,7 @@ def decode_step(choices: Sequence[Choice]) -> Tensor:
     """Logits ``(B, V)`` after the last token of each answer; all answers are of one model."""
     model, device = choices[0].run.state.model, choices[0].run.prefill.logits.device
     tokens = torch.tensor([[choice.ids[-1]] for choice in choices], device=device)
-    positions = [choice.position for choice in choices]
+    positions = [c.rows.position[:, len(c.ids) - 1, None] for c in choices]  # of the last tokens
     if _PLAIN.get(model):
         plan = RaggedPlan(choices)
         return planned_forward(model, tokens, torch.cat(positions), plan).logits[:, -1]

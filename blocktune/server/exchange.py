@@ -24,8 +24,7 @@ from blocktune.server.service import Service
 
 _LOG = logging.getLogger("blocktune.server")
 STREAMED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx must not collect events
-BEAT_S = 15.0
-"""Seconds between the comments in a stream: proxies often end one that is silent for 60 seconds."""
+BEAT_S = 15.0  # seconds between comments in a stream: proxies end one that is silent for long
 
 
 async def authorized(request: Request) -> Tenant:
@@ -139,8 +138,8 @@ class Exchange:
         bodies, events = kind(self.job), self.events()
         first = await anext(events)
         if body.stream:
-            options = body.stream_options
-            stream = self._stream(bodies, first, events, bool(options and options.include_usage))
+            with_usage = (body.stream_options or {}).get("include_usage")
+            stream = self._stream(bodies, first, events, bool(with_usage))
             return EventStream(stream, headers=STREAMED)
         bodies.add(first)
         async for event in events:

@@ -21,8 +21,7 @@ from blocktune.prompt.special_tokens import UserText, check_bos, with_bos
 from blocktune.server.schemas import Document, DocumentBlock, Extension, Message
 
 Turn = tuple[str, str]  # role and text
-LARGEST = 1e9
-"""Largest number in a method's parameters; larger ones could overflow."""
+LARGEST = 1e9  # of a method's parameters; larger ones could overflow
 
 
 class Conversation(NamedTuple):
@@ -56,10 +55,9 @@ def _chunk(document: Document, name: str) -> Chunk:
 
 
 def read_messages(messages: Sequence[Message]) -> Conversation:
-    """Splits messages into system text, earlier turns, the question and document blocks.
+    """Splits messages; consecutive turns of one role are joined, as most templates refuse them.
 
-    Consecutive turns of one role are joined, since most templates refuse them. Raises ValueError
-    if the last message is not the user's, or a text is not valid Unicode.
+    Raises ValueError if the last message is not the user's, or a text is not valid Unicode.
     """
     system: list[str] = []
     turns: list[Turn] = []
@@ -95,9 +93,8 @@ def chat_pieces(
 ) -> Pieces:
     """Tokenises a conversation over chunks; a single question gives the same as `make_pieces`.
 
-    Without chunks the question is used unchanged, since instruction and wording are about passages.
-    The request's system text replaces that of ``fmt``. Raises ValueError if the chat template does
-    not render the turns, or a chunk has no tokens.
+    Without chunks the question is used unchanged. Raises ValueError if the chat template does not
+    render the turns, or a chunk has no tokens.
     """
     texts = UserText(tokenizer)
     head, tail = "", texts.safe(conversation.question)
@@ -141,9 +138,8 @@ def plain_pieces(
     prompt: str | Sequence[int],
     block: bool = True,
 ) -> Pieces:
-    """Tokenises chunks and a text to continue, without a chat template or a tag for ``block``.
+    """Tokenises chunks and a text to continue, whose special tokens are parsed, without a template.
 
-    Special tokens written out in ``prompt`` are parsed, since it is the caller's whole prompt.
     Raises ValueError if it has no tokens, or ids that the tokenizer does not have.
     """
     if isinstance(prompt, str):

@@ -20,8 +20,7 @@ from blocktune.server.scheduler import Report, Scheduler
 _LOG = logging.getLogger("blocktune.server")
 TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 SHUT_DOWN = "the server has shut down before the answer was done"
-KEEP_ALIVE_S = 75
-"""Idle seconds before a connection is closed: longer than proxies keep theirs (often 60)."""
+KEEP_ALIVE_S = 75  # before an idle connection is closed: longer than proxies keep theirs
 AT_ONCE = 16  # bodies of the largest size that may arrive at once, or as many bytes of smaller
 
 

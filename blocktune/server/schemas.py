@@ -27,8 +27,7 @@ def _number(value: Any) -> Any:
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_number)]
 INT64 = 1 << 63
-MOST_DOCUMENTS = 4096
-"""Most documents of a request at any server's limit; more are refused before they are read."""
+MOST_DOCUMENTS = 4096  # of a request at any server's limit
 Id = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(max_length=256)]
 T = TypeVar("T", bound=BaseModel)
@@ -43,12 +42,12 @@ NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
     **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
-    **dict.fromkeys(("structured_outputs", "chat_template", "extra_body"), ()),
+    **dict.fromkeys(("structured_outputs", "chat_template", "truncate_prompt_tokens"), ()),
     "response_format": ({"type": "text"}, {}),
     "modalities": (["text"],),
     "suffix": ("",),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    "truncate_prompt_tokens": (),
+    "extra_body": (),
     **OWN_PLACE,
 }
 """Fields of OpenAI's and vLLM's interfaces that change an answer, and the values that do not."""
@@ -69,10 +68,7 @@ class WrongField(ValueError):
 
 
 def read_body(kind: type[T], body: bytes, most: int) -> T:
-    """Parses a JSON body of at most about ``most`` values.
-
-    8 MB of ``[],[],[]`` would become 200 MB of objects. Raises `WrongField`, in one line.
-    """
+    """Parses a JSON body of at most about ``most`` values; `WrongField`: it is no such request."""
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:
         raise WrongField(f"the body has {values:,} values, the server reads {most:,} at most")
@@ -166,12 +162,6 @@ class Extension(BaseModel, extra="forbid"):
     strip: StrictBool | None = False
 
 
-class StreamOptions(BaseModel):
-    """OpenAI's options of a stream."""
-
-    include_usage: StrictBool | None = False
-
-
 class Decoding(BaseModel):
     """Fields of chat and plain completions; without a temperature decoding is greedy."""
 
@@ -186,7 +176,7 @@ class Decoding(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[Whole, Field(ge=1, lt=1 << 31)] | None = None
     stream: StrictBool | None = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[str, StrictBool | None] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     user: str | None = None
     blocktune: Extension | None = None
@@ -214,15 +204,11 @@ class ChatRequest(Decoding):
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
-    @model_validator(mode="after")
-    def _require_logprobs(self):
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
-
     @property
     def num_logprobs(self) -> int | None:
         """Alternatives to report for each token; None: no log probabilities."""
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
