@@ -1,11 +1,9 @@
 """`blocktune data list`, `show` and `write`: find, inspect and convert data."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument
@@ -13,9 +11,6 @@ from typer import Argument
 from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
 from blocktune.commands.options import option
-
-if TYPE_CHECKING:
-    from blocktune.data import RagExample
 
 HELP = """Find, make and inspect data.
 
@@ -114,7 +109,7 @@ def _echo(text: str) -> None:
     typer.echo(re.sub(control, lambda found: f"\\x{ord(found[0]):02x}", text))
 
 
-def _show_text(example: RagExample) -> None:
+def _show_text(example) -> None:
     header = {"id": example.id, "kind": example.kind}
     _echo("  ".join(f"{name}: {value}" for name, value in header.items() if value))
     for number, chunk in enumerate(example.chunks):
@@ -129,7 +124,7 @@ def _show_text(example: RagExample) -> None:
         _echo(f"[then]\n{question}\n{response}")
 
 
-def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
+def _show_rows(example, tokenizer, adapter: str | None, block: bool) -> None:
     from blocktune.adapter import AdapterInfo
     from blocktune.data.example import own_wording
     from blocktune.models.load import adapter_folder
@@ -190,7 +185,7 @@ def tokenizer_of(name: str | None):
     return None if name is None else read_tokenizer(name)
 
 
-def load_from(source: str, fields: str | None = None, **options: Any) -> list[RagExample]:
+def load_from(source: str, fields: str | None = None, **options: Any) -> list:
     """Loads the examples of a source. Their ``meta`` names the data set."""
     from blocktune.data import load_examples
     from blocktune.data.sources.catalog import with_data_sets

@@ -1,12 +1,10 @@
 """`blocktune data passages`, `answer` and `mix`: make training data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, echo
 
@@ -15,9 +13,6 @@ from blocktune.commands import options as opt
 from blocktune.commands.application import command, resumable
 from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, group
 from blocktune.commands.options import option
-
-if TYPE_CHECKING:
-    from blocktune.data import RagExample
 
 
 @command(
@@ -76,8 +71,8 @@ def passages(
 def _write_examples(
     source: str,
     output: Path,
-    examples: list[RagExample],
-    originals: list[RagExample] | None,
+    examples: list,
+    originals: list | None,
     answerable: bool,
 ) -> None:
     """Writes questions with their passages. ``originals``: the same with all own passages."""
@@ -135,7 +130,7 @@ def answer(
     settings |= {"top_p": top_p, "seed": seed}
     stop_ids = engine.state.stop_ids()
 
-    def ask(batch: Sequence[RagExample], number: int) -> list[str | None]:
+    def ask(batch: Sequence, number: int) -> list[str | None]:
         """Answers a batch. Its number is added to the seed, so that batches differ."""
         seeded = replace(sampling, seed=seed + number)
         sizes = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
