@@ -69,11 +69,7 @@ def passages(
 
 
 def _write_examples(
-    source: str,
-    output: Path,
-    examples: list,
-    originals: list | None,
-    answerable: bool,
+    source: str, output: Path, examples: list, originals: list | None, answerable: bool
 ) -> None:
     """Writes questions with their passages. ``originals``: the same with all own passages."""
     from blocktune.data import write_jsonl
