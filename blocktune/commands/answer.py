@@ -21,7 +21,6 @@ CACHES = "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded
 
 
 @command(
-    "answer",
     "blocktune answer -m data/tiny -q 'Where is Anna?' -c 'Anna is in Kirby.'",
     "blocktune answer -m M -i q.jsonl --method cacheblend --param ratio=0.3",
     "blocktune answer -m M -i q.jsonl --adapter A --method 'kvlink + deviation 15 %'",
@@ -95,7 +94,6 @@ def answer(
 
 
 @command(
-    "encode",
     "blocktune encode --input docs.jsonl --store cache/ --model data/tiny",
     "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
     "blocktune encode --follow --store cache/ -m M   # encode what others miss",

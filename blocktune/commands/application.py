@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,16 +171,17 @@ app = typer.Typer(
 )
 
 
-def command(name: str, *examples: str, of: typer.Typer = app, **settings: Any) -> Callable:
-    """Registers a function as a command of a group. Its help ends with ``examples``."""
-    return of.command(name, epilog=teach(*examples), **settings)
+def command(*examples: str, of: typer.Typer = app, **settings: Any) -> Callable:
+    """Registers a function as the command of its name. Its help ends with ``examples``."""
+    return of.command(epilog=teach(*examples), **settings)
 
 
-def new_group(name: str, text: str, *examples: str) -> typer.Typer:
-    """Adds a group of commands to the application and returns it."""
+def new_group(name: str, text: str, *examples: str) -> Callable:
+    """Adds a group of commands to the application and returns `command` for it."""
     shown = {"help": text, "epilog": teach(*examples), "rich_markup_mode": "rich"}
     app.add_typer(group := typer.Typer(no_args_is_help=True, **shown), name=name)
-    return group
+    group.callback()(lambda: None)  # else the only command of a group would be the group
+    return partial(command, of=group)
 
 
 def _version(requested: bool) -> None:

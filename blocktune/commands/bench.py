@@ -14,7 +14,6 @@ from blocktune.commands.options import option
 
 
 @command(
-    "replay",
     "blocktune replay trace.jsonl --budget 10GB --budget 50GB --output out/replay",
     "blocktune replay mooncake_trace.jsonl.gz --policy lru --policy gdsf --budget 100GB --json",
     "blocktune replay zipf --limit 10000   # a synthetic trace",
@@ -73,10 +72,10 @@ Folder = opt.to_folder("For the chunks. Default: the temporary folder.", "--fold
 Output = opt.to_file("Also write the results to a JSON file.")
 Tiny = option(bool, "A toy model and prompt instead, for a quick try.", "--tiny")
 
-group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
+bench_command = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
 
 
-@command("attention", "blocktune bench attention --json", of=group)
+@bench_command("blocktune bench attention --json")
 def attention(
     tokens: Tokens = 8192,
     chunk: ChunkTokens = 512,
@@ -90,11 +89,9 @@ def attention(
     _show(bench_attention(tokens, chunk, repeats), as_json, output)
 
 
-@command(
-    "reuse",
+@bench_command(
     "blocktune bench reuse --tokens 4096 --repeats 3 --output out/reuse.json",
     "blocktune bench reuse --tiny   # takes seconds",
-    of=group,
 )
 def reuse(
     tokens: Tokens = 8192,
@@ -111,11 +108,9 @@ def reuse(
     _show(bench_reuse(setting), as_json, output)
 
 
-@command(
-    "ttft",
+@bench_command(
     "blocktune bench ttft --model data/tiny --tokens 512,1024 --picture out/ttft.png",
     "blocktune bench ttft --adapter out/block --repeats 5 --json",
-    of=group,
 )
 def ttft(
     model: opt.Model = None,
@@ -145,11 +140,9 @@ def ttft(
         draw_ttft(result, picture)
 
 
-@command(
-    "store",
+@bench_command(
     "blocktune bench store --json",
     "blocktune bench store --folder /mnt/nvme --output out/store.json",
-    of=group,
 )
 def store(
     tokens: Tokens = 8192,
@@ -168,11 +161,8 @@ def store(
     _show(bench_store(setting, folder, min(keys, 1000) if tiny else keys), as_json, output)
 
 
-@command(
-    "vllm",
-    "blocktune bench vllm --json   # in an environment with vLLM",
-    "blocktune bench vllm --tiny",
-    of=group,
+@bench_command(
+    "blocktune bench vllm --json   # in an environment with vLLM", "blocktune bench vllm --tiny"
 )
 def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False) -> None:
     """Measure time to first token on vLLM: cached chunks, full prefill and prefix cache."""

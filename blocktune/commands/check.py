@@ -14,7 +14,6 @@ from blocktune.commands.options import option
 
 
 @command(
-    "methods",
     "blocktune methods cacheblend deviation",
     "blocktune methods --plugin mine.py",
     "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
@@ -54,7 +53,6 @@ def methods(
 
 
 @command(
-    "check",
     "blocktune check --model data/tiny",
     "blocktune check --method 'naive + first-k 8'   # the contract of one method",
     "blocktune check --method mine --plugin mine.py",
@@ -120,7 +118,6 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
 
 
 @command(
-    "profile-layers",
     "blocktune profile-layers -m data/tiny -i 'worlds:dev?n=32'",
     "blocktune profile-layers -m M -i held_out.jsonl --limit 50 --most-layers 8 --json",
     "Use the result as parameters of the method:",

@@ -9,7 +9,7 @@ import typer
 from typer import Argument
 
 from blocktune.commands import options as opt
-from blocktune.commands.application import command, new_group
+from blocktune.commands.application import new_group
 from blocktune.commands.options import option
 
 HELP = """Find, make and inspect data.
@@ -28,7 +28,7 @@ Split = option(str | None, "Split of a data set. Default: validation, or train i
 Fields = option(str | None, "Rename fields: question=input,chunks=docs.", metavar="NEW=OLD,...")
 Counter = option(str | None, "To measure lengths: a folder or a name on the Hub.", "--tokenizer")
 
-group = new_group(
+data_command = new_group(
     "data",
     HELP,
     "blocktune data show 'worlds:test?n=3' --model data/tiny",
@@ -36,12 +36,11 @@ group = new_group(
 )
 
 
-@command(
-    "list",
+@data_command(
     "blocktune data list",
     "blocktune data list --json",
     "A data set is downloaded from the Hugging Face Hub when it is first read.",
-    of=group,
+    name="list",
 )
 def show_list(as_json: opt.AsJson = False) -> None:
     """List data sets with their licences, generators, record shapes and chunkers."""
@@ -74,12 +73,10 @@ def show_list(as_json: opt.AsJson = False) -> None:
     opt.tell(as_json, facts, *(table._replace(left=table.headings) for table in tables))
 
 
-@command(
-    "show",
+@data_command(
     "blocktune data show musique --index 3",
     "blocktune data show 'worlds:train?n=5' --model data/tiny",
     "blocktune data show chat.jsonl --model M --adapter out/kvlink",
-    of=group,
 )
 def show(
     source: Source,
@@ -144,12 +141,10 @@ def _show_rows(example, tokenizer, adapter: str | None, block: bool) -> None:
     typer.echo(f"\n{counts}; {len(prompt.ids):,} rows")
 
 
-@command(
-    "write",
+@data_command(
     "blocktune data write 'needle:?lengths=1024,4096' --tokenizer M -o needle.jsonl",
     "blocktune data write 'tulu-3?split=train' --limit 20000 -o chat.jsonl",
     "blocktune data write rows.csv --fields question=input,chunks=context -o rows.jsonl",
-    of=group,
 )
 def write(
     source: Source,

@@ -81,7 +81,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     return replace(suite, methods=methods, pool=pool)
 
 
-@command("compare", "blocktune eval compare out/before out/after", of=group)
+@command("blocktune eval compare out/before out/after", of=group)
 def compare(
     before: Run,
     after: Run,
@@ -97,7 +97,6 @@ def compare(
 
 
 @command(
-    "arena",
     "git clone https://github.com/xishi404/KVShareArena",
     "blocktune eval arena --questions KVShareArena -m Qwen/Qwen3-8B --method naive -o out/arena",
     "kva validate out/arena/naive_re_hotpotqa.json",
@@ -132,7 +131,7 @@ def arena(
         typer.echo(f"{path}: F1 {score:.1f}, {share:.0%} recomputed, {summary['n']} questions")
 
 
-@command("report", "blocktune eval report out/quick", of=group)
+@command("blocktune eval report out/quick", of=group)
 def report(
     run: Run,
     title: option(str | None, "Title of the page. Default: the name of the folder.") = None,
@@ -144,7 +143,6 @@ def report(
 
 
 @command(
-    "tune",
     "blocktune tune --config eval/tuning/psr.yaml --output out/tuned",
     "torchrun --nproc_per_node 2 -m blocktune.cli tune --config eval/tuning/psr.yaml -o out/tuned",
     "A stopped command continues where it stopped: repeat it.",

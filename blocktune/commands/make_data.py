@@ -10,20 +10,18 @@ from typer import Argument, echo
 
 from blocktune.commands import data
 from blocktune.commands import options as opt
-from blocktune.commands.application import command, resumable
-from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, group
+from blocktune.commands.application import resumable
+from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, data_command
 from blocktune.commands.options import option
 
 
-@command(
-    "passages",
+@data_command(
     "Search a corpus, one passage per record, by BM25:",
     "blocktune data passages nq --split train --corpus wiki.jsonl -o nq.jsonl",
     "Results of your retriever, one {id or question, passages} per line, best first:",
     "blocktune data passages questions.jsonl --retrieved dpr.jsonl -o out.jsonl",
     "Keep the best of each question's own passages, as the evidence in TriviaQA:",
     "blocktune data passages triviaqa --own --k 10 -o triviaqa.jsonl",
-    of=group,
 )
 def passages(
     source: Source,
@@ -86,13 +84,11 @@ def _write_examples(
     echo(f"wrote {len(kept):,} questions to {output}; passages contain an answer for {share}{note}")
 
 
-@command(
-    "answer",
+@data_command(
     "blocktune data answer train.jsonl --model M -o own-words.jsonl",
     "blocktune data answer '2wikimultihopqa?split=train' --limit 2000 -m M -o w.jsonl",
     "blocktune data answer q.jsonl -m M -o a.jsonl --temperature 0.7 --only-correct",
     "A stopped command continues where it stopped: repeat it.",
-    of=group,
 )
 def answer(
     source: Source,
@@ -150,8 +146,7 @@ def answer(
     echo(f"wrote {result.written:,} examples to {output} ({counts})")
 
 
-@command(
-    "mix",
+@data_command(
     "blocktune data mix mixture.yaml",
     "blocktune data mix mixture.yaml --tokenizer M -o mixed.jsonl",
     "A mixture in YAML. Every example of two sources, one of them in both modes:",
@@ -161,7 +156,6 @@ def answer(
     "    - {source: 2wikimultihopqa, split: train, mode: both, limit: 20000}",
     "    - {source: tulu-3, split: train, mode: full, weight: 0.5}",
     "  A part may also hold augment: {shuffle: true, num_chunks: [4, 10]}.",
-    of=group,
 )
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],

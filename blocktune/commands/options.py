@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from blocktune.methods import Method
 
 MODEL, PROMPT, DECODING = "Model", "Prompt", "Decoding"  # panels of the help
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # to another program
 PLACE = "PLACE[,NAME=VALUE...]"  # of a store
 
 

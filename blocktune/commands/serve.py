@@ -20,11 +20,7 @@ OURS = ("--model", "--revision", "--tokenizer", "--chat-template", "--kv-transfe
 OURS += ("--kv-offloading-size", "--default-chat-template-kwargs")
 """Options that requests with documents would not follow; vLLM takes their starts, and NAME.KEY."""
 
-Adapters = option(
-    list[str] | None,
-    "Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
-    "name that requests use. Repeatable; adapters share the weights of their base.",
-)
+ADAPTER = "Adapter, as in `answer`; NAME=ADAPTER sets the name that requests use. Repeatable."
 NAME = "Name of --model in requests (default: its own). With adapters: serve the base, too."
 StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
 ApiKey = option(str | None, "Bearer token of all requests.", panel=SAFETY, envvar=KEY_VARIABLE)
@@ -40,7 +36,6 @@ LimitPairs = option(
 
 
 @command(
-    "serve",
     "blocktune serve --model data/tiny",
     "blocktune serve -m M --adapter out/kvlink --store cache/ --port 8080",
     "blocktune serve -m M --adapter legal=out/legal --adapter news=out/news",
@@ -50,7 +45,7 @@ LimitPairs = option(
 )
 def serve(
     model: opt.Model = None,
-    adapter: Adapters = None,
+    adapter: option(list[str] | None, ADAPTER) = None,
     name: option(str | None, NAME) = None,
     method: option(str | None, "For requests that name none. Default: as `answer`.") = None,
     store: opt.Store = None,
@@ -103,44 +98,33 @@ def serve(
     loading = {"dtype": dtype, "device": device, "quantize": quantize}
     size = int(store_gb * 2**30)
     engines = load_engines(model, adapter or [], name, store, size, **loading)
-    responses = None
-    if response_cache is not None:
-        responses = ResponseCache.parse(response_cache, next(iter(engines.values())).store)
+    shared = next(iter(engines.values())).store
+    responses = response_cache and ResponseCache.parse(response_cache, shared)
     served = create_app(Service(engines, config, method, not skip_check, responses))
     uvicorn.run(served, host=host, port=port, **uvicorn_options(config, drain_s))
 
 
-group = new_group(
+vllm_command = new_group(
     "vllm",
     "Serve cached chunks from vLLM, in an environment of its own (docs/vllm.md).",
     "blocktune vllm serve M --store S",
 )
 
 
-@group.callback()
-def _root() -> None:
-    """Keeps `serve` a subcommand although it is the only one."""
-
-
-@command(
-    "serve",
+@vllm_command(
     "blocktune encode -m data/tiny --input docs.jsonl --store chunks/",
     "blocktune vllm serve data/tiny --store chunks/ --port 8000",
     "blocktune vllm serve M --store chunks/ --adapter legal=out/legal --adapter news=out/news",
     "blocktune vllm serve M --store chunks/ --tensor-parallel-size 4 --max-model-len 32768",
     "All other options are vLLM's. Point an OpenAI client at http://127.0.0.1:8000/v1",
-    of=group,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=opt.PASS_ON,
+    name="serve",
 )
 def serve_vllm(
     context: typer.Context,
     model: Annotated[str, Argument(help="Base model, as in `vllm serve`, or NAME@REVISION.")],
     store: option(str, "Store of encoded chunks: a folder or URL, see `answer`."),
-    adapter: option(
-        list[str] | None,
-        "Adapter used to encode the chunks: a folder or a name on the HF Hub; "
-        "NAME=ADAPTER sets the name that requests use. Repeatable.",
-    ) = None,
+    adapter: option(list[str] | None, ADAPTER) = None,
     encode_wait: option(float, "Seconds to wait for `encode --follow`.", min=0) = 30.0,
     host_gb: option(float, "GiB of memory for chunks, in each rank.", min=0) = 1.0,
     fingerprint: option(str | None, "Which chunks to use, if several fit the base.") = None,

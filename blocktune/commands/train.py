@@ -15,11 +15,8 @@ from blocktune.commands.application import FAILURES, command
 from blocktune.commands.options import option
 from blocktune.parsing import load_yaml, mapping
 
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML as options
-
 
 @command(
-    "train",
     "blocktune train --config recipes/block_attention.yaml",
     "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
     "blocktune train --config recipes/kvlink.yaml --dry-run   # only the plan",
@@ -29,7 +26,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of 
     "blocktune train --config R.yaml --overwrite   # replace an earlier run",
     "A stopped command continues from its last checkpoint: repeat it.",
     "Every key of the YAML is also an option and overrides the file: see --help-all.",
-    context_settings=PASS_ON,
+    context_settings=opt.PASS_ON,
 )
 def train(
     ctx: typer.Context,
@@ -125,7 +122,6 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 
 
 @command(
-    "merge",
     "blocktune merge out/block --output out/merged",
     "blocktune answer --adapter out/merged -i questions.jsonl --method block-attention",
     "blocktune merge out/kvlink --output out/merged-links --links added_tokens",
@@ -156,7 +152,6 @@ def merge(
 
 
 @command(
-    "push",
     "blocktune push out/block --repo USER/NAME --dry-run   # files and card",
     "blocktune push out/block --repo USER/NAME --results out/eval/results.json",
     "blocktune push out/block --repo USER/NAME --base-model ORG/BASE --license apache-2.0",
