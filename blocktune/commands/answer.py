@@ -85,7 +85,9 @@ def answer(
     run = answering.Run(engine, used, decoding, batch_size)
     run.lay_out(examples, shown=show_prompt)  # all, before the first answer
     if stream:
-        run.print_stream(examples[0])
+        for piece in engine.stream(examples[0], used, **decoding):
+            typer.echo(piece, nl=False)
+        typer.echo()
     elif output is not None:
         run.write(examples, output, [" ".join((method or used.name).split()), *(param or [])])
     else:

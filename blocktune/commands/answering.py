@@ -87,12 +87,6 @@ class Run:
             if shown:
                 typer.echo(show(self.engine.tokenizer, prompt) + "\n")
 
-    def print_stream(self, example: RagExample) -> None:
-        """Prints one answer piece by piece while it is generated."""
-        for piece in self.engine.stream(example, self.method, **self.decoding):
-            typer.echo(piece, nl=False)
-        typer.echo()
-
     def print_answers(self, examples: Sequence[RagExample], as_json: bool) -> None:
         """Prints the answers of each batch when it is done, as JSON lines or as panels."""
         console = Console()

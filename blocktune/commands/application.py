@@ -70,20 +70,13 @@ def _one_line(debug: bool) -> Iterator[None]:
             line += f" ({place})"
         if debug or (line is None and FAILURES not in os.environ):
             raise
-        if FAILURES in os.environ:
-            _write_failure(line, error)
-        else:
-            _print_error(f"error: {line}")
+        _print_error(f"error: {line}")
+        if FAILURES in os.environ:  # for the launching process to read
+            trace = "".join(traceback.format_exception(error))
+            text = line or f"{type(error).__name__}: {' '.join(str(error).split())}\n{trace}"
+            path = Path(os.environ[FAILURES]) / f"{os.environ.get('RANK', 0)}.txt"
+            path.write_text(text, errors="backslashreplace")
         raise typer.Exit(1 if line is None else 2) from None
-
-
-def _write_failure(line: str | None, error: Exception) -> None:
-    """Writes the error for the launching process to read; for a bug, the traceback follows."""
-    if not line:
-        trace = "".join(traceback.format_exception(error))
-        line = f"{type(error).__name__}: {' '.join(str(error).split())}\n{trace}"
-    path = Path(os.environ[FAILURES]) / f"{os.environ.get('RANK', 0)}.txt"
-    path.write_text(line, errors="backslashreplace")
 
 
 @contextmanager

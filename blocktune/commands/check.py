@@ -1,10 +1,9 @@
 """`blocktune methods`, `check` and `profile-layers`: list methods and test them on a model."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -76,7 +75,13 @@ def check(
     if only and not families:
         raise ValueError("--only selects model types for --families; add --families")
     if families:
-        _check_families(only or (), as_json)
+        from blocktune.check.families import check_families, model_types, table
+
+        opt.quiet_libraries()
+        names = model_types(only or ())
+        results = list(opt.tracked(check_families(names), "checking", len(names)))
+        opt.tell(as_json, {"families": [asdict(result) for result in results]}, table(results))
+        raise typer.Exit(int(any(result.verdict == "wrong" for result in results)))
     from blocktune.adapter.releases import find_release
     from blocktune.check import check_adapter, check_method, check_model
     from blocktune.methods import parse_method
@@ -105,16 +110,6 @@ def check(
     table = opt.Table(("", "check", "difference", "tolerance"), rows, left=("check",))
     opt.tell(as_json, {"checks": [asdict(result) for result in checks]}, table, line)
     raise typer.Exit(0 if sound else 1)
-
-
-def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
-    from blocktune.check.families import check_families, model_types, table
-
-    opt.quiet_libraries()
-    names = model_types(only)
-    results = list(opt.tracked(check_families(names), "checking", len(names)))
-    opt.tell(as_json, {"families": [asdict(result) for result in results]}, table(results))
-    raise typer.Exit(int(any(result.verdict == "wrong" for result in results)))
 
 
 @command(

@@ -63,7 +63,10 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
     turns: list[Turn] = []
     documents: list[DocumentBlock] = []
     for index, message in enumerate(messages):
-        text = _text_of(message, documents)
+        text = message.content or ""
+        if not isinstance(text, str):
+            documents += [part for part in text if isinstance(part, DocumentBlock)]
+            text = "\n".join(part.text for part in text if not isinstance(part, DocumentBlock))
         require_unicode(text, f"messages[{index}]")
         if message.role in ("system", "developer"):
             system.append(text)
@@ -75,13 +78,6 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
         raise ValueError("the last message must have the role 'user' and a text: the question")
     whole = "\n\n".join(filter(None, system)) or None
     return Conversation(whole, tuple(turns[:-1]), turns[-1][1], tuple(documents))
-
-
-def _text_of(message: Message, documents: list[DocumentBlock]) -> str:
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    documents += [part for part in message.content if isinstance(part, DocumentBlock)]
-    return "\n".join(part.text for part in message.content if not isinstance(part, DocumentBlock))
 
 
 def chat_pieces(

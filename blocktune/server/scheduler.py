@@ -95,7 +95,10 @@ class Scheduler:
                     self._wake.wait_for(self._should_wake)
                 if not self._jobs():
                     return
-                self._end_expired()
+                for job in self._jobs():  # also waiting ones
+                    if job.cancelled or time.perf_counter() - job.created > job.timeout_s:
+                        late = f"not answered within {job.timeout_s:g} s"
+                        self._fail(job, HTTPException(408, late))
                 self._admit()
             self._prepare_one()
             self._decode_all()
@@ -107,12 +110,6 @@ class Scheduler:
 
     def _should_wake(self) -> bool:
         return self._stopping or bool(self._jobs())
-
-    def _end_expired(self) -> None:
-        """Ends requests, also waiting ones, whose client left, or that took too long."""
-        for job in self._jobs():
-            if job.cancelled or time.perf_counter() - job.created > job.timeout_s:
-                self._fail(job, HTTPException(408, f"not answered within {job.timeout_s:g} s"))
 
     def _admit(self) -> None:
         """Admits requests from the queues, tenants in turn, while there is room."""
