@@ -3,6 +3,8 @@
 An entry is a frozen dataclass, registered under its published name; its fields are its parameters.
 """
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import inspect
