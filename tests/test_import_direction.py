@@ -107,7 +107,7 @@ def imported(tree: ast.AST, package: str) -> set[str]:
 
 LAZY = (
     *("adapter", "attention", "cache", "data", "engine", "positions", "prompt"),
-    *("methods", "methods.repair", "methods.reshape", "methods.select", "server", "vllm"),
+    *("methods", "methods.select", "server", "vllm"),
 )
 
 
@@ -244,7 +244,7 @@ def test_the_command_line_imports_nothing_heavy():
 @pytest.mark.parametrize(
     "part",
     [
-        *("adapter", "data", "methods", "methods.repair", "methods.reshape", "methods.select"),
+        *("adapter", "data", "methods", "methods.select"),
         *("positions", "prompt"),
     ],
 )
@@ -279,7 +279,7 @@ def test_the_reader_sees_every_form_of_import():
             {"blocktune.adapter.releases.Release"},
         ),
         ("blocktune.training", "from ..adapter import scope", {"blocktune.adapter.scope"}),
-        ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.place.FirstK"}),
+        ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.tokens.FirstK"}),
         ("blocktune.methods.select", "from ... import engine", {"blocktune.engine"}),
         ("blocktune", "from .layout import Layout", {"blocktune.layout.Layout"}),
         ("blocktune", "import torch.nn as nn", {"torch.nn"}),

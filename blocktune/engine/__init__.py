@@ -5,7 +5,6 @@ from blocktune.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "blocktune.adapter.load": "Loaded load_model",
         "blocktune.engine.context_cache": "CachedContext",
         "blocktune.engine.encode": "EncodeReport",
         "blocktune.engine.engine": "Engine",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -14,7 +14,7 @@ from blocktune.cache.store.chunk_file import FileKV
 from blocktune.engine.encode import Found
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Layout
-from blocktune.methods.hooks import ChunkLoader, DamagedChunk
+from blocktune.methods.base import ChunkLoader, DamagedChunk
 from blocktune.positions import RopeSpec, Rotation, rotate_keys
 from blocktune.prompt import Batch, Pieces
 
@@ -51,33 +51,30 @@ class Assembled:
 
 def from_chunks(
     served: ServedBatch,
-    layers: Sequence[int] = (),
     loader: ChunkLoader | None = None,
     found: Found | None = None,
     lazy: bool = True,
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, moved to their positions.
 
-    Their hidden states at the input of ``layers`` go into `Assembled.states`. ``found`` are the
-    chunks, if they were looked up already; ``loader`` and ``lazy`` are as in `Encoder.find`; a
-    damaged file then raises `DamagedChunk`.
+    ``found`` are the chunks, if they were looked up already; ``loader`` and ``lazy`` are as in
+    `Encoder.find`; a damaged file then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
-    layout = batch.layout
+    layout, layers = batch.layout, state.inputs_of(served.method)
     if found is None:
         pieces = [piece for prompt in served.wanted for piece in prompt]
         found = state.encoder.find(pieces, watch, layers, loader, lazy=lazy)
-    hits = found.hits
-    result = Assembled.empty(batch)
+    result, misses = Assembled.empty(batch), found.misses
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
     for index, prompt in enumerate(served.wanted):
-        result.hits[index] = sum(piece in hits and not piece.is_prefix for piece in prompt)
+        result.hits[index] = sum(piece not in misses and not piece.is_prefix for piece in prompt)
         result.misses[index] = len(served.pieces[index].chunks) - result.hits[index]
         if not prompt:  # computed in full, and without a prefix
             continue
         kvs = [found.kvs[piece] for piece in prompt]
-        rows = (result.cached[index]).nonzero().squeeze(1)
+        rows = result.cached[index].nonzero().squeeze(1)
         columns, positions = layout.order[index, rows], layout.position[index, rows]
         relocate(cache, index, kvs, columns, positions, state.rope)
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)

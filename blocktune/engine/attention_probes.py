@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.attention.cached import CachePlan
-from blocktune.attention.kernels import AttentionParams, attention_weights, plain_scores
+from blocktune.attention.kernels import attention_weights, plain_scores
 from blocktune.cache import RowCache
 from blocktune.engine.rows import computed_rows, has_column, of_columns
 from blocktune.engine.state import ServedBatch
@@ -24,7 +24,6 @@ from blocktune.models.gate import context_length
 from blocktune.positions import relocate_keys
 from blocktune.prompt import LayoutSpec, lay_out, stack
 
-DEFAULT_SCORES = QueryScores()
 OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": (Kind.CHUNK,)}
 """Kinds of keys that attention weights are normalised over, by `QueryScores.over`; (): all."""
 ROW_BLOCK = 64  # rows whose weights over all keys are in memory at once
@@ -37,25 +36,19 @@ class ProbeDone(Exception):
 class ScoreReader:
     """Recomputes the attention scores of some rows, and counts ``multiply_adds`` ``(B,)``."""
 
-    def __init__(self, batch_size: int):
-        self.multiply_adds = torch.zeros(batch_size, dtype=torch.int64)
+    def __init__(self, columns: Rows):
+        self.columns = columns
+        self.multiply_adds = torch.zeros(len(columns.kind), dtype=torch.int64)
 
     def scores(
-        self,
-        wanted: Tensor,
-        rows: Rows,
-        columns: Rows,
-        query: Tensor,
-        key: Tensor,
-        rule: LayerRule,
-        params: AttentionParams,
+        self, wanted: Tensor, rows: Rows, query, key, rule, params
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields blocks of (also unwanted) rows and their scores before softmax, ``(B, H, r, N)``.
 
-        Rows ``(B, R)`` see all ``columns`` ``(B, N)`` before them, within the rule's window.
-        ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N, D)``.
+        Rows ``(B, R)`` see all columns ``(B, N)`` before them, within the rule's window. The other
+        arguments are as for `Plan.attend`.
         """
-        window = LayerRule(window=rule.window)
+        columns, window = self.columns, LayerRule(window=rule.window)
         read = wanted.any(0).nonzero().squeeze(1).tolist() or [0, -1]
         stop = read[-1] + 1
         for start in range(read[0], stop, ROW_BLOCK):
@@ -75,8 +68,7 @@ class ChunkAttention(ScoreReader):
     """Measures the attention to each chunk from the question and from chunks computed in full."""
 
     def __init__(self, columns: Rows):
-        super().__init__(len(columns.kind))
-        self.columns = columns
+        super().__init__(columns)
         chunks = torch.arange(int(columns.chunk.max()) + 1, device=columns.chunk.device)
         is_chunk = columns.kind == Kind.CHUNK
         self.member = (is_chunk[..., None] & (columns.chunk[..., None] == chunks)).float()
@@ -84,14 +76,12 @@ class ChunkAttention(ScoreReader):
         self.mass = torch.zeros_like(self.member)
         self.layers = 0  # number read
 
-    def read(
-        self, rows: Rows, query: Tensor, key: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> None:
+    def read(self, rows: Rows, query, key, rule, params) -> None:
         """Adds one layer's weights. Arguments as in `scores`; a row's order is its column."""
         column = rows.order.clamp(min=0)
         uncached = self.columns.group.gather(1, column) == GLOBAL
         wanted = (rows.kind == Kind.QUERY) | ((rows.kind == Kind.CHUNK) & uncached)
-        for block, scores in self.scores(wanted, rows, self.columns, query, key, rule, params):
+        for block, scores in self.scores(wanted, rows, query, key, rule, params):
             paid = attention_weights(scores, params).mean(1) @ self.member
             paid = torch.where(wanted[:, block, None], paid, 0.0)
             self.mass.scatter_add_(1, column[:, block, None].expand_as(paid), paid)
@@ -107,18 +97,12 @@ class QueryProbe(ScoreReader):
     """Attends by another plan, and reads the attention weights of the question's rows."""
 
     def __init__(
-        self,
-        plan: Plan,
-        query: Rows,
-        key: Rows,
-        layers: Container[int],
-        last: int,
-        how: QueryScores = DEFAULT_SCORES,
+        self, plan: Plan, query: Rows, key: Rows, layers: Container[int], how: QueryScores
     ):
-        """Reads ``layers`` of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``, up to ``last``."""
-        super().__init__(len(query.kind))
-        self.plan, self.query, self.key = plan, query, key
-        self.layers, self.last, self.pool = layers, last, how.pool
+        """Reads ``layers`` of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``."""
+        super().__init__(key)
+        self.plan, self.query = plan, query
+        self.layers, self.depth, self.pool = layers, how.depth, how.pool
         self.by_layer: dict[int, Tensor] = {}  # of each key, pooled, mean over heads, (B, N)
         kinds = OVER[how.over]
         left_out = ~sum(key.kind == kind for kind in kinds).bool() if kinds else None
@@ -126,11 +110,10 @@ class QueryProbe(ScoreReader):
         self._left_out = None if left_out is None else left_out & ~left_out.all(1, keepdim=True)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`."""
         if rule.layer in self.layers:
             asks = self.query.kind == Kind.QUERY
             total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
-            for block, scores in self.scores(asks, self.query, self.key, query, key, rule, params):
+            for block, scores in self.scores(asks, self.query, query, key, rule, params):
                 if self._left_out is not None:
                     scores = scores.masked_fill(self._left_out[:, None, None], float("-inf"))
                 # NaN: the row's window contains no key, so it adds no weight.
@@ -139,7 +122,7 @@ class QueryProbe(ScoreReader):
                 total += torch.where(asks[:, block, None], weights, 0.0).sum(1)
             mean = total / asks.sum(1).clamp(min=1)[:, None]
             self.by_layer[rule.layer] = total.sqrt() if self.pool == "norm" else mean
-        if rule.layer == self.last:
+        if rule.layer + 1 == self.depth:
             raise ProbeDone
         return self.plan.attend(query, key, value, rule, params)
 
@@ -148,15 +131,14 @@ class OutsideProbe(ScoreReader):
     """Measures in the first layer how much attention leaves a row's own chunk; stops the pass."""
 
     def __init__(self, rows: Rows):
-        super().__init__(len(rows.kind))
-        self.rows = rows
+        super().__init__(rows)
         self.share = torch.zeros_like(rows.kind, dtype=torch.float32)  # mean over heads, (B, R)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`; always raises `ProbeDone`."""
-        rows, chunk = self.rows, self.rows.chunk
+        rows, chunk = self.columns, self.columns.chunk
         wanted = rows.kind == Kind.CHUNK
-        for block, scores in self.scores(wanted, rows, rows, query, key, rule, params):
+        for block, scores in self.scores(wanted, rows, query, key, rule, params):
             own = (chunk[:, block, None] == chunk[:, None]) & (rows.kind != Kind.LINK)[:, None]
             inside = scores.masked_fill(~own[:, None], float("-inf")).logsumexp(-1)
             outside = 1 - (inside - scores.logsumexp(-1)).exp().mean(1)
@@ -170,13 +152,11 @@ class ScoringPasses:
     def __init__(self, served: ServedBatch, cached: Tensor):
         self.served, self.cached = served, cached  # rows whose states are in the cache, (B, S)
         self.batch, self.pieces, self.columns = served.batch, served.pieces, served.columns
-        self.model, self.cache = served.state.model, served.cache
-        encoder = served.state.encoder
+        self.model, self.cache, encoder = served.state.model, served.cache, served.state.encoder
         self.store, self.fingerprint = encoder.store, encoder.fingerprint
         self.executed: list[Executed] = []
 
     def query_attention(self, how: QueryScores | None = None) -> Tensor:
-        """See `Passes.query_attention`."""
         how, chosen = how or QueryScores(), has_column(self.batch.layout) & ~self.cached
         if how.positions == "prompt":
             return self._prefill(chosen, self.cache, how)
@@ -187,9 +167,8 @@ class ScoringPasses:
         return self._prefill(chosen, cache, how, shift)
 
     def full_prefill(self) -> Truth:
-        """See `Passes.full_prefill`."""
         exact = RowCache(len(self.cache), *self.columns.kind.shape, exact=True)
-        attention = self._prefill(has_column(self.batch.layout), exact)
+        attention = self._prefill(has_column(self.batch.layout), exact, QueryScores())
         layers = zip(exact.layers, self.cache.layers, self.served.state.rope.layers, strict=True)
         pairs = [[compared(LayerKV(c.keys, c.values), rope) for c in two] for *two, rope in layers]
         keys = torch.stack([distance(a.keys, b.keys) for a, b in pairs])
@@ -198,7 +177,6 @@ class ScoringPasses:
         return Truth(of_columns(keys, layout), of_columns(values, layout), attention)
 
     def outside_attention(self) -> Tensor:
-        """See `Passes.outside_attention`."""
         computed = computed_rows(self.batch, has_column(self.batch.layout))
         probe = OutsideProbe(computed.rows)
         self._run(self.model, computed.ids, computed.rows.position, probe)
@@ -211,7 +189,6 @@ class ScoringPasses:
         )
 
     def auxiliary_attention(self, model: str) -> Tensor:
-        """See `Passes.auxiliary_attention`."""
         other = self.served.state.auxiliaries.get(model)
         spec, layout = LayoutSpec(block=False), self.batch.layout
         prompts = [lay_out(pieces, spec) for pieces in self.pieces]
@@ -219,11 +196,12 @@ class ScoringPasses:
         config, num_rows = other.config.get_text_config(), batch.layout.num_rows
         if num_rows > (longest := context_length(config)):
             raise ValueError(
-                f"a prompt of {num_rows} tokens does not fit into auxiliary model '{model}', whose "
-                f"context holds {longest}; take another model or retrieve fewer chunks"
+                f"a prompt of {num_rows} tokens does not fit into auxiliary model '{model}', which "
+                f"holds {longest}; take another model or retrieve fewer chunks"
             )
         rows, last = batch.layout.rows(), config.num_hidden_layers - 1
-        probe = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)
+        how = QueryScores(depth=last + 1)
+        probe = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), how)
         self._run(other, batch.input_ids, batch.layout.position, probe)
         # The cost of a causal pass over all rows that stops at the last layer's weights.
         cost, count = ModelCost.of(other), (rows.kind != Kind.PAD).sum(1).cpu()
@@ -250,28 +228,20 @@ class ScoringPasses:
         self.executed.append(Executed(self.model, [plan]))
 
     def _prefill(
-        self,
-        chosen: Tensor,
-        cache: RowCache,
-        how: QueryScores = DEFAULT_SCORES,
-        shift: Tensor | None = None,
+        self, chosen: Tensor, cache: RowCache, how: QueryScores, shift: Tensor | None = None
     ) -> Tensor:
-        """Computes rows into ``cache``, with ``shift`` ``(B, N)`` added to the columns' positions.
-
-        Returns the question's attention, ``(L, B, S)``.
-        """
+        """The question's attention, ``(L, B, S)``; ``shift`` ``(B, N)`` moves the positions."""
         computed = computed_rows(self.batch, chosen)
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(how.depth or len(cache))
-        last = len(cache) if how.depth is None else how.depth - 1
-        probe = QueryProbe(plan, computed.rows, self.columns, layers, last, how)
+        probe = QueryProbe(plan, computed.rows, self.columns, layers, how)
         position = computed.rows.position
         if shift is not None:
             position = position + shift.gather(1, computed.columns.clamp(min=0))
         self._run(self.model, computed.ids, position, probe, cache)
         # If the pass stops early, its last layer computed only the keys and queries.
-        heads, probes = (1, {}) if how.depth is None else (0, {last: plan})
+        heads, probes = (1, {}) if how.depth is None else (0, {layers[-1]: plan})
         self.executed.append(Executed(self.model, [plan], probes, heads, probe.multiply_adds))
         scores = torch.stack([probe.by_layer[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)

@@ -20,7 +20,7 @@ from blocktune.engine.state import EngineState, ServedBatch
 from blocktune.engine.usage import Executed
 from blocktune.layout import FOREVER
 from blocktune.methods import Cached, Method, Selection
-from blocktune.methods.hooks import ChunkLoader, DamagedChunk
+from blocktune.methods.base import ChunkLoader, DamagedChunk
 from blocktune.methods.select.base import require_context, selectable
 from blocktune.prompt import LayoutSpec, Pieces, Prompt
 
@@ -53,9 +53,8 @@ def prefill_warm(
     max_new_tokens: int = 0,
     laid_out: Sequence[Prompt] | None = None,
 ) -> Generation:
-    """Serves `Method.warm_up` earlier prompts in full, untimed, then prefills a batch.
+    """Serves `Method.warm_up` prompts of other orders of the chunks, untimed, then the batch.
 
-    The earlier ones have the same chunks in rotated order, never in their own if there are several.
     Prompts are laid out after that, unless they are ``laid_out``.
     """
     for turn in range(method.warm_up):
@@ -79,7 +78,7 @@ def _prefill(
     state, watch = served.state, served.watch
     selection = served.method.select_for(state.num_layers)
     if served.method.cached is Cached.CHUNKS:
-        assembled = from_chunks(served, selection.widens(state.num_layers), loader, found, lazy)
+        assembled = from_chunks(served, loader, found, lazy)
     elif served.method.cached is Cached.EXACT_PREFIX:
         assembled = from_prefix(served)
     else:
@@ -92,8 +91,7 @@ def _prefill(
     watch.stop("select_s")
     result = prefill(plan)
     watch.stop("recompute_s")
-    read = None if result.chunk_probe is None else result.chunk_probe.multiply_adds
-    executed = [*passes.executed, Executed(state.model, result.plans, result.probes, extra=read)]
+    executed = [*passes.executed, result]
     if served.reshaping is not None:  # clone: decoding adds to the same tensor
         extra = served.reshaping.multiply_adds.clone()
         executed.append(Executed(state.model, heads=0, extra=extra))
@@ -121,7 +119,7 @@ def _choose(
         start = start | (selected > 0)
     if selection.sees == "chosen":
         hidden = to_columns(selectable(layout) & ~start, layout, served.columns)
-    layers = selection.widens(served.state.num_layers)
+    layers = served.state.inputs_of(served.method)
     widened = {layer: selection.widen(layer, layout) for layer in layers}
     for mask in widened.values():
         require_context(selection, mask, layout, torch.bool)

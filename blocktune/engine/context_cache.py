@@ -34,8 +34,7 @@ class _Continued(DynamicCache):
         is_first = layer.get_seq_length() == self.context_tokens
         if is_first and key_states.shape[2] >= self.prompt_tokens:
             raise ValueError(
-                "generate computes the whole prompt on top of its cached context, as transformers' "
-                "assisted decoding and prompt lookup do; leave these options out"
+                "assisted decoding computes the prompt on top of its cached context; leave it out"
             )
         if is_first and len(key_states) > len(layer.keys):  # beams, several sequences
             layer.batch_repeat_interleave(len(key_states) // len(layer.keys))
@@ -65,24 +64,21 @@ class CachedContext:
         """Keyword arguments of one call of `generate` that ask a question over the context.
 
         The question may be omitted if the cache was made for one. The tensors cover the whole
-        prompt, ``(1, N + Q)``, which the output repeats: new tokens start at ``N + Q``. Beams and
-        several sequences are possible, assisted decoding and prompt lookup are refused.
-
-        Raises ValueError if there is no question, the cache was made for another question, or
-        tokens were appended to the cache itself.
+        prompt, ``(1, N + Q)``, which the output repeats: new tokens start at ``N + Q``. Assisted
+        decoding is refused. Raises ValueError if there is no question, the cache was made for
+        another one, or tokens were appended to the cache itself.
         """
         if self.past_key_values.get_seq_length() != self.input_ids.shape[1]:
             raise ValueError(
-                "past_key_values was continued: it has more tokens than the context; make a new "
-                "cache by engine.cache, and pass what inputs() returns to generate"
+                "past_key_values was continued; make a new cache, and generate from inputs() alone"
             )
         query = self.question if question is None else question
         if query is None:
             raise ValueError("inputs() needs a question; this cache was made without one")
         if self.question not in (None, query):
             raise ValueError(
-                f"this cache was made for the question {self.question!r:.80}, got {query!r:.80}; "
-                "the method chooses tokens by the question: make one cache for each"
+                f"this cache was made for the question {self.question!r:.80}, whose tokens the "
+                f"method chose, got {query!r:.80}; make one cache for each"
             )
         batch = stack([self._lay_out(query)], pad_id=0).to(self.input_ids.device)
         ids, rows, *_ = computed_rows(batch, has_column(batch.layout))
@@ -107,14 +103,10 @@ def make_context(
         raise ValueError(state.recurrence.refusal.format("a cache of the context"))
     if method.reshape() is not None:
         raise ValueError(
-            f"method '{method.name}' reshapes attention to the chunks, which a stock model "
-            "cannot do; use engine.answer, or a method without a reshape"
+            f"method '{method.name}' reshapes attention, which generate cannot; use engine.answer"
         )
     if question is None and method.select_for(state.num_layers).needs_question:
-        raise ValueError(
-            f"method '{method.name}' chooses tokens by the question; give "
-            "engine.cache(chunks, method, question=...)"
-        )
+        raise ValueError(f"method '{method.name}' chooses tokens by the question; give question=")
 
     def pieces(query: str) -> Pieces:
         return prompts.pieces(RagExample(query, chunks), method)

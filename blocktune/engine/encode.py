@@ -22,7 +22,7 @@ from blocktune.cache.row_cache import refuse_autocast
 from blocktune.cache.store.chunk_file import FileKV
 from blocktune.cache.store.shelf import MissQueue
 from blocktune.engine.usage import Stopwatch
-from blocktune.methods.hooks import ChunkLoader
+from blocktune.methods.base import ChunkLoader
 from blocktune.methods.press import Press
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
@@ -100,34 +100,27 @@ class Found:
     tiers: dict[Piece, str] = field(default_factory=dict)
 
     @property
-    def hits(self) -> set[Piece]:
-        """Pieces found in the store."""
-        return {piece for piece, tier in self.tiers.items() if tier != "none"}
-
-    @property
     def misses(self) -> set[Piece]:
         """Pieces that had to be encoded."""
-        return self.tiers.keys() - self.hits
+        return {piece for piece, tier in self.tiers.items() if tier == "none"}
 
 
+@dataclass(eq=False)
 class Encoder:
     """Encodes pieces into keys and values, with the store as a cache."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        store: ChunkStore,
-        fingerprint: str,
-        pad_id: int,
-        rope: RopeSpec | None = None,
-        press: Press | None = None,
-    ):
-        """Encodes with an attached ``model`` into ``store``. ``press`` drops keys of the chunks."""
-        self.model, self.store, self.tenant = model, store, ""
-        self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
-        self._is_scoped = scope_of(model) != "both"
-        self._parameters = list(model.parameters())
-        parts = model.modules()  # a model has a method of the name
+    model: nn.Module  # attached
+    store: ChunkStore
+    fingerprint: str
+    pad_id: int
+    rope: RopeSpec | None
+    press: Press | None  # drops keys of the chunks
+    tenant: str = ""
+
+    def __post_init__(self):
+        self._is_scoped = scope_of(self.model) != "both"
+        self._parameters = list(self.model.parameters())
+        parts = self.model.modules()  # a model has a method of the name
         self._tuned = [p for p in parts if isinstance(getattr(p, "disable_adapters", 0), bool)]
         self._made_with = self._weights()
 
@@ -145,16 +138,13 @@ class Encoder:
     def require_model(self, caches: bool = True) -> None:
         """Raises ValueError if the model trains, is detached or, for ``caches``, changed."""
         if self.model.training:
-            raise ValueError(
-                "the engine's model is in training mode, with dropout; call its eval()"
-            )
+            raise ValueError("the engine's model is in training mode; call its eval()")
         if self.rope is not None and not is_attached(self.model):
             raise ValueError("the engine's model was detached; call blocktune.attach(engine.model)")
         if caches and self._weights() != self._made_with:
             raise ValueError(
-                "the model's weights, dtype, device or adapter (or its state) changed after its "
-                "engine was made, so cached chunks do not belong to it; undo that, or make a new "
-                "Engine(model, tokenizer)"
+                "the model's weights, dtype, device or adapter changed after its engine was made; "
+                "undo that, or make a new Engine(model, tokenizer)"
             )
 
     def find(
@@ -168,10 +158,9 @@ class Encoder:
     ) -> Found:
         """Looks every piece up (by the ``loader``, if given) and encodes the missing ones.
 
-        A piece that was encoded without the input states of ``layers`` (0-based) is missing.
-        ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. New entries are stored under the
-        names of their ``documents``. With ``lazy``, chunks that the store does not keep in memory
-        are returned as `FileKV`, which reads layers on access.
+        A piece that was encoded without the input states of ``layers`` (0-based) is missing. New
+        entries are stored under the names of their ``documents``. With ``lazy``, chunks that the
+        store does not keep in memory are returned as `FileKV`, which reads layers on access.
         """
         found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()
@@ -226,18 +215,17 @@ class Encoder:
     ) -> EncodeReport:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``, ``layers`` as in `find`."""
         watch = Stopwatch(self.model.device)
-        unique = dict.fromkeys([*([prefix] if prefix else []), *pieces])
-        documents: dict[Piece, list[str]] = {}
+        unique = dict.fromkeys(pieces if prefix is None else [prefix, *pieces])
+        names: dict[Piece, str] = {}
         for piece, chunk in zip(pieces, chunks, strict=True):
-            documents.setdefault(piece, []).append(chunk.document)
-        names = {piece: _joined(*own) for piece, own in documents.items()}
+            names[piece] = _joined(names.get(piece, ""), chunk.document)
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
             missing = [p for p in group if not self._is_stored(p, layers, names.get(p, ""))]
             found = self.find(missing, watch, layers=layers, documents=names)
             new |= found.misses
-            for piece in found.hits & names.keys():
+            for piece in (found.tiers.keys() - found.misses) & names.keys():
                 self._name(piece, found.kvs[piece], names[piece])
             done += sum(len(piece.ids) for piece in group)
             if progress is not None:
@@ -295,7 +283,7 @@ class Encoder:
         prompts = [alone(self._unpruned(piece)) for piece in pieces]
         batch = stack(prompts, self.pad_id).to(self.model.device)
         cache = DynamicCache()
-        plan = InputRecorder(SplitPlan(batch.layout), layers)
+        plan = _InputRecorder(SplitPlan(batch.layout), layers)
         positions = batch.layout.position
         with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
             planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
@@ -304,9 +292,8 @@ class Encoder:
 
     def _unpruned(self, piece: Piece) -> Piece:
         """The piece to encode: if a press prunes it, with the tokens that are dropped later."""
-        if self.press is None or piece.is_prefix:
-            return piece
-        return Piece(piece.ids + piece.blanks)
+        is_whole = self.press is None or piece.is_prefix
+        return piece if is_whole else Piece(piece.ids + piece.blanks)
 
     def extract(
         self,
@@ -332,7 +319,7 @@ class Encoder:
         return ChunkKV(keys, values, ids, self.fingerprint).compact(), states
 
 
-class InputRecorder:
+class _InputRecorder:
     """Attends by another plan, and records the hidden states at the input of some layers."""
 
     def __init__(self, plan: Plan, layers: Container[int]):
@@ -340,11 +327,9 @@ class InputRecorder:
         self.inputs: dict[int, Tensor] = {}  # by layer, ``(B, S, hidden)``
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`."""
         refuse_autocast(key)
         return self.plan.attend(query, key, value, rule, params)
 
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pre-hook that changes nothing."""
         if index in self.layers:
             self.inputs[index] = args[0]

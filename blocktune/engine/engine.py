@@ -71,8 +71,7 @@ class Engine:
 
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent layers
-                (Mamba-2, Qwen3-Next, ...) or absolute positions (GPT-2), which supports only
-                methods that reuse no chunk.
+                or absolute positions, which supports only methods that reuse no chunk.
             tokenizer: The model's tokenizer.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
@@ -138,10 +137,8 @@ class Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
         ``store`` is a `ChunkStore`, or any text that `ChunkStore.open` takes, such as a folder;
-        None: memory only. ``format`` is as for `Engine`; for the other options see
-        `blocktune.adapter.load.load_model`.
-
-        Raises ValueError if the model or adapter does not exist, or they do not match.
+        None: memory only. For the other options see `Engine` and `load_model`. Raises ValueError
+        if the model or adapter does not exist, or they do not match.
         """
         how = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
         base, tokenizer, info, folder = load_model(model, adapter, recurrent=recurrent, **how)
@@ -160,9 +157,9 @@ class Engine:
         ``chunks`` may have any form that `RagExample.chunks` takes. Each is stored with the name of
         its document (``document`` or ``id`` of its metadata, else its title), by which `blocktune
         store rm --document` removes it. ``progress`` is called after each pass with the tokens
-        done and their total. ``method`` is the one that will read them; default as in `answer`.
-        Only methods of another layout (``link0``) or with stored hidden states (``droidspeak``)
-        need other entries. Raises ValueError for one that takes chunks from prompts it has served.
+        done and their total. ``method`` will read them: only one of another layout (``link0``) or
+        with stored hidden states (``droidspeak``) needs other entries. Raises ValueError for one
+        that takes chunks from prompts it has served.
         """
         chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
         if method.history is not None:
@@ -313,10 +310,9 @@ class Engine:
     ) -> CachedContext:
         """Caches the prompt up to its question, for stock `generate` to continue from.
 
-        Greedy decoding from it gives the tokens of `answer`. ``chunks`` are as in
-        `RagExample.chunks`. Methods that select tokens by the ``question`` need it; without one,
-        the cache is valid for any question. Raises ValueError if the method reshapes attention or
-        needs a question, or as `answer` does.
+        Greedy decoding from it gives the tokens of `answer`. Methods that select tokens by the
+        ``question`` need it; without one, the cache is valid for any question. Raises ValueError if
+        the method reshapes attention or needs a question, or as `answer` does.
         """
         chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
         return make_context(self.state, self.prompts, chunks, method, question)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from blocktune.engine.state import ServedBatch
 from blocktune.engine.usage import Executed, Ttft, Usage
 from blocktune.layout import Kind, Rows
 from blocktune.methods import Cached
-from blocktune.methods.hooks import PrefilledBatch
+from blocktune.methods.base import PrefilledBatch
 from blocktune.parsing import check_types, read
 from blocktune.prompt import Chunk
 from blocktune.registry import require_count
@@ -97,10 +97,10 @@ class Sampling:
 
 
 class TextStream:
-    """Incremental detokeniser. Its pieces join to the text of all tokens.
+    """Incremental detokeniser, whose pieces join to the text of all tokens.
 
-    Text is held back while its last character is incomplete, while it may be the start of a stop
-    text, and while it is whitespace that may have to be stripped. A stop text sets ``stopped``.
+    It holds back an incomplete character, what may be the start of a stop text, and whitespace that
+    may have to be stripped. A stop text sets ``stopped``.
     """
 
     def __init__(
@@ -151,10 +151,8 @@ class TextStream:
 
     def _held(self) -> int:
         """Number of characters at the end that may be the start of a stop text."""
-        return max(
-            (n for stop in self.stops for n in range(len(stop)) if self._text.endswith(stop[:n])),
-            default=0,
-        )
+        starts = ((stop[:n], n) for stop in self.stops for n in range(len(stop)))
+        return max((n for start, n in starts if self._text.endswith(start)), default=0)
 
     def _show(self, until: int) -> str:
         text = self._text[:until].strip() if self.strips else self._text[:until]
@@ -180,6 +178,7 @@ class Generation(ServedBatch):
     assembled: Assembled  # what was loaded from caches
     prefill: Prefill  # logits, and the passes that computed them
     executed: list[Executed]  # all passes, for counting operations
+    logits: Tensor = field(init=False)  # that the last token was picked from, ``(B, V)``
 
     def remember(self) -> None:
         """Caches exact prefixes and updates the method's history; once, after the first token."""
@@ -204,13 +203,6 @@ class Generation(ServedBatch):
         Ends when all prompts have produced a stop token (which is yielded) or after
         ``max_new_tokens``. For ``streams`` see `Sampling.picker`.
         """
-        for token, _ in self._steps(sampling, max_new_tokens, streams):
-            yield token
-
-    def _steps(
-        self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields tokens as `tokens` does, each with the logits ``(B, V)`` it was picked from."""
         logits = self.prefill.logits
         pick = sampling.picker(logits.device, streams)
         stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
@@ -224,10 +216,10 @@ class Generation(ServedBatch):
             if step == 0:
                 self.watch.stop("first_token_s")
                 self.remember()
-                if self.state.decode_cache is not None:
-                    how, reshapes = self.state.decode_cache, self.reshaping is not None
-                    self.cache = DecodingCache(how, self.cache, reshapes)
-            yield token[:, 0].masked_fill(ended, -1), logits
+                if (how := self.state.decode_cache) is not None:
+                    self.cache = DecodingCache(how, self.cache, self.reshaping is not None)
+            self.logits = logits
+            yield token[:, 0].masked_fill(ended, -1)
             ended |= torch.isin(token[:, 0], stops)
             if step + 1 == max_new_tokens or bool(ended.all()):
                 return
@@ -250,14 +242,13 @@ class Generation(ServedBatch):
         """Decodes the whole batch; see `tokens`."""
         steps = torch.stack(list(self.tokens(sampling, max_new_tokens, streams)), dim=1).tolist()
         answer_ids = [tuple(token for token in ids if token >= 0) for ids in steps]
-        pairs = zip(answer_ids, self.usages(answer_ids), strict=True)
-        tokenizer = self.state.tokenizer
-        return [Answer(TextStream(tokenizer).whole(ids), ids, usage) for ids, usage in pairs]
+        texts = [TextStream(self.state.tokenizer).whole(ids) for ids in answer_ids]
+        return list(map(Answer, texts, answer_ids, self.usages(answer_ids)))
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
         """Greedy tokens of a single prompt and the logits after the last, ``(1, V)``."""
-        decoded = list(self._steps(Sampling(), num_tokens + 1, (0,)))
-        return tuple(int(token) for token, _ in decoded[:-1]), decoded[-1][1]
+        ids = [int(token) for token in self.tokens(Sampling(), num_tokens + 1)]
+        return tuple(ids[:-1]), self.logits
 
     def usages(self, answer_ids: list[tuple[int, ...]]) -> list[Usage]:
         """The cost of each prompt's answer, given the answers' tokens."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention, ProbeDone
 from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.state import ServedBatch
+from blocktune.engine.usage import Executed
 from blocktune.layout import GLOBAL, Kind, Rows
-from blocktune.methods.repaired_cache import RepairedCache
+from blocktune.methods.repair import REPAIRS, Repair, Residual
 from blocktune.methods.select import SELECTORS, LayerCheck, LayerKV, Selection
 from blocktune.methods.select.layers import compared
 from blocktune.models.gate import decoder_layers, require_supported
@@ -46,7 +48,7 @@ class SchedulePlan:
         self.columns, self.cache, self.reshaping = served.columns, served.cache, served.reshaping
         repair, history = served.method.repair(), served.method.history
         self.repair = repair and RepairedCache(repair, self.columns, self.cache)
-        self.plans: list[CachePlan] = []  # this and the probes are as in `Prefill`
+        self.plans: list[CachePlan] = []  # this and the probes are as in `Executed`
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(self.selection.checks(len(self.cache)))
         self._ends = frozenset(() if self.depth is None else self.depth.unique().tolist())
@@ -67,8 +69,7 @@ class SchedulePlan:
         if index == 0 and not torch.equal(self.start, self._current.chosen):
             hidden = self._change(index, hidden, self.start)
         if index and index in self._ends:
-            continued = self._current.chosen & (self.depth > index)
-            hidden = self._change(index, hidden, continued)
+            hidden = self._change(index, hidden, self._current.chosen & (self.depth > index))
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
         if index in self.widen:
@@ -133,9 +134,8 @@ class SchedulePlan:
     def _change(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         """Replaces the current rows by those of ``mask`` ``(B, U)``. Returns their states."""
         all_hidden = hidden.new_zeros(*mask.shape, hidden.shape[-1])
-        if layer in self.states and layer in self.widen:
-            columns = self.candidates.columns.clamp(min=0)
-            states = self.states[layer]
+        if layer in self.states:
+            columns, states = self.candidates.columns.clamp(min=0), self.states[layer]
             all_hidden = states.gather(1, as_index(columns, states)).to(hidden.dtype)
         self._current.put(hidden, all_hidden)
         self._set_rows(layer, RowSubset(self.candidates, mask))
@@ -172,21 +172,71 @@ def _seeing_chosen(query: Rows, columns: Rows, hidden: Tensor) -> tuple[Rows, Ro
     return replace(query, group=query_group), replace(columns, group=key_group)
 
 
-@dataclass
-class Prefill:
-    """The result of a prefill, and what was computed for it."""
+class RepairedCache:
+    """In every layer, adds the repair's offsets to reused columns before others are written."""
+
+    def __init__(self, repair: Repair, columns: Rows, cache: RowCache):
+        self.repair, self.columns, self.cache = repair, columns, cache
+        # Chunks of a prompt that is computed in full are in the group `GLOBAL`: nothing is reused.
+        self._is_cached = (columns.kind == Kind.CHUNK) & (columns.group != GLOBAL)
+        self._deviations: tuple[Tensor, Tensor] | None = None
+        self._kept = -1  # the last layer that keeps what was compared there
+
+    def compared(self, columns: Tensor, fresh: LayerKV, cached: LayerKV) -> None:
+        """Records how far the rows of ``columns`` are from the cache at the first check layer."""
+        if self._deviations is None:
+            pairs = zip(fresh, cached, strict=True)
+            norms = [(a.float() - b.float()).square().sum((1, 3)).sqrt() for a, b in pairs]
+            self._deviations = tuple(self._at_columns(norm, columns) for norm in norms)
+
+    def keep(self, layer: int, columns: Tensor, fresh: LayerKV) -> None:
+        """Repairs ``layer``, whose compared rows ``fresh`` are written next, dropped ones too."""
+        self._repair(layer, columns, *fresh)
+        self._kept = layer
+
+    def watch(self, layer: int, columns: Tensor) -> None:
+        """Arranges the repair of ``layer`` when it writes ``columns``, all that it computes."""
+        repair = None if layer == self._kept else partial(self._repair, layer, columns)
+        self.cache.layers[layer].observer = repair
+
+    def _repair(self, layer: int, columns: Tensor, *fresh: Tensor) -> None:
+        recomputed = self._at_columns(torch.ones_like(columns), columns).bool() & self._is_cached
+        reused = self._is_cached & ~recomputed
+        if not (recomputed.any() and reused.any()):
+            return
+        states = self.cache.layers[layer]
+        chunk = torch.where(self._is_cached, self.columns.chunk, -1)
+        deviations = self._deviations or (None, None)
+        stored = states.keys, states.values
+        for new, deviation, state in zip(fresh, deviations, stored, strict=True):
+            change = self._at_columns(new.float().transpose(1, 2), columns).transpose(1, 2)
+            change = (change - state.float()) * recomputed[:, None, :, None]
+            residual = Residual(change, recomputed, reused, chunk, deviation)
+            offset = self.repair.offset(residual)
+            require_like(f"repair '{REPAIRS.name_of(self.repair)}'", offset, change)
+            shifted = (state.float() + offset).to(state.dtype)
+            state.copy_(shifted.where(reused[:, None, :, None], state))
+
+    def _at_columns(self, values: Tensor, columns: Tensor) -> Tensor:
+        """Scatters values of rows ``(B, R, ...)`` to their columns, ``(B, N, ...)``; else zero."""
+        count = self.columns.kind.shape[1]
+        padded = values.new_zeros(len(values), count + 1, *values.shape[2:])
+        slots = columns.where(columns >= 0, count).view(*columns.shape, *[1] * (values.ndim - 2))
+        return padded.scatter(1, slots.expand_as(values), values)[:, :count]
+
+
+@dataclass(kw_only=True)
+class Prefill(Executed):
+    """The pass that computes a prompt's rows, and its result."""
 
     logits: Tensor  # after each prompt's last row, ``(B, V)``
-    plans: list[CachePlan] = field(default_factory=list)  # that ran, each with its layers
-    probes: dict[int, CachePlan] = field(default_factory=dict)  # by layer: for selection only
     chunk_probe: ChunkAttention | None = None  # attention to chunks, if it is read
 
     def layer_tokens(self, num_layers: int) -> Tensor:
         """Number of context tokens computed in each layer, ``(B, layers)``."""
         counts = torch.zeros(len(self.logits), num_layers, dtype=torch.int64)
         for plan in self.plans:
-            for layer in plan.executed:
-                counts[:, layer] += plan.context_rows.cpu()
+            counts[:, list(plan.executed)] += plan.context_rows.cpu()[:, None]
         return counts
 
     def probed(self) -> Tensor:
@@ -209,12 +259,13 @@ def prefill(plan: SchedulePlan) -> Prefill:
     The cache must hold the states of all columns that are not candidates. The watch gets
     ``select_s`` for each selection, and ``recompute_s`` for the computation before it.
     """
-    (ids, rows, *_), cache = plan.candidates, plan.cache
-    model = plan.served.state.model
+    (ids, rows, *_), cache, read = plan.candidates, plan.cache, plan.chunk_probe
+    model, extra = plan.served.state.model, None if read is None else read.multiply_adds
     output = planned_forward(model, ids, rows.position, plan, cache, logits_to_keep=1)
     for layer in cache.layers if plan.repair is not None else ():
         layer.observer = None  # decoded tokens repair nothing
-    return Prefill(output.logits[:, -1], plan.plans, plan.probes, plan.chunk_probe)
+    passed = model, plan.plans, plan.probes
+    return Prefill(*passed, extra=extra, logits=output.logits[:, -1], chunk_probe=read)
 
 
 @dataclass(frozen=True)
@@ -238,13 +289,13 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
     """
     if not getattr(model, "can_generate", bool)() or hasattr(model, "_orig_mod"):
         raise ValueError(
-            f"an engine needs a causal language model, got {type(model).__name__}; load it by "
-            "AutoModelForCausalLM or Engine.from_pretrained, and compile it in place by compile()"
+            f"an engine needs a causal language model, got {type(model).__name__}; load one by "
+            "AutoModelForCausalLM, and compile it in place by compile()"
         )
     if len(devices := sorted({str(weight.device) for weight in model.parameters()})) > 1:
         raise ValueError(
             f"an engine needs all weights on one device, got {', '.join(devices)}; load the model "
-            "without device_map='auto' (quantized, if it is too large), or use `blocktune vllm`"
+            "without device_map='auto', or use `blocktune vllm`"
         )
     if (recurrence := find_recurrence(model)) is not None:
         return None, recurrence

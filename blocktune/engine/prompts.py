@@ -101,8 +101,8 @@ class PromptMaker:
         min_layers = method.select().min_layers
         if min_layers > self.num_layers:
             raise ValueError(
-                f"method '{method.name}' needs a model of at least {min_layers} layers, this one "
-                f"has {self.num_layers}; choose an earlier layer"
+                f"method '{method.name}' needs a model of at least {min_layers} layers, got "
+                f"{self.num_layers}; choose an earlier layer"
             )
         method.select_for(self.num_layers)  # raises for a budget that cannot be met
         layout = method.layout_for(self.trained)
@@ -113,8 +113,7 @@ class PromptMaker:
         if self.exact_tokens is not None and layout.block and below_zero:
             raise ValueError(
                 f"method '{method.name}' encodes chunks after other tokens, at positions below 0, "
-                "where this model's scaling by position is not defined; use a method without "
-                "blanks, shared prefix, own BOS and chunks from earlier prompts"
+                "where this model's scaling by position is not defined; use another method"
             )
         return layout
 
@@ -191,17 +190,12 @@ class PromptMaker:
         return chunk[:count], chunk[count:]
 
     def _require_room(self, tokens: int, what: str) -> None:
-        if self.exact_tokens is not None and self.exact_tokens < tokens <= self.max_tokens:
-            raise ValueError(
-                f"{what} has {tokens} tokens, reuse on this model is exact up to "
-                f"{self.exact_tokens} tokens (beyond, its position encoding is more than a "
-                "rotation); cut chunks smaller or retrieve fewer"
-            )
-        if tokens > self.max_tokens:
-            raise TooLong(
-                f"{what} has {tokens} tokens, this model's maximum context length is "
-                f"{self.max_tokens} tokens; cut chunks smaller or retrieve fewer"
-            )
+        if tokens > self.longest:
+            error, limit = ValueError, f"reuse on this model is exact up to {self.exact_tokens}"
+            if tokens > self.max_tokens:
+                error, limit = TooLong, f"this model's maximum context length is {self.max_tokens}"
+            advice = "cut chunks smaller or retrieve fewer"
+            raise error(f"{what} has {tokens} tokens, {limit} tokens; {advice}")
 
     def _blank_id(self, spec: LayoutSpec) -> int | None:
         return encode(self.tokenizer, " ")[0] if spec.num_blanks else None

@@ -21,7 +21,7 @@ from blocktune.engine.assemble import Assembled
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.state import EngineState, ServedBatch
-from blocktune.engine.usage import Executed, ModelCost
+from blocktune.engine.usage import ModelCost
 from blocktune.layout import Kind, Rows
 from blocktune.methods import Cached, Method
 from blocktune.prompt import Pieces, Prompt
@@ -35,11 +35,9 @@ class RecurrentPrefill(Prefill):
     written: Tensor  # bytes of computed keys, values and states, ``(B,)``
 
     def layer_tokens(self, num_layers: int) -> Tensor:
-        """See `Prefill.layer_tokens`."""
         return self.context_tokens[:, None].expand(-1, num_layers)
 
     def bytes_written(self, cache: object) -> Tensor:
-        """See `Prefill.bytes_written`."""
         return self.written
 
 
@@ -61,21 +59,20 @@ def prefill_recurrent(
 ) -> RecurrentGeneration:
     """Resumes each prompt from the prefix tree if the method does, and computes the rest."""
     served = ServedBatch.stacked(state, prompts, pieces, method)
-    runs = [_Run(served, index, prompt.ids) for index, prompt in enumerate(prompts)]
     assembled = Assembled.empty(served.batch)
-    for index, run in enumerate(runs if method.cached is Cached.EXACT_PREFIX else ()):
-        facts = run.start, run.bytes_read, run.disk_tokens
-        assembled.found_prefix(served.batch.layout, index, pieces[index], *facts)
+    runs = [_Run(served, assembled, index, prompt.ids) for index, prompt in enumerate(prompts)]
     logits = torch.cat([run.logits for run in runs])
     counts = torch.tensor([(run.context_tokens, run.written, run.macs) for run in runs])
     tokens, written, macs = counts.unbind(1)
-    prefill = RecurrentPrefill(logits=logits, context_tokens=tokens, written=written)
+    prefill = RecurrentPrefill(
+        state.model, heads=0, extra=macs, logits=logits, context_tokens=tokens, written=written
+    )
     return RecurrentGeneration(
         **vars(served) | {"cache": [run.cache for run in runs]},
         last=served.columns.map(lambda facts: facts[:, -1:]),
         assembled=assembled,
         prefill=prefill,
-        executed=[Executed(state.model, heads=0, extra=macs)],
+        executed=[prefill],
     )
 
 
@@ -85,15 +82,15 @@ TOKENS_PER_PASS = 32  # a pass over one token takes about as long as a pass over
 class _Run:
     """A prompt's prefill from token ``start`` on; ``macs``: multiply-adds, without scans."""
 
-    def __init__(self, served: ServedBatch, index: int, ids: Sequence[int]):
+    def __init__(self, served: ServedBatch, assembled: Assembled, index: int, ids: Sequence[int]):
         state, pieces, watch = served.state, served.pieces[index], served.watch
         self.state, self.cache = state, PrefillCache(state.model.config)
-        self.macs = self.start = self.bytes_read = self.disk_tokens = 0
+        self.macs = self.start = 0
         self.ids = torch.tensor([ids], device=state.model.device)
         context, has_states = pieces.shareable, state.recurrence.has_states
         states = {} if has_states else None
         tree, fingerprint = state.prefixes(served.method), state.encoder.fingerprint
-        exact = served.method.cached is Cached.EXACT_PREFIX
+        exact, found = served.method.cached is Cached.EXACT_PREFIX, (0, 0)
         watch.start()
         if exact:
             with tree.match(fingerprint, context) as match:
@@ -101,9 +98,9 @@ class _Run:
                 passes = 0 if state.recurrence.several else len(ids) - match.num_tokens
                 if match.num_tokens and passes * TOKENS_PER_PASS <= len(ids):  # else: recompute
                     self.cache.resume(match.num_tokens, match.layers(), match.state)
-                    self.start, self.bytes_read = match.num_tokens, match.num_bytes
-                    self.disk_tokens = match.disk_tokens
+                    self.start, *found = match.num_tokens, match.num_bytes, match.disk_tokens
                 watch.stop("load_s")
+            assembled.found_prefix(served.batch.layout, index, pieces, self.start, *found)
             if has_states:
                 ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
                 stops = tree.checkpoints_for(fingerprint, len(context), ends)
@@ -114,7 +111,7 @@ class _Run:
             run = cut_exact(self.cache, 0, context, fingerprint, start=self.start, states=states)
             tree.insert(run)
         self.context_tokens = int((served.columns.kind[index, self.start :] == Kind.CHUNK).sum())
-        self.written = self.cache.key_bytes() + state_bytes(self.cache.state()) - self.bytes_read
+        self.written = self.cache.key_bytes() + state_bytes(self.cache.state()) - found[0]
 
     def _states(self, stops: Sequence[int]) -> dict[int, State]:
         """Recurrent states at ``stops``; in separate caches where resuming takes a pass a token."""

@@ -42,9 +42,8 @@ class Auxiliaries:
         if wrong := sorted((i, token) for token, i in own.items() if theirs.get(token) != i):
             index, token = wrong[0]
             raise ValueError(
-                f"auxiliary model '{name}' has another tokenizer than the served model: "
-                f"{len(wrong):,} of {len(own):,} tokens differ, such as id {index}, {token!r}; "
-                "take a model of the same family"
+                f"auxiliary model '{name}' has another tokenizer than the served: {len(wrong):,} "
+                f"of {len(own):,} differ, such as id {index}, {token!r}; take one of the family"
             )
         attach(model)
         self._models[name] = model.eval()

@@ -6,19 +6,18 @@ A plug-in imports everything it needs from here::
 """
 
 from blocktune.lazy import exports
-from blocktune.methods import repair, reshape, select
+from blocktune.methods import select
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "blocktune.methods.base": "BOTH_LEARNED Axis Cached Method Weights available register",
+        "blocktune.methods.base": "BOTH_LEARNED Axis Cached ChunkLoader DamagedChunk Method "
+        "PrefilledBatch PromptHistory ServedModel Weights available register",
         "blocktune.methods.composition": "Composition compose format_method",
         "blocktune.methods.describe": "describe_all describe_method",
-        "blocktune.methods.hooks": "ChunkLoader DamagedChunk PrefilledBatch PromptHistory "
-        "ServedModel",
         "blocktune.methods.method_parser": "build build_entry default_method parse_method",
-        "blocktune.methods.repair": " ".join(repair.__all__),
-        "blocktune.methods.reshape": " ".join(reshape.__all__),
+        "blocktune.methods.repair": "MeanShift REPAIRS Repair Residual",
+        "blocktune.methods.reshape": "RESHAPES Reshape ScaledContext Seen TopChunks in_chunk",
         "blocktune.methods.select": " ".join(select.__all__),
         "blocktune.registry": "require_count require_one_of require_share",
     },

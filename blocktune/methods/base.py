@@ -3,14 +3,20 @@
 A published method is a preset: one class in ``presets/`` that chooses a layout, a selector, a
 repair and a reshape, see `Method`. Importing torch is left to functions, here and in presets,
 selectors, repairs and reshapes, so that listing the methods is fast.
+
+Two hooks serve methods that need more: `Method.history` takes chunks from earlier prompts, and
+`Method.loader` looks chunks up. The engine calls them without knowing the method; both get the
+store of its chunks and the fingerprint of its model. State that lasts between requests goes into
+the store as entries, or, for this process only, into `ChunkStore.memoized`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from blocktune.methods.select.base import Nothing, Selection
 from blocktune.methods.select.budget import matched
@@ -18,11 +24,16 @@ from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import Registry
 
 if TYPE_CHECKING:
-    from blocktune.cache import ChunkStore
-    from blocktune.methods.hooks import ChunkLoader, PromptHistory
+    from torch import Tensor, nn
+
+    from blocktune.cache import ChunkStore, Lookup, RowCache
+    from blocktune.layout import Rows
     from blocktune.methods.repair import Repair
     from blocktune.methods.reshape import Reshape
+    from blocktune.positions import RopeSpec
+    from blocktune.prompt import Pieces
 
+Ids = tuple[int, ...]
 METHODS = Registry("reuse method", "blocktune.methods.presets")
 register = METHODS.register
 available = METHODS.available
@@ -71,6 +82,63 @@ class Axis(Enum):
     RESHAPE = "reshape"
 
 
+class PrefilledBatch(NamedTuple):
+    """A batch after its prefill, for `PromptHistory.update`.
+
+    Chunks of a prompt that was computed in full have the group `GLOBAL`. ``chunk_attention`` is
+    only filled for rows of these and of the question.
+    """
+
+    pieces: Sequence[Pieces]  # the prompts
+    columns: Rows  # what the cache's columns are, (B, N)
+    cache: RowCache  # keys and values of all columns
+    chunk_attention: Tensor | None  # each row's attention to each chunk, (B, N, C), if watched
+
+
+class ServedModel(NamedTuple):
+    """The parts of the model that a history may use."""
+
+    embed: nn.Embedding  # token embeddings
+    rope: RopeSpec  # how it rotates keys
+    max_tokens: int  # context length
+
+
+class PromptHistory(ABC):
+    """Serves chunks as computed in earlier prompts or after other chunks, not encoded alone."""
+
+    begins_in_full: ClassVar[bool] = True  # whether a prompt without a history is computed in full
+    watches_chunks: ClassVar[bool] = True  # `update` reads ``chunk_attention``, which costs time
+
+    @abstractmethod
+    def lookup(
+        self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
+    ) -> list[Ids] | None:
+        """Returns, for each chunk of a prompt, the tokens that the entry to use was encoded after.
+
+        They give its key (`blocktune.cache.key_after`). None: the prompt is computed in full.
+        """
+
+    @abstractmethod
+    def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
+        """Learns from a served batch; called after its first token."""
+
+    def without_selection(self) -> PromptHistory:
+        """The same history for a method with another selector or with a budget."""
+        return self
+
+
+class DamagedChunk(ValueError):
+    """A chunk that was already returned turns out to be damaged: the batch is started again."""
+
+
+class ChunkLoader(ABC):
+    """Looks up the chunks of one batch; missing ones are encoded."""
+
+    @abstractmethod
+    def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:
+        """As `ChunkStore.lookup`."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A reuse method. Subclasses are frozen dataclasses; their fields are their parameters."""
@@ -106,37 +174,38 @@ class Method:
         # An adapter trained in full attention has no layout of chunks to serve.
         is_block = trained is not None and trained.block
         spec = trained if is_block else LayoutSpec()
+        links, wraps = spec.num_links, spec.num_headers + spec.num_trailers
         is_met, recipe = {
             Weights.ANY: (True, ""),
-            Weights.BLOCK: (is_block and not spec.num_links, "recipes/block_attention.yaml"),
-            Weights.LINKS: (spec.num_links, "recipes/kvlink.yaml"),
-            Weights.WRAPS: (spec.num_headers + spec.num_trailers, "num_headers and num_trailers"),
+            Weights.BLOCK: (is_block and not links, "recipes/block_attention.yaml"),
+            Weights.LINKS: (links, "recipes/kvlink.yaml"),
+            Weights.WRAPS: (wraps, "num_headers and num_trailers"),
         }[self.weights]
         if not is_met:
             given = "one without" if is_block else "none"
-            if self.weights is Weights.BLOCK and spec.num_links:
+            if self.weights is Weights.BLOCK and links:
                 given = "one with link tokens (use 'kvlink')"
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
                 f"{given}; train one with {recipe}, and give it: --adapter, `adapter:` in a suite"
             )
-        spec = self.layout(spec)
-        wraps = spec.num_headers + spec.num_trailers
-        if spec.num_links and wraps:
+        spec = self.layout(spec)  # a method in full attention has no learned tokens
+        links, wraps = spec.num_links, spec.num_headers + spec.num_trailers
+        if links and wraps:
             raise ValueError(BOTH_LEARNED)
-        if wraps and self.history is not None and self.history.begins_in_full:
+        in_full = self.history is not None and self.history.begins_in_full
+        if wraps and in_full:
             raise ValueError(
                 f"method '{self.name}' reuses chunks of prompts computed in full, which lack this "
                 "adapter's learned tokens around chunks; drop the adapter, or use 'kv-packet'"
             )
-        if self.history is not None:
-            has_bos = spec.keeps_bos and self.history.begins_in_full
-            if before := [*spec.sinks, *["bos"] * has_bos]:
-                raise ValueError(
-                    f"method '{self.name}' decides itself what its chunks are encoded after; leave "
-                    f"out layout {before[0]}"
-                )
-        learned = (spec.num_links, Weights.LINKS, "kvlink"), (wraps, Weights.WRAPS, "kv-packet")
+        before = [*spec.sinks, *["bos"] * (spec.keeps_bos and in_full)]
+        if self.history is not None and before:
+            raise ValueError(
+                f"method '{self.name}' decides itself what its chunks are encoded after; leave out "
+                f"layout {before[0]}"
+            )
+        learned = (links, Weights.LINKS, "kvlink"), (wraps, Weights.WRAPS, "kv-packet")
         for count, weights, preset in learned:
             if count and self.weights is not weights:
                 raise ValueError(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.methods.repair.base import REPAIRS, Repair
-from blocktune.methods.reshape.base import RESHAPES, Reshape
+from blocktune.methods.repair import REPAIRS, Repair
+from blocktune.methods.reshape import RESHAPES, Reshape
 from blocktune.methods.select.base import SELECTORS, Nothing, Selection
 from blocktune.parsing import current_keys, mapping
 from blocktune.prompt.layout_spec import LayoutSpec
@@ -20,7 +20,7 @@ from blocktune.registry import require_share
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
-    from blocktune.methods.hooks import ChunkLoader, PromptHistory
+    from blocktune.methods.base import ChunkLoader, PromptHistory
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.REPAIR: REPAIRS, Axis.RESHAPE: RESHAPES}
 """Registries of axis values; the axis layout has fields of `LayoutSpec` instead."""
@@ -123,8 +123,8 @@ def compose(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)
     )
     weights = _weights(terms)
-    chosen = {Axis.SELECT: select, Axis.REPAIR: repair, Axis.RESHAPE: reshape}
-    given = {axis: _choose(axis, value) for axis, value in chosen.items() if value is not KEEP}
+    chosen = zip(TABLES, (select, repair, reshape), strict=True)
+    given = {axis: _choose(axis, value) for axis, value in chosen if value is not KEEP}
     selection = _decide(terms, given, Axis.SELECT) or Nothing()
     if budget is not None:
         given[Axis.SELECT] = selection = selection.with_budget(budget)
@@ -134,9 +134,8 @@ def compose(
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if given.get(Axis.REPAIR) is not None and selection.whole_layers:
         raise ValueError(
-            "a repair shifts reused tokens as the recomputed ones of their layer, and "
-            f"'{SELECTORS.name_of(selection)}' recomputes all or none; add a selector, such as "
-            "deviation"
+            "a repair shifts reused tokens as the recomputed ones, and "
+            f"'{SELECTORS.name_of(selection)}' recomputes all or none; add a selector: deviation"
         )
     if layout:
         given[Axis.LAYOUT] = layout = _layout_changes(layout)
@@ -222,8 +221,7 @@ def _decide(terms: tuple[Method, ...], given: Mapping[Axis, Any], axis: Axis) ->
     if len(deciders) > 1:
         names = " and ".join(f"'{term.name}'" for term in deciders)
         raise ValueError(
-            f"{names} both decide the axis '{axis.value}'; drop one, or choose: "
-            f"compose(..., {axis.value}=...)"
+            f"{names} both decide the axis '{axis.value}'; drop one, or choose {axis.value}=..."
         )
     return getattr([*deciders, terms[0]][0], axis.value)()
 
@@ -232,8 +230,8 @@ def _weights(terms: tuple[Method, ...]) -> Weights:
     for term in terms:
         if term.cached is not Cached.CHUNKS:
             raise ValueError(
-                f"'{term.name}' takes no chunk from a cache and cannot be composed; start from a "
-                "method that does, such as 'naive'"
+                f"'{term.name}' takes no chunk from a cache and cannot be composed; start from one "
+                "that does, such as 'naive'"
             )
     needed = {term.weights for term in terms} - {Weights.ANY}
     if len(needed) > 1:

@@ -99,10 +99,9 @@ def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Meth
     """
     if not text.lstrip().startswith("{"):
         return build(text, **(parameters or {}))
-    entry = parse_yaml(text, "--method")
     if parameters:
         raise ValueError("a method given as a mapping takes its parameters in it, under 'params'")
-    return build_entry(entry)
+    return build_entry(parse_yaml(text, "--method"))
 
 
 def _value(term: re.Match) -> tuple[str | None, Any]:

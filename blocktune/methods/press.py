@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blocktune.attention.interface import decoder_of
-from blocktune.methods import Cached, Method
-from blocktune.methods.select.base import Nothing
+from blocktune.methods import Cached, Method, Nothing
 from blocktune.models.gate import decoder_layers
 from blocktune.parsing import first_line
 from blocktune.prompt import LayoutSpec
@@ -53,7 +52,7 @@ class Press:
         if method.cached is Cached.CHUNKS and (others or not plain):
             raise ValueError(
                 f"method '{method.name}' recomputes tokens of chunks or encodes them with others, "
-                f"which press '{self.text}' drops or would score; use naive, or no press"
+                f"unlike press '{self.text}'; use naive, or no press"
             )
 
     @contextmanager
@@ -86,8 +85,7 @@ class Press:
     ) -> tuple[Tensor, Tensor]:
         """Keys and values ``(K, n, D)`` that remain of one layer's ``(K, S, D)`` of one prompt.
 
-        ``inputs`` are from `watching`. Raises ValueError if the press cannot score them, or drops
-        different numbers in different layers.
+        Raises ValueError if the press cannot score them, or drops other numbers in other layers.
         """
         size, remaining = keys.shape[1], self.count(keys.shape[1])
         if remaining == size:

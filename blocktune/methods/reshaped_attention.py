@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,39 +16,13 @@ from blocktune.attention.kernels import (
     plain_scores,
     weighted_values,
 )
-from blocktune.attention.masks import Block, RowBand
+from blocktune.attention.masks import RowBand
 from blocktune.layout import Kind, LayerRule, Rows
-from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen, in_chunk
+from blocktune.methods.reshape import RESHAPES, Reshape, Seen, in_chunk
 from blocktune.registry import require_like
 
 CELLS = 1 << 25
 """Most scores held in memory at once, unless a single row has more."""
-
-
-class _States(NamedTuple):
-    query: Tensor
-    key: Tensor  # float32, like the value
-    value: Tensor
-    params: AttentionParams
-
-    def scores(self, block: Block, seen: Seen) -> tuple[Tensor, Seen]:
-        rows, keys, mask = block
-        query, key = self.query[:, :, rows], self.key[:, :, keys]
-        part = seen._replace(
-            query=seen.query.map(lambda field: field[:, rows]),
-            key=seen.key.map(lambda field: field[:, keys]),
-            reused=seen.reused[:, keys],
-        )
-        return plain_scores(query, key, mask, self.params), part
-
-
-class _Pass(NamedTuple):
-    """What all layers of a forward pass share."""
-
-    band: RowBand
-    writes: bool  # whether rows are written into the prompt's columns; False in decoding
-    asks: Tensor  # whether a row is of the question, (B, R) bool
-    has_question: bool
 
 
 class ReshapedAttention:
@@ -66,7 +40,7 @@ class ReshapedAttention:
         self._num_chunks = int(columns.chunk.max()) + 1
         self._reused: dict[int, Tensor] = {}
         self._acts: dict[int, bool] = {}
-        self._pass: _Pass | None = None
+        self._band: RowBand | None = None  # rows of the pass that all layers share
         self._entropy: list[Tensor] = []
         self._looking = False
         self._ahead: Tensor | None = None  # summed surveys of the look-ahead pass, (B, 1, 1, X)
@@ -95,23 +69,22 @@ class ReshapedAttention:
         seen = self._enter(band, columns, rule.layer)
         if not self._acts[rule.layer]:
             return None
-        rule = LayerRule(window=rule.window)
-        states = _States(query, key.float(), value.float(), params)
-        choice = self._choice(rule, seen, states)
+        rule, value = LayerRule(window=rule.window), value.float()
+        scored = partial(self._scored, rule, seen, query, key.float(), params)
+        choice = self._choice(seen, scored, query, rule) if self.reshape.surveys else None
         if self._looking:
             return None
         outs, entropy = [], []
-        for block in self._blocks(rule, query):
-            scores, part = states.scores(block, seen)
-            chosen = None if choice is None else choice[:, :, block.rows]
+        for rows, keys, scores, part in scored():
+            chosen = None if choice is None else choice[:, :, rows]
             given = self.reshape.scores(scores, part, chosen)
             require_like(f"reshape '{RESHAPES.name_of(self.reshape)}'", given, scores)
             weights = attention_weights(given, params)
-            if self._pass.has_question:
+            if self._has_question:
                 entropy.append(torch.special.entr(weights).sum(-1).mean(1))
-            outs.append(weighted_values(weights, states.value[:, :, block.keys]))
+            outs.append(weighted_values(weights, value[:, :, keys]))
         if entropy:
-            asks, rows = self._pass.asks, torch.cat(entropy, dim=1)
+            asks, rows = self._asks, torch.cat(entropy, dim=1)
             self._entropy.append(rows.masked_fill(~asks, 0.0).sum(1) / asks.sum(1))
         return torch.cat(outs, dim=2).to(query.dtype)
 
@@ -125,42 +98,48 @@ class ReshapedAttention:
         return torch.stack(self._entropy).mean(0).tolist()
 
     def _enter(self, band: RowBand, columns: Tensor, layer: int) -> Seen:
-        if self._pass is None or self._pass.band is not band:
-            asks = band.query.kind == Kind.QUERY
-            writes = band.query_exists & (band.query.kind != Kind.ANSWER)
-            self._pass = _Pass(band, bool(writes.any()), asks, bool(asks.any(1).all()))
-        if self._pass.writes:
+        if self._band is not band:
+            self._band, self._asks = band, band.query.kind == Kind.QUERY
+            self._has_question = bool(self._asks.any(1).all())
+            # Decoded rows are not written into the prompt's columns.
+            self._writes = bool((band.query_exists & (band.query.kind != Kind.ANSWER)).any())
+        if self._writes:
             self.wrote(layer, columns)
         reused = self._reused.setdefault(layer, self._is_chunk)
         decoded = band.key.kind.shape[1] - reused.shape[1]
         seen = Seen(band.query, band.key, F.pad(reused, (0, decoded)), self._num_chunks)
-        if self._pass.writes or layer not in self._acts:
+        if self._writes or layer not in self._acts:
             self._acts[layer] = self.reshape.acts(seen)
         return seen
 
-    def _blocks(self, rule: LayerRule, query: Tensor) -> Iterator[Block]:
-        # At most `CELLS` scores at a time: all masks together have rows x columns.
-        for rows, keys, mask in self._pass.band.blocks(rule):
+    def _scored(
+        self, rule: LayerRule, seen: Seen, query: Tensor, key: Tensor, params: AttentionParams
+    ) -> Iterator[tuple[slice, slice, Tensor, Seen]]:
+        """Yields rows and columns with their scores, at most `CELLS` at a time."""
+        for rows, keys, mask in self._band.blocks(rule):
+            columns = seen.key.map(lambda field, keys=keys: field[:, keys])
+            part = seen._replace(key=columns, reused=seen.reused[:, keys])
             step = max(1, CELLS // (len(query) * query.shape[1] * mask.shape[-1]))
             for start in range(rows.start, rows.stop, step):
-                stop = min(start + step, rows.stop)
-                inside = mask[:, :, start - rows.start : stop - rows.start]
-                yield Block(slice(start, stop), keys, inside)
+                span = slice(start, min(start + step, rows.stop))
+                inside = mask[:, :, start - rows.start : span.stop - rows.start]
+                scores = plain_scores(query[:, :, span], key[:, :, keys], inside, params)
+                own = seen.query.map(lambda field, span=span: field[:, span])
+                yield span, keys, scores, part._replace(query=own)
 
-    def _choice(self, rule: LayerRule, seen: Seen, states: _States) -> Tensor | None:
-        if not self.reshape.surveys:
-            return None
+    def _choice(
+        self, seen: Seen, scored: Callable, query: Tensor, rule: LayerRule
+    ) -> Tensor | None:
         if self.reshape.looks_ahead and not self._looking:
             assert self._ahead is not None, "the look-ahead pass of this reshape was not run"
             rows = seen.query.kind.shape[1]
             return self.reshape.choose(self._ahead.expand(-1, 1, rows, -1), seen.query)
-        blocks = self._blocks(rule, states.query)
-        survey = torch.cat([self.reshape.survey(*states.scores(b, seen)) for b in blocks], dim=2)
-        pairs = self._pass.band.pairs(rule.window)
-        self.multiply_adds += (pairs * states.query.shape[1] * states.query.shape[3]).cpu()
+        survey = torch.cat([self.reshape.survey(*block[2:]) for block in scored()], dim=2)
+        pairs = self._band.pairs(rule.window) * query.shape[1] * query.shape[3]
+        self.multiply_adds += pairs.cpu()
         if not self._looking:
             return self.reshape.choose(survey, seen.query)
-        asks = self._pass.asks[:, None, :, None]
+        asks = self._asks[:, None, :, None]
         asked = survey.masked_fill(~asks, 0.0).sum((1, 2), keepdim=True)
         self._ahead = asked if self._ahead is None else self._ahead + asked
         return None

@@ -13,7 +13,9 @@ import torch
 import yaml
 from prepare import PLACES
 
-FULL, NONE, CONTROL, BLEND = "full-prefill", "no-context", "full_control", "cacheblend 15 %"
+FULL, NONE, BLEND = "full-prefill", "no-context", "cacheblend 15 %"
+CONTROLS = ("full_control", "full_control_wide")
+"""The first that a run has is its control."""
 MULTI_HOP = ("hotpotqa", "2wiki", "musique")
 DRAWS = 4000
 
@@ -110,9 +112,9 @@ def _part(method: str, f1: dict[str, np.ndarray], mask: np.ndarray) -> dict[str,
     if NONE in f1:
         none = f1[NONE][mask]
         scores["pgr"] = _ratio(own - none, full - none)
-    if CONTROL in f1:
+    if control := next((name for name in CONTROLS if name in f1), None):
         # The filter is the base's full prefill, so it favours no recipe.
-        scores["of_control"] = _ratio(own[kept], f1[CONTROL][mask][kept])
+        scores["of_control"] = _ratio(own[kept], f1[control][mask][kept])
     return scores
 
 

@@ -9,6 +9,8 @@ The steps, in order; each can be repeated, and continues where it stopped:
     choice     check that the base reads: full prefill, no context, naive, CacheBlend
     tune       all recipes, from the base, on the same rows
     test       all methods and recipes on the test questions
+    kept       only on request, after test: recipes and CacheBlend on every multi-hop
+               question that the base answers, for adjusted F1 with test_limit set
     long       main methods and recipes over 20 and more passages, up to 8k tokens
     place      the same with the evidence first, in the middle or last
     report     tables with paired intervals, as Markdown and JSON
@@ -19,6 +21,7 @@ All numbers of a run are in settings.yaml. Changed settings need a new --output.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -30,7 +33,7 @@ from typing import Any
 import torch
 import yaml
 from prepare import PLACES, prepare, prepare_long
-from report import write_report
+from report import MULTI_HOP, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent
@@ -190,6 +193,16 @@ class Study:
         for number in self.settings["passages"]:
             self.ask(f"test-{number}", UNTUNED + tuned, self.settings.get("test_limit"), SETS)
 
+    def kept(self) -> None:
+        """Asks all that adjusted F1 needs: the multi-hop questions that the base answers."""
+        for number in self.settings["passages"]:
+            source, every, kept = (f"{part}-{number}" for part in ("test", "every", "kept"))
+            keep_rows(self.out / source, self.out / every)
+            self.ask(every, UNTUNED[:1], None, MULTI_HOP, source)
+            if not self.args.plan:
+                keep_questions(self.out, source, every, kept)
+            self.ask(kept, [UNTUNED[0], UNTUNED[4], *self.tuned(self.names)], None, MULTI_HOP)
+
     def long(self) -> None:
         settings = self.prepare_long()
         methods = LONG + self.tuned([n for n in self.names if n in LONG_TUNED])
@@ -238,8 +251,15 @@ class Study:
         words = [w for key, value in options.items() for w in (f"--{key}", str(value))]
         self.run("train", "--config", path, "--output_dir", folder, *words, log=f"{folder}.log")
 
-    def ask(self, part: str, methods: list, limit: int | None, sets: tuple[str, ...]) -> None:
-        """Runs `blocktune eval` on a part of the data."""
+    def ask(
+        self,
+        part: str,
+        methods: list,
+        limit: int | None,
+        sets: tuple[str, ...],
+        source: str | None = None,
+    ) -> None:
+        """Runs `blocktune eval` on a part of the data, or on that of ``source``."""
         sets = tuple(name for name in sets if name in (self.args.sets or sets))
         if wanted := self.args.methods:
             labels = [m if isinstance(m, str) else m.get("label", m["name"]) for m in methods]
@@ -248,7 +268,7 @@ class Study:
             methods = [m for m, label in zip(methods, labels, strict=True) if label in wanted]
         tasks = [
             {"task": "eval/tasks/jsonl.yaml", "name": name}
-            | {"source": str(self.out / f"data/{part}/{name}.jsonl")}
+            | {"source": str(self.out / f"data/{source or part}/{name}.jsonl")}
             | ({"limit": limit} if limit else {})
             for name in sets
         ]
@@ -277,6 +297,33 @@ class Study:
                 raise ValueError(f"this command failed{f', see {log}' if log else ''}")
 
 
+def keep_rows(source: Path, target: Path, ids: set[tuple[str, str]] | None = None) -> None:
+    """Copies rows of multi-hop questions (those of ``ids``), so that they are not asked again."""
+    (target / "rows").mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("rows/*.jsonl")):
+        if ".part" in path.name or (target / "rows" / path.name).exists():
+            continue
+        rows = [(json.loads(line), line) for line in path.read_text().splitlines(keepends=True)]
+        lines = [
+            line
+            for row, line in rows
+            if row["task"] in MULTI_HOP and (ids is None or (row["task"], row["id"]) in ids)
+        ]
+        (target / "rows" / path.name).write_text("".join(lines), encoding="utf-8")
+
+
+def keep_questions(out: Path, source: str, every: str, kept: str) -> None:
+    """Writes the data of ``kept``: the questions whose F1 is above 0 in the rows of ``every``."""
+    rows = map(json.loads, (out / every / "rows/full-prefill.jsonl").read_text().splitlines())
+    ids = {(row["task"], row["id"]) for row in rows if row["f1"] > 0}
+    (out / "data" / kept).mkdir(exist_ok=True)
+    for name in MULTI_HOP:
+        lines = (out / f"data/{source}/{name}.jsonl").read_text().splitlines(keepends=True)
+        wanted = [line for line in lines if (name, str(json.loads(line)["id"])) in ids]
+        (out / f"data/{kept}/{name}.jsonl").write_text("".join(wanted), encoding="utf-8")
+    keep_rows(out / every, out / kept, ids)
+
+
 def _is_complete(folder: Path) -> bool:
     """Whether a training has finished, which writes its state last."""
     return (folder / "trainer_state.json").exists() and (folder / "blocktune.json").exists()
@@ -287,7 +334,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("steps", nargs="+", choices=(*STEPS, "all"))
+    add("steps", nargs="+", choices=(*STEPS, "kept", "all"))
     add("--settings", default="gpu", help="gpu, cpu or dry, of settings.yaml")
     add("--data", type=Path, help="folder of the data sets (prepare, long and place)")
     add("--model", help="folder or name on the Hub; default: the settings' base model")

@@ -199,7 +199,7 @@ def test_files_are_read_layer_by_layer_into_cpu_memory_alone(tokenizer, tmp_path
     naive = build("naive")
     pieces = wanted_pieces(engine.lay_out(engine.prompts.pieces(ASK, naive), naive))
     watch = Stopwatch(torch.device("cpu"))
-    assert len(engine.state.encoder.look_up(pieces, watch, lazy=True).hits) == len(pieces)
+    assert len(engine.state.encoder.look_up(pieces, watch, lazy=True).kvs) == len(pieces)
     for device, read in (("cpu", FileKV), ("cuda", ChunkKV)):
         monkeypatch.setattr(type(engine.model), "device", torch.device(device))
         found = engine.state.encoder.look_up(pieces, watch, lazy=True)

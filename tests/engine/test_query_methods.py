@@ -23,8 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blocktune.layout import Kind
 from blocktune.methods import Repair, Selection, build, compose
-from blocktune.methods.repair.base import Residual
-from blocktune.methods.repair.mean_shift import MeanShift
+from blocktune.methods.repair import MeanShift, Residual
 
 
 def config(family: str = "llama"):

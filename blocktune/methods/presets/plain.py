@@ -173,9 +173,8 @@ class TurboRag(Method):
 class KVPacket(Method):
     """Reuses chunks encoded between a learned header and trailer, without recomputation.
 
-    Header and trailer are stored with the chunk and seen like its tokens. The paper learns 8 tokens
-    each by distillation and does not change the base model. Composed with a selector, a share of
-    n tokens is rounded up; KV Packet's baselines round it down (``int(ratio * n)``).
+    The paper learns 8 tokens each by distillation and does not change the base model. Composed with
+    a selector, a share is rounded up; KV Packet's baselines round it down.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2604.13226"
@@ -233,8 +232,7 @@ class Sel(Method):
 class SP(_Scale, Link0):
     """PSR's ablation S+P: encodes chunks after blanks and scales attention to them.
 
-    The source describes it as Link0 with APE; chunks follow one another, as everywhere there. Its
-    other ablations are other methods: S is ``link0``, R ``cacheblend``, P+S+R ``psr``.
+    Its other ablations are other methods: S is ``link0``, R ``cacheblend``, P+S+R ``psr``.
     """
 
 
@@ -242,8 +240,8 @@ class SP(_Scale, Link0):
 class Psr(SP):
     """Combines blanks before chunks, recomputation by key deviation, and scaled attention.
 
-    Attention is scaled for recomputed tokens, too. The source recomputes 15 % and tunes the rest on
-    a grid without reporting the result; the defaults here are one blank, and those of APE's code.
+    The source recomputes 15 % and tunes the rest on a grid without reporting the result; the
+    defaults here are one blank, and those of APE's code.
     """
 
     ratio: float = 0.15

@@ -55,10 +55,9 @@ class CacheBlend(_Recompute):
 class CacheBlendLMCache(_Recompute):
     """CacheBlend as in LMCache's sparse path: squared key distance, and the share rounded down.
 
-    The share is of all tokens that come from caches, a cached prefix included; the question is
-    computed in full and does not count. The mask is causal; ``cacheblend-lmcache-flash`` has that
-    of LMCache's other path. LMCache stores a chunk as it first appeared inside some prompt (issue
-    922 of the repository); here it is encoded alone.
+    The share is of all tokens that come from caches, with a cached prefix. The mask is causal;
+    ``cacheblend-lmcache-flash`` has that of LMCache's other path. LMCache stores a chunk as it
+    first appeared inside some prompt (issue 922 of the repository); here it is encoded alone.
     """
 
     source: ClassVar[str] = "https://github.com/LMCache/LMCache"
@@ -82,10 +81,7 @@ class CacheBlendLMCacheFlash(CacheBlendLMCache):
 
 @register("cacheblend-paper")
 class CacheBlendPaper(_Recompute):
-    """CacheBlend as in the paper: drops the least deviating tokens again at every layer.
-
-    See `GradualDeviation`.
-    """
+    """CacheBlend as in the paper: drops the least deviating tokens again at every layer."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
     selector = selectors.GradualDeviation
@@ -98,11 +94,10 @@ class CacheBlendPaper(_Recompute):
 class CacheBlendRepo(_Recompute):
     """CacheBlend as in the authors' code: selects by squared value distance at layer 1.
 
-    Layers 0 and 1 get fresh keys and values for all tokens. The share is of prefix and chunks,
-    rounded down. ``sees_future`` reproduces the code's mask, by which a recomputed token sees
-    tokens after it (issue 21 of the repository); do not serve with it. Not reproduced: question
-    tokens that compete for the share in some of its scripts; ignored sliding windows; a BOS before
-    every chunk whose own state is dropped (``layout: {bos: drop}``).
+    The share is of prefix and chunks, rounded down. ``sees_future`` reproduces the code's mask, by
+    which a recomputed token sees tokens after it (issue 21 of the repository); do not serve with
+    it. Not reproduced: question tokens that compete for the share in some of its scripts; ignored
+    sliding windows; a BOS before every chunk whose own state is dropped (``layout: {bos: drop}``).
     """
 
     source: ClassVar[str] = "https://github.com/YaoJiayi/CacheBlend"
@@ -118,8 +113,7 @@ class CacheBlendRepo(_Recompute):
 class DroidSpeak(_Recompute):
     """Recomputes all tokens in one range of layers, from stored activations, and none elsewhere.
 
-    See `LayerRange`. The paper reuses the cache of another model; here it is the chunks' own. It
-    also overlaps loading and computing, which changes no values.
+    See `LayerRange`. The paper reuses the cache of another model; here it is the chunks' own.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
@@ -130,10 +124,7 @@ class DroidSpeak(_Recompute):
 
 @register("droidspeak-clc")
 class DroidSpeakCLC(_Recompute):
-    """Selects tokens by key deviation at layer 1, and again among all tokens at a deeper layer.
-
-    This is the source's adaptation of DroidSpeak to chunks; see `Reselect`.
-    """
+    """Selects tokens by key deviation at layer 1, and again among all tokens at a deeper layer."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
     selector = selectors.Reselect
@@ -146,8 +137,7 @@ class DroidSpeakCLC(_Recompute):
 class QueryAttentionMethod(_Recompute):
     """Computes the question over the reused cache, then recomputes the tokens it attends to.
 
-    This is the general form of ``prophetkv``, ``infoflow``, ``a3`` and ``relaxkv``, which differ in
-    the keys that are scored, the pooling of rows, the layers, and what recomputed tokens see.
+    This is the general form of ``prophetkv``, ``infoflow``, ``a3`` and ``relaxkv``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
@@ -211,9 +201,8 @@ class RelaxKV(_Recompute):
     """Recomputes what each layer's question attends to, and lets it see only what is recomputed.
 
     Each layer chooses ``ratio``, so more than that of the layer-tokens are recomputed.
-    ``sees=all`` lets recomputed tokens see everything before them, as in ProphetKV. No code is
-    public. Here the prompt's prefix stays visible, and hidden scores are computed and masked, so
-    that attending to less does not save time.
+    No code is public. Here the prompt's prefix stays visible, and hidden scores are computed and
+    masked, so that attending to less does not save time.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2609.33503"
@@ -265,10 +254,7 @@ class CacheClip(Method):
 
 @register("selective-reconstruction")
 class SelectiveReconstruction(Method):
-    """Recomputes tokens whose first-layer attention changes in context, or the most recent ones.
-
-    ``impact`` chooses between them: ``attention`` or ``recency``.
-    """
+    """Recomputes tokens whose first-layer attention changes in context, or the most recent ones."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
     ratio: float = 0.15
@@ -282,10 +268,7 @@ class SelectiveReconstruction(Method):
 
 @register("oracle")
 class OracleMethod(_Recompute):
-    """Recomputes the tokens that matter most according to a full prefill run beforehand.
-
-    ``by`` ranks them: ``influence``, ``attention`` or ``deviation`` (see `Oracle`).
-    """
+    """Recomputes the tokens that matter most according to a full prefill run beforehand."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
     selector = selectors.Oracle

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = exports(
         "Selection Truth selectable",
         f"{_SELECT}.budget": "matched takes_budget top_by_chunk top_count top_of_context top_share",
         f"{_SELECT}.layers": "ChunkProbes Deviation GradualDeviation LayerRange Reselect distance",
-        f"{_SELECT}.place": "FirstK Random Recency",
-        f"{_SELECT}.scored": "AttentionDeviation AuxiliaryAttention Oracle QueryAttention Scored",
+        f"{_SELECT}.tokens": "AttentionDeviation AuxiliaryAttention FirstK Oracle QueryAttention "
+        "Random Recency Scored",
     },
 )

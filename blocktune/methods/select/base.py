@@ -64,7 +64,7 @@ class Selection(ABC):
     def spends(self, num_layers: int) -> float | None:
         """Share of the context's layer-tokens that it recomputes; None if it depends on the prompt.
 
-        Scoring passes and probes do not count here; an answer's usage counts everything.
+        Scoring passes and probes do not count.
         """
         return getattr(self, "ratio", None)
 
@@ -80,16 +80,12 @@ class Selection(ABC):
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
         """What the engine calls: `start`, or for a scored selector a choice by ``passes``.
 
-        Returns:
-            As `start`; or int64 ``(B, S)``: how many layers, from the first, recompute each token.
+        Returns as `start`, or in int64 how many layers, from the first, recompute each token.
         """
         return self.start(layout)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """Layers (0-based, rising) at whose entry `refine` drops rows.
-
-        Keys of layer 0 do not depend on context, so comparing keys makes sense from layer 1 on.
-        """
+        """Layers (0-based, rising) at whose entry `refine` drops rows."""
         return ()
 
     def refine(self, check: LayerCheck) -> Tensor:
@@ -156,16 +152,15 @@ class Passes(Protocol):
     def auxiliary_attention(self, model: str) -> Tensor:
         """Computes the whole prompt with another model that has the same tokenizer.
 
-        ``model`` is a folder or repository name, a name known to the engine, or ``self`` for the
-        served model. Returns ``(B, S)``: each row's attention weight in the model's last layer,
-        mean over the question's rows and the heads. Raises ValueError if there is no such model.
+        ``model`` is a folder, a repository, a name known to the engine, or ``self`` for the served
+        model. Returns ``(B, S)``: each row's attention weight in the last layer, mean over the
+        question's rows and the heads. Raises ValueError if there is no such model.
         """
 
     def outside_attention(self) -> Tensor:
-        """Share of each row's first-layer attention that leaves its chunk, mean over heads.
+        """Share of each row's first-layer attention that leaves its chunk, mean over heads, (B, S).
 
-        ``(B, S)``. It equals the total variation between the row's weights with and without the
-        rows outside, since the weights inside the chunk only shrink by a common factor.
+        It is the total variation between the row's weights with and without the rows outside.
         """
 
     def full_prefill(self) -> Truth:
@@ -236,22 +231,17 @@ class Nothing(Selection):
     """Recomputes no token: naive reuse."""
 
     whole_layers = True
+    share: ClassVar[float] = 0.0
 
     def spends(self, num_layers: int) -> float:
-        return 0.0
+        return self.share
 
     def start(self, layout: Layout) -> Tensor:
-        return layout.is_context & False
+        return layout.is_context & (self.share > 0)
 
 
 @SELECTORS.register("everything")
-class Everything(Selection):
+class Everything(Nothing):
     """Recomputes every context token: equal to full prefill, the upper bound."""
 
-    whole_layers = True
-
-    def spends(self, num_layers: int) -> float:
-        return 1.0
-
-    def start(self, layout: Layout) -> Tensor:
-        return layout.is_context
+    share: ClassVar[float] = 1.0

@@ -80,9 +80,8 @@ def takes_budget(selection: Selection) -> bool:
 def matched(selection: Selector, layer_share: float, num_layers: int) -> Selector:
     """The selector with the ratio at which it spends ``layer_share`` of the context's layer-tokens.
 
-    Layers that a method computes in full count: CacheBlend at a ratio of 15 % spends 22 % in a
-    model of 12 layers. `Selection.spends` is matched to within `MATCHED`. Raises ValueError if no
-    ratio spends that much, or the share depends on the prompt.
+    `Selection.spends` is matched to within `MATCHED`. Raises ValueError if no ratio spends that
+    much, or the share depends on the prompt.
     """
 
     def spends(ratio: float) -> float | None:

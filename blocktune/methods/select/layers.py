@@ -24,9 +24,7 @@ REASON = "at layer 0 keys do not depend on the context yet, so nothing deviates"
 def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
     """Euclidean distance of fresh from cached keys or values, ``(B, K, R, D)``, mean over heads.
 
-    ``squared`` averages squared distances, which ranks like the distance over all heads.
-
-    Source: arXiv:2603.20218, section 4.1 (delta K); squared: the code of CacheBlend and LMCache.
+    Source: arXiv:2603.20218, section 4.1; ``squared``: the code of CacheBlend and LMCache.
     """
     difference = fresh.float() - cached.float()
     return (difference.square().sum(-1) if squared else difference.norm(dim=-1)).mean(dim=1)
@@ -35,8 +33,8 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
 def compared(states: LayerKV, rope: LayerRope) -> LayerKV:
     """What a layer's cached states are compared by.
 
-    A latent that makes keys and values (DeepSeek) is cached as keys, the rotated part of the keys
-    as values. Both stand for the keys, and the latent for the values.
+    DeepSeek caches a latent as keys, and the rotated part of the keys as values: both stand for the
+    keys, and the latent for the values.
     """
     import torch
 
@@ -77,18 +75,16 @@ class _Deviating(Selection):
         return top_share(sum(self._distances(check)), check.eligible, check.context_tokens, share)
 
     def _distances(self, check: LayerCheck) -> list[Tensor]:
-        pairs = ((getattr(check.fresh, n), getattr(check.cached, n)) for n in STATES[self.by])
-        return [distance(*pair, self.squared) for pair in pairs]
+        fresh, cached, kinds = check.fresh, check.cached, STATES[self.by]
+        return [distance(getattr(fresh, n), getattr(cached, n), self.squared) for n in kinds]
 
 
 @SELECTORS.register("deviation")
 class Deviation(_Deviating):
     """All tokens up to a check layer, then the share whose keys or values deviate most.
 
-    Layers below the check layer are computed in full, and so are the keys and values that are
-    compared there. A ratio of 0 recomputes nothing in any layer. The ratio is a share ``of`` the
-    context tokens, rounded up, or of all cached tokens with a cached prefix, rounded down. Where
-    latents are cached (DeepSeek), values are compared by these, keys by these and the rotated part.
+    A ratio of 0 recomputes nothing in any layer. The ratio is a share ``of`` the context tokens,
+    rounded up, or of all cached tokens with a cached prefix, rounded down (see `compared`).
 
     Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218. Squares and
     ``of=cached``: the code of CacheBlend and LMCache.
@@ -179,8 +175,8 @@ class GradualDeviation(_Deviating):
 class LayerRange(Selection):
     """Every token in a contiguous range of layers, none in the others.
 
-    The first of these layers starts from the stored hidden states of the chunks, so its keys and
-    values stay as they are, and a range of one layer changes nothing.
+    The first of these layers starts from the chunks' stored hidden states, so its keys and values
+    stay as they are.
 
     Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
     with `blocktune profile-layers`; the default starts where keys first depend on the context.
@@ -229,8 +225,7 @@ class Reselect(_Deviating):
     """Chooses by key deviation at one layer, and again among all tokens at a deeper one.
 
     At ``restart_layer`` the dropped tokens come back with the hidden states stored for their
-    chunks; that layer is computed for all tokens, and the keys of the next one decide. (Keys of the
-    restart layer itself cannot: computed from stored states, they equal the cached ones.)
+    chunks. The keys of the next layer decide: those of the restart layer equal the cached ones.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"  # DroidSpeak for chunks, section 4.1

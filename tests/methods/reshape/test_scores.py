@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from blocktune.layout import GLOBAL, NO_CHUNK, Kind, Rows
-from blocktune.methods.reshape import RESHAPES, ScaledContext, Seen, TopChunks
-from blocktune.methods.reshape.top_chunks import chunk_scores
+from blocktune.methods.reshape import RESHAPES, ScaledContext, Seen, TopChunks, chunk_scores
 
 INF = float("inf")
 
