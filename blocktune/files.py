@@ -1,7 +1,5 @@
 """Atomic files: written to a temporary file in the same folder, synced, then renamed."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -96,10 +94,7 @@ def move_entries(source: str | Path, target: str | Path, last: str) -> None:
 
 
 def whole_lines(path: str | Path) -> list[str]:
-    """Lines of a UTF-8 file without line ends; [] if it does not exist or is a device.
-
-    An incomplete last line, left by a stopped process, is dropped. ValueError: not UTF-8.
-    """
+    """The whole lines of a UTF-8 file, else ValueError; [] if it does not exist or is a device."""
     if not Path(path).is_file():  # reading /dev/full would never end
         return []
     text = Path(path).read_bytes()
@@ -166,10 +161,7 @@ def alone_in(folder: str | Path, is_main: bool = True) -> Iterator[None]:
 
 @contextmanager
 def resumed(path: str | Path) -> Iterator[list[str]]:
-    """Locks a log of JSON lines as `locked` does, yields its whole lines, and cuts the rest off.
-
-    Raises ValueError if the rest cannot be an interrupted line of JSON: a foreign file.
-    """
+    """Locks a log of JSON lines and cuts off a torn one; ValueError: the rest is no torn line."""
     with locked(path):
         lines = whole_lines(path)
         if Path(path).is_file() and not _is_torn(Path(path).read_bytes().rpartition(b"\n")[2]):

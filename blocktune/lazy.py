@@ -1,9 +1,4 @@
-"""Imports the public names of a package on first use.
-
-So importing a package is cheap, and light modules in it need no torch.
-"""
-
-from __future__ import annotations
+"""Imports the public names of a package on first use: light modules in it then need no torch."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module

@@ -1,9 +1,6 @@
 """Strict parsing of YAML, JSON or option strings into frozen dataclasses, with one-line errors."""
 
-from __future__ import annotations
-
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -28,8 +25,9 @@ class Wanted(NamedTuple):
     items: Any = None  # types of the entries of a list
 
 
-def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
-    return lambda text: tuple(read(part) for part in text.split(","))
+def _list(read: Callable[[str], Any], what: str, text: str, items: Any) -> Wanted:
+    several = lambda given: tuple(read(part) for part in given.split(","))  # noqa: E731
+    return Wanted(list | tuple, f"a list of {what}", several, text, items)
 
 
 def _range(text: str) -> int | tuple[int, int]:
@@ -56,40 +54,23 @@ WANTED = {  # by the annotation of a field; values of other types are passed thr
         lambda text: dict.fromkeys(text.split(","), 1.0),
         "names with commas between",
     ),
-    "tuple[str, ...]": Wanted(
-        list | tuple, "a list of texts", _several(str), "names with commas between", str
-    ),
-    "tuple[int, ...]": Wanted(
-        list | tuple, "a list of whole numbers", _several(int), "whole numbers, with commas", int
-    ),
-    "tuple[float, ...]": Wanted(
-        list | tuple, "a list of numbers", _several(float), "numbers, with commas", int | float
-    ),
+    "tuple[str, ...]": _list(str, "texts", "names with commas between", str),
+    "tuple[int, ...]": _list(int, "whole numbers", "whole numbers, with commas", int),
+    "tuple[float, ...]": _list(float, "numbers", "numbers, with commas", int | float),
 }
 
 
-RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}
-"""Keys of earlier versions and their current names. Files with the old keys still load."""
-
-logger = logging.getLogger("blocktune")
-_reported: set[str] = set()
+RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}  # keys of old files, still read
 
 
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
-    """Replaces keys of earlier versions, unless ``known``, by their names in `RENAMED`.
-
-    The first use of each in a process is logged. Raises ValueError, starting with ``where``, if the
-    record also has the current name.
-    """
+    """Replaces keys of `RENAMED`, unless ``known``; ValueError if the record has both names."""
     current: dict[str, Any] = {}
     for key, value in record.items():
         name = RENAMED.get(key, key)
         name = name if name in known and key not in known else key
         if name != key and name in record:
             raise ValueError(f"{where}: '{key}' is the old name of '{name}'; drop '{key}'")
-        if name != key and key not in _reported:
-            _reported.add(key)
-            logger.warning("%s: '%s' is now called '%s'", where, key, name)
         current[name] = value
     return current
 
@@ -120,10 +101,7 @@ for _tag, _pattern in {
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Decodes YAML or JSON. ``where`` is the file's name, for errors.
-
-    Raises ValueError, with line and column, if it is not YAML or has a duplicate key.
-    """
+    """Decodes YAML or JSON from ``where``; ValueError: it is not YAML, or has a duplicate key."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -138,10 +116,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:
-    """Reads a YAML file. ``what`` it describes and a ``hint`` for the user go into the error.
-
-    Raises FileNotFoundError if the file does not exist, else as `parse_yaml` does.
-    """
+    """Reads a YAML file; FileNotFoundError, with ``what`` it is and a ``hint``: there is none."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):

@@ -1,11 +1,8 @@
 """Loads plug-ins: modules that register methods or their parts when they are imported.
 
-A plug-in is named by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin
-FILE|MODULE``, or by the environment variable ``BLOCKTUNE_PLUGINS`` (a list with path separators),
-which child processes inherit. The plug-ins in `blocktune.extras` are part of the package.
+A plug-in is named by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin``,
+or by ``BLOCKTUNE_PLUGINS`` (a list with path separators). `blocktune.extras` has our own.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -27,10 +24,7 @@ _loaded: set[str] = set()
 
 
 def add(plugin: str) -> None:
-    """Adds a plug-in (a Python file or dotted module name) for this process and its children.
-
-    It is imported when first needed. Raises ValueError if it is a file that does not exist.
-    """
+    """Adds a plug-in for this process and its children; ValueError: a file that does not exist."""
     if _is_file(plugin):
         if not Path(plugin).is_file():
             raise ValueError(f"no plug-in at '{plugin}'; give a Python file or a module's name")

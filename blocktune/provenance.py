@@ -1,7 +1,5 @@
 """Records how a result or an adapter was made: command, commit, versions, hardware."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -25,20 +23,12 @@ _ABSOLUTE = re.compile(r"(?:file://|(?<![\w/.]))/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\
 
 
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
-    """Describes this process for publication, without the program's folder and secret tokens.
-
-    ``command`` is the command line, by default ``sys.argv`` with the bare program name.
-    """
+    """Describes this process without secrets; ``command`` is by default its own."""
     if command is None:
         program = Path(sys.argv[0]).name
         command = ["blocktune" if program == "cli.py" else program, *sys.argv[1:]]
-    return {
-        "command": shlex.join(without_secrets(command)),
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-        "seed": seed,
-    }
+    facts = {"command": shlex.join(without_secrets(command)), "commit": commit()}
+    return facts | {"versions": versions(), "hardware": hardware(), "seed": seed}
 
 
 def without_secrets(words: list[str]) -> list[str]:
@@ -61,15 +51,11 @@ def without_tokens(text: str) -> str:
 
 
 def public(value: Any) -> Any:
-    """Removes folders of this machine and tokens of the Hub from provenance.
-
-    Absolute paths are replaced by their last name. Adapters of old versions may have tokens.
-    """
+    """Removes folders of this machine and tokens, which old adapters may have, from provenance."""
     if isinstance(value, dict):
-        return {
-            key: public(_bare(inner) if key == "command" and isinstance(inner, str) else inner)
-            for key, inner in value.items()
-        }
+        if isinstance(command := value.get("command"), str):
+            value = value | {"command": _bare(command)}
+        return {key: public(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [public(inner) for inner in value]
     return _ABSOLUTE.sub(r"\1", without_tokens(value)) if isinstance(value, str) else value

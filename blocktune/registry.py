@@ -1,7 +1,6 @@
 """Registries of methods, selectors, reshapes and chunkers, and checks of their parameters.
 
 An entry is a frozen dataclass, registered under its published name; its fields are its parameters.
-A registry imports the modules of its package, and plug-ins, to find entries.
 """
 
 from __future__ import annotations
@@ -21,10 +20,7 @@ Entry = TypeVar("Entry", bound=type)
 
 
 class Registry:
-    """Classes by name. ``what`` describes an entry in errors, e.g. ``reuse method``.
-
-    The modules of ``package``, or that file, are imported to find entries, then the plug-ins.
-    """
+    """Classes by name, found in ``package`` and plug-ins; ``what`` describes them in errors."""
 
     def __init__(self, what: str, package: str):
         self.what, self.package = what, package
@@ -33,10 +29,7 @@ class Registry:
 
     @dataclass_transform(frozen_default=True)
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """Registers a class under its published name, and makes it a frozen dataclass.
-
-        Raises ValueError if the name is taken by another class, or a parameter has no default.
-        """
+        """Registers a class as a frozen dataclass; ValueError: name taken, or no default."""
 
         def enter(cls: Entry) -> Entry:
             both = (cls, self._entries.get(name, cls))
@@ -102,8 +95,8 @@ def summary_of(cls: type) -> str:
 def require_count(name: str, value: int, least: int = 0, why: str = "") -> None:
     """Raises a `ValueError` unless ``value`` is an integer of at least ``least``."""
     if type(value) is not int or value < least:
-        reason = f" ({why})" if why else ""
-        raise ValueError(f"{name} must be a whole number, at least {least}{reason}, got {value!r}")
+        least = f"{least} ({why})" if why else least
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
 def require_share(name: str, value: float) -> None:
@@ -113,15 +106,12 @@ def require_share(name: str, value: float) -> None:
 
 
 def require_like(what: str, given: Any, like: Any, *dtypes: Any) -> None:
-    """Raises a `ValueError` unless ``what`` returned a tensor of the shape and dtype of ``like``.
-
-    ``dtypes`` are those that it may have instead.
-    """
+    """Raises a `ValueError` unless ``what`` returned a tensor like ``like``, or of ``dtypes``."""
     dtypes = dtypes or (like.dtype,)
     if not isinstance(given, type(like)) or given.shape != like.shape or given.dtype not in dtypes:
         wanted = f"{' or '.join(map(str, dtypes))} {tuple(like.shape)}"
-        got = [str(getattr(given, name)) for name in ("dtype", "shape") if hasattr(given, name)]
-        got = " ".join([type(given).__name__, *got])
+        own = [str(getattr(given, name)) for name in ("dtype", "shape") if hasattr(given, name)]
+        got = " ".join([type(given).__name__, *own])
         raise ValueError(f"{what} must return a tensor, {wanted}, got {got}")
 
 

@@ -1,7 +1,5 @@
 """The contract of a method: invariants (claims) that every method must satisfy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -22,13 +20,11 @@ from blocktune.prompt import LayoutSpec
 from blocktune.prompt.layout_spec import BOS
 from blocktune.testing import small_engine
 
-LAYOUTS = (  # a slot of 64 positions has room for any chunk of the requests
+LAYOUTS = (  # each value of the layout axis; a slot of 64 positions has room for any chunk here
     *({"placement": name} | ({"slot": 64} if name == "reserved" else {}) for name in PLACEMENTS),
     *({"bos": name} for name in BOS),
-    {"num_blanks": 3},
-    {"shared_prefix": True},
+    *({"num_blanks": 3}, {"shared_prefix": True}),
 )
-"""Options that cover each value of the layout axis."""
 
 
 def subjects() -> dict[str, Method]:
@@ -41,17 +37,16 @@ def subjects() -> dict[str, Method]:
     return presets | {method.name: method for method in composed}
 
 
-POSITIONS = 256
-"""Positions up to which the tolerance holds. Beyond, errors of float32 RoPE angles grow."""
+POSITIONS = 256  # up to which the tolerance holds; then errors of float32 RoPE angles grow
 Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
 Claim = Callable[[Subject], Check]
 
 
 def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
-    """Checks every claim that applies to a method, which may be a preset or a composition.
+    """Checks every claim that applies to a method.
 
-    The ``engine``, whose caches are emptied, must have weights that suit the method (None: a small
-    random model, which the claim about a single chunk always uses).
+    The ``engine``, whose caches are emptied, must have weights that suit it. None: a small random
+    model, which the claim about a single chunk always uses.
     """
     bare = small_engine(method.weights, bare=True)
     subject = Subject(method, engine or small_engine(method.weights), bare)
@@ -72,10 +67,9 @@ def claims(method: Method) -> dict[str, Claim]:
         plain = partial(_is_dense, method=compose(method, select=None, reshape=None))
         pairs["nothing fresh = plain reuse, as one dense forward"] = plain
         pairs["order of stored chunks does not matter"] = _order_of_storing
+        name, rows = "everything fresh = full prefill of the same rows", serving.all_visible
         if method.weights is Weights.WRAPS:  # learned tokens around chunks stay as stored
             name, rows = "all but what wraps chunks fresh = one dense forward", serving.all_fresh
-        else:
-            name, rows = "everything fresh = full prefill of the same rows", serving.all_visible
         all_selected = _neutral(compose(method, select=Everything()))
         pairs[name] = partial(_is_dense, method=all_selected, rows=rows)
         if method.history is not None and method.history.begins_in_full:
@@ -85,9 +79,8 @@ def claims(method: Method) -> dict[str, Claim]:
         if method.reshape() is not None:
             pairs["a neutral reshape = none"] = _neutral_reshape
         spec = method.layout(LayoutSpec())
-        learned = method.weights in (Weights.LINKS, Weights.WRAPS)
-        beside = learned or spec.num_blanks or spec.bos != "none" or spec.slot
-        if not beside and method.history is None:
+        learned = method.weights in (Weights.LINKS, Weights.WRAPS) or spec.num_blanks
+        if not (learned or spec.bos != "none" or spec.slot or method.history is not None):
             pairs["one chunk alone, not reshaped = full prefill"] = _one_chunk_alone
     return {name: partial(_equal, name, compared) for name, compared in pairs.items()}
 

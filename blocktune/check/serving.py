@@ -1,7 +1,5 @@
 """Checks that chunk reuse is correct on a given model or adapter, and helpers of all checks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,8 +54,7 @@ RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 
 """Largest accepted difference of logits, relative to the largest logit. Rounding in float32 stays
 well below 1e-5 here, a wrong mask changes logits by more than 1e-2; bfloat16 has 8 bits."""
 INT8_TOLERANCE = 2e-2
-"""The same for an 8-bit base of any dtype. LLM.int8() also rounds activations, and those of a chunk
-differently alone and among others (by 0.005 on small models); 4-bit bases round weights only."""
+"""For LLM.int8(), which rounds activations of a chunk differently among others (by 0.005)."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +118,7 @@ class Subject:
         return self.serve(method, ask).prefill.logits[0]
 
     def dense_logits(self, method: Method, rows: RowChange | None = None) -> Tensor:
-        """Logits ``(V,)`` after the prompt of `ASK`, from one forward pass with the dense mask.
-
-        ``rows``, such as `all_visible`, changes ids and layout first, and keeps the prompt's rows.
-        """
+        """Logits ``(V,)`` after `ASK` from one pass with the dense mask, of changed ``rows``."""
         key = facts_served(method), rows
         if key not in self.results:
             batch = batch_of(self.begin(), method)
@@ -232,10 +226,10 @@ def check_model(engine: Engine) -> list[Check]:
 
 @torch.no_grad()
 def check_adapter(model: str | None, adapter: str | Path, **options: Any) -> list[Check]:
-    """Runs `check_model`, and compares full attention with a second model, loaded for this.
+    """Runs `check_model`, and compares full attention with stock PEFT, unmerged.
 
-    That is stock PEFT, unmerged; for a writer (scope ``encode``) the base without the adapter,
-    which it must equal bit for bit. ``options``: ``dtype``, ``device`` and ``quantize``.
+    A writer (scope ``encode``) must equal the base without the adapter, bit for bit. ``options``:
+    ``dtype``, ``device`` and ``quantize``.
     """
     folder = adapter_folder(adapter)
     if not (folder / PEFT_FILE).is_file():

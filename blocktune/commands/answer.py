@@ -1,7 +1,5 @@
 """`blocktune answer` and `blocktune encode`."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,27 +11,16 @@ from blocktune.commands.application import command
 from blocktune.commands.options import option
 
 FOLLOW_S = 0.1  # seconds to wait after the queue of missed chunks was empty
-
-Passages = option(
-    list[str] | None, "A passage for --question; repeatable.", "--chunk -c", panel=opt.PROMPT
-)
-Questions = option(
-    str | None, "Questions: JSONL or `blocktune data` source.", "--input -i", panel=opt.PROMPT
-)
+Passages = option(list[str] | None, "Passage; repeatable.", "--chunk -c", panel=opt.PROMPT)
+Questions = option(str | None, "JSONL, or `blocktune data` source.", "--input -i", panel=opt.PROMPT)
 ShowPrompt = option(bool, "Print the prompt, row by row, first.", "--show-prompt", panel=opt.PROMPT)
-Output = option(
-    Path | None, "JSONL file; answers already in it are skipped.", "--output -o", **opt.IN_FILE
-)
+Output = opt.to_file("JSONL file; answers already in it are skipped.")
 TopK = option(int, "Sample from the K most likely tokens; 0: from all.", panel=opt.DECODING)
-DecodeCache = option(
-    str | None,
-    "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (from a GPU).",
-    panel=opt.DECODING,
-)
+PASSAGES = "File of passages or questions; FILE?chunker=sentence cuts passages."
+CACHES = "KV cache while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded (from a GPU)."
 
 
 @command(
-    "answer",
     "blocktune answer -m data/tiny -q 'Where is Anna?' -c 'Anna is in Kirby.'",
     "blocktune answer -m M -i q.jsonl --method cacheblend --param ratio=0.3",
     "blocktune answer -m M -i q.jsonl --adapter A --method 'kvlink + deviation 15 %'",
@@ -69,7 +56,7 @@ def answer(
     top_p: opt.TopP = 1.0,
     seed: option(int | None, "Random seed for sampling. Default: 0.", panel=opt.DECODING) = None,
     response_cache: opt.Responses = None,
-    decode_cache: DecodeCache = None,
+    decode_cache: option(str | None, CACHES, panel=opt.DECODING) = None,
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.cache.decode_cache import DecodeCache
@@ -83,7 +70,6 @@ def answer(
         raise ValueError("--stream prints one answer; leave out --output and --json")
     chosen = answering.build_method(method, param or [])
     sampling = Sampling(temperature, top_k, top_p, seed)
-    had_chunks = answering.holds_chunks(store)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
     if response_cache is not None:
@@ -99,16 +85,17 @@ def answer(
     run = answering.Run(engine, used, decoding, batch_size)
     run.lay_out(examples, shown=show_prompt)  # all, before the first answer
     if stream:
-        run.print_stream(examples[0])
+        for piece in engine.stream(examples[0], used, **decoding):
+            typer.echo(piece, nl=False)
+        typer.echo()
     elif output is not None:
         run.write(examples, output, [" ".join((method or used.name).split()), *(param or [])])
     else:
         run.print_answers(examples, as_json)
-    answering.report_store(engine.store, had_chunks)
+    answering.report_store(engine.store)
 
 
 @command(
-    "encode",
     "blocktune encode --input docs.jsonl --store cache/ --model data/tiny",
     "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
     "blocktune encode --follow --store cache/ -m M   # encode what others miss",
@@ -119,15 +106,8 @@ def answer(
     "    accelerate launch --num_processes 4 --module blocktune.cli encode ...",
 )
 def encode(
-    store: option(
-        str, "Folder or URL, with settings as in `answer`.", metavar="PLACE[,NAME=VALUE...]"
-    ),
-    documents: option(
-        Path | None,
-        "File of passages or questions; FILE?chunker=sentence cuts passages.",
-        "--input -i",
-        panel=opt.PROMPT,
-    ) = None,
+    store: option(str, "Folder or URL, with settings as in `answer`.", metavar=opt.PLACE),
+    documents: option(Path | None, PASSAGES, "--input -i", panel=opt.PROMPT) = None,
     follow: option(bool, "Then encode what readers miss, until stopped.", "--follow") = False,
     instruction: opt.Instruction = None,
     system: opt.System = None,

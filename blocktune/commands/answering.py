@@ -18,8 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 from blocktune.cache import ChunkStore, StoreStats
-from blocktune.cache.store.config import StoreConfig
-from blocktune.cache.store.folder import ChunkFolder
 from blocktune.commands.application import resumable
 from blocktune.commands.options import tracked
 from blocktune.data import RagExample, load_examples
@@ -46,12 +44,9 @@ def read_examples(
         return load_examples(source, limit=limit)
     if not chunks:
         raise ValueError("a question needs at least one chunk; add --chunk TEXT")
-    for option, text in (("--question", question), *(("--chunk", chunk) for chunk in chunks)):
+    for text in (question, *chunks):
         if re.fullmatch(r"@\S+", text):
-            raise ValueError(
-                f"{option} must be a text, got '{text}'; for the contents of a file write "
-                f'{option} "$(cat {text[1:]})", or put question and chunks into --input FILE'
-            )
+            raise ValueError(f"'{text}' is no text; for a file's content write \"$(cat FILE)\"")
     return [RagExample(question, tuple(Chunk(text) for text in chunks))]
 
 
@@ -92,12 +87,6 @@ class Run:
             if shown:
                 typer.echo(show(self.engine.tokenizer, prompt) + "\n")
 
-    def print_stream(self, example: RagExample) -> None:
-        """Prints one answer piece by piece while it is generated."""
-        for piece in self.engine.stream(example, self.method, **self.decoding):
-            typer.echo(piece, nl=False)
-        typer.echo()
-
     def print_answers(self, examples: Sequence[RagExample], as_json: bool) -> None:
         """Prints the answers of each batch when it is done, as JSON lines or as panels."""
         console = Console()
@@ -108,10 +97,7 @@ class Run:
                 console.print(_panel(example, answer, self.method.name))
 
     def write(self, examples: Sequence[RagExample], output: Path, method: Sequence[str]) -> None:
-        """Appends answers to a JSONL file. Questions already answered in it are skipped.
-
-        Each line has a key: a digest of all that determines its answer, with ``method`` as typed.
-        """
+        """Appends answers to a JSONL file, each with its `_key`, and skips those already in it."""
         keys = [self._key(example, method) for example in examples]
         with resumed(output) as lines, resumable(f"the answers so far are in {output}"):
             done = _count_answered(output, lines, keys)
@@ -147,6 +133,7 @@ class Run:
         return record
 
     def _key(self, example: RagExample, method: Sequence[str]) -> str:
+        """A digest of all that determines an answer, with ``method`` as typed."""
         engine, responses = self.engine, self.engine.responses
         length, sampling = self.decoding["max_new_tokens"], self.decoding["sampling"]
         sampled = [asdict(sampling), self.batch_size] if sampling.temperature else []
@@ -166,10 +153,8 @@ def _count_answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> 
         with suppress(ValueError, KeyError, TypeError, IndexError):
             if json.loads(line)["key"] == keys[number]:
                 continue
-        raise ValueError(
-            f"'{output}', line {number + 1}: not an answer of this command; another command, other "
-            "questions or other settings wrote it; choose another --output or remove it"
-        )
+        what = f"'{output}', line {number + 1}: not an answer of this command with these settings"
+        raise ValueError(f"{what}; choose another --output or remove it")
     return len(lines)
 
 
@@ -180,10 +165,7 @@ def encode(
     place: str,
     method: Method | None = None,
 ) -> None:
-    """Encodes this process's share of the chunks into the engine's store, and reports the result.
-
-    ``place`` is the value of ``--store``. Raises ValueError if some chunks were not stored.
-    """
+    """Encodes this process's share of the chunks; ValueError: the store did not take some."""
     from blocktune.evaluation.runner import progress_bars
 
     own, store = set(processes.share(list(dict.fromkeys(chunks)))), engine.store
@@ -208,32 +190,18 @@ def encode(
     _report_rejected(stats, store.place)
     processes.wait()
     if lost := store.stats().files.unwritten:
-        raise ValueError(
-            f"{lost:,} chunks were not stored: they exceed the limits of --store '{place}' "
-            "(disk, remote_bytes, quota); raise them"
-        )
+        limits = f"the limits of --store '{place}' (disk, remote_bytes, quota)"
+        raise ValueError(f"{lost:,} chunks were not stored: they exceed {limits}; raise them")
 
 
-def holds_chunks(store: str | None) -> bool:
-    """Whether a store is a folder that holds chunks already."""
-    folder = StoreConfig.parse(store or "").folder
-    return folder is not None and any(ChunkFolder(folder).keys())
-
-
-def report_store(store: ChunkStore, had_chunks: bool) -> None:
-    """Reports how many chunks came from a store; ``had_chunks``: it was not empty before."""
+def report_store(store: ChunkStore) -> None:
+    """Reports how many chunks came from a store."""
     if store.place is None:
         return
     store.flush()
     stats = store.stats()
-    files = stats.files
-    counts = f"{files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
+    counts = f"{stats.files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
     line = f"{counts} (with the prompts' starts)"
-    if had_chunks and stats.misses > stats.rejected and not files.hits:
-        line += (
-            "; the store's chunks are other passages, or of another model, adapter, dtype, "
-            "quantization or prompt format"
-        )
     for name, tier in stats.tiers.items():
         if tier.unwritten:
             line += f", {tier.unwritten:,} not stored in the {name}: it is full or out of reach"
@@ -251,15 +219,11 @@ def _report_rejected(stats: StoreStats, place: str) -> None:
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:
-    table, usage = Table(box=None, show_header=False, pad_edge=False), answer.usage
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table, usage = Table.grid("", "", padding=(0, 1)), answer.usage
+    table.columns[0].style = "dim"
     per_layer = ", ".join(map(str, usage.layer_tokens))
-    split = ", ".join(
-        f"{name.removesuffix('_s').replace('_', ' ')} {1000 * seconds:.1f}"
-        for name, seconds in asdict(usage.ttft).items()
-        if seconds
-    )
+    parts = [(name[:-2].replace("_", " "), s) for name, s in asdict(usage.ttft).items() if s]
+    split = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in parts)
     table.add_row("context", f"{usage.context_tokens:,} of {usage.prompt_tokens:,} tokens")
     table.add_row("recomputed", f"{usage.recompute_ratio:.1%} (tokens per layer: {per_layer})")
     if usage.prefix_tokens:

@@ -1,9 +1,4 @@
-"""The application: how commands are registered, and how their errors are shown.
-
-A user's mistake is one line on standard error with exit code 2; ``--debug`` adds the traceback.
-"""
-
-from __future__ import annotations
+"""The application: registers commands, and shows a user's mistake on one line, with exit code 2."""
 
 import locale
 import os
@@ -13,15 +8,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Option
 from typer.core import TyperGroup
 
 import blocktune
 from blocktune import plugins
+from blocktune.commands.options import option
 from blocktune.parsing import first_line
 
 EXTRAS = {  # the packages that each extra of blocktune installs
@@ -32,9 +28,12 @@ EXTRAS = {  # the packages that each extra of blocktune installs
     "remote": ("fsspec", "s3fs", "valkey"),
     "gguf": ("gguf",),
 }
-# Environment variable for launched processes: a folder for their error (``RANK.txt``).
-FAILURES = "BLOCKTUNE_FAILURES"
+FAILURES = "BLOCKTUNE_FAILURES"  # names a folder for launched processes' errors (``RANK.txt``)
 PLUGIN = "--plugin"
+PLUGINS = (
+    "Python file or module that adds methods or their parts, for any command; repeatable. Also "
+)
+PLUGINS += "$BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins."
 USAGE_ERROR = typer.BadParameter.__base__  # wrong options or arguments; typer does not export it
 
 
@@ -47,10 +46,8 @@ class OneLineErrors(TyperGroup):
             return super().parse_args(ctx, plugins_first(args))
 
     def invoke(self, ctx):
-        """Runs the command, after the callback that the entry point passed as ``ctx.obj``."""
+        """Runs the command."""
         with _one_line(ctx.params["debug"]):
-            if ctx.obj is not None:
-                ctx.obj()
             return super().invoke(ctx)
 
 
@@ -70,23 +67,16 @@ def _one_line(debug: bool) -> Iterator[None]:
         line = explain(error)
         if (place := plugins.place_of(error)) is not None:
             line = line or f"{type(error).__name__}: {first_line(error)}; --debug shows where"
-            line = f"{line} ({place})"
+            line += f" ({place})"
         if debug or (line is None and FAILURES not in os.environ):
             raise
-        if FAILURES in os.environ:
-            _write_failure(line, error)
-        else:
-            _print_error(f"error: {line}")
+        _print_error(f"error: {line}")
+        if FAILURES in os.environ:  # for the launching process to read
+            trace = "".join(traceback.format_exception(error))
+            text = line or f"{type(error).__name__}: {' '.join(str(error).split())}\n{trace}"
+            path = Path(os.environ[FAILURES]) / f"{os.environ.get('RANK', 0)}.txt"
+            path.write_text(text, errors="backslashreplace")
         raise typer.Exit(1 if line is None else 2) from None
-
-
-def _write_failure(line: str | None, error: Exception) -> None:
-    """Writes the error for the launching process to read; for a bug, the traceback follows."""
-    if not line:
-        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        line += "\n" + "".join(traceback.format_exception(error))
-    path = Path(os.environ[FAILURES]) / f"{os.environ.get('RANK', 0)}.txt"
-    path.write_text(line, errors="backslashreplace")
 
 
 @contextmanager
@@ -100,13 +90,10 @@ def resumable(kept: str) -> Iterator[None]:
 
 def plugins_first(args: list[str]) -> list[str]:
     """Moves every ``--plugin X`` and ``--plugin=X`` to the front of the arguments."""
-    named, others, remaining = [], [], list(args)
-    while remaining:
-        arg = remaining.pop(0)
-        if arg == PLUGIN and remaining:
-            named += [arg, remaining.pop(0)]
-        else:
-            (named if arg.startswith(f"{PLUGIN}=") else others).append(arg)
+    named, others = [], []
+    for before, arg in zip([None, *args], args, strict=False):
+        is_own = PLUGIN in (before, arg) or arg.startswith(f"{PLUGIN}=")
+        (named if is_own else others).append(arg)
     return named + others
 
 
@@ -118,11 +105,8 @@ def explain(error: Exception) -> str | None:
         path = error.ctx.command_path if error.ctx else "blocktune"
         return f"{error.format_message().rstrip('.')}; see `{path} --help`"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
-        return (
-            f"{' '.join(str(error).split()).partition('. ')[0]}; use smaller batches "
-            "(per_device_train_batch_size, --batch-size), shorter rows (pack_length, max_length), "
-            "gradient_checkpointing: true, or a 4-bit base (load_in_4bit, --quantize nf4)"
-        )
+        fix = "use smaller batches, shorter rows, gradient_checkpointing: true, or a 4-bit base"
+        return f"{' '.join(str(error).split()).partition('. ')[0]}; {fix}"
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package == "vllm":
@@ -142,9 +126,9 @@ def explain(error: Exception) -> str | None:
         return f"the index of the store cannot be used: {error}; repeat the command"
     if not isinstance(error, ValueError | OSError):
         return None
-    hint = "; set PYTHONUTF8=1, since this locale does not use UTF-8"
     is_narrow = isinstance(error, UnicodeError) and locale.getencoding().lower() != "utf-8"
-    return " ".join(str(error).split()) + hint * is_narrow
+    hint = "; set PYTHONUTF8=1, since this locale does not use UTF-8" * is_narrow
+    return " ".join(str(error).split()) + hint
 
 
 def _print_error(line: str) -> None:
@@ -180,19 +164,20 @@ app = typer.Typer(
 )
 
 
-def command(name: str, *examples: str, of: typer.Typer = app, **settings: Any) -> Callable:
-    """Registers a function as a command of a group. Its help ends with ``examples``."""
-    return of.command(name, epilog=teach(*examples), **settings)
+def command(*examples: str, of: typer.Typer = app, **settings: Any) -> Callable:
+    """Registers a function as the command of its name. Its help ends with ``examples``."""
+    return of.command(epilog=teach(*examples), **settings)
 
 
-def new_group(name: str, text: str, *examples: str) -> typer.Typer:
-    """Adds a group of commands to the application and returns it."""
+def new_group(name: str, text: str, *examples: str) -> Callable:
+    """Adds a group of commands to the application and returns `command` for it."""
     shown = {"help": text, "epilog": teach(*examples), "rich_markup_mode": "rich"}
     app.add_typer(group := typer.Typer(no_args_is_help=True, **shown), name=name)
-    return group
+    group.callback()(lambda: None)  # else the only command of a group would be the group
+    return partial(command, of=group)
 
 
-def _show_version(requested: bool) -> None:
+def _version(requested: bool) -> None:
     if requested:
         typer.echo(f"blocktune {blocktune.__version__}")
         raise typer.Exit
@@ -200,21 +185,11 @@ def _show_version(requested: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[
-        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
-    ] = False,
-    debug: Annotated[
-        bool, Option("--debug", envvar="BLOCKTUNE_DEBUG", help="Show the traceback of an error.")
-    ] = False,
-    plugin: Annotated[
-        list[str] | None,
-        Option(
-            PLUGIN,
-            metavar="FILE|MODULE",
-            help="Python file or module that adds methods or their parts, for any command; "
-            "repeatable. Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
-        ),
-    ] = None,
+    version: option(
+        bool, "Show the version.", "--version", callback=_version, is_eager=True
+    ) = False,
+    debug: option(bool, "Show an error's traceback.", "--debug", envvar="BLOCKTUNE_DEBUG") = False,
+    plugin: option(list[str] | None, PLUGINS, PLUGIN, metavar="FILE|MODULE") = None,
 ) -> None:
     """Fine-tune, serve and evaluate RoPE decoders that answer from cached chunks of text."""
     for name in plugin or ():

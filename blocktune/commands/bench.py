@@ -1,12 +1,10 @@
 """`blocktune replay` and `blocktune bench`: what a store would save, and this machine's speed."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,12 +12,8 @@ from blocktune.commands import options as opt
 from blocktune.commands.application import command, new_group
 from blocktune.commands.options import option
 
-if TYPE_CHECKING:
-    from blocktune.tables import Table
-
 
 @command(
-    "replay",
     "blocktune replay trace.jsonl --budget 10GB --budget 50GB --output out/replay",
     "blocktune replay mooncake_trace.jsonl.gz --policy lru --policy gdsf --budget 100GB --json",
     "blocktune replay zipf --limit 10000   # a synthetic trace",
@@ -29,16 +23,12 @@ def replay(
     trace: Annotated[
         str, typer.Argument(help="Trace of a store, Mooncake or Azure (JSONL, CSV, .gz); or zipf.")
     ],
-    budget: option(
-        list[str] | None, "Store size, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
-    ) = None,
+    budget: option(list[str] | None, "Store size; repeatable. Default: 1 to 50 % of all.") = None,
     policy: option(list[str] | None, "lru, lfu, fifo or gdsf; repeatable. Default: all.") = None,
     limit: option(int | None, "Use only the first N requests.", min=1) = None,
     token_bytes: option(int, "Bytes per token, if not traced.", min=1) = 131_072,
     token_us: option(float, "Microseconds to encode a token.", min=0) = 100.0,
-    output: option(
-        Path | None, "Folder for replay.json and two plots (PNG).", "--output -o", **opt.IN_FOLDER
-    ) = None,
+    output: opt.to_folder("Folder for replay.json and two plots (PNG).") = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Simulate a trace on stores of several sizes and policies: hits and seconds saved."""
@@ -47,7 +37,6 @@ def replay(
     from blocktune.cache.store.ledger import POLICIES
     from blocktune.files import replace_json
     from blocktune.provenance import provenance
-    from blocktune.tables import Table
 
     if output is not None:
         import matplotlib  # noqa: F401  # reports a missing extra before the simulation
@@ -72,21 +61,21 @@ def replay(
         shares = f"{o.hit_rate:.1%}", f"{o.saved:.1%}"
         rows.append((o.policy, f"{o.budget / 1e9:,.2f}", *shares, f"{o.saved_s:.1f}"))
     line = f"{len(requests):,} requests use {requested / 1e9:,.1f} GB of distinct chunks"
-    table = Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",))
+    table = opt.Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",))
     opt.tell(as_json, result, line, table)
 
 
 Tokens = option(int, "Length of the prompt, in tokens.", min=2)
 ChunkTokens = option(int, "Tokens per chunk.", min=1)
 Repeats = option(int, "Number of runs; medians are shown.", min=1)
-Folder = option(Path | None, "For the chunks. Default: the temporary folder.", **opt.IN_FOLDER)
-Output = option(Path | None, "Also write the results to a JSON file.", "--output -o", **opt.IN_FILE)
+Folder = opt.to_folder("For the chunks. Default: the temporary folder.", "--folder")
+Output = opt.to_file("Also write the results to a JSON file.")
 Tiny = option(bool, "A toy model and prompt instead, for a quick try.", "--tiny")
 
-group = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
+bench_command = new_group("bench", "Measure speed on this machine.", "blocktune bench reuse --tiny")
 
 
-@command("attention", "blocktune bench attention --json", of=group)
+@bench_command("blocktune bench attention --json")
 def attention(
     tokens: Tokens = 8192,
     chunk: ChunkTokens = 512,
@@ -100,11 +89,9 @@ def attention(
     _show(bench_attention(tokens, chunk, repeats), as_json, output)
 
 
-@command(
-    "reuse",
+@bench_command(
     "blocktune bench reuse --tokens 4096 --repeats 3 --output out/reuse.json",
     "blocktune bench reuse --tiny   # takes seconds",
-    of=group,
 )
 def reuse(
     tokens: Tokens = 8192,
@@ -121,11 +108,9 @@ def reuse(
     _show(bench_reuse(setting), as_json, output)
 
 
-@command(
-    "ttft",
+@bench_command(
     "blocktune bench ttft --model data/tiny --tokens 512,1024 --picture out/ttft.png",
     "blocktune bench ttft --adapter out/block --repeats 5 --json",
-    of=group,
 )
 def ttft(
     model: opt.Model = None,
@@ -136,7 +121,7 @@ def ttft(
     threads: option(int, "Threads that PyTorch may use.", min=1) = 2,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
-    picture: option(Path | None, "PNG of seconds against length.", **opt.IN_FILE) = None,
+    picture: opt.to_file("PNG of seconds against length.", "--picture") = None,
     output: Output = None,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -155,11 +140,9 @@ def ttft(
         draw_ttft(result, picture)
 
 
-@command(
-    "store",
+@bench_command(
     "blocktune bench store --json",
     "blocktune bench store --folder /mnt/nvme --output out/store.json",
-    of=group,
 )
 def store(
     tokens: Tokens = 8192,
@@ -178,11 +161,8 @@ def store(
     _show(bench_store(setting, folder, min(keys, 1000) if tiny else keys), as_json, output)
 
 
-@command(
-    "vllm",
-    "blocktune bench vllm --json   # in an environment with vLLM",
-    "blocktune bench vllm --tiny",
-    of=group,
+@bench_command(
+    "blocktune bench vllm --json   # in an environment with vLLM", "blocktune bench vllm --tiny"
 )
 def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False) -> None:
     """Measure time to first token on vLLM: cached chunks, full prefill and prefix cache."""
@@ -192,20 +172,9 @@ def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False)
     _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
 
 
-def _show(result: dict, as_json: bool, output: Path | None, table: Table | None = None) -> None:
+def _show(result: dict, as_json: bool, output: Path | None, table: opt.Table | None = None) -> None:
     from blocktune.files import replace_json
 
     if output is not None:
         replace_json(output, result)
-    opt.tell(as_json, result, *(_lines(result) if table is None else [table]))
-
-
-def _lines(result: dict, indent: str = "") -> list[str]:
-    lines = []
-    for name, value in result.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
-        else:
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            lines.append(f"{indent}{name}: {shown}")
-    return lines
+    opt.tell(as_json or table is None, result, table)

@@ -1,12 +1,9 @@
 """`blocktune methods`, `check` and `profile-layers`: list methods and test them on a model."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -16,7 +13,6 @@ from blocktune.commands.options import option
 
 
 @command(
-    "methods",
     "blocktune methods cacheblend deviation",
     "blocktune methods --plugin mine.py",
     "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
@@ -56,7 +52,6 @@ def methods(
 
 
 @command(
-    "check",
     "blocktune check --model data/tiny",
     "blocktune check --method 'naive + first-k 8'   # the contract of one method",
     "blocktune check --method mine --plugin mine.py",
@@ -68,9 +63,7 @@ def methods(
 def check(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
-    method: option(
-        str | None, "Check this method's contract instead, by default on a tiny model."
-    ) = None,
+    method: option(str | None, "Check this method instead, by default on a tiny model.") = None,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
@@ -82,11 +75,16 @@ def check(
     if only and not families:
         raise ValueError("--only selects model types for --families; add --families")
     if families:
-        _check_families(only or (), as_json)
+        from blocktune.check.families import check_families, model_types, table
+
+        opt.quiet_libraries()
+        names = model_types(only or ())
+        results = list(opt.tracked(check_families(names), "checking", len(names)))
+        opt.tell(as_json, {"families": [asdict(result) for result in results]}, table(results))
+        raise typer.Exit(int(any(result.verdict == "wrong" for result in results)))
     from blocktune.adapter import find_release
     from blocktune.check import check_adapter, check_method, check_model
     from blocktune.methods import parse_method
-    from blocktune.tables import Table
 
     chosen = None if method is None else parse_method(method)
     opt.quiet_libraries()
@@ -109,23 +107,12 @@ def check(
     where = "on this model" if chosen is None else f"by '{chosen.name}'"
     extent = "" if limit is None else f" up to {limit:,} tokens"
     line = f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
-    table = Table(("", "check", "difference", "tolerance"), rows, left=("check",))
+    table = opt.Table(("", "check", "difference", "tolerance"), rows, left=("check",))
     opt.tell(as_json, {"checks": [asdict(result) for result in checks]}, table, line)
     raise typer.Exit(0 if sound else 1)
 
 
-def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
-    from blocktune.check.families import check_families, model_types, table
-
-    opt.quiet_libraries()
-    names = model_types(only)
-    results = list(opt.tracked(check_families(names), "checking", len(names)))
-    opt.tell(as_json, {"families": [asdict(result) for result in results]}, table(results))
-    raise typer.Exit(int(any(result.verdict == "wrong" for result in results)))
-
-
 @command(
-    "profile-layers",
     "blocktune profile-layers -m data/tiny -i 'worlds:dev?n=32'",
     "blocktune profile-layers -m M -i held_out.jsonl --limit 50 --most-layers 8 --json",
     "Use the result as parameters of the method:",
@@ -146,7 +133,6 @@ def profile_layers(
     """Measure which range of layers to recompute for all chunks: the profile for `droidspeak`."""
     from blocktune.commands.answering import read_examples
     from blocktune.evaluation.fidelity import profile_layers
-    from blocktune.tables import Table
 
     examples = read_examples(source, limit, None, [])
     engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
@@ -157,5 +143,5 @@ def profile_layers(
         layers = f"{point.first_layer}-{point.first_layer + point.num_layers - 1}"
         quality = f"{point.divergence:.4f}", f"{point.agreement:.0%}"
         rows.append((str(point.first_layer), f"{point.ratio:.4g}", layers, *quality))
-    table = Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows)
+    table = opt.Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows)
     opt.tell(as_json, [asdict(point) for point in profile], table)

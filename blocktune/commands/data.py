@@ -1,21 +1,16 @@
 """`blocktune data list`, `show` and `write`: find, inspect and convert data."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument
 
 from blocktune.commands import options as opt
-from blocktune.commands.application import command, new_group
+from blocktune.commands.application import new_group
 from blocktune.commands.options import option
-
-if TYPE_CHECKING:
-    from blocktune.data import RagExample
 
 HELP = """Find, make and inspect data.
 
@@ -27,32 +22,25 @@ CSV, Parquet or Arrow, recognized by its fields), the short name of a data set
 """
 
 Source = Annotated[str, Argument(help="File, data set or generator; see `blocktune data --help`.")]
-Output = option(Path, "JSONL file to write.", "--output -o", **opt.IN_FILE)
+Output = opt.to_file("JSONL file to write.", kind=Path)
 Limit = option(int | None, "Use only the first N examples.", min=1)
 Split = option(str | None, "Split of a data set. Default: validation, or train if it has none.")
 Fields = option(str | None, "Rename fields: question=input,chunks=docs.", metavar="NEW=OLD,...")
-Counter = option(
-    str | None, "Tokenizer to measure lengths: a folder or a name on the HF Hub.", "--tokenizer"
-)
+Counter = option(str | None, "To measure lengths: a folder or a name on the Hub.", "--tokenizer")
 
-group = new_group(
+data_command = new_group(
     "data",
     HELP,
-    "blocktune data list",
     "blocktune data show 'worlds:test?n=3' --model data/tiny",
     "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
-    "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
-    "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
-    "blocktune data mix mixture.yaml",
 )
 
 
-@command(
-    "list",
+@data_command(
     "blocktune data list",
     "blocktune data list --json",
     "A data set is downloaded from the Hugging Face Hub when it is first read.",
-    of=group,
+    name="list",
 )
 def show_list(as_json: opt.AsJson = False) -> None:
     """List data sets with their licences, generators, record shapes and chunkers."""
@@ -61,7 +49,6 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from blocktune.data.sources.options import generators
     from blocktune.data.sources.shapes import SHAPES
     from blocktune.registry import summary_of
-    from blocktune.tables import Table
 
     sources, classes = generators(), sorted(CHUNKERS.table().items())
     chunkers = {name: summary_of(cls).replace("``", "") for name, cls in classes}
@@ -78,20 +65,18 @@ def show_list(as_json: opt.AsJson = False) -> None:
         for s in SHAPES
     ]
     tables = (
-        Table(("name", "on the Hub", "licence", "a record becomes"), data_sets, "data sets"),
-        Table(("source", "an example contains"), examples, "generators"),
-        Table(("as=", "recognized by its fields", "cut by"), shapes, "record shapes of files"),
-        Table(("chunker=", "what it does"), list(chunkers.items()), "chunkers"),
+        opt.Table(("name", "on the Hub", "licence", "a record becomes"), data_sets, "data sets"),
+        opt.Table(("source", "an example contains"), examples, "generators"),
+        opt.Table(("as=", "recognized by its fields", "cut by"), shapes, "record shapes of files"),
+        opt.Table(("chunker=", "what it does"), list(chunkers.items()), "chunkers"),
     )
     opt.tell(as_json, facts, *(table._replace(left=table.headings) for table in tables))
 
 
-@command(
-    "show",
+@data_command(
     "blocktune data show musique --index 3",
     "blocktune data show 'worlds:train?n=5' --model data/tiny",
     "blocktune data show chat.jsonl --model M --adapter out/kvlink",
-    of=group,
 )
 def show(
     source: Source,
@@ -121,9 +106,9 @@ def _echo(text: str) -> None:
     typer.echo(re.sub(control, lambda found: f"\\x{ord(found[0]):02x}", text))
 
 
-def _show_text(example: RagExample) -> None:
-    header = [("id", example.id), ("kind", example.kind)]
-    _echo("  ".join(f"{name}: {value}" for name, value in header if value))
+def _show_text(example) -> None:
+    header = {"id": example.id, "kind": example.kind}
+    _echo("  ".join(f"{name}: {value}" for name, value in header.items() if value))
     for number, chunk in enumerate(example.chunks):
         mark = ", evidence" if number in example.supporting else ""
         title = f"{chunk.title}\n" if chunk.title else ""
@@ -136,7 +121,7 @@ def _show_text(example: RagExample) -> None:
         _echo(f"[then]\n{question}\n{response}")
 
 
-def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool) -> None:
+def _show_rows(example, tokenizer, adapter: str | None, block: bool) -> None:
     from blocktune.adapter import AdapterInfo
     from blocktune.data.example import own_wording
     from blocktune.models.load import adapter_folder
@@ -156,12 +141,10 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, block: bool)
     typer.echo(f"\n{counts}; {len(prompt.ids):,} rows")
 
 
-@command(
-    "write",
+@data_command(
     "blocktune data write 'needle:?lengths=1024,4096' --tokenizer M -o needle.jsonl",
     "blocktune data write 'tulu-3?split=train' --limit 20000 -o chat.jsonl",
     "blocktune data write rows.csv --fields question=input,chunks=context -o rows.jsonl",
-    of=group,
 )
 def write(
     source: Source,
@@ -197,7 +180,7 @@ def tokenizer_of(name: str | None):
     return None if name is None else read_tokenizer(name)
 
 
-def load_from(source: str, fields: str | None = None, **options: Any) -> list[RagExample]:
+def load_from(source: str, fields: str | None = None, **options: Any) -> list:
     """Loads the examples of a source. Their ``meta`` names the data set."""
     from blocktune.data import load_examples
     from blocktune.data.sources.catalog import with_data_sets

@@ -1,7 +1,5 @@
 """`blocktune eval`, `eval compare`, `eval arena`, `eval report`, `blocktune tune`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -33,17 +31,13 @@ app.add_typer(group, name="eval")
 def evaluate(
     context: typer.Context,
     suite: option(Path | None, "YAML file of methods and tasks; see eval/suites/.") = None,
-    output: option(
-        Path | None, "Folder for rows, results.json and plot.", "--output -o", **opt.IN_FOLDER
-    ) = None,
+    output: opt.to_folder("Folder for rows, results.json and plot.") = None,
     limit: option(int | None, "Only the first N questions of each task.", min=1) = None,
     model: option(str | None, "Overrides the suite's.", "--model -m") = None,
     device: option(str | None, "Overrides the suite's.") = None,
     quantize: option(str | None, "nf4 or int8; overrides the suite's.") = None,
     store: option(str | None, "Store of chunks, as in `answer`; overrides the suite's.") = None,
-    budget: option(
-        float | None, "Share of the context that every selector may recompute.", min=0, max=1
-    ) = None,
+    budget: option(float | None, "Share that every selector may recompute.", min=0, max=1) = None,
     layer_budget: option(float | None, "The same, of layers times tokens.", min=0, max=1) = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
@@ -87,7 +81,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     return replace(suite, methods=methods, pool=pool)
 
 
-@command("compare", "blocktune eval compare out/before out/after", of=group)
+@command("blocktune eval compare out/before out/after", of=group)
 def compare(
     before: Run,
     after: Run,
@@ -103,7 +97,6 @@ def compare(
 
 
 @command(
-    "arena",
     "git clone https://github.com/xishi404/KVShareArena",
     "blocktune eval arena --questions KVShareArena -m Qwen/Qwen3-8B --method naive -o out/arena",
     "kva validate out/arena/naive_re_hotpotqa.json",
@@ -112,7 +105,7 @@ def compare(
 )
 def arena(
     questions: option(Path, "Clone of the KVShareArena repository."),
-    output: option(Path, "Folder for the result files.", "--output -o", **opt.IN_FOLDER),
+    output: opt.to_folder("Folder for the result files.", kind=Path),
     method: option(str, "A method, as in `blocktune answer`.") = "naive",
     model: opt.Model = None,
     adapter: opt.Adapter = None,
@@ -138,7 +131,7 @@ def arena(
         typer.echo(f"{path}: F1 {score:.1f}, {share:.0%} recomputed, {summary['n']} questions")
 
 
-@command("report", "blocktune eval report out/quick", of=group)
+@command("blocktune eval report out/quick", of=group)
 def report(
     run: Run,
     title: option(str | None, "Title of the page. Default: the name of the folder.") = None,
@@ -150,21 +143,20 @@ def report(
 
 
 @command(
-    "tune",
     "blocktune tune --config eval/tuning/psr.yaml --output out/tuned",
     "torchrun --nproc_per_node 2 -m blocktune.cli tune --config eval/tuning/psr.yaml -o out/tuned",
     "A stopped command continues where it stopped: repeat it.",
 )
 def tune(
     config: option(Path, "YAML file of the run; see eval/tuning/."),
-    output: option(Path, "Folder for rows and tuned.json.", "--output -o", **opt.IN_FOLDER),
+    output: opt.to_folder("Folder for rows and tuned.json.", kind=Path),
     limit: opt.Limit = None,
     model: option(str | None, "Overrides the YAML's.", "--model -m") = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; test splits are refused."""
     from blocktune.evaluation import sweep
-    from blocktune.tables import Table, with_interval
+    from blocktune.tables import with_interval
 
     spec = sweep.load_tuning(config)
     task = replace(spec.task, limit=limit or spec.task.limit)
@@ -181,4 +173,4 @@ def tune(
         rows.append((*values, score, f"{point['recompute_ratio']:.0%}"))
     headings = (*names, f"{result['task']['metric']} (95 %)", "recomputed")
     line = f"best: {result['best']['label']}; all points in {output / sweep.TUNED}"
-    opt.tell(as_json, result, Table(headings, rows, left=names), line)
+    opt.tell(as_json, result, opt.Table(headings, rows, left=names), line)

@@ -1,34 +1,27 @@
 """`blocktune data passages`, `answer` and `mix`: make training data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Argument, echo
 
 from blocktune.commands import data
 from blocktune.commands import options as opt
-from blocktune.commands.application import command, resumable
-from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, group
+from blocktune.commands.application import resumable
+from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, data_command
 from blocktune.commands.options import option
 
-if TYPE_CHECKING:
-    from blocktune.data import RagExample
 
-
-@command(
-    "passages",
+@data_command(
     "Search a corpus, one passage per record, by BM25:",
     "blocktune data passages nq --split train --corpus wiki.jsonl -o nq.jsonl",
     "Results of your retriever, one {id or question, passages} per line, best first:",
     "blocktune data passages questions.jsonl --retrieved dpr.jsonl -o out.jsonl",
     "Keep the best of each question's own passages, as the evidence in TriviaQA:",
     "blocktune data passages triviaqa --own --k 10 -o triviaqa.jsonl",
-    of=group,
 )
 def passages(
     source: Source,
@@ -36,16 +29,10 @@ def passages(
     corpus: option(Path | None, "Passages to search: FILE, or FILE?chunker=sentence.") = None,
     retrieved: option(Path | None, "File with the passages that your retriever found.") = None,
     own: option(bool, "Keep the best of each question's own passages, by BM25.", "--own") = False,
-    embedder: option(
-        str | None, "Sentence-transformers model to search by, not BM25.", metavar="MODEL"
-    ) = None,
-    store: option(
-        str | None, "Store of the embeddings; see `answer`.", metavar="PLACE[,NAME=VALUE...]"
-    ) = None,
+    embedder: option(str | None, "Search by this Sentence Transformer.", metavar="MODEL") = None,
+    store: option(str | None, "Store of the embeddings; see `answer`.", metavar=opt.PLACE) = None,
     k: option(int, "Passages per question.", min=1) = 10,
-    answerable: option(
-        bool, "Skip questions whose passages contain no answer.", "--answerable"
-    ) = False,
+    answerable: option(bool, "Skip questions without the answer.", "--answerable") = False,
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
@@ -80,11 +67,7 @@ def passages(
 
 
 def _write_examples(
-    source: str,
-    output: Path,
-    examples: list[RagExample],
-    originals: list[RagExample] | None,
-    answerable: bool,
+    source: str, output: Path, examples: list, originals: list | None, answerable: bool
 ) -> None:
     """Writes questions with their passages. ``originals``: the same with all own passages."""
     from blocktune.data import write_jsonl
@@ -96,20 +79,16 @@ def _write_examples(
         raise ValueError(f"{source}: none of {len(examples)} questions is left; nothing is written")
     write_jsonl(output, kept)
     yes_no = sum(map(is_verdict, examples)) if originals is None else 0
-    echo(
-        f"wrote {len(kept):,} questions to {output}; the passages contain an answer for "
-        f"{sum(answered) / len(answered):.1%} of {len(examples):,}"
-        + (f" ({yes_no:,} ask for yes or no, which passages do not contain)" if yes_no else "")
-    )
+    share = f"{sum(answered) / len(answered):.1%} of {len(examples):,}"
+    note = f" ({yes_no:,} ask for yes or no, which passages do not contain)" if yes_no else ""
+    echo(f"wrote {len(kept):,} questions to {output}; passages contain an answer for {share}{note}")
 
 
-@command(
-    "answer",
+@data_command(
     "blocktune data answer train.jsonl --model M -o own-words.jsonl",
     "blocktune data answer '2wikimultihopqa?split=train' --limit 2000 -m M -o w.jsonl",
     "blocktune data answer q.jsonl -m M -o a.jsonl --temperature 0.7 --only-correct",
     "A stopped command continues where it stopped: repeat it.",
-    of=group,
 )
 def answer(
     source: Source,
@@ -124,9 +103,7 @@ def answer(
     top_p: opt.TopP = 1.0,
     seed: opt.Seed = 0,
     batch_size: opt.BatchSize = 16,
-    only_correct: option(
-        bool, "Skip answers that contain no accepted answer.", "--only-correct"
-    ) = False,
+    only_correct: option(bool, "Skip answers without an accepted one.", "--only-correct") = False,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
 ) -> None:
@@ -145,7 +122,7 @@ def answer(
     settings |= {"top_p": top_p, "seed": seed}
     stop_ids = engine.state.stop_ids()
 
-    def ask(batch: Sequence[RagExample], number: int) -> list[str | None]:
+    def ask(batch: Sequence, number: int) -> list[str | None]:
         """Answers a batch. Its number is added to the seed, so that batches differ."""
         seeded = replace(sampling, seed=seed + number)
         sizes = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
@@ -170,8 +147,7 @@ def answer(
     )
 
 
-@command(
-    "mix",
+@data_command(
     "blocktune data mix mixture.yaml",
     "blocktune data mix mixture.yaml --tokenizer M -o mixed.jsonl",
     "A mixture in YAML. Every example of two sources, one of them in both modes:",
@@ -181,13 +157,10 @@ def answer(
     "    - {source: 2wikimultihopqa, split: train, mode: both, limit: 20000}",
     "    - {source: tulu-3, split: train, mode: full, weight: 0.5}",
     "  A part may also hold augment: {shuffle: true, num_chunks: [4, 10]}.",
-    of=group,
 )
 def mix(
     mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
-    output: option(
-        Path | None, "JSONL file to write the examples to.", "--output -o", **opt.IN_FILE
-    ) = None,
+    output: opt.to_file("JSONL file to write the examples to.") = None,
     tokenizer: Counter = None,
 ) -> None:
     """Draw a mixture of sources; show how many block and full examples each part gives."""
@@ -195,7 +168,6 @@ def mix(
     from blocktune.data.mixture import load_mixture
     from blocktune.data.mixture import mix as draw
     from blocktune.data.sources.catalog import with_data_sets
-    from blocktune.tables import Table
 
     mixture_spec = load_mixture(mixture)
     if output is not None:
@@ -208,7 +180,7 @@ def mix(
     block, full = (f"{sum(getattr(p, mode) for p in mixed.parts):,}" for mode in ("block", "full"))
     rows.append(("total", "", block, full, "100.0%", ""))
     headings = ("source", "loaded", "block", "full", "share", "epochs")
-    Table(headings, rows, title=str(mixture)).show()
+    opt.Table(headings, rows, title=str(mixture)).show()
     if output is None:
         return
 

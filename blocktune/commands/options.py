@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from blocktune.tables import Table
+
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
     from blocktune.engine import Engine
     from blocktune.methods import Method
-    from blocktune.tables import Table
 
 MODEL, PROMPT, DECODING = "Model", "Prompt", "Decoding"  # panels of the help
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # to another program
+PLACE = "PLACE[,NAME=VALUE...]"  # of a store
 
 
 def option(kind: Any, help: str, names: str = "", panel: str | None = None, **more: Any) -> Any:
@@ -24,31 +27,25 @@ def option(kind: Any, help: str, names: str = "", panel: str | None = None, **mo
     return Annotated[kind, Option(*names.split(), help=help, rich_help_panel=panel, **more)]
 
 
-Model = option(
-    str | None,
-    "Base model: a folder or a name on the HF Hub. Default: the adapter's own base.",
-    "--model -m",
-    panel=MODEL,
-)
+BASE = "Base model: a folder or a name on the HF Hub. Default: the adapter's own base."
+Model = option(str | None, BASE, "--model -m", panel=MODEL)
 Adapter = option(
     str | None,
     "Adapter from `blocktune train`: a folder, or USER/NAME\\[@REVISION] on the HF Hub; "
     "or release:NAME (such as release:kvlink-1b) for published models. Default: none.",
     panel=MODEL,
 )
-MethodName = option(
-    str | None,
-    "Reuse method, see `blocktune methods`; 'A + B 15 %' composes two. Default: the "
-    "method that the adapter was trained for, else naive.",
-    "--method",
+METHOD = (
+    "Reuse method, see `blocktune methods`; 'A + B' composes. Default: the adapter's, or naive."
 )
+MethodName = option(str | None, METHOD, "--method")
 Store = option(
     str | None,
     "Store of encoded chunks to read and add to: a folder or a URL (s3://, valkey://), "
     "such as chunks/,disk=50GB. Settings: memory, cpu, disk, remote, remote_bytes, "
     "wait, policy (lru, lfu, fifo, gdsf), quota, ttl, codec (as-is, fp8, int8, int4), press "
     "(NAME:RATIO of kvpress), trace; see docs/store.md. Default: memory only.",
-    metavar="PLACE[,NAME=VALUE...]",
+    metavar=PLACE,
 )
 Responses = option(
     str | None,
@@ -59,17 +56,10 @@ Responses = option(
 Dtype = option(str, "float32, bfloat16, float16, or auto: as the model was saved.", panel=MODEL)
 Quantize = option(str | None, "Quantize the base: nf4 (4 bits, as in QLoRA) or int8.", panel=MODEL)
 Device = option(str | None, "Such as cuda:0 or cpu. Default: a GPU if there is one.", panel=MODEL)
-Instruction = option(
-    str | None, "Instruction before the chunks. Default: the adapter's, or our own.", panel=PROMPT
-)
+Instruction = option(str | None, "Instruction. Default: the adapter's, or our own.", panel=PROMPT)
 System = option(str | None, "System message. Default: the chat template's own.", panel=PROMPT)
-Format = option(
-    Path | None,
-    "YAML with the wording of the prompt: instruction, system, titled, untitled, "
-    "question. --instruction and --system override it.",
-    "--format",
-    panel=PROMPT,
-)
+WORDING = "YAML with instruction, system, titled, untitled, question; the two above override it."
+Format = option(Path | None, WORDING, "--format", panel=PROMPT)
 MaxNewTokens = option(int, "Maximum length of an answer, in tokens.", panel=DECODING, min=1)
 Temperature = option(float, "0: greedy decoding. Higher values sample more evenly.", panel=DECODING)
 TopP = option(float, "Nucleus sampling: keep tokens up to this total probability.", panel=DECODING)
@@ -77,9 +67,16 @@ Seed = option(int, "Random seed for sampling.", panel=DECODING)
 BatchSize = option(int, "Questions per batch.", min=1)
 Limit = option(int | None, "Use only the first N questions.", min=1)
 AsJson = option(bool, "Print JSON for programs.", "--json")
-# Of outputs: a folder in place of a file, or the reverse, is refused before any work.
-IN_FILE = {"dir_okay": False, "readable": False, "writable": True}
-IN_FOLDER = {"file_okay": False, "readable": False, "writable": True}
+
+
+def to_file(help: str, names: str = "--output -o", kind: Any = Path | None, **more: Any) -> Any:
+    """The annotation of an option for an output file. A folder is refused before any work."""
+    return option(kind, help, names, dir_okay=False, readable=False, writable=True, **more)
+
+
+def to_folder(help: str, names: str = "--output -o", kind: Any = Path | None) -> Any:
+    """The same for an output folder."""
+    return option(kind, help, names, file_okay=False, readable=False, writable=True)
 
 
 def tell(as_json: bool, record: Any, *shown: str | Table) -> None:
@@ -108,8 +105,7 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
-    # If an adapter changes only one of two tied embeddings, that one gets its own weights. An
-    # adapter that cannot be merged is reported, once.
+    # An adapter may change one of two tied embeddings; one that cannot be merged is reported.
     warnings.filterwarnings("ignore", message="(?s).*(ensure_weight_tying|lora_bias=True)")
     # A filter, since they set their level on import. It does not apply to child loggers.
     children = ("", ".autograd._functions", ".backends.cpu.ops")
@@ -129,10 +125,7 @@ def load_engine(
     method: Method | None = None,
     words: Mapping[str, str] | None = None,
 ) -> Engine:
-    """Loads an engine that answers with ``method``. ``words`` override fields of its prompt format.
-
-    A model with recurrent layers is loaded only for a method that reuses no chunks.
-    """
+    """Loads an engine for ``method``; ``words`` override fields of its prompt format."""
     quiet_libraries()
     from blocktune.cache.store.config import StoreConfig
     from blocktune.engine import Engine

@@ -1,7 +1,5 @@
 """`blocktune serve` and `blocktune vllm serve`: cached chunks over HTTP."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path
@@ -22,31 +20,12 @@ OURS = ("--model", "--revision", "--tokenizer", "--chat-template", "--kv-transfe
 OURS += ("--kv-offloading-size", "--default-chat-template-kwargs")
 """Options that requests with documents would not follow; vLLM takes their starts, and NAME.KEY."""
 
-Adapters = option(
-    list[str] | None,
-    "Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
-    "name that requests use. Repeatable; adapters share the weights of their base.",
-)
-Name = option(
-    str | None,
-    "Name of --model in requests; default: its own. With adapters, the base is served only if this "
-    "is given.",
-)
+ADAPTER = "Adapter, as in `answer`; NAME=ADAPTER sets the name that requests use. Repeatable."
+NAME = "Name of --model in requests (default: its own). With adapters: serve the base, too."
 StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
-ApiKey = option(
-    str | None, "Requests must send it as a bearer token.", panel=SAFETY, envvar=KEY_VARIABLE
-)
-Tenants = option(
-    Path | None,
-    "YAML file of tenants, which share no chunks: {acme: {key: ..., max_requests: 4, "
-    "tokens_per_minute: 100000}}.",
-    panel=SAFETY,
-)
-AllowedHosts = option(
-    list[str] | None,
-    "Host header to accept; repeatable. Default: localhost if --host is local, else any.",
-    panel=SAFETY,
-)
+ApiKey = option(str | None, "Bearer token of all requests.", panel=SAFETY, envvar=KEY_VARIABLE)
+TENANTS = "YAML of tenants: {acme: {key: ..., max_requests: 4, tokens_per_minute: 100000}}."
+HOSTS = "Host header to accept; repeatable. Default: localhost if --host is local, else any."
 LimitPairs = option(
     list[str] | None,
     "Limit as name=value; repeatable. Names: body_bytes, body_s, chunks, prompt_tokens, "
@@ -57,7 +36,6 @@ LimitPairs = option(
 
 
 @command(
-    "serve",
     "blocktune serve --model data/tiny",
     "blocktune serve -m M --adapter out/kvlink --store cache/ --port 8080",
     "blocktune serve -m M --adapter legal=out/legal --adapter news=out/news",
@@ -67,11 +45,9 @@ LimitPairs = option(
 )
 def serve(
     model: opt.Model = None,
-    adapter: Adapters = None,
-    name: Name = None,
-    method: option(
-        str | None, "Reuse method for requests that name none. Default: the adapter's, else naive."
-    ) = None,
+    adapter: option(list[str] | None, ADAPTER) = None,
+    name: option(str | None, NAME) = None,
+    method: option(str | None, "For requests that name none. Default: as `answer`.") = None,
     store: opt.Store = None,
     response_cache: opt.Responses = None,
     store_gb: StoreGb = 4.0,
@@ -81,8 +57,8 @@ def serve(
     host: option(str, "Address to listen on.") = "127.0.0.1",
     port: option(int, "Port to listen on; 0 picks a free one.", min=0, max=65535) = 8000,
     api_key: ApiKey = None,
-    tenants: Tenants = None,
-    allowed_host: AllowedHosts = None,
+    tenants: option(Path | None, TENANTS, panel=SAFETY) = None,
+    allowed_host: option(list[str] | None, HOSTS, panel=SAFETY) = None,
     log_texts: option(bool, "Log the text of answers.", "--log-texts", panel=SAFETY) = False,
     skip_check: option(bool, "Start without checking that reuse is exact.", "--skip-check") = False,
     limit: LimitPairs = None,
@@ -94,20 +70,19 @@ def serve(
     import uvicorn
 
     from blocktune.cache.responses import ResponseCache, read_settings
-    from blocktune.server import ServerConfig, Service, create_app, launch, load_tenants
-    from blocktune.server.config import OnlyTenant
+    from blocktune.server import ServerConfig, Service, create_app, load_tenants
+    from blocktune.server.config import OnlyTenant, read_limits
+    from blocktune.server.middleware import uvicorn_options
+    from blocktune.server.service import load_engines
 
     if api_key is not None and tenants is not None:
         raise ValueError("give --api-key or --tenants, not both")
     if api_key is None and tenants is None and os.environ.get(KEY_VARIABLE) == "":
         raise ValueError(f"{KEY_VARIABLE} is set but empty: unset it to serve without a key")
-    by_key = () if api_key is None else (OnlyTenant(key=api_key),)
-    config = ServerConfig(
-        limits=launch.read_limits(limit or []),
-        tenants=by_key if tenants is None else load_tenants(tenants),
-        hosts=tuple(allowed_host or (LOCAL if host in LOCAL else ("*",))),
-        log_texts=log_texts,
-    )
+    clients = () if api_key is None else (OnlyTenant(key=api_key),)
+    clients = clients if tenants is None else load_tenants(tenants)
+    hosts = tuple(allowed_host or (LOCAL if host in LOCAL else ("*",)))
+    config = ServerConfig(read_limits(limit or []), clients, hosts, log_texts)
     if host not in LOCAL and not config.tenants:
         typer.echo(f"note: anyone who reaches {host}:{port} can use it; set --api-key", err=True)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -122,48 +97,35 @@ def serve(
     opt.quiet_libraries()
     loading = {"dtype": dtype, "device": device, "quantize": quantize}
     size = int(store_gb * 2**30)
-    engines = launch.load_engines(model, adapter or [], name, store, size, **loading)
-    responses = None
-    if response_cache is not None:
-        responses = ResponseCache.parse(response_cache, next(iter(engines.values())).store)
+    engines = load_engines(model, adapter or [], name, store, size, **loading)
+    shared = next(iter(engines.values())).store
+    responses = response_cache and ResponseCache.parse(response_cache, shared)
     served = create_app(Service(engines, config, method, not skip_check, responses))
-    uvicorn.run(served, host=host, port=port, **launch.uvicorn_options(config, drain_s))
+    uvicorn.run(served, host=host, port=port, **uvicorn_options(config, drain_s))
 
 
-group = new_group(
+vllm_command = new_group(
     "vllm",
     "Serve cached chunks from vLLM, in an environment of its own (docs/vllm.md).",
     "blocktune vllm serve M --store S",
 )
 
 
-@group.callback()
-def _root() -> None:
-    """Keeps `serve` a subcommand although it is the only one."""
-
-
-@command(
-    "serve",
+@vllm_command(
     "blocktune encode -m data/tiny --input docs.jsonl --store chunks/",
     "blocktune vllm serve data/tiny --store chunks/ --port 8000",
     "blocktune vllm serve M --store chunks/ --adapter legal=out/legal --adapter news=out/news",
     "blocktune vllm serve M --store chunks/ --tensor-parallel-size 4 --max-model-len 32768",
     "All other options are vLLM's. Point an OpenAI client at http://127.0.0.1:8000/v1",
-    of=group,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=opt.PASS_ON,
+    name="serve",
 )
 def serve_vllm(
     context: typer.Context,
     model: Annotated[str, Argument(help="Base model, as in `vllm serve`, or NAME@REVISION.")],
     store: option(str, "Store of encoded chunks: a folder or URL, see `answer`."),
-    adapter: option(
-        list[str] | None,
-        "Adapter used to encode the chunks: a folder or a name on the HF Hub; "
-        "NAME=ADAPTER sets the name that requests use. Repeatable.",
-    ) = None,
-    encode_wait: option(
-        float, "Seconds that a request may wait for `encode --follow`.", min=0
-    ) = 30.0,
+    adapter: option(list[str] | None, ADAPTER) = None,
+    encode_wait: option(float, "Seconds to wait for `encode --follow`.", min=0) = 30.0,
     host_gb: option(float, "GiB of memory for chunks, in each rank.", min=0) = 1.0,
     fingerprint: option(str | None, "Which chunks to use, if several fit the base.") = None,
 ) -> None:

@@ -1,7 +1,5 @@
 """`blocktune store`: inspects, verifies, copies and removes the chunks of a store."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -18,7 +16,7 @@ from typer import Argument
 from blocktune.cache.store.blobs import Blobs, states_key
 from blocktune.cache.store.config import Row, parse_bytes
 from blocktune.cache.store.shelf import NO_MANIFEST, Shelf, found_rows
-from blocktune.commands.application import command, new_group
+from blocktune.commands.application import new_group
 from blocktune.commands.options import AsJson, option, tell
 
 SHORT = 12  # number of digits of a key or fingerprint that are shown
@@ -35,19 +33,15 @@ Undo = option(bool, "Unpin the chunks.", "--undo")
 Other = Annotated[str, Argument(help="Folder or URL of the other store.")]
 DryRun = option(bool, "Only show what would be removed.", "--dry-run")
 
-group = new_group(
+store_command = new_group(
     "store",
     "Inspect, verify, copy or clean up a store of encoded chunks (`--store`).",
     "blocktune store stat cache/",
     "blocktune store ls cache/ --model 3f2a91",
-    "blocktune store verify s3://bucket/chunks",
-    "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged",
-    "blocktune store rm cache/ --document handbook.pdf",
-    "blocktune store export cache/ s3://bucket/chunks --model 3f2a91",
 )
 
 
-@command("stat", "blocktune store stat cache/", of=group)
+@store_command("blocktune store stat cache/")
 def stat(store: Place, as_json: AsJson = False) -> None:
     """Count chunks and bytes by model, and by kind (such as exact prefixes)."""
     shelf = Shelf.open(store)
@@ -72,7 +66,7 @@ def stat(store: Place, as_json: AsJson = False) -> None:
     tell(as_json, record | {"models": models}, *lines)
 
 
-@command("ls", "blocktune store ls cache/ --document handbook.pdf", of=group)
+@store_command("blocktune store ls cache/ --document handbook.pdf")
 def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson = False) -> None:
     """List chunks, one per line: key, kind, tokens, bytes, last use, model, document."""
     shelf = Shelf.open(store)
@@ -87,7 +81,7 @@ def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson
             typer.echo(json.dumps(record) if as_json else line)
 
 
-@command("show", "blocktune store show cache/ 9c01ab4e", of=group)
+@store_command("blocktune store show cache/ 9c01ab4e")
 def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     """Show one chunk: its header and token ids, and whether it verifies."""
     from blocktune.cache.store.chunk_file import ChunkFile  # imports torch
@@ -95,8 +89,8 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
     problem, _ = _checked(shelf.blobs, row.key)
-    record = _record(row) | {"sound": problem is None, "problem": problem}
-    record |= {"signed": False, "codec": "as-is"}
+    facts = {"sound": problem is None, "problem": problem, "signed": False, "codec": "as-is"}
+    record = _record(row) | facts
     with suppress(OSError, ValueError):  # damaged, as ``problem`` says, gone or expired
         header, _ = shelf.blobs.facts(row.key)
         record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
@@ -104,7 +98,7 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     tell(as_json, record, *(f"{name:12} {value}" for name, value in record.items()))
 
 
-@command("verify", "blocktune store verify s3://bucket/chunks", of=group)
+@store_command("blocktune store verify s3://bucket/chunks")
 def verify(store: Place, as_json: AsJson = False) -> None:
     """Compare every file with its checksums (and signature); exit code 1 if one fails.
 
@@ -122,7 +116,7 @@ def verify(store: Place, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@command("gc", "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged", of=group)
+@store_command("blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged")
 def gc(
     store: Place,
     max_size: option(str, "Such as 50GB: remove the least recently used.") = "",
@@ -155,7 +149,7 @@ def gc(
     _remove(shelf, to_remove, dry_run, as_json, unfinished=unfinished, index=index)
 
 
-@command("pin", "blocktune store pin cache/ 9c01ab4e", of=group)
+@store_command("blocktune store pin cache/ 9c01ab4e")
 def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
     """Protect chunks of a folder from eviction, until `rm` or `gc` removes them."""
     shelf = Shelf.open(store)
@@ -167,10 +161,10 @@ def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -
     tell(as_json, record, f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
 
 
-@command("rm", "blocktune store rm cache/ --document handbook.pdf", of=group)
+@store_command("blocktune store rm cache/ --document handbook.pdf")
 def rm(
     store: Place,
-    keys: Annotated[list[str] | None, Argument(help="Keys, or their first 6 digits.")] = None,
+    keys: Keys = None,
     model: Model = "",
     document: Document = "",
     adapter: option(str, "Only chunks of this adapter, as in `stat`.") = "",
@@ -200,7 +194,7 @@ def rm(
     _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json)
 
 
-@command("export", "blocktune store export cache/ s3://bucket/chunks --model 3f2a91", of=group)
+@store_command("blocktune store export cache/ s3://bucket/chunks --model 3f2a91", name="export")
 def export_chunks(
     store: Place, target: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
@@ -208,7 +202,7 @@ def export_chunks(
     _copy(Shelf.open(store), Shelf.open(target, make=True), model, document, as_json)
 
 
-@command("import", "blocktune store import cache/ s3://bucket/chunks", of=group)
+@store_command("blocktune store import cache/ s3://bucket/chunks", name="import")
 def import_chunks(
     store: Place, source: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
@@ -216,7 +210,7 @@ def import_chunks(
     _copy(Shelf.open(source), Shelf.open(store, make=True), model, document, as_json)
 
 
-@command("manifest", "blocktune store manifest cache/ --json", of=group)
+@store_command("blocktune store manifest cache/ --json")
 def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     """Show what other programs need to use the chunks: model, tokenizer, prompt, shapes, RoPE."""
     blobs = Shelf.open(store).blobs
@@ -295,7 +289,7 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
         target.blobs.write_manifest(record)
     line = f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}"
     line += f"; {counts['there']:,} were already there, {counts['unsound']:,} failed to verify"
-    tell(as_json, counts, f"{line} and were not copied")
+    tell(as_json, counts, line)
 
 
 def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:

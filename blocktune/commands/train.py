@@ -1,7 +1,5 @@
 """`blocktune train`, in this process or several, `merge` and `push`."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile
@@ -17,11 +15,8 @@ from blocktune.commands.application import FAILURES, command
 from blocktune.commands.options import option
 from blocktune.parsing import load_yaml, mapping
 
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML as options
-
 
 @command(
-    "train",
     "blocktune train --config recipes/block_attention.yaml",
     "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
     "blocktune train --config recipes/kvlink.yaml --dry-run   # only the plan",
@@ -31,7 +26,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of 
     "blocktune train --config R.yaml --overwrite   # replace an earlier run",
     "A stopped command continues from its last checkpoint: repeat it.",
     "Every key of the YAML is also an option and overrides the file: see --help-all.",
-    context_settings=PASS_ON,
+    context_settings=opt.PASS_ON,
 )
 def train(
     ctx: typer.Context,
@@ -67,11 +62,7 @@ def train(
 
 
 def launch(processes: int | None, launcher: str | None, program: list[str]) -> None:
-    """Runs a program in several processes, by torchrun or by accelerate with the given YAML.
-
-    Raises typer.Exit with its code when it ended, after one line if it crashed; ValueError if a
-    process reported a user's mistake, or was ended by a signal; KeyboardInterrupt after Ctrl-C.
-    """
+    """Runs a program by torchrun or accelerate, and exits; ValueError: a signal, or a mistake."""
     if launcher is not None:
         mapping(load_yaml(launcher, "launcher configuration", "see recipes/accelerate"), launcher)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,17 +74,14 @@ def launch(processes: int | None, launcher: str | None, program: list[str]) -> N
         failed = sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime)
         reports = [(path.stem, path.read_text()) for path in failed]
     if code < 0:  # killed, so the process could not report anything
-        raise ValueError(
-            f"a training process was ended by signal {-code}; after signal 9 check the machine's "
-            "memory. Nothing after the last checkpoint was saved"
-        )
+        hint = "after signal 9 check the machine's memory"
+        raise ValueError(f"a training process was ended by signal {-code}; {hint}")
     if code and reports:
         rank, report = reports[0]
         line, *trace = report.splitlines()
         if not trace:
             raise ValueError(line)
-        name = {"prefix": "blocktune-train-", "suffix": ".txt"}
-        with tempfile.NamedTemporaryFile("w", **name, delete=False) as kept:
+        with tempfile.NamedTemporaryFile("w", prefix="blocktune-train-", delete=False) as kept:
             kept.write(report)
         print(f"error: process {rank} failed: {line}; see {kept.name}", file=sys.stderr)
     raise typer.Exit(code)
@@ -134,7 +122,6 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 
 
 @command(
-    "merge",
     "blocktune merge out/block --output out/merged",
     "blocktune answer --adapter out/merged -i questions.jsonl --method block-attention",
     "blocktune merge out/kvlink --output out/merged-links --links added_tokens",
@@ -143,11 +130,9 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
 )
 def merge(
     adapter: Annotated[str, Argument(help="Adapter: a folder, or USER/NAME\\[@REVISION].")],
-    output: option(Path, "New folder for the model.", "--output -o", **opt.IN_FOLDER),
+    output: opt.to_folder("New folder for the model.", kind=Path),
     model: opt.Model = None,
-    links: option(
-        str | None, "table (links in a file) or added_tokens. Default: as trained."
-    ) = None,
+    links: option(str | None, "table (a file) or added_tokens. Default: as trained.") = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
     as_json: opt.AsJson = False,
@@ -157,21 +142,16 @@ def merge(
     from blocktune.adapter.merge import merge_adapter
 
     report = merge_adapter(adapter, output, model=model, dtype=dtype, device=device, links=links)
-    text = (
-        f"merged into {report.output}: logits within {report.max_abs_diff:.1e} of base and "
-        f"adapter (largest logit {report.max_abs_logit:.1f}, same top token in "
-        f"{report.same_top1:.1%} of the probe)"
-    )
-    if report.requantised_max_abs_diff is not None:
-        text += (
-            f"\nthe merged weights are not quantized, as the {report.quantization} base of the "
-            f"training was; quantized again, logits differ by {report.requantised_max_abs_diff:.1e}"
-        )
-    opt.tell(as_json, asdict(report), text)
+    close = f"logits within {report.max_abs_diff:.1e} of base and adapter"
+    top = f"largest logit {report.max_abs_logit:.1f}, same top token in {report.same_top1:.1%}"
+    lines = [f"merged into {report.output}: {close} ({top} of the probe)"]
+    if (diff := report.requantised_max_abs_diff) is not None:
+        what = f"the merged weights are not quantized, as the {report.quantization} base"
+        lines.append(f"{what} of the training was; quantized again, logits differ by {diff:.1e}")
+    opt.tell(as_json, asdict(report), *lines)
 
 
 @command(
-    "push",
     "blocktune push out/block --repo USER/NAME --dry-run   # files and card",
     "blocktune push out/block --repo USER/NAME --results out/eval/results.json",
     "blocktune push out/block --repo USER/NAME --base-model ORG/BASE --license apache-2.0",

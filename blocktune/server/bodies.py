@@ -1,7 +1,5 @@
 """Response bodies: OpenAI's, whole or in pieces of a stream, with a ``blocktune`` field."""
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence
@@ -12,25 +10,23 @@ from typing import Any
 from blocktune.engine.encode import Piece
 from blocktune.server.decoding import TokenLogprob, token_text
 from blocktune.server.job import Delta, Event, Job, Report
-from blocktune.server.schemas import ChunkList, ChunkStatus
 
-_IDS = random.Random()
-"""Answer ids are not secret, and the system's randomness takes longer than the rest of a body."""
+_IDS = random.Random()  # ids are not secret, and the system's randomness would take longer
 
 
-def chunk_list(job: Job, report: Report) -> ChunkList:
+def chunk_list(job: Job, report: Report) -> dict[str, Any]:
     """The response of ``POST /v1/chunks``."""
     pieces = job.wanted[-len(job.documents) :]
-    data = [
-        ChunkStatus(**chunk, encoded=chunk["cached"] == "none", pinned=piece in job.pinned)
-        for chunk, piece in zip(_chunks(job, report, pieces), pieces, strict=True)
-    ]
-    return ChunkList(data=data, encode_s=report.encode_s)
+    data = []
+    for chunk, piece in zip(_chunks(job, report, pieces), pieces, strict=True):
+        facts = {name: chunk[name] for name in ("key", "id", "tokens", "cached")}
+        data.append(facts | {"encoded": chunk["cached"] == "none", "pinned": piece in job.pinned})
+    return {"object": "list", "data": data, "encode_s": report.encode_s}
 
 
 def _chunks(job: Job, report: Report, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
     """Id of each document (the last ``pieces``) and, if it was looked up, size, key and tier."""
-    encoder, chunks, count = job.engine.state.encoder, [], len(job.documents)
+    chunks, count = [], len(job.documents)
     for index, document in enumerate(job.documents):
         own = document.metadata.get("id")
         own = own if isinstance(own, str | int) else None
@@ -38,7 +34,7 @@ def _chunks(job: Job, report: Report, pieces: Sequence[Piece]) -> list[dict[str,
         if len(pieces) >= count:
             piece = pieces[index - count]
             chunk["tokens"], chunk["cached"] = len(piece.ids), report.tiers.get(piece, "none")
-            chunk["key"] = job.tenant.sign(encoder.key(piece))
+            chunk["key"] = job.tenant.sign(job.engine.state.encoder.key(piece))
         chunks.append(chunk)
     return chunks
 
@@ -115,13 +111,8 @@ class TextBodies:
         }
 
     def _frame(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": name,
-            "created": self.created,
-            "model": self.job.model,
-            "choices": choices,
-        }
+        frame = {"id": self.id, "object": name, "created": self.created}
+        return frame | {"model": self.job.model, "choices": choices}
 
     def _counts(self, report: Report) -> dict[str, Any]:
         job, usage = self.job, vars(report.usage).copy()

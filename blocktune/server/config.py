@@ -1,18 +1,19 @@
 """The configuration of a server: limits, tenants and defaults."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import re
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from blocktune.parsing import load_yaml, read, refuse_doubles
+from blocktune.cache.store.config import parse_bytes
+from blocktune.parsing import build_config, load_yaml, read, refuse_doubles
+from blocktune.registry import require_count
 
 FIX = "give a YAML mapping of tenant names to {key, max_requests, tokens_per_minute}"
 
@@ -31,16 +32,23 @@ class Limits:
     request_s: float = 300.0  # seconds from a request's arrival to its last token
     queue: int = 64  # requests that may wait; further ones get HTTP 429
     running: int = 16  # answers that are decoded at the same time
-    # bytes of keys and values of all running answers; requests wait until theirs fit
-    kv_bytes: int = 4 << 30
+    kv_bytes: int = 4 << 30  # keys and values of all running answers; requests wait for theirs
     pinned_bytes: int = 1 << 30  # bytes of chunks that clients may pin in the store
-    # tokens of missing chunks that are encoded between two decoding steps
-    prefill_tokens: int = 2048
+    prefill_tokens: int = 2048  # tokens of chunks that are encoded between two decoding steps
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"'{name}' must be positive, got {value}")
+
+
+def read_limits(pairs: list[str]) -> Limits:
+    """Limits from ``name=value`` pairs; raises ValueError if a name or a value is wrong."""
+    values = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, text in values.items():
+        with suppress(ValueError):  # a value that is not a size is refused below, by name
+            values[name] = str(parse_bytes(text)) if name.endswith("_bytes") else text
+    return build_config(Limits, values, "--limit")
 
 
 @dataclass(frozen=True)
@@ -49,25 +57,18 @@ class Tenant:
 
     name: str = "default"  # in logs and metrics
     key: str | None = field(default=None, repr=False)  # its API key; None: no key is needed
-    # requests at a time, including waiting ones; None: no limit of its own
-    max_requests: int | None = None
+    max_requests: int | None = None  # at a time, with waiting ones; None: no limit of its own
     tokens_per_minute: int | None = None  # prompt and answer tokens; None: no quota
 
     def __post_init__(self):
-        if self.key is not None and len(self.key) < 8:
-            raise ValueError("the key must have 8 characters or more")
-        if self.key is not None and self.key != self.key.strip():
-            raise ValueError("the key begins or ends with white space, which no request can send")
+        if self.key is not None and (len(self.key) < 8 or self.key != self.key.strip()):
+            raise ValueError("the key must have 8 characters or more, no white space at its ends")
         for name in ("max_requests", "tokens_per_minute"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"'{name}' must be at least 1, got {value}")
+            if (value := getattr(self, name)) is not None:
+                require_count(f"'{name}'", value, 1)
 
     def salt(self, cache_salt: str | None) -> str:
-        """The salt in the keys of its chunks, from the request's ``cache_salt``.
-
-        Tenants with API keys never share a salt.
-        """
+        """The salt of its chunks' keys, by the request's own; tenants with keys never share one."""
         if self.key is None:
             return cache_salt or ""
         return hashlib.sha256(f"{self.name}\0{cache_salt or ''}".encode()).hexdigest()
@@ -106,9 +107,7 @@ def load_tenants(path: Path) -> tuple[Tenant, ...]:
     for name, value in values.items():
         if not isinstance(value, Mapping) or not value.get("key"):
             raise ValueError(f"{path}: tenant '{name}' has no key; {FIX}")
-        if "name" in value:
-            raise ValueError(f"{path}: tenant '{name}' has its name twice; drop 'name'; {FIX}")
-        tenants.append(read(Tenant, {"name": str(name), **value}, f"{path}: tenant '{name}'"))
+        tenants.append(read(Tenant, {**value, "name": str(name)}, f"{path}: tenant '{name}'"))
     refuse_doubles(f"{path}: tenants", [tenant.name for tenant in tenants], "rename one")
     if len({tenant.key for tenant in tenants}) < len(tenants):
         raise ValueError(f"{path}: two tenants have the same key")

@@ -1,17 +1,11 @@
 """One decoding step for answers of any lengths and methods at once.
 
-Each answer keeps the cache of its own prompt: positions with gaps, recomputed columns, reshaped
-scores. The matrices of the model are applied to all answers together; attention is computed for
-each over its own cache, with the same plan that `Engine` decodes a single answer with. So nothing
-is padded or copied when an answer joins or leaves, and answers do not depend on each other. Models
-that do more to their cached states than attend decode one answer after the other.
-
-transformers' continuous batching is not used: its paged cache is filled by running the model over
-a request's own tokens in order. It cannot be given keys and values, nor a recomputed token in some
-layers only, positions with gaps, or other scores before softmax.
+The matrices of the model are applied to all answers together; attention is computed for each over
+its own cache, with the plan that `Engine` decodes a single answer with. So nothing is padded or
+copied when an answer joins or leaves. Models that do more to their cached states than attend decode
+one answer after the other. transformers' continuous batching is not used: its paged cache cannot be
+given keys and values, tokens recomputed in some layers, gaps between positions, or other scores.
 """
-
-from __future__ import annotations
 
 import copy
 import secrets
@@ -53,12 +47,10 @@ class Settings:
     """How a request is decoded."""
 
     max_new_tokens: int = 1
-    # how tokens are picked; each choice draws from a stream of its own
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = field(default_factory=Sampling)  # each choice draws from its own stream
     choices: int = 1  # answers to make
     stops: tuple[str, ...] = ()  # texts that end an answer and are left out of it
-    # most likely tokens to report at each step; None: no log probabilities at all
-    logprobs: int | None = None
+    logprobs: int | None = None  # most likely tokens to report at each step; None: nothing
     strips: bool = True  # whether to strip space around the answer, as `Engine.answer` does
 
 
@@ -78,34 +70,25 @@ class Choice:
         last = self.index == settings.choices - 1  # the others decode on copies
         self.cache = run.cache if last else copy.deepcopy(run.cache)
         self.reshaping = run.reshaping if last else copy.deepcopy(run.reshaping)
-        device = run.prefill.logits.device
         sampling = settings.sampling
         if sampling.seed is None:  # as in OpenAI's API, each request gets a new random seed
             sampling = replace(sampling, seed=secrets.randbits(32))
-        self._pick = sampling.picker(device, (self.index,))
+        self._pick = sampling.picker(run.prefill.logits.device, (self.index,))
         self._stop_ids = run.state.stop_ids()
         before = () if settings.strips else run.pieces[0].query[-1:]
         self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips, before)
 
     @cached_property
-    def _rows(self) -> Rows:
+    def rows(self) -> Rows:
         """The rows of its future tokens; they do not depend on the first token."""
         return decoded_rows(self.run.last, self.settings.max_new_tokens)
 
     @cached_property
     def _keys(self) -> Rows:
-        return self.run.columns.concat(self._rows)
-
-    @property
-    def position(self) -> Tensor:
-        """Position of the last token, ``(1, 1)``."""
-        return self._rows.position[:, len(self.ids) - 1, None]
+        return self.run.columns.concat(self.rows)
 
     def take(self, logits: Tensor) -> tuple[str, TokenLogprob | None]:
-        """Picks a token by logits ``(1, V)``; returns the new text and, if requested, logprobs.
-
-        Sets `finish` if it was the last token. Raises `NoNumbers`.
-        """
+        """Picks a token by logits ``(1, V)``; returns the new text and logprobs, or `NoNumbers`."""
         require_numbers(logits)
         token = int(self._pick(logits))
         self.ids.append(token)
@@ -123,7 +106,7 @@ class Choice:
         """Appends a column for the last token and returns the plan of its attention."""
         step = len(self.ids) - 1
         self.cache.append()
-        query = self._rows.map(lambda row: row[:, step : step + 1])
+        query = self.rows.map(lambda row: row[:, step : step + 1])
         seen = self._keys.map(lambda row: row[:, : self.cache.num_columns])
         return CachePlan(query, seen, self.reshaping)
 
@@ -170,8 +153,7 @@ class _Watch:
 
 
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Whether a model attends to its cached states unchanged. Others expand them first (DeepSeek's
-latent keys, DiffLlama's values), for each answer over its own columns: they decode one by one."""
+"""Whether a model attends to its cached states unchanged. DeepSeek and DiffLlama expand them."""
 
 
 @torch.no_grad()
@@ -179,7 +161,7 @@ def decode_step(choices: Sequence[Choice]) -> Tensor:
     """Logits ``(B, V)`` after the last token of each answer; all answers are of one model."""
     model, device = choices[0].run.state.model, choices[0].run.prefill.logits.device
     tokens = torch.tensor([[choice.ids[-1]] for choice in choices], device=device)
-    positions = [choice.position for choice in choices]
+    positions = [c.rows.position[:, len(c.ids) - 1, None] for c in choices]  # of the last tokens
     if _PLAIN.get(model):
         plan = RaggedPlan(choices)
         return planned_forward(model, tokens, torch.cat(positions), plan).logits[:, -1]

@@ -9,22 +9,22 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
-from fastapi import HTTPException, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from blocktune.methods.base import METHODS
 from blocktune.server.bodies import TextBodies
 from blocktune.server.config import Tenant
-from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, recall
+from blocktune.server.job import Busy, Delta, Event, Job, Report, recall
 from blocktune.server.middleware import SHUT_DOWN, error_body
 from blocktune.server.schemas import Decoding, T, WrongField, read_body
 from blocktune.server.service import Service
 
 _LOG = logging.getLogger("blocktune.server")
 STREAMED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx must not collect events
-BEAT_S = 15.0
-"""Seconds between the comments in a stream: proxies often end one that is silent for 60 seconds."""
+BEAT_S = 15.0  # seconds between comments in a stream: proxies end one that is silent for long
 
 
 async def authorized(request: Request) -> Tenant:
@@ -38,14 +38,10 @@ async def authorized(request: Request) -> Tenant:
 async def begin(
     request: Request, kind: type[T], make: Callable[[Service, T, Tenant], Job]
 ) -> tuple[Exchange, T]:
-    """Reads a request of some kind, makes its job, and queues it.
+    """Reads a request of some kind in a worker thread, makes its job, and queues it.
 
-    Reading runs in a worker thread, so that a long body does not delay other clients.
-
-    Raises:
-        HTTPException: If the body is not JSON.
-        WrongField: If it is invalid, can never fit, or names a model that is not served.
-        Busy: If too many requests wait, or its tenant's quota is used up.
+    Raises HTTPException if the body is not JSON, WrongField if it is invalid or can never fit, Busy
+    if too many requests wait or the tenant's quota is used up.
     """
     service, tenant = request.app.state.service, await authorized(request)
     _require_json(request)
@@ -62,8 +58,7 @@ async def begin(
     except ValueError as error:
         line = " ".join(str(error).split())
         raise WrongField(line, code=getattr(error, "code", None)) from None
-    wait = service.quotas.enter(tenant, job.quota_tokens)
-    if wait is not None:
+    if (wait := service.quotas.enter(tenant, job.quota_tokens)) is not None:
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
     exchange, cache = Exchange(service, job, request), service.responses
     try:
@@ -77,9 +72,9 @@ async def begin(
 
 def _require_json(request: Request) -> None:
     """Refuses other content types; pages of other sites can send text/plain, but not JSON."""
-    kind, _, options = request.headers.get("content-type", "").partition(";")
-    kind, charset = kind.strip().lower(), options.partition("charset=")[2].strip(' "').lower()
-    if kind != "application/json" or charset not in ("", "utf-8", "utf8"):
+    kind, _, options = request.headers.get("content-type", "").lower().partition(";")
+    charset = options.partition("charset=")[2].strip(' "')
+    if kind.strip() != "application/json" or charset not in ("", "utf-8", "utf8"):
         raise HTTPException(415, "send JSON in UTF-8, as Content-Type: application/json")
     coding = request.headers.get("content-encoding", "identity")
     if coding != "identity":
@@ -116,8 +111,8 @@ class Exchange:
         try:
             while True:
                 event = await self._queue.get()
-                if isinstance(event, Failure):
-                    raise HTTPException(event.status, event.message)
+                if isinstance(event, HTTPException):
+                    raise event
                 if isinstance(event, Report):
                     self.close(refund=job.unused_tokens(event.answer_tokens))
                     yield event
@@ -136,15 +131,15 @@ class Exchange:
             except TimeoutError:
                 self._queue.put_nowait(None)
         self.job.cancelled = True
-        self._queue.put_nowait(Failure(499, "the client has left"))
+        self._queue.put_nowait(HTTPException(499, "the client has left"))
 
     async def respond(self, kind: type[TextBodies], body: Decoding) -> Response:
         """The whole answer, or a stream, as soon as its first event is there."""
         bodies, events = kind(self.job), self.events()
         first = await anext(events)
         if body.stream:
-            options = body.stream_options
-            stream = self._stream(bodies, first, events, bool(options and options.include_usage))
+            with_usage = (body.stream_options or {}).get("include_usage")
+            stream = self._stream(bodies, first, events, bool(with_usage))
             return EventStream(stream, headers=STREAMED)
         bodies.add(first)
         async for event in events:

@@ -1,17 +1,13 @@
 """Reads messages, documents and the method of a request, and makes token pieces.
 
-It needs no engine and no model, so that a server on another engine can use it.
-
-The chunks are placed in the user's last turn, as for a single question. Earlier turns are the
-prefix: exact, computed in full attention. Documents of earlier messages are chunks too, so that a
-conversation over the same documents finds them in the cache in every turn.
+It needs no engine and no model, so that vLLM's server can use it. The chunks are placed in the
+user's last turn, as for a single question. Earlier turns are the prefix: exact, computed in full
+attention. Documents of earlier messages are chunks too, so that every turn finds them in the cache.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -25,8 +21,7 @@ from blocktune.prompt.special_tokens import UserText, check_bos, with_bos
 from blocktune.server.schemas import Document, DocumentBlock, Extension, Message
 
 Turn = tuple[str, str]  # role and text
-LARGEST = 1e9
-"""Largest number in a method's parameters; larger ones could overflow."""
+LARGEST = 1e9  # of a method's parameters; larger ones could overflow
 
 
 class Conversation(NamedTuple):
@@ -44,10 +39,7 @@ class Conversation(NamedTuple):
 
 
 def read_documents(documents: Sequence[Document]) -> tuple[Chunk, ...]:
-    """Makes a chunk of each document, as `blocktune encode` does, so that both mean the same chunk.
-
-    Raises ValueError, with the document's index, if one has no text.
-    """
+    """The chunks that `blocktune encode` makes of documents; ValueError: one has no text."""
     return tuple(_chunk(document, f"documents[{i}]") for i, document in enumerate(documents))
 
 
@@ -63,16 +55,18 @@ def _chunk(document: Document, name: str) -> Chunk:
 
 
 def read_messages(messages: Sequence[Message]) -> Conversation:
-    """Splits messages into system text, earlier turns, the question and document blocks.
+    """Splits messages; consecutive turns of one role are joined, as most templates refuse them.
 
-    Consecutive turns of one role are joined, since most templates refuse them. Raises ValueError
-    if the last message is not the user's, or a text is not valid Unicode.
+    Raises ValueError if the last message is not the user's, or a text is not valid Unicode.
     """
     system: list[str] = []
     turns: list[Turn] = []
     documents: list[DocumentBlock] = []
     for index, message in enumerate(messages):
-        text = _text_of(message, documents)
+        text = message.content or ""
+        if not isinstance(text, str):
+            documents += [part for part in text if isinstance(part, DocumentBlock)]
+            text = "\n".join(part.text for part in text if not isinstance(part, DocumentBlock))
         require_unicode(text, f"messages[{index}]")
         if message.role in ("system", "developer"):
             system.append(text)
@@ -86,13 +80,6 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
     return Conversation(whole, tuple(turns[:-1]), turns[-1][1], tuple(documents))
 
 
-def _text_of(message: Message, documents: list[DocumentBlock]) -> str:
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    documents += [part for part in message.content if isinstance(part, DocumentBlock)]
-    return "\n".join(part.text for part in message.content if not isinstance(part, DocumentBlock))
-
-
 def chat_pieces(
     tokenizer: PreTrainedTokenizerBase,
     fmt: PromptFormat,
@@ -102,9 +89,8 @@ def chat_pieces(
 ) -> Pieces:
     """Tokenises a conversation over chunks; a single question gives the same as `make_pieces`.
 
-    Without chunks the question is used unchanged, since instruction and wording are about passages.
-    The request's system text replaces that of ``fmt``. Raises ValueError if the chat template does
-    not render the turns, or a chunk has no tokens.
+    Without chunks the question is used unchanged. Raises ValueError if the chat template does not
+    render the turns, or a chunk has no tokens.
     """
     texts = UserText(tokenizer)
     head, tail = "", texts.safe(conversation.question)
@@ -136,10 +122,8 @@ def _render(
     turns = [*earlier, ("user", head + template.SENTINEL + tail)]
     whole = template.render_conversation(tokenizer, system, turns)
     if whole.count(template.SENTINEL) != 1:
-        raise ValueError(
-            f"the chat template of '{tokenizer.name_or_path}' does not render the last turn "
-            "exactly once; send a single question"
-        )
+        what = f"the chat template of '{tokenizer.name_or_path}'"
+        raise ValueError(f"{what} does not render the last turn once; send a single question")
     return template.Frame(*whole.split(template.SENTINEL))
 
 
@@ -150,9 +134,8 @@ def plain_pieces(
     prompt: str | Sequence[int],
     block: bool = True,
 ) -> Pieces:
-    """Tokenises chunks and a text to continue, without a chat template or a tag for ``block``.
+    """Tokenises chunks and a text to continue, whose special tokens are parsed, without a template.
 
-    Special tokens written out in ``prompt`` are parsed, since it is the caller's whole prompt.
     Raises ValueError if it has no tokens, or ids that the tokenizer does not have.
     """
     if isinstance(prompt, str):
@@ -179,20 +162,20 @@ def read_method(extension: Extension, default: Method) -> Method:
     if isinstance(text, Mapping):
         if params:
             raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
-        return _checked(partial(build_entry, text))
+        return _checked(build_entry, text)
     if params:
-        return _checked(partial(build, default.name if text is None else text, **params))
+        return _checked(build, default.name if text is None else text, **params)
     return default if text is None else _named(text)
 
 
 @lru_cache(256)
 def _named(text: str) -> Method:
-    return _checked(partial(build, text))
+    return _checked(build, text)
 
 
-def _checked(make: Callable[[], Method]) -> Method:
+def _checked(make: Callable[..., Method], *args: Any, **params: Any) -> Method:
     try:
-        method = make()
+        method = make(*args, **params)
         values = list(_values(dataclasses.asdict(method)))
     except (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"blocktune.method: {error}") from None

@@ -1,7 +1,5 @@
 """A request for an engine: its job, the events that it emits, and its final report."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque
@@ -62,20 +60,11 @@ class Report:
     steps: int = 0  # tokens of the longest choice; 0 if none was generated
     queue_s: float = 0.0  # seconds in the queue
     ttft_s: float = 0.0  # seconds from arrival to the first token
-    # the prompt's tokens and whether each was reused, if requested; see `strip_of`
-    strip: list[dict[str, Any]] | None = None
+    strip: list[dict[str, Any]] | None = None  # see `strip_of`; None: not requested
     encode_s: float = 0.0  # seconds spent encoding
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The end of a request without an answer; ``status`` is the HTTP status."""
-
-    status: int
-    message: str
-
-
-Event = Delta | Report | Failure
+Event = Delta | Report | HTTPException  # the last: the request failed
 
 
 @dataclass(eq=False)
@@ -88,8 +77,7 @@ class Job:
     timeout_s: float  # seconds after which it fails
     method: Method  # how chunks are reused
     pieces: Pieces | None = None  # tokens of the prompt; None: chunks are only encoded
-    # its layout; None for a method with a history, which decides the layout later
-    prompt: Prompt | None = None
+    prompt: Prompt | None = None  # its layout; None: a method with a history decides it later
     settings: Settings = field(default_factory=Settings)  # how it is decoded
     model: str = ""  # name of the model in the response
     question: str = ""  # text that a semantic response cache compares; empty for none
@@ -97,9 +85,8 @@ class Job:
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
     token_bytes: int = 0  # bytes of one token's keys and values
     wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
-    # pieces of ``wanted`` to pin in the store until they are deleted
-    pins: frozenset[Piece] = frozenset()
-    # called with its events in the scheduler's thread; the last is a Report or a Failure
+    pins: frozenset[Piece] = frozenset()  # pieces of ``wanted`` to pin in the store
+    # called with its events in the scheduler's thread; the last is no Delta
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False  # if set, it is stopped before its next step
@@ -152,18 +139,18 @@ def bytes_per_token(engine: Engine) -> int:
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 
-def failure_of(error: Exception) -> Failure:
-    """Turns an exception into a failure; those not caused by the client are logged."""
+def failure_of(error: Exception) -> HTTPException:
+    """Turns an exception into one with a status; those not caused by the client are logged."""
     if isinstance(error, NoNumbers):
         _LOG.error("%s", error)
-        return Failure(500, str(error))
+        return HTTPException(500, str(error))
     if isinstance(error, ValueError):
-        return Failure(400, " ".join(str(error).split()))
+        return HTTPException(400, " ".join(str(error).split()))
     if isinstance(error, torch.OutOfMemoryError):
         _LOG.error("out of memory: %s", error)
-        return Failure(503, "the device has no memory left; try again later")
+        return HTTPException(503, "the device has no memory left; try again later")
     _LOG.error("a request failed", exc_info=error)
-    return Failure(500, "internal error; the server's log says more")
+    return HTTPException(500, "internal error; the server's log says more")
 
 
 def report_of(job: Job) -> Report:
@@ -171,8 +158,8 @@ def report_of(job: Job) -> Report:
     ids = tuple(token for choice in job.choices for token in choice.ids)
     usage = job.run.usages([ids])[0]
     usage = replace(usage, prefix_tokens=usage.prefix_tokens + job.prefix_hits)
-    encoded = sum(len(piece.ids) for piece in job.found.misses)
-    encoded -= job.prefix_hits  # a conversation's earlier turns that were in a cache
+    # without a conversation's earlier turns that were in a cache
+    encoded = sum(len(piece.ids) for piece in job.found.misses) - job.prefix_hits
     return Report(
         usage=usage,
         tiers=job.found.tiers,
@@ -188,11 +175,9 @@ def report_of(job: Job) -> Report:
 def strip_of(run: Generation) -> list[dict[str, Any]]:
     """The prompt's tokens, grouped in runs of the same kind, chunk and fate.
 
-    Returns:
-        For each run: ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that
-        were computed) and ``tokens``, their texts. Cached keys and values were ``reused``
-        unchanged, ``relocated`` to another position, or ``recomputed`` in some layers; tokens that
-        were not cached are ``computed``.
+    A run has ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that were
+    computed) and ``tokens``, their texts. Cached keys and values were ``reused`` unchanged,
+    ``relocated`` or ``recomputed`` in some layers; tokens that were not cached are ``computed``.
     """
     layout, state = run.batch.layout, run.state
     is_moved = run.method.cached is not Cached.EXACT_PREFIX
@@ -210,17 +195,13 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         layout.position[0, rows].tolist(),
         strict=True,
     )
-    first: dict[int, int] = {}
-    entries = []
+    first, entries = {}, []
     for kind, chunk, cached, layers, position in facts:
         moved = is_moved and kind != Kind.PREFIX and first.setdefault(chunk, position) != 0
         reused = "recomputed" if layers else "relocated" if moved else "reused"
-        entry = {
-            "kind": Kind(kind).name.lower(),
-            "chunk": chunk if kind in (Kind.CHUNK, Kind.LINK, Kind.WRAP) else None,
-            "fate": reused if cached else "computed",
-            "layers": layers / state.num_layers,
-        }
+        own = chunk if kind in (Kind.CHUNK, Kind.LINK, Kind.WRAP) else None
+        entry = {"kind": Kind(kind).name.lower(), "chunk": own}
+        entry |= {"fate": reused if cached else "computed", "layers": layers / state.num_layers}
         entries.append(entry)
     known, ids = len(state.tokenizer), run.batch.input_ids[0, rows].tolist()
     texts = [token_text(state.tokenizer, i) if i < known else "\u29c9" for i in ids]
@@ -231,8 +212,7 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
 def recall(cache: ResponseCache, job: Job) -> bool:
     """Answers a job from the cache (True), or arranges for its answer to be cached (False).
 
-    Requests for several choices, log probabilities or the strip, and those that sample without a
-    seed, are ignored. The answer of a client that left is not kept.
+    Ignores requests for several choices, logprobs or the strip, and sampling without a seed.
     """
     settings, emit, deltas = job.settings, job.emit, []
     if job.pieces is None or job.strip or settings.choices > 1 or settings.logprobs is not None:

@@ -1,8 +1,7 @@
 """Around all routes: limits on the size and time of a request's body, and Prometheus metrics."""
 
-from __future__ import annotations
-
 import asyncio
+import gc
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -21,15 +20,12 @@ from blocktune.server.scheduler import Report, Scheduler
 _LOG = logging.getLogger("blocktune.server")
 TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 SHUT_DOWN = "the server has shut down before the answer was done"
-AT_ONCE = 16
-"""Bodies of the largest size that may arrive at once, or as many bytes of smaller ones."""
+KEEP_ALIVE_S = 75  # before an idle connection is closed: longer than proxies keep theirs
+AT_ONCE = 16  # bodies of the largest size that may arrive at once, or as many bytes of smaller
 
 
 class Metrics:
-    """Counters of one server, in their own registry.
-
-    After the prefix the names are vLLM's, so that its dashboards can be used.
-    """
+    """Counters of one server, named as vLLM's after the prefix, so that its dashboards fit."""
 
     def __init__(self, scheduler: Scheduler):
         self.registry = CollectorRegistry()
@@ -71,11 +67,7 @@ class Metrics:
 
 
 class Guard:
-    """ASGI middleware: reads a request's whole body within the limits, and counts responses.
-
-    A client that sends too much or too slowly, or to a host that is not served, gets an error
-    before anything is parsed. Errors are logged.
-    """
+    """ASGI middleware: reads a request's body within the limits; counts and logs responses."""
 
     def __init__(self, app: Callable, *, config: ServerConfig, metrics: Metrics):
         self.app, self.config, self.metrics = app, config, metrics
@@ -85,8 +77,7 @@ class Guard:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """See ASGI."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         sent = False
 
         async def counted(message: dict) -> None:
@@ -109,13 +100,11 @@ class Guard:
                 raise HTTPException(400, f"Host '{host:.80}' is not served; see --allowed-host")
             body = await asyncio.wait_for(self._read(receive), self.max_s)
         except TimeoutError:
-            await refuse(408, f"the body did not arrive within {self.max_s:g} s")
-            return
+            return await refuse(408, f"the body did not arrive within {self.max_s:g} s")
         except HTTPException as error:
-            await refuse(error.status_code, error.detail)
-            return
+            return await refuse(error.status_code, error.detail)
         except ClientDisconnect:
-            return
+            return None
         pending = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> dict:
@@ -176,6 +165,23 @@ def with_timeout(seconds: float) -> type[AutoHTTPProtocol]:
             self._timer = self.loop.call_later(seconds, self._look)
 
     return TimedProtocol
+
+
+def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:
+    """Options of uvicorn; also sets up the log, one line per request on standard error."""
+    gc.collect()
+    gc.freeze()  # later collections, which would take longer than a request, skip what is here now
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("blocktune.server", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    return {
+        "http": with_timeout(config.limits.body_s),
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": drain_s,
+    }
 
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -1,12 +1,9 @@
 """One thread that runs the engines: it prepares waiting requests and decodes running ones.
 
-A step of the loop does two things: one unit of preparation (encode missing chunks of one request,
-up to a number of tokens, or prefill one request), then one token for every running answer. So
-requests join and leave while others decode. The prefill of a prompt is one unit (in full prefill,
-the whole prompt), and so is encoding for methods with a loader of their own.
+A step of the loop does one unit of preparation (encode missing chunks of one request, up to a
+number of tokens, or prefill one request), then one token for every running answer. So requests join
+and leave while others decode.
 """
-
-from __future__ import annotations
 
 import threading
 import time
@@ -15,6 +12,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import torch
+from starlette.exceptions import HTTPException
 
 from blocktune.cache import ChunkKV
 from blocktune.engine import Engine
@@ -26,12 +24,10 @@ from blocktune.methods import Cached, build
 from blocktune.prompt import Pieces
 from blocktune.server.config import Limits
 from blocktune.server.decoding import Choice, decode_step
-from blocktune.server.job import Busy, Delta, Event, Failure, Job, Report, failure_of, report_of
+from blocktune.server.job import Busy, Delta, Job, Report, failure_of, report_of
 
-PASS_S = 5.0
-"""Seconds that `Scheduler.stop` waits for a pass, such as the check at the start."""
-IDLE_S = 1.0
-"""Seconds without a request after which freed memory is returned to the system."""
+PASS_S = 5.0  # seconds that `Scheduler.stop` waits for a pass, such as the check at the start
+IDLE_S = 1.0  # seconds without a request after which freed memory is returned to the system
 
 
 class Scheduler:
@@ -97,9 +93,12 @@ class Scheduler:
                 if not self._wake.wait_for(self._should_wake, IDLE_S):
                     trim_memory()
                     self._wake.wait_for(self._should_wake)
-                if not self._has_work():
+                if not self._jobs():
                     return
-                self._end_expired()
+                for job in self._jobs():  # also waiting ones
+                    if job.cancelled or time.perf_counter() - job.created > job.timeout_s:
+                        late = f"not answered within {job.timeout_s:g} s"
+                        self._fail(job, HTTPException(408, late))
                 self._admit()
             self._prepare_one()
             self._decode_all()
@@ -109,17 +108,8 @@ class Scheduler:
             (*chain(*self._queues.values()), *self.preparing, *self.running.values())
         )
 
-    def _has_work(self) -> bool:
-        return bool(self.waiting or self.preparing or self.running)
-
     def _should_wake(self) -> bool:
-        return self._stopping or self._has_work()
-
-    def _end_expired(self) -> None:
-        """Ends requests, also waiting ones, whose client left, or that took too long."""
-        for job in self._jobs():
-            if job.cancelled or time.perf_counter() - job.created > job.timeout_s:
-                self._fail(job, Failure(408, f"not answered within {job.timeout_s:g} s"))
+        return self._stopping or bool(self._jobs())
 
     def _admit(self) -> None:
         """Admits requests from the queues, tenants in turn, while there is room."""
@@ -142,8 +132,8 @@ class Scheduler:
         if not self._queues[job.tenant.name]:
             del self._queues[job.tenant.name]
 
-    def _fail(self, job: Job, failure: Failure) -> None:
-        if failure.status == 500:  # some faults of a GPU make all later calls fail
+    def _fail(self, job: Job, failure: HTTPException) -> None:
+        if failure.status_code == 500:  # some faults of a GPU make all later calls fail
             try:
                 Stopwatch(job.engine.model.device).start()  # waits for the device
             except Exception as error:
@@ -155,28 +145,20 @@ class Scheduler:
                 self.preparing.remove(job)
             self.running = {choice: j for choice, j in self.running.items() if j is not job}
             self._release(job)
-        self._emit(job, failure)
+        job.emit(failure)
 
     def _release(self, job: Job) -> None:
         self.kv_bytes -= job.reserved
-        # A job and its request refer to each other, so without this its keys and values would stay
-        # until Python collects reference cycles.
+        # A job and its request refer to each other: its states would stay until a collection.
         job.run, job.choices, job.found = None, [], Found()
-
-    @staticmethod
-    def _emit(job: Job, event: Event) -> None:
-        if not job.cancelled:
-            job.emit(event)
 
     def _prepare_one(self) -> None:
         if not self.preparing:
             return
         job = self.preparing[0]  # it stays, so that the metrics count it
         try:
-            if self._prepare(job):
-                self.preparing.popleft()
-            else:
-                self.preparing.rotate(-1)  # to the end of the line
+            is_done = self._prepare(job)
+            self.preparing.popleft() if is_done else self.preparing.rotate(-1)
         except Exception as error:
             self._fail(job, failure_of(error))
 
@@ -196,7 +178,7 @@ class Scheduler:
         if job.pieces is None:
             report = Report(tiers=job.found.tiers, encode_s=job.watch.seconds.get("encode_s", 0.0))
             self._release(job)
-            self._emit(job, report)
+            job.emit(report)
             return True
         self._prefill(job)
         return True
@@ -258,7 +240,7 @@ class Scheduler:
     def _take(self, job: Job, choice: Choice, logits: torch.Tensor) -> None:
         text, logprob = choice.take(logits)
         job.first = job.first or time.perf_counter()
-        self._emit(job, Delta(choice.index, text, logprob, choice.finish))
+        job.emit(Delta(choice.index, text, logprob, choice.finish))
 
     def _decode_all(self) -> None:
         for model in dict.fromkeys(choice.run.state.model for choice in self.running):
@@ -286,14 +268,11 @@ class Scheduler:
             return
         report = report_of(job)
         self._release(job)
-        self._emit(job, report)
+        job.emit(report)
 
 
 def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[ChunkKV, int]:
-    """Computes a conversation's prefix, resumed from an earlier turn, and stores it.
-
-    Returns its keys and values, and how many of its tokens were in the exact prefix cache.
-    """
+    """Computes and stores a conversation's prefix; returns it and its tokens that were cached."""
     state, method = engine.state, build("prefix-cache")
     pieces = Pieces(prefix.ids[:-1], (), prefix.ids[-1:])
     watch.start()

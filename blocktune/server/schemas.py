@@ -1,29 +1,16 @@
-"""Requests and responses: OpenAI's, with documents and a field ``blocktune``.
+"""Requests: OpenAI's, with documents and a field ``blocktune``.
 
-Documents have the forms that `RagExample` reads, such as ``{"title", "text"}`` or Cohere's ``{"id",
-"data": {...}}``, or are Anthropic's blocks ``{"type": "document", "source": ...}``, also in a
-message. Unsupported fields are refused if they
-would change the answer, and ignored otherwise.
+Documents have the forms that `RagExample` reads, or are Anthropic's blocks, also in a message.
+Unsupported fields are refused if they would change the answer, and ignored otherwise.
 """
-
-from __future__ import annotations
 
 import re
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    StrictBool,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, model_validator
 
 from blocktune.data.example import near_miss
 
@@ -40,8 +27,7 @@ def _number(value: Any) -> Any:
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_number)]
 INT64 = 1 << 63
-MOST_DOCUMENTS = 4096
-"""Most documents of a request at any server's limit; more are refused before they are read."""
+MOST_DOCUMENTS = 4096  # of a request at any server's limit
 Id = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(max_length=256)]
 T = TypeVar("T", bound=BaseModel)
@@ -50,18 +36,18 @@ OWN_PLACE: dict[str, tuple] = dict.fromkeys(("chunks", "method", "strip"), ())
 """Fields of our own that belong elsewhere in a request, see `FIXES`."""
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
-    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words"), ([],)),
     **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
     **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
     **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
-    **dict.fromkeys(("structured_outputs", "chat_template", "extra_body"), ()),
+    **dict.fromkeys(("structured_outputs", "chat_template", "truncate_prompt_tokens"), ()),
     "response_format": ({"type": "text"}, {}),
     "modalities": (["text"],),
     "suffix": ("",),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-    "truncate_prompt_tokens": (),
+    "extra_body": (),
     **OWN_PLACE,
 }
 """Fields of OpenAI's and vLLM's interfaces that change an answer, and the values that do not."""
@@ -69,7 +55,7 @@ CALLS: dict[str, tuple] = {"tool_calls": ([],), "function_call": ()}
 """Fields of a message that would be lost, with the values that say nothing."""
 FIXES = {"extra_body": "put its fields into the body", "chunks": "send them as documents"}
 FIXES |= dict.fromkeys(("method", "strip"), "put it into the field blocktune")
-_FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
+_FORM = re.compile(r"DocumentBlock|constrained-str|.*\[.*")
 """Names of a field's alternatives, which pydantic adds to the location of an error."""
 
 
@@ -82,11 +68,7 @@ class WrongField(ValueError):
 
 
 def read_body(kind: type[T], body: bytes, most: int) -> T:
-    """Parses a JSON body of at most about ``most`` values.
-
-    Values are counted first, since 8 MB of ``[],[],[]`` would become 200 MB of objects. Raises
-    `WrongField` if it is not a request of this kind; the message is one line.
-    """
+    """Parses a JSON body of at most about ``most`` values; `WrongField`: it is no such request."""
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:
         raise WrongField(f"the body has {values:,} values, the server reads {most:,} at most")
@@ -97,7 +79,7 @@ def validated(validate: Callable[[Any], T], body: Any) -> T:
     """Calls pydantic's ``validate``. Raises `WrongField` as `read_body` does."""
     try:
         return validate(body)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
     # of the alternative that fits best
     deepest = max(errors, key=lambda item: (len(item["loc"]), "_type" not in item["type"]))
@@ -145,19 +127,8 @@ class DocumentBlock(BaseModel):
     context: Text | None = None
 
 
-def _form(document: Any) -> str:
-    if not isinstance(document, dict):
-        return "text()"
-    is_block = document.get("type") == "document" and "source" in document
-    return "block()" if is_block else "fields()"
-
-
-Document = Annotated[
-    Annotated[Text, Tag("text()")]
-    | Annotated[DocumentBlock, Tag("block()")]
-    | Annotated[dict[str, Any], Tag("fields()")],  # read as in a file: by `read_chunk`
-    Discriminator(_form),
-]
+# Other mappings are read as in a file, by `read_chunk`.
+Document = Annotated[Text | DocumentBlock | dict[str, Any], Field(union_mode="left_to_right")]
 Documents = Annotated[list[Document], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
 Block = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
 Blocks = Annotated[list[Block], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
@@ -182,20 +153,13 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fa
 class Extension(BaseModel, extra="forbid"):
     """The field ``blocktune``: what OpenAI's interface does not have.
 
-    ``method`` is a method as on the command line (``kvlink + deviation 15 %``) or a mapping as in a
-    suite; ``params`` are its first preset's. ``strip`` requests the prompt's tokens with whether
-    each was reused, moved, recomputed or computed.
+    ``method`` is as on the command line, or a mapping as in a suite; ``params`` are its first
+    preset's. ``strip`` requests whether each token of the prompt was reused.
     """
 
     method: Annotated[str, Field(min_length=1, max_length=300)] | dict[str, Any] | None = None
     params: dict[str, Any] | None = None
     strip: StrictBool | None = False
-
-
-class StreamOptions(BaseModel):
-    """OpenAI's options of a stream."""
-
-    include_usage: StrictBool | None = False
 
 
 class Decoding(BaseModel):
@@ -212,7 +176,7 @@ class Decoding(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[Whole, Field(ge=1, lt=1 << 31)] | None = None
     stream: StrictBool | None = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[str, StrictBool | None] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     user: str | None = None
     blocktune: Extension | None = None
@@ -240,15 +204,11 @@ class ChatRequest(Decoding):
     logprobs: StrictBool | None = False
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
-    @model_validator(mode="after")
-    def _require_logprobs(self):
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
-
     @property
     def num_logprobs(self) -> int | None:
         """Alternatives to report for each token; None: no log probabilities."""
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -257,9 +217,8 @@ class CompletionRequest(Decoding):
 
     prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    best_of: Whole | None = None
 
-    @field_validator("prompt", mode="before")
+    @pydantic.field_validator("prompt", mode="before")
     @classmethod
     def _take_the_only_one(cls, value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, (str, list)) for item in value):
@@ -267,12 +226,6 @@ class CompletionRequest(Decoding):
         if len(value) != 1:
             raise ValueError(f"must be one prompt, got {len(value)}; send a request for each")
         return value[0]
-
-    @model_validator(mode="after")
-    def _refuse_best_of(self):
-        if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of is not supported; use n")
-        return self
 
     @property
     def num_logprobs(self) -> int | None:
@@ -290,55 +243,3 @@ class ChunksRequest(BaseModel, extra="forbid"):
     documents: Annotated[Documents, Field(min_length=1)]
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     pin: StrictBool | None = False
-
-
-class ErrorDetail(BaseModel):
-    """An error in OpenAI's format."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetail
-
-
-class ModelCard(BaseModel):
-    """One entry of ``/v1/models``; ``method`` is the default of its requests."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "blocktune"
-    max_model_len: int
-    method: str
-
-
-class ModelList(BaseModel):
-    """``GET /v1/models``."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class ChunkStatus(BaseModel):
-    """One chunk; ``cached`` is memory, disk or none, or stored for either of the first two."""
-
-    key: str
-    id: str | int | None = None
-    tokens: int | None = None
-    cached: str
-    encoded: bool = False
-    pinned: bool = False
-
-
-class ChunkList(BaseModel):
-    """The response of ``POST /v1/chunks``."""
-
-    object: Literal["list"] = "list"
-    data: list[ChunkStatus]
-    encode_s: float

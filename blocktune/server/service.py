@@ -1,19 +1,21 @@
 """The served models, and the jobs made from validated requests."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from blocktune.cache import ChunkStore, states_key
+from blocktune.adapter.load import load_models
+from blocktune.cache import ChunkStore, PrefixTree, states_key
 from blocktune.cache.responses import ResponseCache
+from blocktune.cache.store.config import StoreConfig
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.prompts import TooLong
 from blocktune.methods import Method, build, default_method
+from blocktune.parsing import refuse_doubles, split_name
 from blocktune.prompt import Chunk, Pieces
 from blocktune.prompt.special_tokens import OWNER
 from blocktune.server import front, schemas
@@ -25,10 +27,41 @@ from blocktune.server.scheduler import Scheduler
 
 _LOG = logging.getLogger(__name__)
 MOST_BLANKS = 64
-CHARACTERS = 32
-"""Most characters of a token, to refuse texts that are too long before they are tokenised."""
-WITHOUT_CHUNKS = "prefix-cache"
-"""The method of prompts without documents, which can only reuse an exact prefix."""
+CHARACTERS = 32  # most of a token, to refuse texts that are too long before they are tokenised
+WITHOUT_CHUNKS = "prefix-cache"  # the method of prompts without documents
+
+
+def load_engines(
+    model: str | None,
+    adapters: list[str],
+    name: str | None,
+    store: str | None,
+    store_bytes: int,
+    **options: Any,
+) -> dict[str, Engine]:
+    """An engine for each adapter and for the bare model, over one base's weights and one store.
+
+    The arguments are those of ``blocktune serve``; ``options`` are `load_models`' own. There are
+    ``store_bytes`` for chunks, and again for exact prefixes. Raises ValueError if two have the same
+    name, or a model cannot reuse chunks.
+    """
+    wanted = [(label or _short(path), path) for label, path in map(split_name, adapters)]
+    if name or not adapters:
+        wanted.append((name or _short(model or ""), None))
+    labels, names = map(list, zip(*wanted, strict=True))
+    refuse_doubles("model or adapter", labels, "name it: NAME=ADAPTER")
+    loaded = load_models(model, names, recurrent=False, **options)
+    config = StoreConfig.parse(store or "", memory=store_bytes)
+    kept = {"store": ChunkStore(device=loaded[0].model.device, config=config)}
+    kept["prefix_tree"] = PrefixTree(max(1, store_bytes), store=kept["store"])
+    return {
+        label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
+        for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
+    }
+
+
+def _short(source: str) -> str:
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 class Served(NamedTuple):
@@ -43,14 +76,9 @@ class Served(NamedTuple):
 class Service:
     """The models, limits and scheduler behind the routes.
 
-    Args:
-        engines: Engines by their names in requests; the first is the default.
-        config: Limits and tenants.
-        method: The default method; None: the one that each model was trained for.
-        checked: Whether every model must pass `check_model` before the first answer.
-        responses: Cache of whole answers, or None.
-
-    Raises ValueError if the method does not fit a model.
+    The first of the ``engines``, which are given by their names in requests, is the default, and so
+    is ``method`` (None: the one that each model was trained for). If ``checked``, every model must
+    pass `check_model` before the first answer. ValueError: the method does not fit a model.
     """
 
     def __init__(
@@ -133,10 +161,7 @@ class Service:
         return job
 
     def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Job:
-        """The job that encodes documents ahead of time, for the model's default method.
-
-        Raises ValueError if one does not fit into the model's context, or into the room for pins.
-        """
+        """The job that encodes documents for the default method; ValueError: they do not fit."""
         served, limits = self._served(body, tenant), self.config.limits
         chunks, engine = self._chunks(served, body.documents, []), served.engine
         spec = engine.prompts.spec(served.method)
@@ -147,22 +172,20 @@ class Service:
             new = sum(size for key, size in keys.items() if key not in pinned)
             room = limits.pinned_bytes - sum(pinned.values())
             if new * served.token_bytes > room:
-                raise ValueError(
-                    f"pin: {new:,} tokens do not fit into the {max(0, room):,} bytes left for "
-                    "pinned chunks; delete some that are pinned"
-                )
+                left = f"the {max(0, room):,} bytes left for pinned chunks"
+                raise ValueError(f"pin: {new:,} tokens do not fit into {left}; delete some")
         return Job(
             *(engine, tenant, chunks, limits.request_s, served.method),
             wanted=[*([prefix] if prefix else []), *pieces],
             pins=frozenset(pieces) if body.pin else frozenset(),
         )
 
-    def chunk(self, name: str, key: str) -> schemas.ChunkStatus:
+    def chunk(self, name: str, key: str) -> dict[str, Any]:
         """Whether a chunk is stored; ``name`` is the tenant's signed name of the store ``key``."""
         is_stored = any(key in store for store in self.stores)
         pinned = any(store.is_pinned(key) for store in self.stores)
-        cached = "stored" if is_stored else "none"
-        return schemas.ChunkStatus(key=name, cached=cached, pinned=pinned)
+        facts = {"key": name, "id": None, "tokens": None, "encoded": False, "pinned": pinned}
+        return facts | {"cached": "stored" if is_stored else "none"}
 
     def discard(self, key: str) -> bool:
         """Removes a chunk and its hidden states, pinned or not. Returns whether all could be."""
@@ -172,15 +195,12 @@ class Service:
         done = [store.discard(*keys) for store in self.stores]
         return all(done)
 
-    def card(self, name: str) -> schemas.ModelCard:
+    def card(self, name: str) -> dict[str, Any]:
         """The description of a model in ``/v1/models``; `WrongField` if there is none."""
         served = self.model(name)
-        return schemas.ModelCard(
-            id=name,
-            created=self.created,
-            max_model_len=served.engine.prompts.longest,
-            method=served.method.name,
-        )
+        card = {"id": name, "object": "model", "created": self.created, "owned_by": "blocktune"}
+        longest, method = served.engine.prompts.longest, served.method.name
+        return card | {"max_model_len": longest, "method": method}
 
     def _served(self, body: schemas.Decoding | schemas.ChunksRequest, tenant: Tenant) -> Served:
         """A request's model, with the tenant's own caches of chunks and of tokenised texts."""
@@ -192,10 +212,8 @@ class Service:
         self, served: Served, documents: Sequence[Any], texts: Iterable[str]
     ) -> tuple[Chunk, ...]:
         limits = self.config.limits
-        if len(documents) > limits.chunks:
-            raise ValueError(
-                f"documents: {len(documents):,} were given, at most {limits.chunks:,} are taken"
-            )
+        if (count := len(documents)) > limits.chunks:
+            raise ValueError(f"documents: at most {limits.chunks:,} are taken, got {count:,}")
         chunks = front.read_documents(documents)
         whole = sum(len(chunk.text) + len(chunk.title or "") for chunk in chunks)
         whole += sum(map(len, texts))
@@ -226,10 +244,8 @@ class Service:
         if spec.num_blanks > MOST_BLANKS:
             raise ValueError(f"blocktune: at most {MOST_BLANKS} blanks, got {spec.num_blanks}")
         if pieces.num_tokens > limits.prompt_tokens:
-            raise TooLong(
-                f"the prompt has {pieces.num_tokens:,} tokens, the server takes "
-                f"{limits.prompt_tokens:,}; cut chunks smaller or retrieve fewer"
-            )
+            sizes = f"{pieces.num_tokens:,} tokens, the server takes {limits.prompt_tokens:,}"
+            raise TooLong(f"the prompt has {sizes}; cut chunks smaller or retrieve fewer")
         new_tokens = body.max_completion_tokens or body.max_tokens
         for name, value, most in (
             ("max_tokens", new_tokens, limits.new_tokens),
@@ -253,8 +269,6 @@ class Service:
             token_bytes=served.token_bytes,
         )
         if job.reserved > limits.kv_bytes:
-            raise ValueError(
-                f"the prompt and its answers need {job.reserved:,} bytes of keys and values, the "
-                f"server has {limits.kv_bytes:,}; ask for fewer tokens or choices"
-            )
+            sizes = f"{job.reserved:,} bytes of keys and values, the server has {limits.kv_bytes:,}"
+            raise ValueError(f"the answer needs {sizes}; ask for fewer tokens or choices")
         return job

@@ -89,7 +89,7 @@ def test_thinned_chunks(blocktune, model, tmp_path):
         (("--method", "recycle", "--param", "model=/none"), "cannot load an embedding model from"),
         (("--decode-cache", "int3"), "a decode cache is one of sliding:TOKENS"),
         (("--store", "press=none:0.5"), "a press is NAME:RATIO"),
-        (("--store", "press=knorm:0.5", "--method", "epic"), "press 'knorm:0.5' drops"),
+        (("--store", "press=knorm:0.5", "--method", "epic"), "unlike press 'knorm:0.5'"),
     ],
 )
 def test_mistakes_are_one_line(refused, model, options, reason, monkeypatch):

@@ -14,7 +14,7 @@ from blocktune.links import new_links, save_links
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import load_base
 from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
-from blocktune.server.launch import load_engines
+from blocktune.server.service import load_engines
 
 CHUNKS = [
     Chunk("Anna Belt is in Kirby.", "Anna Belt"),

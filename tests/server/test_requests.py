@@ -212,7 +212,7 @@ def test_null_is_as_if_left_out(client):
 
 
 def test_limits_have_units_and_are_in_the_documentation():
-    from blocktune.server.launch import read_limits
+    from blocktune.server.config import read_limits
 
     limits = read_limits(["kv_bytes=8GB", "body_bytes=1000", "running=4"])
     assert (limits.kv_bytes, limits.body_bytes, limits.running) == (8 * 10**9, 1000, 4)

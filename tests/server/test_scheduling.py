@@ -8,10 +8,10 @@ from unittest.mock import Mock
 
 import pytest
 from server.support import CHAT, chat, metric, refused, wait_until
+from starlette.exceptions import HTTPException
 
 from blocktune.engine.encode import Encoder
 from blocktune.server import Limits, Tenant, scheduler
-from blocktune.server.job import Failure
 from blocktune.server.scheduler import Scheduler
 
 
@@ -69,7 +69,7 @@ def test_a_client_that_leaves_while_its_chunks_are_encoded_makes_room(serve, mon
     done, threads = in_background(client, [chat(documents=["A text that nobody reads."])])
     wait_until(lambda: client.service.scheduler.kv_bytes > 0)
     [left] = client.service.scheduler.preparing
-    left.emit(Failure(499, "the client has left"))
+    left.emit(HTTPException(499, "the client has left"))
     left.cancelled = True
     more, others = in_background(client, [chat(documents=["Anna Belt is in Kirby."])])
     wait_until(lambda: client.service.scheduler.waiting == 1)
