@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from evaluation.fake_results import METHODS, fake_results
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from blocktune.evaluation.compare import power_notes
@@ -178,6 +179,16 @@ def test_an_axis_shows_where_the_scores_are():
     assert zoomed([0.15, 0.46]) == (0.0, 0.5)
     assert zoomed([0.35, 0.4]) == (0.3, 0.5)
     assert zoomed([0.15, 1.0]) == zoomed([0.0, 0.85]) == zoomed([]) == (0.0, 1.0)
+
+
+def test_no_context_does_not_squeeze_the_other_methods():
+    axes = Figure().add_subplot()
+    next(iter(charts_of(fake_results()))).fill(axes, LIGHT)
+    start = axes.get_ylim()[0]
+    assert start > 0.3
+    assert "axis from" in axes.get_ylabel()
+    assert any(re.fullmatch(r"no-context \(\d+ %\)", text.get_text()) for text in axes.texts)
+    assert [line.get_marker() for line in axes.lines if start in line.get_ydata()] == ["v"]
 
 
 def test_pictures_come_light_and_dark_and_are_sound(run):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -81,15 +80,15 @@ def _draw_costs(
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
-    style.zoom(axes, _ends(methods.values()), "score")
+    start = style.zoom(axes, _ends(methods, {n: [m] for n, m in methods.items()}), "score")
     largest = max(0.05, *places.values())
     axes.set_xlim(-0.04 * largest, 1.05 * largest)
     if factor == 1:
         style.as_share(axes.xaxis)
     points = []
     for name, summary in methods.items():
-        _draw_score(axes, mark(ground, name), summary, places[name])
-        points.append((places[name], summary["score"], name))
+        height = _draw_score(axes, mark(ground, name), summary, places[name], start)
+        points.append((places[name], height, _named(name, summary["score"], start)))
     axes.set_xlabel(label)
     points.sort(key=lambda point: point[2] not in front)  # these first, if there is little room
     style.label_points(axes, ground, points)
@@ -107,10 +106,10 @@ def _group_chart(methods: Mapping[str, Cell], group: str, cells: Mapping[str, Ce
 def _draw_rows(
     axes: Axes, ground: Ground, methods: Mapping[str, Cell], cells: Mapping[str, Cell]
 ) -> None:
-    every = chain.from_iterable(m["tasks"].values() for m in methods.values())
-    style.zoom(axes, _ends(every), "score", axis="x")
+    every = {name: m["tasks"].values() for name, m in methods.items()}
+    start = style.zoom(axes, _ends(methods, every), "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
-        _draw_score(axes, mark(ground, label), cell, row, axis="x")
+        _draw_score(axes, mark(ground, label), cell, row, start, axis="x")
         axes.annotate(
             f"{100 * cell['score']:.1f}", (1, row), xycoords=("axes fraction", "data"),
             xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=style.SMALL,
@@ -134,13 +133,13 @@ def _sweep_chart(results: Results, name: str) -> Chart:
     def fill(axes: Axes, ground: Ground) -> None:
         places, ends = [(b["from"] + b["to"]) / 2 for b in bins], {}
         cells = {method: [b["scores"][method] for b in bins] for method in methods}
-        style.zoom(axes, _ends(chain.from_iterable(cells.values()), "ci95"), "score")
+        start = style.zoom(axes, _ends(methods, cells, "ci95"), "score")
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # separates bars
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
             line = mark(ground, method) | {"lw": 1.4, "elinewidth": 0.7}
             axes.errorbar(moved, heights, yerr=_reach(own, "ci95"), **line)
-            ends[method] = heights[-1], line["color"]
+            ends[_named(method, heights[-1], start)] = max(heights[-1], start), line["color"]
         axes.set_xlabel(label)
         style.label_ends(axes, ends)
 
@@ -173,14 +172,30 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     return style.to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4), min(width, 15))
 
 
-def _draw_score(axes: Axes, look: Mapping, cell: Cell, place: float, axis: str = "y") -> None:
-    x, y = (place, cell["score"]) if axis == "y" else (cell["score"], place)
-    bars = {f"{axis}err": _reach([cell]), "elinewidth": 1.5}
-    axes.errorbar([x], [y], linestyle="", clip_on=False, **look, **bars)
+def _draw_score(
+    axes: Axes, look: Mapping[str, Any], cell: Cell, place: float, start: float, axis: str = "y"
+) -> float:
+    """Draws a score with its interval, or an arrow if it is below ``start``; returns its place."""
+    at = max(cell["score"], start)
+    x, y = (place, at) if axis == "y" else (at, place)
+    if cell["score"] < start:
+        axes.plot(x, y, clip_on=False, **look | {"marker": "v" if axis == "y" else "<"})
+    else:
+        bars = {f"{axis}err": _reach([cell]), "elinewidth": 1.5}
+        axes.errorbar([x], [y], linestyle="", clip_on=False, **look, **bars)
+    return at
 
 
-def _ends(cells: Iterable[Cell], key: str = "score_ci95") -> list[float]:
-    return [end for cell in cells for end in cell[key]]
+def _named(label: str, score: float, start: float) -> str:
+    return label if score >= start else f"{label} ({100 * score:.0f} %)"
+
+
+def _ends(
+    methods: Mapping[str, Cell], cells: Mapping[str, Iterable[Cell]], key: str = "score_ci95"
+) -> list[float]:
+    """Ends of all intervals but those of ``no-context``, which would squeeze the others."""
+    kept = [label for label in cells if methods[label]["method"] != "no-context"]
+    return [end for label in kept for cell in cells[label] for end in cell[key]]
 
 
 def _reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:

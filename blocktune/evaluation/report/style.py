@@ -1,4 +1,4 @@
-"""Style of the charts: a colour and marker per method, direct labels, zoomed axes that say so."""
+"""Style of the charts: a colour and marker per method, direct labels, marked zoomed axes."""
 
 from __future__ import annotations
 
@@ -131,8 +131,11 @@ def zoomed(values: Sequence[float]) -> tuple[float, float]:
     return start if start >= 0.2 else 0.0, end if end <= 0.8 else 1.0
 
 
-def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> None:
-    """Fits an axis of shares to ``values``; its label says a range that is not 0 to 1."""
+def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> float:
+    """Fits an axis of shares to ``values``, and returns its start.
+
+    The label names a range that is not 0 to 1. A start above 0 also gets two strokes.
+    """
     upright, (start, end) = axis == "y", zoomed(values)
     own = axes.yaxis if upright else axes.xaxis
     axes.set(**{f"{axis}lim": (start, end + 0.03 * (end - start))})
@@ -143,7 +146,16 @@ def zoom(axes: Axes, values: Sequence[float], name: str, axis: str = "y") -> Non
     as_share(own)
     if (start, end) != (0, 1):
         name += f"{separator}(axis from {100 * start:.0f} to {100 * end:.0f} %)"
-    own.set_label_text(name)
+    if start:
+        stroke = ((-1, -0.6), (1, 0.6))
+        for at in (0.04, 0.065):
+            axes.plot(
+                *((0, at) if upright else (at, 0)), clip_on=False, zorder=5, markersize=8,
+                marker=stroke if upright else [pair[::-1] for pair in stroke],
+                color=mpl.rcParams["text.color"], transform=axes.transAxes,
+            )  # fmt: skip
+    own.set_label_text(name.lstrip())
+    return start
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
