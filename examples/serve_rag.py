@@ -25,7 +25,7 @@ def main(folder: str, question: str, url: str = "http://127.0.0.1:8000/v1", k: i
     """Retrieves sections and prints the answer as it is generated."""
     client = OpenAI(base_url=url, api_key="none")
     corpus = sections(folder) or sys.exit(f"no Markdown sections in '{folder}'")
-    best = [corpus[hit.index] for hit in Index(corpus).search([question], k)[0]]
+    best = [corpus[place] for place in Index(corpus).search([question], k)[0]]
     stream = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": question}],

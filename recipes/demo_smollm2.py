@@ -67,7 +67,7 @@ def load_questions(count: int, passages: int) -> list[RagExample]:
     examples = []
     for question, gold in questions[:: max(1, len(questions) // count)][:count]:
         [hits] = index.search([question["question"]], passages)
-        others = [hit.index for hit in hits if hit.index != gold]
+        others = [place for place in hits if place != gold]
         selected = sorted([gold, *others[: passages - 1]])
         chunks, support = tuple(index.chunks[i] for i in selected), (selected.index(gold),)
         examples.append(

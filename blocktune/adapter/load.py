@@ -136,7 +136,9 @@ def require_whole(folder: str | Path) -> None:
     """Raises ValueError if a weight file is missing or truncated; reads only headers."""
     folder, info = Path(folder), AdapterInfo.load(folder)
     has_peft = (folder / PEFT_FILE).is_file()
-    bare = info.base_model == OWN_WEIGHTS or info.has_table
+    # adapters of older versions may have their LoRA in a subfolder, where PEFT puts a named one
+    whole = info.has_table and not any(folder.glob(f"*/{PEFT_FILE}"))
+    bare = info.base_model == OWN_WEIGHTS or whole
     if has_peft != any(folder.glob("adapter_model*")) or not (has_peft or bare):
         raise ValueError(f"'{folder}' lacks one of {PEFT_FILE} and adapter_model.safetensors")
     require_readable(folder)

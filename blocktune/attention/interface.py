@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ OWN_ATTENTION = (
     "that attends by transformers' attention interface"
 )
 _HANDLE = "_blocktune_attached"  # attribute of a decoder: its execution, and the handle of its hook
+ATTACHED: WeakSet[nn.Module] = WeakSet()  # the attached decoders of this process
 
 
 class Plan(Protocol):
@@ -107,12 +109,14 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
     _remove_hook(decoder)
     reader = decoder.register_forward_pre_hook(partial(_read_layout, execution), with_kwargs=True)
     setattr(decoder, _HANDLE, (execution, reader))
+    ATTACHED.add(decoder)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Restores the stock attention of ``model``; does nothing if it is not attached."""
     if is_attached(model):
         _remove_hook(decoder_of(model))
+        ATTACHED.discard(decoder_of(model))
         model.set_attn_implementation(_stock(model))
 
 

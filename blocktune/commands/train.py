@@ -43,7 +43,7 @@ def train(
         print_options()
         return
     from blocktune.training.resume import stoppable
-    from blocktune.training.run import FINISHED, earlier_run, leave, parse, train
+    from blocktune.training.run import earlier_run, finished, leave, parse, train
 
     arguments = [*(["--config", config] if config else []), *ctx.args]
     if processes is None and launcher is None:
@@ -55,7 +55,7 @@ def train(
     data, args, choice = parse(arguments)  # here, so that an error is reported only once
     earlier = earlier_run(data, args, choice, None if launcher else processes)
     if earlier == Path(args.output_dir) and not args.dry_run:
-        typer.echo(FINISHED)
+        typer.echo(finished(data, args.output_dir))
         return
     with stoppable(args.output_dir, args.overwrite):
         launch(processes, launcher, ["-m", "blocktune.cli", "train", *arguments])

@@ -289,8 +289,8 @@ def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
     """
     if not getattr(model, "can_generate", bool)() or hasattr(model, "_orig_mod"):
         raise ValueError(
-            f"an engine needs a causal language model, got {type(model).__name__}; load one by "
-            "AutoModelForCausalLM, and compile it in place by compile()"
+            f"an engine needs a causal language model, got {type(model).__name__}; load it by "
+            "AutoModelForCausalLM or Engine.from_pretrained, and compile it in place by compile()"
         )
     if len(devices := sorted({str(weight.device) for weight in model.parameters()})) > 1:
         raise ValueError(

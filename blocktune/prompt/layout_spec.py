@@ -55,8 +55,9 @@ class LayoutSpec:
         by_chunk = self.link_table == "chunk" and self.num_links > 0
         if by_chunk != (self.max_chunks > 0):
             raise ValueError(
-                "layout: only links with link_table 'chunk' need max_chunks (KVLink: 40); got "
-                f"{self.num_links} links, '{self.link_table}', max_chunks {self.max_chunks}"
+                "layout: a link table by chunk needs max_chunks (KVLink: 40), others do not; got "
+                f"num_links {self.num_links}, link_table '{self.link_table}' and max_chunks "
+                f"{self.max_chunks}"
             )
         if (self.placement == "reserved") != (self.slot > 0):
             raise ValueError(
@@ -98,7 +99,10 @@ class LayoutSpec:
     def link_rows(self, chunk: int) -> tuple[int, ...]:
         """Table rows of the ``chunk``-th chunk's links, slot by slot. ValueError: it has none."""
         if self.max_chunks and chunk >= self.max_chunks:
-            raise ValueError(f"more than max_chunks ({self.max_chunks}) chunks; retrieve fewer")
+            raise ValueError(
+                f"the link table has rows for {self.max_chunks} chunks (max_chunks), but a prompt "
+                "has more; retrieve fewer, or train with link_table 'slot'"
+            )
         first = chunk * self.num_links if self.link_table == "chunk" else 0
         step = 0 if self.link_table == "shared" else 1
         return tuple(first + step * slot for slot in range(self.num_links))

@@ -224,7 +224,10 @@ class StagedSaving(Trainer):
         if best is not None and best.is_dir():
             self._earlier_best = str(best)
         elif best is not None and self.args.load_best_model_at_end:
-            raise ValueError(f"the best checkpoint, '{best}', is not there; restore it")
+            raise ValueError(
+                f"the best checkpoint, '{best}', is not there; restore it, or set "
+                "load_best_model_at_end: false"
+            )
 
     def _init_training_state(self, *args: Any) -> Any:
         done = super()._init_training_state(*args)

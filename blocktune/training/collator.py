@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.attention.interface import ATTACHED
 from blocktune.data.example import RagExample
 from blocktune.data.sources.records import LeftOut
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
@@ -106,6 +110,8 @@ class BlockDataCollator:
 
         Raises ValueError if a row cannot be read, or is longer than ``max_length``.
         """
+        if not ATTACHED and get_worker_info() is None:
+            _warn_unattached()
         rows = [[self._lay_out(part) for part in self._parts_of(record)] for record in records]
         batch = self._tensors([prompt for prompt, _, _ in row] for row in rows)
         batch["attention_mask"] = (batch["layout"][..., 0] != Kind.PAD).long()
@@ -213,3 +219,10 @@ class BlockDataCollator:
 def _ids(ids: Sequence[int]) -> np.ndarray:
     """An array of 4 bytes per token; Python ints take ten times as much."""
     return np.array(ids, dtype=np.int32)
+
+
+@functools.cache
+def _warn_unattached() -> None:
+    logging.getLogger(__name__).warning(
+        "no model of this process is attached, so it ignores layouts; call blocktune.attach(model)"
+    )

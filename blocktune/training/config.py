@@ -171,9 +171,10 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
         for name, required in _MUST_BE.items():
-            if getattr(self, name) != required:
+            value = getattr(self, name)
+            if value != required and (name, value) != ("hub_strategy", "end"):
                 hint = " (pack_length packs by layout)" if "pack" in name else ""
-                got = f"{getattr(self, name)!r}; leave it out{hint}"
+                got = f"{value!r}; leave it out{hint}"
                 raise ValueError(f"block training needs {name}: {required}, got {got}")
         if self.router_aux_loss_coef:
             raise ValueError("router_aux_loss_coef is not supported; leave it out or set it to 0")
@@ -211,13 +212,17 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             raise ValueError("both_modes trains every example in both; leave block_share out")
         if self.attention_execution == "flex" and self.use_cpu:
             raise ValueError("attention_execution 'flex' has no backward on a CPU; use 'split'")
-        spec, _ = self.layout, self.augmentation  # creating these objects checks their fields
-        if (spec.num_learned or self.sampler is not None) and not spec.block:
+        # creating these objects checks their fields
+        spec, sampler, _ = self.layout, self.sampler, self.augmentation
+        if (spec.num_learned or sampler is not None) and not spec.block:
             raise ValueError("learned tokens and recompute need block examples; raise block_share")
         if spec.num_links and (spec.num_headers or spec.num_trailers):
             raise ValueError("no method serves an adapter with link tokens and headers or trailers")
         if self.freeze_base and (not spec.num_learned or self.link_mode != "table"):
-            raise ValueError("freeze_base trains only the learned tokens of a table; add some")
+            raise ValueError(
+                "freeze_base trains only the learned tokens of a table; set num_links, num_headers "
+                "or num_trailers, and link_mode: table"
+            )
         if self.block_dropout and self.shared_prefix:
             raise ValueError("block_dropout does not fit shared_prefix; drop it or shared_prefix")
         if self.position_jitter and self.placement != "sequential":

@@ -132,7 +132,7 @@ def prepare(
 
     Raises ValueError if an example is too long or has no answer, or if no example is left.
     """
-    parts, num_dropped = [], 0
+    parts, num_dropped, longest = [], 0, limit
     for index, sample in enumerate(samples):
         part = read(index, sample)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
@@ -149,7 +149,10 @@ def prepare(
                 "long_examples: drop"
             )
     if not parts:
-        raise ValueError(f"no example to train on: {len(samples)} rows, {num_dropped} too long")
+        raise ValueError(
+            f"no example to train on: of {len(samples)} rows, {num_dropped} have more than "
+            f"{longest} tokens; raise max_length or pack_length"
+        )
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
     blank = _unanswered(min(parts, key=lambda part: part["length"]))
     rows += [[blank]] * (-len(rows) % multiple_of)

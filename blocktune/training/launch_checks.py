@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,12 +92,16 @@ def refuse_launch(accelerator: Accelerator, uses_deepspeed: bool) -> None:
             "by `blocktune train --processes` or with a configuration of recipes/accelerate"
         )
     uses_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    for name, is_used in (("DEEPSPEED", uses_deepspeed), ("FSDP", uses_fsdp)):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}") and not is_used:
-            raise ValueError(
-                f"the launcher asked for {name}, but the Trainer runs without it (FSDP needs "
-                "GPUs); launch with a file of recipes/accelerate, and no deepspeed option"
-            )
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
+        raise ValueError(
+            "the launcher asked for DeepSpeed, but the Trainer runs without it; launch with "
+            "recipes/accelerate/zero2.yaml and set no deepspeed option in the recipe"
+        )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not uses_fsdp:
+        raise ValueError(
+            "the launcher asked for FSDP, which accelerate supports only on GPUs: on CPUs it would "
+            "train with plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml"
+        )
 
 
 def save_whole(accelerator: Accelerator) -> None:
@@ -109,13 +114,20 @@ def save_whole(accelerator: Accelerator) -> None:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
-def refuse_stale_locks() -> None:
-    """Raises ValueError for the lock of a killed build, for which DeepSpeed would wait forever."""
+def wait_for_builds() -> None:
+    """Waits for builds of DeepSpeed's operators by other processes, and reports it.
+
+    Raises ValueError for the lock of a killed build, for which DeepSpeed would wait forever.
+    """
     from torch.utils.cpp_extension import get_default_build_root  # seconds to import
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
-        if not _is_held(lock) and lock.exists():
+        if _is_held(lock):
+            say(f"waiting for another process to build an operator: {lock}")
+        while _is_held(lock):
+            time.sleep(1)
+        if lock.exists():
             raise ValueError(f"a build of DeepSpeed was stopped and left its lock: rm '{lock}'")
 
 

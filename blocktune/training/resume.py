@@ -61,7 +61,9 @@ def stoppable(output_dir: str | Path, overwrite: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        line, last = "no checkpoint is saved yet", last_checkpoint(output_dir)
+        kept = " (the earlier run is unchanged)" if overwrite else ""
+        line = f"no checkpoint is saved yet{kept}; repeat the command to start again"
+        last = last_checkpoint(output_dir)
         if last is not None and last.stat().st_mtime > started:
             line = f"the last checkpoint is {last}; repeat the command{how} to continue"
         raise KeyboardInterrupt(line) from None
@@ -95,7 +97,12 @@ def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
-    found = load_yaml(folder / CONFIG_FILE, "settings", "start again with --overwrite")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"'{folder}' has no {CONFIG_FILE}, so its settings are unknown; choose another "
+            "output_dir, or start again with --overwrite, which removes it"
+        )
+    found = load_yaml(folder / CONFIG_FILE, "settings", _FIX)
     is_grouped = isinstance(found, dict) and all(isinstance(g, dict) for g in found.values())
     if not is_grouped or not {*_ROWS, *_LENGTH} <= found.get("training", {}).keys():
         raise ValueError(f"'{folder / CONFIG_FILE}' does not have the settings of a run; {_FIX}")

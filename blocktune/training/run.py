@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -23,6 +24,7 @@ from blocktune.data import load_examples
 from blocktune.data.example import own_wording
 from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources.load import training_split
+from blocktune.data.sources.options import parse_source
 from blocktune.models import load
 from blocktune.parsing import load_yaml, mapping
 from blocktune.prompt import PromptFormat
@@ -34,7 +36,6 @@ from blocktune.training.dataset import Sample, in_modes, to_sample
 from blocktune.training.plan import LogLines, make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
 
-FINISHED = "the run is finished; --overwrite starts again"
 _OPTIONS = (DataArgs, BlockSFTConfig, ModelConfig)
 _TYPES = {name: str(t) for cls in _OPTIONS for name, t in get_type_hints(cls).items()}
 
@@ -164,12 +165,12 @@ def _train(data, args, choice, callbacks) -> Path | None:
         raise ValueError(f"output_dir is the folder of the base model, '{folder}'; name another")
     checkpoint = earlier_run(data, args, choice, int(os.environ.get("WORLD_SIZE", "1")))
     if checkpoint == folder and not args.dry_run:
-        launch_checks.say(FINISHED)
+        launch_checks.say(finished(data, folder))
         return folder
     if checkpoint not in (None, folder):
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        launch_checks.refuse_stale_locks()
+        launch_checks.wait_for_builds()
     if args.dry_run:
         args.output_dir = tempfile.gettempdir()  # the Trainer creates its folder
     with resume.stoppable(folder, args.overwrite):
@@ -183,6 +184,15 @@ def _train(data, args, choice, callbacks) -> Path | None:
         trainer.save_state()
         launch_checks.say(f"saved in {folder}: blocktune answer --adapter {folder}")
     return folder
+
+
+def finished(data: DataArgs, folder: str | Path) -> str:
+    """The line about a run that has ended, which tells if its data file is newer than the run."""
+    source = Path(data.mixture or parse_source(data.train_data).name)
+    ended = (Path(folder) / TRAINER_STATE_NAME).stat().st_mtime
+    is_newer = source.is_file() and source.stat().st_mtime > ended
+    since = f", before {source} changed" if is_newer else ""
+    return f"the run is finished{since}; --overwrite starts again"
 
 
 def earlier_run(

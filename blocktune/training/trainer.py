@@ -188,6 +188,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
                 raise ValueError(f"row {index} of the dataset: {error}") from None
         for reason, count in left_out.items():
             logger.warning("%d rows are left out: %s", count, reason)
+        if left_out and not samples:
+            reason, _ = left_out.most_common(1)[0]
+            raise ValueError(f"no example to train on: all rows are left out: {reason}")
         if not (isinstance(rows, list) and rows and isinstance(rows[0], Sample)):
             samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
         return prepare(

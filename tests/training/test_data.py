@@ -97,7 +97,7 @@ def test_long_examples_are_dropped_and_counted():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match="no example to train on: 8 rows, 8 too long"):
+    with pytest.raises(ValueError, match="no example to train on: of 8 rows, 8 have more than 3 tokens"):
         prepared(toy_examples(8), limit=3, drop_long=True)
 
 
@@ -196,6 +196,6 @@ def test_rows_are_padded_to_a_multiple_where_each_length_compiles():
 def test_a_chunk_without_a_row_of_the_table_is_found_before_the_run():
     spec = LayoutSpec(num_links=1, link_table="chunk", max_chunks=2)
     read = BlockDataCollator(toy_tokenizer(), spec).reader
-    with pytest.raises(ValueError, match=r"^example 1 .*more than max_chunks \(2\)"):
+    with pytest.raises(ValueError, match=r"^example 1 .*rows for 2 chunks \(max_chunks\)"):
         prepare(in_modes([*toy_examples(1, chunks=2), *toy_examples(1)]), read, limit=500)
     assert prepare(in_modes(toy_examples(1), block_share=0), read, limit=500).num_examples == 1

@@ -1,6 +1,8 @@
 """The training door: rows as users have them, a trainer as TRL's, a layout beside any adapter."""
 
 import json
+from unittest.mock import patch
+from weakref import WeakSet
 
 import pandas
 import pytest
@@ -24,6 +26,7 @@ from blocktune import (
 from blocktune.data import load_examples
 from blocktune.data.sources.records import LeftOut
 from blocktune.layout import Kind, Layout
+from blocktune.training.collator import _warn_unattached
 from blocktune.training.dataset import to_sample
 from blocktune.training.run import train
 
@@ -365,6 +368,21 @@ def test_rows_that_a_source_leaves_out_are_left_out(tmp_path, caplog):
     assert "2 rows are left out: no answer" in caplog.text
     with pytest.raises(ValueError, match=r"cannot be learned .*give it 'documents'"):
         BlockDataCollator(toy_tokenizer())([useless])
+
+
+def test_a_model_that_ignores_layouts_is_told_about(caplog):
+    """Without `attach` transformers drops the layout, and trains full attention."""
+    collator = BlockDataCollator(toy_tokenizer())
+    with patch("blocktune.training.collator.ATTACHED", WeakSet()) as attached:
+        _warn_unattached.cache_clear()
+        collator(toy_examples(1))
+        assert "blocktune.attach(model)" in caplog.text
+        caplog.clear()
+        _warn_unattached.cache_clear()
+        model = toy_model()
+        attached.add(model)
+        collator(toy_examples(1))
+        assert not caplog.text
 
 
 def test_one_answer_is_an_answer():

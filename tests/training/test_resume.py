@@ -72,6 +72,9 @@ def test_the_same_command_continues_and_then_does_nothing(stopped, tmp_path, cap
     run(stopped, "--dry-run")
     assert "training plan" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    (tmp_path / "train.jsonl").touch()
+    run(stopped)
+    assert "finished, before " + str(tmp_path / "train.jsonl") in capsys.readouterr().out
 
 
 def test_provenance_says_what_each_start_did(stopped, tmp_path):
