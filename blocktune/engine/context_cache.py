@@ -34,7 +34,8 @@ class _Continued(DynamicCache):
         is_first = layer.get_seq_length() == self.context_tokens
         if is_first and key_states.shape[2] >= self.prompt_tokens:
             raise ValueError(
-                "assisted decoding computes the prompt on top of its cached context; leave it out"
+                "assisted decoding and prompt lookup compute the whole prompt on top of its cached "
+                "context; leave these options out"
             )
         if is_first and len(key_states) > len(layer.keys):  # beams, several sequences
             layer.batch_repeat_interleave(len(key_states) // len(layer.keys))

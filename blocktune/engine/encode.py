@@ -216,9 +216,10 @@ class Encoder:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``, ``layers`` as in `find`."""
         watch = Stopwatch(self.model.device)
         unique = dict.fromkeys(pieces if prefix is None else [prefix, *pieces])
-        names: dict[Piece, str] = {}
+        documents: dict[Piece, list[str]] = {}
         for piece, chunk in zip(pieces, chunks, strict=True):
-            names[piece] = _joined(names.get(piece, ""), chunk.document)
+            documents.setdefault(piece, []).append(chunk.document)
+        names = {piece: _joined(*own) for piece, own in documents.items()}
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory

@@ -97,7 +97,9 @@ def test_long_examples_are_dropped_and_counted():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match="no example to train on: of 8 rows, 8 have more than 3 tokens"):
+    with pytest.raises(
+        ValueError, match="no example to train on: of 8 rows, 8 have more than 3 tokens"
+    ):
         prepared(toy_examples(8), limit=3, drop_long=True)
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
@@ -213,7 +213,7 @@ class Tracer:
 
     def __init__(self, path: Path | None = None):
         self._file: BinaryIO | None = None
-        self._count, self._last = 0, {}
+        self._count, self._last = 0, OrderedDict()  # a dict is slow to drop its oldest key
         self._distances, self._lifetimes = Counter(), Counter()
         if path is not None:
             try:

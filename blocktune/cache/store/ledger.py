@@ -113,11 +113,15 @@ class Ledger:
         with self._uses_lock:
             now = self.now()
             self._uses[key] = self._uses.get(key, (0,))[0] + 1, now, row
-            if self.path is not None and self._writer != os.getpid():
+            start = self.path is not None and self._writer != os.getpid()
+            if start:
                 self._writer = os.getpid()
-                timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
-                timer.daemon = True
-                timer.start()
+        if (
+            start
+        ):  # without the lock: starting waits for the thread, and a fork would copy it locked
+            timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
+            timer.daemon = True
+            timer.start()
 
     def remove(self, keys: Iterable[str]) -> None:
         """Deletes entries."""
