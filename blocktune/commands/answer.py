@@ -69,6 +69,7 @@ def answer(
     if stream and (len(examples) > 1 or output or as_json):
         raise ValueError("--stream prints one answer; leave out --output and --json")
     chosen = answering.build_method(method, param or [])
+    had_chunks = answering.holds_chunks(store)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if decode_cache is not None:
         DecodeCache.parse(decode_cache)  # a mistake is reported before a model loads
@@ -92,7 +93,7 @@ def answer(
         run.write(examples, output, [" ".join((method or used.name).split()), *(param or [])])
     else:
         run.print_answers(examples, as_json)
-    answering.report_store(engine.store)
+    answering.report_store(engine.store, had_chunks)
 
 
 @command(

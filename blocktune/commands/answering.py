@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from blocktune.cache import ChunkStore, StoreStats
+from blocktune.cache.store.config import StoreConfig
+from blocktune.cache.store.folder import ChunkFolder
 from blocktune.commands.application import resumable
 from blocktune.commands.options import tracked
 from blocktune.data import RagExample, load_examples
@@ -194,14 +196,25 @@ def encode(
         raise ValueError(f"{lost:,} chunks were not stored: they exceed {limits}; raise them")
 
 
-def report_store(store: ChunkStore) -> None:
-    """Reports how many chunks came from a store."""
+def holds_chunks(store: str | None) -> bool:
+    """Whether a store is a folder that holds chunks already."""
+    folder = StoreConfig.parse(store or "").folder
+    return folder is not None and any(ChunkFolder(folder).keys())
+
+
+def report_store(store: ChunkStore, had_chunks: bool) -> None:
+    """Reports how many chunks came from a store; ``had_chunks``: it was not empty before."""
     if store.place is None:
         return
     store.flush()
     stats = store.stats()
     counts = f"{stats.files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
     line = f"{counts} (with the prompts' starts)"
+    if had_chunks and stats.misses > stats.rejected and not stats.files.hits:
+        line += (
+            "; the store's chunks are other passages, or of another model, adapter, dtype, "
+            "quantization or prompt format"
+        )
     for name, tier in stats.tiers.items():
         if tier.unwritten:
             line += f", {tier.unwritten:,} not stored in the {name}: it is full or out of reach"

@@ -131,6 +131,7 @@ def test_encoded_chunks_are_found_again_by_another_engine(blocktune, model, ques
     assert all(r["usage"]["chunk_misses"] == 0 for r in records)
     other = blocktune(*ask, tmp_path / "other.jsonl", "--dtype", "bfloat16").stderr
     assert "\n0 chunks read" in f"\n{other}"
+    assert "chunks are other passages, or of another model" in other
 
 
 def test_a_stopped_answer_continues(blocktune, refused, model, tmp_path, monkeypatch):
