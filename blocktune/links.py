@@ -75,7 +75,10 @@ def install_links(model: PreTrainedModel, table: nn.Embedding) -> None:
         raise ValueError("this model has link tokens installed already; load the base again")
     rows, width = table.weight.shape[1], whole_shape(embedding.weight)[1]
     if rows != width:
-        raise ValueError(f"link rows are {rows} wide, this model's embeddings {width}")
+        raise ValueError(
+            f"link rows are {rows} wide, this model's embeddings {width}; the links were trained "
+            "for another base"
+        )
     if any(other.num_embeddings >= first for other in _other_tables(base)):
         raise ValueError("this model has several embedding tables; use link_mode 'added_tokens'")
     table.to(embedding.weight.device)

@@ -1,6 +1,7 @@
 """Strict parsing of YAML, JSON or option strings into frozen dataclasses, with one-line errors."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -61,10 +62,14 @@ WANTED = {  # by the annotation of a field; values of other types are passed thr
 
 
 RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}  # keys of old files, still read
+_reported: set[str] = set()
 
 
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
-    """Replaces keys of `RENAMED`, unless ``known``; ValueError if the record has both names."""
+    """Replaces keys of `RENAMED`, unless ``known``; ValueError if the record has both names.
+
+    The first use of each in a process is logged.
+    """
     current: dict[str, Any] = {}
     for key, value in record.items():
         name = RENAMED.get(key, key)
@@ -72,6 +77,9 @@ def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) 
         if name != key and name in record:
             raise ValueError(f"{where}: '{key}' is the old name of '{name}'; drop '{key}'")
         current[name] = value
+        if name != key and key not in _reported:
+            _reported.add(key)
+            logging.getLogger("blocktune").warning("%s: '%s' is now called '%s'", where, key, name)
     return current
 
 

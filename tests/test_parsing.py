@@ -115,11 +115,18 @@ def test_options_that_do_not_fit_are_refused(options, message):
         build_config(Spec, options, "s")
 
 
-def test_an_old_key_loads_everywhere():
+@pytest.fixture(autouse=True)
+def _nothing_reported(monkeypatch):
+    monkeypatch.setattr(parsing, "_reported", set())
+
+
+def test_an_old_key_loads_everywhere_and_its_new_name_is_said_once(caplog):
     assert LayoutSpec.from_dict({"num_ghosts": 2}) == LayoutSpec(num_blanks=2)
     entry = {"name": "naive", "layout": {"num_ghosts": 1}}
     for method in (build_entry(entry), build("naive + layout num_ghosts=1")):
         assert method.layout(LayoutSpec()).num_blanks == 1
+    (line,) = caplog.messages
+    assert "'num_ghosts' is now called 'num_blanks'" in line
 
 
 def test_both_names_of_a_key_are_refused_and_a_key_that_is_known_is_kept():

@@ -91,8 +91,9 @@ def resumable(kept: str) -> Iterator[None]:
 def plugins_first(args: list[str]) -> list[str]:
     """Moves every ``--plugin X`` and ``--plugin=X`` to the front of the arguments."""
     named, others = [], []
-    for before, arg in zip([None, *args], args, strict=False):
-        is_own = PLUGIN in (before, arg) or arg.startswith(f"{PLUGIN}=")
+    for before, arg, after in zip([None, *args], args, [*args[1:], None], strict=False):
+        is_own = before == PLUGIN or (arg == PLUGIN and after is not None)
+        is_own = is_own or arg.startswith(f"{PLUGIN}=")
         (named if is_own else others).append(arg)
     return named + others
 
@@ -105,8 +106,11 @@ def explain(error: Exception) -> str | None:
         path = error.ctx.command_path if error.ctx else "blocktune"
         return f"{error.format_message().rstrip('.')}; see `{path} --help`"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
-        fix = "use smaller batches, shorter rows, gradient_checkpointing: true, or a 4-bit base"
-        return f"{' '.join(str(error).split()).partition('. ')[0]}; {fix}"
+        return (
+            f"{' '.join(str(error).split()).partition('. ')[0]}; use smaller batches "
+            "(per_device_train_batch_size, --batch-size), shorter rows (pack_length, max_length), "
+            "gradient_checkpointing: true, or a 4-bit base (load_in_4bit, --quantize nf4)"
+        )
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package == "vllm":

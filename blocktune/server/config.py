@@ -107,6 +107,8 @@ def load_tenants(path: Path) -> tuple[Tenant, ...]:
     for name, value in values.items():
         if not isinstance(value, Mapping) or not value.get("key"):
             raise ValueError(f"{path}: tenant '{name}' has no key; {FIX}")
+        if "name" in value:
+            raise ValueError(f"{path}: tenant '{name}' has its name twice; drop 'name'; {FIX}")
         tenants.append(read(Tenant, {**value, "name": str(name)}, f"{path}: tenant '{name}'"))
     refuse_doubles(f"{path}: tenants", [tenant.name for tenant in tenants], "rename one")
     if len({tenant.key for tenant in tenants}) < len(tenants):

@@ -138,7 +138,7 @@ class Exchange:
         bodies, events = kind(self.job), self.events()
         first = await anext(events)
         if body.stream:
-            with_usage = (body.stream_options or {}).get("include_usage")
+            with_usage = body.stream_options and body.stream_options.include_usage
             stream = self._stream(bodies, first, events, bool(with_usage))
             return EventStream(stream, headers=STREAMED)
         bodies.add(first)

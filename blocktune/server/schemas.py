@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, model_validator
 
 from blocktune.data.example import near_miss
 
@@ -36,7 +36,7 @@ OWN_PLACE: dict[str, tuple] = dict.fromkeys(("chunks", "method", "strip"), ())
 """Fields of our own that belong elsewhere in a request, see `FIXES`."""
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
-    **dict.fromkeys(("repetition_penalty", "length_penalty", "best_of"), (1,)),
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words"), ([],)),
     **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
     **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
@@ -127,8 +127,14 @@ class DocumentBlock(BaseModel):
     context: Text | None = None
 
 
-# Other mappings are read as in a file, by `read_chunk`.
-Document = Annotated[Text | DocumentBlock | dict[str, Any], Field(union_mode="left_to_right")]
+def _no_block(value: dict[str, Any]) -> dict[str, Any]:
+    if value.get("type") == "document" and "source" in value:
+        raise ValueError("not a valid document block")  # the error of `DocumentBlock` is shown
+    return value
+
+
+Fields = Annotated[dict[str, Any], AfterValidator(_no_block)]  # read as in a file, by `read_chunk`
+Document = Annotated[Text | DocumentBlock | Fields, Field(union_mode="left_to_right")]
 Documents = Annotated[list[Document], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
 Block = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
 Blocks = Annotated[list[Block], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
@@ -162,6 +168,12 @@ class Extension(BaseModel, extra="forbid"):
     strip: StrictBool | None = False
 
 
+class StreamOptions(BaseModel):
+    """Whether a stream ends with an event that has the usage."""
+
+    include_usage: StrictBool | None = False
+
+
 class Decoding(BaseModel):
     """Fields of chat and plain completions; without a temperature decoding is greedy."""
 
@@ -176,7 +188,7 @@ class Decoding(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[Whole, Field(ge=1, lt=1 << 31)] | None = None
     stream: StrictBool | None = False
-    stream_options: dict[str, StrictBool | None] | None = None
+    stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     user: str | None = None
     blocktune: Extension | None = None
@@ -217,6 +229,7 @@ class CompletionRequest(Decoding):
 
     prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    best_of: Whole | None = None
 
     @pydantic.field_validator("prompt", mode="before")
     @classmethod
@@ -226,6 +239,12 @@ class CompletionRequest(Decoding):
         if len(value) != 1:
             raise ValueError(f"must be one prompt, got {len(value)}; send a request for each")
         return value[0]
+
+    @model_validator(mode="after")
+    def _refuse_best_of(self):
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of is not supported; use n")
+        return self
 
     @property
     def num_logprobs(self) -> int | None:

@@ -34,6 +34,10 @@ TEXT = "Anna Belt is in Kirby."
         ({"documents": [{"text": ""}]}, "documents[0]"),
         ({"documents": [{"id": "x"}]}, "documents"),
         ({"documents": [{"type": "document", "source": {"type": "url"}}]}, "documents"),
+        (
+            {"documents": [{"type": "document", "source": {"type": "base64"}, "text": "x"}]},
+            "documents.0.source.type",
+        ),
         ({"documents": ["a"] * 300}, "300"),
         ({"documents": ["a"] * 5000}, "documents"),
         ({"documents": ["b" * 2_000_000]}, "characters"),

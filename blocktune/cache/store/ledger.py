@@ -116,7 +116,7 @@ class Ledger:
             start = self.path is not None and self._writer != os.getpid()
             if start:
                 self._writer = os.getpid()
-        # Without the lock: starting waits for the thread, and a fork meanwhile would copy it locked.
+        # Without the lock: starting waits for the thread, and a fork would copy it locked.
         if start:
             timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
             timer.daemon = True
