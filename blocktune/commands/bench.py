@@ -177,4 +177,15 @@ def _show(result: dict, as_json: bool, output: Path | None, table: opt.Table | N
 
     if output is not None:
         replace_json(output, result)
-    opt.tell(as_json or table is None, result, table)
+    opt.tell(as_json, result, *(_lines(result) if table is None else [table]))
+
+
+def _lines(result: dict, indent: str = "") -> list[str]:
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            lines.append(f"{indent}{name}: {shown}")
+    return lines
