@@ -34,7 +34,9 @@ class Metrics:
             return kind(f"blocktune_{name}", text, labels, registry=self.registry, **more)
 
         running = of(Gauge, "num_requests_running", "Answers that are decoded or prepared.")
-        running.set_function(lambda: len(scheduler.running) + len(scheduler.preparing))
+        # A request whose first token is written is in both for a moment.
+        unwritten = lambda: sum(not job.choices for job in tuple(scheduler.preparing))  # noqa: E731
+        running.set_function(lambda: len(scheduler.running) + unwritten())
         waiting = of(Gauge, "num_requests_waiting", "Requests in the queue.")
         waiting.set_function(lambda: scheduler.waiting)
         held = of(Gauge, "kv_bytes", "Keys and values reserved for answers.")
