@@ -94,7 +94,7 @@ def move_entries(source: str | Path, target: str | Path, last: str) -> None:
 
 
 def whole_lines(path: str | Path) -> list[str]:
-    """The whole lines of a UTF-8 file, else ValueError; [] if it does not exist or is a device."""
+    """The complete lines of a UTF-8 file (else ValueError); [] if it is missing or a device."""
     if not Path(path).is_file():  # reading /dev/full would never end
         return []
     text = Path(path).read_bytes()
@@ -161,7 +161,10 @@ def alone_in(folder: str | Path, is_main: bool = True) -> Iterator[None]:
 
 @contextmanager
 def resumed(path: str | Path) -> Iterator[list[str]]:
-    """Locks a log of JSON lines and cuts off a torn one; ValueError: the rest is no torn line."""
+    """Locks a log of JSON lines, cuts off an incomplete last line, and yields the others.
+
+    Raises ValueError if what is cut off cannot be the start of a line of JSON.
+    """
     with locked(path):
         lines = whole_lines(path)
         if Path(path).is_file() and not _is_torn(Path(path).read_bytes().rpartition(b"\n")[2]):

@@ -224,7 +224,7 @@ def load_model(
         recurrent: Whether models with recurrent layers are allowed.
         options: dtype, device, revision and quantize, see `blocktune.models.load.load_base`.
 
-    Raises ValueError if there is no such model or adapter, or they do not fit each other.
+    Raises ValueError if model or adapter cannot be found, or do not fit each other.
     """
     return load_models(model, [adapter], merge, recurrent, **options)[0]
 

@@ -46,9 +46,12 @@ def read_examples(
         return load_examples(source, limit=limit)
     if not chunks:
         raise ValueError("a question needs at least one chunk; add --chunk TEXT")
-    for text in (question, *chunks):
+    for option, text in (("--question", question), *(("--chunk", chunk) for chunk in chunks)):
         if re.fullmatch(r"@\S+", text):
-            raise ValueError(f"'{text}' is no text; for a file's content write \"$(cat FILE)\"")
+            raise ValueError(
+                f"{option} must be a text, got '{text}'; for the contents of a file write "
+                f'{option} "$(cat {text[1:]})", or put question and chunks into --input FILE'
+            )
     return [RagExample(question, tuple(Chunk(text) for text in chunks))]
 
 

@@ -66,7 +66,7 @@ class CachedContext:
 
         The question may be omitted if the cache was made for one. The tensors cover the whole
         prompt, ``(1, N + Q)``, which the output repeats: new tokens start at ``N + Q``. Assisted
-        decoding is refused. Raises ValueError if there is no question, the cache was made for
+        decoding is refused. Raises ValueError if no question is given, the cache was made for
         another one, or tokens were appended to the cache itself.
         """
         if self.past_key_values.get_seq_length() != self.input_ids.shape[1]:

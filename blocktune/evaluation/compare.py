@@ -50,7 +50,10 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
-    """Compares the methods that two runs share. ValueError: none, or other metrics or versions."""
+    """Compares the methods that two runs share.
+
+    Raises ValueError if there is none, or a task has another metric or version in each run.
+    """
     first, second = load_results(before), load_results(after)
     shared = first["tasks"].keys() & second["tasks"].keys()
     for task, key in product(sorted(shared), ("metric", "version")):

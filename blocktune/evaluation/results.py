@@ -103,8 +103,8 @@ def with_pools(
 ) -> dict[str, Sequence[Row]]:
     """Replaces the members of each pool by their mean, question by question.
 
-    Three seeds are not three times as many questions, which intervals are over, nor three methods:
-    each further comparison makes Holm's correction stricter.
+    So seeds of one recipe count as one method: intervals are over questions, which seeds do not
+    add to, and each further comparison makes Holm's correction stricter.
     """
     pool_of = {member: name for name, members in pools.items() for member in members}
     merged = {pool_of.get(label, label): own for label, own in rows.items()}

@@ -86,7 +86,7 @@ class Job:
     token_bytes: int = 0  # bytes of one token's keys and values
     wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
     pins: frozenset[Piece] = frozenset()  # pieces of ``wanted`` to pin in the store
-    # called with its events in the scheduler's thread; the last is no Delta
+    # called with its events in the scheduler's thread; the last is a Report or an HTTPException
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False  # if set, it is stopped before its next step

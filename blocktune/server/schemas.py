@@ -68,7 +68,7 @@ class WrongField(ValueError):
 
 
 def read_body(kind: type[T], body: bytes, most: int) -> T:
-    """Parses a JSON body of at most about ``most`` values; `WrongField`: it is no such request."""
+    """Parses a JSON body of at most about ``most`` values; raises `WrongField` if it is invalid."""
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:
         raise WrongField(f"the body has {values:,} values, the server reads {most:,} at most")

@@ -92,7 +92,7 @@ class ChunkClient:
         method: The default method.
         stop_ids: Tokens that end an answer.
 
-    Raises ValueError if there is no such model or adapter, or vLLM cannot serve it.
+    Raises ValueError if model or adapter cannot be found, or vLLM cannot serve them.
     """
 
     def __init__(

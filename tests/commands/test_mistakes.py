@@ -212,8 +212,8 @@ def test_a_wording_that_is_none(refused, model, tmp_path, monkeypatch):
 
 def test_a_file_named_as_a_text(refused, model):
     line = refused("answer", "-m", model, *QUESTION, *CHUNK, "-c", "@notes.txt")
-    assert "'@notes.txt' is no text; for a file's content write" in line
-    assert "'@q.txt' is no text" in refused("answer", "-m", model, "-q", "@q.txt", *CHUNK)
+    assert "--chunk must be a text, got '@notes.txt'; for the contents of a file write" in line
+    assert "--question must be a text" in refused("answer", "-m", model, "-q", "@q.txt", *CHUNK)
 
 
 def test_the_only_line_of_a_file_is_not_taken_for_a_torn_answer(refused, model, tmp_path):

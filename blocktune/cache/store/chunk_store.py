@@ -151,8 +151,8 @@ class ChunkStore:
         """Stores an entry, in the folder first, then (``keep``) in memory. Replaces an older one.
 
         ``facts`` are ``document``, ``tenant`` and ``seconds``, see `About`. Returns the entry as
-        later lookups will: quantised, if there is a codec. Raises ValueError if it is larger than
-        the memory limit and there is no folder, or if ``must_write`` is set and writing fails.
+        later lookups will: quantised, if there is a codec. Raises ValueError if it exceeds
+        the memory limit of a store without a folder, or if ``must_write`` is set and writing fails.
         """
         most = max(tier.ledger.max_bytes for tier in self._memories)
         if not self._blobs and kv.num_bytes > most:

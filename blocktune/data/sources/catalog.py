@@ -79,7 +79,10 @@ def with_data_sets(examples: Iterable[RagExample], source: str) -> Iterator[RagE
 
 
 def is_test_split(source: str, split: str | None = None) -> bool:
-    """Whether a file's name, an option or ``split`` (read if there is no such option) says test."""
+    """Whether a file's name, an option or the split says ``test``.
+
+    ``split`` is the split that is read if the source names none.
+    """
     name, _, options = source.partition("?")
     default = split if split and "split=" not in options else ""
     words = f"{Path(name).name}?{options}?{default}".lower()  # without the folders of a file

@@ -154,7 +154,7 @@ class Passes(Protocol):
 
         ``model`` is a folder, a repository, a name known to the engine, or ``self`` for the served
         model. Returns ``(B, S)``: each row's attention weight in the last layer, mean over the
-        question's rows and the heads. Raises ValueError if there is no such model.
+        question's rows and the heads. Raises ValueError if ``model`` cannot be found.
         """
 
     def outside_attention(self) -> Tensor:
