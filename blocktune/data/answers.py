@@ -114,6 +114,8 @@ def regenerate(
     if only_correct and (unknown := [e.id or e.question for e in examples if not e.answers]):
         raise ValueError(f"only_correct needs answers; example '{unknown[0]:.40}' has none")
     output = Path(output)
+    if output.is_dir():
+        raise ValueError(f"'{output}' is a folder; name a file")
     part = output.with_name(output.name + ".part")
     identity = [[example.to_json() for example in examples], dict(facts), batch_size]
     identity_json = json.dumps(identity, sort_keys=True, ensure_ascii=False, default=str)
@@ -131,6 +133,8 @@ def regenerate(
         for start in range(num_resumed, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             texts = list(answer(batch, start // batch_size))
+            if len(texts) != len(batch):
+                raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
             append_lines(part, [json.dumps(texts, ensure_ascii=False)])
             answers += texts
             on_batch(len(answers))

@@ -75,7 +75,11 @@ class RagExample:
             ("supporting", valid_indices, f"a list of chunk indices from 0 to {indices[-1]}"),
             ("meta", isinstance(self.meta, dict), "an object"),
             ("followups", _is_turns(self.followups), "a list of [question, response]"),
-            ("conversation", in_turn, "[role, text] of user and assistant in turn, user last"),
+            (
+                "conversation",
+                in_turn,
+                "[role, text]: perhaps system, then user, assistant in turn",
+            ),
         ):
             value = getattr(self, name)
             if not accepted:

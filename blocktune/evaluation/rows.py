@@ -202,9 +202,11 @@ class RowFile:
         whole, *parts = ([(row.task, row.id) for row in read_rows(p)] for p in self._paths())
         # A part may have several rows of one question, from runs of different code.
         if lost := (Counter(whole) | Counter(set(chain(*parts)))) - Counter(asked):
-            fix = f"such as {min(lost)[1]!r}; give another output folder, or move this one away"
-            others = f"{lost.total()} questions that this run does not ask, {fix}"
-            raise ValueError(f"'{self.path}' has answers to {others}")
+            raise ValueError(
+                f"'{self.path}' has answers to {lost.total()} questions that this run does not "
+                f"ask, such as {min(lost)[1]!r}, and would lose them; give another output folder, "
+                "or move this one away"
+            )
 
     def lacks(self, indices: Iterable[int]) -> bool:
         """Whether a row of these questions is missing."""

@@ -110,7 +110,8 @@ def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | Non
     """Evaluates every point of the grid. An interrupted run resumes.
 
     ``how`` is for `run_suite`. Returns the content of ``tuned.json``, or None except in the main
-    process. The best score is biased upwards: measure it again on other questions.
+    process: the ``best`` point (values, entry, score with interval, cost), all ``points``, best
+    first, the task and the provenance. The best score is biased upwards: measure it again on other questions.
     """
     results = run_suite(spec.suite(), output, **how)
     if results is None:

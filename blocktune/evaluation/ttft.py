@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -71,17 +72,18 @@ def measure_ttft(ready: Ready, track: Callable[..., Iterable]) -> dict[str, Ttft
     """
     caches, specs = CleanCaches(), ready.suite.methods
     usages: dict[str, list[Any]] = {spec.label: [] for spec in specs}
-    for turn, example in enumerate(track(ready.timed, description="time to first token")):
+    turns = list(product(enumerate(ready.timed), range(len(specs))))
+    for (turn, example), step in track(turns, description="time to first token"):
         chunks = example.chunks[1:] + example.chunks[:1]
         if chunks[:1] == example.chunks[:1]:
             chunks = (Chunk("Another passage."), *chunks)
-        earlier, first = replace(example, chunks=chunks, supporting=()), turn % len(specs)
-        for spec in specs[first:] + specs[:first]:
-            engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
-            caches.prepare(engine, method, [example])
-            for asked in (earlier, example):
-                [answer] = engine.answer([asked], method, max_new_tokens=1, batch_size=1)
-            usages[spec.label].append(answer.usage)
+        earlier = replace(example, chunks=chunks, supporting=())
+        spec = specs[(turn + step) % len(specs)]
+        engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
+        caches.prepare(engine, method, [example])
+        for asked in (earlier, example):
+            [answer] = engine.answer([asked], method, max_new_tokens=1, batch_size=1)
+        usages[spec.label].append(answer.usage)
     summaries = {}
     for label, own in usages.items():
         q25, middle, q75 = np.quantile([usage.ttft_s for usage in own], [0.25, 0.5, 0.75]).tolist()

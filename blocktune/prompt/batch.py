@@ -35,6 +35,8 @@ def stack(prompts: Sequence[Prompt], pad_id: int, multiple: int = 1) -> Batch:
 
     Pad rows of token ``pad_id``, which see nothing, come last.
     """
+    if not prompts:
+        raise ValueError("stack needs at least one prompt, got none")
     length = -(-max(len(prompt.input_ids) for prompt in prompts) // multiple) * multiple
 
     def padded(values: Tensor, fill: int) -> Tensor:
@@ -56,6 +58,8 @@ def pack(prompts: Sequence[Prompt]) -> Prompt:
 
     Every prompt keeps its positions; ``order`` continues, and ``sample`` numbers the prompts.
     """
+    if not prompts:
+        raise ValueError("pack needs at least one prompt, got none")
     layouts, row, order, sample = [], 0, 0, 0
     for prompt in prompts:
         layout = prompt.layout

@@ -121,8 +121,8 @@ _PLACEHOLDERS = {"titled": {"title", "text"}, "untitled": {"text"}, "question": 
 def _check_placeholders(name: str, template: str, wanted: set[str]) -> None:
     try:
         found = {part[1:] for part in Formatter().parse(template) if part[1] is not None}
-    except ValueError:  # a single brace
-        found = set()
+    except ValueError as error:
+        raise ValueError(f"format: '{name}' is not a template: {error}, in {template!r}") from None
     if found != {(key, "", None) for key in wanted}:
         shape = " and ".join(f"{{{key}}}" for key in sorted(wanted))
         raise ValueError(f"format: '{name}' must hold {shape} and no other, got {template!r}")

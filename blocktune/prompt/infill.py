@@ -10,6 +10,8 @@ token; the paper trains on pieces of text that were tokenised separately.
 
 from __future__ import annotations
 
+import threading
+
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt.pieces import Pieces
@@ -35,7 +37,7 @@ class Infill:
             raise ValueError(
                 f"'{tokenizer.name_or_path}' has no infilling tokens; use a code model"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self._lock = tokenizer, threading.Lock()
         self._markers = [(vocabulary[token],) for token in supported[0]]
         # By suffix: the pieces of the prefix, and how many of them come before the suffix.
         self._places: dict[str, tuple[list[str], int]] = {}
@@ -46,15 +48,16 @@ class Infill:
         If the prefix continues an earlier one with the same suffix, that prompt is extended.
         Otherwise the suffix comes after the whole prefix. Known pieces are never tokenised again.
         """
-        old, before = self._places.pop(suffix, ([], 0))
-        parts = _continued(prefix, old)
-        if not before or parts[:before] != old[:before]:
-            others = [_continued(prefix, other) for other, _ in self._places.values()]
-            parts = max([*others, parts], key=lambda pieces: sum(map(len, pieces[:-1])))
-            before = len(parts)
-        self._places[suffix] = parts, before
-        if len(self._places) > MOST_PLACES:
-            self._places.pop(next(iter(self._places)))
+        with self._lock:
+            old, before = self._places.pop(suffix, ([], 0))
+            parts = _continued(prefix, old)
+            if not before or parts[:before] != old[:before]:
+                others = [_continued(prefix, other) for other, _ in self._places.values()]
+                parts = max([*others, parts], key=lambda pieces: sum(map(len, pieces[:-1])))
+                before = len(parts)
+            self._places[suffix] = parts, before
+            if len(self._places) > MOST_PLACES:
+                self._places.pop(next(iter(self._places)))
         typed = [encode(self.tokenizer, part, split_special_tokens=True) for part in parts]
         after = encode(self.tokenizer, suffix, split_special_tokens=True)
         first, second, third = self._markers

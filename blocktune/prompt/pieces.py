@@ -56,10 +56,12 @@ def make_pieces(
     """Tokenises prefix, chunks, query and answer, through the tokenizer's chat template, if any.
 
     The format may have a tag for ``block`` attention. ``response`` is the text to learn (None when
-    serving); ``followups`` are further questions and their responses. Raises ValueError if a chunk
-    has no tokens, the template drops user text, there are followups without a response, or BOS
-    occurs anywhere but at the start.
+    serving); ``followups`` are further questions and their responses. Raises ValueError if there is
+    no chunk or one has no tokens, the template drops user text, there are followups without a
+    response, or BOS occurs anywhere but at the start.
     """
+    if not chunks:
+        raise ValueError("a prompt needs at least one chunk, got an empty list")
     if followups and response is None:
         raise ValueError("followups come after an answer, but the first question has no response")
     opening = fmt.opening(block)

@@ -241,5 +241,6 @@ def check_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids, *others: Ids) -> 
     count = sum(piece.count(bos) for piece in (prefix, *others))
     if count > 1 or (count == 1 and prefix[:1] != (bos,)):
         raise ValueError(
-            f"BOS ({tokenizer.bos_token!r}) occurs {count} times; it may only come first"
+            f"BOS ({tokenizer.bos_token!r}) occurs {count} times; it may only come first: remove "
+            "it from the instruction, the system text or the chat template"
         )

@@ -197,7 +197,8 @@ class Study:
         """Asks all that adjusted F1 needs: the multi-hop questions that the base answers."""
         for number in self.settings["passages"]:
             source, every, kept = (f"{part}-{number}" for part in ("test", "every", "kept"))
-            keep_rows(self.out / source, self.out / every)
+            if not self.args.plan:
+                keep_rows(self.out / source, self.out / every)
             self.ask(every, UNTUNED[:1], None, MULTI_HOP, source)
             if not self.args.plan:
                 keep_questions(self.out, source, every, kept)

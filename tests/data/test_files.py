@@ -94,7 +94,7 @@ def test_csv(tmp_path, name, comma):
     ("data", "word"),
     [
         (b"PK\x03\x04....", "zip archive"),
-        (b"\xff\xfeq\x00", "not UTF-8 text"),
+        (b"\xff\xfeq\x00", "UTF-16"),
         (b"\x28\xb5\x2f\xfd....", "zstd"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"\x1f\x8b\x08\x00damaged", "is damaged"),

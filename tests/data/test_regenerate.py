@@ -92,6 +92,8 @@ def test_torn_and_stopped_again(tmp_path):
 
 def test_a_part_with_a_torn_header_begins_anew(tmp_path):
     (tmp_path / "out.jsonl.part").write_text('{"ke')
+    with pytest.raises(ValueError, match="is a folder"):
+        run(tmp_path, Model())
     assert run(tmp_path / "out.jsonl", Model())["resumed"] == 0
 
 
@@ -115,6 +117,11 @@ def test_only_correct_answers(tmp_path):
     done = regenerate(EXAMPLES, model, path, facts=FACTS, batch_size=4, only_correct=True)
     assert (done["written"], done["wrong"]) == (5, 5)
     assert [json.loads(line)["response"] for line in path.open()][:2] == ["A1!", "A3!"]
+
+
+def test_a_model_that_skips_a_question_is_our_bug(tmp_path):
+    with pytest.raises(RuntimeError, match="3 questions got 1 answers"):
+        run(tmp_path / "out.jsonl", lambda batch, number: ["x"])
 
 
 def test_nothing_right_writes_nothing(tmp_path):

@@ -186,7 +186,7 @@ def test_bad_arguments_are_refused(tmp_path):
         load_examples("worlds:test", limit=0)
     with pytest.raises(ValueError, match="'worlds:test' has no splits"):
         load_examples("worlds:test", split="train")
-    with pytest.raises(ValueError, match="but chunks; leave split and chunker out"):
+    with pytest.raises(ValueError, match="'worlds:test' has chunks already; leave the chunker out"):
         load_examples("worlds:test", chunker=build_chunker("sentence"))
 
 

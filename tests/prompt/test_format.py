@@ -26,7 +26,7 @@ def test_dict_round_trip(value):
     [
         ({"titled": "{title}"}, "format: 'titled' must hold {text} and {title} and no other"),
         ({"question": "{question} {text}"}, "format: 'question' must hold {question} and no other"),
-        ({"untitled": "{text"}, "format: 'untitled' must hold {text} and no other"),
+        ({"untitled": "{text"}, "format: 'untitled' is not a template"),
         ({"untitled": "{text!r}"}, "format: 'untitled' must hold {text} and no other"),
         ({"untitled": 3}, "format: 'untitled' must be text, got 3"),
         ({"instruction": None}, "format: 'instruction' must be text, got None"),

@@ -163,6 +163,11 @@ def test_no_end_of_turn_is_refused():
         end_of_turn(build_tokenizer(None, eos_token=None))
 
 
+def test_no_chunk_is_refused():
+    with pytest.raises(ValueError, match="at least one chunk, got an empty list"):
+        make_pieces(build_tokenizer(), PromptFormat(), [], QUESTION)
+
+
 def test_second_bos_is_refused():
     twice = "{{ bos_token }}" + trl_template("llama3")
     with pytest.raises(ValueError, match=r"BOS \('<s>'\) occurs 2 times"):

@@ -204,6 +204,13 @@ def test_stack_right():
     assert batch.layout.position.tolist()[0] == [0, 1, 2, 3, 4, 0, 0, 0, 0]
 
 
+def test_bad_stack_and_pack_are_refused():
+    with pytest.raises(ValueError, match="stack needs at least one prompt"):
+        stack([], pad_id=0)
+    with pytest.raises(ValueError, match="pack needs at least one prompt"):
+        pack([])
+
+
 def test_show_marks_what_rows_are():
     tokenizer = build_tokenizer()
 

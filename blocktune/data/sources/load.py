@@ -66,8 +66,10 @@ def load_examples(
     if not on_the_hub(parsed) and not os.path.isfile(parsed.name):
         if (generated := generate(parsed, tokenizer)) is None:
             raise ValueError(_unknown_source(source))
-        if split is not None or chunker is not None:
-            raise ValueError(f"'{source}' has no splits, but chunks; leave split and chunker out")
+        if split is not None:
+            raise ValueError(f"'{source}' has no splits; leave split='{split}' out")
+        if chunker is not None:
+            raise ValueError(f"'{source}' has chunks already; leave the chunker out")
         if not (examples := list(islice(generated, limit))):
             raise ValueError(f"'{source}' generates no example; ask for at least one")
         return examples
@@ -174,4 +176,7 @@ def _unknown_source(source: str | Path) -> str:
     if os.path.exists(source):
         return f"'{source}' is a pipe or a device, which is not read; write it into a file first"
     known = ", ".join([*CATALOG, *(f"{name}:" for name in generators())])
-    return f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', or of {known}"
+    return (
+        f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', or one of "
+        f"{known}; see `blocktune data list`"
+    )

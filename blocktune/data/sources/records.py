@@ -31,6 +31,8 @@ _TABLES = {b"PAR1": "parquet file", b"ARROW1": "arrow file", b"\xff\xff\xff\xff"
 _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Office file",
     b"\x28\xb5\x2f\xfd": "zstd (unzstd unpacks it)",
+    b"\xff\xfe": "UTF-16 text (save it as UTF-8)",
+    b"\xfe\xff": "UTF-16 text (save it as UTF-8)",
     b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
 }
 _ARRAY = re.compile(  # as NumPy and pandas print arrays, with texts or within objects
@@ -268,8 +270,10 @@ def _questions_of(article: Record) -> Iterator[Record]:
                 fields = {**question, "chunks": [chunks[i] for i in kept]}
                 yield Record(where, fields | {"supporting": [kept.index(own)]})
         except (AttributeError, KeyError, TypeError) as error:
-            where = f"{article.where}: paragraphs[{own}]"
-            raise ValueError(f"{where} is not as in SQuAD ({error!r:.60})") from None
+            raise ValueError(
+                f"{article.where}: paragraphs[{own}] is not as in SQuAD (context, qas with "
+                f"question, answers): {error!r:.60}"
+            ) from None
 
 
 def read_hub(

@@ -119,6 +119,10 @@ def unknown_shape(first: Any, source: str) -> str:
         )
     if question and answers and passages is None:
         return f"{reason}. It holds questions without passages; add them: `blocktune data passages`"
+    texts = [value.split() for value in first.values() if isinstance(value, str)]
+    has_words = any(sum(map(str.isalpha, words)) > 1 for words in texts)
+    if passages is None and question is None and not has_words:
+        return f"{reason}. None of them holds text; questions with their passages are wanted"
     mapping = f"question:{question or 'FIELD'},chunks:{passages or 'FIELD'}"
     mapping += f",answers:{answers}" if answers else ""
     return f"{reason}. Say which are meant, such as '{source}?fields={mapping}'"

@@ -135,7 +135,10 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
         if wanted in pools:
             break
     else:
-        raise ValueError(f"no '{wanted}' question in {MOST_WORLDS} worlds; ask for more passages")
+        raise ValueError(
+            f"no '{wanted}' question in {MOST_WORLDS} worlds; ask for more passages, or leave the "
+            "kind out"
+        )
     pools = {k: rng.sample(pool, len(pool)) for k, pool in pools.items() if k in config.kinds}
     questions: list[RagExample] = []
     while pools and len(questions) < num_questions:
