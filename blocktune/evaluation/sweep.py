@@ -111,7 +111,8 @@ def tune(spec: TuneSpec, output: str | Path, **how: Any) -> dict[str, Any] | Non
 
     ``how`` is for `run_suite`. Returns the content of ``tuned.json``, or None except in the main
     process: the ``best`` point (values, entry, score with interval, cost), all ``points``, best
-    first, the task and the provenance. The best score is biased upwards: measure it again on other questions.
+    first, the task and the provenance. The best score is biased upwards: measure it again on
+    other questions.
     """
     results = run_suite(spec.suite(), output, **how)
     if results is None:
