@@ -143,6 +143,11 @@ def test_without_numba_torch_rotates(monkeypatch):
     assert relocation._fused is rotate_into
 
 
+def test_shift_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(batch, tokens\) = \(1, 3\).* got \(3,\)"):
+        relocate_keys(torch.zeros(1, 2, 3, 8), torch.zeros(3), LayerRope(torch.ones(4)))
+
+
 @pytest.mark.parametrize("name", ROPES)
 @torch.no_grad()
 def test_chunkwise_prefill_matches_one_forward(name):
@@ -194,7 +199,7 @@ def test_place(placement, chunks, query):
 def test_reserved_slots_never_depend_on_the_chunks_in_them():
     assert place("reserved", 4, (10, 3, 7), slot=10) == ((4, 14, 24), 34)
     assert place("reserved", 4, (1, 1, 1), slot=10) == ((4, 14, 24), 34)
-    with pytest.raises(ValueError, match="a chunk takes 11 positions, a slot 10"):
+    with pytest.raises(ValueError, match="chunk 1 takes 11 positions, the schema reserves 10"):
         place("reserved", 4, (10, 11), slot=10)
 
 

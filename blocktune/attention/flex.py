@@ -100,9 +100,14 @@ class FlexPlan:
         """Implements `Plan.attend`. ValueError for attention dropout, or gradients on a CPU."""
         check_rows(self.layout.kind.shape, query, key)
         if params.dropout:
-            raise ValueError(f"flex attention has no dropout, got {params.dropout}; use split")
+            raise ValueError(
+                f"FlexAttention has no dropout, the model sets {params.dropout}; set "
+                "attention_dropout to 0 or use attention_execution: split"
+            )
         if not query.is_cuda and torch.is_grad_enabled() and query.requires_grad:
-            raise ValueError("flex attention has no backward on a CPU; use split")
+            raise ValueError(
+                "FlexAttention has no backward on a CPU; use attention_execution: split"
+            )
         rule = rule.first_alike(self._endings)
         if rule not in self._masks:
             self._masks[rule] = flex_block_mask(self.layout, rule)

@@ -96,7 +96,10 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
     require_one_of("attention execution", execution, EXECUTIONS)
     decoder, stock = decoder_of(model), _stock(model)
     if stock not in STOCK:
-        raise ValueError(f"cannot attach to '{stock}' attention; set attn_implementation='sdpa'")
+        raise ValueError(
+            f"blocktune attaches to models that run '{STOCK[0]}' or '{STOCK[1]}' attention, got "
+            f"'{stock}'; load the model with attn_implementation='sdpa'"
+        )
     copies: dict[int, Any] = {}  # modules that share a configuration share its copy
     for module in () if is_attached(model) else model.modules():
         if isinstance(config := vars(module).get("config"), PreTrainedConfig):
@@ -163,7 +166,8 @@ def _read_layout(
         return None
     if not decoder.config._attn_implementation.startswith(NAME):
         raise ValueError(
-            f"attention is now '{decoder.config._attn_implementation}'; call attach(model) again"
+            f"the model's attention was set to '{decoder.config._attn_implementation}' after "
+            "attach, so it would ignore the layout; call attach(model) again"
         )
     mask = kwargs.get("attention_mask")
     if packed is not None:
@@ -172,7 +176,8 @@ def _read_layout(
         rows = kwargs.get("inputs_embeds") if rows is None else rows
         if rows.shape[:2] != layout.kind.shape:
             raise ValueError(
-                f"layout {tuple(layout.kind.shape)}, tokens {tuple(rows.shape[:2])}: pass theirs"
+                f"layout has {tuple(layout.kind.shape)} rows, the input has "
+                f"{tuple(rows.shape[:2])}; pass the layout of exactly these tokens"
             )
         if mask is not None and mask.shape == layout.kind.shape:  # a padding mask is redundant
             mask = None if torch.equal(mask.bool(), ~layout.is_pad) else mask
@@ -180,7 +185,10 @@ def _read_layout(
         if kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
     if mask is not None:
-        raise ValueError(f"a plan defines visibility; leave attention_mask {tuple(mask.shape)} out")
+        raise ValueError(
+            f"a plan and an attention mask {tuple(mask.shape)} were given; the plan's layout "
+            "defines all visibility (padding too): leave attention_mask out"
+        )
     # Transformers passes four-dimensional masks on unchanged, instead of making its own.
     mask = torch.empty(0, 0, 0, 0, dtype=torch.bool)
     mask.plan = kwargs["plan"]
@@ -204,7 +212,10 @@ def _attend(
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(stock, _eager(module))
         return attend(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} adds a position bias; use a model with RoPE")
+        raise ValueError(
+            f"{type(module).__name__} adds a position bias to its scores; blocktune supports "
+            "decoders whose positions are rotary"
+        )
     params = AttentionParams(
         scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
         softcap=kwargs.get("softcap"),

@@ -37,7 +37,8 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
     batch, rows = query.shape[0], query.shape[2]
     if (batch, rows) != tuple(shape) or key.shape[2] != rows:
         raise ValueError(
-            f"plan of {tuple(shape)} (batch, rows), got {(batch, rows)} and {key.shape[2]} keys"
+            f"the plan was made for {tuple(shape)} (batch, rows); attention got {(batch, rows)} "
+            f"query and {key.shape[2]} key rows; make a plan for the layout of this input"
         )
 
 

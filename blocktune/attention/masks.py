@@ -83,7 +83,8 @@ class Block(NamedTuple):
 class RowBand:
     """Masked attention in blocks of query rows, over the keys in their reach; both by order.
 
-    Masks are kept for a rule while there is room, else remade in each layer and its backward.
+    Masks are made once per rule and kept while there is room, else made again, block by block, in
+    each layer and its backward.
     """
 
     query: Rows  # the query rows, ``(G, R)``

@@ -247,7 +247,8 @@ def _explained(name: str, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         missing = "couldn't connect to|Repo id must|not a valid model identifier"
         if re.search(missing, reason) and not Path(name).exists():
-            reason = "there is no such folder, and no repository of that name (offline: cached)"
+            reason = "there is no such folder, and no repository of that name in the Hub's cache "
+            reason += "or, unless this process is offline, on the Hub"
         is_model = any(Path(name).glob("model*.safetensors")) or Path(name, "config.json").exists()
         if what != "a tokenizer" and not is_model and Path(name, "blocktune.json").exists():
             reason = "it is an adapter; name its base, or merge it first (blocktune merge)"
@@ -267,7 +268,10 @@ def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> d
     if saved is None and quantize is None:
         return {}
     if saved is not None and quantize is not None:
-        raise ValueError(f"it is saved quantized ({saved.get('quant_method')}); leave quantize out")
+        raise ValueError(
+            f"the model is saved quantized ({saved.get('quant_method')}) and cannot be quantized "
+            f"again ({quantize!r:.40}); leave quantize out, or name the plain model"
+        )
     if isinstance(quantize, str):
         compute = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         quantize = quantization_config(quantize, compute)

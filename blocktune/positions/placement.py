@@ -31,6 +31,9 @@ def place(
     if placement == "composite":
         return (0,) * len(chunk_lengths), total
     if longest > slot:
-        raise ValueError(f"a chunk takes {longest} positions, a slot {slot}; cut smaller chunks")
+        raise ValueError(
+            f"chunk {list(chunk_lengths).index(longest)} takes {longest} positions, the schema "
+            f"reserves {slot} for each; cut chunks smaller or reserve more (slot)"
+        )
     starts = tuple(prefix_length + index * slot for index in range(len(chunk_lengths)))
     return starts, prefix_length + slot * len(chunk_lengths)

@@ -67,10 +67,15 @@ def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
     start from the stored original, because repeated moves accumulate rounding errors.
 
     Returns keys of the same shape and dtype, computed in float32: bfloat16 cannot hold integers
-    past 256.
+    past 256. Raises ValueError if ``shift`` does not match the keys.
 
     Source: Block-Attention, arXiv:2409.15355, position re-encoding (one rotation, not two).
     """
+    if shift.shape != (keys.shape[0], keys.shape[2]):
+        raise ValueError(
+            f"shift must be (batch, tokens) = {(keys.shape[0], keys.shape[2])} to match keys, "
+            f"got {tuple(shift.shape)}"
+        )
     return rotate_keys(keys, Rotation.of(shift.to(keys.device), rope))
 
 

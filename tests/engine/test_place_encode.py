@@ -177,7 +177,7 @@ def test_what_a_chunk_is_encoded_after_is_in_its_key(tokenizer):
 
 def test_a_chunk_longer_than_its_slot_is_refused(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
-    with pytest.raises(ValueError, match=r"a chunk takes \d+ positions, a slot 8"):
+    with pytest.raises(ValueError, match=r"takes \d+ positions, the schema reserves 8"):
         engine.next_logits([ASK], method_of("prompt-cache-schema", slot=8))
     with pytest.raises(
         ValueError, match=r"has \d+ tokens, this model's maximum context length is 512"
