@@ -170,9 +170,11 @@ def gguf_file(name: str) -> Path | None:
         files = sorted(path.glob("*.gguf"))
     if not files:
         return None
-    if len(files) > 1 or not files[0].is_file():
-        names = ", ".join(file.name for file in files if file.is_file()) or "none"
-        raise ValueError(f"no GGUF file, or several, at '{name}' ({names}); name one")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"'{name}' holds several GGUF files ({names}); name one of them")
+    if not files[0].is_file():
+        raise ValueError(f"no GGUF file '{name}'")
     if find_spec("gguf") is None:
         raise ValueError(f"'{files[0]}' needs the package gguf; run pip install 'blocktune[gguf]'")
     return files[0]

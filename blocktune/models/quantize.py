@@ -21,7 +21,9 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """
     require_one_of("quantize", name, QUANTIZATIONS)
     if not (is_bitsandbytes_available() and is_accelerate_available()):
-        raise ValueError(f"'{name}' needs bitsandbytes; run pip install 'blocktune[gpu]'")
+        raise ValueError(
+            f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu]'"
+        )
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     kind, _, double = name.partition("-")
