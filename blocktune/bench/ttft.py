@@ -42,8 +42,8 @@ def bench_ttft(
     and ``full``, see `time_methods`; and ``parts`` of a cached prompt, with ``seconds`` and, on a
     CPU in float32, the machine's ``limit``: ``lookup``; ``join`` into one cache (copy rate);
     ``rotate``, the added time of relocating keys (another pass); the ``question`` (FLOPs at the
-    matmul rate, or weights and cache at the copy rate). Raises ValueError if a prompt or the engine's
-    store has no room.
+    matmul rate, or weights and cache at the copy rate). Raises ValueError if a prompt or the
+    engine's store has no room.
     """
     if min(lengths) - question < 3 or question < 1 or chunk < 1:
         least = min(lengths)

@@ -1,4 +1,4 @@
-"""Whole parameters that are split over processes (ZeRO-3, FSDP2). All processes must call these."""
+"""Whole parameters split over processes (ZeRO-3, FSDP2). All processes must call these."""
 
 from __future__ import annotations
 
