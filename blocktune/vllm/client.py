@@ -137,7 +137,8 @@ class ChunkClient:
         self._scope = info.scope if info else None
         answers = info is not None and info.scope != "encode"  # a writer only encodes
         self.lora = self.adapter if answers and _is_lora(self.adapter) else None
-        self.format = format or (info.format if info else PromptFormat())
+        own = info.format if info else PromptFormat()
+        self.format, self._formats = format or own, (format or own, own)
         self.prompts = PromptMaker(
             self.tokenizer,
             self.format,
@@ -154,17 +155,22 @@ class ChunkClient:
         self.stop_ids = _stop_ids(self.tokenizer, bare, revision, text)
 
     def _fitting(self, start: str) -> list[dict[str, Any]]:
-        """Manifests of models whose chunks fit; with a ``start``, whatever the base's name."""
+        """Manifests of models whose chunks fit; with a ``start``, whatever the base's name.
+
+        `Engine.reworded`, as ``--instruction``, stores chunks under the wording it starts from.
+        """
         wanted = [None if self.adapter is None else adapter_fingerprint(self.adapter), self._scope]
-        return [
+        fitting = [
             manifest
             for manifest in self.store.manifests()
             if manifest["fingerprint"].startswith(start)
             and (start or self._is_of(**manifest["base"]))
             and [(manifest["adapter"] or {}).get(k) for k in ("fingerprint", "scope")] == wanted
             and manifest["tokenizer"]["hash"] == self._tokenizer_hash
-            and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
+        words = map(dataclasses.asdict, self._formats)
+        worded = ([m for m in fitting if m["prompt_format"] == one] for one in words)
+        return next(filter(None, worded), [])
 
     def _is_of(self, name: str, fingerprint: str, revision: str | None = None, **_: Any) -> bool:
         """Whether chunks may be of this base: by its name or folder, revision, saved weights."""

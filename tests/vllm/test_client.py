@@ -12,7 +12,7 @@ from vllm_cases import make_adapter
 from blocktune.commands.serve import serve_vllm
 from blocktune.engine import Engine
 from blocktune.models.load import read_config, read_tokenizer
-from blocktune.prompt import LayoutSpec
+from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.vllm import ChunkClient, client, launch
 from blocktune.vllm.client import lora_rank, open_clients
 
@@ -138,6 +138,19 @@ def test_chunks_of_earlier_weights_in_the_same_folder_are_not_used(tmp_path):
     retrained = Engine.from_pretrained(folder, store=store, device="cpu")
     retrained.encode(["A chunk."])
     assert ChunkClient(folder, store=store).fingerprint == retrained.fingerprint
+
+
+def test_chunks_of_another_instruction_are_found(tmp_path):
+    """`encode --instruction` is `Engine.reworded`; an engine's own wording comes first."""
+    words = PromptFormat(instruction="Be brief.")
+    engine = Engine.from_pretrained(TINY, store=tmp_path, device="cpu")
+    engine.reworded(words).encode(["A chunk."])
+    found = ChunkClient(TINY, store=tmp_path, format=words)
+    assert found.fingerprint == engine.fingerprint
+    assert not found.missing(found.read({"question": "Who?", "chunks": ["A chunk."]}).plan)
+    own = Engine(engine.model, engine.tokenizer, format=words, store=engine.store)
+    assert ChunkClient(TINY, store=tmp_path, format=words).fingerprint == own.fingerprint
+    assert ChunkClient(TINY, store=tmp_path).fingerprint == engine.fingerprint
 
 
 def test_an_adapter_without_chunks_is_named_in_the_command(tmp_path):
