@@ -32,7 +32,7 @@ class _Continued(DynamicCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         layer = self.layers[layer_idx]
         is_first = layer.get_seq_length() == self.context_tokens
-        if is_first and key_states.shape[2] >= self.prompt_tokens:
+        if is_first and self.context_tokens and key_states.shape[2] >= self.prompt_tokens:
             raise ValueError(
                 "assisted decoding and prompt lookup compute the whole prompt on top of its cached "
                 "context; leave these options out"

@@ -80,6 +80,13 @@ def test_learned_tokens_are_in_the_cache(name):
     assert answered(engine, ASK, None) == answered(engine, ASK, own)
 
 
+def test_a_prompt_that_begins_with_its_question_has_an_empty_cache():
+    engine = small_engine(bare=True)
+    context = engine.cache(ASK.chunks, "no-context")
+    assert context.input_ids.shape == (1, 0)
+    assert generated(engine, context, ASK.question) == answered(engine, ASK, "no-context")
+
+
 def test_one_cache_serves_many_questions_and_stays_as_it_was(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
     context = engine.cache(ASK.chunks, "naive")
