@@ -161,6 +161,8 @@ def test_an_unknown_method_or_parameter(refused, model, suite, tmp_path):
     assert "'epic': 'k' is given 2 times" in refused(*ask, "--method", "naive + epic k=3 k=4")
     for number in ("nan", "inf"):
         assert f"got {number}" in refused(*ask, "--temperature", number)
+    serve = ("serve", "--model", model, "--port", 0, "--store-gb", "inf")
+    assert "'--store-gb': must be a finite number, got inf" in refused(*serve)
     assert "unknown reuse method 'magic'" in refused(*suite(methods=["naive", "magic"]))
     assert "adapter trained with link tokens" in refused(*suite(methods=["naive", "kvlink"]))
     assert not (tmp_path / "out").exists()
