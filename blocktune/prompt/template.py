@@ -114,12 +114,14 @@ def _rendered(
 ) -> Iterator[str]:
     """Renders a conversation in each form that the template accepts.
 
-    The system text is a turn of its own, or else it starts the user's first.
+    The system text is a turn of its own, or else it starts the user's first, or precedes a reply.
     """
-    (_, first), *others = turns
-    forms = [[("user", f"{system}\n\n{first}" if system else first), *others]]
-    if system:
-        forms.insert(0, [("system", system), *turns])
+    (role, first), *others = turns
+    forms = [[("system", system), *turns], [("user", f"{system}\n\n{first}"), *others]]
+    if not system:
+        forms = [turns]
+    elif role != "user":
+        forms[1] = [("user", system), *turns]
     template = tokenizer.get_chat_template()
     for form, roles in product(forms, _IN_PARTS if others else _IN_PARTS[:2]):
         messages = [

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server.support import DOCUMENTS, QUESTION, chat, refused
+from tiny_tokenizer import build_tokenizer
 
 from blocktune.data import RagExample
 from blocktune.engine import Sampling
@@ -170,6 +171,20 @@ def test_a_single_question_is_tokenised_as_everywhere(engine):
     fmt, tokenizer = engine.format, engine.tokenizer
     made = chat_pieces(tokenizer, fmt, CHUNKS, conversation)
     assert made == make_pieces(tokenizer, fmt, CHUNKS, QUESTION)
+
+
+@pytest.mark.parametrize("system", [[], [Message(role="system", content="Be brief.")]])
+def test_a_greeting_of_the_assistant_stays_its_own(engine, system):
+    said = [Message(role="assistant", content="Ask me."), Message(role="user", content=QUESTION)]
+    tokenizer = build_tokenizer()
+    if system:  # a template without a system turn
+        refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        tokenizer.chat_template = refusal + tokenizer.chat_template
+    made = chat_pieces(tokenizer, engine.format, CHUNKS, read_messages([*system, *said]))
+    before, _, after = tokenizer.decode(made.prefix).partition("<|assistant|>\nAsk me.<|end|>")
+    assert "Ask me." not in before
+    assert ("Be brief." in before) == bool(system)
+    assert after.startswith("\n<|user|>")
 
 
 def test_earlier_turns_are_the_prefix_and_documents_stay_chunks(client, engine):
