@@ -71,7 +71,7 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
         if message.role in ("system", "developer"):
             system.append(text)
         elif turns and turns[-1][0] == message.role:
-            turns[-1] = (message.role, f"{turns[-1][1]}\n\n{text}")
+            turns[-1] = (message.role, "\n\n".join(filter(None, (turns[-1][1], text))))
         else:
             turns.append((message.role, text))
     if not turns or turns[-1][0] != "user" or not turns[-1][1].strip():

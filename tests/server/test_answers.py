@@ -171,6 +171,8 @@ def test_a_single_question_is_tokenised_as_everywhere(engine):
     fmt, tokenizer = engine.format, engine.tokenizer
     made = chat_pieces(tokenizer, fmt, CHUNKS, conversation)
     assert made == make_pieces(tokenizer, fmt, CHUNKS, QUESTION)
+    apart = [Message(role="user", content=blocks()), Message(role="user", content=QUESTION)]
+    assert read_messages(apart).question == QUESTION
 
 
 @pytest.mark.parametrize("system", [[], [Message(role="system", content="Be brief.")]])
