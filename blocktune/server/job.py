@@ -158,8 +158,9 @@ def report_of(job: Job) -> Report:
     ids = tuple(token for choice in job.choices for token in choice.ids)
     usage = job.run.usages([ids])[0]
     usage = replace(usage, prefix_tokens=usage.prefix_tokens + job.prefix_hits)
+    misses = job.found.misses
     # without a conversation's earlier turns that were in a cache
-    encoded = sum(len(piece.ids) for piece in job.found.misses) - job.prefix_hits
+    encoded = sum(len(p.ids) for p in job.looked_up if p in misses) - job.prefix_hits
     return Report(
         usage=usage,
         tiers=job.found.tiers,
