@@ -82,6 +82,14 @@ def _joined(*names: str) -> str:
     return "\n".join(dict.fromkeys(filter(None, "\n".join(names).split("\n"))))
 
 
+def documents_of(pieces: Iterable[Piece], chunks: Iterable[Chunk]) -> dict[Piece, str]:
+    """The documents of the chunks' pieces, by which `store rm --document` finds them."""
+    documents: dict[Piece, list[str]] = {}
+    for piece, chunk in zip(pieces, chunks, strict=True):
+        documents.setdefault(piece, []).append(chunk.document)
+    return {piece: _joined(*own) for piece, own in documents.items()}
+
+
 class EncodeReport(NamedTuple):
     """Result of `Engine.encode`."""
 
@@ -216,18 +224,14 @@ class Encoder:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``, ``layers`` as in `find`."""
         watch = Stopwatch(self.model.device)
         unique = dict.fromkeys(pieces if prefix is None else [prefix, *pieces])
-        documents: dict[Piece, list[str]] = {}
-        for piece, chunk in zip(pieces, chunks, strict=True):
-            documents.setdefault(piece, []).append(chunk.document)
-        names = {piece: _joined(*own) for piece, own in documents.items()}
-        new: set[Piece] = set()
+        names, new = documents_of(pieces, chunks), set[Piece]()
         done, total = 0, sum(len(piece.ids) for piece in unique)
         for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
             missing = [p for p in group if not self._is_stored(p, layers, names.get(p, ""))]
             found = self.find(missing, watch, layers=layers, documents=names)
             new |= found.misses
             for piece in (found.tiers.keys() - found.misses) & names.keys():
-                self._name(piece, found.kvs[piece], names[piece])
+                self.name(piece, found.kvs[piece], names[piece])
             done += sum(len(piece.ids) for piece in group)
             if progress is not None:
                 progress(done, total)
@@ -262,7 +266,7 @@ class Encoder:
         states = (self.store.stored(states_key(key, n), *of_piece, ChunkStates) for n in layers)
         return row is not None and _joined(row.document, document) == row.document and all(states)
 
-    def _name(self, piece: Piece, kv: ChunkKV, document: str) -> None:
+    def name(self, piece: Piece, kv: ChunkKV, document: str) -> None:
         """Stores a chunk again under its documents, unless it has their names."""
         row = self.store.row(self.key(piece))
         if row is not None and (names := _joined(row.document, document)) != row.document:

@@ -85,6 +85,7 @@ class Job:
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
     token_bytes: int = 0  # bytes of one token's keys and values
     wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
+    names: Mapping[Piece, str] = field(default_factory=dict)  # their documents
     pins: frozenset[Piece] = frozenset()  # pieces of ``wanted`` to pin in the store
     # called with its events in the scheduler's thread; the last is a Report or an HTTPException
     emit: Callable[[Event], None] = lambda event: None

@@ -172,7 +172,8 @@ class Scheduler:
         if job.missing:
             group = job.missing.popleft()
             # Pieces that another request has encoded meanwhile count as found.
-            self._keep(job, job.engine.state.encoder.find(group, job.watch, job.widened))
+            how = job.watch, job.widened
+            self._keep(job, job.engine.state.encoder.find(group, *how, documents=job.names))
             if job.missing or job.cancelled:
                 return False
         if job.pieces is None:
@@ -208,12 +209,14 @@ class Scheduler:
         job.missing = deque(grouped(missing, self.limits.prefill_tokens))
 
     def _keep(self, job: Job, found: Found) -> None:
-        """Keeps what was found until the prefill, even if the store evicts it, and pins chunks."""
+        """Keeps what was found until the prefill, even if evicted; names and pins its chunks."""
         job.found.tiers |= found.tiers
         if job.pieces is not None:
             job.found.kvs |= found.kvs
             job.found.states |= found.states
         encoder = job.engine.state.encoder
+        for piece in job.names.keys() & found.kvs.keys():
+            encoder.name(piece, found.kvs[piece], job.names[piece])
         for piece in job.pins & found.kvs.keys():
             key, size = encoder.key(piece), found.kvs[piece].num_bytes
             room = self.limits.pinned_bytes - sum(self.pinned.values())  # others may have taken it

@@ -13,6 +13,7 @@ from blocktune.cache.responses import ResponseCache
 from blocktune.cache.store.config import StoreConfig
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
+from blocktune.engine.encode import documents_of
 from blocktune.engine.prompts import TooLong
 from blocktune.methods import Method, build, default_method
 from blocktune.parsing import refuse_doubles, split_name
@@ -177,6 +178,7 @@ class Service:
         return Job(
             *(engine, tenant, chunks, limits.request_s, served.method),
             wanted=[*([prefix] if prefix else []), *pieces],
+            names=documents_of(pieces, chunks),
             pins=frozenset(pieces) if body.pin else frozenset(),
         )
 

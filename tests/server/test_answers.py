@@ -415,6 +415,19 @@ def test_chunks_encoded_ahead_are_those_that_the_default_method_reads(serve, eng
     assert answer["blocktune"]["usage"]["chunk_hits"] == 1
 
 
+def test_chunks_are_stored_under_their_documents_as_by_encode(serve, engine, tmp_path):
+    from blocktune.cache import ChunkStore
+    from blocktune.engine import Engine
+
+    store = ChunkStore(folder=tmp_path)
+    client = serve({"tiny": Engine(engine.model, engine.tokenizer, store=store)})
+    client.post("/v1/chat/completions", json=chat(documents=["Noel Fisher directed it."]))
+    documents = [{"id": "x", "text": "Noel Fisher directed it."}, {"title": "T", "text": "Old."}]
+    documents += [{"id": "y", "text": "Old.", "title": "T"}]
+    keys = client.post("/v1/chunks", json={"documents": documents}).json()["data"]
+    assert [store.row(one["key"]).document for one in keys] == ["x", "T\ny", "T\ny"]
+
+
 def test_pins_asked_for_at_once_keep_to_the_limit(serve, engine):
     from blocktune.cache import ChunkStore
     from blocktune.engine import Engine
