@@ -428,6 +428,11 @@ def test_chunks_are_stored_under_their_documents_as_by_encode(serve, engine, tmp
     assert [store.row(one["key"]).document for one in keys] == ["x", "T\ny", "T\ny"]
 
 
+def test_chunks_that_the_default_method_would_not_read_are_not_encoded(serve):
+    client = serve(method="cache-craft")
+    refused(client.post("/v1/chunks", json={"documents": DOCUMENTS}), 400, "'cache-craft' reuses")
+
+
 def test_pins_asked_for_at_once_keep_to_the_limit(serve, engine):
     from blocktune.cache import ChunkStore
     from blocktune.engine import Engine
