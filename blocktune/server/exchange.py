@@ -73,7 +73,7 @@ async def begin(
 def _require_json(request: Request) -> None:
     """Refuses other content types; pages of other sites can send text/plain, but not JSON."""
     kind, _, options = request.headers.get("content-type", "").lower().partition(";")
-    charset = options.partition("charset=")[2].strip(' "')
+    charset = options.partition("charset=")[2].partition(";")[0].strip(' "')
     if kind.strip() != "application/json" or charset not in ("", "utf-8", "utf8"):
         raise HTTPException(415, "send JSON in UTF-8, as Content-Type: application/json")
     coding = request.headers.get("content-encoding", "identity")

@@ -29,6 +29,7 @@ Whole = Annotated[int, BeforeValidator(_number)]
 INT64 = 1 << 63
 MOST_DOCUMENTS = 4096  # of a request at any server's limit
 Id = Annotated[str, Field(max_length=512)]
+Ids = Annotated[list[pydantic.StrictInt], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
 Stop = Annotated[str, Field(max_length=256)]
 T = TypeVar("T", bound=BaseModel)
 
@@ -38,8 +39,10 @@ NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
     **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words"), ([],)),
+    "allowed_token_ids": ([],),
     **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
     **dict.fromkeys(("echo", "ignore_eos", "use_beam_search", "continue_final_message"), (False,)),
+    "include_stop_str_in_output": (False,),
     **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
     **dict.fromkeys(("structured_outputs", "chat_template", "truncate_prompt_tokens"), ()),
@@ -227,7 +230,7 @@ class ChatRequest(Decoding):
 class CompletionRequest(Decoding):
     """``POST /v1/completions``: continues a text without a chat template."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
+    prompt: Text | Ids
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     best_of: Whole | None = None
 

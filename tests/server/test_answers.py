@@ -164,6 +164,9 @@ def test_a_list_of_one_prompt_is_that_prompt_and_of_several_refused(client, engi
         error = refused.json()["error"]
         assert (refused.status_code, error["param"]) == (400, "prompt")
         assert f"one prompt, got {len(several)}" in error["message"]
+    for mixed in (["1", 2], [True, 2], [1.0, 2]):
+        refused = client.post("/v1/completions", json={"prompt": mixed, "max_tokens": 3})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt.0")
 
 
 def test_a_single_question_is_tokenised_as_everywhere(engine):

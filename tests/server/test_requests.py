@@ -57,6 +57,8 @@ TEXT = "Anna Belt is in Kirby."
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"stop_token_ids": [3]}, "stop_token_ids"),
+        ({"allowed_token_ids": [3]}, "allowed_token_ids"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"add_generation_prompt": False}, "add_generation_prompt"),
@@ -181,8 +183,9 @@ def test_other_encodings_and_forms_are_refused(client):
         {"content-type": "multipart/form-data; boundary=x"},
     ):
         refused(client.post(CHAT, content=body, headers=headers), 415)
-    kind = {"content-type": "Application/JSON; charset=UTF-8", "content-encoding": "identity"}
-    assert client.post(CHAT, content=body, headers=kind).status_code == 200
+    for kind in ("Application/JSON; charset=UTF-8", 'application/json; charset="utf-8"; q=1'):
+        headers = {"content-type": kind, "content-encoding": "identity"}
+        assert client.post(CHAT, content=body, headers=headers).status_code == 200
 
 
 def test_many_fields_that_no_one_knows_cost_little(client, monkeypatch):
