@@ -22,7 +22,7 @@ from blocktune.cache.store.fingerprint import manifest
 from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, prefill_warm
 from blocktune.engine.context_cache import CachedContext, make_context
-from blocktune.engine.encode import NOT_AHEAD, Encoder, EncodeReport
+from blocktune.engine.encode import Encoder, EncodeReport
 from blocktune.engine.generation import Answer, Generation, Sampling, TextStream
 from blocktune.engine.layer_schedule import hook
 from blocktune.engine.prompts import PromptMaker, Request, as_request, as_requests, built
@@ -162,9 +162,7 @@ class Engine:
         that takes chunks from prompts it has served.
         """
         chunks, method = read_chunks(chunks), built(method, self.prompts.trained)
-        if method.history is not None:
-            raise ValueError(NOT_AHEAD.format(method.name))
-        pieces = self.prompts.encodable(chunks, self.prompts.spec(method))
+        pieces = self.prompts.encodable(chunks, method)
         return self.state.encoder.encode(*pieces, chunks, self.state.inputs_of(method), progress)
 
     def encode_wanted(self, most: int = 256) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.example import RagExample
-from blocktune.engine.encode import Encoder, Piece
+from blocktune.engine.encode import NOT_AHEAD, Encoder, Piece
 from blocktune.layout import Kind
 from blocktune.methods import Method, ServedModel, build, default_method
 from blocktune.methods.press import Press
@@ -160,12 +160,16 @@ class PromptMaker:
         return self.prompt(pieces, spec, max_new_tokens, contexts)
 
     def encodable(
-        self, chunks: Sequence[Chunk], spec: LayoutSpec | None = None
+        self, chunks: Sequence[Chunk], method: Method | None = None
     ) -> tuple[Piece | None, list[Piece]]:
         """Pieces to encode ahead: the prefix (None if empty) and the chunks. Raises as `prompt`.
 
-        Their layout is ``spec``; if it is None or full attention, the adapter's or plain reuse.
+        Their layout is that of ``method``; if it is None or in full attention, the adapter's or
+        plain reuse. ValueError: the method takes chunks from prompts that it has served.
         """
+        if method is not None and method.history is not None:
+            raise ValueError(NOT_AHEAD.format(method.name))
+        spec = method and self.spec(method)
         if self.refusal:
             raise ValueError(self.refusal.format("encoding"))
         spec = next((one for one in (spec, self.trained) if one and one.block), LayoutSpec())

@@ -13,7 +13,7 @@ from blocktune.cache.responses import ResponseCache
 from blocktune.cache.store.config import StoreConfig
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
-from blocktune.engine.encode import NOT_AHEAD, documents_of
+from blocktune.engine.encode import documents_of
 from blocktune.engine.prompts import TooLong
 from blocktune.methods import Method, build, default_method
 from blocktune.parsing import refuse_doubles, split_name
@@ -164,11 +164,8 @@ class Service:
     def encoding(self, body: schemas.ChunksRequest, tenant: Tenant) -> Job:
         """The job that encodes documents for the default method; ValueError: they do not fit."""
         served, limits = self._served(body, tenant), self.config.limits
-        if served.method.history is not None:
-            raise ValueError(NOT_AHEAD.format(served.method.name))
         chunks, engine = self._chunks(served, body.documents, []), served.engine
-        spec = engine.prompts.spec(served.method)
-        prefix, pieces = engine.prompts.encodable(chunks, spec)
+        prefix, pieces = engine.prompts.encodable(chunks, served.method)
         if body.pin:
             keys = {engine.state.encoder.key(piece): len(piece.ids) for piece in pieces}
             pinned = self.scheduler.pinned.copy()

@@ -194,7 +194,7 @@ def test_a_greeting_of_the_assistant_stays_its_own(engine, system):
 
 def test_a_new_document_that_occurs_twice_was_in_no_cache(client, engine):
     forget(engine)
-    body = chat(documents=["Noel Fisher directed it."] * 3)
+    body = chat(documents=["She was the eldest of five."] * 3)
     counted = [client.post("/v1/chat/completions", json=body).json()["usage"] for _ in range(2)]
     cold, warm = (usage["prompt_tokens_details"]["cached_tokens"] for usage in counted)
     assert cold == 0 < warm
