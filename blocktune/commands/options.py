@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -25,16 +24,7 @@ PLACE = "PLACE[,NAME=VALUE...]"  # of a store
 
 def option(kind: Any, help: str, names: str = "", panel: str | None = None, **more: Any) -> Any:
     """The annotation of an option. ``names``, with spaces between, default to the parameter's."""
-    if float in (kind, *get_args(kind)):
-        more = {"callback": _finite} | more
     return Annotated[kind, Option(*names.split(), help=help, rich_help_panel=panel, **more)]
-
-
-def _finite(value: float | None) -> float | None:
-    """Refuses an infinite number, which is above every least one, and what is no number."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"must be a finite number, got {value}")
-    return value
 
 
 BASE = "Base model: a folder or a name on the HF Hub. Default: the adapter's own base."

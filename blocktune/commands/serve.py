@@ -22,7 +22,8 @@ OURS += ("--kv-offloading-size", "--default-chat-template-kwargs")
 
 ADAPTER = "Adapter, as in `answer`; NAME=ADAPTER sets the name that requests use. Repeatable."
 NAME = "Name of --model in requests (default: its own). With adapters: serve the base, too."
-StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, min=0)
+GB = {"min": 0, "max": 1 << 20}  # a petabyte; infinity is no number of bytes
+StoreGb = option(float, "GiB of memory for chunks, and again for prefixes.", panel=LIMITS, **GB)
 ApiKey = option(str | None, "Bearer token of all requests.", panel=SAFETY, envvar=KEY_VARIABLE)
 TENANTS = "YAML of tenants: {acme: {key: ..., max_requests: 4, tokens_per_minute: 100000}}."
 HOSTS = "Host header to accept; repeatable. Default: localhost if --host is local, else any."
@@ -126,7 +127,7 @@ def serve_vllm(
     store: option(str, "Store of encoded chunks: a folder or URL, see `answer`."),
     adapter: option(list[str] | None, ADAPTER) = None,
     encode_wait: option(float, "Seconds to wait for `encode --follow`.", min=0) = 30.0,
-    host_gb: option(float, "GiB of memory for chunks, in each rank.", min=0) = 1.0,
+    host_gb: option(float, "GiB of memory for chunks, in each rank.", **GB) = 1.0,
     fingerprint: option(str | None, "Which chunks to use, if several fit the base.") = None,
 ) -> None:
     """Start vLLM's server with cached chunks for chat completions with `documents`."""

@@ -117,11 +117,9 @@ def _rendered(
     The system text is a turn of its own, or else it starts the user's first, or precedes a reply.
     """
     (role, first), *others = turns
-    forms = [[("system", system), *turns], [("user", f"{system}\n\n{first}"), *others]]
-    if not system:
-        forms = [turns]
-    elif role != "user":
-        forms[1] = [("user", system), *turns]
+    joined = [("user", f"{system}\n\n{first}"), *others]
+    folded = joined if role == "user" else [("user", system), *turns]
+    forms = [[("system", system), *turns], folded] if system else [turns]
     template = tokenizer.get_chat_template()
     for form, roles in product(forms, _IN_PARTS if others else _IN_PARTS[:2]):
         messages = [
