@@ -29,7 +29,6 @@ from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
 Encoded = tuple[ChunkKV, dict[int, ChunkStates]]  # a piece's, and its input states by layer
-TOKENS_PER_PASS = 16_384  # most rows, padding included, in one forward pass of encoding
 NOT_AHEAD = "method '{}' reuses no chunks that were encoded ahead; name one that does"
 
 
@@ -61,11 +60,11 @@ def alone(piece: Piece) -> Prompt:
     return lay_out(Pieces(prefix, chunks, ()), LayoutSpec(), contexts=[piece.blanks] * len(chunks))
 
 
-def grouped(pieces: Iterable[Piece], most: int = TOKENS_PER_PASS) -> Iterator[list[Piece]]:
+def grouped(pieces: Iterable[Piece], most: int) -> Iterator[list[Piece]]:
     """Yields groups of pieces of similar length, of ``most`` tokens with padding, or of one."""
     group: list[Piece] = []
     for piece in sorted(pieces, key=_size):
-        if group and (len(group) + 1) * _size(piece) > min(most, TOKENS_PER_PASS):
+        if group and (len(group) + 1) * _size(piece) > most:
             yield group
             group = []
         group.append(piece)
@@ -126,6 +125,9 @@ class Encoder:
     tenant: str = ""
 
     def __post_init__(self):
+        # Most tokens of a pass, with padding. More is slower on a CPU, whose C library then takes
+        # new pages for the activations of every layer.
+        self.pass_tokens = 2048 if self.model.device.type == "cpu" else 16_384
         self._is_scoped = scope_of(self.model) != "both"
         self._parameters = list(self.model.parameters())
         parts = self.model.modules()  # a model has a method of the name
@@ -172,7 +174,8 @@ class Encoder:
         """
         found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()
-        for group in grouped(piece for piece in found.tiers if piece not in found.kvs):
+        missing = [piece for piece in found.tiers if piece not in found.kvs]
+        for group in grouped(missing, self.pass_tokens):
             started, tokens = time.perf_counter(), sum(map(_size, group))
             encoded = self._encode_together(group, layers)
             token_s = (time.perf_counter() - started) / tokens
@@ -226,7 +229,8 @@ class Encoder:
         unique = dict.fromkeys(pieces if prefix is None else [prefix, *pieces])
         names, new = documents_of(pieces, chunks), set[Piece]()
         done, total = 0, sum(len(piece.ids) for piece in unique)
-        for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
+        # Results are not kept here: those of a corpus do not fit in memory.
+        for group in grouped(unique, self.pass_tokens):
             missing = [p for p in group if not self._is_stored(p, layers, names.get(p, ""))]
             found = self.find(missing, watch, layers=layers, documents=names)
             new |= found.misses
@@ -246,7 +250,8 @@ class Encoder:
         watch = Stopwatch(self.model.device)
         known = self.model.get_input_embeddings().num_embeddings
         pieces = [p for p in (Piece(*chunk) for chunk in wanted) if p.ids and _size(p) <= longest]
-        for group in grouped(p for p in pieces if all(0 <= i < known for i in p.ids + p.blanks)):
+        pieces = [p for p in pieces if all(0 <= i < known for i in p.ids + p.blanks)]
+        for group in grouped(pieces, self.pass_tokens):
             self.find(group, watch)
         queue.done(self.fingerprint, wanted)
         return len(wanted)

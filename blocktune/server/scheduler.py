@@ -206,7 +206,8 @@ class Scheduler:
             missing.remove(wanted[0])
             kv, job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
             job.found.kvs[wanted[0]] = kv
-        job.missing = deque(grouped(missing, self.limits.prefill_tokens))
+        most = min(self.limits.prefill_tokens, encoder.pass_tokens)
+        job.missing = deque(grouped(missing, most))
 
     def _keep(self, job: Job, found: Found) -> None:
         """Keeps what was found until the prefill, even if evicted; names and pins its chunks."""

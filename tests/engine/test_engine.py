@@ -111,8 +111,8 @@ def test_chunks_are_encoded_once_and_their_bytes_are_counted(engine):
 
 
 def test_encoding_a_corpus_holds_one_pass_of_it_at_a_time(engine, monkeypatch):
-    monkeypatch.setattr("blocktune.engine.encode.TOKENS_PER_PASS", 40)
     encoder, held = engine.state.encoder, []
+    monkeypatch.setattr(encoder, "pass_tokens", 40)
     find = encoder.find
 
     def seen(group, watch, **options):
