@@ -38,6 +38,10 @@ from blocktune.training.trainer import BlockSFTTrainer
 
 _OPTIONS = (DataArgs, BlockSFTConfig, ModelConfig)
 _TYPES = {name: str(t) for cls in _OPTIONS for name, t in get_type_hints(cls).items()}
+_TEXTS = {
+    n for n, t in _TYPES.items() if t in ("<class 'str'>", "str | None", "typing.Optional[str]")
+}
+_TEXTS -= {"resume_from_checkpoint"}  # which may also be true or false
 
 
 class Parser(TrlParser):
@@ -78,7 +82,8 @@ class Parser(TrlParser):
             return [self._value(action, item) for item in value]
         if value is False and "no" in (action.choices or ()):
             return "no"  # YAML reads an unquoted no as false
-        if isinstance(value, float) and action.type is str:
+        unlike = (float, bool) if action.dest in _TEXTS else float
+        if action.type is str and isinstance(value, unlike):
             raise ValueError(f"must be text, got {value}; put it in quotes")
         parsed = self._get_value(action, str(value))
         self._check_value(action, parsed)
