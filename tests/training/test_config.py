@@ -57,6 +57,7 @@ def test_a_source_that_is_typed_replaces_the_kind_that_the_yaml_names(tmp_path):
     ("overrides", "line"),
     [
         ({"eval_data": "worlds:dev"}, "would never be used, since eval_strategy is 'no'"),
+        ({"eval_limit": 4}, "eval_limit has no effect without eval_data"),
         ({"eval_strategy": "epoch"}, "name their source in eval_data"),
         ({"eval_on_start": True}, "name their source in eval_data"),
     ],
