@@ -89,7 +89,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
 def compare(
     before: Run,
     after: Run,
-    seed: option(int, "Random seed of the significance test.") = 0,
+    seed: option(int, "Random seed of the significance test.", min=0) = 0,
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""

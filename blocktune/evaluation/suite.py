@@ -151,6 +151,7 @@ class Suite:
 
     def __post_init__(self):
         require_count("batch_size", self.batch_size, 1)
+        require_count("seed", self.seed)
         # labels name files, and file systems may ignore case
         refuse_doubles("method label", [m.label.casefold() for m in self.methods], "give a 'label'")
         check_pools(self.pool, [m.label for m in self.methods])
