@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -62,6 +63,7 @@ def written_rows(kwargs: Mapping[str, Any]) -> Tensor | None:
     return getattr(plan, "written", None)
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # the first since transformers 5.24
 EXECUTIONS = {"dense": DensePlan, "flex": FlexPlan, "split": SplitPlan}
 _run = torch.compiler.disable(lambda plan, *inputs: plan.attend(*inputs))
 
@@ -80,8 +82,19 @@ def planned_forward(
     model: nn.Module, ids: Tensor, positions: Tensor, plan: Plan, cache: Any = None, **options: Any
 ) -> Any:
     """Runs an attached model on ``ids`` at ``positions``, both ``(B, R)``, into a ``cache``."""
-    states = {"past_key_values": cache, "use_cache": cache is not None}
+    states = {cache_argument(model) or "past_key_values": cache, "use_cache": cache is not None}
     return model(ids, position_ids=positions, plan=plan, **states, **options)
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """Name of the argument by which a model (or its PEFT wrapper) takes a cache, if any."""
+    return _argument(type(model.get_base_model() if hasattr(model, "get_base_model") else model))
+
+
+@lru_cache
+def _argument(kind: type[nn.Module]) -> str | None:
+    takes = inspect.signature(kind.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in takes), None)
 
 
 def attach(model: PreTrainedModel, execution: str = "split") -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from blocktune.attention.interface import cache_argument
 from blocktune.data.example import RagExample
 from blocktune.engine.batch_prefill import prefill_warm
 from blocktune.engine.prompts import PromptMaker
@@ -60,6 +61,7 @@ class CachedContext:
     question: str | None  # used by the method to select tokens; None: valid for any question
     _lay_out: Callable[[str], Prompt]
     _decoding: dict[str, Any]
+    _argument: str  # of `generate`: what transformers calls a cache
 
     def inputs(self, question: str | None = None) -> dict[str, Any]:
         """Keyword arguments of one call of `generate` that ask a question over the context.
@@ -87,7 +89,7 @@ class CachedContext:
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "position_ids": rows.position,
-            "past_key_values": _Continued(self.past_key_values, ids.shape[1]),
+            self._argument: _Continued(self.past_key_values, ids.shape[1]),
             **self._decoding,
         }
 
@@ -124,4 +126,6 @@ def make_context(
     ids = computed_rows(ready.batch, has_column(layout)).ids[:, :count]
     decoding = {"eos_token_id": sorted(state.stop_ids()), "pad_token_id": state.encoder.pad_id}
     decoding |= unfollowed(state.model.generation_config)
-    return CachedContext(cache, ids, ready.columns.position[:, :count], question, lay_out, decoding)
+    argument = cache_argument(state.model)
+    about = question, lay_out, decoding, argument
+    return CachedContext(cache, ids, ready.columns.position[:, :count], *about)

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from blocktune.attention.interface import cache_argument
+
 
 @dataclass(frozen=True)
 class Recurrence:
@@ -60,8 +62,7 @@ def find_recurrence(model: PreTrainedModel, always: bool = False) -> Recurrence 
     if any(cache.is_sliding):
         raise ValueError(f"{name} has recurrent layers and sliding windows, which is not supported")
     takes = inspect.signature(model.forward).parameters
-    argument = next((a for a in ("past_key_values", "cache_params") if a in takes), None)
-    if argument is None:
+    if (argument := cache_argument(model)) is None:
         raise ValueError(f"{name} has no cache argument named as in transformers")
     ids = (torch.arange(8, device=model.device) % model.config.vocab_size)[None]
     whole, alone = (model(part, use_cache=False).logits[:, -1] for part in (ids, ids[:, 4:]))

@@ -15,6 +15,7 @@ import torch
 from starlette.exceptions import HTTPException
 from transformers import DynamicCache
 
+from blocktune.attention.interface import cache_argument
 from blocktune.cache.responses import ResponseCache
 from blocktune.engine import Engine
 from blocktune.engine.encode import Found, Piece
@@ -135,7 +136,7 @@ class Job:
 def bytes_per_token(engine: Engine) -> int:
     """Bytes that one token takes in the caches of all layers, measured by a pass over a token."""
     token, cache = torch.zeros(1, 1, dtype=torch.int64, device=engine.model.device), DynamicCache()
-    engine.model(token, past_key_values=cache, use_cache=True)
+    engine.model(token, use_cache=True, **{cache_argument(engine.model): cache})
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
 

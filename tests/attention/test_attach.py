@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from blocktune import attach, block_attention, detach
 from blocktune.attention import is_attached, make_plan
-from blocktune.attention.interface import EXECUTIONS
+from blocktune.attention.interface import EXECUTIONS, planned_forward
 from blocktune.attention.masks import DensePlan
 
 IDS = torch.arange(1, 25).reshape(2, 12)
@@ -175,3 +175,17 @@ def test_a_compiled_model_attends_by_the_layout():
     expected = model(ids, **inputs).logits
     compiled = torch.compile(model, backend="eager")(ids, **inputs).logits
     torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
+
+
+def test_a_cache_goes_by_the_name_that_the_version_of_transformers_gives_it():
+    class Newer(torch.nn.Module):
+        def forward(self, ids, cache=None, **others):
+            return cache
+
+    class Older(torch.nn.Module):
+        def forward(self, ids, past_key_values=None, **others):
+            return past_key_values
+
+    held = object()
+    for model in (Newer(), Older()):
+        assert planned_forward(model, None, None, None, held) is held

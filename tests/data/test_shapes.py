@@ -115,7 +115,7 @@ def test_what_its_passages_do_not_answer_is_left_out(tmp_path, caplog, unanswere
 
 
 CHOICES = {"choice_A": "At home", "choice_B": "At sea", "choice_C": "No", "choice_D": "All"}
-LISTED = "\nChoices:\n(A) At home\n(B) At sea\n(C) No\n(D) All"
+LISTED = "\nChoices:\n(A) At home\n(B) At sea\n(C) No\n(D) All\nAnswer in the words of one choice."
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_number_is_no_answer_to_a_choice(tmp_path):
         load_examples(path)
     (example,) = load_examples(save(path, record | {"golden_answers": ["B"], "qid": 7}))
     assert (example.answers, example.id) == (("Ann",), "7")
-    assert example.question.endswith("(B) Ann")
+    assert "(B) Ann\n" in example.question
 
 
 def test_longbench(tmp_path):

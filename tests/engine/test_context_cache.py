@@ -6,6 +6,7 @@ from engine.served import ASK, SHORT, engine_of
 from families import FAMILIES
 
 from blocktune.attention import attach, detach
+from blocktune.attention.interface import cache_argument
 from blocktune.check import subjects
 from blocktune.check.serving import ASK as CLAIM
 from blocktune.methods import Cached, build
@@ -94,7 +95,7 @@ def test_one_cache_serves_many_questions_and_stays_as_it_was(tokenizer):
         context.inputs()
     with pytest.raises(ValueError, match='"question" must be a non-blank'):
         context.inputs("")
-    inputs = context.inputs("Who?") | {"past_key_values": context.past_key_values}
+    inputs = context.inputs("Who?") | {cache_argument(engine.model): context.past_key_values}
     engine.model.generate(**inputs, max_new_tokens=2)
     with pytest.raises(ValueError, match="past_key_values was continued"):
         context.inputs("Who?")

@@ -161,7 +161,7 @@ def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 
 def _with_choices(record: Mapping[str, Any], question: Any) -> tuple[Any, tuple[str, ...]]:
-    """The question with its choices below it, and the accepted answers.
+    """The question with its choices and a request for their words, and the accepted answers.
 
     An answer that is the letter of a choice becomes its text: "A" is an article to the metrics.
     """
@@ -171,7 +171,7 @@ def _with_choices(record: Mapping[str, Any], question: Any) -> tuple[Any, tuple[
     choices = {chr(ord("A") + i): text for i, text in enumerate(given) if isinstance(text, str)}
     if choices and isinstance(question, str):
         lines = (f"({letter}) {text}" for letter, text in choices.items())
-        question = "\n".join((question, "Choices:", *lines))
+        question = "\n".join((question, "Choices:", *lines, "Answer in the words of one choice."))
     answers = tuple(dict.fromkeys(choices.get(answer, answer) for answer in answers_of(record)))
     numbers = [
         a.isdecimal() and int(a) <= len(choices) and a not in choices.values() for a in answers
