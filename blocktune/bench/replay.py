@@ -241,7 +241,7 @@ def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
         raise ValueError(f"cannot read the trace '{path}': {reason}") from None
     if not any(requests):
         raise ValueError(f"{path}: an empty trace")
-    for _, *given in set(chain.from_iterable(requests)):
+    for _, *given in chain.from_iterable(requests):
         numbers = zip((1, 0, 0), given, MOST, strict=True)
         if not all(isinstance(n, int | float) and low <= n < high for low, n, high in numbers):
             wanted = "tokens must be a number above 0, bytes and seconds 0 or more"

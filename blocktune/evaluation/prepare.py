@@ -103,10 +103,8 @@ def _refuse_kept_prompts(methods: Mapping[str, Method], engines: Iterable[Any]) 
     place = next((engine.store.place for engine in engines if engine.store.place), None)
     for label, method in methods.items():
         if place and (method.history or type(method).prefixes is not Method.prefixes):
-            found = (
-                f"method '{label}' would find the prompts of earlier runs in the store '{place}'"
-            )
-            raise ValueError(f"{found}; leave the store out, so that it begins without them")
+            found = f"would find the prompts of earlier runs in the store '{place}'"
+            raise ValueError(f"method '{label}' {found}; leave the store out")
 
 
 def tell_rewording(engines: Mapping[str | None, Any], worded: Worded) -> None:
