@@ -48,7 +48,7 @@ class Parser(TrlParser):
     """TRL's parser for all options of a run. Options in ``argv`` override the YAML."""
 
     def __init__(self, argv: Sequence[str] = ()):
-        super().__init__(_OPTIONS, prog="blocktune train", allow_abbrev=False)
+        super().__init__(_OPTIONS, prog="blocktune train", allow_abbrev=False, add_help=False)
         self._typed = {word.partition("=")[0].replace("-", "_") for word in argv}
 
     def set_defaults_from(self, path: str) -> list[str]:

@@ -107,6 +107,7 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"position_jitter": 3, "placement": "parallel"}, "does not fit placement 'parallel'"),
         ({"distill_states": "all"}, "distill_states: invalid choice: 'all'"),
         ({"mixture": "mix.yaml"}, "a mixture has its own sources"),
+        ({"help": True}, "unknown key or option 'help'"),
         ({"titled": "{title}"}, "format: 'titled' must hold {text} and {title}"),
         ({"block_tag": True}, "block_tag: must be text, got True; put it in quotes"),  # on
         ({"train_data": ""}, "train_data is missing"),
