@@ -278,7 +278,11 @@ def samples_of(
         source, split = data.train_data, training_split(data.train_data)
         examples = load_examples(source, limit=data.train_limit, split=split, tokenizer=tokenizer)
         samples = [to_sample(example, tokenizer, data.format) for example in examples]
-        return in_modes(samples, args.block_share, args.both_modes, args.seed)
+        samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
+        if args.has_block and not any(sample.block for sample in samples):
+            share = f"block_share {args.block_share} of {len(samples)} examples"
+            raise ValueError(f"{share} leaves none in block layout; raise it, or set it to 0")
+        return samples
     if args.both_modes or args.block_share not in (0, 1):
         name = "both_modes" if args.both_modes else "block_share"
         raise ValueError(f"a mixture sets the mode of each source; leave {name} out")

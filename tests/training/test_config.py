@@ -172,6 +172,12 @@ def test_a_key_without_a_value_is_refused_where_it_needs_one(tmp_path):
         parse(["--config", str(path)])
 
 
+def test_a_share_that_rounds_to_no_block_example_is_refused(tmp_path):
+    path = write_run(tmp_path, block_share=0.001)
+    with pytest.raises(ValueError, match=r"block_share 0\.001 of 64 examples leaves none in block"):
+        train(["--config", str(path), "--dry-run"])
+
+
 def test_an_unknown_base_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot load base model .*nowhere"):
         make_trainer(tmp_path, model_name_or_path=str(tmp_path / "nowhere"))
