@@ -95,7 +95,9 @@ def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> 
         raise ValueError(f"'{output}' is not empty; name a new folder for the merged model")
     if links not in (None, "table", "added_tokens"):
         raise ValueError(f"links must be 'table' or 'added_tokens', got '{links}'")
-    if links == "table" and info.num_learned and info.link_mode == "added_tokens":
+    if links and not info.num_learned:
+        raise ValueError(f"'{folder}' has no learned tokens; leave out --links {links}")
+    if links == "table" and info.link_mode == "added_tokens":
         raise ValueError("its link tokens were trained in the vocabulary; leave out --links")
 
 

@@ -24,6 +24,7 @@ WINDOWS = 10
 CHUNKS, EXPONENT = 10, 0.9  # chunks of a random request; exponent of their Zipf distribution
 BLOCK = 512  # tokens per block in Mooncake's traces, and per random chunk
 SAME_REQUEST_S = 0.001  # recorded look-ups within this time of each other form one request
+MOST = 1 << 32, 1 << 60, float("inf")  # more than a chunk has of tokens, bytes and seconds
 
 
 class Use(NamedTuple):
@@ -227,9 +228,9 @@ def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
     """Reads a trace, or generates one if ``path`` is ``zipf``. Raises ValueError for a bad line."""
     if str(path) == "zipf":
         return list(zipf_requests(limit or 10_000))
-    opened = gzip.open if str(path).endswith(".gz") else open
+    opened = gzip.open if str(path).lower().endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             first = file.readline()
             lines = iter((first, *file))
             azure = first.startswith("TIMESTAMP,")
@@ -240,9 +241,11 @@ def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
         raise ValueError(f"cannot read the trace '{path}': {reason}") from None
     if not any(requests):
         raise ValueError(f"{path}: an empty trace")
-    for use in chain.from_iterable(requests):
-        if use.num_tokens < 1 or use.num_bytes < 0 or use.seconds < 0:
-            raise ValueError(f"{path}: tokens must be above 0, bytes and seconds 0 or more: {use}")
+    for _, *given in chain.from_iterable(requests):
+        numbers = zip((1, 0, 0), given, MOST, strict=True)
+        if not all(isinstance(n, int | float) and low <= n < high for low, n, high in numbers):
+            wanted = "tokens must be a number above 0, bytes and seconds 0 or more"
+            raise ValueError(f"{path}: {wanted}, got {given!r:.80}")
     return requests
 
 

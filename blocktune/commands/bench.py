@@ -26,8 +26,8 @@ def replay(
     budget: option(list[str] | None, "Store size; repeatable. Default: 1 to 50 % of all.") = None,
     policy: option(list[str] | None, "lru, lfu, fifo or gdsf; repeatable. Default: all.") = None,
     limit: option(int | None, "Use only the first N requests.", min=1) = None,
-    token_bytes: option(int, "Bytes per token, if not traced.", min=1) = 131_072,
-    token_us: option(float, "Microseconds to encode a token.", min=0) = 100.0,
+    token_bytes: option(int, "Bytes per token, if not traced.", min=1, max=1 << 30) = 131_072,
+    token_us: option(float, "Microseconds to encode a token.", min=0, max=1e9) = 100.0,
     output: opt.to_folder("Folder for replay.json and two plots (PNG).") = None,
     as_json: opt.AsJson = False,
 ) -> None:

@@ -74,6 +74,11 @@ def check(
     """Check on your model that masks, relocation and caches match dense attention."""
     if only and not families:
         raise ValueError("--only selects model types for --families; add --families")
+    unused = {"dtype": None if dtype == "auto" else dtype, "device": device, "quantize": quantize}
+    unused |= {"model": model, "adapter": adapter, "method": method} if families else {}
+    for name, value in unused.items():
+        if value is not None and (families or (method and model is adapter is None)):
+            raise ValueError(f"--{name} has no effect on the tiny models of this check; drop it")
     if families:
         from blocktune.check.families import check_families, model_types, table
 

@@ -42,6 +42,9 @@ def evaluate(
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
     if context.invoked_subcommand is not None:
+        if given := [name for name, value in context.params.items() if value is not None]:
+            command = f"`blocktune eval {context.invoked_subcommand}`"
+            raise ValueError(f"--{given[0].replace('_', '-')} has no effect on {command}; drop it")
         return
     if suite is None or output is None:
         raise ValueError("`blocktune eval` needs --suite FILE and --output FOLDER")
@@ -69,13 +72,14 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     def named(label):  # it may state another budget, as in ``naive + epic 15 %``
         return f"{label} at {share}" if {"%", "="} & set(label) else label
 
-    def with_budget(spec):
-        if not takes_budget(build_entry(spec.entry()).select()):
-            return spec
-        given = {"budget": budget, "layer_budget": layer_budget, "label": named(spec.label)}
-        return replace(spec, **given)
-
-    methods = tuple(map(with_budget, suite.methods))
+    takes = [takes_budget(build_entry(spec.entry()).select()) for spec in suite.methods]
+    if not any(takes):
+        raise ValueError("no method of the suite takes a budget; drop it, or add cacheblend")
+    given = {"budget": budget, "layer_budget": layer_budget}
+    methods = tuple(
+        replace(spec, **given, label=named(spec.label)) if is_taken else spec
+        for spec, is_taken in zip(suite.methods, takes, strict=True)
+    )
     labels = {old.label: new.label for old, new in zip(suite.methods, methods, strict=True)}
     pool = {named(name): [labels[one] for one in own] for name, own in suite.pool.items()}
     return replace(suite, methods=methods, pool=pool)
@@ -85,7 +89,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
 def compare(
     before: Run,
     after: Run,
-    seed: option(int, "Random seed of the significance test.") = 0,
+    seed: option(int, "Random seed of the significance test.", min=0) = 0,
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""

@@ -75,11 +75,7 @@ class RagExample:
             ("supporting", valid_indices, f"a list of chunk indices from 0 to {indices[-1]}"),
             ("meta", isinstance(self.meta, dict), "an object"),
             ("followups", _is_turns(self.followups), "a list of [question, response]"),
-            (
-                "conversation",
-                in_turn,
-                "[role, text]: perhaps system, then user, assistant in turn",
-            ),
+            ("conversation", in_turn, "[role, text]: perhaps system, then user, assistant in turn"),
         ):
             value = getattr(self, name)
             if not accepted:
@@ -240,7 +236,7 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
         text = " ".join(sentence.strip() for sentence in text)
     metadata = {k: v for k, v in value.items() if k not in (key, "title") and v is not None}
     if isinstance(metadata.get("metadata"), Mapping):
-        metadata = {**metadata.pop("metadata"), **metadata}
+        metadata = {**_filled(metadata.pop("metadata")), **metadata}
     return {"text": text, "title": _as_text(value.get("title")), "metadata": metadata}
 
 
@@ -290,7 +286,7 @@ def is_conversation(value: Any) -> bool:
 def _decode(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise ValueError(f"must be an object, got {brief(record)}")
-    given = {key: value for key, value in record.items() if not _is_null(value)}
+    given = _filled(record)
     unknown = unknown_fields(record)
     if match := near_miss(unknown, [name for name in FIELDS if name not in given]):
         known = ", ".join(FIELDS)
@@ -299,11 +295,16 @@ def _decode(record: Any) -> dict[str, Any]:
         raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(FIELDS)}')
     values = {key: given[key] for key in FIELDS if key in given}
     values["answers"] = answers_of(given)
-    if unknown and isinstance(values.setdefault("meta", {}), dict):
-        if repeated := sorted(values["meta"].keys() & set(unknown)):
+    if isinstance(meta := values.get("meta", {}), dict):
+        if repeated := sorted(_filled(meta).keys() & unknown):
             raise ValueError(f'field "{repeated[0]}" is given twice, in the record and in "meta"')
-        values["meta"] = values["meta"] | {key: given[key] for key in unknown}
+        values["meta"] = _filled(meta) | {key: given[key] for key in unknown}
     return values
+
+
+def _filled(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are not null: tables give every row the fields of all others, as null."""
+    return {key: value for key, value in record.items() if not _is_null(value)}
 
 
 def _is_null(value: Any) -> bool:

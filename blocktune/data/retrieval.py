@@ -139,12 +139,15 @@ def from_retriever(
             raise ValueError(
                 f"{record.where}: question '{names[0][1]:.60}' has other passages in another record"
             )
-        retrieved |= dict.fromkeys(names, chunks)
+        for name in names:  # of a question under several ids, only the id tells which are meant
+            retrieved[name] = chunks if retrieved.get(name, chunks) == chunks else ()
     for question in questions:
         by_id = retrieved.get(("id", question.id)) if question.id else None
-        if not (chunks := by_id or retrieved.get(("question", _composed(question.question)))):
-            name = question.id or question.question
-            raise ValueError(f"{Path(path).name} has no passages for question '{name:.60}'")
+        by_text = retrieved.get(("question", _composed(question.question)))
+        if not (chunks := by_id or by_text):
+            name = f"'{question.id or question.question:.60}'"
+            has = "has no passages" if by_text is None else "has other passages under each id"
+            raise ValueError(f"{Path(path).name} {has} for question {name}")
         meta = question.meta | {"retriever": Path(path).name}
         yield replace(question, chunks=chunks[:k], meta=meta)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, product
@@ -71,6 +71,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
     engines = {adapter: load(suite, adapter) for adapter in adapters}
+    _refuse_kept_prompts(methods, engines.values())
     tokenizer = next(iter(engines.values())).tokenizer
     questions = _questions(suite, tokenizer)
     first = [example for task, example in questions if task is suite.tasks[0]]
@@ -92,6 +93,18 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
         check_prompts(named, ready.of(task, 1)[0])
     _check_fit(ready)
     return ready
+
+
+def _refuse_kept_prompts(methods: Mapping[str, Method], engines: Iterable[Any]) -> None:
+    """Raises ValueError for a store with files if a method would find earlier runs' prompts in it.
+
+    Chunks in it are the same in every run, but such prompts would cost less at each repetition.
+    """
+    place = next((engine.store.place for engine in engines if engine.store.place), None)
+    for label, method in methods.items():
+        if place and (method.history or type(method).prefixes is not Method.prefixes):
+            found = f"would find the prompts of earlier runs in the store '{place}'"
+            raise ValueError(f"method '{label}' {found}; leave the store out")
 
 
 def tell_rewording(engines: Mapping[str | None, Any], worded: Worded) -> None:

@@ -90,7 +90,8 @@ class TaskSpec:
         if not self.chunking:
             return self.source
         source = parse_source(self.source)
-        return f"{source.name}?{urlencode(source.options | dict(self.chunking), safe='/:,')}"
+        options = source.options | {k: v for k, v in self.chunking.items() if v is not None}
+        return f"{source.name}?{urlencode(options, safe='/:,')}"
 
     def cut(self, text: str) -> str:
         """The scored part: before a stop text (blank ones only after a word), after the marker."""
@@ -150,6 +151,7 @@ class Suite:
 
     def __post_init__(self):
         require_count("batch_size", self.batch_size, 1)
+        require_count("seed", self.seed)
         # labels name files, and file systems may ignore case
         refuse_doubles("method label", [m.label.casefold() for m in self.methods], "give a 'label'")
         check_pools(self.pool, [m.label for m in self.methods])

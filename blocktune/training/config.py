@@ -253,6 +253,8 @@ class DataArgs:
             raise ValueError("train_data is missing; name a source, e.g. 'worlds:train?seed=1'")
         if self.mixture and (self.train_data or self.train_limit is not None):
             raise ValueError("a mixture has its own sources; leave out train_data and train_limit")
+        if self.eval_limit is not None and not self.eval_data:
+            raise ValueError("eval_limit has no effect without eval_data; leave it out")
         _ = self.format  # checks the wording before anything is loaded
 
     @property

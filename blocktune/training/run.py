@@ -38,13 +38,17 @@ from blocktune.training.trainer import BlockSFTTrainer
 
 _OPTIONS = (DataArgs, BlockSFTConfig, ModelConfig)
 _TYPES = {name: str(t) for cls in _OPTIONS for name, t in get_type_hints(cls).items()}
+_TEXTS = {
+    n for n, t in _TYPES.items() if t in ("<class 'str'>", "str | None", "typing.Optional[str]")
+}
+_TEXTS -= {"resume_from_checkpoint"}  # which may also be true or false
 
 
 class Parser(TrlParser):
     """TRL's parser for all options of a run. Options in ``argv`` override the YAML."""
 
     def __init__(self, argv: Sequence[str] = ()):
-        super().__init__(_OPTIONS, prog="blocktune train", allow_abbrev=False)
+        super().__init__(_OPTIONS, prog="blocktune train", allow_abbrev=False, add_help=False)
         self._typed = {word.partition("=")[0].replace("-", "_") for word in argv}
 
     def set_defaults_from(self, path: str) -> list[str]:
@@ -78,7 +82,8 @@ class Parser(TrlParser):
             return [self._value(action, item) for item in value]
         if value is False and "no" in (action.choices or ()):
             return "no"  # YAML reads an unquoted no as false
-        if isinstance(value, float) and action.type is str:
+        unlike = (float, bool) if action.dest in _TEXTS else float
+        if action.type is str and isinstance(value, unlike):
             raise ValueError(f"must be text, got {value}; put it in quotes")
         parsed = self._get_value(action, str(value))
         self._check_value(action, parsed)
@@ -273,7 +278,11 @@ def samples_of(
         source, split = data.train_data, training_split(data.train_data)
         examples = load_examples(source, limit=data.train_limit, split=split, tokenizer=tokenizer)
         samples = [to_sample(example, tokenizer, data.format) for example in examples]
-        return in_modes(samples, args.block_share, args.both_modes, args.seed)
+        samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
+        if args.has_block and not any(sample.block for sample in samples):
+            share = f"block_share {args.block_share} of {len(samples)} examples"
+            raise ValueError(f"{share} leaves none in block layout; raise it, or set it to 0")
+        return samples
     if args.both_modes or args.block_share not in (0, 1):
         name = "both_modes" if args.both_modes else "block_share"
         raise ValueError(f"a mixture sets the mode of each source; leave {name} out")

@@ -143,6 +143,8 @@ def test_what_cannot_be_merged_is_refused(trained, tmp_path):
         merge_adapter(out, tmp_path / "new", links="table")
     with pytest.raises(ValueError, match="links must be 'table' or 'added_tokens', got 'no'"):
         merge_adapter(out, tmp_path / "new", links="no")
+    with pytest.raises(ValueError, match="no learned tokens; leave out --links added_tokens"):
+        merge_adapter(trained("lora") / "out", tmp_path / "new", links="added_tokens")
     merge_adapter(out, tmp_path / "merged")
     with pytest.raises(ValueError, match="is a full model already"):
         merge_adapter(tmp_path / "merged", tmp_path / "again")

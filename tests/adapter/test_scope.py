@@ -17,6 +17,7 @@ from blocktune.adapter import AdapterInfo, attach_links, scope_adapter, scope_of
 from blocktune.adapter.load import _with_peft
 from blocktune.adapter.merge import merge_adapter
 from blocktune.attention import attach, make_plan
+from blocktune.attention.interface import cache_argument
 from blocktune.cache import ChunkStore, stored_key
 from blocktune.check import check_adapter, check_model
 from blocktune.engine.encode import Piece
@@ -177,11 +178,11 @@ def test_a_served_writer_reads_with_the_base(run, engine):
     # the base, is the same answer.
     context = engine.cache(asks[0].chunks, "block-attention")
     inputs = context.inputs(asks[0].question)
-    width = inputs["past_key_values"].get_seq_length()
+    width = inputs[cache_argument(engine.model)].get_seq_length()
     rest = inputs["input_ids"][:, width:], inputs["position_ids"][:, width:]
     with torch.no_grad():
         logits = base.model(
-            rest[0], position_ids=rest[1], past_key_values=inputs["past_key_values"]
+            rest[0], position_ids=rest[1], past_key_values=inputs[cache_argument(engine.model)]
         ).logits[0, -1]
     wanted = engine.next_logits(asks[:1], "block-attention")[0]
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)

@@ -74,7 +74,10 @@ def test_a_store_records_what_replay_reads(tmp_path, monkeypatch):
         ('{"hash_ids": [], "input_length": 9}\n', "an empty trace"),
         ('{"op": "get", "key": "a"}\n', "bytes"),
         ('{"op": "put", "key": "a"}\n', "an empty trace"),
-        ('{"op": "get", "key": "a", "tokens": -1, "bytes": 2}\n', "num_tokens=-1"),
+        ('{"op": "get", "key": "a", "tokens": -1, "bytes": 2}\n', r"\[-1, 2"),
+        ('{"op": "get", "key": "a", "tokens": "9", "bytes": 2}\n', r"\['9', 2"),
+        (f'{{"op": "get", "key": "a", "tokens": 9, "bytes": {10**20}}}\n', f"{10**20}"),
+        ('{"op": "get", "key": "a", "tokens": NaN, "bytes": 2}\n', r"\[nan, 2"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, message):
@@ -86,6 +89,13 @@ def test_other_files_are_refused(tmp_path, text, message):
         read_requests(tmp_path / "x")
     with pytest.raises(ValueError, match="cannot read the trace"):
         read_requests(tmp_path / "none")
+
+
+def test_a_trace_may_have_a_mark_of_its_encoding(tmp_path):
+    text = "\ufeffTIMESTAMP,ContextTokens,GeneratedTokens\n1,500,3\n"
+    (tmp_path / "A.CSV.GZ").write_bytes(gzip.compress(text.encode()))
+    [[use]] = read_requests(tmp_path / "A.CSV.GZ")
+    assert use.num_tokens == 500
 
 
 def test_replay_counts_by_hand():

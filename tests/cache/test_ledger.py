@@ -393,6 +393,8 @@ def test_a_folder_with_a_comma_is_a_folder(tmp_path):
     assert StoreConfig.parse(str(tmp_path / "a,b=c")).folder == tmp_path / "a,b=c"
     assert StoreConfig.parse("", memory=5) == StoreConfig(memory=5)  # a server without --store
     assert parse_bytes("1.5 kB") == 1500
+    with pytest.raises(ValueError, match="up to 15 digits"):
+        parse_bytes("9" * 400)
     assert os.listdir(tmp_path) == ["a,b=c"]
 
 

@@ -65,11 +65,16 @@ def test_a_label_that_states_a_budget_states_the_one_for_all(model):
     assert changed.pool == {"kvlink + epic 15 % at 30 %": pooled}
     changed = at_one_budget(suite, None, 0.3)
     assert changed.methods[2].label == "kvlink + epic 15 %-0 at 30 % of the layer-tokens"
+    plain = parse_suite({"model": str(model), "methods": ["naive"], "tasks": [task]})
+    with pytest.raises(ValueError, match="no method of the suite takes a budget"):
+        at_one_budget(plain, 0.3, None)
 
 
 def test_what_is_not_there_is_said_in_one_line(refused, tmp_path):
     assert "no results.json" in refused("eval", "report", tmp_path)
     assert "needs --suite FILE and --output FOLDER" in refused("eval")
+    line = refused("eval", "--layer-budget", 0.5, "report", tmp_path)
+    assert "--layer-budget has no effect on `blocktune eval report`" in line
 
 
 def test_each_process_of_a_launcher_says_why_it_failed(blocktune, monkeypatch):

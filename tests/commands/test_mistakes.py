@@ -296,6 +296,19 @@ def test_a_command_that_needs_vllm(refused, monkeypatch, command):
     assert "vLLM is not installed here" in refused(*command)
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("--families", "--model", "m"), "--model"),
+        (("--families", "--method", "naive"), "--method"),
+        (("--method", "naive", "--device", "cuda:7"), "--device"),
+        (("--method", "naive", "--dtype", "bfloat16"), "--dtype"),
+    ],
+)
+def test_an_option_that_a_check_of_tiny_models_would_not_use(refused, words, name):
+    assert f"{name} has no effect on the tiny models" in refused("check", *words)
+
+
 def test_a_trace_that_is_nowhere(refused, tmp_path):
     assert "gone.jsonl': No such file or directory" in refused("replay", tmp_path / "gone.jsonl")
 

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pandas
 import pytest
+from datasets import Dataset
 
 from blocktune.data import RagExample, load_examples, write_jsonl
 from blocktune.data.example import read_chunk
+from blocktune.data.sources.catalog import data_sets_of
 from blocktune.prompt import Chunk
 
 FULL = RagExample(
@@ -57,6 +59,19 @@ def test_null_is_a_field_left_out():
         RagExample.from_json(GOOD | {"answers": [nan]})
     with pytest.raises(ValueError, match='field "question" is missing'):
         RagExample.from_json(GOOD | {"question": None})
+
+
+def test_what_a_table_fills_in_is_left_out(tmp_path):
+    rows = [GOOD | {"id": "a", "meta": {"data_sets": {"x/a": "mit"}, "k": 1}}]
+    rows += [GOOD | {"id": "b", "meta": {"data_sets": {"x/b": "apache-2.0"}}}]
+    rows[0]["chunks"] = [{"text": "T", "metadata": {"url": "u"}}]
+    rows[1]["chunks"] = [{"text": "T", "metadata": {"place": {"page": 1}}}]
+    Dataset.from_list(rows).to_parquet(path := tmp_path / "rows.parquet")
+    first, second = load_examples(path)
+    assert first.chunks[0].metadata == {"url": "u"}
+    assert second.chunks[0].metadata == {"place": {"page": 1}}
+    assert second.meta.keys() == {"data_sets"}
+    assert data_sets_of([first, second]) == {"x/a": "mit", "x/b": "apache-2.0"}
 
 
 def test_target():

@@ -247,6 +247,8 @@ def test_passages_of_a_question_in_several_records_are_refused(tmp_path):
     asked = [ask("A?", (), "q"), ask("Q?", (), "r"), ask("Q?", (), "s")]
     found = from_retriever(asked, lines(tmp_path / "r.jsonl", *again), 2)
     assert [e.chunks[0].text for e in found] == ["one", "three", "four"]
+    with pytest.raises(ValueError, match=r"other passages under each id for question 'Q\?'"):
+        list(from_retriever([ask("Q?", ())], tmp_path / "r.jsonl", 2))
 
 
 def test_embeddings_are_compared_question_by_question():

@@ -375,3 +375,9 @@ def test_documents_are_not_lost_where_the_first_conversation_has_none(tmp_path):
         load_examples(save(tmp_path / "m.jsonl", *rows))
     (example,) = load_examples(save(tmp_path / "m.jsonl", rows[1]))
     assert (example.chunks[0].text, len(example.followups)) == ("It is Ann.", 1)
+
+
+def test_a_named_shape_that_the_records_do_not_have_is_told(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"question": "Q?", "chunks": ["T"]}')
+    with pytest.raises(ValueError, match=r"line 1: not of the shape that is read .*user_input"):
+        load_examples(f"{tmp_path / 'r.jsonl'}?as=ragas")

@@ -7,6 +7,7 @@ from engine.served import ASK
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
+from blocktune.attention.interface import cache_argument
 from blocktune.layout import Kind
 from blocktune.positions import LayerRope, relocate_keys
 
@@ -21,7 +22,7 @@ def inputs_of(engine):
 @torch.no_grad()
 def attention(stock, inputs, columns, positions: str) -> list[torch.Tensor]:
     """The question's weights over all columns, mean over heads, ``(Q, N)`` by layer."""
-    cache, ids, at = inputs["past_key_values"], inputs["input_ids"], inputs["position_ids"]
+    cache, ids, at = inputs[cache_argument(stock)], inputs["input_ids"], inputs["position_ids"]
     count = cache.get_seq_length()
     rest = at[:, count:]
     if positions == "encoded":
@@ -58,7 +59,7 @@ def top(scores, columns, ratio) -> set[int]:
 @torch.no_grad()
 def per_head(stock, inputs) -> list[torch.Tensor]:
     """The question's weights, ``(H, Q, N)`` by layer."""
-    cache, ids, at = inputs["past_key_values"], inputs["input_ids"], inputs["position_ids"]
+    cache, ids, at = inputs[cache_argument(stock)], inputs["input_ids"], inputs["position_ids"]
     count = cache.get_seq_length()
     options = {"past_key_values": cache, "output_attentions": True}
     made = stock(ids[:, count:], position_ids=at[:, count:], **options)
@@ -70,7 +71,7 @@ def relaxed_by_hand(stock, engine, columns, ratio: float, sees: str) -> torch.Te
     """RelaxKV on a stock Llama: a choice of each layer, its closure, and what those rows see."""
     inputs, is_chunk = inputs_of(engine), columns.kind == Kind.CHUNK
     model, ids, at = stock.model, inputs["input_ids"], inputs["position_ids"]
-    cache, total = inputs["past_key_values"], ids.shape[1]
+    cache, total = inputs[cache_argument(stock)], ids.shape[1]
     count, depth = cache.get_seq_length(), torch.zeros(total, dtype=torch.int64)
     for index, weights in enumerate(attention(stock, inputs_of(engine), columns, "prompt")):
         depth[list(top(weights.mean(0), columns, ratio))] = index + 1
@@ -107,7 +108,7 @@ def relaxed_by_hand(stock, engine, columns, ratio: float, sees: str) -> torch.Te
 def shifted_by_hand(stock, inputs, columns, ratio: float) -> torch.Tensor:
     """AgentKVShift's algorithm 1 on a stock Llama, layer by layer, one prompt; logits ``(V,)``."""
     model, ids, at = stock.model, inputs["input_ids"], inputs["position_ids"]
-    cache, total = inputs["past_key_values"], ids.shape[1]
+    cache, total = inputs[cache_argument(stock)], ids.shape[1]
     count, chunk = cache.get_seq_length(), columns.chunk
     hidden = model.embed_tokens(ids)
     cos, sin = model.rotary_emb(hidden, at)

@@ -21,6 +21,7 @@ from families import FAMILIES
 from families import build as model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blocktune.attention.interface import cache_argument
 from blocktune.layout import Kind
 from blocktune.methods import Repair, Selection, build, compose
 from blocktune.methods.repair import MeanShift, Residual
@@ -258,11 +259,11 @@ def test_an_offset_is_read_where_a_state_is_reused(engine):
 def test_a_repaired_context_is_a_stock_cache(engine):
     context = engine.cache(ASK.chunks, build("agentkvshift", ratio=0.2))
     inputs = context.inputs(ASK.question)
-    count = inputs["past_key_values"].get_seq_length()
+    count = inputs[cache_argument(engine.model)].get_seq_length()
     rest = inputs["input_ids"][:, count:], inputs["position_ids"][:, count:]
     with torch.no_grad():
         logits = engine.model(
-            rest[0], position_ids=rest[1], past_key_values=inputs["past_key_values"]
+            rest[0], position_ids=rest[1], past_key_values=inputs[cache_argument(engine.model)]
         ).logits[:, -1]
     served = engine.next_logits([ASK], build("agentkvshift", ratio=0.2))
     torch.testing.assert_close(logits, served, rtol=0, atol=1e-4)

@@ -7,6 +7,7 @@ import pytest
 from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
 
+from blocktune.cache import ChunkStore
 from blocktune.data import load_examples, write_jsonl
 from blocktune.engine import Engine
 from blocktune.engine.encode import Encoder
@@ -118,6 +119,15 @@ def test_rows_of_a_method_with_a_history_depend_on_the_batches(tmp_path):
     again = make_engine()
     run(tmp_path, again, **options, batch_size=1)
     assert again.answered == len(load_examples(SOURCE))  # by cache-craft alone
+
+
+@pytest.mark.parametrize("method", ["cache-craft", "recycle"])
+def test_prompts_of_earlier_runs_are_not_found_in_a_store_with_files(tmp_path, method):
+    engine = make_engine()
+    engine.store = ChunkStore(folder=tmp_path / "store")
+    with pytest.raises(ValueError, match=f"'{method}' would find the prompts of earlier runs"):
+        run(tmp_path / "out", engine, methods=["naive", method])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_computes_nothing_again(whole, tmp_path):

@@ -48,6 +48,7 @@ def test_names_and_mappings_are_both_methods():
         ({"ttft": 20}, "ttft: must be a mapping of keys to values, got 20"),
         ({"batch_size": "8"}, "'batch_size' must be a whole number, got '8'"),
         ({"seed": 1.5}, "'seed' must be a whole number, got 1.5"),
+        ({"seed": -1}, "seed must be a whole number, at least 0, got -1"),
         ({"model": None}, "'model' must be text, got None"),
     ],
 )

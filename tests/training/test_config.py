@@ -57,6 +57,7 @@ def test_a_source_that_is_typed_replaces_the_kind_that_the_yaml_names(tmp_path):
     ("overrides", "line"),
     [
         ({"eval_data": "worlds:dev"}, "would never be used, since eval_strategy is 'no'"),
+        ({"eval_limit": 4}, "eval_limit has no effect without eval_data"),
         ({"eval_strategy": "epoch"}, "name their source in eval_data"),
         ({"eval_on_start": True}, "name their source in eval_data"),
     ],
@@ -106,7 +107,9 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"position_jitter": 3, "placement": "parallel"}, "does not fit placement 'parallel'"),
         ({"distill_states": "all"}, "distill_states: invalid choice: 'all'"),
         ({"mixture": "mix.yaml"}, "a mixture has its own sources"),
+        ({"help": True}, "unknown key or option 'help'"),
         ({"titled": "{title}"}, "format: 'titled' must hold {text} and {title}"),
+        ({"block_tag": True}, "block_tag: must be text, got True; put it in quotes"),  # on
         ({"train_data": ""}, "train_data is missing"),
         (
             {"train_sampling_strategy": "batch_rebalance"},
@@ -167,6 +170,12 @@ def test_a_key_without_a_value_is_refused_where_it_needs_one(tmp_path):
     path.write_text(path.read_text() + "lora_alpha:\nmax_length:\n")
     with pytest.raises(ValueError, match=r"run.yaml: lora_alpha: must have a value; .* 32"):
         parse(["--config", str(path)])
+
+
+def test_a_share_that_rounds_to_no_block_example_is_refused(tmp_path):
+    path = write_run(tmp_path, block_share=0.001)
+    with pytest.raises(ValueError, match=r"block_share 0\.001 of 64 examples leaves none in block"):
+        train(["--config", str(path), "--dry-run"])
 
 
 def test_an_unknown_base_is_named(tmp_path):

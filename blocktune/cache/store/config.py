@@ -70,9 +70,11 @@ class Row(About):
 
 def parse_bytes(text: str) -> int:
     """Parses a size such as ``50GB`` or ``50GiB`` into bytes."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([kmgt])(i?))?b?", text.strip().lower())
+    number = r"([0-9]{1,15}(?:\.[0-9]+)?)"  # so that any size fits a float
+    match = re.fullmatch(rf"{number} *(?:([kmgt])(i?))?b?", text.strip().lower())
     if not match:
-        raise ValueError(f"a size is a number with kB, MB, GB or TB (or GiB), got '{text}'")
+        wanted = "a number of up to 15 digits with kB, MB, GB or TB (or GiB)"
+        raise ValueError(f"a size is {wanted}, got '{text:.60}'")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 

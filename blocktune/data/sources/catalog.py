@@ -67,7 +67,8 @@ def data_sets_in(source: str) -> dict[str, str]:
 def data_sets_of(examples: Iterable[RagExample]) -> dict[str, str]:
     """The data sets in the ``meta`` of examples: name on the Hub -> licence."""
     entries = (example.meta.get(DATA_SETS) for example in examples)
-    return {k: v for entry in entries if isinstance(entry, Mapping) for k, v in entry.items()}
+    given = (entry.items() for entry in entries if isinstance(entry, Mapping))
+    return {name: licence for pairs in given for name, licence in pairs if licence is not None}
 
 
 def with_data_sets(examples: Iterable[RagExample], source: str) -> Iterator[RagExample]:

@@ -327,4 +327,4 @@ def parse_record(record: Record, parse, types=dict) -> Any:
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from None
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{record.where}: not of the first records' shape ({error!r})") from None
+        raise ValueError(f"{record.where}: not of the shape that is read ({error!r})") from None
